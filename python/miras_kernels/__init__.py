@@ -1,0 +1,33 @@
+"""miras-kernels: fused kernels for sequence models that are associative memories trained while they read."""
+
+from . import biases, retention
+from .biases import L1, L2, DotProduct, Huber, Lp, RobustL2
+from .memory import explain, linear_memory, mlp_memory
+from .options import options, override
+from .retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
+from .state import MemoryState, OpenChunk
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "L2",
+    "DotProduct",
+    "ElasticNetRetention",
+    "Huber",
+    "KLRetention",
+    "L2Retention",
+    "LqRetention",
+    "Lp",
+    "MemoryState",
+    "OpenChunk",
+    "RobustL2",
+    "SigmoidRetention",
+    "biases",
+    "explain",
+    "linear_memory",
+    "mlp_memory",
+    "options",
+    "override",
+    "retention",
+]

@@ -1,0 +1,97 @@
+"""The C++ kernels for the CPU as a backend."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .reference.inputs import Call
+from .retention import L2Retention
+
+__all__ = ["CppBackend"]
+
+
+class CppBackend:
+    """Fused linear-memory kernels, ``csrc/cpu``: float32 arithmetic, float32 or bfloat16 inputs."""
+
+    name = "cpp"
+    MAX_HEAD = 256
+    MAX_CHUNK = 256
+
+    def __init__(self):
+        self.extension, self.missing = _load()
+
+    def unavailable(self) -> str | None:
+        return self.missing
+
+    def refuses(self, call: Call, differentiate: bool) -> str | None:
+        if call.memory != "linear":
+            return "it has the linear memory only, so far"
+        if call.q.dtype not in (torch.float32, torch.bfloat16):
+            return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
+        if not isinstance(call.retention, L2Retention):
+            return f"it has L2Retention only, so far, got {call.retention}"
+        if call.momentum is not None:
+            return "it has no momentum, so far"
+        for name in ("lr", "log_decay"):
+            if getattr(call, name) is not None and getattr(call, name).dim() == 4:
+                return f"it has no channel-wise {name} [B, T, H, Dv], so far"
+        heads = max(call.q.shape[-1], call.v.shape[-1])
+        if heads > self.MAX_HEAD:
+            return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
+        if call.chunk_size > self.MAX_CHUNK:
+            return f"chunk_size is limited to {self.MAX_CHUNK}, got {call.chunk_size}"
+        if differentiate and call.state.open_chunk is not None:
+            return "it does not differentiate from a state that was cut inside a chunk"
+        return None
+
+    def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        chunk = call.state.open_chunk
+        opened = (None, None, None) if chunk is None else (chunk.start[0], chunk.position, chunk.log_decay)
+        out, dual, start, log_decay, saved = self.extension.linear_forward(
+            *_inputs(call), *opened, _offsets(call), *_bias(call), call.chunk_size, checkpoint_every, call.output_final_state
+        )
+        return out, [dual, start, log_decay], [saved] if checkpoint_every else []
+
+    def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
+        if not checkpoint_every:
+            return []
+        dual, tokens, n = call.state.dual[0], call.q.shape[1], call.state.dual[0].shape[0]
+        if call.cu_seqlens is None:
+            slots = n * -(-tokens // (call.chunk_size * checkpoint_every))
+        else:
+            slots = n + tokens // (call.chunk_size * checkpoint_every)
+        return [dual.new_empty(slots, dual.shape[1], dual.shape[3], dual.shape[2])]
+
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
+        d_q, d_k, d_v, d_lr, d_log_decay, d_delta, d_dual = self.extension.linear_backward(
+            *_inputs(call), _offsets(call), saved[0], grad_out, grad_dual[0] if grad_dual else None, *_bias(call),
+            call.chunk_size, checkpoint_every,
+        )  # fmt: skip
+        return {"q": d_q, "k": d_k, "v": d_v, "lr": d_lr, "log_decay": d_log_decay, "delta": d_delta, "dual": [d_dual]}
+
+
+def _inputs(call: Call) -> tuple:
+    return call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.state.dual[0]
+
+
+def _offsets(call: Call) -> Tensor | None:
+    return None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
+
+
+def _bias(call: Call) -> tuple[int, list[float]]:
+    return call.bias.tag, list(call.bias.parameters)
+
+
+def _load() -> tuple[object | None, str | None]:
+    """The extension module and None, or None and the reason why it is missing."""
+    try:
+        return importlib.import_module("miras_kernels._C"), None
+    except ImportError as error:
+        try:
+            reason = importlib.import_module("miras_kernels._build_info").CPP_MISSING
+        except (ImportError, AttributeError):
+            reason = None
+        return None, f"the extension is not built: {reason}" if reason else f"the extension cannot be loaded: {error}"

@@ -1,0 +1,106 @@
+"""Which backend serves a call, and why the others do not.
+
+A backend is an object with the attributes of :class:`Backend`. Choice goes by the device of the tensors: each device has an
+ordered list of backends, fastest first, and ``"auto"`` takes the first that can serve the call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .reference.inputs import Call
+
+__all__ = ["Backend", "BACKENDS", "NAMES", "candidates", "choose", "explain", "unavailable"]
+
+
+class Backend(Protocol):
+    """What dispatch and autograd need of a backend. All tensors are plain: no autograd graph reaches a backend."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run here at all, or None."""
+
+    def refuses(self, call: Call, differentiate: bool) -> str | None:
+        """Why it cannot serve this call, or None."""
+
+    def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """``(out, final state tensors in MemoryState order, saved)``; ``checkpoint_every == 0``: no backward will come."""
+
+    def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
+        """Empty tensors shaped like what ``forward`` saves, from shapes alone."""
+
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
+        """Gradients by argument name, ``dual`` for the initial matrices (a list). ``grad_dual`` may be empty: zero."""
+
+
+class _Planned:
+    """A name the public functions know, whose kernels this version does not have."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def unavailable(self) -> str:
+        return f"this version has no {self.name} kernels yet"
+
+
+#: every backend name, in no order; filled by the modules that implement them (see miras_kernels/memory.py)
+BACKENDS: dict[str, Backend] = {name: _Planned(name) for name in ("cuda", "triton")}
+NAMES = ("auto", "reference", "cpp", "triton", "cuda")
+
+#: fastest first, by device type; every other device runs the reference
+_BY_DEVICE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends that "auto" considers for tensors on this device, fastest first."""
+    return _BY_DEVICE.get(device.type, ("reference",))
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine, or None."""
+    return BACKENDS[name].unavailable()
+
+
+def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
+    reason = unavailable(name)
+    if reason is None and name not in candidates(call.q.device):
+        reason = f"it does not run on {call.q.device.type} tensors"
+    return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
+
+
+def explain(call: Call, differentiate: bool) -> dict[str, str | None]:
+    """For every backend the reason why it cannot serve the call, or None; those for the call's device come first."""
+    first = candidates(call.q.device)
+    names = [*first, *(n for n in NAMES[1:] if n not in first)]
+    return {name: _refusal(name, call, differentiate) for name in names}
+
+
+_warned: set[str] = set()
+
+
+def choose(backend: str, call: Call, differentiate: bool) -> str:
+    """The backend that serves the call.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot serve the call, with its reason.
+    """
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    if backend != "auto":
+        reason = _refusal(backend, call, differentiate)
+        if reason is not None:
+            raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
+        return backend
+    for name in candidates(call.q.device):
+        missing = unavailable(name)
+        if missing is not None and name == "cpp" and name not in _warned and not torch.compiler.is_compiling():
+            _warned.add(name)
+            warnings.warn(f"miras_kernels: the C++ kernels are missing, so CPU tensors take the slower reference: {missing}", stacklevel=4)
+        if _refusal(name, call, differentiate) is None:
+            return name
+    raise AssertionError("the reference serves every call")

@@ -1,0 +1,172 @@
+"""The public functions: signatures, shapes, equations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch
+from .biases import L2, Bias
+from .cpp import CppBackend
+from .options import options
+from .reference.backend import ReferenceBackend
+from .reference.inputs import Call
+from .retention import L2Retention, Retention
+from .state import MemoryState
+from .validation import linear_call, mlp_call
+
+__all__ = ["linear_memory", "mlp_memory", "explain"]
+
+dispatch.BACKENDS.update({backend.name: backend for backend in (ReferenceBackend(), CppBackend())})
+
+
+def linear_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    bias: Bias = L2(),  # noqa: B008  immutable
+    retention: Retention = L2Retention(),  # noqa: B008  immutable
+    delta: float | Tensor | None = None,
+    momentum: Tensor | None = None,
+    chunk_size: int = 64,
+    initial_state: MemoryState | Tensor | tuple[Tensor] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState | None]:
+    r"""A matrix that learns ``k -> v`` while the sequence is read, and answers queries.
+
+    Within a chunk of ``chunk_size`` tokens, counted from the sequence's start, with the dual :math:`A_0` at the chunk's start
+    and the primal :math:`W_0 = \phi(A_0)` (Miras, arXiv 2504.13173, sections 3 and 5)::
+
+        e_t = W_0 k_t - v_t
+        S_t = momentum_t S_{t-1} - lr_t psi(e_t) k_t'           (without momentum: S_t = -lr_t psi(e_t) k_t')
+        A_t = exp(log_decay_t) A_{t-1} + S_t
+        o_t = (gamma_t W_0 + rho (A_t - gamma_t A_0)) q_t        gamma_t = exp(log_decay_1 + ... + log_decay_t)
+
+    ``chunk_size`` is part of the model: the same weights with another chunk size are another model. q and k are neither
+    scaled nor normalised here.
+
+    Args:
+        q, k: ``[B, T, H, Dk]``, float64, float32, bfloat16 or float16; any strides. Under autocast they are cast like the
+            arguments of a matrix product.
+        v: ``[B, T, H, Dv]``, same dtype.
+        lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are computed with in float32 (float64
+            for float64 inputs).
+        log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay.
+        bias: the attentional bias, see :mod:`miras_kernels.biases`.
+        retention: the retention gate, see :mod:`miras_kernels.retention`.
+        delta: threshold or radius of the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
+            ``Huber("coordinate")``.
+        momentum: ``theta`` in [0, 1), ``[B, T, H]``.
+        initial_state: a :class:`MemoryState`, a dual ``[N, H, Dv, Dk]``, or a learned one ``[H, Dv, Dk]`` shared by all
+            sequences; None for zeros.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: ``[N + 1]`` int32 or int64, strictly increasing from 0 to T: packs N sequences into ``B = 1``.
+        backend: "auto", "reference", "cpp", "triton" or "cuda". "auto" takes the fastest that can serve the call on the
+            tensors' device, see :func:`explain`.
+
+    Returns:
+        ``out [B, T, H, Dv]`` in the dtype of the inputs, and the final state (float32 or float64) or None. Gradients reach
+        every tensor argument, initial states included.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    q, k, v = _autocast(q, k, v)
+    call = linear_call(
+        q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return _run(call, backend)
+
+
+def mlp_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    initial_state: MemoryState | tuple[Tensor, Tensor],
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    ln_eps: float = 1e-6,
+    bias: Bias = L2(),  # noqa: B008  immutable
+    retention: Retention = L2Retention(),  # noqa: B008  immutable
+    delta: float | Tensor | None = None,
+    momentum: Tensor | None = None,
+    chunk_size: int = 64,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState | None]:
+    """A two-layer MLP ``M(x) = x + LN(W1 gelu(W2 x))`` that learns ``k -> v`` while the sequence is read.
+
+    The recurrence of :func:`linear_memory`, for each matrix with its own dual and mirror map and the same scalar gates;
+    gradients of both are taken at the chunk's start, and the read-out uses both as they stand at the token
+    (Titans, arXiv 2501.00663, section 3; TTT, arXiv 2407.04620; SPEC section 5). gelu is the tanh form; LN is over D.
+
+    Args:
+        q, k, v: ``[B, T, H, D]``: a residual memory needs ``Dk = Dv = D``.
+        lr, log_decay, momentum: ``[B, T, H]``.
+        initial_state: a :class:`MemoryState`, or ``(W1, W2)`` with W1 ``[N, H, D, Hd]`` or ``[H, D, Hd]`` and W2
+            ``[N, H, Hd, D]`` or ``[H, Hd, D]``. Required: an MLP cannot start from zeros.
+        ln_weight, ln_bias: ``[H, D]``, parameters of the LayerNorm, fixed in the inner loop.
+        ln_eps: > 0.
+
+    The other arguments, the returned values and the errors are those of :func:`linear_memory`.
+    """
+    q, k, v = _autocast(q, k, v)
+    call = mlp_call(
+        q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps,
+    )  # fmt: skip
+    return _run(call, backend)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **arguments) -> dict[str, str | None]:
+    """Which backends could serve a call, without running it.
+
+    Takes the arguments of :func:`linear_memory`, or of :func:`mlp_memory` if ``ln_weight`` is among them.
+
+    Returns:
+        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not.
+        ``backend="auto"`` takes the first one with None.
+    """
+    defaults = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
+                    output_final_state=False, cu_seqlens=None)  # fmt: skip
+    arguments.pop("backend", None)
+    make = linear_call
+    if "ln_weight" in arguments:
+        make, defaults = mlp_call, {**defaults, "ln_bias": None, "ln_eps": 1e-6}
+    call = make(*_autocast(q, k, v), lr, log_decay, **{**defaults, **arguments})
+    return dispatch.explain(call, _differentiates(call))
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, q, k and v in its dtype, as for a matrix product."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x  # noqa: E731
+    return tuple(map(cast, tensors))
+
+
+def _differentiates(call: Call) -> bool:
+    tensors = [call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias]
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in [*tensors, *call.state.tensors()])
+
+
+def _run(call: Call, backend: str) -> tuple[Tensor, MemoryState | None]:
+    differentiate = _differentiates(call)
+    name = dispatch.choose(backend, call, differentiate)
+    if call.q.shape[0] == 0 or call.q.shape[1] == 0:
+        return torch.empty_like(call.v), call.state if call.output_final_state else None
+    with torch.autocast(call.q.device.type, enabled=False):
+        return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))

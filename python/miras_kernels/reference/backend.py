@@ -1,0 +1,43 @@
+"""The reference as a backend: the hand-derived form behind the operators, everything else as differentiable PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import derived
+from .inputs import Call
+
+
+class ReferenceBackend:
+    """Serves every call. What :func:`derived.covers` goes through the same operators as the kernels do."""
+
+    name = "reference"
+
+    def unavailable(self) -> None:
+        return None
+
+    def refuses(self, call: Call, differentiate: bool) -> None:
+        return None
+
+    def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        out, state, saved = derived.forward(_widen(call))
+        return out.to(call.q.dtype), state.tensors(), saved if checkpoint_every else []
+
+    def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
+        if not checkpoint_every:
+            return []
+        b, _, h, dk = call.q.shape
+        n, dv, dual = derived.saved_chunks(call), call.v.shape[-1], call.state.dual[0]
+        return [dual.new_empty(b, h, n, dv, dk), dual.new_empty(b, h, n, call.chunk_size, dv)]
+
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
+        grads = derived.backward(_widen(call), saved, grad_out.to(saved[0].dtype), grad_dual[0] if grad_dual else None)
+        for name in ("q", "k", "v"):
+            grads[name] = grads[name].to(call.q.dtype)
+        return {**grads, "dual": [grads["dual"]]}
+
+
+def _widen(call: Call) -> Call:
+    """q, k and v in the dtype of the arithmetic (float32, or float64)."""
+    dtype = call.state.dual[0].dtype
+    return call.replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))

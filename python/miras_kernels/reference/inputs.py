@@ -1,0 +1,89 @@
+"""The arguments of one memory call, and how a batch or a pack is taken apart into single sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..biases import Bias
+from ..retention import Retention
+from ..state import MemoryState, OpenChunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One validated call of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
+
+    Shapes as in SPEC section 1. Gates and states already have the dtype of the arithmetic; ``delta`` is ``[B, T, H]`` or
+    ``[B, T, H, Dv]``; ``state`` holds ``N`` sequences, ``N = B`` or the number of packed ones.
+    """
+
+    memory: str  # "linear" or "mlp"
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    log_decay: Tensor | None
+    delta: Tensor | None
+    momentum: Tensor | None
+    ln_weight: Tensor | None
+    ln_bias: Tensor | None
+    ln_eps: float
+    state: MemoryState
+    cu_seqlens: Tensor | None
+    bias: Bias
+    retention: Retention
+    chunk_size: int
+    output_final_state: bool
+
+    #: the arguments of shape [B, T, H, ...]
+    PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+
+    def replace(self, **changes) -> Call:
+        return dataclasses.replace(self, **changes)
+
+
+def sequences(call: Call) -> list[Call]:
+    """The call as calls whose sequences all have one length and one position in the open chunk."""
+    position = call.state.open_chunk.position if call.state.open_chunk is not None else None
+    if call.cu_seqlens is None and (position is None or len(set(position.tolist())) <= 1):
+        return [call]
+    parts = []
+    for n in range(call.state.dual[0].shape[0]):
+        if call.cu_seqlens is None:
+            row, time = slice(n, n + 1), slice(None)
+        else:
+            row, time = slice(None), slice(*call.cu_seqlens[n : n + 2].tolist())
+        tokens = {name: getattr(call, name) for name in Call.PER_TOKEN}
+        tokens = {name: None if x is None else x[row, time] for name, x in tokens.items()}
+        parts.append(call.replace(**tokens, state=call.state.map(lambda t, n=n: t[n : n + 1]), cu_seqlens=None))
+    return parts
+
+
+def join(call: Call, results: list[tuple[Tensor, MemoryState]]) -> tuple[Tensor, MemoryState]:
+    """Put the results of :func:`sequences` together again."""
+    if len(results) == 1:
+        return results[0]
+    out = torch.cat([out for out, _ in results], 0 if call.cu_seqlens is None else 1)
+    states = [state for _, state in results]
+    merged = states[0].replace_tensors([torch.cat(parts) for parts in zip(*(s.tensors() for s in states), strict=True)])
+    position = torch.cat([s.open_chunk.position for s in states])
+    return out, dataclasses.replace(merged, open_chunk=dataclasses.replace(merged.open_chunk, position=position))
+
+
+def open_chunk(call: Call) -> tuple[int, tuple[Tensor, ...], Tensor]:
+    """Position, start and log-decay of the chunk in which the (single-position) call begins; a fresh chunk if none is open."""
+    state = call.state
+    if state.open_chunk is None:
+        heads = state.dual[0].shape[:2] if call.log_decay is None else (state.dual[0].shape[0], *call.log_decay.shape[2:])
+        return 0, state.dual, state.dual[0].new_zeros(heads)
+    position = state.open_chunk.position
+    return int(position[0]) if position.numel() else 0, state.open_chunk.start, state.open_chunk.log_decay
+
+
+def final_state(dual, momentum, position: int, start, log_decay: Tensor) -> MemoryState:
+    """The state of sequences that all stop ``position`` tokens into a chunk, the position kept as a tensor."""
+    positions = torch.full((dual[0].shape[0],), position, dtype=torch.int64, device=dual[0].device)
+    return MemoryState(tuple(dual), None if momentum is None else tuple(momentum), OpenChunk(positions, tuple(start), log_decay))

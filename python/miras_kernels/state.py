@@ -1,0 +1,79 @@
+"""What a memory carries from one token to the next (SPEC section 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["MemoryState", "OpenChunk"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenChunk:
+    """The chunk a sequence was cut in: its remaining tokens still take their gradients at the chunk's start.
+
+    Attributes:
+        position: int64 ``[N]``, tokens this chunk has already consumed, ``0 <= position < chunk_size``, per sequence.
+        start: the duals at the chunk's start, shaped like ``MemoryState.dual``. Where ``position`` is 0 it is the dual itself.
+        log_decay: ``[N, H]`` (or ``[N, H, Dv]`` for channel-wise decay), the sum of the chunk's log-decays so far.
+    """
+
+    position: Tensor
+    start: tuple[Tensor, ...]
+    log_decay: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryState:
+    """The recurrent state of ``N`` sequences (the batch, or the sequences packed by ``cu_seqlens``).
+
+    A state is a value: the library never writes into one. Its size does not depend on how much has been read.
+
+    Attributes:
+        dual: the matrices ``A`` after the last token: ``([N, H, Dv, Dk],)`` for a linear memory,
+            ``([N, H, D, Hd], [N, H, Hd, D])`` for an MLP memory; float32, or float64 for float64 inputs.
+        momentum: the matrices ``S``, shaped like ``dual``, or None without momentum.
+        open_chunk: None when every sequence stands at a chunk boundary.
+    """
+
+    dual: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...] | None = None
+    open_chunk: OpenChunk | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All floating-point tensors in one fixed order: duals, momenta, chunk starts, the open chunk's log-decay."""
+        parts = [*self.dual, *(self.momentum or ())]
+        if self.open_chunk is not None:
+            parts += [*self.open_chunk.start, self.open_chunk.log_decay]
+        return parts
+
+    def replace_tensors(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> MemoryState:
+        """A state of the same structure holding ``tensors``, given in the order of :meth:`tensors`."""
+        m = len(self.dual)
+        head, rest = tuple(tensors[:m]), list(tensors[m:])
+        momentum = None
+        if self.momentum is not None:
+            momentum, rest = tuple(rest[:m]), rest[m:]
+        open_chunk = None
+        if self.open_chunk is not None:
+            open_chunk = OpenChunk(self.open_chunk.position, tuple(rest[:m]), rest[m])
+        return MemoryState(head, momentum, open_chunk)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
+        """Apply ``function`` to every tensor, the integer positions included (index the batch, move, detach ...)."""
+        state = self.replace_tensors([function(t) for t in self.tensors()])
+        if self.open_chunk is None:
+            return state
+        position = function(self.open_chunk.position)
+        return dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=position))
+
+    def detach(self) -> MemoryState:
+        """The same numbers without a gradient history: truncated back-propagation through time."""
+        return self.map(torch.Tensor.detach)
+
+    def to(self, *args, **kwargs) -> MemoryState:
+        """Move to a device; a dtype, if given, applies to the floating-point tensors only."""
+        return self.map(lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(*args, **{**kwargs, "dtype": t.dtype}))

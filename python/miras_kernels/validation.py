@@ -1,0 +1,234 @@
+"""The whole contract of the public functions, checked once: argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .biases import Bias
+from .options import options
+from .reference.inputs import Call
+from .retention import Retention
+from .state import MemoryState, OpenChunk
+
+__all__ = ["linear_call", "mlp_call"]
+
+
+def linear_call(
+    q, k, v, lr, log_decay, *, bias, retention, delta, momentum, chunk_size, initial_state, output_final_state, cu_seqlens
+) -> Call:
+    """Check the arguments of :func:`~miras_kernels.linear_memory` and bring them into one form."""
+    shape = _tokens(q, k, v)
+    b, t, h, dk = shape
+    dv = v.shape[-1]
+    _settings(bias, retention, chunk_size, output_final_state)
+    n = _sequences(cu_seqlens, b, t, q)
+    gates = _gates(lr, log_decay, delta, momentum, bias, q, (b, t, h), dv, channel_wise=True)
+    state = _state(initial_state, q, momentum is not None, chunk_size, n, h, ((dv, dk),), gates["log_decay"])
+    return Call(
+        memory="linear", q=q, k=k, v=v, **gates, ln_weight=None, ln_bias=None, ln_eps=0.0, state=state, cu_seqlens=cu_seqlens,
+        bias=bias, retention=retention, chunk_size=chunk_size, output_final_state=output_final_state,
+    )  # fmt: skip
+
+
+def mlp_call(
+    q, k, v, lr, log_decay, *, bias, retention, delta, momentum, chunk_size, initial_state, output_final_state, cu_seqlens,
+    ln_weight, ln_bias, ln_eps,
+) -> Call:  # fmt: skip
+    """Check the arguments of :func:`~miras_kernels.mlp_memory` and bring them into one form."""
+    b, t, h, d = _tokens(q, k, v)
+    if v.shape[-1] != d:
+        raise ValueError(f"v: an MLP memory needs Dv = Dk = {d}, got shape {tuple(v.shape)}")
+    _settings(bias, retention, chunk_size, output_final_state)
+    n = _sequences(cu_seqlens, b, t, q)
+    gates = _gates(lr, log_decay, delta, momentum, bias, q, (b, t, h), d, channel_wise=False)
+    if initial_state is None:
+        raise ValueError("initial_state: an MLP memory needs its two matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got None")
+    duals = initial_state.dual if isinstance(initial_state, MemoryState) else initial_state
+    if not isinstance(duals, (tuple, list)) or len(duals) != 2 or not all(isinstance(x, Tensor) and x.dim() >= 2 for x in duals):
+        raise ValueError(f"initial_state: expected two matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got {_describe(duals)}")
+    hidden = duals[0].shape[-1]
+    state = _state(initial_state, q, momentum is not None, chunk_size, n, h, ((d, hidden), (hidden, d)), gates["log_decay"])
+    if isinstance(ln_eps, bool) or not isinstance(ln_eps, (int, float)) or not ln_eps > 0:
+        raise ValueError(f"ln_eps: expected a number > 0, got {ln_eps!r}")
+    norm = {name: _tensor(name, x, q, ((h, d),), "[H, D]") for name, x in (("ln_weight", ln_weight), ("ln_bias", ln_bias))}
+    return Call(
+        memory="mlp", q=q, k=k, v=v, **gates, **norm, ln_eps=float(ln_eps), state=state, cu_seqlens=cu_seqlens,
+        bias=bias, retention=retention, chunk_size=chunk_size, output_final_state=output_final_state,
+    )  # fmt: skip
+
+
+def _describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    if isinstance(x, (tuple, list)):
+        return f"{type(x).__name__} of {len(x)}: " + ", ".join(_describe(y) for y in x)
+    return type(x).__name__ if not isinstance(x, (int, float, str)) else repr(x)
+
+
+def _arithmetic(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check_values(x: Tensor) -> bool:
+    """Whether to look at the numbers in ``x``: always possible on the CPU, a wait for the device elsewhere."""
+    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor) or x.is_meta:
+        return False
+    return x.device.type == "cpu" if options.check_values is None else options.check_values
+
+
+def _is_tensor(name: str, x: object, q: Tensor | None = None) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_describe(x)}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided (dense) tensor, got layout {x.layout}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got dtype {x.dtype}")
+    if q is not None and x.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} as q, got {x.device}")
+    return x
+
+
+def _tensor(name: str, x: object, q: Tensor, shapes: tuple[tuple[int, ...], ...], words: str) -> Tensor:
+    """A floating-point tensor of one of ``shapes``, in the dtype of the arithmetic."""
+    _is_tensor(name, x, q)
+    if tuple(x.shape) not in shapes:
+        allowed = " or ".join(str(s) for s in shapes)
+        raise ValueError(f"{name}: expected shape {words} = {allowed}, got {tuple(x.shape)}")
+    if x.dtype == torch.float64 and q.dtype != torch.float64:
+        raise TypeError(f"{name}: float64 needs float64 q, k and v, got q of dtype {q.dtype}")
+    return x.to(_arithmetic(q))
+
+
+def _tokens(q: object, k: object, v: object) -> tuple[int, int, int, int]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _is_tensor(name, x, None if name == "q" else q)
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, T, H, D], got shape {tuple(x.shape)}")
+        if x.shape[-2] < 1 or x.shape[-1] < 1:
+            raise ValueError(f"{name}: expected at least one head and one channel, got shape {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected dtype {q.dtype} as q, got {x.dtype}")
+    if k.shape != q.shape:
+        raise ValueError(f"k: expected the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v: expected shape [B, T, H, Dv] = {tuple(q.shape[:3])} + (Dv,), got {tuple(v.shape)}")
+    return tuple(q.shape)
+
+
+def _settings(bias: object, retention: object, chunk_size: object, output_final_state: object) -> None:
+    if not isinstance(bias, Bias) or type(bias) is Bias:
+        raise TypeError(f"bias: expected an attentional bias such as L2() or Huber('norm'), got {_describe(bias)}")
+    if not isinstance(retention, Retention) or type(retention) is Retention:
+        raise TypeError(f"retention: expected a retention gate such as L2Retention(), got {_describe(retention)}")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size: expected an integer >= 1, got {_describe(chunk_size)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size}")
+    if not isinstance(output_final_state, bool):
+        raise TypeError(f"output_final_state: expected True or False, got {_describe(output_final_state)}")
+
+
+def _sequences(cu_seqlens: object, b: int, t: int, q: Tensor) -> int:
+    """How many sequences the call holds."""
+    if cu_seqlens is None:
+        return b
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected an integer tensor [N + 1], got {_describe(cu_seqlens)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected dtype int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens: expected device {q.device} as q, got {cu_seqlens.device}")
+    if b != 1:
+        raise ValueError(f"cu_seqlens: packed sequences need B = 1, got B = {b}")
+    if _check_values(cu_seqlens):
+        values = cu_seqlens.tolist()
+        if values[0] != 0:
+            raise ValueError(f"cu_seqlens: expected to start at 0, got {values[0]}")
+        if any(y <= x for x, y in zip(values, values[1:])):  # noqa: B905  pairs of neighbours
+            raise ValueError(f"cu_seqlens: expected strictly increasing offsets, got {values}")
+        if values[-1] != t:
+            raise ValueError(f"cu_seqlens: expected to end at T = {t}, got {values[-1]}")
+    return cu_seqlens.shape[0] - 1
+
+
+def _gates(lr, log_decay, delta, momentum, bias: Bias, q: Tensor, bth: tuple[int, int, int], dv: int, *, channel_wise: bool) -> dict:
+    def gate(name: str, x: object, per_channel: bool) -> Tensor:
+        if not channel_wise and isinstance(x, Tensor) and x.dim() == 4:
+            raise ValueError(f"{name}: channel-wise gates [B, T, H, Dv] need a linear memory; an MLP memory takes [B, T, H] = {bth}, "
+                             f"got {tuple(x.shape)}")  # fmt: skip
+        if per_channel and channel_wise:
+            return _tensor(name, x, q, (bth, (*bth, dv)), "[B, T, H] or [B, T, H, Dv]")
+        return _tensor(name, x, q, (bth,), "[B, T, H]")
+
+    gates = {"lr": gate("lr", lr, True), "log_decay": None, "delta": None, "momentum": None}
+    if log_decay is not None:
+        gates["log_decay"] = gate("log_decay", log_decay, True)
+        if _check_values(log_decay) and bool((log_decay > 0).any()):
+            raise ValueError(f"log_decay: expected values <= 0 (alpha = exp(log_decay) in (0, 1]), got a maximum of {log_decay.max():g}")
+    if momentum is not None:
+        gates["momentum"] = gate("momentum", momentum, False)
+        if _check_values(momentum) and bool(((momentum < 0) | (momentum >= 1)).any()):
+            raise ValueError(f"momentum: expected values in [0, 1), got [{momentum.min():g}, {momentum.max():g}]")
+    if not bias.needs_delta:
+        if delta is not None:
+            raise ValueError(f"delta: the bias {bias} uses none, got {_describe(delta)}")
+        return gates
+    if delta is None:
+        raise ValueError(f"delta: the bias {bias} needs one (a float or a tensor [B, T, H]), got None")
+    if isinstance(delta, Tensor):
+        gates["delta"] = gate("delta", delta, bias.delta_per_channel)
+        if _check_values(delta) and bool((delta < 0).any()):
+            raise ValueError(f"delta: expected values >= 0, got a minimum of {delta.min():g}")
+    elif isinstance(delta, bool) or not isinstance(delta, (int, float)):
+        raise TypeError(f"delta: expected a float or a tensor [B, T, H], got {_describe(delta)}")
+    elif not 0 <= delta < math.inf:
+        raise ValueError(f"delta: expected a finite value >= 0, got {delta}")
+    else:
+        gates["delta"] = torch.full((), float(delta), dtype=_arithmetic(q), device=q.device).expand(bth)
+    return gates
+
+
+def _state(initial, q: Tensor, with_momentum: bool, chunk_size: int, n: int, h: int, matrices: tuple, log_decay) -> MemoryState:
+    """The initial state with every tensor ``[N, H, ...]`` in the dtype of the arithmetic."""
+    shapes = [(n, h, *m) for m in matrices]
+    if initial is None:
+        dual = tuple(torch.zeros(s, dtype=_arithmetic(q), device=q.device) for s in shapes)
+        return MemoryState(dual, tuple(map(torch.zeros_like, dual)) if with_momentum else None)
+    if not isinstance(initial, MemoryState):
+        parts = initial if isinstance(initial, (tuple, list)) else (initial,)
+        if len(parts) != len(shapes):
+            raise ValueError(f"initial_state: expected {len(shapes)} matrices, got {_describe(initial)}")
+        words = "[N, H, ...] or [H, ...]"
+        dual = tuple(_tensor("initial_state", x, q, (s, s[1:]), words).expand(s) for x, s in zip(parts, shapes, strict=True))
+        return MemoryState(dual, tuple(map(torch.zeros_like, dual)) if with_momentum else None)
+
+    def every(name: str, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not isinstance(parts, tuple) or len(parts) != len(shapes):
+            raise ValueError(f"{name}: expected {len(shapes)} matrices, got {_describe(parts)}")
+        return tuple(_tensor(name, x, q, (s,), "[N, H, ...]") for x, s in zip(parts, shapes, strict=True))
+
+    dual = every("initial_state.dual", initial.dual)
+    momentum = None
+    if initial.momentum is not None:
+        if not with_momentum:
+            raise ValueError("initial_state.momentum: the state carries momentum, so the call needs momentum, got momentum=None")
+        momentum = every("initial_state.momentum", initial.momentum)
+    elif with_momentum:
+        momentum = tuple(map(torch.zeros_like, dual))
+    if initial.open_chunk is None:
+        return MemoryState(dual, momentum)
+    position = initial.open_chunk.position
+    if not isinstance(position, Tensor) or position.dtype != torch.int64 or tuple(position.shape) != (n,):
+        raise ValueError(f"initial_state.open_chunk.position: expected an int64 tensor of shape ({n},), got {_describe(position)}")
+    if _check_values(position) and bool(((position < 0) | (position >= chunk_size)).any()):
+        raise ValueError(f"initial_state.open_chunk.position: expected values in [0, chunk_size) = [0, {chunk_size}), got "
+                         f"{position.tolist()} (was the state made with another chunk_size?)")  # fmt: skip
+    start = every("initial_state.open_chunk.start", initial.open_chunk.start)
+    gate_shape = (n, h) if log_decay is None else (n, *log_decay.shape[2:])
+    total = _tensor("initial_state.open_chunk.log_decay", initial.open_chunk.log_decay, q, (gate_shape,), "as log_decay per sequence")
+    return MemoryState(dual, momentum, OpenChunk(position, start, total))
