@@ -84,14 +84,13 @@ def _flatten(call: Call) -> tuple:
     return (
         call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias,
         call.state.tensors(), None if open_chunk is None else open_chunk.position, call.cu_seqlens,
-        call.memory, call.ln_eps, call.bias.tag, list(call.bias.parameters), call.retention.tag, list(call.retention.parameters),
-        call.chunk_size, call.output_final_state,
+        call.memory, call.ln_eps, _encode(call.bias), _encode(call.retention), call.chunk_size, call.output_final_state,
     )  # fmt: skip
 
 
 def _call(
     q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens,
-    memory, ln_eps, bias, bias_parameters, gate, gate_parameters, chunk_size, output_final_state,
+    memory, ln_eps, bias, gate, chunk_size, output_final_state,
 ) -> Call:  # fmt: skip
     """The call that :func:`_flatten` took apart."""
     m = 1 if memory == "linear" else 2
@@ -100,22 +99,32 @@ def _call(
     return Call(
         memory=memory, q=q, k=k, v=v, lr=lr, log_decay=log_decay, delta=delta, momentum=momentum,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, state=structure.replace_tensors(state), cu_seqlens=cu_seqlens,
-        bias=biases.from_tag(bias, bias_parameters), retention=retention.from_tag(gate, gate_parameters),
+        bias=biases.from_tag(*_decode(bias)), retention=retention.from_tag(*_decode(gate)),
         chunk_size=chunk_size, output_final_state=output_final_state,
     )  # fmt: skip
+
+
+def _encode(row) -> str:
+    """A bias or gate as an operator's argument: its tag and parameters."""
+    return " ".join([str(row.tag), *map(repr, row.parameters)])
+
+
+def _decode(text: str) -> Tuple[int, List[float]]:
+    tag, *parameters = text.split()
+    return int(tag), [float(x) for x in parameters]
 
 
 @torch.library.custom_op("miras_kernels::memory", mutates_args=())
 def _memory(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Optional[Tensor], delta: Optional[Tensor], momentum: Optional[Tensor],
     ln_weight: Optional[Tensor], ln_bias: Optional[Tensor], state: List[Tensor], position: Optional[Tensor],
-    cu_seqlens: Optional[Tensor], memory: str, ln_eps: float, bias: int, bias_parameters: List[float], gate: int,
-    gate_parameters: List[float], chunk_size: int, output_final_state: bool, backend: str, checkpoint_every: int,
+    cu_seqlens: Optional[Tensor], memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
+    output_final_state: bool, backend: str, checkpoint_every: int,
 ) -> Tuple[Tensor, List[Tensor], List[Tensor]]:  # fmt: skip
     """``(out, final state tensors, saved for the backward)``."""
     call = _call(
         q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens, memory, ln_eps, bias,
-        bias_parameters, gate, gate_parameters, chunk_size, output_final_state,
+        gate, chunk_size, output_final_state,
     )  # fmt: skip
     out, final, saved = dispatch.BACKENDS[backend].forward(call, checkpoint_every)
     if not output_final_state:
@@ -144,14 +153,14 @@ def _memory_fake(q, k, v, *rest):
 def _memory_backward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Optional[Tensor], delta: Optional[Tensor], momentum: Optional[Tensor],
     ln_weight: Optional[Tensor], ln_bias: Optional[Tensor], state: List[Tensor], position: Optional[Tensor],
-    cu_seqlens: Optional[Tensor], memory: str, ln_eps: float, bias: int, bias_parameters: List[float], gate: int,
-    gate_parameters: List[float], chunk_size: int, output_final_state: bool, backend: str, checkpoint_every: int,
+    cu_seqlens: Optional[Tensor], memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
+    output_final_state: bool, backend: str, checkpoint_every: int,
     saved: List[Tensor], grad_out: Tensor, grad_state: List[Tensor],
 ) -> List[Tensor]:  # fmt: skip
     """Gradients of the present differentiable arguments in their order, the state's tensors last."""
     call = _call(
         q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens, memory, ln_eps, bias,
-        bias_parameters, gate, gate_parameters, chunk_size, output_final_state,
+        gate, chunk_size, output_final_state,
     )  # fmt: skip
     grads = dispatch.BACKENDS[backend].backward(call, checkpoint_every, saved, grad_out, grad_state)
     return [grads[name] for name in _differentiable(call)] + grads["dual"]
@@ -203,7 +212,7 @@ def _backward(ctx, grad_out, grad_final, grad_saved):
     if grad_out is None:
         grad_out = torch.zeros_like(call.v)
     grads = list(torch.ops.miras_kernels.memory_backward(*arguments, ctx.backend, ctx.checkpoint_every, saved, grad_out, grad_dual))
-    result = [[None] * len(x) if isinstance(x, list) else None for x in [*arguments, ctx.backend, ctx.checkpoint_every]]
+    result = [None] * (len(arguments) + 2)
     places = {name: i for i, name in enumerate((*Call.PER_TOKEN, "ln_weight", "ln_bias"))}
     for name in _differentiable(call):
         result[places[name]] = grads.pop(0)

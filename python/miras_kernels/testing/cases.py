@@ -1,0 +1,303 @@
+"""One registry of cases for tests, benchmarks and fuzzing.
+
+A :class:`Case` describes a call; :meth:`Case.draw` makes its tensors, the same ones every time. The data are well
+conditioned: the step sizes keep the inner loop contracting whatever the bias' curvature, and where psi has a kink no error
+lies so close to it that rounding could decide the side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from ..biases import TABLE as BIASES
+from ..biases import L2, Bias, Huber, Lp
+from ..reference import chunkwise
+from ..reference.inputs import Call
+from ..retention import TABLE as GATES
+from ..retention import L2Retention, Retention
+from ..validation import linear_call, mlp_call
+
+__all__ = ["Case", "Inputs", "registry"]
+
+#: arguments a gradient is asked of, besides the initial matrices
+LEAVES = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "ln_weight", "ln_bias")
+
+#: no error lies closer than this to a kink of psi: many roundings of a float32 error of order 1
+KINK_DISTANCE = 2e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case, all leaves; call ``function(**inputs.arguments())``."""
+
+    case: Case
+    tensors: dict[str, Tensor]
+    duals: tuple[Tensor, ...]
+    grad_out: Tensor
+    grad_duals: tuple[Tensor, ...]
+
+    def arguments(self) -> dict:
+        """Keyword arguments for ``linear_memory`` or ``mlp_memory``, less the backend."""
+        case = self.case
+        arguments = {name: self.tensors.get(name) for name in LEAVES[:7]}
+        if case.delta == "float":
+            arguments["delta"] = case.delta_scale
+        if case.memory == "mlp":
+            arguments |= {"ln_weight": self.tensors["ln_weight"], "ln_bias": self.tensors["ln_bias"], "ln_eps": 1e-6}
+        return arguments | {
+            "bias": case.bias,
+            "retention": case.retention,
+            "chunk_size": case.chunk_size,
+            "initial_state": (self.duals if case.memory == "mlp" else self.duals[0]) if self.duals else None,
+            "output_final_state": True,
+            "cu_seqlens": case.cu_seqlens(self.tensors["q"].device),
+        }
+
+    def call(self) -> Call:
+        """The validated call, for the reference modules."""
+        arguments = self.arguments()
+        tokens = [arguments.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
+        return (linear_call if self.case.memory == "linear" else mlp_call)(*tokens, **arguments)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Every tensor that a gradient is asked of, by name."""
+        return self.tensors | {f"initial_dual_{i}": x for i, x in enumerate(self.duals)}
+
+    def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
+        """Fresh leaves: q, k and v in ``dtype``; gates, states and gradients of states in float32 or better."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def cast(x: Tensor, to: torch.dtype) -> Tensor:
+            moved = x.detach().to(device=device, dtype=to, memory_format=torch.preserve_format)
+            return (moved if moved is not x else x.detach()).requires_grad_()
+
+        tensors = {name: cast(x, dtype if name in ("q", "k", "v") else wide) for name, x in self.tensors.items()}
+        return Inputs(
+            self.case,
+            tensors,
+            tuple(cast(x, wide) for x in self.duals),
+            self.grad_out.to(device=device, dtype=dtype),
+            tuple(x.to(device=device, dtype=wide) for x in self.grad_duals),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of a memory, by its properties.
+
+    Attributes:
+        decay: "none", "scalar", "channel", "strong" (alpha down to 0.05) or "extreme" (steps of -1e4 and runs of -50).
+        delta: "float", "token" or "channel"; ignored by biases without one.
+        lr: "scalar" or "channel".
+        initial: "none" (zeros), "dual" (one per sequence) or "shared" (one for all).
+        lengths: the sequences packed into B = 1, or None.
+        layout: "contiguous", "fused" (q, k, v are slices of one tensor) or "heads_first" (transposed ``[B, H, T, D]``).
+    """
+
+    name: str
+    memory: str = "linear"
+    bias: Bias = L2()  # noqa: RUF009  immutable
+    retention: Retention = L2Retention()  # noqa: RUF009  immutable
+    batch: int = 2
+    tokens: int = 37
+    heads: int = 2
+    key_dim: int = 16
+    value_dim: int = 12
+    hidden: int = 24
+    chunk_size: int = 16
+    decay: str = "scalar"
+    delta: str = "token"
+    lr: str = "scalar"
+    momentum: bool = False
+    initial: str = "dual"
+    lengths: tuple[int, ...] | None = None
+    layout: str = "contiguous"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def sequences(self) -> int:
+        return self.batch if self.lengths is None else len(self.lengths)
+
+    @property
+    def delta_scale(self) -> float:
+        """A threshold that errors of order 1 fall on both sides of."""
+        return 0.7 * (math.sqrt(self.value_dim) if self.bias.row_coupled else 1.0)
+
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> Tensor | None:
+        if self.lengths is None:
+            return None
+        return torch.tensor([0, *self.lengths], device=device).cumsum(0)
+
+    def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu") -> Inputs:
+        """The case's tensors, rounded to ``dtype``."""
+        for attempt in range(50):
+            inputs = self._draw(self.seed + 1000 * attempt).to(dtype).to(torch.float64)
+            if self._kink_distance(inputs) > KINK_DISTANCE:
+                return inputs.to(dtype, device)
+        raise RuntimeError(f"{self.name}: no draw keeps its distance from the kink of {self.bias}")
+
+    def _draw(self, seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        b, t, h, dk, dv = self.batch, self.tokens, self.heads, self.key_dim, self.value_dim
+        if self.lengths is not None:
+            b, t = 1, sum(self.lengths)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+        def gate(kind: str, low: float, high: float) -> Tensor:
+            return uniform(low, high, b, t, h, *([dv] if kind == "channel" else []))
+
+        tensors = self._arrange(normal(b, t, h, dk), torch.nn.functional.normalize(normal(b, t, h, dk), dim=-1), 0.6 * normal(b, t, h, dv))
+        if self.bias.needs_delta and self.delta != "float":
+            tensors["delta"] = gate(self.delta, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
+        rate = 0.5 * min(1.0, dk / self.chunk_size) / self._curvature()
+        tensors["lr"] = gate(self.lr, 0.2 * rate, rate)
+        if self.decay == "strong":
+            tensors["log_decay"] = gate("scalar", 0.05, 0.2).log()
+        elif self.decay == "extreme":
+            u = uniform(0, 1, b, t, h)
+            tensors["log_decay"] = torch.where(u < 0.1, -1e4, torch.where(u < 0.4, -50.0, -0.05 * u))
+        elif self.decay != "none":
+            tensors["log_decay"] = gate(self.decay, -0.2, -0.005)
+        if self.momentum:
+            tensors["momentum"] = uniform(0.0, 0.8, b, t, h)
+        shapes = [(dv, dk)] if self.memory == "linear" else [(dv, self.hidden), (self.hidden, dv)]
+        lead = {"dual": (self.sequences, h), "shared": (h,), "none": None}[self.initial]
+        duals = () if lead is None else tuple(normal(*lead, *s) / math.sqrt(s[1]) for s in shapes)
+        if self.memory == "mlp":
+            tensors |= {"ln_weight": uniform(0.5, 1.5, h, dv), "ln_bias": 0.1 * normal(h, dv)}
+        grad_duals = tuple(normal(self.sequences, h, *s) for s in shapes)
+        return Inputs(self, tensors, duals, normal(b, t, h, dv), grad_duals)
+
+    def _arrange(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        if self.layout == "fused":
+            q, k, v = torch.cat([q, k, v], -1).split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
+        elif self.layout == "heads_first":
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        return {"q": q, "k": k, "v": v}
+
+    def _curvature(self) -> float:
+        """An upper estimate of psi' over errors of order 1, so that step sizes suit the bias."""
+        e = torch.linspace(-3, 3, 601, dtype=torch.float64).unsqueeze(-1)
+        delta = torch.full_like(e, 1.5 * self.delta_scale)
+        slope, *_ = self.bias.psi_vjp(e, torch.zeros_like(e), delta, torch.ones_like(e))
+        return max(1.0, slope.abs().max().item())
+
+    def _kink_distance(self, inputs: Inputs) -> float:
+        if not isinstance(self.bias, Huber):
+            return math.inf
+        probe = _Probe(self.bias)
+        with torch.no_grad():
+            chunkwise.run(inputs.call().replace(bias=probe))
+        return min(probe.distances)
+
+
+class _Probe(Bias):
+    """Stands in for a Huber bias and records how close the errors come to its kink."""
+
+    def __init__(self, bias: Huber):
+        object.__setattr__(self, "bias", bias)
+        object.__setattr__(self, "distances", [])
+
+    def psi(self, pred, v, delta):
+        e = pred - v
+        size = e.abs() if self.bias.kind == "coordinate" else e.norm(dim=-1, keepdim=True)
+        self.distances.append((size - delta)[delta.expand_as(size) > 0].abs().min().item())  # padding has delta = 0
+        return self.bias.psi(pred, v, delta)
+
+
+def registry(memory: str | None = None) -> list[Case]:
+    """All cases, or those of one memory. Names are unique and stable."""
+    cases = [*_linear(), *_mlp()]
+    return [case for case in cases if memory in (None, case.memory)]
+
+
+def _linear() -> list[Case]:
+    huber, norm, switch = Huber("coordinate"), Huber("norm"), Huber("switch")
+    biases = [*BIASES.values(), Lp(2.0), Lp(2.5), Lp(4.0), Lp(3.0, sharpness=10.0)]
+    cases = [Case(f"linear-{_word(bias)}", bias=bias, seed=i) for i, bias in enumerate(biases)]
+    # every bias over several chunk sizes, head sizes that are no multiple of anything, and no decay
+    cases += [
+        Case(f"linear-{_word(bias)}-odd", bias=bias, tokens=71, heads=3, key_dim=19, value_dim=33, chunk_size=7, decay="none", seed=i)
+        for i, bias in enumerate(BIASES.values(), 20)
+    ]
+    sizes = {  # name: (batch, tokens, heads, key_dim, value_dim, chunk_size)
+        "one-token": (1, 1, 1, 8, 8, 16),
+        "short": (2, 5, 2, 16, 16, 64),
+        "exact": (2, 64, 2, 32, 32, 32),
+        "chunk-1": (2, 19, 2, 16, 8, 1),
+        "chunk-3": (1, 25, 2, 8, 40, 3),
+        "tiny-heads": (1, 21, 2, 1, 1, 8),
+        "wide": (1, 70, 1, 128, 64, 64),
+        "tall": (1, 40, 1, 48, 136, 16),
+        "largest": (1, 260, 1, 256, 256, 256),
+        "common": (1, 130, 2, 64, 64, 64),
+        "many-heads": (3, 33, 5, 16, 16, 16),
+    }
+    for i, (name, (b, t, h, dk, dv, c)) in enumerate(sizes.items(), 40):
+        shape = dict(batch=b, tokens=t, heads=h, key_dim=dk, value_dim=dv, chunk_size=c)
+        cases += [Case(f"linear-{name}-{_word(bias)}", bias=bias, seed=i, **shape) for bias in (L2(), huber, switch)]
+    for i, bias in enumerate((L2(), huber, norm, Lp(3.0)), 60):
+        word = _word(bias)
+        cases += [
+            Case(f"linear-{word}-strong-decay", bias=bias, decay="strong", tokens=80, chunk_size=32, seed=i),
+            Case(f"linear-{word}-extreme-decay", bias=bias, decay="extreme", tokens=80, chunk_size=32, seed=i),
+            Case(f"linear-{word}-packed", bias=bias, lengths=(1, 16, 30, 5, 33), seed=i),
+            Case(f"linear-{word}-shared-state", bias=bias, initial="shared", seed=i),
+            Case(f"linear-{word}-no-state", bias=bias, initial="none", seed=i),
+            Case(f"linear-{word}-fused", bias=bias, layout="fused", seed=i),
+            Case(f"linear-{word}-heads-first", bias=bias, layout="heads_first", seed=i),
+        ]
+    cases += [
+        Case("linear-huber_coordinate-float-delta", bias=huber, delta="float", seed=70),
+        Case("linear-huber_norm-float-delta", bias=norm, delta="float", seed=71),
+        Case("linear-huber_coordinate-channel-delta", bias=huber, delta="channel", seed=72),
+        Case("linear-l2-long", tokens=1000, batch=1, chunk_size=32, seed=73),
+        Case("linear-l2-packed-shared", lengths=(7, 41, 16), initial="shared", seed=74),
+    ]
+    for i, gate in enumerate(GATES.values(), 80):
+        for bias in (L2(), huber, switch):
+            cases.append(Case(f"linear-{_word(bias)}-{gate.name}-momentum", bias=bias, retention=gate, momentum=True, seed=i))
+            if gate.tag:
+                cases.append(Case(f"linear-{_word(bias)}-{gate.name}", bias=bias, retention=gate, seed=i))
+                cases.append(Case(f"linear-{_word(bias)}-{gate.name}-packed", bias=bias, retention=gate, lengths=(20, 7), seed=i))
+    channel = dict(decay="channel", lr="channel", delta="channel")
+    cases += [
+        Case("linear-huber_coordinate-channel-wise", bias=huber, **channel, seed=90),
+        Case("linear-l2-channel-wise-momentum", **channel, momentum=True, seed=91),
+        Case("linear-dot-channel-lr", bias=BIASES[0], lr="channel", seed=92),
+        Case("linear-l2-channel-decay-kl", decay="channel", retention=GATES[2], seed=93),
+    ]
+    return cases
+
+
+def _mlp() -> list[Case]:
+    shape = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
+    cases = [Case(f"mlp-{_word(bias)}", bias=bias, seed=i, **shape) for i, bias in enumerate(BIASES.values(), 100)]
+    for i, gate in enumerate(GATES.values(), 120):
+        cases.append(Case(f"mlp-l2-{gate.name}-momentum", retention=gate, momentum=True, seed=i, **shape))
+        if gate.tag:
+            cases.append(Case(f"mlp-huber_switch-{gate.name}", bias=Huber("switch"), retention=gate, seed=i, **shape))
+    cases += [
+        Case("mlp-l2-no-decay", decay="none", seed=140, **shape),
+        Case("mlp-l2-packed", lengths=(1, 16, 30, 5), seed=141, **shape),
+        Case("mlp-l2-shared-state", initial="shared", seed=142, **shape),
+        Case("mlp-huber_norm-chunk-1", bias=Huber("norm"), chunk_size=1, tokens=9, seed=143, **shape),
+        Case("mlp-l2-extreme-decay", decay="extreme", seed=144, **shape),
+    ]
+    return cases
+
+
+def _word(bias: Bias) -> str:
+    return bias.name + (f"-p{bias.p:g}" if isinstance(bias, Lp) else "")

@@ -1,0 +1,114 @@
+"""Is a backend right? Outputs, states and every gradient against the float64 reference.
+
+The budget of a tensor is derived, not tuned. With ``u`` the unit roundoff of the arithmetic (2^-24: every backend computes in
+float32 or better) and ``r`` that of the tensor's own dtype, a relative (Frobenius) error may be at most ::
+
+    FACTOR * error of the same computation by the float32 reference  +  u sqrt(n)  +  r
+
+The first term carries the conditioning of the case, the second the order of summation (n: the longest reduction, rounding
+errors adding up like a random walk), the third the rounding of the result itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..memory import linear_memory, mlp_memory
+from ..reference import chunkwise
+from .cases import Case, Inputs
+
+__all__ = ["Report", "Row", "check", "evaluate", "relative_error", "truth"]
+
+FACTOR = 3.0
+ARITHMETIC = 2.0**-24
+
+
+def relative_error(x: Tensor, y: Tensor) -> float:
+    """``||x - y|| / ||y||`` in float64; infinite where x is not finite, 0 where both are zero."""
+    x, y = x.detach().double().cpu(), y.detach().double().cpu()
+    if x.shape != y.shape:
+        raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)}")
+    if not torch.isfinite(x).all():
+        return math.inf
+    difference, norm = (x - y).norm().item(), y.norm().item()
+    return difference / norm if norm > 0 else (0.0 if difference == 0 else math.inf)
+
+
+def evaluate(inputs: Inputs, run: str | Callable = "auto") -> dict[str, Tensor]:
+    """Outputs, final duals and gradients, by name.
+
+    Args:
+        run: a backend's name, or a function ``Call -> (out, state)`` such as ``reference.definition.run``.
+    """
+    if callable(run):
+        out, state = run(inputs.call())
+    else:
+        function = linear_memory if inputs.case.memory == "linear" else mlp_memory
+        out, state = function(**inputs.arguments(), backend=run)
+    results = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
+    if state.momentum is not None:
+        results |= {f"final_momentum_{i}": x for i, x in enumerate(state.momentum)}
+    leaves = inputs.leaves()
+    grads = torch.autograd.grad((out, *state.dual), tuple(leaves.values()), (inputs.grad_out.to(out.dtype), *inputs.grad_duals))
+    return {name: x.detach() for name, x in results.items()} | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def truth(inputs: Inputs) -> dict[str, Tensor]:
+    """The float64 reference on the same (already rounded) numbers."""
+    return evaluate(inputs.to(torch.float64), chunkwise.run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor's relative error and what it may be."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All tensors of a case."""
+
+    case: Case
+    dtype: torch.dtype
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        """The row closest to (or furthest beyond) its budget."""
+        return max(self.rows, key=lambda row: row.error / row.budget)
+
+    def __str__(self) -> str:
+        lines = [f"{self.case.name} {self.dtype}: {'ok' if self.ok else 'WRONG'}"]
+        lines += [f"  {r.name:20s} error {r.error:.2e}  budget {r.budget:.2e}{'' if r.ok else '  <--'}" for r in self.rows]
+        return "\n".join(lines)
+
+
+def check(case: Case, run: str | Callable = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Report:
+    """Compare a backend with float64 on one case: outputs, final states and every gradient."""
+    inputs = case.draw(dtype, device)
+    exact = truth(inputs)
+    reached = evaluate(inputs, run)
+    baseline = evaluate(inputs.to(torch.float64).to(torch.float32), chunkwise.run)
+    longest = max(case.chunk_size, case.key_dim, case.value_dim, case.hidden if case.memory == "mlp" else 0)
+    rows = []
+    for name, value in exact.items():
+        rounding = torch.finfo(reached[name].dtype).eps / 2
+        budget = FACTOR * relative_error(baseline[name], value) + ARITHMETIC * math.sqrt(longest) + rounding
+        rows.append(Row(name, relative_error(reached[name], value), budget))
+    return Report(case, dtype, tuple(rows))

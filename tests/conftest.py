@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from miras_kernels import dispatch
+
+
+def pytest_configure(config):
+    # A test that wants the kernels and finds none must fail, not skip: the test command builds them.
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that reading before writing shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request) -> str:
+    """Each backend that this machine is meant to run."""
+    assert dispatch.unavailable(request.param) is None
+    return request.param

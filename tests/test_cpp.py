@@ -1,0 +1,182 @@
+"""The C++ kernels against the float64 reference, over every case they serve."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import vectors
+
+import miras_kernels as mk
+from miras_kernels import dispatch
+from miras_kernels.testing import Case, check, evaluate, registry, relative_error
+from miras_kernels.testing.cases import BIASES
+
+SERVED = [case for case in registry("linear") if dispatch.BACKENDS["cpp"].refuses(case.draw(torch.float32).call(), True) is None]
+
+
+def test_what_is_served():
+    """The kernels refuse what they were never said to do, and nothing else."""
+    for case in set(registry("linear")) - set(SERVED):
+        assert case.momentum or case.retention.tag or case.lr == "channel" or case.decay == "channel", case
+    assert {case.bias.tag for case in SERVED} == set(BIASES)
+
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_float32(case, poisoned):
+    report = check(case, "cpp")
+    assert report.ok, report
+    if case.decay not in ("strong", "extreme"):  # d log_decay cancels there: the budget follows the conditioning
+        assert all(row.error <= (1e-4 if row.name.startswith("grad") else 1e-5) for row in report.rows), report
+
+
+@pytest.mark.parametrize("case", SERVED[::2], ids=str)
+def test_bfloat16(case, poisoned):
+    report = check(case, "cpp", torch.bfloat16)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
+def test_every_instruction_set(level):
+    """The registry once more in a fresh process on another code path of the same binary."""
+    from miras_kernels import _C
+
+    if level not in _C.cpu_capabilities():
+        pytest.skip(f"this machine cannot run {level}")
+    program = (
+        "import sys, torch; from miras_kernels import _C; from miras_kernels.testing import check, registry; "
+        f"assert _C.cpu_capability() == {level!r}; import test_cpp\n"
+        "for i, case in enumerate(test_cpp.SERVED):\n"
+        "    report = check(case, 'cpp', torch.bfloat16 if i % 4 == 3 else torch.float32)\n"
+        "    assert report.ok, report\n"
+        "print('checked', len(test_cpp.SERVED))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(__file__),
+        env={**os.environ, "MIRAS_CPU_CAPABILITY": level},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == f"checked {len(SERVED)}"
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    program = "from miras_kernels import _C; _C.cpu_capability()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "MIRAS_CPU_CAPABILITY": "mmx"}
+    )
+    assert done.returncode != 0
+    assert "MIRAS_CPU_CAPABILITY" in done.stderr and "mmx" in done.stderr and "portable" in done.stderr
+
+
+@pytest.mark.parametrize("path", [p for p in vectors.FILES if p.stem.startswith("linear")], ids=lambda p: p.stem)
+def test_vectors(path):
+    config, tensors = vectors.load(path)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    keywords, leaves = vectors.arguments(config, tensors)
+    tokens = {name: keywords.pop(name, None) for name in ("q", "k", "v", "lr", "log_decay")}
+    reasons = mk.explain(**tokens, **keywords)
+    if reasons["cpp"] is not None:
+        return  # test_what_is_served says which those may be
+    out, state = mk.linear_memory(**tokens, **keywords, backend="cpp")
+    found, wanted = vectors.results(out, state, tensors, leaves), vectors.expected(tensors, leaves)
+    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize("case", SERVED[::5], ids=str)
+@pytest.mark.parametrize("every", [1, 2, 3, 100])
+def test_keeping_fewer_states_changes_nothing(case, every):
+    inputs = case.draw(torch.float32)
+    with mk.override(checkpoint_every=1):
+        wanted = evaluate(inputs, "cpp")
+    with mk.override(checkpoint_every=every):
+        found = evaluate(inputs, "cpp")
+    for name, x in wanted.items():
+        assert torch.equal(found[name], x), name
+
+
+def test_saved_memory_follows_the_option():
+    case = Case("saved", tokens=512, chunk_size=16, key_dim=32, value_dim=32)
+    inputs = case.draw(torch.float32)
+    sizes = {}
+    for every in (1, 2, 4):
+        seen = set()
+
+        def pack(x, seen=seen):
+            if x.data_ptr() not in {t.data_ptr() for t in inputs.leaves().values()}:
+                seen.add((x.data_ptr(), x.numel()))
+            return x
+
+        with mk.override(checkpoint_every=every), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            mk.linear_memory(**{**inputs.arguments(), "output_final_state": False}, backend="cpp")
+        sizes[every] = sum(n for _, n in seen)
+    states = case.batch * case.heads * (case.tokens // case.chunk_size) * case.key_dim * case.value_dim
+    assert sizes == {every: states // every for every in sizes}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", SERVED[::4], ids=str)
+def test_bitwise_repeatable(case, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = case.draw(torch.float32)
+        first = evaluate(inputs, "cpp")
+        for _ in range(3):
+            for name, x in evaluate(inputs, "cpp").items():
+                assert torch.equal(x, first[name]), name
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=lambda b: b.name)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)], ids=str)
+def test_any_number_of_threads(bias, shape):
+    """Fewer heads than threads splits the value rows; the result stays within the budget."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        case = Case("threads", bias=bias, batch=shape[0], heads=shape[1], key_dim=64, value_dim=96, tokens=70, chunk_size=32)
+        report = check(case, "cpp")
+        assert report.ok, report
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_flush_to_zero_mode_stays_inside_the_kernels():
+    case = Case("denormals", decay="strong")
+    inputs = case.draw(torch.float32)
+    tiny = torch.tensor([1e-40])
+    assert (tiny * 0.5).item() != 0
+    evaluate(inputs, "cpp")
+    assert (tiny * 0.5).item() != 0
+
+
+def test_a_planted_bug_is_caught(monkeypatch):
+    """The comparison can fail: a kernel that forgets the decay, or one gradient, is seen."""
+    backend = dispatch.BACKENDS["cpp"]
+    case = Case("planted", tokens=48)
+    assert check(case, "cpp").ok
+    forward, backward = backend.forward, backend.backward
+    no_decay = lambda call, every: forward(call.replace(log_decay=call.log_decay * 0.99), every)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "forward", no_decay)
+        report = check(case, "cpp")
+        assert not report.ok and not {r.name: r for r in report.rows}["out"].ok
+    for name in ("q", "k", "v", "lr", "log_decay", "dual"):
+
+        def wrong(*args, name=name):
+            grads = backward(*args)
+            grads[name] = [x * 1.001 for x in grads[name]] if name == "dual" else grads[name] * 1.001
+            return grads
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "backward", wrong)
+            report = check(case, "cpp")
+            assert {r.name for r in report.rows if not r.ok} == {"grad_initial_dual_0" if name == "dual" else f"grad_{name}"}
