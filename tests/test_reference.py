@@ -41,10 +41,8 @@ def test_vectors_are_all_there():
     assert len(vectors.FILES) == 17
 
 
-@pytest.mark.parametrize("case", registry(), ids=str)
+@pytest.mark.parametrize("case", [c for c in registry() if c.tokens * c.key_dim <= 4096], ids=str)
 def test_matrix_form_is_the_definition(case):
-    if case.tokens > 150:
-        case = Case(**{**vars(case), "tokens": 150})
     inputs = case.draw(torch.float64)
     assert_same(evaluate(inputs, chunkwise.run), evaluate(inputs, definition.run))
 
@@ -119,7 +117,7 @@ def test_gradcheck(case):
         out, state = memory(**moved.arguments(), backend="reference")
         return out, *state.dual
 
-    assert torch.autograd.gradcheck(function, tuple(inputs.leaves().values()), fast_mode=False)
+    assert torch.autograd.gradcheck(function, tuple(inputs.leaves().values()), fast_mode=case.memory == "mlp")
 
 
 @pytest.mark.parametrize("form", [definition.run, chunkwise.run], ids=["definition", "chunkwise"])

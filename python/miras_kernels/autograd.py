@@ -84,7 +84,7 @@ def _flatten(call: Call) -> tuple:
     return (
         call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias,
         call.state.tensors(), None if open_chunk is None else open_chunk.position, call.cu_seqlens,
-        call.memory, call.ln_eps, _encode(call.bias), _encode(call.retention), call.chunk_size, call.output_final_state,
+        call.memory, call.ln_eps, call.bias.code, call.retention.code, call.chunk_size, call.output_final_state,
     )  # fmt: skip
 
 
@@ -99,19 +99,9 @@ def _call(
     return Call(
         memory=memory, q=q, k=k, v=v, lr=lr, log_decay=log_decay, delta=delta, momentum=momentum,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, state=structure.replace_tensors(state), cu_seqlens=cu_seqlens,
-        bias=biases.from_tag(*_decode(bias)), retention=retention.from_tag(*_decode(gate)),
+        bias=biases.from_code(bias), retention=retention.from_code(gate),
         chunk_size=chunk_size, output_final_state=output_final_state,
     )  # fmt: skip
-
-
-def _encode(row) -> str:
-    """A bias or gate as an operator's argument: its tag and parameters."""
-    return " ".join([str(row.tag), *map(repr, row.parameters)])
-
-
-def _decode(text: str) -> Tuple[int, List[float]]:
-    tag, *parameters = text.split()
-    return int(tag), [float(x) for x in parameters]
 
 
 @torch.library.custom_op("miras_kernels::memory", mutates_args=())
@@ -142,10 +132,7 @@ def _owned(x: Tensor, inputs: List[Tensor]) -> Tensor:
 @_memory.register_fake
 def _memory_fake(q, k, v, *rest):
     call, (backend, checkpoint_every) = _call(q, k, v, *rest[:-2]), rest[-2:]
-    final = []
-    if output_final := call.output_final_state:
-        final = [x.new_empty(x.shape) for x in _structure(call).tensors()]
-    assert output_final or not final
+    final = [x.new_empty(x.shape) for x in _structure(call).tensors()] if call.output_final_state else []
     return v.new_empty(v.shape), final, dispatch.BACKENDS[backend].saved_like(call, checkpoint_every)
 
 

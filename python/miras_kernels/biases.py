@@ -6,7 +6,7 @@ Each row of the table states
 * ``loss(pred, v, delta)``: the inner loss, summed over the value axis. ``reference/definition.py`` differentiates it.
 * ``psi(pred, v, delta)``: its gradient in the prediction, the closed form every kernel computes.
 * ``psi_vjp(pred, v, delta, grad)``: the derivative of psi, as a vector-Jacobian product: the other half of a backward kernel.
-* ``name``, ``tag`` and ``parameters``: what C++ and Triton are told. ``kernels/bias.py`` and ``csrc/bias.h`` use the same tags.
+* ``name``, ``tag`` and ``parameters``: what C++ and Triton are told (``code`` is both in one string). ``kernels/bias.py`` and ``csrc/bias.h`` use the same tags.
 
 Tensors are ``[..., Dv]``; ``delta`` broadcasts against them (``[..., 1]``, or ``[..., Dv]`` where ``delta_per_channel``).
 """
@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Bias", "DotProduct", "L2", "L1", "Lp", "Huber", "RobustL2", "TABLE", "from_tag"]
+__all__ = ["Bias", "DotProduct", "L2", "L1", "Lp", "Huber", "RobustL2", "TABLE", "from_code"]
 
 
 def _squared_norm(e: Tensor) -> Tensor:
@@ -43,6 +43,17 @@ def _number(owner: object, name: str, value: object, low: float, *, open_: bool 
     return value
 
 
+def encode(tag: int, parameters: tuple[float, ...]) -> str:
+    """Tag and parameters as one string, for an operator's schema."""
+    return " ".join([str(tag), *map(repr, parameters)])
+
+
+def decode(code: str) -> tuple[int, list[float]]:
+    """Undo :func:`encode`."""
+    tag, *parameters = code.split()
+    return int(tag), [float(x) for x in parameters]
+
+
 @dataclasses.dataclass(frozen=True)
 class Bias:
     """Base of the table's rows. Instances are immutable and hashable."""
@@ -56,6 +67,13 @@ class Bias:
     row_coupled: ClassVar[bool] = False
     #: whether psi reads the prediction at all (the dot product does not)
     reads_memory: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._check()
+        object.__setattr__(self, "code", encode(self.tag, self.parameters))
+
+    def _check(self) -> None:
+        """Refuse parameters out of range; bring the others to float."""
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -139,7 +157,7 @@ class L1(_ErrorBias):
     name: ClassVar[str] = "l1"
     tag: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def _check(self):
         object.__setattr__(self, "sharpness", _number(self, "sharpness", self.sharpness, 0.0))
 
     @property
@@ -174,7 +192,7 @@ class Lp(_ErrorBias):
     sharpness: float | None = None
     eps: float = 1e-6
 
-    def __post_init__(self):
+    def _check(self):
         object.__setattr__(self, "p", _number(self, "p", self.p, 1.0, open_=False))
         object.__setattr__(self, "eps", _number(self, "eps", self.eps, 0.0))
         if self.sharpness is not None:
@@ -227,7 +245,7 @@ class Huber(_ErrorBias):
     needs_delta: ClassVar[bool] = True
     KINDS: ClassVar[tuple[str, ...]] = ("coordinate", "norm", "switch")
 
-    def __post_init__(self):
+    def _check(self):
         if self.kind not in self.KINDS:
             raise ValueError(f"Huber: kind must be one of {', '.join(map(repr, self.KINDS))}, got {self.kind!r}")
         object.__setattr__(self, "sharpness", _number(self, "sharpness", self.sharpness, 0.0))
@@ -304,7 +322,7 @@ class RobustL2(_ErrorBias):
     needs_delta: ClassVar[bool] = True
     row_coupled: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def _check(self):
         object.__setattr__(self, "eps", _number(self, "eps", self.eps, 0.0))
 
     @property
@@ -341,8 +359,9 @@ TABLE: dict[int, Bias] = {
 }
 
 
-def from_tag(tag: int, parameters: tuple[float, ...] | list[float]) -> Bias:
-    """The bias that ``(bias.tag, bias.parameters)`` came from."""
+def from_code(code: str) -> Bias:
+    """The bias that ``bias.code`` came from."""
+    tag, parameters = decode(code)
     row = TABLE[tag]
     if isinstance(row, Huber):
         return Huber(row.kind, *parameters)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .biases import _number
+from .biases import _number, decode, encode
 
 __all__ = [
     "Retention",
@@ -26,7 +26,7 @@ __all__ = [
     "ElasticNetRetention",
     "SigmoidRetention",
     "TABLE",
-    "from_tag",
+    "from_code",
 ]
 
 
@@ -36,6 +36,13 @@ class Retention:
 
     name: ClassVar[str] = ""
     tag: ClassVar[int] = -1
+
+    def __post_init__(self) -> None:
+        self._check()
+        object.__setattr__(self, "code", encode(self.tag, self.parameters))
+
+    def _check(self) -> None:
+        """Refuse parameters out of range; bring the others to float."""
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -78,7 +85,7 @@ class LqRetention(Retention):
     name: ClassVar[str] = "lq"
     tag: ClassVar[int] = 1
 
-    def __post_init__(self):
+    def _check(self):
         object.__setattr__(self, "q", _number(self, "q", self.q, 1.0))
         object.__setattr__(self, "floor", _number(self, "floor", self.floor, 0.0))
 
@@ -102,7 +109,7 @@ class KLRetention(Retention):
     name: ClassVar[str] = "kl"
     tag: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def _check(self):
         object.__setattr__(self, "mass", _number(self, "mass", self.mass, 0.0))
 
     def phi(self, dual):
@@ -121,7 +128,7 @@ class ElasticNetRetention(Retention):
     name: ClassVar[str] = "elastic"
     tag: ClassVar[int] = 3
 
-    def __post_init__(self):
+    def _check(self):
         object.__setattr__(self, "threshold", _number(self, "threshold", self.threshold, 0.0, open_=False))
 
     def phi(self, dual):
@@ -145,6 +152,7 @@ TABLE: dict[int, Retention] = {
 }
 
 
-def from_tag(tag: int, parameters: tuple[float, ...] | list[float]) -> Retention:
-    """The gate that ``(retention.tag, retention.parameters)`` came from."""
+def from_code(code: str) -> Retention:
+    """The gate that ``retention.code`` came from."""
+    tag, parameters = decode(code)
     return type(TABLE[tag])(*parameters)

@@ -21,7 +21,7 @@ class ReferenceBackend:
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         out, state, saved = derived.forward(_widen(call))
-        return out.to(call.q.dtype), state.tensors(), saved if checkpoint_every else []
+        return out.to(call.q.dtype).contiguous(), state.tensors(), saved if checkpoint_every else []
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         if not checkpoint_every:
@@ -34,6 +34,7 @@ class ReferenceBackend:
         grads = derived.backward(_widen(call), saved, grad_out.to(saved[0].dtype), grad_dual[0] if grad_dual else None)
         for name in ("q", "k", "v"):
             grads[name] = grads[name].to(call.q.dtype)
+        grads = {name: x.contiguous() for name, x in grads.items()}
         return {**grads, "dual": [grads["dual"]]}
 
 

@@ -189,9 +189,10 @@ class Case:
 
     def _curvature(self) -> float:
         """An upper estimate of psi' over errors of order 1, so that step sizes suit the bias."""
-        e = torch.linspace(-3, 3, 601, dtype=torch.float64).unsqueeze(-1)
-        delta = torch.full_like(e, 1.5 * self.delta_scale)
-        slope, *_ = self.bias.psi_vjp(e, torch.zeros_like(e), delta, torch.ones_like(e))
+        x = torch.linspace(-3, 3, 601, dtype=torch.float64)
+        e = torch.stack([x, torch.full_like(x, 2 * self.delta_scale)], -1)  # a second channel takes the row beyond its threshold
+        delta = torch.full_like(e[:, :1], 1.5 * self.delta_scale)
+        slope, *_ = self.bias.psi_vjp(e, torch.zeros_like(e), delta, torch.tensor([1.0, 0.0], dtype=torch.float64).expand_as(e))
         return max(1.0, slope.abs().max().item())
 
     def _kink_distance(self, inputs: Inputs) -> float:
