@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-import vectors
 
 import miras_kernels as mk
+import vectors
 from miras_kernels import dispatch
 from miras_kernels.testing import Case, check, evaluate, registry, relative_error
 from miras_kernels.testing.cases import BIASES
@@ -164,7 +164,7 @@ def test_a_planted_bug_is_caught(monkeypatch):
     case = Case("planted", tokens=48)
     assert check(case, "cpp").ok
     forward, backward = backend.forward, backend.backward
-    no_decay = lambda call, every: forward(call.replace(log_decay=call.log_decay * 0.99), every)  # noqa: E731
+    no_decay = lambda call, every: forward(call.replace(log_decay=call.log_decay * 0.99), every)
     with monkeypatch.context() as patch:
         patch.setattr(backend, "forward", no_decay)
         report = check(case, "cpp")

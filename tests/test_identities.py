@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def in_pieces(inputs, bounds, backends):
     function = mk.linear_memory if inputs.case.memory == "linear" else mk.mlp_memory
     arguments, outs = inputs.arguments(), []
     state = arguments.pop("initial_state")
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:])):  # noqa: B905  neighbours
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         out, state = function(**cut(arguments, a, b), initial_state=state, backend=backends[i % len(backends)])
         outs.append(out)
     return torch.cat(outs, 1), state
@@ -86,14 +87,16 @@ def test_gradients_through_a_cut_at_a_chunk_boundary(bias, backend):
 def test_gradients_through_a_cut_inside_a_chunk_are_refused_by_the_kernels():
     inputs = Case("cut", tokens=21).draw(torch.float32)
     out, state = run(inputs, "cpp")
-    with pytest.raises(ValueError, match="'cpp' cannot serve this call: it does not differentiate from a state that was cut inside a chunk"):
+    with pytest.raises(
+        ValueError, match="'cpp' cannot serve this call: it does not differentiate from a state that was cut inside a chunk"
+    ):
         run(inputs, "cpp", initial_state=state)
     _, again = run(inputs, "auto", initial_state=state)  # the reference takes over, and reaches back into the kernel's state
     with pytest.raises(RuntimeError, match="'cpp' backend does not differentiate through a state that was cut inside a chunk"):
         again.dual[0].sum().backward()
     run(inputs, "cpp", initial_state=state.detach(), **{n: t.detach() for n, t in inputs.tensors.items()})
-    out, state = run(inputs, "reference")
-    out, state = run(inputs, "reference", initial_state=state)
+    _, state = run(inputs, "reference")
+    _, state = run(inputs, "reference", initial_state=state)
     state.dual[0].sum().backward()
 
 
@@ -180,7 +183,7 @@ def test_batch_and_head_invariance(bias, backend):
     inputs = Case("batch", bias=bias, batch=3, heads=2).draw(torch.float32)
     arguments = inputs.arguments()
     out, state = run(inputs, backend)
-    pick = lambda f: {n: f(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}  # noqa: E731
+    pick = lambda f: {n: f(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
     alone, alone_state = mk.linear_memory(**pick(lambda x: x[1:2]), backend=backend)
     assert same(backend, alone, out[1:2]) and same(backend, alone_state.dual[0], state.dual[0][1:2])
     swapped = {n: x.flip(1 if n == "initial_state" else 2) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}

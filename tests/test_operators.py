@@ -46,7 +46,7 @@ def test_compile_fullgraph(case, backend):
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    out, dual = compiled(arguments)
+    out, _dual = compiled(arguments)
     assert relative_error(out, wanted["out"].sin()) < 1e-6
     leaves = inputs.leaves()
     grads = torch.autograd.grad(out.sum(), tuple(leaves.values()))
@@ -58,7 +58,7 @@ def test_compile_fullgraph(case, backend):
 def test_compile_reaches_the_reference_for_everything_else():
     inputs = Case("compiled", retention=mk.KLRetention(4.0), momentum=True, tokens=32).draw(torch.float32)
     torch._dynamo.reset()
-    function = lambda arguments: mk.linear_memory(**arguments)[0]  # noqa: E731
+    function = lambda arguments: mk.linear_memory(**arguments)[0]
     found, wanted = torch.compile(function, fullgraph=True, backend="aot_eager")(inputs.arguments()), function(inputs.arguments())
     assert relative_error(found, wanted) < 1e-6
     assert torch.autograd.grad(found.sum(), inputs.duals[0])[0].isfinite().all()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import vectors
 
 import miras_kernels as mk
+import vectors
 from miras_kernels.reference import chunkwise, definition, derived
 from miras_kernels.testing import Case, evaluate, registry, relative_error
 from miras_kernels.testing.cases import BIASES, GATES

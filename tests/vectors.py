@@ -33,7 +33,9 @@ def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def arguments(config: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     """Keyword arguments of the public function, and the leaves that the file has gradients for."""
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items() if f"grad_{name}" in tensors and name[:3] not in ("out", "fin")}
+    leaves = {
+        name: x.clone().requires_grad_() for name, x in tensors.items() if f"grad_{name}" in tensors and name[:3] not in ("out", "fin")
+    }
     keywords = {name: x for name, x in leaves.items() if not name.startswith("initial_dual")}
     duals = tuple(x for name, x in sorted(leaves.items()) if name.startswith("initial_dual"))
     keywords |= {

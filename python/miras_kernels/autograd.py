@@ -5,7 +5,6 @@ fakes for ``torch.compile`` and one autograd formula for all backends. They carr
 """
 
 # Annotations here are read by torch.library to make the schemas: no `from __future__ import annotations`.
-from typing import List, Optional, Tuple  # noqa: UP035  the spellings that torch.library reads on every supported version
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from .state import MemoryState, OpenChunk
 __all__ = ["run"]
 
 
-def run(call: Call, backend: str, differentiate: bool, checkpoint_every: int) -> Tuple[Tensor, Optional[MemoryState]]:
+def run(call: Call, backend: str, differentiate: bool, checkpoint_every: int) -> tuple[Tensor, MemoryState | None]:
     """Run a validated call on a backend: ``(out, final state or None)``, differentiable in every tensor."""
     if backend == "reference" and not (derived.covers(call) and not (differentiate and _ends_open(call))):
         return _run_reference(call)
@@ -28,7 +27,7 @@ def run(call: Call, backend: str, differentiate: bool, checkpoint_every: int) ->
     return out, _state_from(call, tensors)
 
 
-def _run_reference(call: Call) -> Tuple[Tensor, Optional[MemoryState]]:
+def _run_reference(call: Call) -> tuple[Tensor, MemoryState | None]:
     """Differentiable PyTorch, for what no operator covers: autograd through it reaches cuts inside a chunk too."""
     dtype = call.state.dual[0].dtype
     out, state = chunkwise.run(call.replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype)))
@@ -71,7 +70,7 @@ def _end_position(call: Call) -> Tensor:
     return (before + tokens) % call.chunk_size
 
 
-def _state_from(call: Call, tensors: List[Tensor]) -> MemoryState:
+def _state_from(call: Call, tensors: list[Tensor]) -> MemoryState:
     return _structure(call).replace_tensors(tensors)
 
 
@@ -106,11 +105,11 @@ def _call(
 
 @torch.library.custom_op("miras_kernels::memory", mutates_args=())
 def _memory(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Optional[Tensor], delta: Optional[Tensor], momentum: Optional[Tensor],
-    ln_weight: Optional[Tensor], ln_bias: Optional[Tensor], state: List[Tensor], position: Optional[Tensor],
-    cu_seqlens: Optional[Tensor], memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None, delta: Tensor | None, momentum: Tensor | None,
+    ln_weight: Tensor | None, ln_bias: Tensor | None, state: list[Tensor], position: Tensor | None,
+    cu_seqlens: Tensor | None, memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
     output_final_state: bool, backend: str, checkpoint_every: int,
-) -> Tuple[Tensor, List[Tensor], List[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """``(out, final state tensors, saved for the backward)``."""
     call = _call(
         q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens, memory, ln_eps, bias,
@@ -124,7 +123,7 @@ def _memory(
     return out, [_owned(x, state) for x in final], saved
 
 
-def _owned(x: Tensor, inputs: List[Tensor]) -> Tensor:
+def _owned(x: Tensor, inputs: list[Tensor]) -> Tensor:
     """An operator's output may not be one of its inputs."""
     return x.clone() if any(x is y for y in inputs) else x
 
@@ -138,12 +137,12 @@ def _memory_fake(q, k, v, *rest):
 
 @torch.library.custom_op("miras_kernels::memory_backward", mutates_args=())
 def _memory_backward(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Optional[Tensor], delta: Optional[Tensor], momentum: Optional[Tensor],
-    ln_weight: Optional[Tensor], ln_bias: Optional[Tensor], state: List[Tensor], position: Optional[Tensor],
-    cu_seqlens: Optional[Tensor], memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None, delta: Tensor | None, momentum: Tensor | None,
+    ln_weight: Tensor | None, ln_bias: Tensor | None, state: list[Tensor], position: Tensor | None,
+    cu_seqlens: Tensor | None, memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
     output_final_state: bool, backend: str, checkpoint_every: int,
-    saved: List[Tensor], grad_out: Tensor, grad_state: List[Tensor],
-) -> List[Tensor]:  # fmt: skip
+    saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the present differentiable arguments in their order, the state's tensors last."""
     call = _call(
         q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens, memory, ln_eps, bias,
@@ -153,7 +152,7 @@ def _memory_backward(
     return [grads[name] for name in _differentiable(call)] + grads["dual"]
 
 
-def _differentiable(call: Call) -> List[str]:
+def _differentiable(call: Call) -> list[str]:
     names = (*Call.PER_TOKEN, "ln_weight", "ln_bias")
     return [name for name in names if getattr(call, name) is not None]
 

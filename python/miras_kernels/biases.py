@@ -6,7 +6,8 @@ Each row of the table states
 * ``loss(pred, v, delta)``: the inner loss, summed over the value axis. ``reference/definition.py`` differentiates it.
 * ``psi(pred, v, delta)``: its gradient in the prediction, the closed form every kernel computes.
 * ``psi_vjp(pred, v, delta, grad)``: the derivative of psi, as a vector-Jacobian product: the other half of a backward kernel.
-* ``name``, ``tag`` and ``parameters``: what C++ and Triton are told (``code`` is both in one string). ``kernels/bias.py`` and ``csrc/bias.h`` use the same tags.
+* ``name``, ``tag`` and ``parameters``: what C++ and Triton are told (``code`` is both in one string). ``csrc/bias.h`` and
+  ``kernels/bias.py`` use the same tags.
 
 Tensors are ``[..., Dv]``; ``delta`` broadcasts against them (``[..., 1]``, or ``[..., Dv]`` where ``delta_per_channel``).
 """
@@ -20,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Bias", "DotProduct", "L2", "L1", "Lp", "Huber", "RobustL2", "TABLE", "from_code"]
+__all__ = ["L1", "L2", "TABLE", "Bias", "DotProduct", "Huber", "Lp", "RobustL2", "from_code"]
 
 
 def _squared_norm(e: Tensor) -> Tensor:

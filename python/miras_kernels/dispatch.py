@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .reference.inputs import Call
 
-__all__ = ["Backend", "BACKENDS", "NAMES", "candidates", "choose", "explain", "unavailable"]
+__all__ = ["BACKENDS", "NAMES", "Backend", "candidates", "choose", "explain", "unavailable"]
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ from .retention import L2Retention, Retention
 from .state import MemoryState
 from .validation import linear_call, mlp_call
 
-__all__ = ["linear_memory", "mlp_memory", "explain"]
+__all__ = ["explain", "linear_memory", "mlp_memory"]
 
 dispatch.BACKENDS.update({backend.name: backend for backend in (ReferenceBackend(), CppBackend())})
 
@@ -154,7 +154,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x  # noqa: E731
+    cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
     return tuple(map(cast, tensors))
 
 

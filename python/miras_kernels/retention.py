@@ -19,13 +19,13 @@ from torch import Tensor
 from .biases import _number, decode, encode
 
 __all__ = [
-    "Retention",
+    "TABLE",
+    "ElasticNetRetention",
+    "KLRetention",
     "L2Retention",
     "LqRetention",
-    "KLRetention",
-    "ElasticNetRetention",
+    "Retention",
     "SigmoidRetention",
-    "TABLE",
     "from_code",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -149,7 +150,7 @@ def _sequences(cu_seqlens: object, b: int, t: int, q: Tensor) -> int:
         values = cu_seqlens.tolist()
         if values[0] != 0:
             raise ValueError(f"cu_seqlens: expected to start at 0, got {values[0]}")
-        if any(y <= x for x, y in zip(values, values[1:])):  # noqa: B905  pairs of neighbours
+        if any(y <= x for x, y in itertools.pairwise(values)):
             raise ValueError(f"cu_seqlens: expected strictly increasing offsets, got {values}")
         if values[-1] != t:
             raise ValueError(f"cu_seqlens: expected to end at T = {t}, got {values[-1]}")

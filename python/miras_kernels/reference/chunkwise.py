@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..state import MemoryState
 from .inputs import Call, final_state, join, open_chunk, sequences
 
-__all__ = ["run", "gelu_derivative", "layer_norm_vjp"]
+__all__ = ["gelu_derivative", "layer_norm_vjp", "run"]
 
 
 def run(call: Call) -> tuple[Tensor, MemoryState]:

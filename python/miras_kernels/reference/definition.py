@@ -44,7 +44,7 @@ def _inner_gradient(call: Call, primal: tuple[Tensor, ...], k: Tensor, v: Tensor
 
 
 def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
-    rows = lambda gate: gate.reshape(*gate.shape[:2], -1, 1)  # noqa: E731  [B, H] or [B, H, Dv] scales the rows of a matrix
+    rows = lambda gate: gate.reshape(*gate.shape[:2], -1, 1)
     phi, rho = call.retention.phi, call.retention.rho
     position, start, log_decay = open_chunk(call)
     dual, momentum = call.state.dual, call.state.momentum

@@ -19,7 +19,7 @@ from ..state import MemoryState
 from .chunkwise import Decay, Layout, _decay, _per_chunk
 from .inputs import Call, final_state, join, sequences
 
-__all__ = ["covers", "forward", "backward"]
+__all__ = ["backward", "covers", "forward"]
 
 
 def covers(call: Call) -> bool:
@@ -141,7 +141,7 @@ class _Chunks:
             d_predictions.append(d_e)
             d_vs.append(d_v)
             d_deltas.append(d_delta)
-        stack = lambda parts: torch.stack(parts[::-1], 2)  # noqa: E731
+        stack = lambda parts: torch.stack(parts[::-1], 2)
         j_end, d_u, d_e = stack(js), stack(d_us), stack(d_predictions)
 
         # after

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..biases import TABLE as BIASES
 from ..biases import L2, Bias, Huber, Lp
+from ..biases import TABLE as BIASES
 from ..reference import chunkwise
 from ..reference.inputs import Call
 from ..retention import TABLE as GATES

@@ -1,0 +1,89 @@
+# `make demo` and `make test` each work alone on a fresh clone: they make .venv, install PyTorch and the tools, build the
+# C++ kernels and run. Later calls reuse .venv: Python edits need nothing, edits under csrc/ are rebuilt by ninja.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check --no-input
+# A wheel for the CPU is enough. The first is tried, then the second; `make TORCH="torch==2.12.*"` asks for another one.
+TORCH          ?= torch==2.13.0
+TORCH_FALLBACK ?= torch>=2.11
+RUFF           ?= ruff==0.17.5
+ARGS           ?=
+
+# A kernel that does not compile is an error for a developer (users get a package without it, and the reason).
+export MIRAS_REQUIRE_CPP ?= 1
+export PIP_PROGRESS_BAR ?= off
+
+CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help demo test test-all bench lint format build clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=python3.12 (for a new .venv), TORCH=\"torch==...\", ARGS=\"...\" (for the program that runs)"
+
+demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a table and a picture
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(VENV)/.built  ## the tests, without the slow ones
+	$(PY) -m pytest tests -q -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.built  ## every test
+	$(PY) -m pytest tests -q -m "" $(ARGS)
+
+bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --json out.json"
+	$(PY) bench/cpu.py $(ARGS)
+
+lint: $(VENV)/.lint  ## ruff, as CI runs it
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.lint  ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+build: $(VENV)/.built  ## .venv and the C++ kernels, no more
+
+clean:  ## what was built and cached, less .venv
+	rm -rf build dist .pytest_cache .ruff_cache .benchmarks .hypothesis $(VENV)/.built
+	rm -f python/miras_kernels/_C*.so python/miras_kernels/_build_info.py
+	find python kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## .venv as well
+	rm -rf $(VENV)
+
+# ---- .venv, one step after the other; each leaves a stamp when it is done ----
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "miras-kernels: no '$(PYTHON)' here: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "miras-kernels needs Python >= 3.10, '$(PYTHON)' is $$($(PYTHON) --version 2>&1): make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(PY) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@touch $@
+
+# PyTorch comes first, so that nothing else chooses its version.
+$(VENV)/.torch: | $(VENV)/.python
+	@$(PY) -c 'import torch' 2>/dev/null || { \
+	  echo "installing PyTorch (some minutes the first time)"; \
+	  $(PIP) install -qq "$(TORCH)" || $(PIP) install -qq "$(TORCH_FALLBACK)"; }
+	@touch $@
+
+$(VENV)/.tools: | $(VENV)/.torch
+	@echo "installing the build tools"
+	@$(PIP) install -qq "setuptools>=77" wheel ninja pybind11
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.tools
+	@echo "installing miras-kernels, what tests and demo need, and building the C++ kernels (about a minute the first time)"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -qq --no-build-isolation -e ".[test,demo]"
+	@touch $@
+
+$(VENV)/.built: $(CXX_SOURCES) $(VENV)/.installed
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.lint: | $(VENV)/.python
+	@$(PIP) install -qq "$(RUFF)"
+	@touch $@

@@ -1,0 +1,29 @@
+// The instruction set levels: one table of kernels for each, chosen once at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../params.h"
+
+namespace miras::cpu {
+
+// Kernels work on tasks [first, last) of params.tasks(): one head of one sequence each, or a panel of its value rows.
+struct Kernels {
+  const char* name;
+  void (*linear_forward)(const LinearForward&, int64_t first, int64_t last);
+  void (*linear_backward)(const LinearBackward&, int64_t first, int64_t last);
+};
+
+// Null where the compiler or the architecture has no such level. Defined in level_*.cpp.
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+// What this machine can run, best first.
+std::vector<std::string> capabilities();
+
+// The best level, or the one that the environment variable MIRAS_CPU_CAPABILITY asks for; throws if there is none such.
+const Kernels& kernels();
+
+}  // namespace miras::cpu

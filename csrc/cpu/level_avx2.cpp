@@ -1,0 +1,38 @@
+// The kernels at level avx2: 8 lanes, 16 registers.
+#include "capability.h"
+#include "scratch.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>  // before the target changes
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define MIRAS_LEVEL avx2
+#define MIRAS_LANES 8
+#include "linear_backward.h"
+#include "linear_forward.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace miras::cpu {
+
+const Kernels* avx2_kernels() {
+  static constexpr Kernels table = {"avx2", avx2::linear_forward, avx2::linear_backward};
+  return &table;
+}
+
+}  // namespace miras::cpu
+
+#else
+
+namespace miras::cpu {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace miras::cpu
+
+#endif

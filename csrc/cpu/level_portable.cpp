@@ -1,0 +1,17 @@
+// The kernels at the architecture's baseline: 4 lanes (SSE2, NEON).
+#include "capability.h"
+#include "scratch.h"
+
+#define MIRAS_LEVEL portable
+#define MIRAS_LANES 4
+#include "linear_backward.h"
+#include "linear_forward.h"
+
+namespace miras::cpu {
+
+const Kernels* portable_kernels() {
+  static constexpr Kernels table = {"portable", portable::linear_forward, portable::linear_backward};
+  return &table;
+}
+
+}  // namespace miras::cpu

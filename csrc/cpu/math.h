@@ -1,0 +1,114 @@
+// Vector mathematics of one level: the `Math` that the bias functors use, and exp for the decays. Errors are a few ulp.
+#pragma once
+
+#include "../bias.h"
+#include "vec.h"
+
+namespace miras::cpu::MIRAS_LEVEL {
+
+MIRAS_INLINE Vec round_to_even(Vec x) {  // |x| < 2^22
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  return (x + magic) - magic;
+}
+
+// 2^n for integers -127 < n < 128
+MIRAS_INLINE Vec power_of_two(Vec n) { return (Vec)((__builtin_convertvector(n, IVec) + 127) << 23); }
+
+// 2^r - 1 for |r| <= 1/2, accurate near zero
+MIRAS_INLINE Vec exp2_minus_one(Vec r) {
+  Vec p = broadcast(1.540351224e-04f);
+  p = p * r + 1.339073548e-03f;
+  p = p * r + 9.618237495e-03f;
+  p = p * r + 5.550357434e-02f;
+  p = p * r + 2.402264979e-01f;
+  p = p * r + 6.931471879e-01f;
+  return p * r;
+}
+
+// log2(m) for m in [sqrt(1/2), sqrt(2))
+MIRAS_INLINE Vec log2_mantissa(Vec m) {
+  const Vec f = m - 1.0f;
+  Vec p = broadcast(-1.099493792e-01f);
+  p = p * f + 1.861748676e-01f;
+  p = p * f - 1.910627803e-01f;
+  p = p * f + 2.046006370e-01f;
+  p = p * f - 2.396174025e-01f;
+  p = p * f + 2.885674074e-01f;
+  p = p * f - 3.606966494e-01f;
+  p = p * f + 4.808982411e-01f;
+  p = p * f - 7.213473515e-01f;
+  p = p * f + 1.442695041e+00f;
+  return p * f;
+}
+
+// A number as (2^n)(1 + tail): exp(x), with exp(x) - 1 recoverable without cancellation. x <= 0; below -87 it is zero.
+struct SplitExp {
+  Vec scale, tail;
+  MIRAS_FN explicit SplitExp(Vec x) {
+    x = x < -88.0f ? broadcast(-88.0f) : x;
+    const Vec n = round_to_even(x * 1.44269504f);
+    const Vec r = (x - n * 6.93145752e-01f) - n * 1.42860677e-06f;  // x - n ln 2, in two steps
+    scale = n < -126.5f ? zeros() : power_of_two(n);
+    tail = exp2_minus_one(r * 1.44269504f);
+  }
+  MIRAS_FN Vec value() const { return scale + scale * tail; }
+  MIRAS_FN Vec minus_one() const { return (scale - 1.0f) + scale * tail; }
+};
+
+MIRAS_INLINE Vec exp_nonpositive(Vec x) { return SplitExp(x).value(); }
+
+}  // namespace miras::cpu::MIRAS_LEVEL
+
+namespace miras {
+
+template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
+  using F = cpu::MIRAS_LEVEL::Vec;
+  using I = cpu::MIRAS_LEVEL::IVec;
+
+  MIRAS_FN static F abs(F x) { return (F)((I)x & 0x7fffffff); }
+  MIRAS_FN static F copysign(F magnitude, F sign) { return (F)((I)magnitude | ((I)sign & int32_t(0x80000000))); }
+  MIRAS_FN static F min(F a, F b) { return a < b ? a : b; }
+  MIRAS_FN static F max(F a, F b) { return a > b ? a : b; }
+
+  MIRAS_FN static F sqrt(F x) {
+#if defined(__x86_64__) && MIRAS_LANES == 16
+    return (F)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__x86_64__) && MIRAS_LANES == 8
+    return (F)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (F)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (F)vsqrtq_f32((float32x4_t)x);
+#else
+    for (int i = 0; i < MIRAS_LANES; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+  }
+
+  // With z = exp(-2|x|): tanh|x| = (1 - z) / (1 + z),  sech^2 x = 4 z / (1 + z)^2.
+  MIRAS_FN static F tanh(F x) {
+    const F minus_one = cpu::MIRAS_LEVEL::SplitExp(-2.0f * abs(x)).minus_one();
+    return copysign(-minus_one / (2.0f + minus_one), x);
+  }
+  MIRAS_FN static F sech2(F x) {
+    const F z = cpu::MIRAS_LEVEL::SplitExp(-2.0f * abs(x)).value();
+    const F inverse = 1.0f / (1.0f + z);
+    return 4.0f * z * inverse * inverse;
+  }
+
+  // x^a for x >= 0 and a > 0 as 2^(a n + a log2 m), x = 2^n m; the exponent is split so that it costs no accuracy.
+  MIRAS_FN static F pow(F x, float a) {
+    using namespace cpu::MIRAS_LEVEL;
+    const I bits = (I)x;
+    const I exponent = (bits - 0x3f3504f3) >> 23;
+    const F n = __builtin_convertvector(exponent, F);
+    const F fraction = a * log2_mantissa((F)(bits - (exponent << 23)));
+    F k = round_to_even(a * n + fraction);
+    const F r = (a * n - k) + fraction;
+    const F clamped = min(max(k, F{} - 126.0f), F{} + 127.0f);
+    const F y = power_of_two(clamped) * (1.0f + exp2_minus_one(r));
+    return ((x > 0.0f) & (k >= -126.0f)) ? y : F{};
+  }
+};
+
+}  // namespace miras

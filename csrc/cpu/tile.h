@@ -1,0 +1,144 @@
+// Small matrix products on register tiles: the micro-kernels under every memory.
+//
+//   Tile<R, N>     R rows by N vectors of accumulators; everything that happens to a result happens while it is in registers
+//   sweep          visits a matrix tile by tile:        sweep(rows, cols, [&]<int R, int N>(int i, int j) { ... })
+//   sweep_lower    the same for a lower triangle (by rows, columns to the next multiple of kPad)
+//
+// A product accumulates A(i, k) B(k, j) with A read one element at a time and broadcast, so that A may lie in memory by rows
+// (`Rows`: A(i, k) = p[i ld + k]) or by columns (`Cols`: A(i, k) = p[k ld + i]) at the same cost; B is read in vectors, its
+// rows are padded to kPad.
+#pragma once
+
+#include "vec.h"
+
+namespace miras::cpu::MIRAS_LEVEL {
+
+struct Rows {
+  const float* p;
+  index_t ld;
+  MIRAS_FN float operator()(index_t i, index_t k) const { return p[i * ld + k]; }
+  MIRAS_FN Rows at(index_t i) const { return {p + i * ld, ld}; }
+};
+
+struct Cols {
+  const float* p;
+  index_t ld;
+  MIRAS_FN float operator()(index_t i, index_t k) const { return p[k * ld + i]; }
+  MIRAS_FN Cols at(index_t i) const { return {p + i, ld}; }
+};
+
+struct Nothing {
+  MIRAS_FN void operator()(index_t) const {}
+};
+
+template <int R, int N> struct Tile {
+  Vec acc[R][N];
+
+  template <class Function> MIRAS_FN void each(Function&& f) {
+    MIRAS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MIRAS_UNROLL
+      for (int n = 0; n < N; ++n) f(r, n, acc[r][n]);
+    }
+  }
+
+  MIRAS_FN Tile() {
+    each([](int, int, Vec& x) MIRAS_LAMBDA { x = zeros(); });
+  }
+
+  // += sign * A[:, k0:k1] B[k0:k1, :];  beside(k) runs along (a prefetch)
+  template <int kSign, class A, class Beside>
+  MIRAS_FN void product(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside) {
+    b += k0 * ldb;
+    for (index_t k = k0; k < k1; ++k, b += ldb) {
+      beside(k);
+      Vec row[N];
+      MIRAS_UNROLL
+      for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
+      MIRAS_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Vec x = broadcast(a(r, k));
+        MIRAS_UNROLL
+        for (int n = 0; n < N; ++n) acc[r][n] = kSign > 0 ? acc[r][n] + x * row[n] : acc[r][n] - x * row[n];
+      }
+    }
+  }
+  template <class A, class Beside = Nothing>
+  MIRAS_FN void add(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside = {}) {
+    product<1>(a, b, ldb, k0, k1, beside);
+  }
+  template <class A, class Beside = Nothing>
+  MIRAS_FN void subtract(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside = {}) {
+    product<-1>(a, b, ldb, k0, k1, beside);
+  }
+
+  // row r *= x[r]
+  MIRAS_FN void scale_rows(const float* x) {
+    each([&](int r, int, Vec& y) MIRAS_LAMBDA { y *= broadcast(x[r]); });
+  }
+
+  // sums[r] += <row r, x's row r>
+  MIRAS_FN void dot_rows(const float* x, index_t ld, float* sums) {
+    MIRAS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      Vec s = acc[r][0] * load(x + r * ld);
+      MIRAS_UNROLL
+      for (int n = 1; n < N; ++n) s += acc[r][n] * load(x + r * ld + n * kLanes);
+      sums[r] += sum(s);
+    }
+  }
+
+  // += scale * x; the scale is left in memory: in a register it would live through the products and displace a row of B
+  MIRAS_FN void add_scaled(const float* x, index_t ld, const float* scale) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * broadcast(*scale); });
+  }
+  MIRAS_FN void store_to(float* x, index_t ld) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { store(x + r * ld + n * kLanes, y); });
+  }
+};
+
+// Tile heights for N vectors of width: as many accumulators as the registers hold beside B's row.
+template <int N> constexpr int kTileRows = kLanes == 16 ? (N == 4 ? 6 : 8) : kLanes == 8 ? 6 : 4;
+constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
+
+template <int N, class Function> MIRAS_INLINE void sweep_rows(int rows, int j, Function& visit) {
+  constexpr int R = kTileRows<N>;
+  int i = 0;
+  while (rows - i >= R && !(R == 6 && rows - i == 8)) visit.template operator()<R, N>(i, j), i += R;
+  if constexpr (R != 4) {
+    while (rows - i >= 4) visit.template operator()<4, N>(i, j), i += 4;
+  }
+  while (i < rows) visit.template operator()<1, N>(i, j), i += 1;
+}
+
+// Columns outside: a panel of B stays in the first-level cache while the rows pass by. `cols` is a multiple of kPad.
+template <class Function> MIRAS_INLINE void sweep(int rows, int cols, Function visit) {
+  constexpr int N = kTileVectors;
+  int j = 0;
+  for (; cols - j >= N * kLanes; j += N * kLanes) sweep_rows<N>(rows, j, visit);
+  if constexpr (N == 4) {
+    if (cols - j >= 2 * kLanes) sweep_rows<2>(rows, j, visit), j += 2 * kLanes;
+    if (cols - j >= kLanes) sweep_rows<1>(rows, j, visit);
+  }
+}
+
+// The lower triangle of a square matrix, by rows. Tiles right of the diagonal's kPad columns are not visited.
+template <class Function> MIRAS_INLINE void sweep_lower(int rows, Function visit) {
+  constexpr int R = kTileRows<2>, step = 2 * kLanes;
+  const auto row_block = [&]<int r>(int i) MIRAS_LAMBDA {
+    const int cols = round_up(i + r, kPad);
+    int j = 0;
+    for (; cols - j >= step; j += step) visit.template operator()<r, 2>(i, j);
+    if constexpr (kPad < step) {
+      if (j < cols) visit.template operator()<r, 1>(i, j);
+    }
+  };
+  int i = 0;
+  for (; rows - i >= R; i += R) row_block.template operator()<R>(i);
+  if constexpr (R != 4) {
+    for (; rows - i >= 4; i += 4) row_block.template operator()<4>(i);
+  }
+  for (; i < rows; ++i) row_block.template operator()<1>(i);
+}
+
+}  // namespace miras::cpu::MIRAS_LEVEL

@@ -1,0 +1,117 @@
+// Plain parameter structs of the kernels. Filled once by bindings.cpp, read by every kernel; no torch, no ownership.
+//
+//   B  batch            T  tokens           H  heads            C  tokens of a chunk
+//   N  sequences        Dk key channels     Dv value channels
+//
+// N = B, or the number of packed sequences (then B = 1). All strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+// Small functions are always inlined: the kernel files are compiled for several instruction sets, and a shared out-of-line
+// copy could be the one that this machine cannot run.
+#ifdef __CUDACC__
+#define MIRAS_FN __host__ __device__ __forceinline__
+#else
+#define MIRAS_FN inline __attribute__((always_inline))
+#endif
+
+namespace miras {
+
+enum class Dtype : int { f32, bf16 };
+
+// Tags of the attentional biases: one numbering for Python, Triton, CUDA and C++.
+enum class BiasTag : int {
+  dot = 0,
+  l2 = 1,
+  l1 = 2,
+  lp = 3,
+  lp_smooth = 4,
+  huber_coordinate = 5,
+  huber_norm = 6,
+  huber_switch = 7,
+  robust_l2 = 8,
+};
+constexpr int kBiasCount = 9;
+constexpr int kBiasParams = 3;
+
+// q, k, v, gates and their gradients: [B, T, H] or [B, T, H, D]; `data` is float or bfloat16.
+struct TokenTensor {
+  void* data = nullptr;
+  int64_t batch = 0, token = 0, head = 0, channel = 0;
+  MIRAS_FN explicit operator bool() const { return data != nullptr; }
+};
+
+// The dual and what is shaped like it: [N, H, Dv, Dk] float32.
+struct StateTensor {
+  float* data = nullptr;
+  int64_t seq = 0, head = 0, row = 0, col = 0;
+  MIRAS_FN explicit operator bool() const { return data != nullptr; }
+};
+
+struct LinearParams {
+  int64_t B = 0, T = 0, H = 0, N = 0;
+  int Dk = 0, Dv = 0, C = 1;
+
+  Dtype dtype = Dtype::f32;  // of q, k, v, out, grad_out
+  BiasTag bias = BiasTag::l2;
+  float bias_params[kBiasParams] = {};
+
+  // Value rows are shared out among `panels` tasks of `panel_width` rows when there are fewer heads than threads.
+  int panels = 1;
+  int panel_width = 0;
+
+  TokenTensor q, k, v;               // [B, T, H, D*], channel stride 1
+  TokenTensor lr, log_decay, delta;  // float32 [B, T, H]; log_decay, delta optional
+  bool delta_per_channel = false;    // delta is [B, T, H, Dv]
+
+  StateTensor dual;                     // A at the start
+  const int64_t* cu_seqlens = nullptr;  // [N + 1]
+
+  // Chunk-start states for the backward, [S, H, Dk, Dv] float32 (transposed duals). Sequence n keeps the states of its
+  // chunks 0, every, 2 every, ... in consecutive slots from `slot(n)` on.
+  float* saved = nullptr;
+  int checkpoint_every = 0;
+
+  MIRAS_FN int64_t tasks() const { return N * H * panels; }
+  MIRAS_FN int64_t begin(int64_t n) const { return cu_seqlens ? cu_seqlens[n] : 0; }
+  MIRAS_FN int64_t length(int64_t n) const { return cu_seqlens ? cu_seqlens[n + 1] - cu_seqlens[n] : T; }
+  MIRAS_FN int64_t batch(int64_t n) const { return cu_seqlens ? 0 : n; }
+
+  // A sequence of l tokens needs ceil(l / span) slots, span = C * every. Packed sequences start at n + floor(begin / span):
+  // consecutive starts are at least 1 + floor(l / span) apart, and S = N + floor(T / span) is enough for all of them.
+  MIRAS_FN int64_t slot(int64_t n) const {
+    const int64_t span = int64_t(C) * checkpoint_every;
+    return cu_seqlens ? n + cu_seqlens[n] / span : n * ((T + span - 1) / span);
+  }
+  MIRAS_FN int64_t slots() const {
+    const int64_t span = int64_t(C) * checkpoint_every;
+    return cu_seqlens ? N + T / span : N * ((T + span - 1) / span);
+  }
+};
+
+struct LinearForward : LinearParams {
+  // An open chunk: sequence n is position[n] tokens into a chunk that began with the dual `start`.
+  StateTensor start;
+  const int64_t* position = nullptr;       // [N]
+  const float* open_log_decay = nullptr;   // [N, H], what the open chunk has decayed so far
+
+  TokenTensor out;                                             // [B, T, H, Dv]
+  StateTensor final_dual, final_start;                         // optional
+  float* final_log_decay = nullptr;                            // [N, H], optional
+};
+
+struct LinearBackward : LinearParams {
+  int segment = 1;              // chunks of the longest segment: min(checkpoint_every, chunks there can be)
+  TokenTensor grad_out;         // [B, T, H, Dv]
+  StateTensor grad_final_dual;  // optional
+
+  // With several panels dq ... ddelta are partial sums, one after the other, `*_part` elements apart, dq and dk float32.
+  Dtype grad_dtype = Dtype::f32;                  // of dq, dk
+  TokenTensor dq, dk, dv;                         // contiguous
+  TokenTensor dlr, dlog_decay, ddelta;            // float32; the last two optional
+  int64_t key_part = 0, gate_part = 0;
+  StateTensor d_dual;
+};
+
+}  // namespace miras

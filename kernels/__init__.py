@@ -1,0 +1,1 @@
+"""Triton kernels, installed as miras_kernels.kernels (sources in kernels/)."""

@@ -1,0 +1,199 @@
+"""``python -m miras_kernels``: what is installed here, what can run, and which backend would serve a call.
+
+A subcommand is a function that adds its arguments to a parser and one that runs them, in :data:`COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import __version__, biases, dispatch, explain, options, retention
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- info
+
+
+def _version(distribution: str) -> str:
+    """An installed version, without importing the package."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    threads = f"{torch.get_num_threads()} threads"
+    extension = dispatch.BACKENDS["cpp"].extension
+    if extension is None:
+        return f"{platform.machine()}, {threads}"
+    asked = os.environ.get("MIRAS_CPU_CAPABILITY")
+    try:
+        level = f"kernels use {extension.cpu_capability()}"
+    except (RuntimeError, ValueError) as error:
+        level = f"kernels cannot run: {error}"
+    because = f", as MIRAS_CPU_CAPABILITY={asked} asks" if asked else ""
+    return f"{platform.machine()}, {threads}, {level}{because} (can run here: {', '.join(extension.cpu_capabilities())})"
+
+
+def _accelerators() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("cuda", "none")]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append((f"cuda:{i}", f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
+    return found
+
+
+def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, text in rows:
+        print(f"  {name:{width}s}  {text}")
+
+
+def info(_: argparse.Namespace) -> int:
+    """Print versions, devices, backends and options."""
+    versions = [("miras-kernels", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    _print_rows("versions", [*versions, *((name, _version(name)) for name in ("triton", "transformers"))])
+    _print_rows("devices", [("cpu", _cpu()), *_accelerators()])
+    missing = {name: dispatch.unavailable(name) for name in dispatch.NAMES[1:]}
+    _print_rows("backends", [(name, "can run here" if reason is None else f"cannot run: {reason}") for name, reason in missing.items()])
+    _print_rows("options", [(field.name, repr(getattr(options, field.name))) for field in dataclasses.fields(options)])
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- explain
+
+
+def _rows_by_name(table: dict) -> dict:
+    return {row.name: row for row in table.values()}
+
+
+def _row(table: dict, what: str) -> Callable[[str], object]:
+    """A parser of ``NAME`` or ``NAME:PARAMETER,...`` for a table of biases or gates."""
+
+    def parse(text: str) -> object:
+        name, _, numbers = text.partition(":")
+        rows = _rows_by_name(table)
+        if name not in rows:
+            raise argparse.ArgumentTypeError(f"unknown {what} {name!r}: expected one of {', '.join(rows)}")
+        if not numbers:
+            return rows[name]
+        row, values = rows[name], numbers.split(",")
+        fields = [field.name for field in dataclasses.fields(row) if isinstance(getattr(row, field.name), (float, type(None)))]
+        if len(values) > len(fields):
+            takes = f"takes {', '.join(fields)}" if fields else "takes no parameters"
+            raise argparse.ArgumentTypeError(f"{what} {text!r}: {name} {takes}")
+        try:
+            return dataclasses.replace(row, **{field: float(value) for field, value in zip(fields, values)})  # noqa: B905
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{what} {text!r}: {error}") from None
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return value
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory", choices=("linear", "mlp"), default="linear")
+    bias_names, gate_names = (", ".join(_rows_by_name(module.TABLE)) for module in (biases, retention))
+    parser.add_argument("--bias", type=_row(biases.TABLE, "bias"), default=biases.L2(), metavar="NAME[:P,...]",
+                        help=f"{bias_names}; with parameters: lp:2.5")  # fmt: skip
+    parser.add_argument("--retention", type=_row(retention.TABLE, "retention gate"), default=retention.L2Retention(),
+                        metavar="NAME[:P,...]", help=gate_names)  # fmt: skip
+    parser.add_argument("--dim", type=_positive, default=64, help="head dimension of keys, and of values without --value-dim")
+    parser.add_argument("--value-dim", type=_positive)
+    parser.add_argument("--chunk", type=_positive, default=64, help="chunk_size")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="need not be there: nothing is computed")
+    parser.add_argument("--decay", choices=("none", "scalar", "channel"), default="scalar")
+    parser.add_argument("--lr", choices=("scalar", "channel"), default="scalar")
+    parser.add_argument("--momentum", action="store_true")
+    parser.add_argument("--no-grad", action="store_true", help="forward alone")
+
+
+def _example(args: argparse.Namespace) -> dict[str, str | None]:
+    """:func:`miras_kernels.explain` of a call like the one described, with tensors that hold no numbers."""
+    b, h, d, dv = 1, 1, args.dim, args.value_dim or args.dim
+    t, hidden = 2 * args.chunk, 4 * args.dim
+    dtype = getattr(torch, args.dtype)
+    wide = torch.float64 if args.dtype == "float64" else torch.float32
+
+    def make(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=args.device)
+
+    def gate(kind: str) -> torch.Tensor | None:
+        return None if kind == "none" else make(b, t, h, *([dv] if kind == "channel" else []))
+
+    with torch._subclasses.FakeTensorMode():
+        call = dict(q=make(b, t, h, d, dtype=dtype), k=make(b, t, h, d, dtype=dtype), v=make(b, t, h, dv, dtype=dtype),
+                    lr=gate(args.lr), log_decay=gate(args.decay), bias=args.bias, retention=args.retention,
+                    chunk_size=args.chunk)  # fmt: skip
+        call["q"].requires_grad_(not args.no_grad)  # one is enough
+        if args.bias.needs_delta:
+            call["delta"] = make(b, t, h)
+        if args.momentum:
+            call["momentum"] = make(b, t, h)
+        if args.memory == "mlp":
+            call |= dict(initial_state=(make(h, dv, hidden), make(h, hidden, d)), ln_weight=make(h, dv), ln_bias=make(h, dv))
+        return explain(**call)
+
+
+def explain_command(args: argparse.Namespace) -> int:
+    """Print what each backend says about a call, and the one that "auto" takes."""
+    try:
+        reasons = _example(args)
+    except (TypeError, ValueError) as error:
+        print(f"no backend: the call itself is wrong: {error}", file=sys.stderr)
+        return 2
+    direction = "forward" if args.no_grad else "forward and backward"
+    title = f"{args.memory} memory, {args.bias}, {args.retention}, {args.dtype} on {args.device}, {direction}"
+    _print_rows(title, [(name, "can serve it" if reason is None else f"cannot: {reason}") for name, reason in reasons.items()])
+    print(f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}')
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+#: name: (one line of help, adds arguments, runs)
+COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
+    "info": ("versions, devices, backends and options (the default)", lambda parser: None, info),
+    "explain": ("which backends can serve a call, and which one 'auto' takes", _explain_arguments, explain_command),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m miras_kernels", description="What miras-kernels can do on this machine.")
+    parser.set_defaults(run=info)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, (text, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        add_arguments(command)
+        command.set_defaults(run=run)
+    args = parser.parse_args(arguments)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""The block around a memory, for use as a layer: projections, convolution, gates, read-out (SPEC section 8)."""
+
+from .block import BlockState, MemoryBlock
+from .presets import PRESETS, Preset
+
+__all__ = ["PRESETS", "BlockState", "MemoryBlock", "Preset"]

@@ -1,0 +1,304 @@
+"""The paper's block (Miras, arXiv 2504.13173, section 5.3; Titans, arXiv 2501.00663, section 4.4) around the linear memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..memory import linear_memory
+from ..state import MemoryState
+from .presets import Preset, resolve
+
+__all__ = ["BlockState", "MemoryBlock"]
+
+_MEMORY_SPAN = (10.0, 1000.0)  # tokens after which the fastest and the slowest head have forgotten a factor e at the start
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockState:
+    """What a :class:`MemoryBlock` carries from one token to the next, for N sequences. A value: never written into.
+
+    Attributes:
+        memory: the state of the memory.
+        conv: ``[N, conv_width - 1, 3 * num_heads * head_dim]``, the last inputs of the convolution.
+    """
+
+    memory: MemoryState
+    conv: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BlockState:
+        """Apply ``function`` to every tensor (index the batch, move, detach ...)."""
+        return BlockState(self.memory.map(function), function(self.conv))
+
+    def detach(self) -> BlockState:
+        """The same numbers without a gradient history."""
+        return self.map(torch.Tensor.detach)
+
+
+class MemoryBlock(nn.Module):
+    r"""A sequence layer whose memory is learned while it reads. In the place of an attention layer, causal, without positions.
+
+    ::
+
+        q, k, v = silu(conv(q_proj(x), k_proj(x), v_proj(x)))     depthwise causal convolution; q and k then L2-normalised
+        lr, log_decay, delta = gates(x)                           per head, from one projection of low rank, in float32
+        o = linear_memory(q, k, v, lr, log_decay, delta=delta)
+        out = o_proj(rms_norm(o) * silu(g_proj(x)))               normalised per head
+
+    **Stability of the inner loop.** A chunk's gradients are all taken at its start, so with psi(e) = e it multiplies the memory by
+    ``gamma_C I - K``, ``K = sum_s w_s lr_s k_s k_s'`` with weights ``w_s <= 1``. This does not grow as long as the eigenvalues of
+    K stay below ``1 + gamma_C``, and they reach ``sum_s lr_s |k_s|^2`` when a key repeats. So keys have at most unit norm and
+    ``lr = sigmoid(.) / chunk_size``: the eigenvalues are at most 1 for all inputs and all parameter values. At the upper
+    end a chunk of equal keys moves the memory exactly to the mean of their values; TTT (arXiv 2407.04620) averages a
+    mini-batch's gradients in the same way, and for ``chunk_size = 1`` it is DeltaNet's step. Huber's psi has a slope of at
+    most 1 (or is bounded), so the same holds for it. The size of the read-out does not matter: it is normalised.
+
+    **Gates at the start.** ``lr`` in the middle of its range; decays such that the heads forget over 10 to 1000 tokens,
+    evenly spaced in the logarithm (as Mamba starts its time steps); ``delta`` at the size that values have then, so that both
+    branches of a Huber loss are in use. ``log_decay = -softplus(.) <= 0`` and ``delta = softplus(.) > 0`` by construction.
+
+    Args:
+        hidden_size: channels D of the layer's input and output.
+        num_heads: H.
+        head_dim: channels of a head; ``hidden_size // num_heads`` by default.
+        preset: a name from :data:`~miras_kernels.layers.PRESETS` or a :class:`~miras_kernels.layers.Preset`.
+        chunk_size: another one than the preset's.
+        conv_width: taps of the convolution, >= 1.
+        gate_rank: rank of the gates' projection.
+        norm_eps: of the RMS norm, relative to a read-out of size 1 before ``lr`` is divided by ``chunk_size``.
+        init_std: standard deviation of the projections at the start.
+        backend: of :func:`~miras_kernels.linear_memory`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        preset: str | Preset = "yaad",
+        chunk_size: int | None = None,
+        conv_width: int = 4,
+        gate_rank: int = 16,
+        norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "conv_width": conv_width, "gate_rank": gate_rank}
+        if head_dim is not None:
+            sizes["head_dim"] = head_dim
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden_size} (or a head_dim), got {num_heads}")
+        self.preset = resolve(preset, chunk_size)
+        self.hidden_size, self.num_heads, self.head_dim = (hidden_size, num_heads, head_dim or hidden_size // num_heads)
+        self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
+        inner, where = (self.num_heads * self.head_dim, {"device": device, "dtype": dtype})
+        self.q_proj = nn.Linear(hidden_size, inner, bias=False, **where)
+        self.k_proj = nn.Linear(hidden_size, inner, bias=False, **where)
+        self.v_proj = nn.Linear(hidden_size, inner, bias=False, **where)
+        self.g_proj = nn.Linear(hidden_size, inner, bias=False, **where)
+        self.o_proj = nn.Linear(inner, hidden_size, bias=False, **where)
+        self.conv_weight = nn.Parameter(torch.empty(3 * inner, conv_width, **where))
+        self.norm_weight = nn.Parameter(torch.empty(self.head_dim, **where))
+        gates = len(self.preset.token_gates) * num_heads
+        self.gate_down = nn.Parameter(torch.empty(gate_rank, hidden_size, **where)) if gates else None
+        self.gate_up = nn.Parameter(torch.empty(gates, gate_rank, **where)) if gates else None
+        self.gate_bias = nn.Parameter(torch.empty(gates, **where)) if gates else None
+        self.decay_rate = nn.Parameter(torch.empty(num_heads, **where)) if self.preset.decay == "dt" else None
+        self.reset_parameters(init_std)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_std: float = 0.02) -> None:
+        """Set every parameter to its start, from torch's random generator."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj):
+            nn.init.normal_(projection.weight, std=init_std)
+        nn.init.uniform_(self.conv_weight, -(self.conv_width**-0.5), self.conv_width**-0.5)
+        nn.init.ones_(self.norm_weight)
+        if self.decay_rate is not None:
+            nn.init.zeros_(self.decay_rate)
+        if self.gate_bias is None:
+            return
+        nn.init.normal_(self.gate_down, std=init_std)
+        nn.init.normal_(self.gate_up, std=init_std)
+        first, last = (math.log(span) for span in _MEMORY_SPAN)
+        spans = torch.linspace(first, last, self.num_heads, dtype=torch.float64).exp()
+        if self.num_heads == 1:
+            spans = torch.tensor([(_MEMORY_SPAN[0] * _MEMORY_SPAN[1]) ** 0.5], dtype=torch.float64)
+        # The norm of a value: rms inputs of 1, a convolution of variance 1/3, silu(x) ~ x / 2.
+        value = init_std * (self.hidden_size * self.head_dim / 3) ** 0.5 / 2
+        start = {"lr": torch.zeros_like(spans), "dt": _inverse_softplus(1 / spans), "log_decay": _inverse_softplus(1 / spans),
+                 "delta": _inverse_softplus(torch.full_like(spans, value))}  # fmt: skip
+        self.gate_bias.copy_(torch.cat([start[name] for name in self.preset.token_gates]))
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, head_dim={self.head_dim}, preset={self.preset}"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        initial_state: BlockState | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, BlockState | None]:
+        """Read a batch of sequences.
+
+        Padding is exact: a row's result is that of its real tokens alone, wherever the padding stands (left, right, or in
+        between); padded positions give zeros, and what they hold influences nothing. The real tokens of each row are moved
+        to the front, in order, and the outputs back: shapes do not depend on the mask's values, and no device is waited for.
+        Only ``output_final_state`` with padding packs the rows instead, which needs the mask's values.
+
+        Args:
+            hidden_states: ``[B, T, D]``, any floating dtype.
+            attention_mask: ``[B, T]``, nonzero at real tokens. None: no padding.
+            cu_seqlens: ``[N + 1]``, packs N sequences into B = 1, see :func:`~miras_kernels.linear_memory`.
+            initial_state: of the B (or N) sequences; a sequence may be cut anywhere.
+            output_final_state: whether to return the state after each sequence's last real token.
+
+        Returns:
+            ``out [B, T, D]`` and the final state or None.
+        """
+        x = hidden_states
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden_states: expected shape [B, T, D] with D = {self.hidden_size}, got {tuple(x.shape)}")
+        if initial_state is not None and not isinstance(initial_state, BlockState):
+            raise TypeError(f"initial_state: expected a BlockState, got {type(initial_state).__name__}")
+        if attention_mask is None:
+            return self._run(x, cu_seqlens, initial_state, output_final_state)
+        if cu_seqlens is not None:
+            raise ValueError("attention_mask: packed sequences (cu_seqlens) have no padding, got both")
+        mask = _token_mask(attention_mask, x)
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+            return self._run(x, None, initial_state, output_final_state)
+        if output_final_state:
+            return self._run_packed(x, mask, initial_state)
+        order = torch.argsort(mask, dim=1, descending=True, stable=True)  # real tokens first
+        real = mask.gather(1, order).unsqueeze(-1)
+        x = x.gather(1, order.unsqueeze(-1).expand_as(x)).masked_fill(~real, 0)
+        out, _ = self._run(x, None, initial_state, False)
+        out = out.gather(1, order.argsort(1).unsqueeze(-1).expand_as(out))
+        return out.masked_fill(~mask.unsqueeze(-1), 0), None
+
+    def _run_packed(self, x: Tensor, mask: Tensor, initial_state: BlockState | None) -> tuple[Tensor, BlockState | None]:
+        """Rows with padding as packed sequences: each final state is that after the row's last real token."""
+        lengths = mask.sum(1)
+        if bool((lengths == 0).any()):
+            raise ValueError("attention_mask: a final state needs at least one real token in every row, got a row of padding alone")
+        at = mask.flatten().nonzero().squeeze(1)
+        out, state = self._run(x.flatten(0, 1)[at].unsqueeze(0), F.pad(lengths.cumsum(0), (1, 0)), initial_state, True)
+        out = out.new_zeros(mask.numel(), out.shape[-1]).index_copy(0, at, out.squeeze(0))
+        return out.unflatten(0, mask.shape), state
+
+    def _run(
+        self, x: Tensor, cu_seqlens: Tensor | None, initial_state: BlockState | None, output_final_state: bool
+    ) -> tuple[Tensor, BlockState | None]:
+        projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        mixed, conv = self._convolve(projected, None if initial_state is None else initial_state.conv, cu_seqlens)
+        q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        o, memory = linear_memory(
+            _unit(q), _unit(k), v, **self.gates(x), bias=self.preset.bias, retention=self.preset.retention,
+            chunk_size=self.preset.chunk_size, initial_state=None if initial_state is None else initial_state.memory,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        scale = self.preset.chunk_size if self.preset.lr == "bounded" else 1
+        o = _wide(o)
+        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
+        out = self.o_proj(o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x)))
+        return out, BlockState(memory, conv) if output_final_state else None
+
+    def gates(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
+        """``lr``, ``log_decay`` and ``delta [B, T, H]`` of :func:`~miras_kernels.linear_memory`, in float32 (float64 for float64).
+
+        Autocast does not apply: a decay close to 1 has no room in bfloat16.
+        """
+        row, shape = self.preset, (*hidden_states.shape[:2], self.num_heads)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            x = _wide(hidden_states)
+            raw = {}
+            if row.token_gates:
+                projected = F.linear(F.linear(x, self.gate_down.to(x.dtype)), self.gate_up.to(x.dtype), self.gate_bias.to(x.dtype))
+                raw = dict(zip(row.token_gates, projected.unflatten(-1, (-1, self.num_heads)).unbind(2), strict=True))
+            gates = {}
+            if row.lr == "bounded":
+                gates["lr"] = torch.sigmoid(raw["lr"]) / row.chunk_size
+            else:
+                gates["lr"] = F.softplus(raw["dt"]) if row.lr == "dt" else x.new_ones(shape)
+            if row.decay == "token":
+                gates["log_decay"] = -F.softplus(raw["log_decay"])
+            elif row.decay == "dt":
+                gates["log_decay"] = -self.decay_rate.to(x.dtype).exp() * gates["lr"]
+            elif row.decay == "fixed":
+                gates["log_decay"] = torch.log1p(-torch.exp2(-5 - torch.arange(shape[-1], dtype=x.dtype, device=x.device))).expand(shape)
+            if row.bias.needs_delta:
+                gates["delta"] = F.softplus(raw["delta"])
+        return gates
+
+    def _convolve(self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Depthwise causal convolution of ``x [B, T, channels]``, and the last ``conv_width - 1`` inputs of each sequence.
+
+        Every sequence is preceded by its context (zeros at its start); packed ones are first moved apart to make room for it.
+        """
+        before, tokens, channels = self.conv_width - 1, x.shape[1], x.shape[2]
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if context is None:
+            context = x.new_zeros(sequences, before, channels)
+        elif tuple(context.shape) != (sequences, before, channels):
+            raise ValueError(f"initial_state.conv: expected shape {(sequences, before, channels)}, got {tuple(context.shape)}")
+        context = context.to(x.dtype)
+        if cu_seqlens is None:
+            stream = torch.cat([context, x], 1)
+            if tokens == 0:
+                return x, stream
+            return _depthwise(stream, self.conv_weight), stream[:, tokens:]
+        offsets = cu_seqlens.to(torch.int64)
+        number = torch.arange(sequences, device=x.device)
+        of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence
+        at = torch.arange(tokens, device=x.device) + of_token * before  # [T], where the token's window begins
+        around = (offsets + F.pad(number, (0, 1)) * before)[:-1, None] + torch.arange(before, device=x.device)  # [N, before]
+        stream = x.new_zeros(tokens + sequences * before, channels)
+        stream = stream.index_copy(0, around.flatten(), context.flatten(0, 1)).index_copy(0, at + before, x.squeeze(0))
+        last = offsets[1:, None] + number[:, None] * before + torch.arange(before, device=x.device)
+        return _depthwise(stream.unsqueeze(0), self.conv_weight)[:, at], stream[last]
+
+
+def _token_mask(mask: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor [B, T], got {type(mask).__name__}")
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ValueError(f"attention_mask: expected shape [B, T] = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    return mask.to(device=x.device) != 0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x`` at norm <= 1 over the last axis; a zero vector stays zero, with a finite gradient."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _inverse_softplus(y: Tensor) -> Tensor:
+    return y + torch.log(-torch.expm1(-y))
+
+
+def _depthwise(stream: Tensor, weight: Tensor) -> Tensor:
+    """``[B, T + width - 1, channels] -> [B, T, channels]``; as a 2-d convolution, the tokens' layout is already channels-last."""
+    image = stream.transpose(1, 2).unsqueeze(2)  # [B, channels, 1, tokens]
+    return F.conv2d(image, weight[:, None, None], groups=stream.shape[-1]).squeeze(2).transpose(1, 2)

@@ -1,0 +1,91 @@
+"""Presets: one table of published memories, and the place to add another.
+
+A row says what a :class:`~miras_kernels.layers.MemoryBlock` computes between its projections (SPEC section 8). Where a
+paper's memory has several forms, the row is its linear one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..biases import L2, Bias, DotProduct, Huber
+from ..retention import L2Retention, Retention
+
+__all__ = ["PRESETS", "Preset", "resolve"]
+
+_CHOICES = {"memory": ("linear",), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a block's memory is.
+
+    Attributes:
+        bias, retention: the attentional bias and the retention gate. A bias with ``needs_delta`` takes delta from the token.
+        lr: ``"bounded"``: from the token, in ``(0, 1 / chunk_size)``, which keeps the inner loop stable (see
+            :class:`~miras_kernels.layers.MemoryBlock`); ``"one"``: every token is written with weight 1; ``"dt"``: the token's
+            time step ``dt = softplus(.)``, as in Mamba-2.
+        decay: None; ``"token"``: ``log_decay = -softplus(.)`` from the token; ``"fixed"``: RetNet's ``log(1 - 2^(-5-h))`` for
+            head h; ``"dt"``: ``-exp(a) dt`` with a parameter a per head, as in Mamba-2.
+        chunk_size: tokens whose gradients are taken at one point. Part of the model, except for the dot product, whose
+            gradient does not depend on the state.
+        source: where it is described.
+        memory: ``"linear"``.
+        momentum: False.
+    """
+
+    bias: Bias
+    lr: str
+    decay: str | None
+    chunk_size: int
+    source: str
+    retention: Retention = L2Retention()  # noqa: RUF009  immutable
+    memory: str = "linear"
+    momentum: bool = False
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if self.decay == "dt" and self.lr != "dt":
+            raise ValueError(f"decay: 'dt' needs lr='dt', got lr={self.lr!r}")
+
+    @property
+    def token_gates(self) -> tuple[str, ...]:
+        """Names of the gates that are projected from the token, in a fixed order."""
+        wanted = {"lr": self.lr == "bounded", "dt": self.lr == "dt", "log_decay": self.decay == "token", "delta": self.bias.needs_delta}
+        return tuple(name for name, want in wanted.items() if want)
+
+
+#: name -> preset
+PRESETS: dict[str, Preset] = {
+    "yaad": Preset(Huber("switch"), "bounded", "token", 16, "Yaad with a linear memory: Miras, arXiv 2504.13173, section 5.3"),
+    "huber": Preset(Huber("coordinate"), "bounded", "token", 16, "Huber loss per coordinate: Miras, arXiv 2504.13173, section 5.1"),
+    "l2": Preset(L2(), "bounded", "token", 16, "delta rule by chunks with decay: Titans without momentum, arXiv 2501.00663"),
+    "ttt_linear": Preset(L2(), "bounded", None, 16, "TTT-Linear, arXiv 2407.04620"),
+    "deltanet": Preset(L2(), "bounded", None, 1, "DeltaNet, arXiv 2406.06484"),
+    "linear_attention": Preset(DotProduct(), "one", None, 64, "linear attention, arXiv 2006.16236"),
+    "retnet": Preset(DotProduct(), "one", "fixed", 64, "RetNet, arXiv 2307.08621"),
+    "mamba2": Preset(DotProduct(), "dt", "dt", 64, "the recurrence of Mamba-2, arXiv 2405.21060"),
+}
+
+
+def resolve(choice: str | Preset, chunk_size: int | None = None) -> Preset:
+    """The preset of a name (or the given one), with another chunk size if asked for.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(choice, str):
+        if choice not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(map(repr, PRESETS))}, got {choice!r}")
+        choice = PRESETS[choice]
+    elif not isinstance(choice, Preset):
+        raise TypeError(f"preset: expected a name or a Preset, got {type(choice).__name__}")
+    if chunk_size is None:
+        return choice
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size: expected an integer >= 1, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size}")
+    return dataclasses.replace(choice, chunk_size=chunk_size)

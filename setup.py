@@ -1,0 +1,134 @@
+"""Builds miras_kernels._C, the C++ kernels, with torch's BuildExtension (ninja). Everything else is in pyproject.toml.
+
+The package must also install where the kernels cannot be built: without a C++ compiler, or in pip's isolated build
+environment, which has no torch (use `pip install --no-build-isolation .`). Then it installs without them and the reason is
+kept in miras_kernels/_build_info.py, which `backend="cpp"` quotes.
+
+    MIRAS_REQUIRE_CPP=1    a failed build is an error (developers, CI)
+    MIRAS_SKIP_CPP=1       do not build the kernels
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+REQUIRE_CPP = os.environ.get("MIRAS_REQUIRE_CPP", "0") not in ("", "0")
+SKIP_CPP = os.environ.get("MIRAS_SKIP_CPP", "0") not in ("", "0")
+BUILD_INFO = "_build_info.py"
+
+SOURCES = ["csrc/bindings.cpp", *(f"csrc/cpu/{path.name}" for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))]
+# No -march: the kernels carry their own instruction sets and choose at run time. -O2 is as fast as -O3 here, in half the time.
+COMPILE = ["-O2", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]
+
+
+def version() -> str:
+    text = (ROOT / "python" / "miras_kernels" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+def write_build_info(package: Path, missing: str | None) -> None:
+    package.mkdir(parents=True, exist_ok=True)
+    text = f'"""Written by setup.py."""\n\n# Why the C++ kernels are not there; None if they are.\nCPP_MISSING = {missing!r}\n'
+    (package / BUILD_INFO).write_text(text, encoding="utf-8")
+
+
+def why_not() -> str | None:
+    """The reason why the kernels cannot be built here, as far as it is known before trying."""
+    if SKIP_CPP:
+        return "MIRAS_SKIP_CPP was set when the package was installed"
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        return (
+            f"torch could not be imported when the package was installed ({error}); pip's isolated build environment has"
+            " none: use pip install --no-build-isolation"
+        )
+    compiler = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there was no C++ compiler ({compiler!r} not found; set CXX) when the package was installed"
+    return None
+
+
+class BuildPython(build_py):
+    """Also writes what is known so far about the kernels."""
+
+    def run(self):
+        super().run()
+        editable = getattr(self, "editable_mode", False)
+        write_build_info(ROOT / "python" / "miras_kernels" if editable else Path(self.build_lib) / "miras_kernels", MISSING)
+
+
+MISSING = why_not()
+if MISSING and REQUIRE_CPP:
+    sys.exit(f"MIRAS_REQUIRE_CPP is set, but {MISSING}")
+
+extensions, commands = [], {"build_py": BuildPython}
+if MISSING:
+    print(f"miras-kernels: installing without the C++ kernels: {MISSING}", file=sys.stderr)
+else:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class BuildKernels(BuildExtension):
+        """A failed build leaves a package without kernels and a note why, unless they are required."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            # One lasting place for objects, so that ninja rebuilds only what changed, under pip too.
+            python = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+            self.build_temp = str(ROOT / "build" / f"cpp-{self.plat_name}-{python}")
+
+        def run(self):
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if REQUIRE_CPP:
+                    raise
+                in_source = self.inplace or getattr(self, "editable_mode", False)
+                package = (ROOT / "python" if in_source else Path(self.build_lib)) / "miras_kernels"
+                for stale in package.glob("_C.*.so"):
+                    stale.unlink()
+                missing = f"compiling it failed when the package was installed: {self.first_error() or error}"
+                write_build_info(package, missing)
+                print(f"miras-kernels: installing without the C++ kernels: {missing}", file=sys.stderr)
+
+        def first_error(self) -> str | None:
+            """What the compiler says first, asked once more."""
+            try:
+                ninja = subprocess.run(["ninja", "-j1", "-C", self.build_temp], capture_output=True, text=True, timeout=600)
+            except (OSError, subprocess.TimeoutExpired):
+                return None
+            return next((line.strip() for line in ninja.stdout.splitlines() if "error" in line), None)
+
+        def copy_extensions_to_source(self):
+            if all(os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(e.name))) for e in self.extensions):
+                super().copy_extensions_to_source()
+
+    commands["build_ext"] = BuildKernels.with_options(use_ninja=True, no_python_abi_suffix=False)
+    extensions.append(
+        CppExtension(
+            "miras_kernels._C",
+            SOURCES,
+            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": COMPILE},
+            extra_link_args=["-fopenmp", "-s"],
+        )
+    )
+
+setup(
+    version=version(),
+    package_dir={"miras_kernels": "python/miras_kernels", "miras_kernels.kernels": "kernels"},
+    packages=[*find_packages("python"), "miras_kernels.kernels"],
+    package_data={"miras_kernels.kernels": ["README.md"]},
+    ext_modules=extensions,
+    cmdclass=commands,
+    zip_safe=False,
+)

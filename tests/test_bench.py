@@ -1,0 +1,173 @@
+"""bench/cpu.py itself: what it writes, its arithmetic, and that a wrong kernel gets no time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from miras_kernels import dispatch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+cpu, harness = importlib.import_module("cpu"), importlib.import_module("harness")
+
+SETTINGS = cpu.Settings(backend="reference", seconds=0.02, min_rounds=2, compile_seconds=0, toy=True)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCH / "cpu.py"), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+
+
+def test_document(tmp_path):
+    path = tmp_path / "out" / "bench.json"
+    backend = "reference" if dispatch.unavailable("cpp") else "cpp"
+    done = run_bench("--toy", "--backend", backend, "--only", "shapes", "--shapes", "D64 C64", "--threads", "1", "--seconds", "0.02",
+                     "--compile-seconds", "0", "--json", str(path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(path.read_text())
+    assert {"date", "commit", "modified", "machine", "versions", "capability", "settings", "threads", "results", "targets"} <= set(document)
+    assert document["versions"]["torch"] == torch.__version__
+    forward, both = document["results"]
+    for result, direction in ((forward, cpu.FORWARD), (both, cpu.BOTH)):
+        assert (result["study"], result["case"], result["direction"]) == ("shapes", "D64 C64", direction)
+        assert (result["threads"], result["clock"]) == (1, "cpu")
+        assert result["parity"]["kernel"]["ok"]
+        assert set(result["ms"]) == {"kernel", "eager", "derived", "mm"}
+        assert set(result["ratios"]) == {"eager", "derived"}
+        assert all(x["p10"] <= x["median"] <= x["p90"] and x["p10"] > 0 for x in [*result["ms"].values(), *result["ratios"].values()])
+        assert result["gflops"] > 0 and result["share_of_mm"]["median"] > 0
+        assert "torch.compile left out, as asked" in result["notes"]
+    assert "## Against PyTorch" in done.stdout
+
+
+@pytest.mark.parametrize("contender", cpu.MEMORY_CONTENDERS)
+def test_memory(contender):
+    (result,) = cpu.study_peak(f"D64 C64|{contender}", 1, cpu.dataclasses.replace(SETTINGS, toy=False))
+    if "peak_mib" not in result:
+        pytest.skip(result["notes"][0])
+    assert result["peak_mib"] > 2  # at least the gradients of q, k and v, 2 MiB each
+    if contender == "derived":
+        assert result["saved_mib"] is None  # there is no autograd to hold anything
+    else:
+        assert result["saved_mib"] > 1
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("study", ["shapes", "bias", "decay"])
+def test_no_time_for_a_wrong_kernel(monkeypatch, study):
+    backend = dispatch.BACKENDS["reference"]
+    right = backend.backward
+
+    def wrong(*arguments):
+        grads = right(*arguments)
+        return {**grads, "k": grads["k"] * (1 + 1e-4)}
+
+    settings = cpu.dataclasses.replace(SETTINGS, quick=True)
+    assert all("ms" in result for result in cpu.STUDIES[study]("D64 C64", 1, settings))
+    monkeypatch.setattr(backend, "backward", wrong, raising=False)
+    results = list(cpu.STUDIES[study]("D64 C64", 1, settings))
+    assert results
+    for result in results:
+        assert not any(gate["ok"] for gate in result["parity"].values())
+        assert not {"ms", "ratios", "gflops", "share_of_mm"} & set(result)
+        assert any("parity is red" in note for note in result["notes"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_time_for_a_baseline_that_computes_something_else(monkeypatch):
+    monkeypatch.setattr(cpu, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
+    forward = next(cpu.study_shapes("D64 C64", 1, SETTINGS))
+    assert "eager" not in forward["ms"] and "kernel" in forward["ms"]
+    assert any(note.startswith("eager: computes something else") for note in forward["notes"])
+
+
+def test_flops():
+    case = cpu.make_case("D64 C64", cpu.Settings())
+    c, d, chunks = 64, 64, 2 * 4 * 1024 // 64
+    forward, both = chunks * (6 * c * d * d + 2 * c * (c + 1) * d), chunks * (20 * c * d * d + 7 * c * (c + 1) * d)
+    assert cpu.flops(case) == {cpu.FORWARD: forward, cpu.BOTH: both}
+    tail = cpu.dataclasses.replace(case, batch=1, heads=1, tokens=3, key_dim=5, value_dim=7, chunk_size=2)
+    assert cpu.flops(tail)[cpu.FORWARD] == 6 * 3 * 35 + (2 * 3 + 1 * 2) * 12
+
+
+def test_targets_are_judged():
+    by_case = {"study": "shapes", "direction": cpu.FORWARD, "threads": 1, "parity": {}}
+    speed = [{**by_case, "case": "D64 C64", "ratios": {"eager": {"median": 5.0}}}, {**by_case, "case": "D64 C16", "ratios": {}}]
+    slow = {**by_case, "study": "bias", "case": "D64 C64", "ratios": {"lp 2.5": {"median": 1.5}}}
+    doubtful = {**speed[0], "threads": 2, "watch": {"flags": ["not 2 real cores"]}}
+    rows = {(row["name"], row["case"]): row["measured"] for row in cpu.judge([*speed, slow, doubtful], [1, 2], avx512=True)}
+    assert rows["forward against eager", "D64 C64"]["1"] == {"value": 5.0, "verdict": "met"}
+    assert rows["forward against eager", "D64 C64"]["2"]["verdict"] == "not judged: see notes"
+    assert rows["forward against eager", "D64 C16"]["1"] == {"value": None, "verdict": "not measured"}
+    assert rows["forward, generic p / L2", "D64 C64"]["1"]["verdict"] == "NOT met"
+    without = {(row["name"], row["case"]): row["measured"] for row in cpu.judge(speed, [1], avx512=False)}
+    assert without["forward against eager", "D64 C64"]["1"]["verdict"] == "not judged: no AVX-512 here"
+
+
+def test_interleaving_and_ratios():
+    order = []
+
+    def sampler(name, seconds):
+        def sample(count):
+            order.append((name, count))
+            return seconds
+
+        return sample
+
+    times = harness.interleave({"a": sampler("a", 0.001), "b": sampler("b", 0.02)}, 0.0, 4)
+    assert times == {"a": [0.001] * 4, "b": [0.02] * 4}
+    assert order[4:] == [("a", 10), ("b", 1), ("b", 1), ("a", 10)] * 2  # after two calibrating calls each
+    assert harness.ratio(times["b"], times["a"])["median"] == pytest.approx(20)
+
+
+def test_time_limit():
+    with pytest.raises(harness.OverBudget), harness.time_limit(0.05):
+        while True:
+            pass
+
+
+def test_watch_flags():
+    watch = harness.Watch(2)
+    watch.others, watch.speedup = 0.5, (1.95, 1.02)
+    load, cores = watch.flags()
+    assert load == "other processes used 0.50 cores"
+    assert cores.startswith("2 threads were 1.95x (before) and 1.02x (after) one")
+    watch.others, watch.speedup = 0.01, (1.95, 1.9)
+    assert watch.flags() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "--only: unknown 'speed': expected some of shapes, bias"),
+        (["--shapes", "D1"], "--shapes: unknown 'D1': expected some of D64 C64"),
+        (["--threads", "two"], "--threads: expected integers such as 1,2, got 'two'"),
+        (["--threads", "0"], "--threads: expected integers >= 1"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        cpu.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert cpu.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*cpu.STUDIES, *cpu.SHAPES))

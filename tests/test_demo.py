@@ -1,0 +1,56 @@
+"""The demo, with little time: it ends with its tables and its picture, and keeps validation text out of training."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "examples" / "demo.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")])))
+    return subprocess.run([sys.executable, str(DEMO), *arguments], capture_output=True, text=True, timeout=300, env=env, check=False)
+
+
+def test_it_ends_with_the_tables_and_a_picture(tmp_path):
+    result = run("--steps", "3", "--seconds", "1", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr[-2000:]
+    text = result.stdout
+    bits = re.search(r"validation, bits per byte +(\d\.\d+) +(\d\.\d+)", text)
+    assert all(3 < float(x) < 9.5 for x in bits.groups())
+    assert all(float(x.replace(",", "")) > 0 for x in re.search(r"tokens per second +([\d,]+) +([\d,]+)", text).groups())
+    unigram = float(re.search(r"Byte frequencies alone would give (\d\.\d+)", text)[1])
+    assert 4 < unigram < 5.5
+    assert re.search(r"(attention|yaad) was the better one|neither was better", text)
+    better = "attention" if float(bits[1]) < float(bits[2]) else "yaad"
+    assert bits[1] == bits[2] or f"In this run {better} was the better one" in text
+    assert re.search(r"forward \+ backward, seconds", text)
+    assert all(float(x) < 1e-4 for x in re.findall(r"(?:float64|worst gradient) +(\S+e-\d+)", text))
+    assert "within the error budget of float32" in text
+    assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_arguments():
+    result = run("--preset", "moneta")
+    assert result.returncode == 2
+    assert "'moneta'" in result.stderr
+    assert "yaad" in result.stderr
+
+
+def test_no_validation_text_in_training(capsys):
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    train, valid = (bytes(x.tolist()).decode() for x in demo.load_text())
+    assert len(train) > 300_000
+    assert len(valid) > 30_000
+    known = " ".join(train.split())
+    paragraphs = [" ".join(p.split()) for p in valid.split("\n\n")]
+    assert not [p for p in paragraphs if p and p in known]
+    assert str(len(train.encode())) in capsys.readouterr().out.replace(",", "")

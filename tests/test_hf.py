@@ -1,0 +1,348 @@
+"""Memories inside transformers models: training, masks, packing, checkpointing, compilation, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from miras_kernels.hf import MemoryAttention, replace_attention
+from miras_kernels.layers import MemoryBlock
+
+ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+LENGTH, VOCAB = 13, 50
+
+
+def model(architecture="Llama", layers=None, *, kind="ForCausalLM", dtype=torch.float32, attention="sdpa", preset="yaad", **options):
+    """A tiny random model with memories of chunk 4 (``layers=()``: a plain one)."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        attn_implementation=attention,
+    )  # fmt: skip
+    host = getattr(transformers, architecture + kind)(config).to(dtype)
+    return host if layers == () else replace_attention(host, preset, layers, chunk_size=4, **options)
+
+
+def ids(batch=2, length=LENGTH, seed=1) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(x: torch.Tensor, y: torch.Tensor, terms: int = 4096):
+    """Equal up to the order of summation: about ``terms`` roundings that add up like a random walk, with a margin of 8."""
+    x, y = x.detach(), y.detach()
+    assert x.shape == y.shape and torch.isfinite(x).all()
+    error, bound = (x - y).norm().item(), 8 * math.sqrt(terms) * torch.finfo(x.dtype).eps * max(y.norm().item(), 1e-30)
+    assert error <= bound, f"{error:.2e} > {bound:.2e}"
+
+
+def gradients(host, **inputs) -> dict[str, torch.Tensor]:
+    host.zero_grad()
+    host(**inputs).loss.backward()
+    return {n: p.grad.clone() for n, p in host.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------------------------- replacing
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layers", [None, "all", [0, 2], range(1, 2)])
+def test_the_chosen_layers_are_replaced_and_train(architecture, layers):
+    plain, host = model(architecture, ()), model(architecture, layers)
+    chosen = set(range(3)) if layers in (None, "all") else set(layers)
+    for i, layer in enumerate(host.model.layers):
+        assert isinstance(layer.self_attn, MemoryAttention) == (i in chosen)
+        if i in chosen:
+            assert (layer.self_attn.memory.num_heads, layer.self_attn.memory.head_dim) == (4, 8)
+    before, after = dict(plain.named_parameters()), dict(host.named_parameters())
+    new = [n for n in after if n not in before]
+    assert new and all(".self_attn.memory." in n for n in new)
+    assert all(torch.equal(after[n], before[n]) for n in after if n in before)
+    for n, grad in gradients(host, input_ids=ids(), labels=ids()).items():
+        assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_lowers_the_loss(architecture):
+    host = model(architecture).train()
+    optimizer = torch.optim.AdamW(host.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = host(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
+def test_other_heads(kind):
+    host = model("Qwen2", kind=kind)
+    out = host(input_ids=ids(), attention_mask=torch.ones_like(ids()))
+    assert torch.isfinite(out[0]).all()
+    assert sum(isinstance(m, MemoryAttention) for m in host.modules()) == 3
+
+
+def test_replacing_in_two_steps():
+    torch.manual_seed(0)
+    host = replace_attention(model(layers=[0]), "deltanet", [2])
+    assert [isinstance(layer.self_attn, MemoryAttention) for layer in host.model.layers] == [True, False, True]
+    assert len(host.model._forward_pre_hooks) == 1
+    assert torch.isfinite(host(input_ids=ids()).logits).all()
+
+
+def test_initialisation_follows_the_seed_and_the_host():
+    a, b = model(), model()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    weight = a.model.layers[0].self_attn.memory.q_proj.weight
+    assert abs(weight.std().item() / 0.2 - 1) < 5 / math.sqrt(2 * weight.numel())
+
+
+def test_options_reach_the_block():
+    memory = model(layers=[1], preset="l2", num_heads=3, conv_width=2, gate_rank=5, backend="reference").model.layers[1].self_attn.memory
+    assert isinstance(memory, MemoryBlock)
+    assert (memory.num_heads, memory.head_dim, memory.conv_width, memory.backend) == (3, 8, 2, "reference")
+    assert memory.gate_down.shape == (5, 24)
+    assert memory.preset.chunk_size == 4
+
+
+def test_other_models_of_the_class_are_unchanged():
+    plain = model(layers=())
+    before = plain(input_ids=ids()).logits
+    twin = transformers.LlamaForCausalLM(plain.config)
+    replace_attention(twin)
+    assert torch.equal(plain(input_ids=ids()).logits, before)
+    assert plain(input_ids=ids(), use_cache=True).past_key_values is not None
+    assert plain.config.use_cache is True
+    copied = copy.deepcopy(twin)
+    assert torch.equal(copied(input_ids=ids()).logits, twin(input_ids=ids()).logits)
+
+
+# ------------------------------------------------------------------------------------------------- masks and documents
+
+ROWS = {
+    "left": ([0] * 5 + [1] * 8, [0] + [1] * 12),
+    "right": ([1] * 8 + [0] * 5, [1] * 12 + [0]),
+    "mixed": ([0] * 4 + [1] * 9, [1] * 6 + [0] * 7),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_is_exact(architecture, layers, attention, rows):
+    host, mask = model(architecture, layers, attention=attention).eval(), torch.tensor(ROWS[rows])
+    logits = host(input_ids=ids(), attention_mask=mask).logits
+    other = host(input_ids=torch.where(mask == 1, ids(), ids(seed=2)), attention_mask=mask).logits
+    for i in range(2):
+        real = mask[i] == 1
+        assert_close(logits[i, real], host(input_ids=ids()[i : i + 1, real]).logits[0])
+        assert_close(other[i, real], logits[i, real])
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_gradients_under_padding_are_those_of_the_real_tokens(layers):
+    host, mask = model("Qwen2", layers), torch.tensor(ROWS["mixed"])
+    weight = torch.randn(2, LENGTH, VOCAB, generator=torch.Generator().manual_seed(3))
+    (host(input_ids=ids(), attention_mask=mask).logits * weight)[mask == 1].sum().backward()
+    padded = {n: p.grad.clone() for n, p in host.named_parameters()}
+    host.zero_grad()
+    for i in range(2):
+        real = mask[i] == 1
+        (host(input_ids=ids()[i : i + 1, real]).logits * weight[i, real]).sum().backward()
+    for n, p in host.named_parameters():
+        assert_close(padded[n], p.grad)
+
+
+@pytest.mark.parametrize("form", ["bool", "additive"])
+def test_four_dimensional_masks(form):
+    host, mask = model(layers=[0, 1], attention="sdpa" if form == "bool" else "eager").eval(), torch.tensor(ROWS["left"])
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & (mask[:, None, None] == 1)
+    given = seen if form == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    a = host(input_ids=ids(), attention_mask=given, position_ids=positions).logits
+    b = host(input_ids=ids(), attention_mask=mask, position_ids=positions).logits
+    assert_close(a[mask == 1], b[mask == 1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_packed_documents_are_separate(architecture, layers):
+    host, lengths = model(architecture, layers).eval(), (5, 1, 7)
+    packed = ids(1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    alone = torch.cat([host(input_ids=part).logits for part in packed.split(lengths, 1)], 1)
+    assert_close(host(input_ids=packed, position_ids=positions).logits, alone)
+    if layers is None:
+        offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+        assert_close(host(input_ids=packed, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits, alone)
+    twice = host(input_ids=packed.expand(2, -1), position_ids=positions).logits
+    assert_close(twice, alone.expand(2, -1, -1))
+
+
+def test_positions_that_only_go_up_are_one_document():
+    host = model().eval()
+    expected = host(input_ids=ids()).logits
+    assert torch.equal(host(input_ids=ids(), position_ids=torch.arange(3, 3 + LENGTH)[None]).logits, expected)
+    assert torch.equal(host(ids(), torch.ones_like(ids())).logits, expected)  # positional arguments
+    assert_close(host(inputs_embeds=host.get_input_embeddings()(ids())).logits, expected)
+
+
+def test_a_decoder_layer_by_itself_derives_the_mask():
+    host, mask = model().eval(), torch.tensor(ROWS["left"])
+    attention, x = host.model.layers[0].self_attn, torch.randn(2, LENGTH, 24)
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & (mask[:, None, None] == 1)
+    assert torch.equal(attention(x, attention_mask=seen)[0], attention(x, attention_mask=mask)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    host, mask = model("Qwen3", [0, 2]).train(), torch.tensor(ROWS["mixed"])
+    plain = gradients(host, input_ids=ids(), attention_mask=mask, labels=ids())
+    host.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        host.enable_input_require_grads()
+    for n, grad in gradients(host, input_ids=ids(), attention_mask=mask, labels=ids()).items():
+        assert torch.equal(grad, plain[n]), n
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_torch_compile_of_a_training_step(padded):
+    host = model("Llama", [0, 2])
+    inputs = {"input_ids": ids(), "labels": ids()} | ({"attention_mask": torch.tensor(ROWS["left"])} if padded else {})
+    plain = gradients(host, **inputs)
+    compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
+    host.zero_grad()
+    compiled(**inputs).loss.backward()
+    for n, p in host.named_parameters():
+        assert_close(p.grad, plain[n])
+
+
+def test_bfloat16_and_autocast():
+    half = model(dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(p, q) for p, q in zip(half.parameters(), model().to(torch.bfloat16).parameters(), strict=True))
+    assert half(input_ids=ids()).logits.dtype == torch.bfloat16
+    for n, grad in gradients(half, input_ids=ids(), labels=ids()).items():
+        assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
+    full = model()
+    exact = full(input_ids=ids()).logits
+    budget = 3 * (half(input_ids=ids()).logits - exact).norm()  # of everything in bfloat16, weights too
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = full(input_ids=ids()).logits.float()
+        for n, grad in gradients(full, input_ids=ids(), labels=ids()).items():
+            assert grad.dtype == torch.float32 and torch.isfinite(grad).all(), n
+    assert 0 < (cast - exact).norm() <= budget < exact.norm()
+
+
+# ------------------------------------------------------------------------------------- what is not there yet, and errors
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_generation_without_a_cache_follows_the_full_forward(layers):
+    host, mask = model(layers=layers).eval(), torch.tensor(ROWS["left"])
+    for prompt, kwargs in ((ids(), {}), (ids(), {"attention_mask": mask})):
+        text = host.generate(prompt, **kwargs, max_new_tokens=5, do_sample=False, use_cache=False)
+        for row in range(2):
+            real = text[row, 0 if not kwargs else int((mask[row] == 0).sum()) :][None]
+            predicted = host(input_ids=real).logits.argmax(-1)
+            assert torch.equal(predicted[0, -6:-1], real[0, -5:])
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_a_cache_is_refused(layers):
+    host = model(layers=layers).eval()
+    with pytest.raises(NotImplementedError, match=r"past_key_values: .*cannot use a cache yet, got DynamicCache; .*use_cache=False"):
+        host.generate(ids(), max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match=r"past_key_values: .*got DynamicCache"):
+        host(input_ids=ids(), past_key_values=DynamicCache())
+    with pytest.raises(NotImplementedError, match=r"use_cache: .*got True"):
+        host(input_ids=ids(), use_cache=True)
+    with pytest.raises(NotImplementedError, match=r"cache: .*got object.*continuous batching"):
+        host(input_ids=ids(), cache=object())
+    with pytest.raises(NotImplementedError, match=r"past_key_values: .*got DynamicCache"):
+        host.model.layers[1].self_attn(torch.randn(1, 3, 24), past_key_values=DynamicCache())
+    assert host.config.use_cache is True
+    assert host(input_ids=ids(), labels=ids()).past_key_values is None
+
+
+def test_saving_is_refused_and_a_state_dict_makes_the_round_trip(tmp_path):
+    host = model(layers=[0, 1])
+    for part in (host, host.model):
+        with pytest.raises(NotImplementedError, match=r"save_pretrained: .*state_dict"):
+            part.save_pretrained(tmp_path)
+    torch.save(host.state_dict(), tmp_path / "weights.pt")
+    torch.manual_seed(99)
+    other = replace_attention(transformers.LlamaForCausalLM(host.config), layers=[0, 1], chunk_size=4)
+    assert not torch.equal(other(input_ids=ids()).logits, host(input_ids=ids()).logits)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(other(input_ids=ids()).logits, host(input_ids=ids()).logits)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        transformers.LlamaForCausalLM(host.config).load_state_dict(host.state_dict())
+
+
+def meta_model():
+    with torch.device("meta"):
+        return model(layers=())
+
+
+def other_pattern():
+    return torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril().triu(-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (lambda: replace_attention(torch.nn.Linear(2, 2)), TypeError, r"model: expected a transformers model \(not wrapped.*got Linear"),
+        (
+            lambda: replace_attention(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))),
+            TypeError,
+            "model: expected one built on LlamaModel, MistralModel, Qwen2Model, Qwen3Model, got GPT2Model",
+        ),
+        (lambda: replace_attention(meta_model()), ValueError, "model: layer 0 has no data"),
+        (lambda: replace_attention(model(layers=()), "moneta"), ValueError, "preset: expected one of 'yaad', .* got 'moneta'"),
+        (
+            lambda: replace_attention(model(layers=()), layers="first"),
+            TypeError,
+            "layers: expected None, 'all' or layer indices, got 'first'",
+        ),
+        (lambda: replace_attention(model(layers=()), layers=1), TypeError, "layers: expected None, 'all' or layer indices, got 1"),
+        (lambda: replace_attention(model(layers=()), layers=[]), ValueError, "layers: expected at least one layer index, got none"),
+        (lambda: replace_attention(model(layers=()), layers=[3]), ValueError, "layers: expected indices from 0 to 2, got 3"),
+        (lambda: replace_attention(model(layers=()), layers=[-1]), ValueError, "layers: expected indices from 0 to 2, got -1"),
+        (lambda: replace_attention(model(layers=()), layers=["0"]), TypeError, "layers: expected integers, got '0'"),
+        (lambda: replace_attention(model(layers=()), layers=[1, 1]), ValueError, r"layers: expected every index once, got \[1, 1\]"),
+        (lambda: replace_attention(model(layers=[1])), ValueError, "layers: layer 1 has been replaced already"),
+        (lambda: replace_attention(model(layers=()), num_heads=0), ValueError, "num_heads: expected an integer >= 1, got 0"),
+        (lambda: replace_attention(model(layers=()), chunksize=2), TypeError, "unexpected keyword argument 'chunksize'"),
+        (lambda: model()(input_ids=ids(), output_attentions=True), ValueError, "output_attentions: .*expected False, got True"),
+        (lambda: model()(input_ids=ids(), attention_mask=torch.ones(2, 5)), ValueError, r"attention_mask: expected \[B, T\] with T = 13"),
+        (lambda: model()(input_ids=ids(), attention_mask=other_pattern()), ValueError, "expected a 4-D mask that is causal plus padding"),
+        (lambda: model()(input_ids=ids(), attention_mask=torch.ones(2, 5, 5)), ValueError, r"attention_mask: expected \[B, T\] or"),
+        (lambda: model()(input_ids=ids(), attention_mask={"full": None}), TypeError, "attention_mask: expected a tensor .*got dict"),
+    ],
+)
+def test_errors_name_argument_expectation_and_what_came(call, kind, text):
+    with pytest.raises(kind, match=text):
+        call()
+
+
+def test_a_refused_call_leaves_the_model_as_it_was():
+    host = model(layers=())
+    before = host(input_ids=ids()).logits
+    with pytest.raises(ValueError, match="layers"):
+        replace_attention(host, layers=[0, 9])
+    assert torch.equal(host(input_ids=ids()).logits, before)
+    host.save_pretrained  # noqa: B018  not replaced
+    assert "save_pretrained" not in vars(host)

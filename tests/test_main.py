@@ -1,0 +1,130 @@
+"""``python -m miras_kernels``: what it prints, and its errors."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import miras_kernels
+from miras_kernels import dispatch
+from miras_kernels.__main__ import main
+
+
+def lines(capsys) -> dict[str, str]:
+    """Printed rows by their first word."""
+    return dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+
+
+def test_info_names_versions_and_backends(capsys):
+    assert main([]) == 0
+    rows = lines(capsys)
+    assert rows["miras-kernels"] == miras_kernels.__version__
+    assert rows["python"] == platform.python_version()
+    assert rows["torch"] == torch.__version__
+    assert "triton" in rows and "transformers" in rows
+    assert f"{torch.get_num_threads()} threads" in rows["cpu"]
+    assert rows["reference"] == "can run here"
+    assert rows["cpp"] == "can run here" or rows["cpp"].startswith("cannot run: the extension")
+    assert rows["checkpoint_every"] == "None" and rows["check_values"] == "None"
+
+
+def test_info_tells_why_a_backend_is_missing(capsys, monkeypatch):
+    backend = dispatch.BACKENDS["cpp"]
+    monkeypatch.setattr(backend, "extension", None)
+    monkeypatch.setattr(backend, "missing", "the extension is not built: there was no C++ compiler")
+    assert main(["info"]) == 0
+    rows = lines(capsys)
+    assert rows["cpp"] == "cannot run: the extension is not built: there was no C++ compiler"
+    assert "kernels" not in rows["cpu"]
+
+
+@pytest.mark.skipif(dispatch.unavailable("cpp") is not None, reason="needs the extension")
+def test_info_names_the_instruction_set(capsys):
+    main([])
+    extension = dispatch.BACKENDS["cpp"].extension
+    assert f"kernels use {extension.cpu_capability()}" in lines(capsys)["cpu"]
+    assert "portable" in extension.cpu_capabilities()
+
+
+def test_options_in_force_are_printed(capsys):
+    with miras_kernels.override(checkpoint_every=3, check_values=False):
+        main(["info"])
+    rows = lines(capsys)
+    assert rows["checkpoint_every"] == "3" and rows["check_values"] == "False"
+
+
+def test_explain_agrees_with_dispatch(capsys):
+    command = "explain --memory linear --bias huber_switch --dim 64 --chunk 64 --dtype bfloat16 --device cpu"
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out
+    x = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    g = torch.zeros(1, 2, 1)
+    reasons = miras_kernels.explain(x, x, x, g, g, bias=miras_kernels.Huber("switch"), delta=1.0)
+    assert printed.splitlines()[-1] == f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}'
+    for name, reason in reasons.items():
+        row = next(line for line in printed.splitlines() if line.split()[0] == name)
+        assert row.endswith("can serve it" if reason is None else f"cannot: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "auto"),
+    [
+        ("--memory mlp --bias lp:3 --retention lq", None),
+        ("--memory mlp --momentum --retention kl:2.5", "reference"),
+        ("--dtype float64", "reference"),
+        ("--device cuda --no-grad", None),
+        ("--device mps", "reference"),
+        ("--bias lp_smooth:1.5,10 --decay channel --lr channel --value-dim 3 --no-grad", None),
+    ],
+)
+def test_explain_variants(capsys, arguments, auto):
+    assert main(["explain", *arguments.split()]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in printed[1:-1]} == set(dispatch.NAMES[1:])
+    assert ("forward and backward" in printed[0]) == ("--no-grad" not in arguments)
+    assert auto is None or printed[-1] == f'"auto" takes {auto}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("explode", "invalid choice: 'explode'"),
+        ("explain --bias foo", "unknown bias 'foo': expected one of dot, l2, l1, lp, lp_smooth, huber_coordinate"),
+        ("explain --bias lp:1.5", "p < 2 needs a sharpness"),
+        ("explain --bias l2:3", "l2 takes no parameters"),
+        ("explain --bias huber_norm:1,2", "huber_norm takes sharpness"),
+        ("explain --retention lq:0.5", "q must be a finite number > 1, got 0.5"),
+        ("explain --bias lp:x", "could not convert string to float: 'x'"),
+        ("explain --retention foo", "unknown retention gate 'foo': expected one of l2, lq, kl, elastic, sigmoid"),
+        ("explain --device moon", "invalid choice: 'moon'"),
+        ("explain --dtype int8", "invalid choice: 'int8'"),
+        ("explain --memory cubic", "invalid choice: 'cubic'"),
+        ("explain --dim 0", "expected an integer >= 1, got '0'"),
+        ("explain --chunk many", "expected an integer >= 1, got 'many'"),
+    ],
+)
+def test_unknown_names_are_errors(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_explain_refuses_a_wrong_call(capsys):
+    assert main(["explain", "--memory", "mlp", "--value-dim", "3"]) == 2
+    assert "an MLP memory needs Dv = Dk" in capsys.readouterr().err
+
+
+def test_explain_takes_parameters(capsys):
+    main(["explain", "--bias", "lp:2.5", "--retention", "lq:3,2"])
+    assert "Lp(p=2.5, sharpness=None, eps=1e-06), LqRetention(q=3.0, floor=2.0)" in capsys.readouterr().out
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "miras_kernels", "explain"], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '"auto" takes' in done.stdout
