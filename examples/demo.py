@@ -1,6 +1,6 @@
 """Watch a small byte-level Llama learn English twice: with its own attention, and with a Miras memory in its place.
 
-    python examples/demo.py [--preset yaad] [--steps 240] [--seconds 165] [--seed 0] [--out examples/out]
+    python examples/demo.py [--preset yaad] [--steps 200] [--seconds 165] [--seed 0] [--out examples/out]
 
 The text is Python's own help pages (``pydoc_data.topics``). Both models see the same batches in the same order, step by step
 in turn, with the same optimiser. At the end: a table, and a picture with both learning curves. Every number is measured here.
@@ -263,7 +263,7 @@ def draw(contenders: list[Contender], unigram: float, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="yaad", choices=PRESETS, help="the memory")
-    parser.add_argument("--steps", type=int, default=240, help="training steps of each model")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each model")
     parser.add_argument("--seconds", type=float, default=165, help="time for everything")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the picture")
