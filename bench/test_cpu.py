@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import cpu
+import contenders
 from miras_kernels import dispatch
 from miras_kernels.biases import L2, Huber, Lp
 from miras_kernels.testing import check
@@ -31,21 +31,21 @@ def one_thread():
 def _time(benchmark, backend: str, direction: str, case) -> None:
     report = check(case, backend)
     assert report.ok, report
-    run = cpu.kernel(case.draw(torch.float32), backend, direction)
+    run = contenders.kernel(case.draw(torch.float32), backend, direction)
     benchmark.group = f"{case.name} {direction}"
-    benchmark.extra_info["gflop"] = cpu.flops(case)[direction] / 1e9
+    benchmark.extra_info["gflop"] = contenders.flops(case)[direction] / 1e9
     benchmark.pedantic(run, rounds=15, warmup_rounds=2)
 
 
-@pytest.mark.parametrize("direction", cpu.DIRECTIONS)
-@pytest.mark.parametrize("shape", cpu.SHAPES)
+@pytest.mark.parametrize("direction", contenders.DIRECTIONS)
+@pytest.mark.parametrize("shape", contenders.SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shape(benchmark, backend, shape, direction):
-    _time(benchmark, backend, direction, cpu.make_case(shape, cpu.Settings()))
+    _time(benchmark, backend, direction, contenders.make_case(shape, contenders.Settings()))
 
 
-@pytest.mark.parametrize("direction", cpu.DIRECTIONS)
+@pytest.mark.parametrize("direction", contenders.DIRECTIONS)
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_bias(benchmark, backend, bias, direction):
-    _time(benchmark, backend, direction, cpu.make_case("D64 C64", cpu.Settings(), bias=BIASES[bias]))
+    _time(benchmark, backend, direction, contenders.make_case("D64 C64", contenders.Settings(), bias=BIASES[bias]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,9 @@ from miras_kernels import dispatch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
-cpu, harness = importlib.import_module("cpu"), importlib.import_module("harness")
+contenders, cpu, harness, report, studies = map(importlib.import_module, ("contenders", "cpu", "harness", "report", "studies"))
 
-SETTINGS = cpu.Settings(backend="reference", seconds=0.02, min_rounds=2, compile_seconds=0, toy=True)
+SETTINGS = contenders.Settings(backend="reference", seconds=0.02, min_rounds=2, compile_seconds=0, toy=True)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_document(tmp_path):
     assert {"date", "commit", "modified", "machine", "versions", "capability", "settings", "threads", "results", "targets"} <= set(document)
     assert document["versions"]["torch"] == torch.__version__
     forward, both = document["results"]
-    for result, direction in ((forward, cpu.FORWARD), (both, cpu.BOTH)):
+    for result, direction in ((forward, contenders.FORWARD), (both, contenders.BOTH)):
         assert (result["study"], result["case"], result["direction"]) == ("shapes", "D64 C64", direction)
         assert (result["threads"], result["clock"]) == (1, "cpu")
         assert result["parity"]["kernel"]["ok"]
@@ -55,9 +57,9 @@ def test_document(tmp_path):
     assert "## Against PyTorch" in done.stdout
 
 
-@pytest.mark.parametrize("contender", cpu.MEMORY_CONTENDERS)
+@pytest.mark.parametrize("contender", studies.MEMORY_CONTENDERS)
 def test_memory(contender):
-    (result,) = cpu.study_peak(f"D64 C64|{contender}", 1, cpu.dataclasses.replace(SETTINGS, toy=False))
+    (result,) = studies.study_peak(f"D64 C64|{contender}", 1, dataclasses.replace(SETTINGS, toy=False))
     if "peak_mib" not in result:
         pytest.skip(result["notes"][0])
     assert result["peak_mib"] > 2  # at least the gradients of q, k and v, 2 MiB each
@@ -77,10 +79,10 @@ def test_no_time_for_a_wrong_kernel(monkeypatch, study):
         grads = right(*arguments)
         return {**grads, "k": grads["k"] * (1 + 1e-4)}
 
-    settings = cpu.dataclasses.replace(SETTINGS, quick=True)
-    assert all("ms" in result for result in cpu.STUDIES[study]("D64 C64", 1, settings))
+    settings = dataclasses.replace(SETTINGS, quick=True)
+    assert all("ms" in result for result in studies.STUDIES[study]("D64 C64", 1, settings))
     monkeypatch.setattr(backend, "backward", wrong, raising=False)
-    results = list(cpu.STUDIES[study]("D64 C64", 1, settings))
+    results = list(studies.STUDIES[study]("D64 C64", 1, settings))
     assert results
     for result in results:
         assert not any(gate["ok"] for gate in result["parity"].values())
@@ -90,32 +92,32 @@ def test_no_time_for_a_wrong_kernel(monkeypatch, study):
 
 @pytest.mark.usefixtures("one_thread")
 def test_no_time_for_a_baseline_that_computes_something_else(monkeypatch):
-    monkeypatch.setattr(cpu, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
-    forward = next(cpu.study_shapes("D64 C64", 1, SETTINGS))
+    monkeypatch.setattr(studies, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
+    forward = next(studies.study_shapes("D64 C64", 1, SETTINGS))
     assert "eager" not in forward["ms"] and "kernel" in forward["ms"]
     assert any(note.startswith("eager: computes something else") for note in forward["notes"])
 
 
 def test_flops():
-    case = cpu.make_case("D64 C64", cpu.Settings())
+    case = contenders.make_case("D64 C64", contenders.Settings())
     c, d, chunks = 64, 64, 2 * 4 * 1024 // 64
     forward, both = chunks * (6 * c * d * d + 2 * c * (c + 1) * d), chunks * (20 * c * d * d + 7 * c * (c + 1) * d)
-    assert cpu.flops(case) == {cpu.FORWARD: forward, cpu.BOTH: both}
-    tail = cpu.dataclasses.replace(case, batch=1, heads=1, tokens=3, key_dim=5, value_dim=7, chunk_size=2)
-    assert cpu.flops(tail)[cpu.FORWARD] == 6 * 3 * 35 + (2 * 3 + 1 * 2) * 12
+    assert contenders.flops(case) == {contenders.FORWARD: forward, contenders.BOTH: both}
+    tail = dataclasses.replace(case, batch=1, heads=1, tokens=3, key_dim=5, value_dim=7, chunk_size=2)
+    assert contenders.flops(tail)[contenders.FORWARD] == 6 * 3 * 35 + (2 * 3 + 1 * 2) * 12
 
 
 def test_targets_are_judged():
-    by_case = {"study": "shapes", "direction": cpu.FORWARD, "threads": 1, "parity": {}}
+    by_case = {"study": "shapes", "direction": contenders.FORWARD, "threads": 1, "parity": {}}
     speed = [{**by_case, "case": "D64 C64", "ratios": {"eager": {"median": 5.0}}}, {**by_case, "case": "D64 C16", "ratios": {}}]
     slow = {**by_case, "study": "bias", "case": "D64 C64", "ratios": {"lp 2.5": {"median": 1.5}}}
     doubtful = {**speed[0], "threads": 2, "watch": {"flags": ["not 2 real cores"]}}
-    rows = {(row["name"], row["case"]): row["measured"] for row in cpu.judge([*speed, slow, doubtful], [1, 2], avx512=True)}
+    rows = {(row["name"], row["case"]): row["measured"] for row in report.judge([*speed, slow, doubtful], [1, 2], avx512=True)}
     assert rows["forward against eager", "D64 C64"]["1"] == {"value": 5.0, "verdict": "met"}
     assert rows["forward against eager", "D64 C64"]["2"]["verdict"] == "not judged: see notes"
     assert rows["forward against eager", "D64 C16"]["1"] == {"value": None, "verdict": "not measured"}
     assert rows["forward, generic p / L2", "D64 C64"]["1"]["verdict"] == "NOT met"
-    without = {(row["name"], row["case"]): row["measured"] for row in cpu.judge(speed, [1], avx512=False)}
+    without = {(row["name"], row["case"]): row["measured"] for row in report.judge(speed, [1], avx512=False)}
     assert without["forward against eager", "D64 C64"]["1"]["verdict"] == "not judged: no AVX-512 here"
 
 
@@ -170,4 +172,12 @@ def test_bad_arguments(capsys, arguments, message):
 def test_list(capsys):
     assert cpu.main(["--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*cpu.STUDIES, *cpu.SHAPES))
+    assert all(name in listed for name in (*studies.STUDIES, *contenders.SHAPES))
+
+
+def test_the_readme_shows_what_a_result_file_holds():
+    text = (BENCH.parent / "README.md").read_text()
+    block = re.search(r"<!-- results: (\S+) -->\n(.*?)<!-- /results -->", text, re.DOTALL)
+    document = json.loads((BENCH.parent / block[1]).read_text())
+    assert block[2].strip() == report.summary(document).strip()
+    assert not document["modified"]

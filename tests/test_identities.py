@@ -86,7 +86,7 @@ def test_gradients_through_a_cut_at_a_chunk_boundary(bias, backend):
 
 def test_gradients_through_a_cut_inside_a_chunk_are_refused_by_the_kernels():
     inputs = Case("cut", tokens=21).draw(torch.float32)
-    out, state = run(inputs, "cpp")
+    _, state = run(inputs, "cpp")
     with pytest.raises(
         ValueError, match="'cpp' cannot serve this call: it does not differentiate from a state that was cut inside a chunk"
     ):

@@ -1,0 +1,254 @@
+"""What bench/cpu.py says of a run: the targets with their verdicts, and the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import harness
+from contenders import BOTH, DIRECTIONS, FORWARD, SHAPES
+from harness import OTHERS, Watch, table
+
+# ----------------------------------------------------------------------------------------------------------- targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A figure that must be reached (``least``) and one that is aimed at (``goal``); ``at_most``: smaller is better."""
+
+    name: str
+    case: str
+    study: str
+    direction: str
+    path: tuple[str, ...]
+    least: float
+    goal: float | None
+    at_most: bool = False
+
+    def value(self, results: Sequence[dict], threads: int) -> float | None:
+        for result in results:
+            if all(result.get(key) == getattr(self, key) for key in ("study", "case", "direction")) and result["threads"] == threads:
+                found = result
+                for key in self.path:
+                    found = found.get(key) if isinstance(found, dict) else None
+                return found
+        return None
+
+    def verdict(self, value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        reached = (lambda limit: value <= limit) if self.at_most else (lambda limit: value >= limit)
+        if self.goal is not None and reached(self.goal):
+            return "goal"
+        return "met" if reached(self.least) else "NOT met"
+
+
+def targets() -> list[Target]:
+    """The table of what the CPU kernels must reach on a machine with AVX-512."""
+    found = []
+    per_shape = [
+        ("against eager", FORWARD, "eager", (4, 6, 2.5), (6, 10, 3.5)),
+        ("against torch.compile", FORWARD, "compile", (2.5, 4, 1.7), (3.5, 6, 2.2)),
+        ("against eager autograd", BOTH, "eager", (5, 10, 6), (8, 16, 9)),
+        ("against the hand-derived backward", BOTH, "derived", (2.5, 3.5, 1.8), (3.5, 5, 2.5)),
+    ]
+    for name, direction, contender, least, goals in per_shape:
+        path = ("ratios", contender, "median")
+        found += [Target(f"{direction} {name}", s, "shapes", direction, path, a, b) for s, a, b in zip(SHAPES, least, goals, strict=True)]
+    for direction, least, goal in ((FORWARD, (0.55, 0.50, 0.55), 0.70), (BOTH, (0.45, 0.35, 0.45), 0.60)):
+        path = ("share_of_mm", "median")
+        found += [
+            Target(f"{direction}, share of torch.mm", s, "shapes", direction, path, a, goal) for s, a in zip(SHAPES, least, strict=True)
+        ]
+    for direction in DIRECTIONS:
+        path = ("ratios", "lp 2.5", "median")
+        found.append(Target(f"{direction}, generic p / L2", "D64 C64", "bias", direction, path, 1.3, 1.15, at_most=True))
+        path = ("ratios", "avx2", "median")
+        found.append(Target(f"{direction}, AVX2 / AVX-512", "D64 C64", "capability", direction, path, 1.9, 1.6, at_most=True))
+        path = ("ratios", "strong (alpha 0.05..0.2)", "median")
+        found.append(Target(f"{direction}, small decays / mild", "D64 C64", "decay", direction, path, 1.1, 1.02, at_most=True))
+    for name, key, limit in (("outputs and states", "forward_error", 1e-5), ("gradients", "gradient_error", 1e-4)):
+        path = ("parity", "kernel", key)
+        found += [Target(f"relative error, {name}", s, "shapes", BOTH, path, limit, None, at_most=True) for s in SHAPES]
+    return found
+
+
+def judge(results: Sequence[dict], threads: Sequence[int], avx512: bool) -> list[dict]:
+    """Every target with what was measured, per thread count. Doubtful measurements are told, not judged."""
+    rows = []
+    for target in targets():
+        row = {"name": target.name, "case": target.case, "at_most": target.at_most, "least": target.least, "goal": target.goal}
+        row["measured"] = {}
+        for n in threads:
+            value = target.value(results, n)
+            verdict = target.verdict(value)
+            if value is not None and target.path[0] != "parity":
+                if not avx512:
+                    verdict = "not judged: no AVX-512 here"
+                elif n > 1 and _doubtful(results, target, n):
+                    verdict = "not judged: see notes"
+            row["measured"][str(n)] = {"value": value, "verdict": verdict}
+        rows.append(row)
+    return rows
+
+
+def _doubtful(results: Sequence[dict], target: Target, threads: int) -> bool:
+    keys = ("study", "case", "direction")
+    same = [r for r in results if r["threads"] == threads and all(r.get(k) == getattr(target, k) for k in keys)]
+    return any(r.get("watch", {}).get("flags") for r in same)
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def _times(values: dict | None, digits: int = 2) -> str:
+    if values is None:
+        return "-"
+    return f"{values['median']:.{digits}f}x [{values['p10']:.{digits}f}, {values['p90']:.{digits}f}]"
+
+
+def _gate(gate: dict) -> str:
+    if "worst" not in gate:
+        return "?"
+    worst = gate["worst"]
+    return f"{'ok' if gate['ok'] else 'RED'} {worst['error']:.0e}/{worst['budget']:.0e}"
+
+
+def report(document: dict) -> str:
+    """The run as markdown."""
+    m, lines = document["machine"], ["# miras-kernels on the CPU", ""]
+    modified = " with local changes" if document["modified"] else ""
+    lines += [
+        f"{m['cpu']}, {m['cores']} cores; kernels: {document['capability'] and document['capability']['used']}; "
+        + ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version),
+        f"{document['date']}, commit {(document['commit'] or 'none')[:12]}{modified}. Ratios: median [10th, 90th percentile] of rounds.",
+        "1 thread: process CPU time. More threads: wall time. `bench/README.md` tells how to read this.",
+    ]
+    for name, section in _SECTIONS.items():
+        results = [r for r in document["results"] if r["study"] == name]
+        text = section(results)
+        if text:
+            lines += ["", text]
+    notes = _notes(document["results"])
+    if document["targets"]:
+        lines += ["", "## Targets", "", _target_table(document)]
+    if notes:
+        lines += ["", "## Notes", "", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def summary(document: dict) -> str:
+    """The comparison with PyTorch and the targets, as the README shows them."""
+    m, shapes = document["machine"], [r for r in document["results"] if r["study"] == "shapes"]
+    used, date = document["capability"]["used"], document["date"][:10]
+    lines = [
+        f"{m['cpu']}, {m['cores']} cores, {used}; torch {document['versions']['torch']}; {date}. Ratios are medians of one run in which",
+        "all contenders took turns, after each had passed the parity gate: CPU time for one thread, wall time for more.",
+        "",
+        _shapes_section(shapes).split("\n\n", 1)[1],
+        "",
+        _target_table(document),
+    ]
+    return "\n".join(lines)
+
+
+def _notes(results: Sequence[dict]) -> list[str]:
+    """What is particular about single results, each said once."""
+    found: dict[str, list[str]] = {}
+    for r in results:
+        where = f"{r['study']} {r['case']} {r['direction']}, {r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+        for note in [*r["notes"], *(flag for flag in r.get("watch", {}).get("flags", []) if not flag.startswith(OTHERS))]:
+            found.setdefault(note, []).append(where)
+    several = lambda places: f"{len(places)} measurements, {places[0]} first"
+    notes = [f"- {note}: {'; '.join(places) if len(places) < 4 else several(places)}" for note, places in found.items()]
+    loads = [r["watch"]["other_load_cores"] for r in results if r.get("watch", {}).get("other_load_cores") is not None]
+    busy = [load for load in loads if load > Watch.LOAD]
+    if busy:
+        notes.append(f"- {OTHERS} {min(busy):.1f} to {max(busy):.1f} cores during {len(busy)} of {len(loads)} measurements")
+    return notes
+
+
+def _target_table(document: dict) -> str:
+    threads = [str(n) for n in document["threads"]]
+    clocks = [f"{n} thread{'s' if n != '1' else ''} ({harness.clock_for(int(n))[0]})" for n in threads]
+
+    def show(x: float | None) -> str:
+        return "-" if x is None else f"{x:.3g}" if x >= 0.01 else f"{x:.1e}"
+
+    rows = []
+    for t in document["targets"]:
+        bound = "<=" if t["at_most"] else ">="
+        cells = [f"{show(t['measured'][n]['value'])} {t['measured'][n]['verdict']}" for n in threads]
+        rows.append([t["name"], t["case"], f"{bound} {show(t['least'])}", show(t["goal"]), *cells])
+    return table(["target", "case", "at least", "goal", *clocks], rows)
+
+
+def _shapes_section(results: Sequence[dict]) -> str:
+    rows = []
+    for r in results:
+        gate = r["parity"].get("kernel", {})
+        row = [r["case"], r["direction"], str(r["threads"]), _gate(gate)]
+        if "ms" in r:
+            took = "" if r.get("compile_seconds") is None else f" ({r['compile_seconds']:.0f} s)"
+            row += [f"{r['ms']['kernel']['median']:.2f}", f"{r['gflops']:.0f}", f"{r['share_of_mm']['median']:.2f} of {r['mm_gflops']:.0f}"]
+            row += [
+                _times(r["ratios"].get("eager"), 1),
+                _times(r["ratios"].get("compile"), 1) + took,
+                _times(r["ratios"].get("derived"), 1),
+            ]
+        else:
+            row += ["-"] * 6
+        rows.append(row)
+    if not rows:
+        return ""
+    header = ["shape", "direction", "threads", "error/budget", "ms", "GFLOP/s", "of torch.mm", "vs eager", "vs compile (first call)",
+              "vs hand-derived"]  # fmt: skip
+    return "## Against PyTorch, float32, L2, scalar decay\n\n" + table(header, rows)
+
+
+def _variant_section(title: str) -> Callable[[Sequence[dict]], str]:
+    def section(results: Sequence[dict]) -> str:
+        rows = []
+        for r in results:
+            base = next((name for name in r["parity"] if name not in r.get("ratios", {})), None)
+            for name, gate in r["parity"].items():
+                timed_here = name in r.get("ms", {})
+                ms = f"{r['ms'][name]['median']:.2f}" if timed_here else "-"
+                times = "1" if name == base and timed_here else _times(r.get("ratios", {}).get(name))
+                memory = r.get("saved_mib", {}).get(name)
+                rows.append([r["case"], r["direction"], str(r["threads"]), name, _gate(gate), ms, times,
+                             "-" if memory is None else f"{memory:.1f}"])  # fmt: skip
+        if not rows:
+            return ""
+        header = ["shape", "direction", "threads", "what", "error/budget", "ms", "time against the first", "saved MiB"]
+        if all(row[-1] == "-" for row in rows):
+            header, rows = header[:-1], [row[:-1] for row in rows]
+        return f"## {title}\n\n" + table(header, rows)
+
+    return section
+
+
+def _memory_section(results: Sequence[dict]) -> str:
+    def show(x: float | None) -> str:
+        return "-" if x is None else f"{x:.1f}"
+
+    rows = [
+        [r["case"], name, show(r["peak_mib"][name]), show(r["saved_mib"][name])]
+        for r in results if "peak_mib" in r for name in r["peak_mib"]
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    return "## Memory of one forward and backward, beyond the inputs\n\n" + table(
+        ["shape", "what", "peak resident MiB", "saved for the backward MiB"], rows
+    )
+
+
+_SECTIONS = {
+    "shapes": _shapes_section,
+    "bias": _variant_section("Biases"),
+    "capability": _variant_section("Instruction sets"),
+    "decay": _variant_section("Decays"),
+    "checkpoint": _variant_section("Saving every n-th chunk's state"),
+    "dtype": _variant_section("Input types"),
+    "memory": _memory_section,
+}

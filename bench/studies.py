@@ -1,0 +1,313 @@
+"""The studies of bench/cpu.py: each yields results, in a measuring process of its own with so many threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import harness
+from contenders import BOTH, DIRECTIONS, Settings, agreement, compiled, derived, eager, flops, kernel, make_case, parity
+from harness import MM_FLOPS, Watch, interleave, ratio, spread, timed
+
+MARK = "@result "
+
+
+def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, settings: Settings, work: int | None = None) -> dict:
+    """Time the contenders whose gate is green, in one interleaved run; without a green base nothing is timed.
+
+    Args:
+        head: what the result begins with: study, case, direction ...
+        samplers: contenders by name, see :func:`harness.interleave`.
+        base: the contender to which ratios refer: ``ratios[x] = time of x / time of base``.
+        gates: parity by contender; one without a gate of its own is not checked here.
+        work: floating-point operations of one call of ``base``; adds GFLOP/s and the share of ``torch.mm``.
+    """
+    result = {**head, "threads": threads, "clock": harness.clock_for(threads)[0], "parity": gates, "notes": []}
+    red = [name for name, gate in gates.items() if not gate["ok"]]
+    result["notes"] += [f"{name}: parity is red, not timed ({gates[name]['worst']})" for name in red]
+    if base in red:
+        return result
+    samplers = {name: sampler for name, sampler in samplers.items() if name not in red}
+    with Watch(threads) as watch:
+        times = interleave(samplers, settings.seconds, settings.min_rounds)
+    milliseconds = {name: [1e3 * t for t in ts] for name, ts in times.items()}
+    result["rounds"] = len(times[base])
+    result["ms"] = {name: spread(ts) for name, ts in milliseconds.items()}
+    result["ratios"] = {name: ratio(ts, times[base]) for name, ts in times.items() if name not in (base, "mm")}
+    if work is not None:
+        result["gflops"] = work / spread(times[base])["median"] / 1e9
+        result["mm_gflops"] = MM_FLOPS / spread(times["mm"])["median"] / 1e9
+        result["share_of_mm"] = spread([work / MM_FLOPS * mm / t for mm, t in zip(times["mm"], times[base], strict=True)])
+    return {**result, "watch": watch.report()}
+
+
+# ---------------------------------------------------------------------------------------------------------- studies
+# Each yields results; it runs in a process of its own with `threads` threads.
+
+
+def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """The kernel against eager PyTorch, torch.compile and the hand-derived backward."""
+    clock = harness.clock_for(threads)[1]
+    case = make_case(shape, settings)
+    gates = {"kernel": parity(case, settings.backend)}
+    inputs = case.draw(_float32())
+    for direction in DIRECTIONS:
+        head = {"study": "shapes", "case": shape, "direction": direction}
+        if not gates["kernel"]["ok"]:
+            yield measure(head, {}, "kernel", gates, threads, settings)
+            continue
+        runs = {
+            "kernel": kernel(inputs, settings.backend, direction),
+            "eager": eager(inputs, direction),
+            "derived": derived(inputs, direction),
+        }
+        notes, seconds = [], None
+        if settings.compile_seconds:
+            try:
+                runs["compile"], seconds = _compile(compiled(inputs, direction), settings.compile_seconds)
+            except harness.OverBudget:
+                notes.append(f"torch.compile given up after {settings.compile_seconds:.0f} s of compilation")
+            except Exception as error:
+                notes.append(f"torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+        else:
+            notes.append("torch.compile left out, as asked")
+        expected = runs["kernel"]()
+        for name in [name for name in runs if name != "kernel"]:
+            difference = agreement(runs[name](), expected)
+            if not difference < 1e-3:
+                notes.append(f"{name}: computes something else (relative difference {difference:.1e}), not timed")
+                del runs[name]
+        samplers = {name: timed(run, clock) for name, run in {**runs, "mm": harness.matrix_product()}.items()}
+        result = measure(head, samplers, "kernel", gates, threads, settings, flops(case)[direction])
+        yield {**result, "notes": result["notes"] + notes, "compile_seconds": seconds}
+
+
+def _compile(run: Callable[[], tuple], seconds: float) -> tuple[Callable[[], tuple], float]:
+    """Compile within a budget: the function and how long its first call took."""
+    import time
+
+    import torch
+
+    torch.compiler.reset()
+    began = time.perf_counter()
+    with harness.time_limit(seconds):
+        run()
+    return run, time.perf_counter() - began
+
+
+def _float32():
+    import torch
+
+    return torch.float32
+
+
+def _variants(study: str, shape: str, threads: int, settings: Settings, cases: dict, base: str, directions=DIRECTIONS) -> Iterator[dict]:
+    """The kernel alone over cases that differ in one property, by name; ratios to the one named ``base``."""
+    clock = harness.clock_for(threads)[1]
+    gates = {name: parity(case, settings.backend, dtype) for name, (case, dtype) in cases.items()}
+    drawn = {name: case.draw(dtype) for name, (case, dtype) in cases.items()}
+    for direction in directions:
+        samplers = {name: timed(kernel(inputs, settings.backend, direction), clock) for name, inputs in drawn.items()}
+        yield measure({"study": study, "case": shape, "direction": direction}, samplers, base, gates, threads, settings)
+
+
+def study_bias(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """Every bias of the table, and a p without a kernel of its own, against L2."""
+    from miras_kernels import Lp, biases
+
+    label = lambda row: f"{row.name} {row.p:g}" if isinstance(row, Lp) else row.name
+    rows = {label(row): row for row in (*biases.TABLE.values(), Lp(2.5))}
+    rows = {"l2": rows.pop("l2"), **rows}
+    if settings.quick:
+        rows = {name: rows[name] for name in ("l2", "huber_switch", "lp 2.5")}
+    cases = {name: (make_case(shape, settings, bias=bias), _float32()) for name, bias in rows.items()}
+    return _variants("bias", shape, threads, settings, cases, "l2")
+
+
+def study_decay(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """Decays that underflow within a chunk against mild ones: denormal numbers must not be met."""
+    kinds = {"mild (alpha 0.82..1)": "scalar", "none": "none", "strong (alpha 0.05..0.2)": "strong", "extreme": "extreme"}
+    cases = {name: (make_case(shape, settings, decay=kind), _float32()) for name, kind in kinds.items()}
+    return _variants("decay", shape, threads, settings, cases, "mild (alpha 0.82..1)")
+
+
+def study_dtype(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """bfloat16 inputs against float32 ones; arithmetic and state are float32 in both."""
+    import torch
+
+    case = make_case(shape, settings)
+    return _variants("dtype", shape, threads, settings, {"float32": (case, torch.float32), "bfloat16": (case, torch.bfloat16)}, "float32")
+
+
+def study_checkpoint(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """Time and memory when only every n-th chunk's state is saved for the backward."""
+    import miras_kernels
+
+    clock = harness.clock_for(threads)[1]
+    case = make_case(shape, settings)
+    inputs, samplers, gates, saved, first = case.draw(_float32()), {}, {}, {}, ()
+    for n in (1, 2, 4, 8):
+        name, run = f"every {n}", kernel(inputs, settings.backend, BOTH, checkpoint_every=n)
+        if n == 1:
+            with miras_kernels.override(checkpoint_every=1):
+                gates[name] = parity(case, settings.backend)
+            first = run()
+        else:
+            difference = agreement(run(), first)
+            worst = {"tensor": "gradients against every 1", "error": difference, "budget": 1e-6}
+            gates[name] = {"ok": difference <= worst["budget"], "worst": worst}
+        samplers[name], saved[name] = timed(run, clock), saved_bytes(run, inputs) / 2**20
+    head = {"study": "checkpoint", "case": shape, "direction": BOTH, "saved_mib": saved}
+    yield measure(head, samplers, "every 1", gates, threads, settings)
+
+
+def saved_bytes(run: Callable[[], object], inputs) -> int:
+    """Bytes that autograd keeps for the backward, the inputs themselves not counted."""
+    import torch
+
+    own = {x.untyped_storage().data_ptr() for x in inputs.leaves().values()}
+    kept: dict[int, int] = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(kept.values())
+
+
+MEMORY_CONTENDERS = ("kernel", "eager", "derived")
+
+
+def study_memory(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """How far one forward and backward raises the resident memory of a fresh process, per contender."""
+    peaks, saved, notes, gate = {}, {}, [], None
+    for contender in MEMORY_CONTENDERS:
+        spec = {"study": "peak", "case": f"{shape}|{contender}", "threads": threads, "settings": dataclasses.asdict(settings)}
+        (result,) = list(start(spec, harness.environment(threads, malloc=False)))
+        gate = result.get("parity", gate)
+        peaks[contender], saved[contender] = result.get("peak_mib"), result.get("saved_mib")
+        notes += result["notes"]
+    yield {"study": "memory", "case": shape, "direction": BOTH, "threads": threads, "parity": {"kernel": gate}, "peak_mib": peaks,
+           "saved_mib": saved, "notes": notes}  # fmt: skip
+
+
+def study_peak(name: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """One contender of :func:`study_memory`."""
+    shape, contender = name.split("|")
+    case, result = make_case(shape, settings), {"study": "peak", "case": name, "notes": []}
+    if contender == "kernel":
+        result["parity"] = {**parity(make_case(shape, dataclasses.replace(settings, toy=True)), settings.backend), "toy": True}
+        if not result["parity"]["ok"]:
+            yield {**result, "notes": ["kernel: parity is red, memory not measured"]}
+            return
+    make = {"kernel": lambda i: kernel(i, settings.backend, BOTH), "eager": lambda i: eager(i, BOTH), "derived": lambda i: derived(i, BOTH)}
+    make[contender](make_case(shape, dataclasses.replace(settings, toy=True)).draw(_float32()))()  # loads what loads once
+    inputs = case.draw(_float32())
+    run = make[contender](inputs)
+    if not harness.reset_peak():
+        yield {**result, "notes": [f"{contender}: this system does not allow the peak to be reset"]}
+        return
+    before = harness.resident("VmRSS")
+    run()
+    result["peak_mib"] = harness.resident("VmHWM") - before
+    result["saved_mib"] = None if contender == "derived" else saved_bytes(run, inputs) / 2**20
+    yield result
+
+
+def study_capability(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """The kernels' instruction sets against each other, a process for each, taking turns."""
+    from miras_kernels import dispatch
+
+    levels = dispatch.BACKENDS["cpp"].extension.cpu_capabilities()
+    spec = {"study": "serve", "case": shape, "threads": threads, "settings": dataclasses.asdict(settings)}
+    servers = {level: Server(spec, harness.environment(threads, capability=level)) for level in levels}
+    try:
+        gates = {level: server.answer() for level, server in servers.items()}
+        for direction in DIRECTIONS:
+            samplers = {level: server.sampler(direction) for level, server in servers.items()}
+            head = {"study": "capability", "case": shape, "direction": direction}
+            yield measure(head, samplers, levels[0], gates, threads, settings)
+    finally:
+        for server in servers.values():
+            server.close()
+
+
+class Server:
+    """A process that holds a case and times calls when it is asked to."""
+
+    def __init__(self, spec: dict, env: dict[str, str]):
+        self.process = subprocess.Popen(_command(spec), env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(self):
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line[len(MARK) :])
+        raise RuntimeError("a measuring process ended early")
+
+    def sampler(self, direction: str) -> harness.Sampler:
+        def sample(count: int) -> float:
+            print(json.dumps([direction, count]), file=self.process.stdin, flush=True)
+            return self.answer()
+
+        return sample
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def study_serve(shape: str, threads: int, settings: Settings) -> Iterator[object]:
+    """The other end of :class:`Server`."""
+    case, clock = make_case(shape, settings), harness.clock_for(threads)[1]
+    yield parity(case, settings.backend)
+    inputs = case.draw(_float32())
+    samplers = {direction: timed(kernel(inputs, settings.backend, direction), clock) for direction in DIRECTIONS}
+    for line in sys.stdin:
+        direction, count = json.loads(line)
+        yield samplers[direction](count)
+
+
+def study_probe(_: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """What is installed and what the measured backend says of itself."""
+    import torch
+
+    import miras_kernels
+    from miras_kernels import dispatch
+
+    versions = {**harness.versions("transformers", "triton"), "torch": torch.__version__, "miras-kernels": miras_kernels.__version__}
+    extension = dispatch.BACKENDS["cpp"].extension
+    capability = {"used": extension.cpu_capability(), "possible": extension.cpu_capabilities()} if extension else None
+    yield {"versions": versions, "capability": capability, "unavailable": dispatch.unavailable(settings.backend)}
+
+
+STUDIES = {name: globals()[f"study_{name}"] for name in ("shapes", "bias", "capability", "decay", "checkpoint", "dtype", "memory")}
+HELPERS = {"peak": study_peak, "serve": study_serve, "probe": study_probe}
+
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def _command(spec: dict) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve().with_name("cpu.py")), "--worker", json.dumps(spec)]
+
+
+def start(spec: dict, env: dict[str, str] | None = None) -> Iterator[dict]:
+    """Run one study in a fresh process and yield its results; what it cannot do becomes a result with an error."""
+    env = env or harness.environment(spec["threads"])
+    process = subprocess.Popen(_command(spec), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    with process:
+        for line in process.stdout:
+            if line.startswith(MARK):
+                yield json.loads(line[len(MARK) :])
+    if process.returncode:
+        yield {"study": spec["study"], "case": spec["case"], "threads": spec["threads"], "direction": "", "parity": {},
+               "error": f"the measuring process ended with status {process.returncode}",
+               "notes": [f"the measuring process ended with status {process.returncode}"]}  # fmt: skip
