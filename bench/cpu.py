@@ -118,9 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench: backend {args.backend!r} cannot run here: {probe.get('error') or probe['unavailable']}", file=sys.stderr)
         return 1
     results = []
-    todo = jobs(args.only, args.shapes, args.threads, settings)
-    for i, (study, shape, threads) in enumerate(todo, 1):
-        print(f"[{i}/{len(todo)}] {study} {shape}, {threads} threads", file=sys.stderr, flush=True)
+    planned = jobs(args.only, args.shapes, args.threads, settings)
+    for i, (study, shape, threads) in enumerate(planned, 1):
+        print(f"[{i}/{len(planned)}] {study} {shape}, {threads} threads", file=sys.stderr, flush=True)
         results += start({"study": study, "case": shape, "threads": threads, **common})
     avx512 = bool(probe["capability"]) and "avx512" in probe["capability"]["possible"]
     document = {

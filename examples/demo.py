@@ -251,7 +251,12 @@ def draw(contenders: list[Contender], unigram: float, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for c in contenders:
-        axes.plot(*zip(*c.curve[:-1], strict=True), marker="o", markersize=3, label=f"{c.name}: {c.curve[-1][1]:.2f} at the end")
+        axes.plot(
+            *zip(*c.curve[:-1], strict=True),
+            marker="o",
+            markersize=3,
+            label=f"{c.name}: {c.curve[-1][1]:.2f} over all validation text at the end",
+        )
     axes.axhline(unigram, color="grey", linestyle=":", label=f"byte frequencies alone: {unigram:.2f}")
     axes.set(xlabel="training step", ylabel="bits per byte, first validation windows", title="A byte-level Llama reads Python's help pages")
     axes.set_ylim(top=unigram + 1.5)

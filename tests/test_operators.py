@@ -11,6 +11,7 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import autograd
+from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case, evaluate, relative_error
 
 CASES = [
@@ -163,3 +164,27 @@ def test_the_same_tags_everywhere():
     from miras_kernels import _C
 
     assert _C.bias_names() == {tag: row.name for tag, row in mk.biases.TABLE.items()}
+
+
+def test_a_state_leaves_and_enters_a_compiled_function():
+    inputs = Case("state", tokens=21).draw(torch.float32)
+    step = lambda arguments: mk.linear_memory(**arguments)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        (out, state), (wanted, end) = compiled(inputs.arguments()), step(inputs.arguments())
+        assert isinstance(state, mk.MemoryState) and torch.equal(state.open_chunk.position, end.open_chunk.position)
+        assert relative_error(out, wanted) < 1e-6
+        again = {**inputs.arguments(), "initial_state": state}
+        assert relative_error(compiled(again)[0], step(again)[0]) < 1e-6
+
+
+def test_a_second_derivative_is_refused_by_the_operators_and_had_from_the_reference(backend):
+    inputs = Case("twice", tokens=32).draw(torch.float32)
+    leaves = tuple(inputs.leaves().values())
+    (grad, *_) = torch.autograd.grad(mk.linear_memory(**inputs.arguments(), backend=backend)[0].sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
+    out, _ = chunkwise.run(inputs.call())
+    (grad, *_) = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), inputs.tensors["k"])[0].isfinite().all()
