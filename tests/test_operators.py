@@ -78,16 +78,20 @@ def test_compile_does_not_recompile_for_a_longer_sequence():
 def test_autocast_takes_the_dtype_of_a_matrix_product(backend):
     inputs = Case("autocast", tokens=32).draw(torch.float32)
     arguments = inputs.arguments()
+    leaves = tuple(inputs.leaves().values())
+    rounded = lambda given: {n: given[n].bfloat16() for n in ("q", "k", "v")}
     with torch.autocast("cpu", torch.bfloat16):
         mixed = {**arguments, "v": arguments["v"].bfloat16()}
         out, state = mk.linear_memory(**mixed, backend=backend)
-        leaves = inputs.leaves()
-        grads = torch.autograd.grad((out.float() * inputs.grad_out).sum(), tuple(leaves.values()))
+        grads = torch.autograd.grad((out.float() * inputs.grad_out).sum(), leaves)
+        inside = torch.autograd.grad(mk.linear_memory(**arguments, backend=backend)[0].float().sum(), leaves)
+    outside = torch.autograd.grad(mk.linear_memory(**arguments | rounded(arguments), backend=backend)[0].float().sum(), leaves)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
     assert out.dtype == torch.bfloat16 and state.dual[0].dtype == torch.float32
-    rounded = {**arguments, **{n: arguments[n].detach().bfloat16() for n in ("q", "k", "v")}}
-    wanted, wanted_state = mk.linear_memory(**rounded, backend=backend)
+    wanted, wanted_state = mk.linear_memory(**arguments | rounded(arguments), backend=backend)
     assert torch.equal(out, wanted) and torch.equal(state.dual[0], wanted_state.dual[0])
-    assert [g.dtype for g in grads] == [x.dtype for x in leaves.values()]
+    assert [g.dtype for g in grads] == [x.dtype for x in leaves]
     with torch.autocast("cpu", torch.bfloat16):  # float64 is left alone
         double = inputs.to(torch.float64)
         assert mk.linear_memory(**double.arguments())[0].dtype == torch.float64
@@ -188,3 +192,20 @@ def test_a_second_derivative_is_refused_by_the_operators_and_had_from_the_refere
     out, _ = chunkwise.run(inputs.call())
     (grad, *_) = torch.autograd.grad(out.sum(), leaves, create_graph=True)
     assert torch.autograd.grad(grad.sum(), inputs.tensors["k"])[0].isfinite().all()
+
+
+def test_tracing_sees_the_operator():
+    """Plain eager calls go past the dispatcher; whatever records, fakes or transforms operators still meets them."""
+    inputs = Case("traced", tokens=32).draw(torch.float32)
+    arguments = inputs.arguments()
+    step = lambda q: mk.linear_memory(**{**arguments, "q": q})[0]
+    with torch.no_grad():
+        graph = torch.fx.experimental.proxy_tensor.make_fx(step)(arguments["q"])
+        assert any(node.target is torch.ops.miras_kernels.memory.default for node in graph.graph.nodes)
+        assert torch.equal(graph(2 * arguments["q"]), step(2 * arguments["q"]))
+        mode = torch._subclasses.FakeTensorMode()
+        fake = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+        assert isinstance(mk.linear_memory(**fake)[0], torch._subclasses.FakeTensor)
+    jacobian = torch.func.jacrev(lambda lr: mk.linear_memory(**{**arguments, "lr": lr})[0].sum())
+    with pytest.raises(RuntimeError):  # no silent wrong answer under functorch's transforms
+        jacobian(arguments["lr"])

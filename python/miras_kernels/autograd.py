@@ -1,10 +1,10 @@
-"""The operators between the public functions and the backends. No mathematics here.
+"""Between the public functions and the backends: operators and autograd. No mathematics here.
 
 ``miras_kernels::memory`` and ``miras_kernels::memory_backward`` are ordinary PyTorch operators (``torch.library``), with
-fakes for ``torch.compile`` and one autograd formula for all backends. They carry a :class:`Call` as flat arguments.
+fakes for ``torch.compile`` and one autograd formula for all backends. They carry a :class:`Call` as flat arguments. In plain
+eager mode nobody looks at an operator, and its dispatch in Python costs a tenth of a short call: there a
+``torch.autograd.Function`` with the same two halves calls the backend directly.
 """
-
-# Annotations here are read by torch.library to make the schemas: no `from __future__ import annotations`.
 
 import torch
 from torch import Tensor
@@ -13,24 +13,44 @@ from . import biases, dispatch, retention
 from .reference import chunkwise, derived
 from .reference.inputs import Call
 from .state import MemoryState, OpenChunk
+from .tracing import is_plain_eager
 
 __all__ = ["run"]
+
+#: the differentiable arguments, in the operators' order, before the state's tensors
+DIFFERENTIABLE = (*Call.PER_TOKEN, "ln_weight", "ln_bias")
+STATE = len(DIFFERENTIABLE)
 
 
 def run(call: Call, backend: str, differentiate: bool, checkpoint_every: int) -> tuple[Tensor, MemoryState | None]:
     """Run a validated call on a backend: ``(out, final state or None)``, differentiable in every tensor."""
     if backend == "reference" and not (derived.covers(call) and not (differentiate and _ends_open(call))):
         return _run_reference(call)
-    out, tensors, _ = torch.ops.miras_kernels.memory(*_flatten(call), backend, checkpoint_every if differentiate else 0)
+    checkpoint_every = checkpoint_every if differentiate else 0
+    if is_plain_eager(_tensors(call)):
+        if differentiate:
+            arguments = (*_flatten(call), backend, checkpoint_every)
+            out, *tensors = _Memory.apply(arguments, *arguments[:STATE], *arguments[STATE])
+        else:
+            out, tensors, _ = _forward(call, backend, checkpoint_every)
+    else:
+        out, tensors, _ = torch.ops.miras_kernels.memory(*_flatten(call), backend, checkpoint_every)
     if not call.output_final_state:
         return out, None
     return out, _state_from(call, tensors)
 
 
+def _tensors(call: Call) -> list[Tensor]:
+    """The differentiable tensors of a call."""
+    given = [getattr(call, name) for name in DIFFERENTIABLE]
+    return [x for x in given if x is not None] + call.state.tensors()
+
+
 def _run_reference(call: Call) -> tuple[Tensor, MemoryState | None]:
     """Differentiable PyTorch, for what no operator covers: autograd through it reaches cuts inside a chunk too."""
     dtype = call.state.dual[0].dtype
-    out, state = chunkwise.run(call.replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype)))
+    with torch.autocast(call.q.device.type, enabled=False):
+        out, state = chunkwise.run(call.replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype)))
     if not call.output_final_state:
         state = None
     elif not _ends_open(call):
@@ -74,7 +94,7 @@ def _state_from(call: Call, tensors: list[Tensor]) -> MemoryState:
     return _structure(call).replace_tensors(tensors)
 
 
-# --------------------------------------------------------------------------------------------------------- operators
+# -------------------------------------------------------------------------------------------------- flat arguments
 
 
 def _flatten(call: Call) -> tuple:
@@ -103,107 +123,130 @@ def _call(
     )  # fmt: skip
 
 
-@torch.library.custom_op("miras_kernels::memory", mutates_args=())
-def _memory(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None, delta: Tensor | None, momentum: Tensor | None,
-    ln_weight: Tensor | None, ln_bias: Tensor | None, state: list[Tensor], position: Tensor | None,
-    cu_seqlens: Tensor | None, memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
-    output_final_state: bool, backend: str, checkpoint_every: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+# ------------------------------------------------------------------------------------------------ forward and backward
+
+
+def _forward(call: Call, backend: str, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """``(out, final state tensors, saved for the backward)``."""
-    call = _call(
-        q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens, memory, ln_eps, bias,
-        gate, chunk_size, output_final_state,
-    )  # fmt: skip
     out, final, saved = dispatch.BACKENDS[backend].forward(call, checkpoint_every)
-    if not output_final_state:
+    if not call.output_final_state:
         final = []
     elif not _ends_open(call):
-        final = final[: len(call.state.dual) * (1 if momentum is None else 2)]
-    return out, [_owned(x, state) for x in final], saved
+        final = final[: len(call.state.dual) * (1 if call.momentum is None else 2)]
+    given = call.state.tensors()
+    return out, [x.clone() if any(x is y for y in given) else x for x in final], saved  # an output may not be an input
 
 
-def _owned(x: Tensor, inputs: list[Tensor]) -> Tensor:
-    """An operator's output may not be one of its inputs."""
-    return x.clone() if any(x is y for y in inputs) else x
+def _backward(
+    call: Call, backend: str, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of the present differentiable arguments in their order, the initial matrices' last."""
+    grads = dispatch.BACKENDS[backend].backward(call, checkpoint_every, saved, grad_out, grad_dual)
+    return [grads[name] for name in _present(call)] + grads["dual"]
 
 
-@_memory.register_fake
-def _memory_fake(q, k, v, *rest):
-    call, (backend, checkpoint_every) = _call(q, k, v, *rest[:-2]), rest[-2:]
-    final = [x.new_empty(x.shape) for x in _structure(call).tensors()] if call.output_final_state else []
-    return v.new_empty(v.shape), final, dispatch.BACKENDS[backend].saved_like(call, checkpoint_every)
+def _present(call: Call) -> list[str]:
+    return [name for name in DIFFERENTIABLE if getattr(call, name) is not None]
 
 
-@torch.library.custom_op("miras_kernels::memory_backward", mutates_args=())
-def _memory_backward(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None, delta: Tensor | None, momentum: Tensor | None,
-    ln_weight: Tensor | None, ln_bias: Tensor | None, state: list[Tensor], position: Tensor | None,
-    cu_seqlens: Tensor | None, memory: str, ln_eps: float, bias: str, gate: str, chunk_size: int,
-    output_final_state: bool, backend: str, checkpoint_every: int,
-    saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of the present differentiable arguments in their order, the state's tensors last."""
-    call = _call(
-        q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens, memory, ln_eps, bias,
-        gate, chunk_size, output_final_state,
-    )  # fmt: skip
-    grads = dispatch.BACKENDS[backend].backward(call, checkpoint_every, saved, grad_out, grad_state)
-    return [grads[name] for name in _differentiable(call)] + grads["dual"]
-
-
-def _differentiable(call: Call) -> list[str]:
-    names = (*Call.PER_TOKEN, "ln_weight", "ln_bias")
-    return [name for name in names if getattr(call, name) is not None]
-
-
-@_memory_backward.register_fake
-def _memory_backward_fake(q, k, v, *rest):
-    call = _call(q, k, v, *rest[:-5])
-    tensors = [getattr(call, name) for name in _differentiable(call)] + list(call.state.dual)
-    return [x.new_empty(x.shape) for x in tensors]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *arguments, ctx.backend, ctx.checkpoint_every = inputs
-    call = _call(*arguments)
-    _, final, saved = output
+def _remember(ctx, arguments: tuple, saved: list[Tensor]) -> None:
+    """Keep an operator's arguments and what its forward saved."""
     ctx.set_materialize_grads(False)
-    ctx.matrices = len(call.state.dual)
-    ctx.state_tensors = len(arguments[9])
-    ctx.counts = (ctx.state_tensors, len(saved))
-    ctx.arguments = [None if isinstance(x, Tensor) or i == 9 else x for i, x in enumerate(arguments)]
     ctx.tensor_at = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-    ctx.save_for_backward(*[arguments[i] for i in ctx.tensor_at], *arguments[9], *saved, *final[: ctx.matrices])
+    ctx.others = [None if isinstance(x, Tensor) or i == STATE else x for i, x in enumerate(arguments)]
+    ctx.state_tensors = len(arguments[STATE])
+    ctx.save_for_backward(*[arguments[i] for i in ctx.tensor_at], *arguments[STATE], *saved)
 
 
-def _backward(ctx, grad_out, grad_final, grad_saved):
-    tensors = list(ctx.saved_tensors)
-    arguments = list(ctx.arguments)
+def _gradients(ctx, backward, grad_out: Tensor | None, grad_final: list[Tensor | None]) -> list:
+    """Gradients in the places of an operator's arguments, by ``backward(arguments, saved, grad_out, grad_dual)``."""
+    arguments, tensors = list(ctx.others), list(ctx.saved_tensors)
     for i in ctx.tensor_at:
         arguments[i] = tensors.pop(0)
-    arguments[9], saved, final = tensors[: ctx.counts[0]], tensors[ctx.counts[0] : sum(ctx.counts)], tensors[sum(ctx.counts) :]
-    call = _call(*arguments)
-    grad_final = list(grad_final or [])
-    grad_dual = grad_final[: ctx.matrices]
-    if any(g is not None for g in grad_final[ctx.matrices :]):
+    arguments[STATE], saved = tensors[: ctx.state_tensors], tensors[ctx.state_tensors :]
+    call = _call(*arguments[:-2])
+    matrices = call.state.dual
+    grad_dual, grad_rest = grad_final[: len(matrices)], grad_final[len(matrices) :]
+    if any(g is not None for g in grad_rest):
         raise RuntimeError(
-            f"miras_kernels: the {ctx.backend!r} backend does not differentiate through a state that was cut inside a chunk; cut at "
+            f"miras_kernels: the {arguments[-2]!r} backend does not differentiate through a state that was cut inside a chunk; cut at "
             "multiples of chunk_size, detach the state, or run both pieces with backend='reference'"
         )
     if all(g is None for g in grad_dual):
         grad_dual = []
     else:
-        grad_dual = [torch.zeros_like(x) if g is None else g for g, x in zip(grad_dual, final, strict=True)]
-    if grad_out is None:
-        grad_out = torch.zeros_like(call.v)
-    grads = list(torch.ops.miras_kernels.memory_backward(*arguments, ctx.backend, ctx.checkpoint_every, saved, grad_out, grad_dual))
-    result = [None] * (len(arguments) + 2)
-    places = {name: i for i, name in enumerate((*Call.PER_TOKEN, "ln_weight", "ln_bias"))}
-    for name in _differentiable(call):
-        result[places[name]] = grads.pop(0)
-    result[9] = grads
-    return tuple(result)
+        grad_dual = [torch.zeros_like(x) if g is None else g for g, x in zip(grad_dual, matrices, strict=True)]
+    grads = list(backward(arguments, saved, torch.zeros_like(call.v) if grad_out is None else grad_out, grad_dual))
+    result = [None] * len(arguments)
+    for name in _present(call):
+        result[DIFFERENTIABLE.index(name)] = grads.pop(0)
+    result[STATE] = grads + [None] * (ctx.state_tensors - len(grads))
+    return result
 
 
-_memory.register_autograd(_backward, setup_context=_setup_context)
+class _Memory(torch.autograd.Function):
+    """``apply(arguments of the operator, *its differentiable arguments, *the state's tensors)``, for plain eager mode."""
+
+    @staticmethod
+    def forward(ctx, arguments, *_):
+        out, final, saved = _forward(_call(*arguments[:-2]), *arguments[-2:])
+        _remember(ctx, arguments, saved)
+        return out, *final
+
+    @staticmethod
+    def backward(ctx, grad_out, *grad_final):
+        run = lambda arguments, *rest: _backward(_call(*arguments[:-2]), *arguments[-2:], *rest)
+        if torch.is_grad_enabled():  # create_graph=True: the operator makes a second derivative an error, not a silent zero
+            run = lambda arguments, *rest: torch.ops.miras_kernels.memory_backward(*arguments, *rest)
+        grads = _gradients(ctx, run, grad_out, list(grad_final))
+        return None, *grads[:STATE], *grads[STATE]
+
+
+# --------------------------------------------------------------------------------------------------------- operators
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? log_decay, Tensor? delta, Tensor? momentum, Tensor? ln_weight, Tensor? ln_bias, "
+    "Tensor[] state, Tensor? position, Tensor? cu_seqlens, str memory, float ln_eps, str bias, str gate, SymInt chunk_size, "
+    "bool output_final_state, str backend, SymInt checkpoint_every"
+)
+
+
+@torch.library.custom_op("miras_kernels::memory", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor[], Tensor[])")
+def _memory(*arguments):
+    return _forward(_call(*arguments[:-2]), *arguments[-2:])
+
+
+@_memory.register_fake
+def _memory_fake(*arguments):
+    call, (backend, checkpoint_every) = _call(*arguments[:-2]), arguments[-2:]
+    final = [x.new_empty(x.shape) for x in _structure(call).tensors()] if call.output_final_state else []
+    return call.v.new_empty(call.v.shape), final, dispatch.BACKENDS[backend].saved_like(call, checkpoint_every)
+
+
+@torch.library.custom_op(
+    "miras_kernels::memory_backward",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor[] saved, Tensor grad_out, Tensor[] grad_dual) -> Tensor[]",
+)
+def _memory_backward(*arguments):
+    *arguments, backend, checkpoint_every, saved, grad_out, grad_dual = arguments
+    return _backward(_call(*arguments), backend, checkpoint_every, saved, grad_out, grad_dual)
+
+
+@_memory_backward.register_fake
+def _memory_backward_fake(*arguments):
+    call = _call(*arguments[:-5])
+    tensors = [getattr(call, name) for name in _present(call)] + list(call.state.dual)
+    return [x.new_empty(x.shape) for x in tensors]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _remember(ctx, inputs, output[2])
+
+
+def _operator_backward(ctx, grad_out, grad_final, grad_saved):
+    run = lambda arguments, *rest: torch.ops.miras_kernels.memory_backward(*arguments, *rest)
+    return tuple(_gradients(ctx, run, grad_out, list(grad_final or [])))
+
+
+_memory.register_autograd(_operator_backward, setup_context=_setup_context)

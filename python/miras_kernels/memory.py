@@ -168,5 +168,4 @@ def _run(call: Call, backend: str) -> tuple[Tensor, MemoryState | None]:
     name = dispatch.choose(backend, call, differentiate)
     if call.q.shape[0] == 0 or call.q.shape[1] == 0:
         return torch.empty_like(call.v), call.state if call.output_final_state else None
-    with torch.autocast(call.q.device.type, enabled=False):
-        return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+    return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))

@@ -13,6 +13,7 @@ from .options import options
 from .reference.inputs import Call
 from .retention import Retention
 from .state import MemoryState, OpenChunk
+from .tracing import is_plain_eager
 
 __all__ = ["linear_call", "mlp_call"]
 
@@ -75,7 +76,7 @@ def _arithmetic(q: Tensor) -> torch.dtype:
 
 def _check_values(x: Tensor) -> bool:
     """Whether to look at the numbers in ``x``: always possible on the CPU, a wait for the device elsewhere."""
-    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor) or x.is_meta:
+    if not is_plain_eager([x]):
         return False
     return x.device.type == "cpu" if options.check_values is None else options.check_values
 

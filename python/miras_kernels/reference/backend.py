@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import derived
@@ -20,7 +21,8 @@ class ReferenceBackend:
         return None
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        out, state, saved = derived.forward(_widen(call))
+        with torch.autocast(call.q.device.type, enabled=False):
+            out, state, saved = derived.forward(_widen(call))
         return out.to(call.q.dtype).contiguous(), state.tensors(), saved if checkpoint_every else []
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
@@ -31,7 +33,9 @@ class ReferenceBackend:
         return [dual.new_empty(b, h, n, dv, dk), dual.new_empty(b, h, n, call.chunk_size, dv)]
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
-        grads = derived.backward(_widen(call), saved, grad_out.to(saved[0].dtype), grad_dual[0] if grad_dual else None)
+        grad_out = grad_out.to(saved[0].dtype)
+        with torch.autocast(call.q.device.type, enabled=False):
+            grads = derived.backward(_widen(call), saved, grad_out, grad_dual[0] if grad_dual else None)
         for name in ("q", "k", "v"):
             grads[name] = grads[name].to(call.q.dtype)
         grads = {name: x.contiguous() for name, x in grads.items()}
