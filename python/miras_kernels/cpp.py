@@ -26,6 +26,9 @@ class CppBackend:
     def unavailable(self) -> str | None:
         return self.missing
 
+    def runs_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if call.memory != "linear":
             return "it has the linear memory only, so far"

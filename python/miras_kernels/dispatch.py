@@ -25,6 +25,9 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend cannot run here at all, or None."""
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it takes tensors on this device."""
+
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         """Why it cannot serve this call, or None."""
 
@@ -49,7 +52,7 @@ class _Planned:
 
 
 #: every backend name, in no order; filled by the modules that implement them (see miras_kernels/memory.py)
-BACKENDS: dict[str, Backend] = {name: _Planned(name) for name in ("cuda", "triton")}
+BACKENDS: dict[str, Backend] = {name: _Planned(name) for name in ("cuda",)}
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
 #: fastest first, by device type; every other device runs the reference
@@ -68,7 +71,7 @@ def unavailable(name: str) -> str | None:
 
 def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
     reason = unavailable(name)
-    if reason is None and name not in candidates(call.q.device):
+    if reason is None and not BACKENDS[name].runs_on(call.q.device):
         reason = f"it does not run on {call.q.device.type} tensors"
     return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
 

@@ -13,11 +13,12 @@ from .reference.backend import ReferenceBackend
 from .reference.inputs import Call
 from .retention import L2Retention, Retention
 from .state import MemoryState
+from .triton_backend import TritonBackend
 from .validation import linear_call, mlp_call
 
 __all__ = ["explain", "linear_memory", "mlp_memory"]
 
-dispatch.BACKENDS.update({backend.name: backend for backend in (ReferenceBackend(), CppBackend())})
+dispatch.BACKENDS.update({backend.name: backend for backend in (ReferenceBackend(), CppBackend(), TritonBackend())})
 
 
 def linear_memory(

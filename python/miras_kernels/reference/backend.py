@@ -17,6 +17,9 @@ class ReferenceBackend:
     def unavailable(self) -> None:
         return None
 
+    def runs_on(self, device: torch.device) -> bool:
+        return True
+
     def refuses(self, call: Call, differentiate: bool) -> None:
         return None
 

@@ -1,0 +1,118 @@
+"""From a validated call to kernel arguments: geometry, constants, and the one function that launches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+
+__all__ = ["Problem", "Slots", "launch", "tiles"]
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Slots(NamedTuple):
+    """Where the chunks of every sequence lie in a buffer with a slot for each; computed without waiting for the device."""
+
+    count: int
+    per_sequence: int  # unless packed
+    first: Tensor | None  # [N] int64, the first slot of every packed sequence
+    owner: Tensor | None  # [count] int64, the packed sequence of every slot; -1 for a spare one
+
+    @staticmethod
+    def of(cu_seqlens: Tensor | None, sequences: int, tokens: int, size: int, position: Tensor | None = None) -> Slots:
+        """Slots for pieces of ``size`` tokens; sequence n begins ``position[n]`` tokens inside its first piece."""
+        before = 0 if position is None else size - 1  # at most
+        if cu_seqlens is None:
+            each = -(-(tokens + before) // size)
+            return Slots(sequences * each, each, None, None)
+        count = (tokens + sequences * before) // size + sequences
+        lengths = cu_seqlens.diff() if position is None else cu_seqlens.diff() + position
+        last = ((lengths + size - 1) // size).cumsum(0)
+        owner = torch.searchsorted(last, torch.arange(count, device=last.device), right=True)
+        return Slots(count, 0, last - (lengths + size - 1) // size, torch.where(owner < sequences, owner, -1))
+
+
+class Problem:
+    """A call's tensors as the kernels take them, its sizes and its compile-time constants."""
+
+    def __init__(self, call):
+        self.call = call
+        self.q, self.k, self.v = (_unit_stride(x) for x in (call.q, call.k, call.v))
+        self.lr, self.log_decay, self.delta = (None if x is None else x.contiguous() for x in (call.lr, call.log_decay, call.delta))
+        self.cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
+        self.dual = call.state.dual[0]
+        self.batch, self.tokens, self.heads, self.key_dim = call.q.shape
+        self.value_dim = call.v.shape[-1]
+        self.sequences = self.dual.shape[0]
+        self.chunk_size = call.chunk_size
+        self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
+        self.slots = self.pieces(call.chunk_size)
+        bias = call.bias
+        delta = 0 if not bias.needs_delta else call.delta.dim() - 2
+        self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled)
+        self.sizes = dict(Dk=self.key_dim, Dv=self.value_dim, C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
+        parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
+        self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
+        self.bias |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
+
+    def pieces(self, size: int) -> Slots:
+        return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
+
+    def strides(self, *names: str) -> dict[str, int]:
+        """Strides of batch, token and head of q, k or v."""
+        return {f"stride_{n}{axis}": getattr(self, n).stride(i) for n in names for i, axis in enumerate("bth")}
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+    def per_token(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """``[B, T, H, *shape]``."""
+        return self.empty(self.batch, self.tokens, self.heads, *shape, dtype=dtype)
+
+    def per_slot(self, slots: Slots, dtype: torch.dtype | None = None) -> Tensor:
+        """``[slots, H, Dk, Dv]``."""
+        return self.empty(slots.count, self.heads, self.key_dim, self.value_dim, dtype=dtype)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """q, k or v with a contiguous last axis, and a chunk that offsets of 31 bits can span."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()
+
+
+def tiles(kernel: str, problem: Problem, along: str) -> int:
+    """Tiles that a kernel cuts its ``"value"`` or ``"key"`` axis into."""
+    return problem.key.tiles(configs.choose(kernel, problem.key), along)
+
+
+#: set by `recording`: receives launches instead of the device
+_recorder: Callable | None = None
+
+
+@contextlib.contextmanager
+def recording(receive: Callable) -> Iterator[None]:
+    """Within it nothing is launched: ``receive(kernel, arguments, warps, stages)`` gets every launch. Meta tensors will do."""
+    global _recorder
+    before, _recorder = _recorder, receive
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
+def launch(kernel, problem: Problem, units: int, along: str, **arguments) -> None:
+    """Run a kernel for ``units`` sequences, segments or chunks x the tiles along an axis x heads."""
+    config = configs.choose(kernel.__name__, problem.key)
+    block_v, block_k = problem.key.blocks(config)
+    arguments |= dict(T=problem.tokens, H=problem.heads, **problem.sizes, BK=block_k, BV=block_v)
+    if _recorder is not None:
+        return _recorder(kernel, arguments, config.warps, config.stages)
+    with torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext():
+        grid = (units * problem.key.tiles(config, along), problem.heads)
+        kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
