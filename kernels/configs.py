@@ -62,6 +62,7 @@ def padded(d: int) -> int:
 
 
 KERNELS: dict[str, tuple[Config, ...]] = {
+    "linear_decay": (Config(16, 16, 4, 2),),
     "linear_state": (Config(32, 0, 4, 2), Config(64, 0, 4, 2)),
     "linear_output": (Config(64, 64, 4, 2),),
     "linear_pre": (Config(64, 64, 4, 2),),

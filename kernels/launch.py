@@ -54,6 +54,7 @@ class Problem:
         self.chunk_size = call.chunk_size
         self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
         self.slots = self.pieces(call.chunk_size)
+        self.row = self.batch * self.tokens * self.heads
         bias = call.bias
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
         self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled)
@@ -64,6 +65,11 @@ class Problem:
 
     def pieces(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
+
+    def tables(self) -> dict:
+        """Where the chunks are, for kernels that are parallel over them."""
+        slots = self.slots
+        return dict(cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner, CHUNKS=slots.per_sequence)
 
     def strides(self, *names: str) -> dict[str, int]:
         """Strides of batch, token and head of q, k or v."""
@@ -106,13 +112,13 @@ def recording(receive: Callable) -> Iterator[None]:
         _recorder = before
 
 
-def launch(kernel, problem: Problem, units: int, along: str, **arguments) -> None:
-    """Run a kernel for ``units`` sequences, segments or chunks x the tiles along an axis x heads."""
+def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
+    """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one."""
     config = configs.choose(kernel.__name__, problem.key)
     block_v, block_k = problem.key.blocks(config)
     arguments |= dict(T=problem.tokens, H=problem.heads, **problem.sizes, BK=block_k, BV=block_v)
     if _recorder is not None:
         return _recorder(kernel, arguments, config.warps, config.stages)
     with torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext():
-        grid = (units * problem.key.tiles(config, along), problem.heads)
+        grid = (units * problem.key.tiles(config, along), problem.heads) if along else (units,)
         kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)

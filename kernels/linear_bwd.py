@@ -25,9 +25,9 @@ from torch import Tensor
 
 from . import bias as biases
 from .launch import Problem, launch, tiles
-from .linear_fwd import load_delta, load_error, load_square, recompute
+from .linear_fwd import chunk_decays, load_delta, load_error, load_square, recompute
 from .tiles import (
-    decay_from_start, decay_parts, decay_to_end, dot, load_gate, owner_of, pair_decay, rounded, sequence_of, slot_of, store,
+    dot, inside, load_gamma, load_gate, load_to_end, load_total, owner_of, pair_decay, rounded, sequence_of, slot_of, store,
 )  # fmt: skip
 
 
@@ -40,9 +40,9 @@ def store_after(row, x, t0, eos, o_c, H, C: tl.constexpr):
 
 @triton.jit
 def linear_pre(
-    q, k, log_decay, grad_out, from_out,
+    q, k, decays, grad_out, from_out,
     cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS,
+    T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def linear_pre(
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     t0 = bos + i_c * C
     o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    m_t, m_v = t0 + o_c < eos, o_v < Dv
+    m_t, m_v = t0 + o_c < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
     o_g = o_c * H
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
@@ -67,13 +67,12 @@ def linear_pre(
     b_p = tl.zeros((C, C), tl.float32)  # [s, t]
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        m_tk = m_t[:, None] & (o_k < Dk)[None, :]
+        m_tk = m_t[:, None] & inside(o_k, Dk, BK)[None, :]
         b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_p += dot(b_k, tl.trans(b_q))
-    b_units, b_rest = decay_parts(log_decay, row, o_g, m_t, C)
     causal = o_c[:, None] <= o_c[None, :]
-    b_p *= pair_decay(b_units[None, :], b_rest[None, :], b_units[:, None], b_rest[:, None], causal, log_decay is not None)
+    b_p *= pair_decay(decays, ROW, row, o_g[None, :], o_g[:, None], m_t[None, :], m_t[:, None], causal)
     o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
     b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0)  # [C, BV]
     store(from_out + row * Dv + o_tv, -dot(rounded(b_p, DTYPE), b_do), m_tv)
@@ -81,9 +80,9 @@ def linear_pre(
 
 @triton.jit
 def linear_seq(
-    q, k, v, lr, log_decay, delta,
+    q, k, v, lr, decays, delta,
     errors, squares, from_out, grad_out, grad_final,
-    grad_states, grad_v, grad_initial, grad_delta, rows_lr, rows_delta, rows_decay,
+    grad_states, grad_v, grad_initial, grad_delta, rows_lr, rows_delta, rows_kept,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -101,7 +100,7 @@ def linear_seq(
     slot = slot_of(i_n, first_slot, CHUNKS)
 
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < Dk, o_v < Dv
+    m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     m_kv = m_k[:, None] & m_v[None, :]
     q += i_b * stride_qb + i_h * stride_qh
     k += i_b * stride_kb + i_h * stride_kh
@@ -118,7 +117,7 @@ def linear_seq(
     for i in range(0, chunks):
         i_c = chunks - 1 - i
         t0 = bos + i_c * C
-        m_t, m_next = t0 + o_c < eos, t0 + o_c + 1 < eos
+        m_t = t0 + o_c < eos
         row = (i_b * T + t0) * H + i_h
         m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
 
@@ -127,8 +126,7 @@ def linear_seq(
         b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
-        b_to_end, gamma = decay_to_end(log_decay, row, o_c, m_t, m_next, H, C)
-        b_kj = dot(b_k, b_jr) * b_to_end[:, None]  # [C, BV]
+        b_kj = dot(b_k, b_jr) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
         b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
 
         b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
@@ -137,8 +135,8 @@ def linear_seq(
         b_lr = load_gate(lr, row, o_g, m_t)  # [C]
         b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
         tl.store(rows_lr + tile_row + row + o_g, tl.sum(b_du * b_psi, 1), mask=m_t)
-        if log_decay is not None:
-            store_after(rows_decay + tile_row + row, -tl.cumsum(b_lr * tl.sum(b_kj * b_psi, 1), 0), t0, eos, o_c, H, C)
+        if decays is not None:
+            tl.store(rows_kept + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
 
         b_y = b_du * b_lr[:, None]
         b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS, P0, P1, P2)
@@ -153,7 +151,8 @@ def linear_seq(
             else:
                 tl.store(rows_delta + tile_row + row + o_g, tl.sum(b_dd, 1), mask=m_t)
 
-        b_gamma = decay_from_start(log_decay, row, o_g, m_t, C)
+        b_gamma = load_gamma(decays, row, o_g, m_t, C)
+        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
         b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
         if READS:
             b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
@@ -162,9 +161,9 @@ def linear_seq(
 
 @triton.jit
 def linear_epi(
-    q, k, v, lr, log_decay, delta,
+    q, k, v, lr, decays, delta,
     states, errors, squares, grad_states, grad_out, grad_v,
-    grad_q, grad_k, rows_decay,
+    grad_q, grad_k, kept, rows_decay,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -174,7 +173,7 @@ def linear_epi(
 ):  # fmt: skip
     """A tile ``[C, BK]`` of one chunk's dQ, then of its dK, each a loop over the values: one large accumulator at a time."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
-    DECAYS: tl.constexpr = log_decay is not None
+    DECAYS: tl.constexpr = decays is not None
     i_k = tl.program_id(0) % NK
     i_slot = (tl.program_id(0) // NK).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -185,7 +184,7 @@ def linear_epi(
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     t0 = bos + i_c * C
     o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
-    m_t, m_next, m_k = t0 + o_c < eos, t0 + o_c + 1 < eos, o_k < Dk
+    m_t, m_k = t0 + o_c < eos, inside(o_k, Dk, BK)
     m_tk = m_t[:, None] & m_k[None, :]
     row = (i_b * T + t0) * H + i_h
     tile_row = (2 * i_k).to(tl.int64) * ROW
@@ -198,15 +197,13 @@ def linear_epi(
     grad_states += (i_slot * H + i_h) * Dk * Dv
     b_lr = load_gate(lr, row, o_g, m_t)
     b_square = load_square(squares, row, o_g, m_t, COUPLED)
-    b_units, b_rest = decay_parts(log_decay, row, o_g, m_t, C)
-    b_to_end, gamma = decay_to_end(log_decay, row, o_c, m_t, m_next, H, C)
 
     # dQ = gamma (dO S') + dS K
     b_dp = tl.zeros((C, C), tl.float32)  # [t, s]
     b_dq = tl.zeros((C, BK), tl.float32)
     for i_v in range(0, (Dv + BV - 1) // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < Dv
+        m_v = inside(o_v, Dv, BV)
         o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0)  # [C, BV]
         b_e = load_error(v, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
@@ -218,12 +215,13 @@ def linear_epi(
     b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
     b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
     causal = o_c[:, None] >= o_c[None, :]
-    b_ds = -b_dp * pair_decay(b_units[:, None], b_rest[:, None], b_units[None, :], b_rest[None, :], causal, DECAYS)
-    b_dq *= decay_from_start(log_decay, row, o_g, m_t, C)[:, None]
+    b_ds = -b_dp * pair_decay(decays, ROW, row, o_g[:, None], o_g[None, :], m_t[:, None], m_t[None, :], causal)
+    b_dq *= load_gamma(decays, row, o_g, m_t, C)[:, None]
     if DECAYS:
         b_read = tl.cumsum(tl.sum(b_dq * b_q.to(tl.float32), 1), 0, reverse=True)  # over r >= t
         b_pairs = tl.cumsum(b_ds * dot(b_q, tl.trans(b_k)), 1)
         b_pairs = tl.sum(tl.where(o_c[:, None] > o_c[None, :], b_pairs, 0.0), 0)  # over r > s' >= s, for the step after s'
+        b_pairs += tl.where(i_k == 0, tl.cumsum(load_gate(kept, row, o_g, m_t), 0), 0.0)
         store_after(rows_decay + tile_row + ROW + row, b_pairs, t0, eos, o_c, H, C)
     b_dq += dot(rounded(b_ds, DTYPE), b_k)
     store(grad_q + row * Dk + o_tk, b_dq, m_tk)
@@ -232,9 +230,10 @@ def linear_epi(
     b_dp = tl.zeros((C, C), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
     b_dk = tl.zeros((C, BK), tl.float32)
     inner = 0.0
+    b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)
     for i_v in range(0, (Dv + BV - 1) // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < Dv
+        m_v = inside(o_v, Dv, BV)
         o_tv, m_tv, m_vk = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :], m_v[:, None] & m_k[None, :]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0)  # [C, BV]
         b_e = load_error(v, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
@@ -250,10 +249,11 @@ def linear_epi(
         if DECAYS:
             inner += tl.sum(b_w.to(tl.float32) * b_j.to(tl.float32))
     causal = o_c[:, None] <= o_c[None, :]
-    b_ds = -b_dp * pair_decay(b_units[None, :], b_rest[None, :], b_units[:, None], b_rest[:, None], causal, DECAYS)
+    b_ds = -b_dp * pair_decay(decays, ROW, row, o_g[None, :], o_g[:, None], m_t[None, :], m_t[:, None], causal)
     b_dk += dot(rounded(b_ds, DTYPE), b_q)
     store(grad_k + row * Dk + o_tk, b_dk, m_tk)
     if DECAYS:
+        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
         tl.store(rows_decay + tile_row + row + o_g, b_read + gamma * inner, mask=m_t)
 
 
@@ -262,28 +262,28 @@ def linear_epi(
 
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_dual: Tensor | None) -> dict[str, Tensor]:
     """Gradients by argument name, ``dual`` for the initial matrix ``[N, H, Dv, Dk]``."""
-    chain = recompute(p, checkpoints, every)
+    decays = chunk_decays(p)
+    chain = recompute(p, decays, checkpoints, every)
     grad_out = grad_out.contiguous()
-    tables = dict(cu_seqlens=p.cu_seqlens, first_slot=p.slots.first, CHUNKS=p.slots.per_sequence)
-    parallel = dict(**tables, slot_owner=p.slots.owner)
-    gates = dict(lr=p.lr, log_decay=p.log_decay, delta=p.delta)
+    parallel = p.tables()
+    sequential = {name: x for name, x in parallel.items() if name != "slot_owner"}
+    gates = dict(lr=p.lr, decays=decays, delta=p.delta)
 
     from_out = p.per_token(p.value_dim)
     launch(
         linear_pre, p, p.slots.count, "value",
-        q=p.q, k=p.k, log_decay=p.log_decay, grad_out=grad_out, from_out=from_out, **parallel, **p.strides("q", "k"),
+        q=p.q, k=p.k, decays=decays, grad_out=grad_out, from_out=from_out, **parallel, ROW=p.row, **p.strides("q", "k"),
     )  # fmt: skip
 
     value_tiles, key_tiles = tiles("linear_seq", p, "value"), tiles("linear_epi", p, "key")
-    row = p.batch * p.tokens * p.heads
     float32 = torch.float32
 
     def rows(count: int) -> Tensor:
         return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32)
 
-    decays, per_token = p.log_decay is not None, p.bias["DELTA"] == 1
+    per_token = p.bias["DELTA"] == 1
     rows_lr, rows_delta = rows(value_tiles), rows(value_tiles) if per_token else None
-    rows_decay = rows(2 * key_tiles + value_tiles) if decays else None
+    rows_kept, rows_decay = (rows(value_tiles), rows(2 * key_tiles)) if decays is not None else (None, None)
     grad_delta = p.per_token(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
     grad_states, grad_v = p.per_slot(p.slots), p.per_token(p.value_dim)
     grad_initial = torch.empty_like(p.dual, memory_format=torch.contiguous_format)
@@ -292,8 +292,8 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         q=p.q, k=p.k, v=p.v, **gates, errors=chain.errors, squares=chain.squares, from_out=from_out, grad_out=grad_out,
         grad_final=None if grad_dual is None else grad_dual.contiguous(),
         grad_states=grad_states, grad_v=grad_v, grad_initial=grad_initial, grad_delta=grad_delta,
-        rows_lr=rows_lr, rows_delta=rows_delta, rows_decay=rows_decay[2 * key_tiles :] if decays else None,
-        **tables, ROW=row, **p.strides("q", "k", "v"), **p.bias,
+        rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept,
+        **sequential, ROW=p.row, **p.strides("q", "k", "v"), **p.bias,
     )  # fmt: skip
     del from_out
 
@@ -301,11 +301,11 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     launch(
         linear_epi, p, p.slots.count, "key",
         q=p.q, k=p.k, v=p.v, **gates, **chain._asdict(), grad_states=grad_states, grad_out=grad_out, grad_v=grad_v,
-        grad_q=grad_q, grad_k=grad_k, rows_decay=rows_decay, **parallel, ROW=row, **p.strides("q", "k", "v"), **p.bias,
+        grad_q=grad_q, grad_k=grad_k, kept=None if rows_kept is None else rows_kept.sum(0), rows_decay=rows_decay, **parallel, ROW=p.row, **p.strides("q", "k", "v"), **p.bias,
     )  # fmt: skip
 
     grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr.sum(0), "dual": grad_initial}
-    if decays:
+    if decays is not None:
         grads["log_decay"] = rows_decay.sum(0)
     if p.delta is not None:
         grads["delta"] = rows_delta.sum(0) if per_token else grad_delta

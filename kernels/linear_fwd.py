@@ -1,14 +1,17 @@
 """The linear memory forward (SPEC section 2): a chain over chunks for the states, then every chunk's output at once.
 
+    linear_decay    what the log-decays of a chunk amount to                 parallel over chunks
     linear_state    E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))       sequential in chunks, one program a tile of S
     linear_output   O = gamma (Q S) - (L o Q K') (eta psi(E))                parallel over chunks
 
 ``S = W' [Dk, Dv]``. The chain holds its tile ``[BK, BV]`` of S in registers in float32, with BK covering Dk, and writes every
-chunk's start and errors for the second kernel in the dtype of the operands. Values are independent of each other, so BV may be any
-part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the memory: there
-``E`` is neither computed nor stored.
+chunk's start and errors for the others in the dtype of the operands. Values are independent of each other, so BV may be any
+part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the memory: there E is
+neither computed nor stored.
 
-The same chain serves the backward, which runs it again between the states that the forward kept (`RECOMPUTES`).
+A sequence that resumes inside a chunk, or whose state is wanted inside one, is walked in three parts; the same chain serves the
+backward, which runs it again from the states that the forward kept. A place for other retention gates: `linear_state` multiplies
+and stores ``b_w = phi(b_s)``, with phi the identity.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from torch import Tensor
 from . import bias as biases
 from .launch import Problem, launch
 from .tiles import (
-    decay_from_start, decay_parts, decay_to_end, dot, load_gate, owner_of, pair_decay, rounded, sequence_of, slot_of, store,
+    LOWEST, UNIT, dot, inside, load_gamma, load_gate, load_to_end, load_total, owner_of, pair_decay, rounded, sequence_of, slot_of, store,
 )  # fmt: skip
+
+#: what a launch of `linear_state` walks: all chunks; the chunk that was open before; the whole ones; the one left open; a segment
+WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
@@ -33,7 +39,7 @@ def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, DELTA: tl.con
     if DELTA == 2:
         return tl.load(delta + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
     elif DELTA == 1:
-        return tl.load(delta + row + o_g, mask=m_t, other=0.0).to(tl.float32)[:, None]
+        return load_gate(delta, row, o_g, m_t)[:, None]
     else:
         return 0.0
 
@@ -51,22 +57,63 @@ def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr,
 def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
     """``||e||^2 [C, 1]`` of every row, which the chain stored for a bias that couples it."""
     if COUPLED:
-        return tl.load(squares + row + o_g, mask=m_t, other=0.0)[:, None]
+        return load_gate(squares, row, o_g, m_t)[:, None]
     else:
         return 0.0
 
 
 @triton.jit
+def linear_decay(
+    log_decay, position, decays,
+    cu_seqlens, first_slot, slot_owner,
+    T, H, CHUNKS, ROW,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``decays [4, B, T, H]``: gamma_t, gamma_C / gamma_s, and the cumulative log-decays in two parts whose differences keep their digits.
+
+    A difference of two sums of -1e4 would leave nothing of a step of -0.01 between them. So every log-decay is cut into a
+    multiple of 2^-10, whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a rest below 2^-11, whose sums are small.
+    The products are summed from their own ends, where nothing cancels.
+    """
+    BH: tl.constexpr = 16
+    i_slot = tl.program_id(0).to(tl.int64)
+    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    if first_slot is not None:
+        if i_n < 0:  # a spare slot
+            return
+    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
+    t0 = bos + i_c * C
+    if position is not None:
+        t0 -= tl.load(position + i_n)
+    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
+    m_next = (t0 + o_c + 1 < eos) & (t0 + o_c + 1 >= bos) & (o_c < C - 1)
+    row = (i_b * T + t0) * H
+    for i_h in range(0, H, BH):
+        o_g = o_c[:, None] * H + i_h + o_h[None, :]
+        m_h = (i_h + o_h < H)[None, :]
+        m_g = m_t[:, None] & m_h
+        b_g = tl.load(log_decay + row + o_g, mask=m_g, other=0.0)  # [C, BH]
+        b_next = tl.load(log_decay + row + H + o_g, mask=m_next[:, None] & m_h, other=0.0)
+        tl.store(decays + row + o_g, tl.exp(tl.cumsum(b_g, 0)), mask=m_g)
+        tl.store(decays + ROW + row + o_g, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_g)
+        b_g = tl.maximum(b_g, LOWEST)
+        b_units = tl.floor(b_g * UNIT + 0.5)
+        tl.store(decays + 2 * ROW + row + o_g, tl.cumsum(b_units, 0), mask=m_g)
+        tl.store(decays + 3 * ROW + row + o_g, tl.cumsum(b_g - b_units / UNIT, 0), mask=m_g)
+
+
+@triton.jit
 def linear_state(
-    k, v, lr, log_decay, delta,
-    initial, opened, position, carried,
-    states, errors, squares, checkpoints, final, start, open_decay,
+    k, v, lr, decays, delta,
+    initial, opened, position,
+    states, errors, squares, checkpoints, final,
     cu_seqlens, first_slot, first_segment, segment_owner,
-    T, H, CHUNKS, SEGMENTS, EVERY,
+    T, H, CHUNKS, ROW, SEGMENTS, EVERY,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_in, stride_ih, stride_iv, stride_ik,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, RECOMPUTES: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    PART: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
@@ -75,99 +122,87 @@ def linear_state(
     i_v = tl.program_id(0) % NV
     i_s = (tl.program_id(0) // NV).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    if RECOMPUTES:
+    i_n, i_segment = i_s, i_s * 0
+    if PART == SEGMENT:
         i_n, i_segment = owner_of(i_s, first_segment, segment_owner, SEGMENTS)
         if first_segment is not None:
             if i_n < 0:  # a spare slot
                 return
-    else:
-        i_n, i_segment = i_s, i_s * 0
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     origin = bos  # token 0 of chunk 0, before the sequence's first token if it resumes inside a chunk
+    resumes = 0
     if position is not None:
-        origin = bos - tl.load(position + i_n)
-    chunks = ((eos - origin + C - 1) // C).to(tl.int32)
-    i_first = (i_segment * EVERY).to(tl.int32)
-    i_last = chunks
-    if RECOMPUTES:
-        i_last = tl.minimum(chunks, i_first + EVERY)
+        before = tl.load(position + i_n)
+        origin = bos - before
+        resumes = (before > 0).to(tl.int32)
+    first, last = 0, ((eos - origin + C - 1) // C).to(tl.int32)
+    if PART == HEAD:
+        last = tl.minimum(last, resumes)
+    elif PART == BODY:
+        first, last = resumes, ((eos - origin) // C).to(tl.int32)
+    elif PART == TAIL:
+        first = tl.maximum(((eos - origin) // C).to(tl.int32), resumes)
+    elif PART == SEGMENT:
+        first = (i_segment * EVERY).to(tl.int32)
+        last = tl.minimum(last, first + EVERY)
     slot = slot_of(i_n, first_slot, CHUNKS)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
 
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < Dk, o_v < Dv
+    m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     m_kv = m_k[:, None] & m_v[None, :]
     o_g = o_c * H  # a chunk's gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
     o_vk = o_v[None, :] * Dk + o_k[:, None]  # in [N, H, Dv, Dk], once a sequence
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
-
+    state = (i_n * H + i_h) * Dk * Dv
     initial += i_s * stride_in + i_h * stride_ih
     b_s = tl.load(initial + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)  # [BK, BV]
-    state = (i_n * H + i_h) * Dk * Dv
-    if opened is not None:  # the chunk open at the call's start takes its gradients at its own start
-        b_open = tl.load(opened + state + o_vk, mask=m_kv, other=0.0)
 
-    for i_c in range(i_first, i_last):
+    for i_c in range(first, last):
         t0 = origin + i_c * C
         m_t = t0 + o_c < eos
-        m_next = t0 + o_c + 1 < eos
-        if position is not None:
+        if PART == HEAD:
             m_t = m_t & (t0 + o_c >= bos)
-            m_next = m_next & (t0 + o_c + 1 >= bos)
         row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
         m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
 
         b_w = rounded(b_s, DTYPE)
         store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_w, m_kv)
         if checkpoints is not None:
-            kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv + o_kv
-            tl.store(kept, b_s, mask=m_kv & (i_c % EVERY == 0))
+            kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
+            tl.store(kept + o_kv, b_s, mask=m_kv & (i_c % EVERY == 0))
 
         b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-        b_v = tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
+        b_v = tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0)  # [C, BV]
         if READS:
-            if opened is not None:
-                b_w = rounded(tl.where(i_c == 0, b_open, b_s), DTYPE)
-            b_e = dot(b_k, b_w) - b_v  # [C, BV]
+            if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
+                b_w = rounded(tl.load(opened + state + o_vk, mask=m_kv, other=0.0), DTYPE)
+            b_e = dot(b_k, b_w) - b_v.to(tl.float32)  # [C, BV]
             store(errors + row * Dv + o_tv, b_e, m_tv)
         else:
-            b_e = -b_v
+            b_e = -b_v.to(tl.float32)
         b_square = 0.0
         if COUPLED:
             b_square = tl.sum(b_e * b_e, 1)[:, None]  # [C, 1]
             tl.store(squares + row + o_g[:, None], b_square, mask=m_t[:, None])
         b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-
-        b_to_end, gamma = decay_to_end(log_decay, row, o_c, m_t, m_next, H, C)
-        b_weight = b_to_end * load_gate(lr, row, o_g, m_t)  # [C]
+        b_weight = load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
         b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * b_weight[:, None]  # [C, BV]
-        if start is not None:
-            is_open = (i_c == chunks - 1) & (t0 + C > eos)
-            b_start = b_s
-            if opened is not None:
-                b_start = tl.where(i_c == 0, b_open, b_s)
-            tl.store(start + state + o_vk, b_start, mask=m_kv & is_open)
-            if log_decay is not None:
-                total = tl.sum(load_gate(log_decay, row, o_g, m_t), 0)
-                if position is not None:
-                    total += tl.where(i_c == 0, tl.load(carried + i_n * H + i_h), 0.0)
-                tl.store(open_decay + i_n * H + i_h, total, mask=is_open & (i_v == 0))
+        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
         b_s = b_s * gamma - dot(tl.trans(b_k), rounded(b_u, DTYPE))
 
     if final is not None:
         tl.store(final + state + o_vk, b_s, mask=m_kv)
-    if start is not None:
-        tl.store(start + state + o_vk, b_s, mask=m_kv & (origin + chunks * C == eos))
 
 
 @triton.jit
 def linear_output(
-    q, k, v, lr, log_decay, delta, position,
+    q, k, v, lr, decays, delta, position,
     states, errors, squares, out,
     cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS,
+    T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
@@ -188,7 +223,7 @@ def linear_output(
         t0 -= tl.load(position + i_n)
 
     o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    m_t, m_v = t0 + o_c < eos, o_v < Dv
+    m_t, m_v = t0 + o_c < eos, inside(o_v, Dv, BV)
     if position is not None:
         m_t = m_t & (t0 + o_c >= bos)
     m_tv = m_t[:, None] & m_v[None, :]
@@ -204,7 +239,7 @@ def linear_output(
     b_p = tl.zeros((C, C), tl.float32)  # [t, s]
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        m_k = o_k < Dk
+        m_k = inside(o_k, Dk, BK)
         m_tk = m_t[:, None] & m_k[None, :]
         b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
@@ -216,10 +251,9 @@ def linear_output(
     b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
     b_u = biases.value(b_e, load_square(squares, row, o_g, m_t, COUPLED), b_delta, BIAS, P0, P1, P2)
     b_u = b_u * load_gate(lr, row, o_g, m_t)[:, None]
-    b_units, b_rest = decay_parts(log_decay, row, o_g, m_t, C)
     causal = o_c[:, None] >= o_c[None, :]
-    b_p *= pair_decay(b_units[:, None], b_rest[:, None], b_units[None, :], b_rest[None, :], causal, log_decay is not None)
-    b_o = b_o * decay_from_start(log_decay, row, o_g, m_t, C)[:, None] - dot(rounded(b_p, DTYPE), rounded(b_u, DTYPE))
+    b_p *= pair_decay(decays, ROW, row, o_g[:, None], o_g[None, :], m_t[:, None], m_t[None, :], causal)
+    b_o = b_o * load_gamma(decays, row, o_g, m_t, C)[:, None] - dot(rounded(b_p, DTYPE), rounded(b_u, DTYPE))
     store(out + row * Dv + o_tv, b_o, m_tv)
 
 
@@ -238,62 +272,97 @@ class Final(NamedTuple):
     """The state after the last token, as MemoryState has it; the last two only where a sequence may end inside a chunk."""
 
     dual: Tensor  # [N, H, Dv, Dk] float32
-    start: Tensor | None
-    open_decay: Tensor | None  # [N, H] float32
-
-
-def _chain(p: Problem) -> Chain:
-    errors = p.per_token(p.value_dim) if p.bias["READS"] else None
-    return Chain(p.per_slot(p.slots), errors, p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None)
-
-
-def _launch_state(p: Problem, chain: Chain, units: int, initial: Tensor, strides: tuple[int, ...], **arguments) -> None:
-    launch(
-        linear_state, p, units, "value",
-        k=p.k, v=p.v, lr=p.lr, log_decay=p.log_decay, delta=p.delta, initial=initial,
-        **dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), strides, strict=True)),
-        **chain._asdict(), cu_seqlens=p.cu_seqlens, first_slot=p.slots.first, CHUNKS=p.slots.per_sequence,
-        **p.strides("k", "v"), **p.bias, **arguments,
-    )  # fmt: skip
+    start: Tensor | None = None
+    open_decay: Tensor | None = None  # [N, H] float32
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
     """``(out, final state, checkpoints)``: the state of every ``every``-th chunk ``[slots, H, Dk, Dv]`` float32, if every > 0."""
-    chain, dual, opened = _chain(p), p.call.state.dual[0], p.call.state.open_chunk
+    chain, decays = _empty_chain(p), chunk_decays(p)
     segments = p.pieces(p.chunk_size * max(every, 1))
     checkpoints = p.per_slot(segments, torch.float32) if every else None
+
+    def walk(part: int, initial: Tensor, wanted: bool = True) -> Tensor | None:
+        final = torch.empty_like(p.dual, memory_format=torch.contiguous_format) if wanted else None
+        _launch_state(
+            p, chain, decays, p.sequences, initial, initial.stride(), part, final=final,
+            checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
+        )  # fmt: skip
+        return final
+
     final = None
-    if wants_final:
-        final = Final(
-            torch.empty_like(dual, memory_format=torch.contiguous_format),
-            torch.empty_like(dual, memory_format=torch.contiguous_format) if may_end_open else None,
-            dual.new_zeros(dual.shape[:2]) if may_end_open else None,
-        )
-    _launch_state(
-        p, chain, p.sequences, dual, dual.stride(),
-        opened=None if opened is None else opened.start[0].contiguous(), position=p.position,
-        carried=None if opened is None else opened.log_decay.contiguous(),
-        checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first,
-        segment_owner=None, RECOMPUTES=False,
-        **dict(zip(("final", "start", "open_decay"), final or (None, None, None), strict=True)),
-    )  # fmt: skip
+    if p.position is None and not may_end_open:
+        dual = walk(WHOLE.value, p.dual, wants_final)
+        final = Final(dual) if wants_final else None
+    else:
+        before = p.dual if p.position is None else walk(HEAD.value, p.dual)
+        start = walk(BODY.value, before)
+        final = Final(walk(TAIL.value, start), *_open_chunk(p, start))
     out = p.per_token(p.value_dim)
     launch(
         linear_output, p, p.slots.count, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, log_decay=p.log_decay, delta=p.delta, position=p.position, **chain._asdict(), out=out,
-        cu_seqlens=p.cu_seqlens, first_slot=p.slots.first, slot_owner=p.slots.owner, CHUNKS=p.slots.per_sequence,
-        **p.strides("q", "k", "v"), **p.bias,
+        q=p.q, k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, position=p.position, **chain._asdict(), out=out,
+        **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.bias,
     )  # fmt: skip
     return out, final, checkpoints
 
 
-def recompute(p: Problem, checkpoints: Tensor, every: int) -> Chain:
+def recompute(p: Problem, decays: Tensor | None, checkpoints: Tensor, every: int) -> Chain:
     """The chain again from the kept states, all segments at once."""
-    chain, segments = _chain(p), p.pieces(p.chunk_size * every)
+    chain, segments = _empty_chain(p), p.pieces(p.chunk_size * every)
     n, h, k, v = checkpoints.stride()
     _launch_state(
-        p, chain, segments.count, checkpoints, (n, h, v, k),
-        opened=None, position=None, carried=None, checkpoints=None, final=None, start=None, open_decay=None,
-        EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner, RECOMPUTES=True,
+        p, chain, decays, segments.count, checkpoints, (n, h, v, k), SEGMENT.value, final=None, checkpoints=None,
+        EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
     )  # fmt: skip
     return chain
+
+
+def chunk_decays(p: Problem) -> Tensor | None:
+    """What the log-decays amount to ``[4, B, T, H]``; None without any."""
+    if p.log_decay is None:
+        return None
+    decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
+    launch(linear_decay, p, p.slots.count, None, log_decay=p.log_decay, position=p.position, decays=decays, **p.tables(), ROW=p.row)
+    return decays
+
+
+def _empty_chain(p: Problem) -> Chain:
+    errors = p.per_token(p.value_dim) if p.bias["READS"] else None
+    return Chain(p.per_slot(p.slots), errors, p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None)
+
+
+def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor, strides: tuple[int, ...], part: int, **arguments) -> None:
+    opened = p.call.state.open_chunk.start[0].contiguous() if part == HEAD.value else None
+    tables = p.tables()
+    del tables["slot_owner"]
+    launch(
+        linear_state, p, units, "value",
+        k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, initial=initial, opened=opened, position=p.position, **chain._asdict(),
+        **dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), strides, strict=True)),
+        **tables, ROW=p.row, **p.strides("k", "v"), PART=part, **p.bias, **arguments,
+    )  # fmt: skip
+
+
+def _open_chunk(p: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Start ``[N, H, Dv, Dk]`` and sum of log-decays ``[N, H]`` of the chunk that each sequence ends in; ``start`` is that of its whole ones."""
+    size, device, opened = p.chunk_size, p.q.device, p.call.state.open_chunk
+    before = torch.zeros(p.sequences, dtype=torch.int64, device=device) if p.position is None else p.position
+    if p.cu_seqlens is None:
+        begin, end = torch.zeros_like(before), torch.full_like(before, p.tokens)
+        rows = torch.arange(p.sequences, device=device)
+    else:
+        begin, end = p.cu_seqlens[:-1], p.cu_seqlens[1:]
+        rows = torch.zeros_like(begin)
+    whole = (before + end - begin) // size
+    decay = start.new_zeros(start.shape[:2])
+    if p.log_decay is not None:
+        tokens = (begin - before + whole * size)[:, None] + torch.arange(size, device=device)  # [N, C]
+        belongs = (tokens >= begin[:, None]) & (tokens < end[:, None])
+        taken = p.log_decay[rows[:, None], tokens.clamp(0, p.tokens - 1)]  # [N, C, H]
+        decay = torch.where(belongs[..., None], taken, 0.0).sum(1)
+    if opened is not None:
+        same = (whole == 0) & (before > 0)
+        start = torch.where(same[:, None, None, None], opened.start[0], start)
+        decay = decay + torch.where(same[:, None], opened.log_decay, 0.0)
+    return start, decay

@@ -79,51 +79,54 @@ def store(pointers, x, mask):
 
 
 @triton.jit
+def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Which offsets lie in a head dimension: nothing to test where whole tiles cover it."""
+    if D % BLOCK == 0:
+        return tl.full((BLOCK,), True, tl.int1)
+    else:
+        return o < D
+
+
+@triton.jit
 def load_gate(gate, row, o_g, m_t):
-    """A chunk's gate as float32; 0 beyond the sequence (no step, no decay)."""
+    """A chunk's gate as float32; 0 beyond the sequence (no step)."""
     return tl.load(gate + row + o_g, mask=m_t, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def decay_to_end(log_decay, row, o_c, m_t, m_next, H, C: tl.constexpr):
-    """``(gamma_C / gamma_s [C], gamma_C)``. Summed from the end, so that nothing cancels."""
-    if log_decay is None:
-        return tl.full((C,), 1.0, tl.float32), 1.0
-    else:
-        b_next = load_gate(log_decay, row + H, o_c * H, m_next & (o_c < C - 1))
-        total = tl.sum(load_gate(log_decay, row, o_c * H, m_t), 0)
-        return tl.exp(tl.cumsum(b_next, 0, reverse=True)), tl.exp(total)
-
-
-@triton.jit
-def decay_from_start(log_decay, row, o_g, m_t, C: tl.constexpr):
-    """``gamma_t [C]``."""
-    if log_decay is None:
+def load_gamma(decays, row, o_g, m_t, C: tl.constexpr):
+    """``gamma_t [C]``: decay from the chunk's start to every token."""
+    if decays is None:
         return tl.full((C,), 1.0, tl.float32)
     else:
-        return tl.exp(tl.cumsum(load_gate(log_decay, row, o_g, m_t), 0))
+        return load_gate(decays, row, o_g, m_t)
 
 
 @triton.jit
-def decay_parts(log_decay, row, o_g, m_t, C: tl.constexpr):
-    """Cumulative log-decays in two parts whose differences keep their digits.
-
-    A difference of two sums of -1e4 would leave nothing of a step of -0.01 between them. So every log-decay is cut into a
-    multiple of 2^-10, whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a rest below 2^-11, whose sums are small.
-    """
-    if log_decay is None:
-        return tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+def load_total(decays, row, last):
+    """``gamma_C``; ``last`` is the offset of the chunk's last token."""
+    if decays is None:
+        return 1.0
     else:
-        b_g = tl.maximum(load_gate(log_decay, row, o_g, m_t), LOWEST)
-        b_units = tl.floor(b_g * UNIT + 0.5)
-        return tl.cumsum(b_units, 0), tl.cumsum(b_g - b_units / UNIT, 0)
+        return tl.load(decays + row + last)
 
 
 @triton.jit
-def pair_decay(later_units, later_rest, earlier_units, earlier_rest, causal, DECAYS: tl.constexpr):
-    """``L_ts = gamma_t / gamma_s`` where ``causal`` (s <= t), else 0; the arguments broadcast to the wanted orientation."""
-    if DECAYS:
-        b_g = (later_units - earlier_units) / UNIT + (later_rest - earlier_rest)
-        return tl.where(causal, tl.exp(tl.minimum(b_g, 0.0)), 0.0)
+def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
+    """``gamma_C / gamma_s [C]``."""
+    if decays is None:
+        return tl.full((C,), 1.0, tl.float32)
     else:
+        return load_gate(decays + ROW, row, o_g, m_t)
+
+
+@triton.jit
+def pair_decay(decays, ROW, row, o_later, o_earlier, m_later, m_earlier, causal):
+    """``L_ts = gamma_t / gamma_s`` where ``causal`` (s <= t), else 0, in the orientation of the offsets, ``[C, 1]`` and ``[1, C]``."""
+    if decays is None:
         return tl.where(causal, 1.0, 0.0)
+    else:
+        units, rest = decays + 2 * ROW, decays + 3 * ROW
+        b_units = load_gate(units, row, o_later, m_later) - load_gate(units, row, o_earlier, m_earlier)
+        b_rest = load_gate(rest, row, o_later, m_later) - load_gate(rest, row, o_earlier, m_earlier)
+        return tl.where(causal, tl.exp(tl.minimum(b_units / UNIT + b_rest, 0.0)), 0.0)
