@@ -52,7 +52,14 @@ class Key:
         """Tile sizes along values and keys: never wider than the padded head dimension."""
         return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
 
-    def tiles(self, config: Config, along: str) -> int:
+    @property
+    def streams(self) -> bool:
+        """Whether the states stay in memory: linear_stream.py."""
+        return self.itemsize == 4 or self.key_dim > 128 or (self.coupled and self.value_dim > 64)
+
+    def tiles(self, kernel: str, config: Config, along: str) -> int:
+        if self.coupled and kernel.endswith("_streamed"):
+            return 1
         block_v, block_k = self.blocks(config)
         return -(-self.value_dim // block_v) if along == "value" else -(-self.key_dim // block_k)
 
@@ -67,6 +74,8 @@ KERNELS: dict[str, tuple[Config, ...]] = {
     "linear_output": (Config(64, 64, 4, 2),),
     "linear_pre": (Config(64, 64, 4, 2),),
     "linear_seq": (Config(32, 0, 4, 2), Config(64, 0, 4, 2)),
+    "linear_state_streamed": (Config(32, 32, 8, 1),),
+    "linear_seq_streamed": (Config(32, 32, 8, 1),),
     "linear_epi": (Config(32, 64, 4, 2),),
 }
 

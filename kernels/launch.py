@@ -58,6 +58,7 @@ class Problem:
         bias = call.bias
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
         self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled)
+        self.state_dtype = torch.float32 if self.key.streams else call.q.dtype
         self.sizes = dict(Dk=self.key_dim, Dv=self.value_dim, C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
         parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
         self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
@@ -94,7 +95,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def tiles(kernel: str, problem: Problem, along: str) -> int:
     """Tiles that a kernel cuts its ``"value"`` or ``"key"`` axis into."""
-    return problem.key.tiles(configs.choose(kernel, problem.key), along)
+    return problem.key.tiles(kernel, configs.choose(kernel, problem.key), along)
 
 
 #: set by `recording`: receives launches instead of the device
@@ -120,5 +121,5 @@ def launch(kernel, problem: Problem, units: int, along: str | None, **arguments)
     if _recorder is not None:
         return _recorder(kernel, arguments, config.warps, config.stages)
     with torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext():
-        grid = (units * problem.key.tiles(config, along), problem.heads) if along else (units,)
+        grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
         kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from . import bias as biases
 from .launch import Problem, launch, tiles
-from .linear_fwd import chunk_decays, load_delta, load_error, load_square, recompute
+from .linear_fwd import chunk_decays, recompute
+from .linear_stream import linear_seq_streamed
 from .tiles import (
-    dot, inside, load_gamma, load_gate, load_to_end, load_total, owner_of, pair_decay, rounded, sequence_of, slot_of, store,
+    dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, owner_of, pair_decay, rounded,
+    sequence_of, slot_of, store,
 )  # fmt: skip
 
 
@@ -211,7 +213,7 @@ def linear_epi(
         b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * b_lr[:, None]  # [C, BV]
         b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
         b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
-        b_dq += dot(b_do, b_w)
+        b_dq += dot(b_do, rounded(b_w, DTYPE))
     b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
     b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
     causal = o_c[:, None] >= o_c[None, :]
@@ -241,11 +243,11 @@ def linear_epi(
         b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * b_lr[:, None]  # [C, BV]
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
-        b_dk += dot(rounded(-b_u * b_to_end[:, None], DTYPE), b_j)
+        b_dk += dot(rounded(-b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
         if READS or DECAYS:
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if READS:
-            b_dk -= dot(tl.load(grad_v + row * Dv + o_tv, mask=m_tv, other=0.0), b_w)  # dE = -dV
+            b_dk -= dot(tl.load(grad_v + row * Dv + o_tv, mask=m_tv, other=0.0), rounded(b_w, DTYPE))  # dE = -dV
         if DECAYS:
             inner += tl.sum(b_w.to(tl.float32) * b_j.to(tl.float32))
     causal = o_c[:, None] <= o_c[None, :]
@@ -275,7 +277,8 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         q=p.q, k=p.k, decays=decays, grad_out=grad_out, from_out=from_out, **parallel, ROW=p.row, **p.strides("q", "k"),
     )  # fmt: skip
 
-    value_tiles, key_tiles = tiles("linear_seq", p, "value"), tiles("linear_epi", p, "key")
+    seq = linear_seq_streamed if p.key.streams else linear_seq
+    value_tiles, key_tiles = tiles(seq.__name__, p, "value"), tiles("linear_epi", p, "key")
     float32 = torch.float32
 
     def rows(count: int) -> Tensor:
@@ -285,10 +288,10 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     rows_lr, rows_delta = rows(value_tiles), rows(value_tiles) if per_token else None
     rows_kept, rows_decay = (rows(value_tiles), rows(2 * key_tiles)) if decays is not None else (None, None)
     grad_delta = p.per_token(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
-    grad_states, grad_v = p.per_slot(p.slots), p.per_token(p.value_dim)
+    grad_states, grad_v = p.per_slot(p.slots, p.state_dtype), p.per_token(p.value_dim)
     grad_initial = torch.empty_like(p.dual, memory_format=torch.contiguous_format)
     launch(
-        linear_seq, p, p.sequences, "value",
+        seq, p, p.sequences, "value",
         q=p.q, k=p.k, v=p.v, **gates, errors=chain.errors, squares=chain.squares, from_out=from_out, grad_out=grad_out,
         grad_final=None if grad_dual is None else grad_dual.contiguous(),
         grad_states=grad_states, grad_v=grad_v, grad_initial=grad_initial, grad_delta=grad_delta,

@@ -25,42 +25,11 @@ from torch import Tensor
 
 from . import bias as biases
 from .launch import Problem, launch
+from .linear_stream import linear_state_streamed
 from .tiles import (
-    LOWEST, UNIT, dot, inside, load_gamma, load_gate, load_to_end, load_total, owner_of, pair_decay, rounded, sequence_of, slot_of, store,
+    BODY, HEAD, LOWEST, SEGMENT, TAIL, UNIT, WHOLE, dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end,
+    load_total, owner_of, pair_decay, part_of, rounded, sequence_of, slot_of, store,
 )  # fmt: skip
-
-#: what a launch of `linear_state` walks: all chunks; the chunk that was open before; the whole ones; the one left open; a segment
-WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
-
-
-@triton.jit
-def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, DELTA: tl.constexpr):
-    """delta as ``[C, 1]`` or ``[C, BV]``; 0 for a bias without one."""
-    if DELTA == 2:
-        return tl.load(delta + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
-    elif DELTA == 1:
-        return load_gate(delta, row, o_g, m_t)[:, None]
-    else:
-        return 0.0
-
-
-@triton.jit
-def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr, READS: tl.constexpr):
-    """A chunk's errors ``[C, BV]``: those the chain stored, or ``-v`` for a bias that reads no memory (v at its chunk's start)."""
-    if READS:
-        return tl.load(errors + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
-    else:
-        return -tl.load(v + o_c[:, None] * stride_t + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
-    """``||e||^2 [C, 1]`` of every row, which the chain stored for a bias that couples it."""
-    if COUPLED:
-        return load_gate(squares, row, o_g, m_t)[:, None]
-    else:
-        return 0.0
-
 
 @triton.jit
 def linear_decay(
@@ -129,22 +98,7 @@ def linear_state(
             if i_n < 0:  # a spare slot
                 return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    origin = bos  # token 0 of chunk 0, before the sequence's first token if it resumes inside a chunk
-    resumes = 0
-    if position is not None:
-        before = tl.load(position + i_n)
-        origin = bos - before
-        resumes = (before > 0).to(tl.int32)
-    first, last = 0, ((eos - origin + C - 1) // C).to(tl.int32)
-    if PART == HEAD:
-        last = tl.minimum(last, resumes)
-    elif PART == BODY:
-        first, last = resumes, ((eos - origin) // C).to(tl.int32)
-    elif PART == TAIL:
-        first = tl.maximum(((eos - origin) // C).to(tl.int32), resumes)
-    elif PART == SEGMENT:
-        first = (i_segment * EVERY).to(tl.int32)
-        last = tl.minimum(last, first + EVERY)
+    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, C, PART)
     slot = slot_of(i_n, first_slot, CHUNKS)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
 
@@ -153,7 +107,6 @@ def linear_state(
     m_kv = m_k[:, None] & m_v[None, :]
     o_g = o_c * H  # a chunk's gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
-    o_vk = o_v[None, :] * Dk + o_k[:, None]  # in [N, H, Dv, Dk], once a sequence
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
     state = (i_n * H + i_h) * Dk * Dv
@@ -178,7 +131,7 @@ def linear_state(
         b_v = tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0)  # [C, BV]
         if READS:
             if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
-                b_w = rounded(tl.load(opened + state + o_vk, mask=m_kv, other=0.0), DTYPE)
+                b_w = rounded(tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0), DTYPE)
             b_e = dot(b_k, b_w) - b_v.to(tl.float32)  # [C, BV]
             store(errors + row * Dv + o_tv, b_e, m_tv)
         else:
@@ -194,7 +147,7 @@ def linear_state(
         b_s = b_s * gamma - dot(tl.trans(b_k), rounded(b_u, DTYPE))
 
     if final is not None:
-        tl.store(final + state + o_vk, b_s, mask=m_kv)
+        tl.store(final + state + o_kv, b_s, mask=m_kv)
 
 
 @triton.jit
@@ -244,7 +197,7 @@ def linear_output(
         b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_w = tl.load(states + o_k[:, None] * Dv + o_v[None, :], mask=m_k[:, None] & m_v[None, :], other=0.0)  # [BK, BV]
-        b_o += dot(b_q, b_w)
+        b_o += dot(b_q, rounded(b_w, DTYPE))
         b_p += dot(b_q, tl.trans(b_k))
 
     b_e = load_error(v, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
@@ -263,7 +216,7 @@ def linear_output(
 class Chain(NamedTuple):
     """What the chain leaves for the parallel kernels."""
 
-    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start
+    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start, float32 if they are streamed
     errors: Tensor | None  # [B, T, H, Dv]
     squares: Tensor | None  # [B, T, H] float32, ||e||^2 for a bias that couples a row
 
@@ -283,21 +236,21 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
     checkpoints = p.per_slot(segments, torch.float32) if every else None
 
     def walk(part: int, initial: Tensor, wanted: bool = True) -> Tensor | None:
-        final = torch.empty_like(p.dual, memory_format=torch.contiguous_format) if wanted else None
+        final = p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=torch.float32) if wanted else None
         _launch_state(
             p, chain, decays, p.sequences, initial, initial.stride(), part, final=final,
             checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
         )  # fmt: skip
-        return final
+        return None if final is None else final.transpose(-1, -2)
 
     final = None
     if p.position is None and not may_end_open:
         dual = walk(WHOLE.value, p.dual, wants_final)
-        final = Final(dual) if wants_final else None
+        final = Final(dual.contiguous()) if wants_final else None
     else:
         before = p.dual if p.position is None else walk(HEAD.value, p.dual)
         start = walk(BODY.value, before)
-        final = Final(walk(TAIL.value, start), *_open_chunk(p, start))
+        final = Final(walk(TAIL.value, start).contiguous(), *_open_chunk(p, start))
     out = p.per_token(p.value_dim)
     launch(
         linear_output, p, p.slots.count, "value",
@@ -329,7 +282,7 @@ def chunk_decays(p: Problem) -> Tensor | None:
 
 def _empty_chain(p: Problem) -> Chain:
     errors = p.per_token(p.value_dim) if p.bias["READS"] else None
-    return Chain(p.per_slot(p.slots), errors, p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None)
+    return Chain(p.per_slot(p.slots, p.state_dtype), errors, p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None)
 
 
 def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor, strides: tuple[int, ...], part: int, **arguments) -> None:
@@ -337,7 +290,7 @@ def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor,
     tables = p.tables()
     del tables["slot_owner"]
     launch(
-        linear_state, p, units, "value",
+        linear_state_streamed if p.key.streams else linear_state, p, units, "value",
         k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, initial=initial, opened=opened, position=p.position, **chain._asdict(),
         **dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), strides, strict=True)),
         **tables, ROW=p.row, **p.strides("k", "v"), PART=part, **p.bias, **arguments,
@@ -365,4 +318,4 @@ def _open_chunk(p: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
         same = (whole == 0) & (before > 0)
         start = torch.where(same[:, None, None, None], opened.start[0], start)
         decay = decay + torch.where(same[:, None], opened.log_decay, 0.0)
-    return start, decay
+    return start.contiguous(), decay

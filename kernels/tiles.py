@@ -13,6 +13,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOWEST = tl.constexpr(-110.0)
 #: log-decays are summed in units of 2^-10 and a rest, see `decay_parts`
 UNIT = tl.constexpr(1024.0)
+#: what a launch of `linear_state` walks: all chunks; the chunk that was open before; the whole ones; the one left open; a segment
+WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
 
 # ------------------------------------------------------------------------------------------------------ where tokens lie
@@ -44,6 +46,26 @@ def owner_of(i_s, first, owner, per_sequence):
     else:
         i_n = tl.load(owner + i_s)
         return i_n, i_s - tl.load(first + i_n)
+
+
+@triton.jit
+def part_of(i_n, i_segment, bos, eos, position, EVERY, C: tl.constexpr, PART: tl.constexpr):
+    """``(origin, first, last)``: token 0 of chunk 0, before the sequence's first token if it resumes inside a chunk, and the chunks to walk."""
+    origin, resumes = bos, 0
+    if position is not None:
+        before = tl.load(position + i_n)
+        origin, resumes = bos - before, (before > 0).to(tl.int32)
+    first, last, whole = 0, ((eos - origin + C - 1) // C).to(tl.int32), ((eos - origin) // C).to(tl.int32)
+    if PART == HEAD:
+        last = tl.minimum(last, resumes)
+    elif PART == BODY:
+        first, last = resumes, whole
+    elif PART == TAIL:
+        first = tl.maximum(whole, resumes)
+    elif PART == SEGMENT:
+        first = (i_segment * EVERY).to(tl.int32)
+        last = tl.minimum(last, first + EVERY)
+    return origin, first, last
 
 
 # ------------------------------------------------------------------------------------------------------------ dot policy
@@ -130,3 +152,34 @@ def pair_decay(decays, ROW, row, o_later, o_earlier, m_later, m_earlier, causal)
         b_units = load_gate(units, row, o_later, m_later) - load_gate(units, row, o_earlier, m_earlier)
         b_rest = load_gate(rest, row, o_later, m_later) - load_gate(rest, row, o_earlier, m_earlier)
         return tl.where(causal, tl.exp(tl.minimum(b_units / UNIT + b_rest, 0.0)), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- what a bias is told of a chunk
+
+@triton.jit
+def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, DELTA: tl.constexpr):
+    """delta as ``[C, 1]`` or ``[C, BV]``; 0 for a bias without one."""
+    if DELTA == 2:
+        return tl.load(delta + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
+    elif DELTA == 1:
+        return load_gate(delta, row, o_g, m_t)[:, None]
+    else:
+        return 0.0
+
+
+@triton.jit
+def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr, READS: tl.constexpr):
+    """A chunk's errors ``[C, BV]``: those the chain stored, or ``-v`` for a bias that reads no memory (v at its chunk's start)."""
+    if READS:
+        return tl.load(errors + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
+    else:
+        return -tl.load(v + o_c[:, None] * stride_t + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
+    """``||e||^2 [C, 1]`` of every row, which the chain stored for a bias that couples it."""
+    if COUPLED:
+        return load_gate(squares, row, o_g, m_t)[:, None]
+    else:
+        return 0.0
