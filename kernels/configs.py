@@ -52,10 +52,16 @@ class Key:
         """Tile sizes along values and keys: never wider than the padded head dimension."""
         return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
 
-    @property
-    def streams(self) -> bool:
+    def streams(self, chain: str) -> bool:
         """Whether the states stay in memory: linear_stream.py."""
+        if _streaming is not None:
+            return _streaming
         return self.itemsize == 4 or self.key_dim > 128 or (self.coupled and self.value_dim > 64)
+
+    @property
+    def block_c(self) -> int:
+        """Tokens of a chunk that the parallel kernels take at once."""
+        return min(self.chunk_size, 64 if self.itemsize == 2 else 32)
 
     def tiles(self, kernel: str, config: Config, along: str) -> int:
         if self.coupled and kernel.endswith("_streamed"):
@@ -76,11 +82,13 @@ KERNELS: dict[str, tuple[Config, ...]] = {
     "linear_seq": (Config(32, 0, 4, 2), Config(64, 0, 4, 2)),
     "linear_state_streamed": (Config(32, 32, 8, 1),),
     "linear_seq_streamed": (Config(32, 32, 8, 1),),
+    "linear_decay_grad": (Config(16, 16, 4, 2),),
     "linear_epi": (Config(32, 64, 4, 2),),
 }
 
 DENIED: tuple = ()
 _forced: dict[str, Config] = {}
+_streaming: bool | None = None
 
 
 def choose(kernel: str, key: Key) -> Config:

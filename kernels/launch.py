@@ -58,7 +58,8 @@ class Problem:
         bias = call.bias
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
         self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled)
-        self.state_dtype = torch.float32 if self.key.streams else call.q.dtype
+        self.block = self.key.block_c
+        self.blocks = call.chunk_size // self.block
         self.sizes = dict(Dk=self.key_dim, Dv=self.value_dim, C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
         parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
         self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
@@ -116,8 +117,9 @@ def recording(receive: Callable) -> Iterator[None]:
 def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
     """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one."""
     config = configs.choose(kernel.__name__, problem.key)
-    block_v, block_k = problem.key.blocks(config)
-    arguments |= dict(T=problem.tokens, H=problem.heads, **problem.sizes, BK=block_k, BV=block_v)
+    arguments |= dict(T=problem.tokens, H=problem.heads)
+    if along:
+        arguments["BV"], arguments["BK"] = problem.key.blocks(config)
     if _recorder is not None:
         return _recorder(kernel, arguments, config.warps, config.stages)
     with torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext():

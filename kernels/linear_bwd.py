@@ -7,13 +7,16 @@
 Before them `linear_state` computes S and E again, between the states that the forward kept. ``dV = -dE`` leaves `linear_seq` as
 a result and is read by `linear_epi` as dE.
 
+    linear_decay_grad   the gradient of the log-decays, from sums that the others leave                 parallel over chunks
+
 A token's log-decay scales whatever the state at the chunk's start and earlier tokens left to later reads and to the next
 chunk. Its gradient is summed over just these pairs, from the products themselves:
 
     d log alpha_t = sum_{r >= t} gamma_r q_r'S dO_r  +  sum_{r >= t > s} (dS o Q K')_rs  -  sum_{s < t} dec_s U_s'(J'k_s)  +  gamma_C <J, S>
 
-The shorter forms in the literature, ``cumsum(q.dq - k.dk)``, subtract numbers of order 1 where the result may be any power smaller. The
-kernels write partial sums, a row of ``rows [R, B, T, H]`` each, that the launcher adds up: no atomics, the same bits every time.
+The shorter forms in the literature, ``cumsum(q.dq - k.dk)``, subtract numbers of order 1 where the result may be any power smaller. Sums over
+values or keys are left as partial ones, a row of ``[R, B, T, H]`` for each tile, and added afterwards: no atomics, the same bits
+every time.
 """
 
 from __future__ import annotations
@@ -28,16 +31,9 @@ from .launch import Problem, launch, tiles
 from .linear_fwd import chunk_decays, recompute
 from .linear_stream import linear_seq_streamed
 from .tiles import (
-    dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, owner_of, pair_decay, rounded,
-    sequence_of, slot_of, store,
+    dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, load_update, owner_of, pair_decay,
+    rounded, sequence_of, slot_of, store,
 )  # fmt: skip
-
-
-@triton.jit
-def store_after(row, x, t0, eos, o_c, H, C: tl.constexpr):
-    """Store ``x [C]``, which belongs to the steps after its tokens: at ``s + 1``, and 0 at the chunk's first token."""
-    turn = tl.where(o_c == C - 1, 1 - C, 1)
-    tl.store(row + (o_c + turn) * H, tl.where(o_c == C - 1, 0.0, x), mask=t0 + o_c + turn < eos)
 
 
 @triton.jit
@@ -46,12 +42,13 @@ def linear_pre(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[C, BV]`` of R: what the output alone asks of one chunk's updates."""
+    """A tile ``[BC, BV]`` of R: what the output alone asks of one chunk's updates."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    NC: tl.constexpr = C // BC
+    i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
+    i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
     if first_slot is not None:
@@ -59,25 +56,28 @@ def linear_pre(
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     t0 = bos + i_c * C
-    o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    m_t, m_v = t0 + o_c < eos, inside(o_v, Dv, BV)
+    o_s, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
+    m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    o_g = o_c * H
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
+    grad_out += row * Dv
 
-    b_p = tl.zeros((C, C), tl.float32)  # [s, t]
-    for i_k in range(0, (Dk + BK - 1) // BK):
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_tk = m_t[:, None] & inside(o_k, Dk, BK)[None, :]
-        b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-        b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-        b_p += dot(b_k, tl.trans(b_q))
-    causal = o_c[:, None] <= o_c[None, :]
-    b_p *= pair_decay(decays, ROW, row, o_g[None, :], o_g[:, None], m_t[None, :], m_t[:, None], causal)
-    o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
-    b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0)  # [C, BV]
-    store(from_out + row * Dv + o_tv, -dot(rounded(b_p, DTYPE), b_do), m_tv)
+    b_r = tl.zeros((BC, BV), tl.float32)
+    for i_t in range(i_r, NC):
+        o_t = i_t * BC + tl.arange(0, BC)
+        m_t = t0 + o_t < eos
+        b_p = tl.zeros((BC, BC), tl.float32)  # [s, t]
+        for i_k in range(0, (Dk + BK - 1) // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = inside(o_k, Dk, BK)
+            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+            b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+            b_p += dot(b_k, tl.trans(b_q))
+        b_p *= pair_decay(decays, ROW, row, H, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
+        b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+        b_r -= dot(rounded(b_p, DTYPE), b_do)
+    store(from_out + row * Dv + o_s[:, None] * (H * Dv) + o_v[None, :], b_r, m_s[:, None] & m_v[None, :])
 
 
 @triton.jit
@@ -165,19 +165,21 @@ def linear_seq(
 def linear_epi(
     q, k, v, lr, decays, delta,
     states, errors, squares, grad_states, grad_out, grad_v,
-    grad_q, grad_k, kept, rows_decay,
+    grad_q, grad_k, rows_read, rows_pairs, inner,
     cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW,
+    T, H, CHUNKS, ROW, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[C, BK]`` of one chunk's dQ, then of its dK, each a loop over the values: one large accumulator at a time."""
+    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
+    NV: tl.constexpr = (Dv + BV - 1) // BV
+    NC: tl.constexpr = C // BC
     DECAYS: tl.constexpr = decays is not None
-    i_k = tl.program_id(0) % NK
-    i_slot = (tl.program_id(0) // NK).to(tl.int64)
+    i_k, i_r = tl.program_id(0) % NK, tl.program_id(0) // NK % NC
+    i_slot = (tl.program_id(0) // (NK * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
     if first_slot is not None:
@@ -185,78 +187,136 @@ def linear_epi(
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     t0 = bos + i_c * C
-    o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
-    m_t, m_k = t0 + o_c < eos, inside(o_k, Dk, BK)
-    m_tk = m_t[:, None] & m_k[None, :]
+    o_r, o_k = i_r * BC + tl.arange(0, BC), i_k * BK + tl.arange(0, BK)
+    m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
+    m_rk = m_r[:, None] & m_k[None, :]
     row = (i_b * T + t0) * H + i_h
-    tile_row = (2 * i_k).to(tl.int64) * ROW
-    o_g = o_c * H
-    o_tk = o_g[:, None] * Dk + o_k[None, :]
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
     states += (i_slot * H + i_h) * Dk * Dv
     grad_states += (i_slot * H + i_h) * Dk * Dv
-    b_lr = load_gate(lr, row, o_g, m_t)
-    b_square = load_square(squares, row, o_g, m_t, COUPLED)
+    grad_out += row * Dv
+    grad_v += row * Dv
 
     # dQ = gamma (dO S') + dS K
-    b_dp = tl.zeros((C, C), tl.float32)  # [t, s]
-    b_dq = tl.zeros((C, BK), tl.float32)
-    for i_v in range(0, (Dv + BV - 1) // BV):
+    b_dq = tl.zeros((BC, BK), tl.float32)
+    for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
-        o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
-        b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0)  # [C, BV]
-        b_e = load_error(v, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * b_lr[:, None]  # [C, BV]
+        b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
         b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
-        b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
         b_dq += dot(b_do, rounded(b_w, DTYPE))
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-    causal = o_c[:, None] >= o_c[None, :]
-    b_ds = -b_dp * pair_decay(decays, ROW, row, o_g[:, None], o_g[None, :], m_t[:, None], m_t[None, :], causal)
-    b_dq *= load_gamma(decays, row, o_g, m_t, C)[:, None]
+    b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
+    b_q = tl.load(q + o_r[:, None] * stride_qt + o_k[None, :], mask=m_rk, other=0.0)  # [BC, BK]
+    b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
     if DECAYS:
-        b_read = tl.cumsum(tl.sum(b_dq * b_q.to(tl.float32), 1), 0, reverse=True)  # over r >= t
-        b_pairs = tl.cumsum(b_ds * dot(b_q, tl.trans(b_k)), 1)
-        b_pairs = tl.sum(tl.where(o_c[:, None] > o_c[None, :], b_pairs, 0.0), 0)  # over r > s' >= s, for the step after s'
-        b_pairs += tl.where(i_k == 0, tl.cumsum(load_gate(kept, row, o_g, m_t), 0), 0.0)
-        store_after(rows_decay + tile_row + ROW + row, b_pairs, t0, eos, o_c, H, C)
-    b_dq += dot(rounded(b_ds, DTYPE), b_k)
-    store(grad_q + row * Dk + o_tk, b_dq, m_tk)
+        tl.store(rows_read + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_r)
+    for i_s in range(0, i_r + 1):
+        o_s = i_s * BC + tl.arange(0, BC)
+        m_s = t0 + o_s < eos
+        b_dp = tl.zeros((BC, BC), tl.float32)  # [t, s]
+        for i_v in range(0, NV):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = inside(o_v, Dv, BV)
+            b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_u = load_update(
+                v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
+            )  # [BC, BV]
+            b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
+        b_ds = -b_dp * pair_decay(decays, ROW, row, H, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
+        b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+        if DECAYS:  # pairs of a read after token s and a write up to it
+            b_pairs = b_ds * dot(b_q, tl.trans(b_k))
+            b_crossing = tl.where(o_r[:, None] > o_s[None, :], tl.cumsum(b_pairs, 1) + b_before[:, None], 0.0)
+            tile_row = (i_k * NC + i_r).to(tl.int64) * ROW
+            tl.store(rows_pairs + tile_row + row + o_s * H, tl.sum(b_crossing, 0), mask=m_s)
+            b_before += tl.sum(b_pairs, 1)
+        b_dq += dot(rounded(b_ds, DTYPE), b_k)
+    store(grad_q + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dq, m_rk)
 
     # dK = dE S' - (dec U) J' + dS' Q
-    b_dp = tl.zeros((C, C), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
-    b_dk = tl.zeros((C, BK), tl.float32)
-    inner = 0.0
-    b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)
-    for i_v in range(0, (Dv + BV - 1) // BV):
+    b_dk = tl.zeros((BC, BK), tl.float32)
+    b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
+    product = 0.0
+    for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
-        o_tv, m_tv, m_vk = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :], m_v[:, None] & m_k[None, :]
-        b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0)  # [C, BV]
-        b_e = load_error(v, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * b_lr[:, None]  # [C, BV]
+        m_vk = m_v[:, None] & m_k[None, :]
+        b_u = load_update(
+            v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
+        )  # [BC, BV]
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-        b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
-        b_dk += dot(rounded(-b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
+        b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
         if READS or DECAYS:
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if READS:
-            b_dk -= dot(tl.load(grad_v + row * Dv + o_tv, mask=m_tv, other=0.0), rounded(b_w, DTYPE))  # dE = -dV
+            b_dv = tl.load(grad_v + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_dk -= dot(b_dv, rounded(b_w, DTYPE))  # dE = -dV
         if DECAYS:
-            inner += tl.sum(b_w.to(tl.float32) * b_j.to(tl.float32))
-    causal = o_c[:, None] <= o_c[None, :]
-    b_ds = -b_dp * pair_decay(decays, ROW, row, o_g[None, :], o_g[:, None], m_t[None, :], m_t[:, None], causal)
-    b_dk += dot(rounded(b_ds, DTYPE), b_q)
-    store(grad_k + row * Dk + o_tk, b_dk, m_tk)
+            product += tl.sum(b_w.to(tl.float32) * b_j.to(tl.float32))
     if DECAYS:
-        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
-        tl.store(rows_decay + tile_row + row + o_g, b_read + gamma * inner, mask=m_t)
+        tl.store(inner + (i_k * SLOTS + i_slot) * H + i_h, product, mask=i_r == 0)
+    for i_t in range(i_r, NC):
+        o_t = i_t * BC + tl.arange(0, BC)
+        m_t = t0 + o_t < eos
+        b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
+        for i_v in range(0, NV):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = inside(o_v, Dv, BV)
+            b_u = load_update(
+                v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
+            )  # [BC, BV]
+            b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
+        b_ds = -b_dp * pair_decay(decays, ROW, row, H, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
+        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+        b_dk += dot(rounded(b_ds, DTYPE), b_q)
+    store(grad_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
+
+
+@triton.jit
+def linear_decay_grad(
+    decays, rows_read, rows_pairs, rows_kept, inner, grad_log_decay,
+    cu_seqlens, first_slot, slot_owner,
+    T, H, CHUNKS, ROW, SLOTS, READ_ROWS, KEPT_ROWS,
+    C: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The four sums of d log alpha for one chunk and all heads."""
+    BH: tl.constexpr = 16
+    NC: tl.constexpr = C // BC
+    i_slot = tl.program_id(0).to(tl.int64)
+    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    if first_slot is not None:
+        if i_n < 0:  # a spare slot
+            return
+    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
+    t0 = bos + i_c * C
+    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    row = (i_b * T + t0) * H
+    stride_row = i_slot * 0 + ROW  # int64
+    for i_h in range(0, H, BH):
+        m_h = i_h + o_h < H
+        m_g = (t0 + o_c < eos)[:, None] & m_h[None, :]
+        m_before = m_g & (o_c >= 1)[:, None]
+        p_g = row + o_c[:, None] * H + i_h + o_h[None, :]
+        b_read = tl.zeros((C, BH), tl.float32)
+        b_pairs = tl.zeros((C, BH), tl.float32)
+        b_kept = tl.zeros((C, BH), tl.float32)
+        b_inner = tl.zeros((BH,), tl.float32)
+        for i in range(0, READ_ROWS):
+            base = stride_row * i
+            b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
+            b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
+            for i_r in range(0, NC):  # a block of reads has pairs with writes up to it
+                m_r = m_before & ((o_c - 1) // BC <= i_r)[:, None]
+                b_pairs += tl.load(rows_pairs + (base * NC + i_r * stride_row) + p_g - H, mask=m_r, other=0.0)
+        for i in range(0, KEPT_ROWS):
+            b_kept += tl.load(rows_kept + stride_row * i + p_g - H, mask=m_before, other=0.0)
+        last = (tl.minimum(eos - t0, C) - 1) * H
+        b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
+        b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_kept, 0) + b_inner[None, :]
+        tl.store(grad_log_decay + p_g, b_g, mask=m_g)
 
 
 # --------------------------------------------------------------------------------------------------------------- launcher
@@ -273,43 +333,50 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
 
     from_out = p.per_token(p.value_dim)
     launch(
-        linear_pre, p, p.slots.count, "value",
+        linear_pre, p, p.slots.count * p.blocks, "value",
         q=p.q, k=p.k, decays=decays, grad_out=grad_out, from_out=from_out, **parallel, ROW=p.row, **p.strides("q", "k"),
+        **p.sizes, BC=p.block,
     )  # fmt: skip
 
-    seq = linear_seq_streamed if p.key.streams else linear_seq
+    seq = linear_seq_streamed if p.key.streams("linear_seq") else linear_seq
     value_tiles, key_tiles = tiles(seq.__name__, p, "value"), tiles("linear_epi", p, "key")
-    float32 = torch.float32
+    float32, decaying, per_token = torch.float32, decays is not None, p.bias["DELTA"] == 1
 
-    def rows(count: int) -> Tensor:
-        return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32)
+    def rows(count: int, wanted: bool = True) -> Tensor | None:
+        return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
-    per_token = p.bias["DELTA"] == 1
-    rows_lr, rows_delta = rows(value_tiles), rows(value_tiles) if per_token else None
-    rows_kept, rows_decay = (rows(value_tiles), rows(2 * key_tiles)) if decays is not None else (None, None)
+    rows_lr, rows_delta, rows_kept = rows(value_tiles), rows(value_tiles, per_token), rows(value_tiles, decaying)
     grad_delta = p.per_token(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
-    grad_states, grad_v = p.per_slot(p.slots, p.state_dtype), p.per_token(p.value_dim)
-    grad_initial = torch.empty_like(p.dual, memory_format=torch.contiguous_format)
+    grad_states = p.per_slot(p.slots, float32 if p.key.streams("linear_seq") else None)
+    grad_v, grad_initial = p.per_token(p.value_dim), torch.empty_like(p.dual, memory_format=torch.contiguous_format)
     launch(
         seq, p, p.sequences, "value",
         q=p.q, k=p.k, v=p.v, **gates, errors=chain.errors, squares=chain.squares, from_out=from_out, grad_out=grad_out,
         grad_final=None if grad_dual is None else grad_dual.contiguous(),
         grad_states=grad_states, grad_v=grad_v, grad_initial=grad_initial, grad_delta=grad_delta,
         rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept,
-        **sequential, ROW=p.row, **p.strides("q", "k", "v"), **p.bias,
+        **sequential, ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, **p.bias,
     )  # fmt: skip
     del from_out
 
     grad_q, grad_k = p.per_token(p.key_dim), p.per_token(p.key_dim)
+    rows_read, rows_pairs = rows(key_tiles, decaying), rows(key_tiles * p.blocks, decaying)
+    inner = p.empty(key_tiles, p.slots.count, p.heads, dtype=float32) if decaying else None
     launch(
-        linear_epi, p, p.slots.count, "key",
+        linear_epi, p, p.slots.count * p.blocks, "key",
         q=p.q, k=p.k, v=p.v, **gates, **chain._asdict(), grad_states=grad_states, grad_out=grad_out, grad_v=grad_v,
-        grad_q=grad_q, grad_k=grad_k, kept=None if rows_kept is None else rows_kept.sum(0), rows_decay=rows_decay, **parallel, ROW=p.row, **p.strides("q", "k", "v"), **p.bias,
+        grad_q=grad_q, grad_k=grad_k, rows_read=rows_read, rows_pairs=rows_pairs, inner=inner,
+        **parallel, ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
 
     grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr.sum(0), "dual": grad_initial}
-    if decays is not None:
-        grads["log_decay"] = rows_decay.sum(0)
+    if decaying:
+        grads["log_decay"] = torch.empty_like(p.log_decay)
+        launch(
+            linear_decay_grad, p, p.slots.count, None,
+            decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grads["log_decay"],
+            **parallel, ROW=p.row, SLOTS=p.slots.count, READ_ROWS=key_tiles, KEPT_ROWS=value_tiles, C=p.chunk_size, BC=p.block,
+        )  # fmt: skip
     if p.delta is not None:
         grads["delta"] = rows_delta.sum(0) if per_token else grad_delta
     return grads

@@ -27,8 +27,8 @@ from . import bias as biases
 from .launch import Problem, launch
 from .linear_stream import linear_state_streamed
 from .tiles import (
-    BODY, HEAD, LOWEST, SEGMENT, TAIL, UNIT, WHOLE, dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end,
-    load_total, owner_of, pair_decay, part_of, rounded, sequence_of, slot_of, store,
+    BODY, HEAD, LOWEST, SEGMENT, TAIL, UNIT, WHOLE, dot, inside, load_delta, load_gamma, load_gate, load_to_end, load_total, load_update,
+    owner_of, pair_decay, part_of, rounded, sequence_of, slot_of, store,
 )  # fmt: skip
 
 @triton.jit
@@ -36,7 +36,7 @@ def linear_decay(
     log_decay, position, decays,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """``decays [4, B, T, H]``: gamma_t, gamma_C / gamma_s, and the cumulative log-decays in two parts whose differences keep their digits.
 
@@ -157,14 +157,15 @@ def linear_output(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[C, BV]`` of one chunk's output."""
+    """A tile ``[BC, BV]`` of one chunk's output: the state it started from, then the writes of its own tokens, block by block."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    NC: tl.constexpr = C // BC
+    i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
+    i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
     if first_slot is not None:
@@ -175,39 +176,38 @@ def linear_output(
     if position is not None:
         t0 -= tl.load(position + i_n)
 
-    o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    m_t, m_v = t0 + o_c < eos, inside(o_v, Dv, BV)
-    if position is not None:
-        m_t = m_t & (t0 + o_c >= bos)
-    m_tv = m_t[:, None] & m_v[None, :]
+    o_t, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
+    m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    o_g = o_c * H
-    o_tv = o_g[:, None] * Dv + o_v[None, :]
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
     states += (i_slot * H + i_h) * Dk * Dv
 
-    b_o = tl.zeros((C, BV), tl.float32)
-    b_p = tl.zeros((C, C), tl.float32)  # [t, s]
+    b_o = tl.zeros((BC, BV), tl.float32)
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        m_tk = m_t[:, None] & m_k[None, :]
-        b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-        b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
+        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
         b_w = tl.load(states + o_k[:, None] * Dv + o_v[None, :], mask=m_k[:, None] & m_v[None, :], other=0.0)  # [BK, BV]
         b_o += dot(b_q, rounded(b_w, DTYPE))
-        b_p += dot(b_q, tl.trans(b_k))
-
-    b_e = load_error(v, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-    b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-    b_u = biases.value(b_e, load_square(squares, row, o_g, m_t, COUPLED), b_delta, BIAS, P0, P1, P2)
-    b_u = b_u * load_gate(lr, row, o_g, m_t)[:, None]
-    causal = o_c[:, None] >= o_c[None, :]
-    b_p *= pair_decay(decays, ROW, row, o_g[:, None], o_g[None, :], m_t[:, None], m_t[None, :], causal)
-    b_o = b_o * load_gamma(decays, row, o_g, m_t, C)[:, None] - dot(rounded(b_p, DTYPE), rounded(b_u, DTYPE))
-    store(out + row * Dv + o_tv, b_o, m_tv)
+    b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]
+    for i_s in range(0, i_r + 1):
+        o_s = i_s * BC + tl.arange(0, BC)
+        m_s = (t0 + o_s < eos) & (t0 + o_s >= bos)
+        b_p = tl.zeros((BC, BC), tl.float32)  # [t, s]
+        for i_k in range(0, (Dk + BK - 1) // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = inside(o_k, Dk, BK)
+            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+            b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+            b_p += dot(b_q, tl.trans(b_k))
+        b_p *= pair_decay(decays, ROW, row, H, o_t[:, None], o_s[None, :], m_t[:, None], m_s[None, :])
+        b_u = load_update(
+            v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
+        )  # [BC, BV]
+        b_o -= dot(rounded(b_p, DTYPE), rounded(b_u, DTYPE))
+    store(out + row * Dv + o_t[:, None] * (H * Dv) + o_v[None, :], b_o, m_t[:, None] & m_v[None, :])
 
 
 # -------------------------------------------------------------------------------------------------------------- launchers
@@ -253,9 +253,9 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         final = Final(walk(TAIL.value, start).contiguous(), *_open_chunk(p, start))
     out = p.per_token(p.value_dim)
     launch(
-        linear_output, p, p.slots.count, "value",
+        linear_output, p, p.slots.count * p.blocks, "value",
         q=p.q, k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, position=p.position, **chain._asdict(), out=out,
-        **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.bias,
+        **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
     return out, final, checkpoints
 
@@ -276,13 +276,13 @@ def chunk_decays(p: Problem) -> Tensor | None:
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    launch(linear_decay, p, p.slots.count, None, log_decay=p.log_decay, position=p.position, decays=decays, **p.tables(), ROW=p.row)
+    launch(linear_decay, p, p.slots.count, None, log_decay=p.log_decay, position=p.position, decays=decays, **p.tables(), ROW=p.row, C=p.chunk_size)
     return decays
 
 
 def _empty_chain(p: Problem) -> Chain:
     errors = p.per_token(p.value_dim) if p.bias["READS"] else None
-    return Chain(p.per_slot(p.slots, p.state_dtype), errors, p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None)
+    return Chain(p.per_slot(p.slots, torch.float32 if p.key.streams("linear_state") else None), errors, p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None)
 
 
 def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor, strides: tuple[int, ...], part: int, **arguments) -> None:
@@ -290,10 +290,10 @@ def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor,
     tables = p.tables()
     del tables["slot_owner"]
     launch(
-        linear_state_streamed if p.key.streams else linear_state, p, units, "value",
+        linear_state_streamed if p.key.streams("linear_state") else linear_state, p, units, "value",
         k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, initial=initial, opened=opened, position=p.position, **chain._asdict(),
         **dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), strides, strict=True)),
-        **tables, ROW=p.row, **p.strides("k", "v"), PART=part, **p.bias, **arguments,
+        **tables, ROW=p.row, **p.strides("k", "v"), PART=part, **p.sizes, **p.bias, **arguments,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ Only device functions; the legend of names and dimensions is in README.md beside
 import triton
 import triton.language as tl
 
+from . import bias as biases
+
 #: the interpreter has no bfloat16 arithmetic: there a bfloat16 operand is a float32 tile that holds bfloat16 numbers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -143,14 +145,15 @@ def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
 
 
 @triton.jit
-def pair_decay(decays, ROW, row, o_later, o_earlier, m_later, m_earlier, causal):
-    """``L_ts = gamma_t / gamma_s`` where ``causal`` (s <= t), else 0, in the orientation of the offsets, ``[C, 1]`` and ``[1, C]``."""
+def pair_decay(decays, ROW, row, H, o_later, o_earlier, m_later, m_earlier):
+    """``L_ts = gamma_t / gamma_s`` where s <= t, else 0, for offsets t (later) and s (earlier) in the orientation wanted: ``[BC, 1]``, ``[1, BC]``."""
+    causal = o_later >= o_earlier
     if decays is None:
         return tl.where(causal, 1.0, 0.0)
     else:
         units, rest = decays + 2 * ROW, decays + 3 * ROW
-        b_units = load_gate(units, row, o_later, m_later) - load_gate(units, row, o_earlier, m_earlier)
-        b_rest = load_gate(rest, row, o_later, m_later) - load_gate(rest, row, o_earlier, m_earlier)
+        b_units = load_gate(units, row, o_later * H, m_later) - load_gate(units, row, o_earlier * H, m_earlier)
+        b_rest = load_gate(rest, row, o_later * H, m_later) - load_gate(rest, row, o_earlier * H, m_earlier)
         return tl.where(causal, tl.exp(tl.minimum(b_units / UNIT + b_rest, 0.0)), 0.0)
 
 
@@ -183,3 +186,18 @@ def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
         return load_gate(squares, row, o_g, m_t)[:, None]
     else:
         return 0.0
+
+
+@triton.jit
+def load_update(
+    v, stride_t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+    Dv: tl.constexpr, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """``U = eta psi(E) [BC, BV]`` of some tokens of a chunk, from what the chain stored."""
+    o_g, m_sv = o_s * H, m_s[:, None] & m_v[None, :]
+    o_sv = o_g[:, None] * Dv + o_v[None, :]
+    b_e = load_error(v, stride_t, errors, row, o_s, o_v, o_sv, m_sv, Dv, READS)
+    b_square = load_square(squares, row, o_g, m_s, COUPLED)
+    b_delta = load_delta(delta, row, o_g, o_sv, m_s, m_sv, Dv, DELTA)
+    return biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * load_gate(lr, row, o_g, m_s)[:, None]

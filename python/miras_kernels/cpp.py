@@ -29,6 +29,9 @@ class CppBackend:
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cpu"
 
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if call.memory != "linear":
             return "it has the linear memory only, so far"

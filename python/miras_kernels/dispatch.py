@@ -28,6 +28,9 @@ class Backend(Protocol):
     def runs_on(self, device: torch.device) -> bool:
         """Whether it takes tensors on this device."""
 
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the numbers it multiplies, for inputs of a dtype: what its rounding errors are judged by."""
+
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         """Why it cannot serve this call, or None."""
 

@@ -30,6 +30,9 @@ class TritonBackend:
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cuda" or (device.type == "cpu" and interpreted())
 
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         from miras_kernels.kernels import configs
 
@@ -57,7 +60,7 @@ class TritonBackend:
         from miras_kernels.kernels import launch, linear_fwd
 
         p = launch.Problem(call)
-        out, final, checkpoints = linear_fwd.forward(p, checkpoint_every, call.output_final_state, call.output_final_state)
+        out, final, checkpoints = linear_fwd.forward(p, checkpoint_every, call.output_final_state, _may_end_open(call))
         return out, list(final or ()), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
@@ -81,3 +84,8 @@ class TritonBackend:
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, as triton decides when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _may_end_open(call: Call) -> bool:
+    """Whether a final state must tell where in a chunk its sequences stopped, as far as shapes tell."""
+    return call.output_final_state and (call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)

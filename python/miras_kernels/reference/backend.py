@@ -20,6 +20,9 @@ class ReferenceBackend:
     def runs_on(self, device: torch.device) -> bool:
         return True
 
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if dtype == torch.float64 else torch.float32
+
     def refuses(self, call: Call, differentiate: bool) -> None:
         return None
 

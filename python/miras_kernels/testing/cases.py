@@ -135,11 +135,11 @@ class Case:
             return None
         return torch.tensor([0, *self.lengths], device=device).cumsum(0)
 
-    def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu") -> Inputs:
-        """The case's tensors, rounded to ``dtype``."""
-        for attempt in range(50):
+    def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu", margin: float = KINK_DISTANCE) -> Inputs:
+        """The case's tensors, rounded to ``dtype``; no error lies closer than ``margin`` to a kink of psi."""
+        for attempt in range(200):
             inputs = self._draw(self.seed + 1000 * attempt).to(dtype).to(torch.float64)
-            if self._kink_distance(inputs) > KINK_DISTANCE:
+            if self._kink_distance(inputs) > margin:
                 return inputs.to(dtype, device)
         raise RuntimeError(f"{self.name}: no draw keeps its distance from the kink of {self.bias}")
 
