@@ -1,37 +1,47 @@
 """Launch configurations: frozen, and the only home of block sizes.
 
 Nothing is tuned at run time. A kernel's configuration follows from the head dimensions, the chunk size, the width of the
-operands and the bias' shape (never from the batch or the length), so a first call compiles one variant and a longer sequence none.
+operands and the shape of the bias, never from the batch or the length: a longer sequence compiles nothing anew. `RULES` lists what a kernel may be
+launched with and for what; the first that fits and is not denied is taken. What each needs on each chip, and that none spills, is
+held by resources.json beside this file (tests/test_compile.py; `python -m miras_kernels.kernels.resources` writes it anew).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-__all__ = ["CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MIN_HEAD", "Config", "Key", "choose", "eligible", "force"]
+__all__ = ["CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "RULES", "Config", "Denial", "Key", "choose", "eligible", "force", "stream"]
 
 CHUNK_SIZES = (16, 32, 64, 128)
-MIN_HEAD, MAX_HEAD = 16, 256
+#: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
+MIN_TILE, MAX_HEAD = 16, 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes along values and keys (0: the whole head dimension), warps, pipeline stages."""
+    """Tile sizes along values and keys (0: all of them), warps, pipeline stages.
+
+    ``registers`` bounds the registers of a thread; 0 leaves it to the compiler, which spills some bytes for the sake of a
+    second program on the same multiprocessor.
+    """
 
     block_v: int
     block_k: int
     warps: int
     stages: int
+    registers: int = 0
 
     def __str__(self) -> str:
-        return f"v{self.block_v}-k{self.block_k}-w{self.warps}-s{self.stages}"
+        return f"v{self.block_v}-k{self.block_k}-w{self.warps}-s{self.stages}" + (f"-r{self.registers}" if self.registers else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by."""
+    """What a configuration is chosen by: sizes, bytes of an operand, and whether the bias couples a row of the error."""
 
     key_dim: int
     value_dim: int
@@ -47,23 +57,24 @@ class Key:
     def padded_v(self) -> int:
         return padded(self.value_dim)
 
-
-    def blocks(self, config: Config) -> tuple[int, int]:
-        """Tile sizes along values and keys: never wider than the padded head dimension."""
-        return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
-
-    def streams(self, chain: str) -> bool:
-        """Whether the states stay in memory: linear_stream.py."""
-        if _streaming is not None:
-            return _streaming
-        return self.itemsize == 4 or self.key_dim > 128 or (self.coupled and self.value_dim > 64)
-
     @property
     def block_c(self) -> int:
         """Tokens of a chunk that the parallel kernels take at once."""
         return min(self.chunk_size, 64 if self.itemsize == 2 else 32)
 
+    def streams(self, chain: str) -> bool:
+        """Whether the states of ``"linear_state"`` or ``"linear_seq"`` stay in memory (linear_stream.py) or in registers."""
+        if _streaming is not None:
+            return _streaming
+        widest = {"linear_state": 64, "linear_seq": 32}[chain]  # row of values that a coupling bias can hold
+        return self.itemsize == 4 or self.key_dim > 128 or (self.coupled and self.value_dim > widest)
+
+    def blocks(self, config: Config) -> tuple[int, int]:
+        """Tile sizes along values and keys: never wider than the padded head dimension."""
+        return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
+
     def tiles(self, kernel: str, config: Config, along: str) -> int:
+        """Programs that share the values or the keys of a head."""
         if self.coupled and kernel.endswith("_streamed"):
             return 1
         block_v, block_k = self.blocks(config)
@@ -71,42 +82,147 @@ class Key:
 
 
 def padded(d: int) -> int:
-    return max(MIN_HEAD, 1 << (d - 1).bit_length())
+    """The power of two that a head dimension is padded to."""
+    return max(MIN_TILE, 1 << (d - 1).bit_length())
 
 
-KERNELS: dict[str, tuple[Config, ...]] = {
-    "linear_decay": (Config(16, 16, 4, 2),),
-    "linear_state": (Config(32, 0, 4, 2), Config(64, 0, 4, 2)),
-    "linear_output": (Config(64, 64, 4, 2),),
-    "linear_pre": (Config(64, 64, 4, 2),),
-    "linear_seq": (Config(32, 0, 4, 2), Config(64, 0, 4, 2)),
-    "linear_state_streamed": (Config(32, 32, 8, 1),),
-    "linear_seq_streamed": (Config(32, 32, 8, 1),),
-    "linear_decay_grad": (Config(16, 16, 4, 2),),
-    "linear_epi": (Config(32, 64, 4, 2),),
+def _always(key: Key) -> bool:
+    return True
+
+
+def _narrow(key: Key) -> bool:
+    return key.itemsize == 2
+
+
+def _wide(key: Key) -> bool:
+    return key.itemsize == 4
+
+
+#: (configuration, whether it serves a key), the preferred one first; at most 8 for a kernel
+RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
+    "linear_decay": ((Config(16, 16, 4, 1), _always),),
+    "linear_state": (
+        (Config(32, 0, 4, 2), lambda key: not key.coupled and key.chunk_size <= 64),
+        (Config(32, 0, 8, 2), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(64, 0, 4, 2), lambda key: not key.coupled and key.chunk_size == 64 and key.padded_k == 64),
+        (Config(0, 0, 4, 2), lambda key: key.coupled and key.chunk_size <= 32),
+        (Config(0, 0, 8, 2), lambda key: key.coupled and key.chunk_size >= 64),
+    ),
+    "linear_state_streamed": (
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
+        (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
+    ),
+    "linear_output": (
+        (Config(64, 64, 4, 2), _narrow),
+        (Config(128, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 32, 4, 1), _wide),
+    ),
+    "linear_pre": (
+        (Config(64, 64, 4, 2), _narrow),
+        (Config(128, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 32, 4, 1), _wide),
+    ),
+    "linear_seq": (
+        (Config(32, 0, 4, 2), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
+        (Config(32, 0, 8, 2), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k == 128),
+        (Config(16, 0, 8, 2), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
+        (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
+    ),
+    "linear_seq_streamed": (
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
+        (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
+    ),
+    "linear_epi": (
+        (Config(32, 64, 4, 2), _narrow),
+        (Config(64, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 32, 4, 1), _wide),
+    ),
+    "linear_decay_grad": ((Config(16, 16, 4, 1), _always),),
 }
 
-DENIED: tuple = ()
+#: every configuration of every kernel
+KERNELS: dict[str, tuple[Config, ...]] = {kernel: tuple(config for config, _ in rules) for kernel, rules in RULES.items()}
+
+
+class Denial(NamedTuple):
+    """A configuration that a toolchain gets wrong. Versions match as prefixes; "" matches all."""
+
+    architecture: str  # "sm_90"
+    triton: str
+    ptxas: str
+    kernel: str
+    config: str  # as str(config) prints it
+    reason: str
+
+
+#: found by `bench/gpu.py`, which prints rows to be put here
+DENIED: tuple[Denial, ...] = ()
+
 _forced: dict[str, Config] = {}
 _streaming: bool | None = None
 
 
-def choose(kernel: str, key: Key) -> Config:
-    return _forced.get(kernel) or KERNELS[kernel][0]
+def eligible(kernel: str, key: Key) -> tuple[Config, ...]:
+    """What a kernel may be launched with for a key, the preferred one first."""
+    return tuple(config for config, serves in RULES[kernel] if serves(key))
+
+
+def choose(kernel: str, key: Key, architecture: str = "") -> Config:
+    """The configuration of a launch.
+
+    Raises:
+        ValueError: nothing fits, or a forced configuration does not.
+    """
+    fitting = eligible(kernel, key)
+    if kernel in _forced:
+        if _forced[kernel] not in fitting:
+            raise ValueError(f"{kernel}: configuration {_forced[kernel]} does not serve {key}; those that do: {', '.join(map(str, fitting))}")
+        return _forced[kernel]
+    allowed = [config for config in fitting if denial(architecture, kernel, config) is None]
+    if not allowed:
+        reasons = "; ".join(f"{config}: {denial(architecture, kernel, config).reason}" for config in fitting)
+        raise ValueError(f"{kernel}: no configuration for {key} on {architecture}: {reasons or 'none was made for it'}")
+    return allowed[0]
+
+
+def denial(architecture: str, kernel: str, config: Config) -> Denial | None:
+    """The row of the deny-list that forbids a configuration on this toolchain, or None."""
+    for row in DENIED:
+        if (row.architecture, row.kernel, row.config) == (architecture, kernel, str(config)):
+            triton_version, ptxas_version = toolchain(architecture)
+            if triton_version.startswith(row.triton) and ptxas_version.startswith(row.ptxas):
+                return row
+    return None
+
+
+@functools.cache
+def toolchain(architecture: str) -> tuple[str, str]:
+    """Versions of Triton and of the ptxas that it uses for an architecture."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return triton.__version__, get_ptxas(int(architecture.removeprefix("sm_"))).version if architecture.startswith("sm_") else ""
 
 
 @contextlib.contextmanager
 def force(kernel: str, config: Config) -> Iterator[None]:
-    before = _forced.get(kernel)
+    """Within it every launch of a kernel takes this configuration; one that the sizes cannot use is a ValueError at the launch."""
+    before = dict(_forced)
     _forced[kernel] = config
     try:
         yield
     finally:
-        if before is None:
-            del _forced[kernel]
-        else:
-            _forced[kernel] = before
+        _forced.clear()
+        _forced.update(before)
 
 
-def eligible(kernel, key):
-    return KERNELS[kernel]
+@contextlib.contextmanager
+def stream(whether: bool) -> Iterator[None]:
+    """Within it the chains keep their states in memory, or in registers, whatever the sizes: for tests and measurements."""
+    global _streaming
+    before, _streaming = _streaming, whether
+    try:
+        yield
+    finally:
+        _streaming = before

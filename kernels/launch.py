@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -58,12 +59,16 @@ class Problem:
         bias = call.bias
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
         self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled)
+        self.architecture = architecture(call.q.device)
         self.block = self.key.block_c
         self.blocks = call.chunk_size // self.block
         self.sizes = dict(Dk=self.key_dim, Dv=self.value_dim, C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
         parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
         self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
         self.bias |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
+
+    def config(self, kernel: str) -> configs.Config:
+        return configs.choose(kernel, self.key, self.architecture)
 
     def pieces(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
@@ -96,8 +101,23 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def tiles(kernel: str, problem: Problem, along: str) -> int:
     """Tiles that a kernel cuts its ``"value"`` or ``"key"`` axis into."""
-    return problem.key.tiles(kernel, configs.choose(kernel, problem.key), along)
+    return problem.key.tiles(kernel, problem.config(kernel), along)
 
+
+def options(config: configs.Config, architecture: str) -> dict:
+    """A configuration as the compiler's options."""
+    bound = {"maxnreg": config.registers} if config.registers and architecture.startswith("sm_") else {}
+    return dict(num_warps=config.warps, num_stages=config.stages, **bound)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, or "" where nothing is compiled."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 #: set by `recording`: receives launches instead of the device
 _recorder: Callable | None = None
@@ -105,7 +125,7 @@ _recorder: Callable | None = None
 
 @contextlib.contextmanager
 def recording(receive: Callable) -> Iterator[None]:
-    """Within it nothing is launched: ``receive(kernel, arguments, warps, stages)`` gets every launch. Meta tensors will do."""
+    """Within it nothing is launched: ``receive(kernel, arguments, config)`` gets every launch. Meta tensors will do."""
     global _recorder
     before, _recorder = _recorder, receive
     try:
@@ -116,12 +136,12 @@ def recording(receive: Callable) -> Iterator[None]:
 
 def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
     """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one."""
-    config = configs.choose(kernel.__name__, problem.key)
+    config = problem.config(kernel.__name__)
     arguments |= dict(T=problem.tokens, H=problem.heads)
     if along:
         arguments["BV"], arguments["BK"] = problem.key.blocks(config)
     if _recorder is not None:
-        return _recorder(kernel, arguments, config.warps, config.stages)
+        return _recorder(kernel, arguments, config)
     with torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext():
         grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
-        kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+        kernel[grid](**arguments, **options(config, problem.architecture))

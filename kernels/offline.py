@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launch, linear_bwd, linear_fwd
+from . import configs, launch, linear_bwd, linear_fwd
 
 __all__ = ["TARGETS", "Resources", "compile_launch", "recorded"]
 
@@ -40,8 +40,7 @@ class Launch:
 
     kernel: object
     arguments: dict
-    warps: int
-    stages: int
+    config: configs.Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,8 @@ def recorded(call, every: int) -> list[Launch]:
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what))):
         p = launch.Problem(call)
-        _, _, checkpoints = linear_fwd.forward(p, every, True, True)
+        wanted = call.output_final_state
+        _, _, checkpoints = linear_fwd.forward(p, every, wanted, wanted)
         linear_bwd.backward(p, checkpoints, every, torch.empty_like(call.v), torch.empty_like(call.state.dual[0]))
     return found
 
@@ -87,8 +87,7 @@ def source(given: Launch) -> ASTSource:
 
 def compile_launch(given: Launch, target: str) -> Resources:
     """Compile one launch for a target of TARGETS."""
-    options = {"num_warps": given.warps, "num_stages": given.stages}
-    compiled = triton.compile(source(given), target=TARGETS[target], options=options)
+    compiled = triton.compile(source(given), target=TARGETS[target], options=launch.options(given.config, target))
     return (_amd if target.startswith("gfx") else _nvidia)(compiled)
 
 

@@ -1,0 +1,214 @@
+"""What every configuration needs on every chip: compiled here, for chips that need not be.
+
+    python -m miras_kernels.kernels.resources                    compile everything, write resources.json beside this file
+    python -m miras_kernels.kernels.resources --check            compile everything, compare with it
+    python -m miras_kernels.kernels.resources --only sm_90:D64   some of it, printed
+
+A specimen is a call whose launches are recorded and compiled, each under every configuration that serves it. resources.json
+holds registers, spilled bytes, shared memory and the kind of tensor-core instruction for each, per version of Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+
+from ..biases import L2, Bias, DotProduct, Huber, Lp
+from ..retention import L2Retention
+from ..validation import linear_call
+from . import configs, offline
+
+__all__ = ["LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problems", "read", "table_key"]
+
+TABLE = Path(__file__).with_name("resources.json")
+
+#: bytes of shared memory that a program may have
+LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """A call to compile. ``final``: with final state, inside a chunk, and packed; else training without either."""
+
+    key_dim: int
+    value_dim: int
+    chunk_size: int
+    bias: Bias = Huber("coordinate")  # noqa: RUF009  immutable
+    dtype: torch.dtype = torch.bfloat16
+    channel_delta: bool = False
+    final: bool = False
+    decays: bool = True
+
+    def __str__(self) -> str:
+        sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
+        marks = [name for name in ("channel_delta", "final") if getattr(self, name)] + ([] if self.decays else ["no_decay"])
+        return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
+
+    def launches(self) -> list[offline.Launch]:
+        """What a forward and backward of it launch."""
+        b, t, h = (1 if self.final else 2), 4096, 16
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        k, v = meta(b, t, h, self.key_dim, dtype=self.dtype), meta(b, t, h, self.value_dim, dtype=self.dtype)
+        gate = meta(b, t, h)
+        delta = None
+        if self.bias.needs_delta:
+            delta = meta(b, t, h, self.value_dim) if self.channel_delta else gate
+        call = linear_call(
+            k, k, v, gate, gate if self.decays else None, bias=self.bias, retention=L2Retention(), delta=delta, momentum=None,
+            chunk_size=self.chunk_size,
+            initial_state=meta(4 if self.final else b, h, self.value_dim, self.key_dim), output_final_state=self.final,
+            cu_seqlens=meta(5, dtype=torch.int64) if self.final else None,
+        )  # fmt: skip
+        return offline.recorded(call, 4)
+
+
+def _specimens() -> Iterator[Specimen]:
+    switch, smooth = Huber("switch"), Lp(3.0, sharpness=10.0)
+    for d, c in itertools.product((64, 128), configs.CHUNK_SIZES):
+        yield Specimen(d, d, c)
+    for d, bias in itertools.product((64, 128), (L2(), DotProduct(), smooth, switch)):
+        yield Specimen(d, d, 64, bias)
+    yield Specimen(128, 128, 128, smooth)
+    yield Specimen(128, 128, 128, switch)
+    yield Specimen(128, 64, 128, switch)
+    yield Specimen(128, 32, 64, switch)
+    yield Specimen(64, 64, 64, channel_delta=True)
+    yield Specimen(64, 64, 64, L2(), decays=False)
+    yield Specimen(64, 64, 64, final=True)
+    yield Specimen(128, 128, 64, final=True)
+    yield Specimen(64, 64, 64, dtype=torch.float16)
+    yield Specimen(16, 16, 16)
+    yield Specimen(16, 16, 16, switch)
+    yield Specimen(32, 32, 32)
+    yield Specimen(32, 32, 128)
+    yield Specimen(96, 80, 64)
+    yield Specimen(256, 256, 64)
+    yield Specimen(256, 256, 128, switch)
+    yield Specimen(32, 32, 16, dtype=torch.float32)
+    yield Specimen(64, 64, 64, dtype=torch.float32)
+    yield Specimen(128, 128, 64, smooth, dtype=torch.float32)
+    yield Specimen(96, 80, 64, switch, dtype=torch.float32)
+    yield Specimen(256, 256, 128, dtype=torch.float32)
+
+
+SPECIMENS: dict[str, Specimen] = {str(x): x for x in _specimens()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One thing to compile: a launch of a specimen, by its place among those of its kernel, under a configuration, for a target."""
+
+    specimen: str
+    kernel: str
+    place: int
+    config: configs.Config
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.target}:{self.specimen}:{self.kernel}.{self.place}:{self.config}"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether its matrix products have operands for tensor cores."""
+        return not self.kernel.startswith("linear_decay") and SPECIMENS[self.specimen].dtype != torch.float32
+
+
+def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) -> list[Job]:
+    """Everything to compile: every configuration that serves a specimen, and nothing twice."""
+    found, seen = [], set()
+    for name in specimens:
+        recorded = SPECIMENS[name].launches()
+        for kernel in dict.fromkeys(given.kernel.__name__ for given in recorded):
+            for config in configs.eligible(kernel, key_of(name)):
+                with configs.force(kernel, config):
+                    launches = [given for given in SPECIMENS[name].launches() if given.kernel.__name__ == kernel]
+                for place, given in enumerate(launches):
+                    identity = (offline.source(given).hash(), config)
+                    if identity not in seen:
+                        seen.add(identity)
+                        found += [Job(name, kernel, place, config, target) for target in targets]
+    return found
+
+
+def key_of(specimen: str) -> configs.Key:
+    s = SPECIMENS[specimen]
+    return configs.Key(s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled)
+
+
+def compile_job(job: Job) -> offline.Resources:
+    with configs.force(job.kernel, job.config):
+        launches = [given for given in SPECIMENS[job.specimen].launches() if given.kernel.__name__ == job.kernel]
+    return offline.compile_launch(launches[job.place], job.target)
+
+
+def measure(todo: list[Job], processes: int = 2) -> Iterator[tuple[Job, offline.Resources]]:
+    """Compile in fresh processes: Triton decides about its interpreter once, when it is imported."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from zip(todo, pool.map(compile_job, todo, chunksize=4), strict=True)
+
+
+def problems(job: Job, found: offline.Resources) -> list[str]:
+    """What is wrong with a configuration, whatever the table says."""
+    wrong = []
+    if found.spills:
+        wrong.append(f"spills {found.spills} bytes")
+    if found.shared > LIMITS[job.target]:
+        wrong.append(f"{found.shared} bytes of shared memory of {LIMITS[job.target]}")
+    if job.multiplies and not found.tensor:
+        wrong.append("no tensor-core instruction")
+    return [f"{job}: {text}" for text in wrong]
+
+
+def table_key() -> str:
+    """The version of Triton, under which the table has its figures."""
+    return triton.__version__.split("+")[0]
+
+
+def read() -> dict[str, dict[str, list]]:
+    """The table: version of Triton -> job -> ``[registers, spills, shared, tensor]``."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def write(figures: dict[str, list]) -> None:
+    lines = []
+    for version, rows in sorted((read() | {table_key(): figures}).items()):
+        body = ",\n".join(f"    {json.dumps(job)}: {json.dumps(row)}" for job, row in sorted(rows.items()))
+        lines.append(f"  {json.dumps(version)}: {{\n{body}\n  }}")
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
+    parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains this; prints, writes nothing")
+    parser.add_argument("--targets", default=",".join(offline.TARGETS), metavar="TARGET,...")
+    args = parser.parse_args(arguments)
+    todo = [job for job in jobs(args.targets.split(",")) if not args.only or args.only in str(job)]
+    figures, wrong, known = {}, [], read().get(table_key(), {})
+    for job, found in measure(todo):
+        figures[str(job)] = list(dataclasses.astuple(found))
+        wrong += problems(job, found)
+        if args.check and known.get(str(job)) != figures[str(job)]:
+            wrong.append(f"{job}: {figures[str(job)]}, the table has {known.get(str(job))}")
+        print(f"{len(figures)}/{len(todo)} {job} {figures[str(job)]}", flush=True)
+    if not args.check and not args.only:
+        write(figures)
+    print("\n".join(wrong) or "nothing spills, all fits")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
