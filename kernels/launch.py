@@ -141,7 +141,10 @@ def launch(kernel, problem: Problem, units: int, along: str | None, **arguments)
     if along:
         arguments["BV"], arguments["BK"] = problem.key.blocks(config)
     if _recorder is not None:
-        return _recorder(kernel, arguments, config)
+        _recorder(kernel, arguments, config)
+        return
+    grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
+    if 0 in grid:
+        return
     with torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext():
-        grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
         kernel[grid](**arguments, **options(config, problem.architecture))

@@ -1,4 +1,4 @@
-"""``python -m miras_kernels``: what is installed here, what can run, and which backend would serve a call.
+"""``python -m miras_kernels``: what is installed here, what can run, which backend would serve a call; and kernels compiled ahead.
 
 A subcommand is a function that adds its arguments to a parser and one that runs them, in :data:`COMMANDS`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import __version__, biases, dispatch, explain, options, retention
+from . import __version__, biases, dispatch, explain, options, retention, triton_backend, warmup
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -24,12 +25,19 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 # -------------------------------------------------------------------------------------------------------------- info
 
 
-def _version(distribution: str) -> str:
-    """An installed version, without importing the package."""
+def _version(package: str) -> str:
+    """An installed version, without importing the package; some builds of PyTorch bring triton under another distribution's name."""
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        others = importlib.metadata.packages_distributions().get(package)
+        return f"{importlib.metadata.version(others[0])} ({others[0]})" if others else "not installed"
+
+
+def _can(what: str, backend: str) -> str:
+    """That a backend can do something, and what one should know about it."""
+    interpreted = backend == "triton" and triton_backend.interpreted()
+    return what + (", but in Triton's interpreter, slowly: TRITON_INTERPRET is set" if interpreted else "")
 
 
 def _cpu() -> str:
@@ -69,7 +77,8 @@ def info(_: argparse.Namespace) -> int:
     _print_rows("versions", [*versions, *((name, _version(name)) for name in ("triton", "transformers"))])
     _print_rows("devices", [("cpu", _cpu()), *_accelerators()])
     missing = {name: dispatch.unavailable(name) for name in dispatch.NAMES[1:]}
-    _print_rows("backends", [(name, "can run here" if reason is None else f"cannot run: {reason}") for name, reason in missing.items()])
+    rows = [(name, _can("can run here", name) if reason is None else f"cannot run: {reason}") for name, reason in missing.items()]
+    _print_rows("backends", rows)
     _print_rows("options", [(field.name, repr(getattr(options, field.name))) for field in dataclasses.fields(options)])
     return 0
 
@@ -132,6 +141,13 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-grad", action="store_true", help="forward alone")
 
 
+class _Elsewhere(torch.Tensor):
+    """A tensor without numbers that says it is on some device. PyTorch's own fake tensors import half a compiler, and triton."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: self.where)
+
+
 def _example(args: argparse.Namespace) -> dict[str, str | None]:
     """:func:`miras_kernels.explain` of a call like the one described, with tensors that hold no numbers."""
     b, h, d, dv = 1, 1, args.dim, args.value_dim or args.dim
@@ -140,23 +156,24 @@ def _example(args: argparse.Namespace) -> dict[str, str | None]:
     wide = torch.float64 if args.dtype == "float64" else torch.float32
 
     def make(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=args.device)
+        x = torch.empty(*shape, dtype=dtype, device="meta").as_subclass(_Elsewhere)
+        x.where = torch.device(args.device)
+        return x
 
     def gate(kind: str) -> torch.Tensor | None:
         return None if kind == "none" else make(b, t, h, *([dv] if kind == "channel" else []))
 
-    with torch._subclasses.FakeTensorMode():
-        call = dict(q=make(b, t, h, d, dtype=dtype), k=make(b, t, h, d, dtype=dtype), v=make(b, t, h, dv, dtype=dtype),
-                    lr=gate(args.lr), log_decay=gate(args.decay), bias=args.bias, retention=args.retention,
-                    chunk_size=args.chunk)  # fmt: skip
-        call["q"].requires_grad_(not args.no_grad)  # one is enough
-        if args.bias.needs_delta:
-            call["delta"] = make(b, t, h)
-        if args.momentum:
-            call["momentum"] = make(b, t, h)
-        if args.memory == "mlp":
-            call |= dict(initial_state=(make(h, dv, hidden), make(h, hidden, d)), ln_weight=make(h, dv), ln_bias=make(h, dv))
-        return explain(**call)
+    call = dict(q=make(b, t, h, d, dtype=dtype), k=make(b, t, h, d, dtype=dtype), v=make(b, t, h, dv, dtype=dtype),
+                lr=gate(args.lr), log_decay=gate(args.decay), bias=args.bias, retention=args.retention,
+                chunk_size=args.chunk, initial_state=make(h, dv, d))  # fmt: skip
+    call["q"].requires_grad_(not args.no_grad)  # one is enough
+    if args.bias.needs_delta:
+        call["delta"] = make(b, t, h)
+    if args.momentum:
+        call["momentum"] = make(b, t, h)
+    if args.memory == "mlp":
+        call |= dict(initial_state=(make(h, dv, hidden), make(h, hidden, d)), ln_weight=make(h, dv), ln_bias=make(h, dv))
+    return explain(**call)
 
 
 def explain_command(args: argparse.Namespace) -> int:
@@ -168,9 +185,70 @@ def explain_command(args: argparse.Namespace) -> int:
         return 2
     direction = "forward" if args.no_grad else "forward and backward"
     title = f"{args.memory} memory, {args.bias}, {args.retention}, {args.dtype} on {args.device}, {direction}"
-    _print_rows(title, [(name, "can serve it" if reason is None else f"cannot: {reason}") for name, reason in reasons.items()])
+    _print_rows(title, [(name, _can("can serve it", name) if reason is None else f"cannot: {reason}") for name, reason in reasons.items()])
     print(f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}')
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ warmup
+
+
+def _several(parse: Callable[[str], object]) -> Callable[[str], tuple]:
+    """A parser of a list with commas, without repetitions."""
+    return lambda text: tuple(dict.fromkeys(map(parse, text.split(","))))
+
+
+def _dtype(text: str) -> torch.dtype:
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}: expected one of {', '.join(DTYPES)}")
+    return getattr(torch, text)
+
+
+def _biases(text: str) -> tuple[biases.Bias, ...]:
+    """Biases with commas between them, as between the parameters of one: a number belongs to the name before it."""
+    if text == "all":
+        return tuple(biases.TABLE.values())
+    found: list[str] = []
+    for piece in text.split(","):
+        if found and piece[:1] in "+-.0123456789":
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return tuple(dict.fromkeys(map(_row(biases.TABLE, "bias"), found)))
+
+
+def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
+    numbers = _several(_positive)
+    parser.add_argument("--key-dim", type=numbers, default=(64, 128), metavar="N,...", help="head dimensions of keys (default: 64,128)")
+    parser.add_argument("--value-dim", type=numbers, metavar="N,...", help="of values (default: that of the keys)")
+    parser.add_argument("--chunk-size", type=numbers, default=(64,), metavar="N,...", help="default: 64")
+    parser.add_argument("--dtype", type=_several(_dtype), default=(torch.bfloat16,), metavar="NAME,...",
+                        help="of q, k and v (default: bfloat16)")  # fmt: skip
+    parser.add_argument("--bias", type=_biases, default=_biases("l2,huber_switch"), metavar="NAME[:P,...],...",
+                        help=f"{', '.join(_rows_by_name(biases.TABLE))}, or all (default: l2,huber_switch)")  # fmt: skip
+    parser.add_argument("--no-decay", action="store_true", help="calls without log_decay")
+    parser.add_argument("--no-grad", action="store_true", help="calls without a backward")
+    parser.add_argument("--packed", action="store_true", help="calls with cu_seqlens")
+    parser.add_argument("--final-state", action="store_true", help="calls that return the final state")
+    parser.add_argument("--batch", type=_positive, default=1, help="B (default: 1, which serves all where T is as below)")
+    parser.add_argument("--tokens", type=numbers, default=(2048, 4096), metavar="N,...",
+                        help="T (default: 2048,4096, which serve every multiple of 1024, with chunks of 128 of 2048)")  # fmt: skip
+    parser.add_argument("--heads", type=numbers, default=(16,), metavar="N,...", help="H (default: 16, which serves its multiples)")
+    parser.add_argument("--target", choices=warmup.TARGETS, help="compile for a chip that is not here, and print what the code needs")
+
+
+def warmup_command(args: argparse.Namespace) -> int:
+    """Compile the Triton kernels that calls of the sizes given will need."""
+    values = args.value_dim or (None,)
+    constants = itertools.product(args.dtype, args.key_dim, values, args.chunk_size, args.bias)
+    variants = [
+        warmup.Variant(
+            key_dim, value_dim or key_dim, chunk_size, dtype, bias, args.batch, args.tokens, args.heads,
+            decay=not args.no_decay, differentiate=not args.no_grad, packed=args.packed, final_state=args.final_state,
+        )
+        for dtype, key_dim, value_dim, chunk_size, bias in constants
+    ]  # fmt: skip
+    return warmup.run(variants, args.target)
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -179,6 +257,7 @@ def explain_command(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "info": ("versions, devices, backends and options (the default)", lambda parser: None, info),
     "explain": ("which backends can serve a call, and which one 'auto' takes", _explain_arguments, explain_command),
+    "warmup": ("compile the Triton kernels that calls of given sizes need, before a job does", _warmup_arguments, warmup_command),
 }
 
 

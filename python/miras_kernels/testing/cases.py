@@ -136,10 +136,14 @@ class Case:
         return torch.tensor([0, *self.lengths], device=device).cumsum(0)
 
     def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu", margin: float = KINK_DISTANCE) -> Inputs:
-        """The case's tensors, rounded to ``dtype``; no error lies closer than ``margin`` to a kink of psi."""
-        for attempt in range(200):
+        """The case's tensors, rounded to ``dtype``; no error lies closer than about ``margin`` to a kink of psi."""
+        for attempt in range(50):
             inputs = self._draw(self.seed + 1000 * attempt).to(dtype).to(torch.float64)
-            if self._kink_distance(inputs) > margin:
+            if not isinstance(self.bias, Huber):
+                return inputs.to(dtype, device)
+            if self.delta != "float":
+                inputs = self._settled(inputs, margin).to(dtype).to(torch.float64)
+            if self._kink_distance(inputs) > KINK_DISTANCE:
                 return inputs.to(dtype, device)
         raise RuntimeError(f"{self.name}: no draw keeps its distance from the kink of {self.bias}")
 
@@ -195,9 +199,17 @@ class Case:
         slope, *_ = self.bias.psi_vjp(e, torch.zeros_like(e), delta, torch.tensor([1.0, 0.0], dtype=torch.float64).expand_as(e))
         return max(1.0, slope.abs().max().item())
 
+    def _settled(self, inputs: Inputs, margin: float) -> Inputs:
+        """The same inputs with thresholds moved away from the errors that they meet."""
+        delta = inputs.tensors["delta"]
+        probe = _Probe(self.bias, torch.cat([torch.zeros(1, dtype=delta.dtype), delta.detach().flatten()]), margin)
+        ids = torch.arange(1, delta.numel() + 1, dtype=delta.dtype).reshape(delta.shape)  # padding will be 0
+        with torch.no_grad():
+            chunkwise.run(inputs.call().replace(bias=probe, delta=ids))
+        settled = probe.thresholds[1:].reshape(delta.shape).requires_grad_()
+        return dataclasses.replace(inputs, tensors=inputs.tensors | {"delta": settled})
+
     def _kink_distance(self, inputs: Inputs) -> float:
-        if not isinstance(self.bias, Huber):
-            return math.inf
         probe = _Probe(self.bias)
         with torch.no_grad():
             chunkwise.run(inputs.call().replace(bias=probe))
@@ -205,17 +217,35 @@ class Case:
 
 
 class _Probe(Bias):
-    """Stands in for a Huber bias and records how close the errors come to its kink."""
+    """Stands in for a Huber bias: records how close the errors come to its kink, or moves the thresholds away from them.
 
-    def __init__(self, bias: Huber):
-        object.__setattr__(self, "bias", bias)
-        object.__setattr__(self, "distances", [])
+    In the second role it is given ``thresholds`` and, as delta, the places of a token's thresholds among them.
+    """
+
+    def __init__(self, bias: Huber, thresholds: Tensor | None = None, margin: float = 0.0):
+        for name, value in dict(bias=bias, thresholds=thresholds, margin=margin, distances=[]).items():
+            object.__setattr__(self, name, value)
 
     def psi(self, pred, v, delta):
         e = pred - v
         size = e.abs() if self.bias.kind == "coordinate" else e.norm(dim=-1, keepdim=True)
+        if self.thresholds is not None:
+            places = delta.long()
+            delta = torch.where(places > 0, self._apart(size, self.thresholds[places]), 0.0)
+            self.thresholds[places] = delta
         self.distances.append((size - delta)[delta.expand_as(size) > 0].abs().min().item())  # padding has delta = 0
         return self.bias.psi(pred, v, delta)
+
+    def _apart(self, size: Tensor, delta: Tensor) -> Tensor:
+        """``delta`` where it keeps its distance from ``size [..., S]``, else the middle of a wide gap between sizes near it."""
+        if delta.shape == size.shape:
+            near = (size - delta).abs() < self.margin
+            return torch.where(near, size + torch.where(delta < size, -2, 2) * self.margin, delta).clamp_min(self.margin)
+        below, above = size.sort(-1).values[..., :-1], size.sort(-1).values[..., 1:]
+        middles, halves = (below + above) / 2, (above - below) / 2
+        cost = (middles - delta).abs() + 1e3 * (self.margin - halves).clamp_min(0)
+        best = middles.gather(-1, cost.argmin(-1, keepdim=True))
+        return torch.where((size - delta).abs().min(-1, keepdim=True).values < self.margin, best, delta)
 
 
 def registry(memory: str | None = None) -> list[Case]:

@@ -10,8 +10,8 @@ errors adding up like a random walk) and elementary functions that are right to 
 rounding of the result itself.
 
 A backend that multiplies 16-bit numbers (tensor cores) is held to the same reference whose matrix products, forward and backward,
-take and give that dtype, as PyTorch's do under autocast. Where psi jumps, 16 bits may take another side than
-64, so then the data keep a wider distance from the jump (`ROW_MARGIN`).
+take and give that dtype, as PyTorch's do under autocast. Where psi or its slope jumps, such arithmetic may take another side than
+float64, so the data keep their distance from the jump (`MARGIN`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = ["Report", "RoundedProducts", "Row", "baseline", "check", "evaluate", 
 FACTOR = 3.0
 ARITHMETIC = 2.0**-24
 ULPS = 4.0
-#: how far row norms stay from a row-coupled bias' threshold, relative to it, when operands have 16 bits
-ROW_MARGIN = 0.01
+#: how far errors stay from a kink of psi, in units of the operands' roundoff
+MARGIN = 8.0
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
@@ -143,8 +143,7 @@ class Report:
 def check(case: Case, run: str | Callable = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Report:
     """Compare a backend with float64 on one case: outputs, final states and every gradient."""
     multiplied = operands(run, dtype)
-    coarse = multiplied.itemsize < 4 and case.bias.row_coupled
-    inputs = case.draw(dtype, device, ROW_MARGIN * case.delta_scale if coarse else KINK_DISTANCE)
+    inputs = case.draw(dtype, device, max(MARGIN * torch.finfo(multiplied).eps / 2 * case.delta_scale, KINK_DISTANCE))
     exact = truth(inputs)
     reached = evaluate(inputs, run)
     usual = baseline(inputs, multiplied)

@@ -1,0 +1,276 @@
+"""Compile the Triton kernels before a job needs them: what ``python -m miras_kernels warmup`` does.
+
+Where there is a GPU the calls are made, through the public function and with zeros in every tensor: Triton then keeps exactly
+the code that later calls look for, in its cache folder. Elsewhere the launches are recorded on tensors without storage and
+compiled for a named chip, for people who want to read what the compiler made of them.
+
+**Which later calls find their code.** Triton compiles anew for another value of what a kernel takes as a constant (head dimensions,
+chunk size, dtype, bias and its parameters, whether there is a decay, packing, a gradient), and of an integer argument it looks
+at two more things: whether it is 1 and whether it is a multiple of 16. These integers are
+
+* T, H, and B T H;
+* the chunks of a sequence, T / chunk_size, and those of the batch;
+* the pieces of a sequence between two states that the forward keeps (256 tokens, or ``checkpoint_every`` chunks), and the
+  chunks in one of them;
+* the strides of q, k and v.
+
+So a run with T = 2048 and 4096 and H = 16, the command's defaults, serves every T that is a multiple of 1024 (of 2048 with chunks
+of 128), every H that is a multiple of 16, every B, and q, k and v in any memory order, if the head dimensions are multiples of
+16. Other calls are served by warming up with their own sizes. What is never warmed: calls that resume from a state cut inside a
+chunk, thresholds per channel, calls under another ``checkpoint_every``, and on AMD's GPUs tensors beyond 2 GiB; they compile when
+they come. So does code for another kind of GPU, another version of triton or of this package. A loop that also evaluates
+without gradients needs a second run with ``--no-grad``.
+
+Importing this module does not import triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch, triton_backend
+from .biases import Bias
+from .memory import linear_memory
+from .options import options
+from .reference.inputs import Call
+from .retention import L2Retention
+from .validation import linear_call
+
+__all__ = ["TARGETS", "Variant", "refusal", "run", "unavailable"]
+
+#: what code can be compiled for without having it; kernels/offline.py, which imports triton, says how
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Sizes(NamedTuple):
+    """What of a call Triton sees only as integers that are 1, a multiple of 16, or neither."""
+
+    tokens: int
+    heads: int
+    sequences: int
+    state_grad: bool  # whether the final state gets a gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kind of call: one set of compile-time constants, and the sizes to make it with.
+
+    Attributes:
+        decay, differentiate, packed, final_state: whether there are log-decays; a backward; ``cu_seqlens``; a state returned.
+    """
+
+    key_dim: int
+    value_dim: int
+    chunk_size: int
+    dtype: torch.dtype
+    bias: Bias
+    batch: int
+    tokens: tuple[int, ...]
+    heads: tuple[int, ...]
+    decay: bool = True
+    differentiate: bool = True
+    packed: bool = False
+    final_state: bool = False
+
+    def __str__(self) -> str:
+        parameters = ",".join(f"{x:g}" for x in self.bias.parameters)
+        bias = f"{self.bias.name}:{parameters}" if parameters else self.bias.name
+        return f"k{self.key_dim} v{self.value_dim} chunk {self.chunk_size} {str(self.dtype).removeprefix('torch.')} {bias}"
+
+    def others(self) -> str:
+        """What a command's variants have in common."""
+        words = ["forward and backward" if self.differentiate else "forward", "decay" if self.decay else "no decay"]
+        words += ["packed"] * self.packed + ["final state"] * self.final_state
+        several = lambda numbers: " and ".join(map(str, numbers))
+        return f"{', '.join(words)}; B = {self.batch}, T = {several(self.tokens)}, H = {several(self.heads)}"
+
+    def sizes(self) -> list[Sizes]:
+        """Sizes of the calls to make; the first one uses all that this kind of call has.
+
+        Packed calls have ``T // chunk_size + N`` places for chunks: both a multiple of 16 and another number come with any data.
+        A final state may be part of the loss or only be handed on.
+        """
+        grads = (True, False) if self.final_state and self.differentiate else (False,)
+        found = []
+        for tokens, heads, grad in itertools.product(self.tokens, self.heads, grads):
+            full = 16 - tokens // self.chunk_size % 16
+            counts = (full, full + 1) if self.packed else (self.batch,)
+            found += [Sizes(tokens, heads, n, grad) for n in counts]
+        return found
+
+    def arguments(self, sizes: Sizes, device: str) -> dict:
+        """Arguments of :func:`~miras_kernels.linear_memory` for one of the sizes, every tensor full of zeros."""
+        b, t, h = (self.batch, *sizes[:2])
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device, requires_grad=self.differentiate)
+
+        given = {name: zeros(b, t, h, d, dtype=self.dtype) for name, d in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim))}
+        given |= dict(lr=zeros(b, t, h), log_decay=zeros(b, t, h) if self.decay else None)
+        given |= dict(bias=self.bias, delta=1.0 if self.bias.needs_delta else None, chunk_size=self.chunk_size)
+        given |= dict(output_final_state=self.final_state, cu_seqlens=None)
+        if self.packed:
+            n = min(sizes.sequences, t)
+            given["cu_seqlens"] = torch.arange(n + 1, dtype=torch.int64, device=device) * t // n
+        return given
+
+    def call(self, sizes: Sizes) -> Call:
+        """The validated call, on tensors without storage.
+
+        Raises:
+            TypeError, ValueError: a call that the public function refuses.
+        """
+        return linear_call(**self.arguments(sizes, "meta"), retention=L2Retention(), momentum=None, initial_state=None)
+
+
+def unavailable(target: str | None) -> str | None:
+    """Why nothing can be compiled here, for the GPU that is here or for a named one; None if it can."""
+    reason = dispatch.unavailable("triton")
+    if importlib.util.find_spec("triton") is None:
+        return reason
+    if triton_backend.interpreted():
+        return "TRITON_INTERPRET is set: Triton's interpreter compiles nothing; run without it"
+    if target is not None:
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU here: the kernels are compiled by running them; --target sm_90, say, compiles for one that is elsewhere"
+    return reason
+
+
+def refusal(variant: Variant) -> str | None:
+    """Why calls of a kind cannot be served, in the words of the public function or of the backend; None if they can."""
+    for sizes in variant.sizes():
+        try:
+            call = variant.call(sizes)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        reason = dispatch.BACKENDS["triton"].refuses(call, variant.differentiate)
+        if reason is not None:
+            return reason
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ on the GPU that is here
+
+
+class Counts:
+    """How many kernels Triton compiled, and how many it found compiled."""
+
+    def __init__(self):
+        self.compiled = self.found = 0
+
+    def __call__(self, *, cache_hit: bool, **_) -> None:
+        self.compiled, self.found = self.compiled + (not cache_hit), self.found + cache_hit
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counts]:
+    """Counts what Triton compiles within the ``with`` block."""
+    from triton import knobs
+
+    before, knobs.compilation.listener = knobs.compilation.listener, Counts()
+    try:
+        yield knobs.compilation.listener
+    finally:
+        knobs.compilation.listener = before
+
+
+def make_calls(variant: Variant, device: str) -> None:
+    """Every call of a kind, forward and, if it has one, backward."""
+    for sizes in variant.sizes():
+        out, state = linear_memory(**variant.arguments(sizes, device), backend="triton")
+        if variant.differentiate:
+            results = [out, *(state.dual if sizes.state_grad else ())]
+            torch.autograd.backward(results, [torch.zeros_like(x) for x in results])
+
+
+def _compile_here(variants: Sequence[Variant]) -> None:
+    from triton import knobs
+
+    print(f"{torch.cuda.get_device_name()}: {variants[0].others()}")
+    width = max(len(str(variant)) for variant in variants)
+    compiled = 0
+    for variant in variants:
+        start = time.perf_counter()
+        with counting() as counts:
+            make_calls(variant, "cuda")
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        print(f"{variant!s:{width}s}  {seconds:6.1f} s  {counts.compiled} compiled, {counts.found} found in the cache", flush=True)
+        compiled += counts.compiled
+    print(f"{compiled} kernels compiled; Triton keeps them in {knobs.cache.dir}")
+
+
+# ------------------------------------------------------------------------------------------------ for one that is elsewhere
+
+
+def launches(variant: Variant, sizes: Sizes) -> list:
+    """What a call would launch, as ``kernels.offline`` compiles it."""
+    from .kernels import launch, offline
+
+    found = []
+    call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
+    every = options.checkpoint_interval(variant.chunk_size) if variant.differentiate else 0
+    with launch.recording(lambda *what: found.append(offline.Launch(*what))):
+        out, final, saved = backend.forward(call, every)
+        if variant.differentiate:
+            backend.backward(call, every, saved, torch.empty_like(out), [torch.empty_like(final[0])] if sizes.state_grad else [])
+    return found
+
+
+def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
+    """One call of each kind: other sizes, as far as they need other code, need nearly the same registers."""
+    from .kernels import offline
+
+    variants = [dataclasses.replace(variant, tokens=variant.tokens[:1], heads=variant.heads[:1]) for variant in variants]
+    print(f"{target}: {variants[0].others()}")
+    for variant in variants:
+        print(variant, flush=True)
+        seen = set()
+        for given in launches(variant, variant.sizes()[0]):
+            code = (offline.source(given).hash(), given.config)
+            if code in seen:  # the backward runs some of the forward's kernels again
+                continue
+            seen.add(code)
+            start = time.perf_counter()
+            needs = offline.compile_launch(given, target)
+            print(
+                f"  {_name(given):28s}  {given.config!s:18s}  registers {needs.registers:3d}  spills {needs.spills:4d}  "
+                f"shared {needs.shared:6d}  tensor cores {needs.tensor or 'no':7s}  {time.perf_counter() - start:5.1f} s",
+                flush=True,
+            )
+
+
+def _name(given) -> str:
+    """A kernel's name; the chain's also says what it walks, since it is launched for several things."""
+    from .kernels import tiles
+
+    parts = {getattr(tiles, part).value: part.lower() for part in ("WHOLE", "HEAD", "BODY", "TAIL", "SEGMENT")}
+    return " ".join([given.kernel.__name__, *([parts[given.arguments["PART"]]] if "PART" in given.arguments else [])])
+
+
+# ------------------------------------------------------------------------------------------------------------------ command
+
+
+def run(variants: Sequence[Variant], target: str | None) -> int:
+    """Compile what calls of these kinds need, for the GPU here or for a target of TARGETS; the command's exit status."""
+    reasons = ((f"{variant}: ", refusal(variant)) for variant in variants)
+    wrong = next(((what, reason) for what, reason in reasons if reason is not None), ("", unavailable(target)))
+    if wrong[1] is not None:
+        print(f"warmup: {''.join(wrong)}", file=sys.stderr)
+        return 2
+    if target is None:
+        _compile_here(variants)
+    else:
+        _compile_elsewhere(variants, target)
+    return 0

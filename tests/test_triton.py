@@ -1,0 +1,307 @@
+"""The Triton kernels in its interpreter against the float64 reference; on a GPU the same tests run there."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import miras_kernels as mk
+from miras_kernels import dispatch
+from miras_kernels.testing import Case, baseline, check, evaluate, operands, registry, relative_error, truth
+from miras_kernels.testing.cases import BIASES
+
+triton_backend = dispatch.BACKENDS["triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def served(case: Case) -> bool:
+    return triton_backend.refuses(case.draw(torch.float32).call(), True) is None
+
+
+SERVED = [case for case in registry("linear") if served(case)]
+#: the interpreter takes a millisecond for every operation on a tile: cases whose many programs repeat what others test are on GPUs only
+QUICK = [case for case in SERVED if DEVICE == "cuda" or not case.name.startswith(("linear-many-heads", "linear-l2-long"))]
+
+
+def test_what_is_served():
+    """The kernels refuse what they were never said to do, and nothing else."""
+    from miras_kernels.kernels import configs
+
+    for case in set(registry("linear")) - set(SERVED):
+        channel_wise = case.lr == "channel" or case.decay == "channel"
+        assert case.momentum or case.retention.tag or channel_wise or case.chunk_size not in configs.CHUNK_SIZES, case
+    assert {case.bias.tag for case in SERVED} == set(BIASES)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_float32(case, poisoned):
+    report = check(case, "triton", device=DEVICE)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("case", QUICK[::2], ids=str)
+def test_states_in_registers(case, poisoned):
+    """The chains of 16-bit inputs, in float32 arithmetic: an error of logic cannot hide in a rounding error."""
+    from miras_kernels.kernels import configs
+
+    if case.bias.row_coupled and case.value_dim > 32:
+        case = dataclasses.replace(case, value_dim=32)
+    if case.key_dim > 128:
+        case = dataclasses.replace(case, key_dim=128)
+    with configs.stream(False):
+        report = check(case, "triton", device=DEVICE)
+    assert report.ok, report
+
+
+SIXTEEN_BITS = [(case, dtype) for i, case in enumerate(QUICK) for dtype in [(torch.bfloat16, None, torch.float16, None)[i % 4]] if dtype]
+
+
+@pytest.mark.parametrize(("case", "dtype"), SIXTEEN_BITS, ids=str)
+def test_sixteen_bits(case, dtype, poisoned):
+    report = check(case, "triton", dtype, DEVICE)
+    assert report.ok, report
+
+
+SIZES = [  # key_dim, value_dim, chunk_size: several blocks of a chunk, several tiles, tiles that do not fill
+    (16, 16, 128), (40, 72, 128), (72, 40, 32), (136, 24, 16), (24, 136, 64), (256, 48, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [mk.Huber("coordinate"), mk.Huber("norm"), mk.DotProduct()], ids=lambda b: b.name)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes(size, bias, dtype, poisoned):
+    key_dim, value_dim, chunk_size = size
+    case = Case("size", bias=bias, batch=1, heads=1, tokens=chunk_size + 19, key_dim=key_dim, value_dim=value_dim, chunk_size=chunk_size)
+    report = check(case, "triton", dtype, DEVICE)
+    assert report.ok, report
+
+
+def test_sixteen_bits_are_as_good_as_pytorch_at_sixteen_bits():
+    """Root mean squares over common sizes: outputs within 0.005, gradients within 0.008, and 1.5 times PyTorch's own error."""
+    for bias in (mk.L2(), mk.Huber("coordinate"), mk.Lp(3.0)):
+        case = Case("common", bias=bias, batch=1, tokens=256, heads=2, key_dim=64, value_dim=64, chunk_size=64)
+        inputs = case.draw(torch.bfloat16, DEVICE)
+        exact, usual, reached = truth(inputs), baseline(inputs, operands("triton", torch.bfloat16)), evaluate(inputs, "triton")
+        for name, value in exact.items():
+            error = relative_error(reached[name], value)
+            assert error <= (0.008 if name.startswith("grad") else 0.005), (bias, name, error)
+            assert error <= 1.5 * relative_error(usual[name], value) + 2.0**-9, (bias, name, error)
+
+
+@pytest.mark.parametrize("case", SERVED[::6], ids=str)
+def test_bitwise_repeatable(case):
+    inputs = case.draw(torch.bfloat16, DEVICE)
+    first = evaluate(inputs, "triton")
+    for name, x in evaluate(inputs, "triton").items():
+        assert torch.equal(x, first[name]), name
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_saved_states_do_not_change_a_bit(every):
+    case = Case("checkpoints", tokens=90, chunk_size=16, bias=mk.Huber("coordinate"))
+    inputs = case.draw(torch.float32, DEVICE)
+    with mk.override(checkpoint_every=2):
+        wanted = evaluate(inputs, "triton")
+    with mk.override(checkpoint_every=every):
+        found = evaluate(inputs, "triton")
+    for name, x in wanted.items():
+        assert torch.equal(found[name], x), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [None, (5, 40, 17)], ids=["batch", "packed"])
+@pytest.mark.parametrize("bias", [mk.Huber("coordinate"), mk.DotProduct()], ids=lambda b: b.name)
+def test_a_cut_anywhere(bias, lengths, dtype):
+    """Pieces, each with the state that the last one returned, give the whole: at a boundary, inside a chunk, inside the same chunk."""
+    case = Case("cut", bias=bias, tokens=62, chunk_size=16, batch=2, lengths=lengths)
+    arguments = case.draw(dtype, DEVICE).arguments()
+    arguments = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    whole, final = mk.linear_memory(**arguments, backend="triton")
+    tokens = ("q", "k", "v", "lr", "log_decay", "delta")
+    first = [0, *(torch.tensor(lengths).cumsum(0).tolist() if lengths else [62])]
+    bounds = [(0, 2), (2, 5), (5, 5)] if lengths else [(0, 16), (16, 26), (26, 30), (30, 62)]
+    if lengths:  # every sequence in two pieces
+        pieces = [[range(a, a + 3) for a in first[:-1]], [range(a + 3, b) for a, b in zip(first, first[1:], strict=False)]]
+    else:
+        pieces = [[range(a, b)] for a, b in bounds]
+    state, outs = arguments["initial_state"], torch.empty_like(whole)
+    for piece in pieces:
+        rows = torch.tensor([t for part in piece for t in part], device=DEVICE)
+        part = {name: arguments[name][:, rows] for name in tokens if arguments[name] is not None}
+        packed = torch.tensor([0, *(len(x) for x in piece)], device=DEVICE).cumsum(0) if lengths else None
+        out, state = mk.linear_memory(**{**arguments, **part, "initial_state": state, "cu_seqlens": packed}, backend="triton")
+        outs[:, rows] = out
+    same = 1e-5 if dtype == torch.float32 else 2e-2
+    assert relative_error(outs, whole) < same
+    assert relative_error(state.dual[0], final.dual[0]) < same
+    if final.open_chunk is not None:
+        assert torch.equal(state.open_chunk.position, final.open_chunk.position)
+        assert relative_error(state.open_chunk.start[0], final.open_chunk.start[0]) < same
+        assert relative_error(state.open_chunk.log_decay, final.open_chunk.log_decay) < 1e-5
+
+
+def test_sequences_at_different_places_in_their_chunks():
+    case = Case("positions", tokens=24, chunk_size=16, batch=3, bias=mk.L2())
+    inputs = case.draw(torch.float32, DEVICE).arguments()
+    inputs = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    open_at = torch.tensor([0, 5, 15], device=DEVICE)
+    start = torch.randn_like(inputs["initial_state"])
+    opened = mk.MemoryState((inputs["initial_state"],), None, _open_chunk(open_at, start))
+    wanted, final = mk.linear_memory(**{**inputs, "initial_state": opened}, backend="reference")
+    found, state = mk.linear_memory(**{**inputs, "initial_state": opened}, backend="triton")
+    assert relative_error(found, wanted) < 1e-5
+    for x, y in zip(state.tensors(), final.tensors(), strict=True):
+        assert relative_error(x, y) < 1e-5
+    assert torch.equal(state.open_chunk.position, final.open_chunk.position)
+
+
+def _open_chunk(position, start):
+    from miras_kernels.state import OpenChunk
+
+    start = torch.where((position == 0)[:, None, None, None], torch.zeros_like(start), start)
+    return OpenChunk(position, (start,), -torch.rand(start.shape[:2], device=start.device) * (position > 0)[:, None])
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)], ids=["no sequence", "no token"])
+def test_nothing_to_do(shape):
+    b, t = shape
+    q, lr = torch.randn(b, t, 2, 16, device=DEVICE, requires_grad=True), torch.rand(b, t, 2, device=DEVICE, requires_grad=True)
+    initial = torch.randn(b, 2, 16, 16, device=DEVICE, requires_grad=True)
+    out, state = mk.linear_memory(q, q, q, lr, -lr, chunk_size=16, initial_state=initial, output_final_state=True, backend="triton")
+    assert out.shape == q.shape and torch.equal(state.dual[0], initial)
+    gradients = torch.autograd.grad(out.sum() + (state.dual[0] * 2).sum(), (q, lr, initial))
+    assert all(g.shape == x.shape for g, x in zip(gradients, (q, lr, initial), strict=True))
+    assert (gradients[2] == 2).all()
+
+
+def test_compiles_and_traces():
+    """The operator takes the backend: torch.compile sees through it in one graph."""
+    case = Case("compiled", tokens=20, batch=1, heads=1)
+    inputs = case.draw(torch.float32, DEVICE)
+    arguments = inputs.arguments()
+
+    def step(q, k, v):
+        out, _ = mk.linear_memory(**{**arguments, "q": q, "k": k, "v": v}, backend="triton")
+        return out
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    q, k, v = (inputs.tensors[name] for name in "qkv")
+    assert torch.equal(compiled(q, k, v), step(q, k, v))
+    wanted = torch.autograd.grad(step(q, k, v).sum(), (q, k, v))
+    found = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- dispatch
+
+
+def refusal(**changes) -> str:
+    case = Case("refused", **{"tokens": 8, "batch": 1, "heads": 1, **changes})
+    with pytest.raises(ValueError) as caught:
+        mk.linear_memory(**case.draw(torch.float32, DEVICE).arguments(), backend="triton")
+    return str(caught.value)
+
+
+def test_what_only_this_backend_cannot_do_is_said():
+    assert "chunk_size must be one of 16, 32, 64, 128, got 24" in refusal(chunk_size=24)
+    assert "head dimensions are limited to 256, got 264" in refusal(key_dim=264)
+    assert "head dimensions are limited to 256, got 257" in refusal(value_dim=257)
+    assert "no momentum" in refusal(momentum=True)
+    assert "channel-wise log_decay" in refusal(decay="channel")
+    assert "L2Retention only" in refusal(retention=mk.KLRetention())
+
+
+def test_the_other_backends_are_still_there():
+    """ "auto" takes what serves the call, and `explain` says why triton does not."""
+    case = Case("other", tokens=8, batch=1, heads=1, chunk_size=24)
+    arguments = case.draw(torch.float32, DEVICE).arguments()
+    reasons = mk.explain(**arguments)
+    assert "chunk_size must be one of" in reasons["triton"]
+    assert mk.linear_memory(**arguments)[0].shape == arguments["v"].shape
+
+
+def test_a_denied_configuration_is_not_taken(monkeypatch):
+    from miras_kernels.kernels import configs
+
+    key = configs.Key(64, 64, 64, 2, False)
+    first, second = configs.eligible("linear_state", key)
+    monkeypatch.setattr(configs, "toolchain", lambda architecture: ("3.6.0", "12.8"))
+    monkeypatch.setattr(configs, "DENIED", (configs.Denial("sm_90", "3.6", "12.", "linear_state", str(first), "wrong"),))
+    assert configs.choose("linear_state", key, "sm_90") == second
+    assert configs.choose("linear_state", key, "sm_80") == first
+    monkeypatch.setattr(configs, "DENIED", tuple(configs.Denial("sm_90", "", "", "linear_state", str(c), "wrong") for c in (first, second)))
+    with pytest.raises(ValueError, match=r"linear_state: no configuration for .* on sm_90: .*wrong"):
+        configs.choose("linear_state", key, "sm_90")
+    with configs.force("linear_state", configs.Config(8, 8, 1, 1)), pytest.raises(ValueError, match="does not serve"):
+        configs.choose("linear_state", key)
+
+
+def test_configurations_are_few_and_serve_everything():
+    from miras_kernels.kernels import configs
+
+    assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
+    assert {field.name for field in dataclasses.fields(configs.Key)} == {"key_dim", "value_dim", "chunk_size", "itemsize", "coupled"}
+    sizes = (1, 16, 33, 64, 96, 128, 200, 256)
+    for key in [configs.Key(k, v, c, i, r) for k in sizes for v in sizes for c in configs.CHUNK_SIZES for i in (2, 4) for r in (False, True)]:
+        for kernel in configs.KERNELS:
+            chain = kernel.removesuffix("_streamed")
+            if chain in ("linear_state", "linear_seq") and key.streams(chain) != kernel.endswith("_streamed"):
+                continue
+            config = configs.choose(kernel, key)
+            assert config == configs.eligible(kernel, key)[0]
+            if key.coupled and kernel in ("linear_state", "linear_seq"):
+                assert key.blocks(config)[0] == key.padded_v
+
+
+def test_importing_the_package_does_not_import_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, miras_kernels as mk\n"
+        "q, lr = torch.randn(1, 20, 2, 8), torch.rand(1, 20, 2)\n"
+        "out, _ = mk.linear_memory(q, q, q, lr, chunk_size=16)\n"
+        "assert 'triton' in mk.explain(q, q, q, lr)['triton']\n"
+        "try:\n    mk.linear_memory(q, q, q, lr, chunk_size=16, backend='triton')\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'triton' cannot serve this call: " in done.stdout
+
+
+def test_names_and_tags_agree():
+    """biases.py, kernels/bias.py and csrc/bias.h are one table in three places."""
+    from miras_kernels.kernels import bias
+
+    assert {row.name: tag for tag, row in BIASES.items()} == bias.TAGS
+    for name, tag in bias.TAGS.items():
+        assert getattr(bias, {"dot": "DOT"}.get(name, name.upper())).value == tag
+
+
+# ----------------------------------------------------------------------------------------------------------- planted bugs
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "lr", "log_decay", "dual"])
+def test_a_planted_bug_is_caught(name, monkeypatch):
+    backward = triton_backend.backward
+
+    def wrong(*args):
+        grads = backward(*args)
+        grads[name] = [x * 1.001 for x in grads[name]] if name == "dual" else grads[name] * 1.001
+        return grads
+
+    monkeypatch.setattr(triton_backend, "backward", wrong)
+    report = check(Case("planted", tokens=48), "triton", device=DEVICE)
+    assert {r.name for r in report.rows if not r.ok} == {"grad_initial_dual_0" if name == "dual" else f"grad_{name}"}
+
+
+def test_a_planted_bug_is_caught_at_sixteen_bits(monkeypatch):
+    """A wrong decay of two percent stands out from the rounding of bfloat16."""
+    forward = triton_backend.forward
+    monkeypatch.setattr(triton_backend, "forward", lambda call, every: forward(call.replace(log_decay=call.log_decay * 0.9), every))
+    report = check(Case("planted", tokens=48), "triton", torch.bfloat16, DEVICE)
+    assert not {r.name: r for r in report.rows}["out"].ok
