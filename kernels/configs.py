@@ -102,19 +102,21 @@ def _wide(key: Key) -> bool:
 RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay": ((Config(16, 16, 4, 1), _always),),
     "linear_state": (
-        (Config(32, 0, 4, 2), lambda key: not key.coupled and key.chunk_size <= 64),
-        (Config(32, 0, 8, 2), lambda key: not key.coupled and key.chunk_size == 128),
-        (Config(64, 0, 4, 2), lambda key: not key.coupled and key.chunk_size == 64 and key.padded_k == 64),
-        (Config(0, 0, 4, 2), lambda key: key.coupled and key.chunk_size <= 32),
-        (Config(0, 0, 8, 2), lambda key: key.coupled and key.chunk_size >= 64),
+        (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
+        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(64, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size == 64 and key.padded_k == 64),
+        (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
+        (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_state_streamed": (
         (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
         (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
     ),
     "linear_output": (
-        (Config(64, 64, 4, 2), _narrow),
-        (Config(128, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
+        (Config(128, 64, 8, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
+        (Config(32, 64, 4, 2), lambda key: key.itemsize == 2 and (key.coupled or key.chunk_size == 128) and key.chunk_size >= 64),
+        (Config(64, 64, 4, 2, 128), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
         (Config(32, 32, 4, 1), _wide),
     ),
     "linear_pre": (
@@ -123,9 +125,9 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 32, 4, 1), _wide),
     ),
     "linear_seq": (
-        (Config(32, 0, 4, 2), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
-        (Config(32, 0, 8, 2), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k == 128),
-        (Config(16, 0, 8, 2), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
+        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k == 128),
+        (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
@@ -134,8 +136,9 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
     ),
     "linear_epi": (
-        (Config(32, 64, 4, 2), _narrow),
-        (Config(64, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 32, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
         (Config(32, 32, 4, 1), _wide),
     ),
     "linear_decay_grad": ((Config(16, 16, 4, 1), _always),),

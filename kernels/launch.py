@@ -59,7 +59,7 @@ class Problem:
         bias = call.bias
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
         self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled)
-        self.architecture = architecture(call.q.device)
+        self.architecture = _recorder[1] if _recorder else architecture(call.q.device)
         self.block = self.key.block_c
         self.blocks = call.chunk_size // self.block
         self.sizes = dict(Dk=self.key_dim, Dv=self.value_dim, C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
@@ -107,7 +107,7 @@ def tiles(kernel: str, problem: Problem, along: str) -> int:
 def options(config: configs.Config, architecture: str) -> dict:
     """A configuration as the compiler's options."""
     bound = {"maxnreg": config.registers} if config.registers and architecture.startswith("sm_") else {}
-    return dict(num_warps=config.warps, num_stages=config.stages, **bound)
+    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **bound)
 
 
 @functools.cache
@@ -119,15 +119,15 @@ def architecture(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
-#: set by `recording`: receives launches instead of the device
-_recorder: Callable | None = None
+#: set by `recording`: what receives launches instead of the device, and the architecture they are meant for
+_recorder: tuple[Callable, str] | None = None
 
 
 @contextlib.contextmanager
-def recording(receive: Callable) -> Iterator[None]:
+def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
     """Within it nothing is launched: ``receive(kernel, arguments, config)`` gets every launch. Meta tensors will do."""
     global _recorder
-    before, _recorder = _recorder, receive
+    before, _recorder = _recorder, (receive, architecture)
     try:
         yield
     finally:
@@ -141,7 +141,7 @@ def launch(kernel, problem: Problem, units: int, along: str | None, **arguments)
     if along:
         arguments["BV"], arguments["BK"] = problem.key.blocks(config)
     if _recorder is not None:
-        _recorder(kernel, arguments, config)
+        _recorder[0](kernel, arguments, config)
         return
     grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
     if 0 in grid:

@@ -31,12 +31,12 @@ from .launch import Problem, launch, tiles
 from .linear_fwd import chunk_decays, recompute
 from .linear_stream import linear_seq_streamed
 from .tiles import (
-    dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, load_update, owner_of, pair_decay,
+    LENGTHS, dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, load_update, owner_of, pair_decay,
     rounded, sequence_of, slot_of, store,
 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_pre(
     q, k, decays, grad_out, from_out,
     cu_seqlens, first_slot, slot_owner,
@@ -80,7 +80,7 @@ def linear_pre(
     store(from_out + row * Dv + o_s[:, None] * (H * Dv) + o_v[None, :], b_r, m_s[:, None] & m_v[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_seq(
     q, k, v, lr, decays, delta,
     errors, squares, from_out, grad_out, grad_final,
@@ -161,7 +161,7 @@ def linear_seq(
     tl.store(grad_initial + state + o_vk, b_j, mask=m_kv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_epi(
     q, k, v, lr, decays, delta,
     states, errors, squares, grad_states, grad_out, grad_v,
@@ -275,7 +275,7 @@ def linear_epi(
     store(grad_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_decay_grad(
     decays, rows_read, rows_pairs, rows_kept, inner, grad_log_decay,
     cu_seqlens, first_slot, slot_owner,

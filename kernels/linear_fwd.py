@@ -27,11 +27,11 @@ from . import bias as biases
 from .launch import Problem, launch
 from .linear_stream import linear_state_streamed
 from .tiles import (
-    BODY, HEAD, LOWEST, SEGMENT, TAIL, UNIT, WHOLE, dot, inside, load_delta, load_gamma, load_gate, load_to_end, load_total, load_update,
+    LENGTHS, BODY, HEAD, LOWEST, SEGMENT, TAIL, UNIT, WHOLE, dot, inside, load_delta, load_gamma, load_gate, load_to_end, load_total, load_update,
     owner_of, pair_decay, part_of, rounded, sequence_of, slot_of, store,
 )  # fmt: skip
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_decay(
     log_decay, position, decays,
     cu_seqlens, first_slot, slot_owner,
@@ -72,7 +72,7 @@ def linear_decay(
         tl.store(decays + 3 * ROW + row + o_g, tl.cumsum(b_g - b_units / UNIT, 0), mask=m_g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_state(
     k, v, lr, decays, delta,
     initial, opened, position,
@@ -150,7 +150,7 @@ def linear_state(
         tl.store(final + state + o_kv, b_s, mask=m_kv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_output(
     q, k, v, lr, decays, delta, position,
     states, errors, squares, out,

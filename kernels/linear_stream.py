@@ -16,12 +16,12 @@ import triton.language as tl
 
 from . import bias as biases
 from .tiles import (
-    HEAD, SEGMENT, dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, owner_of, part_of,
+    LENGTHS, HEAD, SEGMENT, dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, owner_of, part_of,
     rounded, sequence_of, slot_of, store,
 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_state_streamed(
     k, v, lr, decays, delta,
     initial, opened, position,
@@ -134,7 +134,7 @@ def linear_state_streamed(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_seq_streamed(
     q, k, v, lr, decays, delta,
     errors, squares, from_out, grad_out, grad_final,

@@ -58,10 +58,10 @@ class Resources:
     tensor: str
 
 
-def recorded(call, every: int) -> list[Launch]:
-    """The launches of a call's forward and backward; tensors may be on the meta device."""
+def recorded(call, every: int, architecture: str = "") -> list[Launch]:
+    """The launches of a call's forward and backward on an architecture; tensors may be on the meta device."""
     found = []
-    with launch.recording(lambda *what: found.append(Launch(*what))):
+    with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         p = launch.Problem(call)
         wanted = call.output_final_state
         _, _, checkpoints = linear_fwd.forward(p, every, wanted, wanted)
@@ -74,13 +74,13 @@ def source(given: Launch) -> ASTSource:
     constexprs, signature, attributes = {}, {}, {}
     for i, parameter in enumerate(given.kernel.params):
         x = given.arguments[parameter.name]
-        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1):
+        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constexprs[parameter.name] = "constexpr", x
         elif isinstance(x, Tensor):
             signature[parameter.name], attributes[(i,)] = POINTERS[x.dtype], [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32" if -(2**31) <= x < 2**31 else "i64"
-            if x % 16 == 0:
+            if x % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=given.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 

@@ -1,7 +1,10 @@
-"""``python -m miras_kernels``: what it prints, and its errors."""
+"""``python -m miras_kernels``: what it prints, and its errors; `warmup` is in test_warmup.py."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -10,8 +13,11 @@ import pytest
 import torch
 
 import miras_kernels
-from miras_kernels import dispatch
+from miras_kernels import dispatch, triton_backend
 from miras_kernels.__main__ import main
+
+#: how a row ends for a backend that can, when the tests run triton's interpreter
+SLOWLY = ", but in Triton's interpreter, slowly: TRITON_INTERPRET is set"
 
 
 def lines(capsys) -> dict[str, str]:
@@ -50,6 +56,89 @@ def test_info_names_the_instruction_set(capsys):
     assert "portable" in extension.cpu_capabilities()
 
 
+def test_info_finds_a_version_under_another_name(capsys, monkeypatch):
+    """As where PyTorch brings a build of triton of its own."""
+
+    def version(name: str) -> str:
+        if name == "rocm-triton":
+            return "3.7.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"triton": ["rocm-triton"]})
+    main(["info"])
+    printed = capsys.readouterr().out
+    assert "  triton         3.7.0 (rocm-triton)\n" in printed and "  transformers   not installed\n" in printed
+
+
+def without_triton(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+
+
+def with_triton(monkeypatch, *, interpreted: bool, gpu: bool = False):
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: interpreted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+def test_triton_is_not_installed(capsys, monkeypatch):
+    without_triton(monkeypatch)
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    main(["info"])
+    assert lines(capsys)["triton"] == "cannot run: triton is not installed"
+    for device in ("cpu", "cuda"):
+        main(["explain", "--device", device])
+        assert lines(capsys)["triton"] == "cannot: triton is not installed"
+
+
+def test_triton_has_no_gpu(capsys, monkeypatch):
+    with_triton(monkeypatch, interpreted=False)
+    main(["info"])
+    rows = lines(capsys)
+    assert rows["triton"].startswith("cannot run: there is no GPU here") and "TRITON_INTERPRET=1" in rows["triton"]
+    assert rows["cuda"].startswith("cannot run")
+    main(["explain", "--device", "cuda"])
+    printed = capsys.readouterr().out
+    assert "triton     cannot: there is no GPU here" in printed and '"auto" takes reference' in printed
+
+
+def test_triton_is_interpreted(capsys, monkeypatch):
+    """It can, but nobody should take that for the kernels' speed; "auto" leaves it alone on the CPU."""
+    with_triton(monkeypatch, interpreted=True)
+    main(["info"])
+    assert lines(capsys)["triton"] == "can run here" + SLOWLY
+    main(["explain"])
+    printed = capsys.readouterr().out
+    assert "triton     can serve it" + SLOWLY in printed and '"auto" takes triton' not in printed
+    main(["explain", "--momentum"])
+    assert lines(capsys)["triton"] == "cannot: it has no momentum, so far"
+
+
+def test_triton_has_a_gpu(capsys, monkeypatch):
+    with_triton(monkeypatch, interpreted=False, gpu=True)
+    main(["explain", "--device", "cuda", "--dtype", "bfloat16"])
+    printed = capsys.readouterr().out.splitlines()
+    assert "  triton     can serve it" in printed and printed[-1] == '"auto" takes triton'
+    main(["explain", "--device", "cpu"])
+    assert lines(capsys)["triton"] == "cannot: it does not run on cpu tensors"
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_commands_do_not_import_triton(interpret):
+    """Nor, without a GPU, does `warmup`: it finds out first that there is nothing to do."""
+    code = """
+import sys, torch, miras_kernels
+from miras_kernels.__main__ import main
+for command in ("info", "explain", "explain --device cuda --bias huber_switch", "explain --memory mlp", "warmup --chunk-size 48"):
+    main(command.split())
+assert "triton" not in sys.modules, "triton was imported"
+assert "torch._dynamo" not in sys.modules, "half a compiler was imported"
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_options_in_force_are_printed(capsys):
     with miras_kernels.override(checkpoint_every=3, check_values=False):
         main(["info"])
@@ -66,7 +155,7 @@ def test_explain_agrees_with_dispatch(capsys):
     reasons = miras_kernels.explain(x, x, x, g, g, bias=miras_kernels.Huber("switch"), delta=1.0)
     assert printed.splitlines()[-1] == f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}'
     for name, reason in reasons.items():
-        row = next(line for line in printed.splitlines() if line.split()[0] == name)
+        row = next(line for line in printed.splitlines() if line.split()[0] == name).removesuffix(SLOWLY)
         assert row.endswith("can serve it" if reason is None else f"cannot: {reason}")
 
 

@@ -210,7 +210,7 @@ def _biases(text: str) -> tuple[biases.Bias, ...]:
         return tuple(biases.TABLE.values())
     found: list[str] = []
     for piece in text.split(","):
-        if found and piece[:1] in "+-.0123456789":
+        if found and piece and piece[0] in "+-.0123456789":
             found[-1] += f",{piece}"
         else:
             found.append(piece)
