@@ -9,6 +9,10 @@ PIP    := $(PY) -m pip --disable-pip-version-check --no-input
 TORCH          ?= torch==2.13.0
 TORCH_FALLBACK ?= torch>=2.11
 RUFF           ?= ruff==0.17.5
+# Beside .venv, not in it. Its interpreter needs the numpy of its time.
+OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
+# Processes that share the tests; `make test WORKERS=` runs them in one.
+WORKERS        ?= -n 2 --dist worksteal
 ARGS           ?=
 
 # A kernel that does not compile is an error for a developer (users get a package without it, and the reason).
@@ -17,21 +21,26 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-all bench lint format build clean distclean
+.PHONY: help demo test test-slow test-oldest test-all bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=python3.12 (for a new .venv), TORCH=\"torch==...\", ARGS=\"...\" (for the program that runs)"
 
 demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a table and a picture
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(VENV)/.built  ## the tests, without the slow ones
-	$(PY) -m pytest tests -q -m "not slow" $(ARGS)
+	$(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
-test-all: $(VENV)/.built  ## every test
-	$(PY) -m pytest tests -q -m "" $(ARGS)
+test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every chip
+	$(PY) -m pytest tests -q -m slow $(ARGS)
+
+test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is supported
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" $(WORKERS) $(ARGS)
+
+test-all: test test-slow test-oldest  ## all of these
 
 bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --json out.json"
 	$(PY) bench/cpu.py $(ARGS)
@@ -82,6 +91,11 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.tools
 
 $(VENV)/.built: $(CXX_SOURCES) $(VENV)/.installed
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.oldest: | $(VENV)/.built
+	@echo "installing the oldest Triton that is supported, for the tests alone"
+	@$(PIP) install -qq --upgrade --target $(VENV)/oldest $(OLDEST_TRITON)
 	@touch $@
 
 $(VENV)/.lint: | $(VENV)/.python

@@ -127,7 +127,7 @@ setup(
     version=version(),
     package_dir={"miras_kernels": "python/miras_kernels", "miras_kernels.kernels": "kernels"},
     packages=[*find_packages("python"), "miras_kernels.kernels"],
-    package_data={"miras_kernels": ["py.typed"]},
+    package_data={"miras_kernels": ["py.typed"], "miras_kernels.kernels": ["*.json", "*.md"]},
     ext_modules=extensions,
     cmdclass=commands,
     zip_safe=False,

@@ -149,9 +149,9 @@ KERNELS: dict[str, tuple[Config, ...]] = {kernel: tuple(config for config, _ in 
 
 
 class Denial(NamedTuple):
-    """A configuration that a toolchain gets wrong. Versions match as prefixes; "" matches all."""
+    """A configuration that a toolchain gets wrong, or a chip cannot hold. Architecture and versions match as prefixes; "" matches all."""
 
-    architecture: str  # "sm_90"
+    architecture: str  # "sm_90", or "sm_8" for all of its kind
     triton: str
     ptxas: str
     kernel: str
@@ -159,8 +159,10 @@ class Denial(NamedTuple):
     reason: str
 
 
-#: found by `bench/gpu.py`, which prints rows to be put here
-DENIED: tuple[Denial, ...] = ()
+#: found by `bench/gpu.py`, which prints rows to be put here, or by resources.py
+DENIED: tuple[Denial, ...] = (
+    Denial("sm_8", "", "", "linear_epi", "v32-k64-w8-s2", "spills up to 24 bytes at a head dimension of 64"),
+)
 
 _forced: dict[str, Config] = {}
 _streaming: bool | None = None
@@ -192,7 +194,7 @@ def choose(kernel: str, key: Key, architecture: str = "") -> Config:
 def denial(architecture: str, kernel: str, config: Config) -> Denial | None:
     """The row of the deny-list that forbids a configuration on this toolchain, or None."""
     for row in DENIED:
-        if (row.architecture, row.kernel, row.config) == (architecture, kernel, str(config)):
+        if architecture.startswith(row.architecture) and (row.kernel, row.config) == (kernel, str(config)):
             triton_version, ptxas_version = toolchain(architecture)
             if triton_version.startswith(row.triton) and ptxas_version.startswith(row.ptxas):
                 return row

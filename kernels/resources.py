@@ -125,7 +125,7 @@ class Job:
 
 
 def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) -> list[Job]:
-    """Everything to compile: every configuration that serves a specimen, and nothing twice."""
+    """Everything to compile: every configuration that serves a specimen and is not denied on a target, and nothing twice."""
     found, seen = [], set()
     for name in specimens:
         recorded = SPECIMENS[name].launches()
@@ -137,7 +137,8 @@ def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) ->
                     identity = (offline.source(given).hash(), config)
                     if identity not in seen:
                         seen.add(identity)
-                        found += [Job(name, kernel, place, config, target) for target in targets]
+                        allowed = [target for target in targets if configs.denial(target, kernel, config) is None]
+                        found += [Job(name, kernel, place, config, target) for target in allowed]
     return found
 
 

@@ -234,6 +234,8 @@ def test_a_denied_configuration_is_not_taken(monkeypatch):
     monkeypatch.setattr(configs, "DENIED", (configs.Denial("sm_90", "3.6", "12.", "linear_state", str(first), "wrong"),))
     assert configs.choose("linear_state", key, "sm_90") == second
     assert configs.choose("linear_state", key, "sm_80") == first
+    monkeypatch.setattr(configs, "DENIED", (configs.Denial("sm_9", "3.5", "", "linear_state", str(first), "wrong"),))
+    assert configs.choose("linear_state", key, "sm_90") == first
     monkeypatch.setattr(configs, "DENIED", tuple(configs.Denial("sm_90", "", "", "linear_state", str(c), "wrong") for c in (first, second)))
     with pytest.raises(ValueError, match=r"linear_state: no configuration for .* on sm_90: .*wrong"):
         configs.choose("linear_state", key, "sm_90")
