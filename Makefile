@@ -34,11 +34,11 @@ demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a 
 test: $(VENV)/.built  ## the tests, without the slow ones
 	$(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
-test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every chip
+test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every kind of chip
 	$(PY) -m pytest tests -q -m slow $(ARGS)
 
 test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is supported
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" $(WORKERS) $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q $(WORKERS) $(ARGS)
 
 test-all: test test-slow test-oldest  ## all of these
 

@@ -3,6 +3,7 @@
     python -m miras_kernels.kernels.resources                    compile everything, write resources.json beside this file
     python -m miras_kernels.kernels.resources --check            compile everything, compare with it
     python -m miras_kernels.kernels.resources --check --quick    of the commonest calls only
+    python -m miras_kernels.kernels.resources --check --cover    every configuration once for every chip
     python -m miras_kernels.kernels.resources --only sm_90:D64   some of it, printed
 
 A specimen is a call whose launches are recorded and compiled, each under every configuration that serves it. resources.json
@@ -193,11 +194,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
     parser.add_argument("--quick", action="store_true", help="the commonest calls only; writes nothing")
+    parser.add_argument("--cover", action="store_true", help="every configuration once for every target; writes nothing")
     parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains this; prints, writes nothing")
     parser.add_argument("--targets", default=",".join(offline.TARGETS), metavar="TARGET,...")
     args = parser.parse_args(arguments)
     todo = jobs(args.targets.split(","), QUICK if args.quick else tuple(SPECIMENS))
     todo = [job for job in todo if not args.only or args.only in str(job)]
+    if args.cover:
+        todo = list({(job.target, job.kernel, job.config): job for job in reversed(todo)}.values())
     figures, wrong, known = {}, [], read().get(table_key())
     if args.check and known is None:
         print(f"the table has no Triton {table_key()}: only spills, shared memory and tensor cores are judged")
@@ -207,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.check and known is not None and known.get(str(job)) != figures[str(job)]:
             wrong.append(f"{job}: {figures[str(job)]}, the table has {known.get(str(job))}")
         print(f"{len(figures)}/{len(todo)} {job} {figures[str(job)]}", flush=True)
-    if not args.check and not args.only and not args.quick:
+    if not (args.check or args.only or args.quick or args.cover):
         write(figures)
     print("\n".join(wrong) or "nothing spills, all fits")
     return bool(wrong)

@@ -33,7 +33,7 @@ def test_the_commonest_calls():
 
 @pytest.mark.slow
 def test_every_configuration():
-    done = run("--check")
+    done = run("--check", "--cover")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 

@@ -1,0 +1,294 @@
+"""What bench/gpu.py says of a run: the targets with their verdicts, and the tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import gpu_peers
+from gpu_plan import (
+    BASE,
+    BOTH,
+    DIRECTIONS,
+    EAGER,
+    FORWARD,
+    NEEDS_DELTA,
+    OURS,
+    PARTS,
+    SHAPES,
+    TARGET,
+    Shape,
+    floors_ms,
+    io_bytes,
+    traffic_bytes,
+)  # fmt: skip
+from harness import table
+
+#: biases without a kink, where rounding cannot decide which slope an error gets
+SMOOTH = tuple(name for name in OURS if name not in NEEDS_DELTA)
+
+# ------------------------------------------------------------------------------------------------------------ lookup
+
+
+def _results(document: dict, part: str) -> list[dict]:
+    return document.get(part, {}).get("results", [])
+
+
+def _times(document: dict, shape: str, direction: str) -> dict:
+    """The comparison at a shape: the measurement with the most contenders."""
+    found = [r for r in _results(document, "bench") if (r["shape"], r["direction"]) == (shape, direction)]
+    return max(found, key=lambda r: len(r["ms"]), default={})
+
+
+def _ms(result: dict, name: str) -> float | None:
+    return result["ms"][name]["median"] if name in result.get("ms", {}) else None
+
+
+def _ratio(result: dict, over: str, under: str) -> float | None:
+    a, b = _ms(result, over), _ms(result, under)
+    return None if a is None or b is None else a / b
+
+
+def floors(document: dict, shape: str, direction: str, bias: str = BASE) -> dict[str, float] | None:
+    ceilings = document.get("ceilings", {})
+    if "copy_bytes_per_s" not in ceilings:
+        return None
+    return floors_ms(SHAPES[shape], direction, bias, ceilings)
+
+
+# ----------------------------------------------------------------------------------------------------------- targets
+
+
+def judge(document: dict) -> list[dict]:
+    """Every target with what was measured: "met", "NOT met" or "not measured"."""
+    return [{"name": name, "value": value, "limit": limit, "at_most": at_most, "verdict": _verdict(value, limit, at_most)}
+            for name, value, limit, at_most in _targets(document)]  # fmt: skip
+
+
+def _verdict(value: float | None, limit: float | None, at_most: bool) -> str:
+    if value is None:
+        return "not measured"
+    if limit is None:
+        return "for information"
+    return "met" if (value <= limit if at_most else value >= limit) else "NOT met"
+
+
+def _targets(document: dict) -> Iterator[tuple[str, float | None, float | None, bool]]:
+    """``(name, value, limit, whether smaller is better)``."""
+    row = {direction: _times(document, TARGET, direction) for direction in DIRECTIONS}
+    rivals = [name for name, peer in gpu_peers.PEERS.items() if peer.delta_rule and name in row[BOTH].get("ms", {})]
+    fastest = min((_ms(row[BOTH], name) for name in rivals), default=None)
+    for bias in ("huber_coordinate", "lp 3"):
+        mine = _ms(row[BOTH], bias)
+        value = None if fastest is None or mine is None else fastest / mine
+        yield f"{BOTH}, {bias}: time of the fastest delta rule of the same state / ours", value, 1.0, False
+    for direction in DIRECTIONS:
+        for bias in OURS[1:]:
+            yield f"{direction}, {bias} / {BASE}", _ratio(row[direction], bias, BASE), 1.25, True
+    floor, mine = floors(document, TARGET, FORWARD), _ms(row[FORWARD], BASE)
+    for kind, limit in (("traffic", 0.5), ("memory", None)):
+        bytes_of = "memory traffic of the kernels" if kind == "traffic" else "inputs and outputs alone"
+        value = None if floor is None or mine is None else floor[kind] / mine
+        yield f"{FORWARD}, {BASE}: share of the floor ({bytes_of})", value, limit, False
+    first = document.get("bench", {}).get("first", {}).get("first_s", {})
+    yield "first forward and backward, nothing compiled: seconds", max(first.values(), default=None), 20.0, True
+    ours = [(name, gate) for r in _results(document, "bench") for name, gate in r.get("gates", {}).items()]
+    smooth, kinked = ([gate for name, gate in ours if (name in NEEDS_DELTA) == kink] for kink in (False, True))
+    yield from _error_targets("smooth biases", smooth)
+    yield from _error_targets("Huber", kinked)
+    yield from _error_targets("Huber away from its kinks", [gate["short"] for gate in kinked])
+
+
+def _error_targets(kind: str, gates: list[dict]) -> Iterator[tuple[str, float | None, float | None, bool]]:
+    for key, limit in (("output_error", 0.005), ("gradient_error", 0.008)):
+        what = f"relative RMS {key.replace('_', ' ')}, {kind}, worst of all shapes"
+        yield what, max((_or_infinite(g[key]) for g in gates), default=None), limit, True
+        ratios = [_or_infinite(g[key]) / g[f"{key}_eager"] for g in gates if g[f"{key}_eager"]]
+        yield f"{what} / that of PyTorch in bfloat16", max(ratios, default=None), 1.5, True
+
+
+def _or_infinite(x: float | None) -> float:
+    """JSON has no infinities: they are null there."""
+    return math.inf if x is None else x
+
+
+def is_red(document: dict) -> bool:
+    """Whether something was wrong: a test, a configuration, a gate, or a part of this program."""
+    parts = [part for part in document.values() if isinstance(part, dict)]
+    gates = [g["ok"] for r in _results(document, "bench") for g in r.get("gates", {}).values()]
+    statuses = [r["status"] for part in ("parity", "sanitizer") for r in _results(document, part)]
+    return (
+        any("error" in part for part in parts) or not all(gates) or any(s in ("wrong", "failed", "crashed", "undecided") for s in statuses)
+        or document.get("tests", {}).get("status") == "failed"
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def report(document: dict) -> str:
+    """The run as markdown."""
+    lines = ["# miras-kernels on the GPU", "", *_head(document)]
+    if document["settings"]["toy"]:
+        lines += ["", "A dry run: the sizes are toys, and the times mean nothing."]
+    for section in (_target_section, _tests, _parity, _sanitizer, _ceilings, _bench, _kernels, _memory, _tuning, _notes):
+        text = section(document)
+        if text:
+            lines += ["", text]
+    return "\n".join(lines) + "\n"
+
+
+def summary(document: dict) -> str:
+    """The device, the comparison at every shape and the targets, as the README shows them."""
+    return "\n".join([*_head(document)[:2], "", _bench(document).split("\n\n", 1)[-1], "", _target_table(document)])
+
+
+def _head(document: dict) -> list[str]:
+    e = document.get("environment", {})
+    if "device" not in e:
+        return [f"No environment: {e.get('error')}"]
+    device, triton, smi = e["device"], e["triton"], e.get("smi")
+    size = f", {device['multiprocessors']} multiprocessors, {device['memory_gib']:.0f} GiB" if "multiprocessors" in device else ""
+    driver = f", driver {smi['driver_version']}, {smi['clocks.sm']} of {smi['clocks.max.sm']} (idle)" if isinstance(smi, dict) else ""
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
+    modified = " with local changes" if document.get("modified") else ""
+    return [
+        f"{device['name']} ({device['architecture']}{size}{driver}); Triton {triton.get('version')} with ptxas "
+        f"{triton.get('ptxas_version')}; CUDA {device.get('cuda')}, cuDNN {device.get('cudnn')}.",
+        f"{document['date']}, commit {(document.get('commit') or 'none')[:12]}{modified}; {versions}.",
+        f"ptxas: {triton.get('ptxas') or triton.get('missing') or triton.get('ptxas_unknown')}. `bench/README.md` tells how to read this.",
+    ]
+
+
+def _target_section(document: dict) -> str:
+    return "## Targets\n\n" + _target_table(document) if document.get("targets") else ""
+
+
+def _target_table(document: dict) -> str:
+    rows = []
+    for t in document.get("targets", []):
+        limit = "-" if t["limit"] is None else f"{'<=' if t['at_most'] else '>='} {t['limit']:g}"
+        rows.append([t["name"], limit, "-" if t["value"] is None else f"{t['value']:.3g}", t["verdict"]])
+    return table([f"target ({TARGET}, bf16)", "limit", "measured", "verdict"], rows)
+
+
+def _tests(document: dict) -> str:
+    t = document.get("tests")
+    if not t:
+        return ""
+    said = t.get("last_line") or t.get("error") or "; ".join(t.get("notes", []))
+    return "\n".join(["## Tests", "", f"{t.get('status')}: {said}", *t.get("failures", [])])
+
+
+def _parity(document: dict) -> str:
+    results = _results(document, "parity")
+    if not results:
+        return ""
+    rows = []
+    for r in results:
+        worst = max(
+            (row["worst"] for row in r["cases"] if "worst" in row), key=lambda w: _or_infinite(w["error"]) / w["budget"], default=None
+        )
+        done = sum(row["status"] == "ok" for row in r["cases"])
+        shown = "-" if worst is None else f"{worst['name']} {_number(worst['error'])}/{worst['budget']:.0e}"
+        rows.append([r["kernel"] or "as chosen", r["label"] or "-", r["status"], f"{done} of {len(r['cases'])}", shown])
+    head = ["kernel", "configuration", "verdict", "cases right", "worst error/budget"]
+    text = "## Configurations against float64\n\n" + table(head, rows)
+    deny = document["parity"]["deny"]
+    if not deny:
+        return text
+    return "\n".join([text, "", "For the deny-list:", "", "```python", *(f"{tuple(row)!r}," for row in deny), "```"])
+
+
+def _sanitizer(document: dict) -> str:
+    rows = [[r["tool"], ", ".join(r["kernels"]) or "every bias, as chosen", r["status"], str(r.get("found", r.get("error", "-")))]
+            for r in _results(document, "sanitizer")]  # fmt: skip
+    return "## compute-sanitizer\n\n" + table(["tool", "what", "verdict", "found"], rows) if rows else ""
+
+
+def _ceilings(document: dict) -> str:
+    c = document.get("ceilings", {})
+    if "copy_bytes_per_s" not in c:
+        return ""
+    return (
+        f"## Ceilings\n\nA copy of {c['copy_bytes'] / 2**31:.1f} GiB moves {c['copy_bytes_per_s'] / 1e12:.2f} TB/s (bytes read plus bytes "
+        f"written); a bf16 matrix product of {c['matmul_size']}^3 runs at {c['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s."
+    )
+
+
+def _bench(document: dict) -> str:
+    sections = []
+    for shape in SHAPES:
+        for direction in DIRECTIONS:
+            for result in (r for r in _results(document, "bench") if (r["shape"], r["direction"]) == (shape, direction)):
+                sections.append(_one_shape(document, result))
+    return "\n\n".join(["## Times", *sections]) if sections else ""
+
+
+def _one_shape(document: dict, result: dict) -> str:
+    shape, direction = result["shape"], result["direction"]
+    toy, rows = document["settings"]["toy"], []
+    for name, ms in sorted(result["ms"].items(), key=lambda pair: pair[1]["median"]):
+        floor = floors(document, shape, direction, name) if name in OURS and not toy else None
+        shares = [f"{100 * floor[kind] / ms['median']:.0f} %" if floor else "-" for kind in ("roofline", "traffic")]
+        times = "1" if name == result["base"] else _spread(result.get("ratios", {}).get(name), 2)
+        gate, first = result["gates"].get(name), result["first_s"].get(name)
+        errors = f"{_number(gate['output_error'])}, {_number(gate['gradient_error'])}" if gate else "-"
+        shown = f"**{name}**" if name in OURS else name
+        rows.append([shown, _spread(ms, 3), times, *shares, errors, "-" if first is None else f"{first:.1f}"])
+    head = ["who", "ms", f"time / {BASE}", "of the roofline", "of the traffic", "error: output, gradient", "first call s"]
+    sizes = "" if toy else _sizes(SHAPES[shape], direction)
+    return f"### {shape} {direction}{sizes}\n\n" + table(head, rows)
+
+
+def _sizes(shape: Shape, direction: str) -> str:
+    return f" ({io_bytes(shape, direction) / 1e9:.2f} GB in and out, {traffic_bytes(shape, direction) / 1e9:.2f} GB of traffic)"
+
+
+def _kernels(document: dict) -> str:
+    rows = [[r["shape"], r["direction"], name, kernel, f"{ms:.3f}"] for r in _results(document, "bench")
+            for name, kernels in r.get("kernels_ms", {}).items() for kernel, ms in kernels.items()]  # fmt: skip
+    return "## Time by kernel\n\n" + table(["shape", "direction", "who", "kernel", "ms per call"], rows) if rows else ""
+
+
+def _memory(document: dict) -> str:
+    names = [*OURS[:2], EAGER, *gpu_peers.FEW]
+    rows = [[r["shape"], r["direction"], *(f"{r['peak_mib'][n]:.0f}" if n in r["peak_mib"] else "-" for n in names)]
+            for r in _results(document, "memory") if "peak_mib" in r]  # fmt: skip
+    return "## Peak memory beyond the inputs, MiB\n\n" + table(["shape", "direction", *names], rows) if rows else ""
+
+
+def _tuning(document: dict) -> str:
+    rows = []
+    for r in _results(document, "tuning"):
+        times = ", ".join(f"{label} {ms['median']:.3f}" for label, ms in sorted(r["ms"].items(), key=lambda pair: pair[1]["median"]))
+        loss = r["chosen_over_fastest"]
+        rows.append([r["shape"], r["kernel"], str(r["chosen"]), str(r["fastest"]), "-" if loss is None else f"{loss:.3f}", times])
+    head = ["shape", "kernel", "chosen", "fastest", "chosen / fastest", "ms of the whole call"]
+    return "## Configurations by time\n\n" + table(head, rows) if rows else ""
+
+
+def _notes(document: dict) -> str:
+    """What is particular about single results, each said once."""
+    found: dict[str, list[str]] = {}
+    for part in PARTS:
+        section = document.get(part, {})
+        said = [*section.get("notes", []), *section.get("left_out", []), *section.get("warm", {}).get("notes", [])]
+        for text in [*said, *([section["error"]] if "error" in section else [])]:
+            found.setdefault(text, []).append(part)
+        for r in section.get("results", []):
+            where = " ".join([part, *(str(r[key]) for key in ("shape", "kernel", "direction") if r.get(key))])
+            for text in r.get("notes", []):
+                found.setdefault(text, []).append(where)
+    several = lambda places: f"{len(places)} times, {places[0]} first"
+    lines = [f"{text}: {'; '.join(places) if len(places) < 4 else several(places)}" for text, places in found.items()]
+    lines = [*document.get("notes", []), *lines]
+    return "\n".join(["## Notes", "", *(f"- {line}" for line in lines)]) if lines else ""
+
+
+def _spread(x: dict | None, digits: int) -> str:
+    return "-" if x is None else f"{x['median']:.{digits}f} [{x['p10']:.{digits}f}, {x['p90']:.{digits}f}]"
+
+
+def _number(x: float | None) -> str:
+    return "not finite" if x is None else f"{x:.1e}"

@@ -1,0 +1,569 @@
+"""bench/gpu.py itself: its plan walked without a GPU, and that what is wrong, hangs or dies is told and costs nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from miras_kernels import dispatch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+modules = ("bench", "configs", "gate", "measure", "parts", "peers", "plan", "process", "report", "verdicts")
+gpu = importlib.import_module("gpu")
+gpu_bench, gpu_configs, gpu_gate, gpu_measure, gpu_parts, gpu_peers, gpu_plan, gpu_process, gpu_report, gpu_verdicts = (
+    importlib.import_module(f"gpu_{name}") for name in modules
+)
+
+TOY = gpu_plan.Settings(backend="reference", device="cpu", toy=True, seconds=0.0, min_rounds=2, compile_seconds=0.0)
+TARGET, SMALLEST, FORWARD, BOTH = gpu_plan.TARGET, gpu_plan.SMALLEST, gpu_plan.FORWARD, gpu_plan.BOTH
+ONE = {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": 1e14}
+
+
+def dry_run(path: Path, *arguments: str, backend: str = "reference") -> tuple[subprocess.CompletedProcess, dict]:
+    command = [sys.executable, str(BENCH / "gpu.py"), "--dry-run", "--backend", backend, "--jobs", "1", "--json", str(path), *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "TRITON_INTERPRET": "1"})
+    return done, json.loads(path.read_text())
+
+
+def item(direction: str = FORWARD, contenders=("l2", "eager"), shape: str = SMALLEST, **more) -> dict:
+    return {"shape": shape, "direction": direction, "contenders": list(contenders), "until": time.time() + 100, **more}
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_verdicts(monkeypatch):
+    """Gates are asked anew."""
+    monkeypatch.setattr(gpu_bench, "_verdicts", {})
+    gpu_gate._short.cache_clear()
+
+
+# --------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_dry_run(tmp_path):
+    """Every part, with a configuration that is wrong: it is told, and everything else is done."""
+    done, document = dry_run(tmp_path / "out" / "gpu.json", "--shapes", f"{TARGET},{SMALLEST}", "--plant", "wrong=reference_forward b")
+    assert done.returncode == 1, done.stderr
+    assert {"date", "commit", "modified", "settings", "took_s", *gpu_plan.PARTS} <= set(document)
+    assert not any("error" in document[part] for part in gpu_plan.PARTS)
+    assert document["environment"]["versions"]["torch"] == torch.__version__
+
+    verdicts = {(r["kernel"], r["label"]): r["status"] for r in document["parity"]["results"]}
+    assert verdicts.pop(("reference_forward", "b")) == "wrong"
+    assert set(verdicts.values()) == {"ok"} and (None, None) in verdicts
+    ((*_, kernel, label, reason),) = document["parity"]["deny"]
+    assert (kernel, label) == ("reference_forward", "b") and "error 1.0e+00, budget" in reason
+    assert "'reference_forward', 'b', 'huber_coordinate D16 C16 bfloat16: " in done.stdout  # ready to be pasted
+
+    assert document["sanitizer"]["notes"] == ["needs a GPU"]
+    assert document["ceilings"]["copy_bytes_per_s"] > 0 and document["ceilings"]["matmul_flops_per_s"] > 0
+    results = {(r["shape"], r["direction"]): r for r in document["bench"]["results"]}
+    assert set(results) == {(shape, direction) for shape in (TARGET, SMALLEST) for direction in (FORWARD, BOTH)}
+    for (shape, _), result in results.items():
+        assert set(result["ms"]) == {*(gpu_plan.OURS if shape == TARGET else gpu_plan.OURS[:2]), "eager"}
+        assert all(x["p10"] <= x["median"] <= x["p90"] and x["p10"] > 0 for x in result["ms"].values())
+        assert result["base"] == "l2" and "l2" not in result["ratios"]
+        assert all(g["ok"] and 0 < g["output_error"] < g["worst"]["budget"] for g in result["gates"].values())
+        assert "fla delta rule: needs a GPU" in result["notes"]
+    assert document["bench"]["first"]["first_s"]["l2"] > 0
+    assert all(r["notes"] == ["needs a GPU"] for r in document["memory"]["results"])
+    timed = {(r["shape"], r["kernel"]): r for r in document["tuning"]["results"]}
+    assert timed[TARGET, "reference_forward"]["notes"] == ["b: wrong, not timed"]
+    assert timed[TARGET, "reference_forward"]["chosen"] == timed[TARGET, "reference_forward"]["fastest"] == "a"
+
+
+def test_dry_run_of_the_kernels(tmp_path):
+    """The Triton kernels in the interpreter, for as much as one shape takes."""
+    pytest.importorskip("triton")
+    done, document = dry_run(tmp_path / "gpu.json", "--shapes", SMALLEST, "--only", "parity,bench", backend="triton")
+    missing = document["environment"].get("unavailable")
+    if missing:
+        pytest.skip(missing)
+    assert document["environment"]["triton"]["version"]
+    assert not any("error" in document[part] for part in ("environment", "parity", "bench")), done.stderr
+    kernels = {r["kernel"] for r in document["parity"]["results"]} - {None}
+    assert {"linear_state", "linear_output", "linear_pre", "linear_seq", "linear_epi"} <= kernels
+    assert {r["status"] for r in document["parity"]["results"]} <= {"ok", "unused"}, done.stdout
+    assert all("l2" in r["ms"] for r in document["bench"]["results"]), done.stdout
+    assert done.returncode == 0
+
+
+def test_a_crash_costs_its_configuration_alone(tmp_path):
+    done, document = dry_run(tmp_path / "gpu.json", "--only", "parity,ceilings", "--plant", "crash=reference_forward a")
+    assert done.returncode == 1
+    verdicts = {(r["kernel"], r["label"]): r["status"] for r in document["parity"]["results"]}
+    assert verdicts.pop(("reference_forward", "a")) == "crashed"
+    assert set(verdicts.values()) == {"ok"}
+    ((*_, kernel, label, reason),) = document["parity"]["deny"]
+    assert (kernel, label) == ("reference_forward", "a") and "the process ended with status 7" in reason
+    assert "copy_bytes_per_s" in document["ceilings"]
+
+
+def test_no_time_is_left_out_and_said(tmp_path):
+    done, document = dry_run(tmp_path / "gpu.json", "--minutes", "0.02", "--shapes", SMALLEST)
+    assert done.returncode == 0, done.stderr
+    late = "left out: time"
+    assert document["tests"]["status"] in ("left out", "missing") and document["ceilings"]["notes"] == [late]
+    assert {r["status"] for r in document["parity"]["results"]} == {"left out"} and document["parity"]["deny"] == []
+    for part in ("bench", "memory", "tuning"):
+        assert document[part]["results"] == [] and all(text.endswith(late) for text in document[part]["left_out"])
+    assert done.stdout.count(late) > 3
+
+
+def test_merge_show_and_summary(tmp_path, capsys):
+    """Parts of two runs in one document, which can be shown again."""
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    dry_run(first, "--only", "ceilings")
+    _, document = dry_run(second, "--only", "parity", "--merge", str(first))
+    assert document["ceilings"] == json.loads(first.read_text())["ceilings"]
+    assert document["merged"] == "a.json" and "parity" in document
+    assert gpu.main(["--show", str(second)]) == 0
+    assert "## Ceilings" in capsys.readouterr().out
+    assert gpu.main(["--show", str(second), "--summary"]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- gates
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
+@pytest.mark.parametrize("direction", [FORWARD, BOTH])
+def test_no_time_for_a_wrong_kernel(monkeypatch, direction):
+    backend = dispatch.BACKENDS["reference"]
+    right = backend.backward
+    monkeypatch.setattr(backend, "backward", lambda *a: {**(g := right(*a)), "k": 1.1 * g["k"]}, raising=False)
+    (result,) = gpu_bench.bench(item(direction), TOY, print)
+    assert not result["gates"]["l2"]["ok"] and result["base"] is None
+    assert set(result["ms"]) == {"eager"} and "ratios" not in result
+    assert any(text.startswith("l2: parity is red, not timed (grad_k: error") for text in result["notes"])
+    assert gpu_report.is_red({"bench": {"results": [result]}})
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
+def test_no_time_where_a_number_is_not_finite(monkeypatch):
+    monkeypatch.setattr(gpu_gate, "all_finite", lambda tensors: False)
+    (result,) = gpu_bench.bench(item(), TOY, print)
+    assert set(result["ms"]) == {"eager"}
+    assert "l2: parity is red, not timed (not every number is finite)" in result["notes"]
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
+def test_who_fails_or_computes_something_else_is_left_out(monkeypatch):
+    monkeypatch.setattr(gpu_bench, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
+    monkeypatch.setattr(gpu_bench, "compiled", lambda inputs, direction: lambda: 1 / 0)
+    (result,) = gpu_bench.bench(item(contenders=["l2", "eager", "compile", "huber_coordinate"], exclude=["huber_coordinate"]), TOY, print)
+    assert set(result["ms"]) == {"l2"}
+    eager, failed = (next(t for t in result["notes"] if t.startswith(name)) for name in ("eager", "compile"))
+    assert eager.startswith("eager: computes something else")
+    assert failed == "compile: did not run: ZeroDivisionError: division by zero"
+    assert "huber_coordinate: left out, it made the device unusable" in result["notes"]
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
+def test_a_first_call_has_a_limit(monkeypatch):
+    monkeypatch.setattr(gpu_bench, "eager", lambda inputs, direction: lambda: time.sleep(30))
+    (result,) = gpu_bench.bench(item(), dataclasses.replace(TOY, first_seconds=1.0), print)
+    assert "eager: did not run: its first call took longer than 1 s" in result["notes"]
+
+
+def test_who_poisons_the_device_is_named(monkeypatch):
+    monkeypatch.setattr(gpu_bench, "usable", lambda: False)
+    monkeypatch.setattr(gpu_bench, "eager", lambda inputs, direction: lambda: 1 / 0)
+    said = []
+    with pytest.raises(gpu_bench.Poisoned, match="eager: ZeroDivisionError"):
+        list(gpu_bench.bench(item(contenders=["eager"]), TOY, said.append))
+    assert said == ["eager"]
+
+
+def test_the_item_is_done_again_without_who_poisoned_it():
+    asked = []
+
+    def ask(item, end, most=300.0):
+        asked.append(item["exclude"])
+        if "b" in item["exclude"]:
+            return gpu_process.Answer([{"shape": "s"}])
+        return gpu_process.Answer(error="illegal access", doing="b", fate="crashed")
+
+    found = {"results": [], "left_out": []}
+    run = types.SimpleNamespace(ask=ask)
+    gpu_parts._measure(run, {"shape": "s", "direction": "d", "contenders": ["a", "b"]}, math.inf, found)
+    assert asked == [[], ["b"]]
+    assert found == {"results": [{"shape": "s"}], "left_out": []}
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+
+
+def row(status: str, case: str = "x") -> dict:
+    return {
+        "case": case,
+        "status": status,
+        "launches": {"k1": "a", "k2": "a"},
+        "worst": {"name": "out", "error": 0.5, "budget": 0.01},
+        "note": "n",
+    }
+
+
+def verdict(kernel, label, *rows, status=None) -> dict:
+    return {"kernel": kernel, "label": label, "cases": list(rows), "status": status or rows[0]["status"], "error": None, "at": ""}
+
+
+def test_a_configuration_is_not_blamed_for_another_kernel():
+    """The chosen configuration of k1 is wrong: the rows of k2 fail with it and stay undecided; k1's other one is right."""
+    results = [
+        verdict(None, None, row("wrong")),
+        verdict("k1", "a", row("wrong")),
+        verdict("k1", "b", row("ok")),
+        verdict("k2", "a", row("wrong")),
+        verdict("k2", "b", row("wrong"), row("wrong", case="y")),
+    ]
+    gpu_verdicts.settle(results)
+    assert [r["status"] for r in results[1:]] == ["wrong", "ok", "undecided", "wrong"]
+    device = {"device": {"architecture": "sm_90"}, "triton": {"version": "3.6.0", "ptxas_version": "12.8"}}
+    assert gpu_verdicts.deny(results, device) == [
+        ["sm_90", "3.6.0", "12.8", "k1", "a", "x: out error 5.0e-01, budget 1.0e-02"],
+        ["sm_90", "3.6.0", "12.8", "k2", "b", "y: out error 5.0e-01, budget 1.0e-02"],
+    ]
+
+
+def test_what_an_answer_says():
+    say = lambda answer: gpu_verdicts.verdict(answer)["status"]
+    assert say(None) == "left out"
+    assert say(gpu_process.Answer([row("ok")], error="illegal access", fate="crashed")) == "crashed"
+    assert say(gpu_process.Answer([row("ok"), row("wrong")])) == "wrong"
+    assert say(gpu_process.Answer([row("ok"), row("not for this case")])) == "ok"
+    assert say(gpu_process.Answer([row("not for this case")])) == "unused"
+
+
+def test_sanitizer_output():
+    read = gpu_verdicts.read_sanitizer
+    assert read(0, "========= ERROR SUMMARY: 0 errors\n") == {"status": "ok", "found": 0, "lines": []}
+    wrong = read(99, "========= Invalid __global__ read of size 4\n========= ERROR SUMMARY: 3 errors\n")
+    assert (wrong["status"], wrong["found"], len(wrong["lines"])) == ("wrong", 3, 2)
+    races = read(0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n")
+    assert races["status"] == "ok"
+    assert read(1, "========= Error: Device not supported\n")["status"] == "did not run"
+    assert read(None, "") == {"status": "late", "error": "took too long"}
+
+
+def test_targets_are_judged():
+    ms = lambda **times: {name: {"median": t} for name, t in times.items()}
+    both = {"shape": TARGET, "direction": BOTH, "ms": ms(l2=10.0, huber_coordinate=11.0, dot=14.0) | {"fla delta rule": {"median": 11.0}}}
+    gate = {"output_error": 0.004, "output_error_eager": 0.002, "gradient_error": 0.009, "gradient_error_eager": 0.009}
+    document = {"bench": {"results": [{**both, "gates": {"l2": gate}}], "first": {"first_s": {"l2": 12.0}}}, "ceilings": ONE}
+    verdicts = {t["name"]: (t["value"], t["verdict"]) for t in gpu_report.judge(document)}
+    find = lambda *words: next(v for name, v in verdicts.items() if all(w in name for w in words))
+    assert find("huber_coordinate", "fastest delta rule") == (1.0, "met")
+    assert find("lp 3", "fastest delta rule") == (None, "not measured")
+    assert find(BOTH, "dot / l2") == (1.4, "NOT met")
+    assert find("nothing compiled") == (12.0, "met")
+    assert find("output error, smooth", "PyTorch") == (2.0, "NOT met")
+    assert find("gradient error, smooth") == (0.009, "NOT met")
+    assert find("gradient error, Huber") == (None, "not measured")
+
+
+def test_every_case_can_be_drawn():
+    """Of the checks on a device: where psi jumps, a draw in 16 bits has to keep its distance."""
+    real = dataclasses.replace(TOY, toy=False)
+    cases = [*gpu_configs.parity_cases(real), *gpu_configs.parity_cases(TOY)]
+    for shape in (gpu_plan.SHAPES[TARGET], gpu_plan.SHAPES[SMALLEST]):
+        cases += [(gpu_gate.short_case(shape.key_dim, shape.chunk_size, bias, real), torch.bfloat16) for bias in gpu_plan.OURS]
+    assert len({case.name for case, _ in cases[:9]}) == 9
+    for case, dtype in cases:
+        inputs = case.draw(dtype, margin=4 * torch.finfo(dtype).eps * case.delta_scale)
+        assert inputs.call().bias == case.bias and inputs.tensors["q"].dtype == dtype
+
+
+# ---------------------------------------------------------------------------------------------------- floors and time
+
+
+def test_floors():
+    """A token of a head in bytes and operations, by hand; the traffic is that of the design."""
+    for dim, forward, backward in ((64, 1176, 3368), (128, 2840, 7976)):
+        shape = gpu_plan.Shape(1, 64, 1, dim)
+        assert gpu_plan.traffic_bytes(shape, FORWARD) == 64 * forward
+        assert gpu_plan.traffic_bytes(shape, BOTH) == 64 * (forward + backward)
+        assert gpu_plan.io_bytes(shape, FORWARD) == 64 * (8 * dim + 8)
+        assert gpu_plan.io_bytes(shape, BOTH, "huber_switch") == 64 * (8 * dim + 12 + 14 * dim + 24)
+    floors = gpu_plan.floors_ms(gpu_plan.Shape(1, 64, 1, 64), FORWARD, "l2", ONE)
+    flops = 6 * 64**3 + 64 * 65 * 128
+    assert floors["arithmetic"] == pytest.approx(1e3 * flops / 1e14) and floors["memory"] == pytest.approx(1e3 * 64 * 520 / 1e12)
+    assert floors["roofline"] == max(floors["arithmetic"], floors["memory"])
+
+
+def test_the_target_row_is_what_it_is_meant_to_be():
+    shape = gpu_plan.SHAPES[TARGET]
+    assert (shape.batch * shape.tokens, shape.heads, shape.key_dim, shape.chunk_size) == (65536, 32, 128, 64)
+    assert next(iter(gpu_plan.SHAPES)) == TARGET and SMALLEST in gpu_plan.SHAPES
+    assert set(gpu_plan.SHARES) == set(gpu_plan.PARTS) == set(gpu_parts.DO)
+
+
+def test_budget():
+    budget = gpu_plan.Budget(10)
+    share = budget.part_end("bench", ["memory", "tuning"]) - time.time()
+    assert share == pytest.approx(600 * 30 / 45, abs=2)
+    assert budget.part_end("tuning", []) == pytest.approx(budget.end, abs=1)
+    assert gpu_plan.Budget(0).part_end("tests", []) <= time.time()
+
+
+def test_worker_answers_dies_and_comes_back():
+    """One that takes too long is ended; the next item has a fresh process."""
+    worker = gpu_process.Worker(TOY, gpu_process.environment(TOY, [BENCH.parent / "python"], None))
+    try:
+        late = worker.ask({"task": "ceilings"}, 0.0)
+        assert (late.fate, late.results, worker.process) == ("late", [], None)
+        done = worker.ask({"task": "ceilings"}, 60.0)
+        assert done.fate == "done" and done.results[0]["matmul_size"] == 64
+        failed = worker.ask({"task": "unknown"}, 60.0)
+        assert (failed.fate, failed.error) == ("failed", "KeyError: 'unknown'")
+        process = worker.process
+        assert worker.ask({"task": "ceilings"}, 60.0).fate == "done" and worker.process is process
+    finally:
+        worker.close()
+    assert process.poll() is not None
+
+
+def test_spread_asks_everyone_and_stops_in_time():
+    class Fake:
+        def ask(self, item, seconds):
+            if item["n"] == 2:
+                raise RuntimeError("broken")
+            return gpu_process.Answer([item])
+
+    items, end = [{"n": n} for n in range(5)], time.time() + 60
+    answers = {item["n"]: answer for item, answer in gpu_process.spread(items, [Fake(), Fake()], 9, end)}
+    assert len(answers) == 5
+    assert answers[2].error == "RuntimeError: broken" and answers[4].results == [{"n": 4}]
+    assert [answer for _, answer in gpu_process.spread([{"n": 0}], [Fake()], 9, time.time())] == [None]
+
+
+def test_limited_ends_what_takes_too_long():
+    began = time.time()
+    assert gpu_process.limited([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), 1.0)[0] is None
+    assert time.time() - began < 20
+    assert gpu_process.limited([sys.executable, "-c", "print('hi')"], dict(os.environ), 30.0) == (0, "hi\n")
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+def test_site_has_the_kernels(tmp_path):
+    site = gpu_process.site(tmp_path)
+    code = "import importlib.util as u, miras_kernels; print(miras_kernels.__file__); print(u.find_spec('miras_kernels.kernels').origin)"
+    status, output = gpu_process.limited([sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(site)}, 60.0, cwd=tmp_path)
+    assert status == 0, output
+    assert all(line.startswith(str(site)) for line in output.split())
+
+
+def test_wheels_are_unpacked(tmp_path):
+    info = "peer-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer/__init__.py", "")
+        wheel.writestr("peer/bin/ptxas", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    target, trouble = gpu_process.install(tmp_path, tmp_path / "to")
+    assert trouble is None and (target / "peer" / "__init__.py").exists()
+    assert gpu_process.find_ptxas("wheels", target) == str(target / "peer" / "bin" / "ptxas")
+    assert gpu_process.find_ptxas("/a/ptxas", None) == "/a/ptxas" and gpu_process.find_ptxas("wheels", None) is None
+    assert gpu_process.install(tmp_path / "to", tmp_path / "to2")[1].startswith("no wheels in ")
+
+
+def test_worker_environment(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/last")
+    env = gpu_process.environment(dataclasses.replace(TOY, device="cuda"), [Path("/a"), Path("/b")], "/p/ptxas")
+    assert env["PYTHONPATH"] == os.pathsep.join(["/a", "/b", "/last"])
+    assert env["TRITON_PTXAS_PATH"] == env["TRITON_PTXAS_BLACKWELL_PATH"] == "/p/ptxas"
+    assert gpu_process.environment(TOY, [], None)["TRITON_INTERPRET"] == "1"
+
+
+# ------------------------------------------------------------------------------------------------------------ device
+
+
+class FakeEvent:
+    """Every event is a millisecond after the one before."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.clock += 1.0
+        self.at = FakeEvent.clock
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Whoever asks for the GPU gets the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, no_verdicts, one_thread):
+    """The code that needs a GPU runs on CPU tensors, with clocks and counters that mean nothing."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
+    monkeypatch.setattr(gpu_measure, "FLUSH", 8)
+    counters = {"memory_allocated": 2**20, "max_memory_allocated": 4 * 2**20}
+    fakes = {"Event": FakeEvent, **{name: lambda value=value: value for name, value in counters.items()}}
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        fakes[name] = lambda: None
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with OnTheCpu():
+        yield dataclasses.replace(TOY, device="cuda")
+
+
+def fake_peers(monkeypatch):
+    """Peers of every kind: one that runs, one in heads-first layout, one that is not there, one that needs another device."""
+
+    def missing(x):
+        raise ModuleNotFoundError("No module named 'fla'")
+
+    def broken(x):
+        return lambda: (_ for _ in ()).throw(RuntimeError("needs Triton >= 3.7.1\nor another GPU")), (x.q,)
+
+    peers = {
+        "runs": gpu_peers.Peer("a", lambda x: (lambda: x.q * x.beta.unsqueeze(-1) * x.log_decay.unsqueeze(-1), (x.q, x.beta, x.log_decay))),
+        "heads first": gpu_peers.Peer("b", lambda x: (lambda: x.heads_first[2] * x.mlstm_gates[1].unsqueeze(-1), (x.heads_first[2],))),
+        "missing": gpu_peers.Peer("c", missing, delta_rule=True),
+        "broken": gpu_peers.Peer("d", broken),
+    }
+    monkeypatch.setattr(gpu_peers, "PEERS", peers)
+    return tuple(peers)
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BOTH])
+def test_bench_on_a_device(monkeypatch, pretended_gpu, direction):
+    everyone = ("l2", "huber_switch", "eager", *fake_peers(monkeypatch))
+    (result,) = gpu_bench.bench(item(direction, everyone), pretended_gpu, lambda what: None)
+    assert set(result["ms"]) == {"l2", "huber_switch", "eager", "runs", "heads first"}
+    assert all(ms["median"] == 1.0 for ms in result["ms"].values()) and result["ratios"]["runs"]["median"] == 1.0
+    assert "missing: did not run: ModuleNotFoundError: No module named 'fla'" in result["notes"]
+    assert "broken: did not run: RuntimeError: needs Triton >= 3.7.1" in result["notes"]
+    assert set(result["host_ms"]) == set(result["first_s"]) == set(result["ms"])
+    document = {
+        "environment": {"error": "-"},
+        "settings": {"toy": False},
+        "bench": {"results": [result]},
+        "ceilings": {**ONE, "copy_bytes": 1},
+    }
+    assert "| **l2**" in gpu_report._bench(document)
+
+
+def test_memory_on_a_device(monkeypatch, pretended_gpu):
+    everyone = ("l2", *fake_peers(monkeypatch))
+    (result,) = gpu_bench.memory(item(BOTH, everyone), pretended_gpu, lambda what: None)
+    assert result["peak_mib"] == {"l2": 3.0, "runs": 3.0, "heads first": 3.0}
+
+
+def test_other_tasks_on_a_device(monkeypatch, pretended_gpu):
+    fake_peers(monkeypatch)
+    monkeypatch.setattr(gpu_peers, "compile_share", lambda index, count: None)
+    quiet = lambda what: None
+    for name in ("l2", "runs"):
+        assert list(gpu_bench.warm(item(contender=name, index=0, count=1), pretended_gpu, quiet)) == [{"contender": name}]
+    (ceilings,) = gpu_bench.ceilings({}, pretended_gpu, quiet)
+    assert ceilings["copy_bytes_per_s"] == pytest.approx(2 * 2**20 * 1e3) and ceilings["matmul_flops_per_s"] == pytest.approx(
+        2 * 64**3 * 1e3
+    )
+    (first,) = gpu_bench.first(item(biases=["l2"]), pretended_gpu, quiet)
+    assert first["first_s"]["l2"] > 0
+    (tuned,) = gpu_configs.tuning(item(kernel="reference_forward", skip=[]), pretended_gpu, quiet)
+    assert tuned["fastest"] == tuned["chosen"] == "a" and tuned["chosen_over_fastest"] == 1.0
+    rows = list(gpu_configs.parity(item(kernel="reference_forward", label="a"), pretended_gpu, quiet))
+    assert [r["status"] for r in rows] == ["ok"]
+
+
+def test_times_on_a_device(monkeypatch):
+    """Every contender in every round between two events; who runs out of memory is dropped and told."""
+    empty = torch.empty
+    monkeypatch.setattr(gpu_measure.torch, "empty", lambda *size, dtype, device: empty(8, dtype=dtype))
+    for name, fake in {"Event": FakeEvent, "synchronize": lambda: None, "empty_cache": lambda: None}.items():
+        monkeypatch.setattr(gpu_measure.torch.cuda, name, fake)
+    calls = []
+
+    def greedy():
+        calls.append("greedy")
+        if calls.count("greedy") == 3:
+            raise torch.OutOfMemoryError("Tried to allocate 80 GiB\nmore")
+
+    runs = {"a": lambda: calls.append("a"), "greedy": greedy}
+    times, host, failed = gpu_measure.interleave(runs, 0.0, dataclasses.replace(TOY, device="cuda", min_rounds=4))
+    assert times == {"a": [1.0] * 4} and set(host) == {"a"}
+    assert failed == {"greedy": "ran out of memory: OutOfMemoryError: Tried to allocate 80 GiB"}
+    assert calls == ["a", "greedy", "greedy", "a", "a", "greedy", "a"]
+
+
+def test_warming_compiles_a_share(monkeypatch):
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    tried = []
+    monkeypatch.setattr(autotuner, "_bench", lambda self, *args, config, **meta: tried.append(config) or [1.0] * 3)
+    monkeypatch.setattr(autotuner, "check_disk_cache", lambda self, key, configs, run: pytest.fail("a choice was kept"))
+    gpu_peers.compile_share(1, 3)
+    mine = types.SimpleNamespace(configs=list("abcdefg"))
+    times = {config: autotuner._bench(mine, config=config) for config in mine.configs}
+    assert tried == ["b", "e"] and times["a"] == [math.inf] * 3
+    ran = []
+    assert autotuner.check_disk_cache(mine, "key", mine.configs, lambda: ran.append(1)) is False and ran == [1]
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "--only: unknown 'speed': expected some of environment, tests"),
+        (["--shapes", "1x1"], "--shapes: unknown '1x1': expected some of 8x8192x32x128"),
+        (["--jobs", "0"], "--jobs and --minutes must be positive, got 0 and 9"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert gpu.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*gpu_plan.PARTS, *gpu_plan.SHAPES, *gpu_peers.PEERS))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    command = [sys.executable, str(BENCH / "gpu.py"), "--backend", "reference", "--json", str(tmp_path / "a.json")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "reference on cuda cannot run here" in done.stdout
