@@ -1,9 +1,9 @@
 """Launch configurations: frozen, and the only home of block sizes.
 
-Nothing is tuned at run time. A kernel's configuration follows from the head dimensions, the chunk size, the width of the
-operands and the shape of the bias, never from the batch or the length: a longer sequence compiles nothing anew. `RULES` lists what a kernel may be
-launched with and for what; the first that fits and is not denied is taken. What each needs on each chip, and that none spills, is
-held by resources.json beside this file (tests/test_compile.py; `python -m miras_kernels.kernels.resources` writes it anew).
+Nothing is tuned at run time. A kernel's configuration follows from the head dimensions, the chunk size, the width of the operands
+and the shape of the bias, never from the batch or the length: a longer sequence compiles nothing anew. `RULES` lists what a
+kernel may be launched with and for what; the first that fits and is not denied is taken. What each needs on each chip, and that none
+spills on NVIDIA's, is held by resources.json beside this file (tests/test_compile.py; resources.py writes it anew).
 """
 
 from __future__ import annotations
@@ -160,9 +160,7 @@ class Denial(NamedTuple):
 
 
 #: found by `bench/gpu.py`, which prints rows to be put here, or by resources.py
-DENIED: tuple[Denial, ...] = (
-    Denial("sm_8", "", "", "linear_epi", "v32-k64-w8-s2", "spills up to 24 bytes at a head dimension of 64"),
-)
+DENIED: tuple[Denial, ...] = (Denial("sm_8", "", "", "linear_epi", "v32-k64-w8-s2", "spills up to 24 bytes at a head dimension of 64"),)
 
 _forced: dict[str, Config] = {}
 _streaming: bool | None = None
@@ -182,7 +180,8 @@ def choose(kernel: str, key: Key, architecture: str = "") -> Config:
     fitting = eligible(kernel, key)
     if kernel in _forced:
         if _forced[kernel] not in fitting:
-            raise ValueError(f"{kernel}: configuration {_forced[kernel]} does not serve {key}; those that do: {', '.join(map(str, fitting))}")
+            possible = ", ".join(map(str, fitting))
+            raise ValueError(f"{kernel}: configuration {_forced[kernel]} does not serve {key}; those that do: {possible}")
         return _forced[kernel]
     allowed = [config for config in fitting if denial(architecture, kernel, config) is None]
     if not allowed:

@@ -119,6 +119,7 @@ def architecture(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
+
 #: set by `recording`: what receives launches instead of the device, and the architecture they are meant for
 _recorder: tuple[Callable, str] | None = None
 

@@ -14,9 +14,9 @@ chunk. Its gradient is summed over just these pairs, from the products themselve
 
     d log alpha_t = sum_{r >= t} gamma_r q_r'S dO_r  +  sum_{r >= t > s} (dS o Q K')_rs  -  sum_{s < t} dec_s U_s'(J'k_s)  +  gamma_C <J, S>
 
-The shorter forms in the literature, ``cumsum(q.dq - k.dk)``, subtract numbers of order 1 where the result may be any power smaller. Sums over
-values or keys are left as partial ones, a row of ``[R, B, T, H]`` for each tile, and added afterwards: no atomics, the same bits
-every time.
+The shorter forms in the literature, ``cumsum(q.dq - k.dk)``, subtract numbers of order 1 where the result may be any power
+smaller. Sums over values or keys are left as partial ones, a row of ``[R, B, T, H]`` for each tile, and added afterwards: no atomics,
+the same bits every time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,24 @@ from .launch import Problem, launch, tiles
 from .linear_fwd import chunk_decays, recompute
 from .linear_stream import linear_seq_streamed
 from .tiles import (
-    LENGTHS, dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, load_update, owner_of, pair_decay,
-    rounded, sequence_of, slot_of, store,
-)  # fmt: skip
+    LENGTHS,
+    dot,
+    inside,
+    load_delta,
+    load_error,
+    load_gamma,
+    load_gate,
+    load_square,
+    load_to_end,
+    load_total,
+    load_update,
+    owner_of,
+    pair_decay,
+    rounded,
+    sequence_of,
+    slot_of,
+    store,
+)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

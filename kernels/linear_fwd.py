@@ -27,9 +27,31 @@ from . import bias as biases
 from .launch import Problem, launch
 from .linear_stream import linear_state_streamed
 from .tiles import (
-    LENGTHS, BODY, HEAD, LOWEST, SEGMENT, TAIL, UNIT, WHOLE, dot, inside, load_delta, load_gamma, load_gate, load_to_end, load_total, load_update,
-    owner_of, pair_decay, part_of, rounded, sequence_of, slot_of, store,
-)  # fmt: skip
+    BODY,
+    HEAD,
+    LENGTHS,
+    LOWEST,
+    SEGMENT,
+    TAIL,
+    UNIT,
+    WHOLE,
+    dot,
+    inside,
+    load_delta,
+    load_gamma,
+    load_gate,
+    load_to_end,
+    load_total,
+    load_update,
+    owner_of,
+    pair_decay,
+    part_of,
+    rounded,
+    sequence_of,
+    slot_of,
+    store,
+)
+
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_decay(
@@ -276,13 +298,16 @@ def chunk_decays(p: Problem) -> Tensor | None:
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    launch(linear_decay, p, p.slots.count, None, log_decay=p.log_decay, position=p.position, decays=decays, **p.tables(), ROW=p.row, C=p.chunk_size)
+    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, C=p.chunk_size)
+    launch(linear_decay, p, p.slots.count, None, **arguments, **p.tables())
     return decays
 
 
 def _empty_chain(p: Problem) -> Chain:
+    states = p.per_slot(p.slots, torch.float32 if p.key.streams("linear_state") else None)
     errors = p.per_token(p.value_dim) if p.bias["READS"] else None
-    return Chain(p.per_slot(p.slots, torch.float32 if p.key.streams("linear_state") else None), errors, p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None)
+    squares = p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None
+    return Chain(states, errors, squares)
 
 
 def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor, strides: tuple[int, ...], part: int, **arguments) -> None:
@@ -298,7 +323,7 @@ def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor,
 
 
 def _open_chunk(p: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Start ``[N, H, Dv, Dk]`` and sum of log-decays ``[N, H]`` of the chunk that each sequence ends in; ``start`` is that of its whole ones."""
+    """Start ``[N, H, Dv, Dk]`` and sum of log-decays ``[N, H]`` of the chunk that a sequence ends in; ``start``: after its whole ones."""
     size, device, opened = p.chunk_size, p.q.device, p.call.state.open_chunk
     before = torch.zeros(p.sequences, dtype=torch.int64, device=device) if p.position is None else p.position
     if p.cu_seqlens is None:

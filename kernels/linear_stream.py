@@ -16,9 +16,25 @@ import triton.language as tl
 
 from . import bias as biases
 from .tiles import (
-    LENGTHS, HEAD, SEGMENT, dot, inside, load_delta, load_error, load_gamma, load_gate, load_square, load_to_end, load_total, owner_of, part_of,
-    rounded, sequence_of, slot_of, store,
-)  # fmt: skip
+    HEAD,
+    LENGTHS,
+    SEGMENT,
+    dot,
+    inside,
+    load_delta,
+    load_error,
+    load_gamma,
+    load_gate,
+    load_square,
+    load_to_end,
+    load_total,
+    owner_of,
+    part_of,
+    rounded,
+    sequence_of,
+    slot_of,
+    store,
+)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -6,10 +6,8 @@ Nothing is written down twice: the launchers run on meta tensors, and what they 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 

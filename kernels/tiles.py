@@ -54,7 +54,7 @@ def owner_of(i_s, first, owner, per_sequence):
 
 @triton.jit
 def part_of(i_n, i_segment, bos, eos, position, EVERY, C: tl.constexpr, PART: tl.constexpr):
-    """``(origin, first, last)``: token 0 of chunk 0, before the sequence's first token if it resumes inside a chunk, and the chunks to walk."""
+    """``(origin, first, last)``: token 0 of chunk 0 and the chunks to walk; a sequence that resumes inside a chunk begins after origin."""
     origin, resumes = bos, 0
     if position is not None:
         before = tl.load(position + i_n)
@@ -148,7 +148,7 @@ def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
 
 @triton.jit
 def pair_decay(decays, ROW, row, H, o_later, o_earlier, m_later, m_earlier):
-    """``L_ts = gamma_t / gamma_s`` where s <= t, else 0, for offsets t (later) and s (earlier) in the orientation wanted: ``[BC, 1]``, ``[1, BC]``."""
+    """``L_ts = gamma_t / gamma_s`` where s <= t, else 0, for offsets of t (later) and s (earlier): ``[BC, 1]`` and ``[1, BC]`` or vice versa."""
     causal = o_later >= o_earlier
     if decays is None:
         return tl.where(causal, 1.0, 0.0)
@@ -160,6 +160,7 @@ def pair_decay(decays, ROW, row, H, o_later, o_earlier, m_later, m_earlier):
 
 
 # ------------------------------------------------------------------------------------------------- what a bias is told of a chunk
+
 
 @triton.jit
 def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, DELTA: tl.constexpr):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -126,7 +127,7 @@ def test_a_cut_anywhere(bias, lengths, dtype):
     first = [0, *(torch.tensor(lengths).cumsum(0).tolist() if lengths else [62])]
     bounds = [(0, 2), (2, 5), (5, 5)] if lengths else [(0, 16), (16, 26), (26, 30), (30, 62)]
     if lengths:  # every sequence in two pieces
-        pieces = [[range(a, a + 3) for a in first[:-1]], [range(a + 3, b) for a, b in zip(first, first[1:], strict=False)]]
+        pieces = [[range(a, a + 3) for a in first[:-1]], [range(a + 3, b) for a, b in itertools.pairwise(first)]]
     else:
         pieces = [[range(a, b)] for a, b in bounds]
     state, outs = arguments["initial_state"], torch.empty_like(whole)
@@ -249,7 +250,7 @@ def test_configurations_are_few_and_serve_everything():
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
     assert {field.name for field in dataclasses.fields(configs.Key)} == {"key_dim", "value_dim", "chunk_size", "itemsize", "coupled"}
     sizes = (1, 16, 33, 64, 96, 128, 200, 256)
-    for key in [configs.Key(k, v, c, i, r) for k in sizes for v in sizes for c in configs.CHUNK_SIZES for i in (2, 4) for r in (False, True)]:
+    for key in itertools.starmap(configs.Key, itertools.product(sizes, sizes, configs.CHUNK_SIZES, (2, 4), (False, True))):
         for kernel in configs.KERNELS:
             chain = kernel.removesuffix("_streamed")
             if chain in ("linear_state", "linear_seq") and key.streams(chain) != kernel.endswith("_streamed"):

@@ -86,6 +86,8 @@ def explain(call: Call, differentiate: bool) -> dict[str, str | None]:
     return {name: _refusal(name, call, differentiate) for name in names}
 
 
+#: backends whose absence "auto" mentions once: what is missing, and for which tensors
+_EXPECTED = {"cpp": ("C++ kernels", "CPU tensors"), "triton": ("Triton kernels", "CUDA tensors")}
 _warned: set[str] = set()
 
 
@@ -104,9 +106,10 @@ def choose(backend: str, call: Call, differentiate: bool) -> str:
         return backend
     for name in candidates(call.q.device):
         missing = unavailable(name)
-        if missing is not None and name == "cpp" and name not in _warned and not torch.compiler.is_compiling():
+        if missing is not None and name in _EXPECTED and name not in _warned and not torch.compiler.is_compiling():
             _warned.add(name)
-            warnings.warn(f"miras_kernels: the C++ kernels are missing, so CPU tensors take the slower reference: {missing}", stacklevel=4)
+            kernels, tensors = _EXPECTED[name]
+            warnings.warn(f"miras_kernels: the {kernels} are missing, so {tensors} take the slower reference: {missing}", stacklevel=4)
         if _refusal(name, call, differentiate) is None:
             return name
     raise AssertionError("the reference serves every call")
