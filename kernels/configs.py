@@ -90,10 +90,6 @@ def _always(key: Key) -> bool:
     return True
 
 
-def _narrow(key: Key) -> bool:
-    return key.itemsize == 2
-
-
 def _wide(key: Key) -> bool:
     return key.itemsize == 4
 
@@ -115,19 +111,21 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_output": (
         (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
         (Config(128, 64, 8, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
-        (Config(32, 64, 4, 2), lambda key: key.itemsize == 2 and (key.coupled or key.chunk_size == 128) and key.chunk_size >= 64),
+        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and (key.coupled or key.chunk_size == 128) and key.chunk_size >= 64),
         (Config(64, 64, 4, 2, 128), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
-        (Config(32, 32, 4, 1), _wide),
+        (Config(32, 32, 4, 1, 255), _wide),
     ),
     "linear_pre": (
-        (Config(64, 64, 4, 2), _narrow),
-        (Config(128, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
-        (Config(32, 32, 4, 1), _wide),
+        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size <= 64),
+        (Config(64, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
+        (Config(128, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size == 64),
+        (Config(32, 32, 4, 1, 255), _wide),
     ),
     "linear_seq": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
-        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k == 128),
+        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
         (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(16, 0, 8, 1, 255), lambda key: not key.coupled and key.chunk_size == 128),
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
@@ -139,9 +137,9 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
         (Config(32, 32, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
         (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
-        (Config(32, 32, 4, 1), _wide),
+        (Config(32, 32, 8, 1, 255), _wide),
     ),
-    "linear_decay_grad": ((Config(16, 16, 4, 1), _always),),
+    "linear_decay_grad": ((Config(16, 16, 4, 1, 255), _always),),
 }
 
 #: every configuration of every kernel
@@ -160,7 +158,11 @@ class Denial(NamedTuple):
 
 
 #: found by `bench/gpu.py`, which prints rows to be put here, or by resources.py
-DENIED: tuple[Denial, ...] = (Denial("sm_8", "", "", "linear_epi", "v32-k64-w8-s2", "spills up to 24 bytes at a head dimension of 64"),)
+DENIED: tuple[Denial, ...] = (
+    Denial("sm_8", "", "", "linear_epi", "v32-k64-w8-s2", "spills up to 40 bytes"),
+    Denial("sm_10", "", "", "linear_seq", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
+    Denial("gfx942", "", "", "linear_seq", "v16-k0-w8-s2-r255", "needs 72 KB of shared memory at a head dimension of 128"),
+)
 
 _forced: dict[str, Config] = {}
 _streaming: bool | None = None

@@ -148,7 +148,7 @@ def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
 
 @triton.jit
 def pair_decay(decays, ROW, row, H, o_later, o_earlier, m_later, m_earlier):
-    """``L_ts = gamma_t / gamma_s`` where s <= t, else 0, for offsets of t (later) and s (earlier): ``[BC, 1]`` and ``[1, BC]`` or vice versa."""
+    """``L_ts = gamma_t / gamma_s`` where s <= t, else 0; offsets of t (later), s (earlier): ``[BC, 1]`` and ``[1, BC]`` or vice versa."""
     causal = o_later >= o_earlier
     if decays is None:
         return tl.where(causal, 1.0, 0.0)
