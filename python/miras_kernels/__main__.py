@@ -231,8 +231,8 @@ def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packed", action="store_true", help="calls with cu_seqlens")
     parser.add_argument("--final-state", action="store_true", help="calls that return the final state")
     parser.add_argument("--batch", type=_positive, default=1, help="B (default: 1, which serves all where T is as below)")
-    parser.add_argument("--tokens", type=numbers, default=(2048, 4096), metavar="N,...",
-                        help="T (default: 2048,4096, which serve every multiple of 1024, with chunks of 128 of 2048)")  # fmt: skip
+    parser.add_argument("--tokens", type=numbers, default=(2048,), metavar="N,...",
+                        help="T (default: 2048; any serves all, if the number of heads is a multiple of 16)")  # fmt: skip
     parser.add_argument("--heads", type=numbers, default=(16,), metavar="N,...", help="H (default: 16, which serves its multiples)")
     parser.add_argument("--target", choices=warmup.TARGETS, help="compile for a chip that is not here, and print what the code needs")
 

@@ -8,18 +8,14 @@ compiled for a named chip, for people who want to read what the compiler made of
 chunk size, dtype, bias and its parameters, whether there is a decay, packing, a gradient), and of an integer argument it looks
 at two more things: whether it is 1 and whether it is a multiple of 16. These integers are
 
-* T, H, and B T H;
-* the chunks of a sequence, T / chunk_size, and those of the batch;
-* the pieces of a sequence between two states that the forward keeps (256 tokens, or ``checkpoint_every`` chunks), and the
-  chunks in one of them;
+* H, and B T H;
 * the strides of q, k and v.
 
-So a run with T = 2048 and 4096 and H = 16, the command's defaults, serves every T that is a multiple of 1024 (of 2048 with chunks
-of 128), every H that is a multiple of 16, every B, and q, k and v in any memory order, if the head dimensions are multiples of
-16. Other calls are served by warming up with their own sizes. What is never warmed: calls that resume from a state cut inside a
-chunk, thresholds per channel, calls under another ``checkpoint_every``, and on AMD's GPUs tensors beyond 2 GiB; they compile when
-they come. So does code for another kind of GPU, another version of triton or of this package. A loop that also evaluates
-without gradients needs a second run with ``--no-grad``.
+So a run with H = 16, the command's default, serves every T and B, every H that is a multiple of 16, and q, k and v in any memory
+order, if the head dimensions are multiples of 16. Other numbers of heads are served by warming up with them (``--heads 8``);
+then B T must be a multiple of 16 where H is not. What is never warmed: calls that resume from a state cut inside a chunk, thresholds
+per channel, and on AMD's GPUs tensors beyond 2 GiB; they compile when they come. So does code for another kind of GPU, another
+version of triton or of this package. A loop that also evaluates without gradients needs a second run with ``--no-grad``.
 
 Importing this module does not import triton.
 """
@@ -97,16 +93,12 @@ class Variant:
     def sizes(self) -> list[Sizes]:
         """Sizes of the calls to make; the first one uses all that this kind of call has.
 
-        Packed calls have ``T // chunk_size + N`` places for chunks: both a multiple of 16 and another number come with any data.
-        A final state may be part of the loss or only be handed on.
+        A final state may be part of the loss or only be handed on, and may lie inside a chunk or at its end.
         """
         grads = (True, False) if self.final_state and self.differentiate else (False,)
-        found = []
-        for tokens, heads, grad in itertools.product(self.tokens, self.heads, grads):
-            full = 16 - tokens // self.chunk_size % 16
-            counts = (full, full + 1) if self.packed else (self.batch,)
-            found += [Sizes(tokens, heads, n, grad) for n in counts]
-        return found
+        sequences, more = (3, (0,)) if self.packed else (self.batch, (0, 1) if self.final_state else (0,))
+        every = itertools.product(self.tokens, more, self.heads, grads)
+        return [Sizes(tokens + more, heads, sequences, grad) for tokens, more, heads, grad in every]
 
     def arguments(self, sizes: Sizes, device: str) -> dict:
         """Arguments of :func:`~miras_kernels.linear_memory` for one of the sizes, every tensor full of zeros."""
@@ -214,14 +206,14 @@ def _compile_here(variants: Sequence[Variant]) -> None:
 # ------------------------------------------------------------------------------------------------ for one that is elsewhere
 
 
-def launches(variant: Variant, sizes: Sizes) -> list:
-    """What a call would launch, as ``kernels.offline`` compiles it."""
+def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
+    """What a call would launch on a target, as ``kernels.offline`` compiles it."""
     from .kernels import launch, offline
 
     found = []
     call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
     every = options.checkpoint_interval(variant.chunk_size) if variant.differentiate else 0
-    with launch.recording(lambda *what: found.append(offline.Launch(*what))):
+    with launch.recording(lambda *what: found.append(offline.Launch(*what)), target):
         out, final, saved = backend.forward(call, every)
         if variant.differentiate:
             backend.backward(call, every, saved, torch.empty_like(out), [torch.empty_like(final[0])] if sizes.state_grad else [])
@@ -237,7 +229,7 @@ def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
     for variant in variants:
         print(variant, flush=True)
         seen = set()
-        for given in launches(variant, variant.sizes()[0]):
+        for given in launches(variant, variant.sizes()[0], target):
             code = (offline.source(given).hash(), given.config)
             if code in seen:  # the backward runs some of the forward's kernels again
                 continue
