@@ -43,6 +43,7 @@ from .tiles import (
     load_to_end,
     load_total,
     load_update,
+    only_if,
     owner_of,
     pair_decay,
     part_of,
@@ -147,7 +148,7 @@ def linear_state(
         store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_w, m_kv)
         if checkpoints is not None:
             kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
-            tl.store(kept + o_kv, b_s, mask=m_kv & (i_c % EVERY == 0))
+            tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
 
         b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
         b_v = tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0)  # [C, BV]

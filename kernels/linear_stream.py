@@ -28,6 +28,7 @@ from .tiles import (
     load_square,
     load_to_end,
     load_total,
+    only_if,
     owner_of,
     part_of,
     rounded,
@@ -82,9 +83,9 @@ def linear_state_streamed(
         o_kv = o_k[:, None] * Dv + o_v[None, :]
         m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
         b_s = tl.load(initial + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)
-        tl.store(states + ((slot + first) * H + i_h) * Dk * Dv + o_kv, b_s, mask=m_kv & (first < last))
+        tl.store(states + ((slot + first) * H + i_h) * Dk * Dv + o_kv, b_s, mask=only_if(first < last, m_kv))
         if final is not None:
-            tl.store(final + state + o_kv, b_s, mask=m_kv & (first >= last))
+            tl.store(final + state + o_kv, b_s, mask=only_if(first >= last, m_kv))
     tl.debug_barrier()
 
     for i_c in range(first, last):
@@ -142,11 +143,11 @@ def linear_state_streamed(
                 b_s = tl.load(here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if checkpoints is not None:
                     kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
-                    tl.store(kept + o_kv, b_s, mask=m_kv & (i_c % EVERY == 0))
+                    tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
                 b_s = b_s * gamma - dot(tl.trans(b_k), b_u)
-                tl.store(there + o_kv, b_s, mask=m_kv & (i_c + 1 < last))
+                tl.store(there + o_kv, b_s, mask=only_if(i_c + 1 < last, m_kv))
                 if final is not None:
-                    tl.store(final + state + o_kv, b_s, mask=m_kv & (i_c + 1 == last))
+                    tl.store(final + state + o_kv, b_s, mask=only_if(i_c + 1 == last, m_kv))
         tl.debug_barrier()
 
 
@@ -190,8 +191,8 @@ def linear_seq_streamed(
         if grad_final is not None:
             b_j += tl.load(grad_final + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
         p_j = grad_states + ((slot + chunks - 1) * H + i_h) * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-        tl.store(p_j, b_j, mask=m_kv & (chunks > 0))
-        tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=m_kv & (chunks == 0))
+        tl.store(p_j, b_j, mask=only_if(chunks > 0, m_kv))
+        tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=only_if(chunks == 0, m_kv))
     tl.debug_barrier()
 
     for i in range(0, chunks):
@@ -270,7 +271,7 @@ def linear_seq_streamed(
                 if READS:
                     b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
                     b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
-                tl.store(there + o_k[:, None] * Dv + o_v[None, :], b_j, mask=m_kv & (i_c > 0))
-                tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=m_kv & (i_c == 0))
+                tl.store(there + o_k[:, None] * Dv + o_v[None, :], b_j, mask=only_if(i_c > 0, m_kv))
+                tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=only_if(i_c == 0, m_kv))
             store(grad_v + row * Dv + o_tv, -b_de, m_tv)
         tl.debug_barrier()

@@ -114,6 +114,12 @@ def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def only_if(condition, mask):
+    """``mask`` where a condition on scalars holds, else nothing. Not ``mask & condition``: Triton 3.9's interpreter then makes it int32."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def load_gate(gate, row, o_g, m_t):
     """A chunk's gate as float32; 0 beyond the sequence (no step)."""
     return tl.load(gate + row + o_g, mask=m_t, other=0.0).to(tl.float32)

@@ -159,14 +159,24 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(cast, tensors))
 
 
-def _differentiates(call: Call) -> bool:
+def _given(call: Call) -> list[Tensor]:
+    """The differentiable tensors of a call."""
     tensors = [call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias]
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in [*tensors, *call.state.tensors()])
+    return [x for x in [*tensors, *call.state.tensors()] if x is not None]
+
+
+def _differentiates(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _given(call))
+
+
+def _nothing(call: Call) -> Tensor:
+    """The outputs of no token: empty, and with gradients of zero to everything."""
+    return torch.empty_like(call.v) + sum(0 * x.sum() for x in _given(call) if x.requires_grad)
 
 
 def _run(call: Call, backend: str) -> tuple[Tensor, MemoryState | None]:
     differentiate = _differentiates(call)
     name = dispatch.choose(backend, call, differentiate)
     if call.q.shape[0] == 0 or call.q.shape[1] == 0:
-        return torch.empty_like(call.v), call.state if call.output_final_state else None
+        return _nothing(call), call.state if call.output_final_state else None
     return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
