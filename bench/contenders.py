@@ -34,15 +34,28 @@ SHAPES = {
     "D64 C64": dict(batch=2, tokens=1024, heads=4, key_dim=64, value_dim=64, chunk_size=64),
     "D64 C16": dict(batch=2, tokens=1024, heads=4, key_dim=64, value_dim=64, chunk_size=16),
     "D128 C64": dict(batch=1, tokens=4096, heads=8, key_dim=128, value_dim=128, chunk_size=64),
+    "MLP D64 C64": dict(memory="mlp", batch=2, tokens=1024, heads=4, key_dim=64, value_dim=64, hidden=256, chunk_size=64),
+    "MLP D64 C16": dict(memory="mlp", batch=2, tokens=1024, heads=4, key_dim=64, value_dim=64, hidden=256, chunk_size=16),
 }
+MLP_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.get("memory") == "mlp")
+LINEAR_SHAPES = tuple(name for name in SHAPES if name not in MLP_SHAPES)
 TOY = dict(batch=1, tokens=48, heads=2, key_dim=16, value_dim=12, chunk_size=16)
+MLP_TOY = {**TOY, "memory": "mlp", "value_dim": 16, "hidden": 32}
 
 
 def make_case(shape: str, settings: Settings, **changes):
-    """The registry's kind of case in one of the benchmark's shapes."""
+    """The registry's kind of case in one of the benchmark's shapes.
+
+    L2 for a linear memory, coordinate-wise Huber for an MLP: that one decays but slightly, since LayerNorm blows up the steps of a
+    memory that shrinks, and after a thousand tokens float32 and float64 would share no digit.
+    """
+    from miras_kernels import Huber
     from miras_kernels.testing import Case
 
-    return Case(f"bench {shape}", **({"initial": "none"} | (TOY if settings.toy else SHAPES[shape]) | changes))
+    mlp = shape in MLP_SHAPES
+    size = (MLP_TOY if mlp else TOY) if settings.toy else SHAPES[shape]
+    kind = {"bias": Huber("coordinate"), "decay": "slight"} if mlp else {"initial": "none"}
+    return Case(f"bench {shape}", **(kind | size | changes))
 
 
 def flops(case) -> dict[str, int]:
@@ -50,8 +63,12 @@ def flops(case) -> dict[str, int]:
     dk, dv, forward, backward = case.key_dim, case.value_dim, 0, 0
     for start in range(0, case.tokens, case.chunk_size):
         c = min(case.chunk_size, case.tokens - start)
-        forward += 6 * c * dk * dv + c * (c + 1) * (dk + dv)
-        backward += 14 * c * dk * dv + c * (c + 1) * (2 * dk + 3 * dv)
+        if case.memory == "mlp":  # forward 7 products of c D Hd and 4 triangles, backward twice that
+            products, triangles = 14 * c * dk * case.hidden, 2 * c * (c + 1) * (dk + case.hidden)
+            forward, backward = forward + products + triangles, backward + 2 * (products + triangles)
+        else:
+            forward += 6 * c * dk * dv + c * (c + 1) * (dk + dv)
+            backward += 14 * c * dk * dv + c * (c + 1) * (2 * dk + 3 * dv)
     heads = case.batch * case.heads
     return {FORWARD: heads * forward, BOTH: heads * (forward + backward)}
 
@@ -67,14 +84,15 @@ def kernel(inputs, backend: str, direction: str, **options) -> Callable[[], tupl
 
     arguments = {**inputs.arguments(), "output_final_state": False, "backend": backend}
     leaves = tuple(inputs.leaves().values())
+    memory = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
 
     def forward() -> tuple:
         with torch.no_grad():
-            return (miras_kernels.linear_memory(**arguments)[0],)
+            return (memory(**arguments)[0],)
 
     def both() -> tuple:
         with miras_kernels.override(**options):
-            out, _ = miras_kernels.linear_memory(**arguments)
+            out, _ = memory(**arguments)
         return torch.autograd.grad(out, leaves, inputs.grad_out)
 
     return forward if direction == FORWARD else both
@@ -104,7 +122,9 @@ def compiled(inputs, direction: str) -> Callable[[], tuple]:
     call, names, leaves = inputs.call(), tuple(inputs.leaves()), tuple(inputs.leaves().values())
 
     def function(*tensors):
-        return chunkwise.run(call.replace(**dict(zip(names, tensors, strict=True))))[0]
+        given = dict(zip(names, tensors, strict=True))
+        duals = [given.pop(name) for name in names if name.startswith("initial_dual")]
+        return chunkwise.run(call.replace(**given, state=call.state.replace_tensors(duals) if duals else call.state))[0]
 
     run = torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -134,6 +154,33 @@ def derived(inputs, direction: str) -> Callable[[], tuple]:
         return tuple(grads[name] for name in names)
 
     return forward if direction == FORWARD else both
+
+
+def titans(inputs, direction: str) -> Callable[[], tuple]:
+    """The MLP memory of titans-pytorch in the same sizes, with gradients at each chunk's start; without projections and gates.
+
+    Another recurrence, so that results cannot be compared: one decay per chunk, exact gelu, and queries read the state that
+    their chunk began with. Not a dependency: ImportError where it is not installed.
+    """
+    import torch
+    from titans_pytorch import NeuralMemory
+
+    case = inputs.case
+    memory = NeuralMemory(
+        dim=case.heads * case.key_dim, heads=case.heads, dim_head=case.key_dim, chunk_size=case.chunk_size, batch_size=case.chunk_size,
+        momentum=False, pre_rmsnorm=False, default_model_kwargs=dict(depth=2, expansion_factor=case.hidden / case.key_dim),
+    )  # fmt: skip
+    for name in ("to_queries", "to_keys", "to_values", "combine_heads"):
+        setattr(memory, name, torch.nn.Identity())
+    memory.retrieve_gate = None
+    tokens = inputs.tensors["q"].detach().flatten(2).requires_grad_()
+    grad_out, leaves = inputs.grad_out.flatten(2), (tokens, *(x for x in memory.parameters() if x.requires_grad))
+
+    def forward() -> tuple:
+        with torch.no_grad():
+            return (memory(tokens)[0],)
+
+    return forward if direction == FORWARD else lambda: torch.autograd.grad(memory(tokens)[0], leaves, grad_out, allow_unused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- parity

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import harness
-from contenders import BOTH, DIRECTIONS, FORWARD, SHAPES
+from contenders import BOTH, DIRECTIONS, FORWARD, LINEAR_SHAPES, MLP_SHAPES
 from harness import OTHERS, Watch, table
 
 # ----------------------------------------------------------------------------------------------------------- targets
@@ -54,12 +54,12 @@ def targets() -> list[Target]:
     ]
     for name, direction, contender, least, goals in per_shape:
         path = ("ratios", contender, "median")
-        found += [Target(f"{direction} {name}", s, "shapes", direction, path, a, b) for s, a, b in zip(SHAPES, least, goals, strict=True)]
+        limits = zip(LINEAR_SHAPES, least, goals, strict=True)
+        found += [Target(f"{direction} {name}", s, "shapes", direction, path, a, b) for s, a, b in limits]
     for direction, least, goal in ((FORWARD, (0.55, 0.50, 0.55), 0.70), (BOTH, (0.45, 0.35, 0.45), 0.60)):
         path = ("share_of_mm", "median")
-        found += [
-            Target(f"{direction}, share of torch.mm", s, "shapes", direction, path, a, goal) for s, a in zip(SHAPES, least, strict=True)
-        ]
+        names = zip(LINEAR_SHAPES, least, strict=True)
+        found += [Target(f"{direction}, share of torch.mm", s, "shapes", direction, path, a, goal) for s, a in names]
     for direction in DIRECTIONS:
         path = ("ratios", "lp 2.5", "median")
         found.append(Target(f"{direction}, generic p / L2", "D64 C64", "bias", direction, path, 1.3, 1.15, at_most=True))
@@ -69,7 +69,23 @@ def targets() -> list[Target]:
         found.append(Target(f"{direction}, small decays / mild", "D64 C64", "decay", direction, path, 1.1, 1.02, at_most=True))
     for name, key, limit in (("outputs and states", "forward_error", 1e-5), ("gradients", "gradient_error", 1e-4)):
         path = ("parity", "kernel", key)
-        found += [Target(f"relative error, {name}", s, "shapes", BOTH, path, limit, None, at_most=True) for s in SHAPES]
+        found += [Target(f"relative error, {name}", s, "shapes", BOTH, path, limit, None, at_most=True) for s in LINEAR_SHAPES]
+    return found + _mlp_targets()
+
+
+def _mlp_targets() -> list[Target]:
+    found = []
+    per_shape = [
+        ("against eager autograd", ("ratios", "eager", "median"), (2.5, 4), (4, 7)),
+        ("against titans-pytorch", ("ratios", "titans", "median"), (4, 15), (None, None)),
+        ("share of torch.mm", ("share_of_mm", "median"), (0.45, 0.45), (None, None)),
+    ]
+    for name, path, least, goals in per_shape:
+        found += [Target(f"{BOTH} {name}", s, "shapes", BOTH, path, a, b) for s, a, b in zip(MLP_SHAPES, least, goals, strict=True)]
+    found += [Target("peak memory / eager", s, "memory", BOTH, ("peak_share",), 0.5, None, at_most=True) for s in MLP_SHAPES]
+    for name, key, limit in (("outputs and states", "forward_error", 2e-5), ("gradients", "gradient_error", 5e-4)):
+        path = ("parity", "kernel", key)
+        found += [Target(f"relative error, {name}", s, "shapes", BOTH, path, limit, None, at_most=True) for s in MLP_SHAPES]
     return found
 
 
@@ -124,7 +140,7 @@ def report(document: dict) -> str:
         f"{document['date']}, commit {(document['commit'] or 'none')[:12]}{modified}. Ratios: median [10th, 90th percentile] of rounds.",
         "1 thread: process CPU time. More threads: wall time. `bench/README.md` tells how to read this.",
     ]
-    for name, section in _SECTIONS.items():
+    for name, section in _SECTIONS:
         results = [r for r in document["results"] if r["study"] == name]
         text = section(results)
         if text:
@@ -145,8 +161,7 @@ def summary(document: dict) -> str:
         f"{m['cpu']}, {m['cores']} cores, {used}; torch {document['versions']['torch']}; {date}. Ratios are medians of one run in which",
         "all contenders took turns, after each had passed the parity gate: CPU time for one thread, wall time for more.",
         "",
-        _shapes_section(shapes).split("\n\n", 1)[1],
-        "",
+        *(line for text in (_shapes_section(shapes), _mlp_section(shapes)) if text for line in (text.split("\n\n", 1)[1], "")),
         _target_table(document),
     ]
     return "\n".join(lines)
@@ -184,26 +199,32 @@ def _target_table(document: dict) -> str:
 
 
 def _shapes_section(results: Sequence[dict]) -> str:
+    columns = {"vs eager": "eager", "vs compile (first call)": "compile", "vs hand-derived": "derived"}
+    return _comparison("Against PyTorch, float32, L2, scalar decay", columns, [r for r in results if r["case"] not in MLP_SHAPES])
+
+
+def _mlp_section(results: Sequence[dict]) -> str:
+    columns = {"vs eager": "eager", "vs compile (first call)": "compile", "vs titans-pytorch": "titans"}
+    title = "The MLP memory, float32, coordinate-wise Huber, slight decay"
+    return _comparison(title, columns, [r for r in results if r["case"] in MLP_SHAPES])
+
+
+def _comparison(title: str, columns: dict[str, str], results: Sequence[dict]) -> str:
+    """The kernel's figures and its ratios to contenders, by column."""
     rows = []
     for r in results:
-        gate = r["parity"].get("kernel", {})
-        row = [r["case"], r["direction"], str(r["threads"]), _gate(gate)]
+        row = [r["case"], r["direction"], str(r["threads"]), _gate(r["parity"].get("kernel", {}))]
         if "ms" in r:
             took = "" if r.get("compile_seconds") is None else f" ({r['compile_seconds']:.0f} s)"
             row += [f"{r['ms']['kernel']['median']:.2f}", f"{r['gflops']:.0f}", f"{r['share_of_mm']['median']:.2f} of {r['mm_gflops']:.0f}"]
-            row += [
-                _times(r["ratios"].get("eager"), 1),
-                _times(r["ratios"].get("compile"), 1) + took,
-                _times(r["ratios"].get("derived"), 1),
-            ]
+            row += [_times(r["ratios"].get(name), 1) + (took if name == "compile" else "") for name in columns.values()]
         else:
-            row += ["-"] * 6
+            row += ["-"] * (3 + len(columns))
         rows.append(row)
     if not rows:
         return ""
-    header = ["shape", "direction", "threads", "error/budget", "ms", "GFLOP/s", "of torch.mm", "vs eager", "vs compile (first call)",
-              "vs hand-derived"]  # fmt: skip
-    return "## Against PyTorch, float32, L2, scalar decay\n\n" + table(header, rows)
+    header = ["shape", "direction", "threads", "error/budget", "ms", "GFLOP/s", "of torch.mm", *columns]
+    return f"## {title}\n\n" + table(header, rows)
 
 
 def _variant_section(title: str) -> Callable[[Sequence[dict]], str]:
@@ -243,12 +264,13 @@ def _memory_section(results: Sequence[dict]) -> str:
     )
 
 
-_SECTIONS = {
-    "shapes": _shapes_section,
-    "bias": _variant_section("Biases"),
-    "capability": _variant_section("Instruction sets"),
-    "decay": _variant_section("Decays"),
-    "checkpoint": _variant_section("Saving every n-th chunk's state"),
-    "dtype": _variant_section("Input types"),
-    "memory": _memory_section,
-}
+_SECTIONS = (
+    ("shapes", _shapes_section),
+    ("shapes", _mlp_section),
+    ("bias", _variant_section("Biases")),
+    ("capability", _variant_section("Instruction sets")),
+    ("decay", _variant_section("Decays")),
+    ("checkpoint", _variant_section("Saving every n-th chunk's state")),
+    ("dtype", _variant_section("Input types")),
+    ("memory", _memory_section),
+)

@@ -10,7 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import harness
-from contenders import BOTH, DIRECTIONS, Settings, agreement, compiled, derived, eager, flops, kernel, make_case, parity
+from contenders import (
+    BOTH,
+    DIRECTIONS,
+    MLP_SHAPES,
+    Settings,
+    agreement,
+    compiled,
+    derived,
+    eager,
+    flops,
+    kernel,
+    make_case,
+    parity,
+    titans,
+)
 from harness import MM_FLOPS, Watch, interleave, ratio, spread, timed
 
 MARK = "@result "
@@ -50,7 +64,7 @@ def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, se
 
 
 def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
-    """The kernel against eager PyTorch, torch.compile and the hand-derived backward."""
+    """The kernel against eager PyTorch, torch.compile and the hand-derived backward, or (MLP) titans-pytorch."""
     clock = harness.clock_for(threads)[1]
     case = make_case(shape, settings)
     gates = {"kernel": parity(case, settings.backend)}
@@ -63,8 +77,9 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
         runs = {
             "kernel": kernel(inputs, settings.backend, direction),
             "eager": eager(inputs, direction),
-            "derived": derived(inputs, direction),
         }
+        if case.memory == "linear":
+            runs["derived"] = derived(inputs, direction)
         notes, seconds = [], None
         if settings.compile_seconds:
             try:
@@ -81,6 +96,15 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
             if not difference < 1e-3:
                 notes.append(f"{name}: computes something else (relative difference {difference:.1e}), not timed")
                 del runs[name]
+        if case.memory == "mlp":
+            if settings.quick:
+                notes.append("titans-pytorch left out, as asked")
+            else:
+                try:
+                    runs["titans"] = titans(inputs, direction)
+                    notes.append("titans: the same sizes, another recurrence; its results are not compared")
+                except ImportError as error:
+                    notes.append(f"titans-pytorch cannot be imported: {error}")
         samplers = {name: timed(run, clock) for name, run in {**runs, "mm": harness.matrix_product()}.items()}
         result = measure(head, samplers, "kernel", gates, threads, settings, flops(case)[direction])
         yield {**result, "notes": result["notes"] + notes, "compile_seconds": seconds}
@@ -189,14 +213,15 @@ MEMORY_CONTENDERS = ("kernel", "eager", "derived")
 def study_memory(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """How far one forward and backward raises the resident memory of a fresh process, per contender."""
     peaks, saved, notes, gate = {}, {}, [], None
-    for contender in MEMORY_CONTENDERS:
+    for contender in MEMORY_CONTENDERS if shape not in MLP_SHAPES else MEMORY_CONTENDERS[:2]:
         spec = {"study": "peak", "case": f"{shape}|{contender}", "threads": threads, "settings": dataclasses.asdict(settings)}
         (result,) = list(start(spec, harness.environment(threads, malloc=False)))
         gate = result.get("parity", gate)
         peaks[contender], saved[contender] = result.get("peak_mib"), result.get("saved_mib")
         notes += result["notes"]
+    share = peaks["kernel"] / peaks["eager"] if peaks["kernel"] and peaks["eager"] else None
     yield {"study": "memory", "case": shape, "direction": BOTH, "threads": threads, "parity": {"kernel": gate}, "peak_mib": peaks,
-           "saved_mib": saved, "notes": notes}  # fmt: skip
+           "peak_share": share, "saved_mib": saved, "notes": notes}  # fmt: skip
 
 
 def study_peak(name: str, threads: int, settings: Settings) -> Iterator[dict]:

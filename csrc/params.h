@@ -42,38 +42,33 @@ struct TokenTensor {
   MIRAS_FN explicit operator bool() const { return data != nullptr; }
 };
 
-// The dual and what is shaped like it: [N, H, Dv, Dk] float32.
+// A dual and what is shaped like it: [N, H, Dv, Dk] float32.
 struct StateTensor {
   float* data = nullptr;
   int64_t seq = 0, head = 0, row = 0, col = 0;
   MIRAS_FN explicit operator bool() const { return data != nullptr; }
 };
 
-struct LinearParams {
+// What the memories have in common.
+struct MemoryParams {
   int64_t B = 0, T = 0, H = 0, N = 0;
-  int Dk = 0, Dv = 0, C = 1;
+  int C = 1;
 
   Dtype dtype = Dtype::f32;  // of q, k, v, out, grad_out
   BiasTag bias = BiasTag::l2;
   float bias_params[kBiasParams] = {};
 
-  // Value rows are shared out among `panels` tasks of `panel_width` rows when there are fewer heads than threads.
-  int panels = 1;
-  int panel_width = 0;
-
   TokenTensor q, k, v;               // [B, T, H, D*], channel stride 1
   TokenTensor lr, log_decay, delta;  // float32 [B, T, H]; log_decay, delta optional
   bool delta_per_channel = false;    // delta is [B, T, H, Dv]
 
-  StateTensor dual;                     // A at the start
   const int64_t* cu_seqlens = nullptr;  // [N + 1]
 
-  // Chunk-start states for the backward, [S, H, Dk, Dv] float32 (transposed duals). Sequence n keeps the states of its
+  // Chunk-start states for the backward, [S, H, ...] float32 as the kernels hold them. Sequence n keeps the states of its
   // chunks 0, every, 2 every, ... in consecutive slots from `slot(n)` on.
   float* saved = nullptr;
   int checkpoint_every = 0;
 
-  MIRAS_FN int64_t tasks() const { return N * H * panels; }
   MIRAS_FN int64_t begin(int64_t n) const { return cu_seqlens ? cu_seqlens[n] : 0; }
   MIRAS_FN int64_t length(int64_t n) const { return cu_seqlens ? cu_seqlens[n + 1] - cu_seqlens[n] : T; }
   MIRAS_FN int64_t batch(int64_t n) const { return cu_seqlens ? 0 : n; }
@@ -88,6 +83,18 @@ struct LinearParams {
     const int64_t span = int64_t(C) * checkpoint_every;
     return cu_seqlens ? N + T / span : N * ((T + span - 1) / span);
   }
+};
+
+struct LinearParams : MemoryParams {
+  int Dk = 0, Dv = 0;
+
+  // Value rows are shared out among `panels` tasks of `panel_width` rows when there are fewer heads than threads.
+  int panels = 1;
+  int panel_width = 0;
+
+  StateTensor dual;  // A at the start; saved states are [S, H, Dk, Dv], transposed duals
+
+  MIRAS_FN int64_t tasks() const { return N * H * panels; }
 };
 
 struct LinearForward : LinearParams {
@@ -112,6 +119,41 @@ struct LinearBackward : LinearParams {
   TokenTensor dlr, dlog_decay, ddelta;            // float32; the last two optional
   int64_t key_part = 0, gate_part = 0;
   StateTensor d_dual;
+};
+
+// The MLP memory M(x) = x + LN(W1 gelu(W2 x)): duals W1 [N, H, D, Hd] and W2 [N, H, Hd, D], in this order everywhere. Saved
+// states are [S, H, 2, Hd, D]: W1 transposed, then W2. A task is one head of one sequence; where there are fewer than threads,
+// the others have nothing to do.
+struct MlpParams : MemoryParams {
+  int D = 0, Hd = 0;
+  StateTensor dual[2];
+
+  const float *ln_weight = nullptr, *ln_bias = nullptr;  // [H, D], contiguous
+  float ln_eps = 0.0f;
+
+  MIRAS_FN int64_t tasks() const { return N * H; }
+};
+
+struct MlpForward : MlpParams {
+  // As in LinearForward.
+  StateTensor start[2];
+  const int64_t* position = nullptr;
+  const float* open_log_decay = nullptr;
+
+  TokenTensor out;  // [B, T, H, D]
+  StateTensor final_dual[2], final_start[2];
+  float* final_log_decay = nullptr;
+};
+
+struct MlpBackward : MlpParams {
+  int segment = 1;
+  TokenTensor grad_out;            // [B, T, H, D]
+  StateTensor grad_final_dual[2];  // optional
+
+  TokenTensor dq, dk, dv;                  // contiguous
+  TokenTensor dlr, dlog_decay, ddelta;     // float32; the last two optional
+  float *dln_weight = nullptr, *dln_bias = nullptr;  // [N, H, D], a share of every sequence
+  StateTensor d_dual[2];
 };
 
 }  // namespace miras

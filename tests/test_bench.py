@@ -91,6 +91,17 @@ def test_no_time_for_a_wrong_kernel(monkeypatch, study):
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_the_mlp_memory_is_compared_too(monkeypatch):
+    settings = dataclasses.replace(SETTINGS, backend="reference" if dispatch.unavailable("cpp") else "cpp")
+    monkeypatch.setitem(sys.modules, "titans_pytorch", None)
+    for result in studies.study_shapes("MLP D64 C16", 1, settings):
+        assert result["parity"]["kernel"]["ok"]
+        assert set(result["ms"]) == {"kernel", "eager", "mm"}
+        assert any(note.startswith("titans-pytorch cannot be imported") for note in result["notes"])
+    assert "MLP D64 C16" in report._mlp_section([result]) and not report._shapes_section([result])
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_no_time_for_a_baseline_that_computes_something_else(monkeypatch):
     monkeypatch.setattr(studies, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
     forward = next(studies.study_shapes("D64 C64", 1, SETTINGS))
@@ -105,6 +116,9 @@ def test_flops():
     assert contenders.flops(case) == {contenders.FORWARD: forward, contenders.BOTH: both}
     tail = dataclasses.replace(case, batch=1, heads=1, tokens=3, key_dim=5, value_dim=7, chunk_size=2)
     assert contenders.flops(tail)[contenders.FORWARD] == 6 * 3 * 35 + (2 * 3 + 1 * 2) * 12
+    mlp = contenders.make_case("MLP D64 C16", contenders.Settings())
+    forward = 2 * 4 * 64 * (14 * 16 * 64 * 256 + 2 * 16 * 17 * (64 + 256))
+    assert contenders.flops(mlp) == {contenders.FORWARD: forward, contenders.BOTH: 3 * forward}
 
 
 def test_targets_are_judged():

@@ -8,11 +8,14 @@
 
 namespace miras::cpu {
 
-// Kernels work on tasks [first, last) of params.tasks(): one head of one sequence each, or a panel of its value rows.
+// Kernels work on tasks [first, last) of params.tasks(): one head of one sequence each, or (linear) a panel of its
+// value rows.
 struct Kernels {
   const char* name;
   void (*linear_forward)(const LinearForward&, int64_t first, int64_t last);
   void (*linear_backward)(const LinearBackward&, int64_t first, int64_t last);
+  void (*mlp_forward)(const MlpForward&, int64_t first, int64_t last);
+  void (*mlp_backward)(const MlpBackward&, int64_t first, int64_t last);
 };
 
 // Null where the compiler or the architecture has no such level. Defined in level_*.cpp.

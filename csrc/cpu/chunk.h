@@ -31,7 +31,7 @@ struct Gates {
   float *log_decay;
   bool decays;
 
-  MIRAS_FN Gates(Arena& arena, const LinearParams& p) : decays(bool(p.log_decay)) {
+  MIRAS_FN Gates(Arena& arena, const MemoryParams& p) : decays(bool(p.log_decay)) {
     const int cp = round_up(p.C, kPad);
     eta = arena.take(1, cp), alpha = arena.take(1, cp), gamma = arena.take(1, cp), to_end = arena.take(1, cp);
     log_decay = arena.take(1, cp);
@@ -40,7 +40,7 @@ struct Gates {
   MIRAS_FN const float* end(int c) const { return gamma + c - 1; }
 
   // Only products of decays in (0, 1]: nothing overflows, and what underflows is zero.
-  void read(const LinearParams& p, int64_t b, int64_t token, int64_t h, int c) {
+  void read(const MemoryParams& p, int64_t b, int64_t token, int64_t h, int c) {
     read_gate(p.lr, b, token, h, c, eta);
     if (decays) {
       read_gate(p.log_decay, b, token, h, c, log_decay);
@@ -51,6 +51,7 @@ struct Gates {
         to_end[c - 1 - t] = reverse;
         reverse *= alpha[c - 1 - t];
       }
+      for (int t = c; t < round_up(c, kPad); ++t) gamma[t] = to_end[t] = 0.0f;
     } else {
       for (int t = 0; t < round_up(c, kPad); ++t) alpha[t] = gamma[t] = to_end[t] = 1.0f;
     }
@@ -59,9 +60,9 @@ struct Gates {
 
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
 // P and L are zero right of the diagonal as far as a tile was visited; beyond it they are never written.
-template <bool kKeepL>
-static void decayed_scores(const Gates& gates, int c, int dk, Rows q, const float* kt, index_t cp, float* last_row,
-                           float* P, float* L, WriteSoon soon) {
+template <bool kKeepL, class A>
+static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P,
+                           float* L, WriteSoon soon) {
   fill_zero(last_row, round_up(c, kPad));
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;  // Q K'
@@ -101,6 +102,33 @@ static void advance(int c, int dk, const float* kt, index_t cp, const float* u_e
     a.add_scaled(state + index_t(i) * dvp + j, dvp, decay);
     a.store_to(next + index_t(i) * dvp + j, dvp);
   });
+}
+
+// What a chunk did depends on log alpha_r through every path that crosses token r: from a write s < r, or the state before
+// the chunk, to a read t >= r, or the state after it:
+//
+//   d log alpha_r = sum_{s<r<=t} X_ts + sum_{t>=r} reads_t - sum_{s<r} writes_s + through
+//
+// Summed as it stands, without differences of cumulative sums: exact where decays are small and all terms with them.
+// dlog [Cp] from X [c x Cp], reads and writes [Cp].
+static void decay_gradient(int c, const float* X, index_t cp, const float* reads, const float* writes, float through, float* dlog) {
+  for (int r = c - 1; r >= 0; --r) dlog[r] = through += reads[r];
+
+  for (int j = 0; j < c; j += kLanes) {  // writes s in [j, j + kLanes): Y_s = sum over t >= r
+    const IVec column = iota() + j;
+    Vec y = column < c ? -load(writes + j) : zeros();
+    for (int r = c - 1; r > j; --r) {
+      y += load(X + r * cp + j);
+      dlog[r] += sum(column < r ? y : zeros());
+    }
+  }
+}
+
+// <a, b> over n floats, a multiple of kPad
+static float inner_product(const float* a, const float* b, index_t n) {
+  Vec dot = zeros();
+  for (index_t i = 0; i < n; i += kLanes) dot += load(a + i) * load(b + i);
+  return sum(dot);
 }
 
 // delta of a chunk: [c], or the task's channels [c x Dvp]

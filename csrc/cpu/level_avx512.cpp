@@ -15,6 +15,8 @@
 #define MIRAS_LANES 16
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "mlp_backward.h"
+#include "mlp_forward.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -23,7 +25,8 @@
 namespace miras::cpu {
 
 const Kernels* avx512_kernels() {
-  static constexpr Kernels table = {"avx512", avx512::linear_forward, avx512::linear_backward};
+  static constexpr Kernels table = {"avx512", avx512::linear_forward, avx512::linear_backward, avx512::mlp_forward,
+                                    avx512::mlp_backward};
   return &table;
 }
 

@@ -6,11 +6,14 @@
 #define MIRAS_LANES 4
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "mlp_backward.h"
+#include "mlp_forward.h"
 
 namespace miras::cpu {
 
 const Kernels* portable_kernels() {
-  static constexpr Kernels table = {"portable", portable::linear_forward, portable::linear_backward};
+  static constexpr Kernels table = {"portable", portable::linear_forward, portable::linear_backward, portable::mlp_forward,
+                                    portable::mlp_backward};
   return &table;
 }
 

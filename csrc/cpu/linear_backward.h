@@ -6,12 +6,9 @@
 //   dK_s = W0' dE_s - sum_{t>=s} M_ts q_t - (gamma_C/gamma_s) D' U_s
 //   D   <- gamma_C D + sum_t gamma_t dO_t q_t' + sum_s dE_s k_s'
 //
-// What a chunk did depends on log alpha_r through every path that crosses token r: from a write s < r, or the state before
-// the chunk, to a read t >= r, or the state after it. With X_ts = -P_ts (dO_t . U_s),
+// and, with X_ts = -P_ts (dO_t . U_s) (see decay_gradient),
 //
 //   d log alpha_r = sum_{s<r<=t} X_ts + sum_{t>=r} gamma_t (W0 q_t).dO_t - sum_{s<r} (gamma_C/gamma_s) U_s.(D k_s) + gamma_C <D, W0>
-//
-// Summed as it stands, without differences of cumulative sums: exact where decays are small and all terms with them.
 //
 // Every `checkpoint_every`-th chunk start was saved. A segment of chunks is first run forward from its start, keeping its
 // states, errors and inner gradients, then backward.
@@ -143,7 +140,6 @@ struct BackwardTask {
   }
 
   void scores_backward(int c, WriteSoon soon);
-  void decay_backward(int c, const float* W);
   void chunk_backward(int64_t chunk, const float* W, const float* E, const float* G);
   void run();
 };
@@ -160,24 +156,6 @@ void BackwardTask::scores_backward(int c, WriteSoon soon) {
     });
     x.store_to(s.M + i * cp + j, cp);
   });
-}
-
-// d log alpha from X and the sums at the chunk's two ends, see above
-void BackwardTask::decay_backward(int c, const float* W) {
-  Vec dot = zeros();  // <D, W0>
-  for (index_t i = 0; i < index_t(dk) * dvp; i += kLanes) dot += load(s.D + i) * load(W + i);
-
-  float reads = *s.gates.end(c) * sum(dot);
-  for (int r = c - 1; r >= 0; --r) s.dlog[r] = reads += s.read_sums[r];
-
-  for (int j = 0; j < c; j += kLanes) {  // writes s in [j, j + kLanes): Y_s = sum over t >= r
-    const IVec column = iota() + j;
-    Vec y = column < c ? -load(s.write_sums + j) : zeros();
-    for (int r = c - 1; r > j; --r) {
-      y += load(s.X + r * cp + j);
-      s.dlog[r] += sum(column < r ? y : zeros());
-    }
-  }
 }
 
 void BackwardTask::chunk_backward(int64_t chunk, const float* W, const float* E, const float* G) {
@@ -257,7 +235,8 @@ void BackwardTask::chunk_backward(int64_t chunk, const float* W, const float* E,
   if (!dkeys.in_place()) dkeys.write(c, s.dX, dkp);
 
   if (gates.decays) {
-    decay_backward(c, W);
+    const float through = *gates.end(c) * inner_product(s.D, W, index_t(dk) * dvp);
+    decay_gradient(c, s.X, cp, s.read_sums, s.write_sums, through, s.dlog);
     write_gate(part(p.dlog_decay, p.gate_part), b, token(chunk), h, c, s.dlog);
   }
 

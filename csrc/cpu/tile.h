@@ -77,6 +77,16 @@ template <int R, int N> struct Tile {
     each([&](int r, int, Vec& y) MIRAS_LAMBDA { y *= broadcast(x[r]); });
   }
 
+  // *= x, element by element
+  MIRAS_FN void multiply(const float* x, index_t ld) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y *= load(x + r * ld + n * kLanes); });
+  }
+
+  // column n *= x[n]
+  MIRAS_FN void scale_cols(const float* x) {
+    each([&](int, int n, Vec& y) MIRAS_LAMBDA { y *= load(x + n * kLanes); });
+  }
+
   // sums[r] += <row r, x's row r>
   MIRAS_FN void dot_rows(const float* x, index_t ld, float* sums) {
     MIRAS_UNROLL
@@ -85,6 +95,17 @@ template <int R, int N> struct Tile {
       MIRAS_UNROLL
       for (int n = 1; n < N; ++n) s += acc[r][n] * load(x + r * ld + n * kLanes);
       sums[r] += sum(s);
+    }
+  }
+
+  // sums[n] += <column n, x's column n>
+  MIRAS_FN void dot_cols(const float* x, index_t ld, float* sums) {
+    MIRAS_UNROLL
+    for (int n = 0; n < N; ++n) {
+      Vec s = load(sums + n * kLanes);
+      MIRAS_UNROLL
+      for (int r = 0; r < R; ++r) s += acc[r][n] * load(x + r * ld + n * kLanes);
+      store(sums + n * kLanes, s);
     }
   }
 
@@ -111,13 +132,15 @@ template <int N, class Function> MIRAS_INLINE void sweep_rows(int rows, int j, F
   while (i < rows) visit.template operator()<1, N>(i, j), i += 1;
 }
 
-// Columns outside: a panel of B stays in the first-level cache while the rows pass by. `cols` is a multiple of kPad.
-template <class Function> MIRAS_INLINE void sweep(int rows, int cols, Function visit) {
-  constexpr int N = kTileVectors;
+// Columns outside: a panel of B, N vectors wide, stays in the first-level cache while the rows pass by. `cols` is a multiple
+// of kPad.
+template <int N = kTileVectors, class Function> MIRAS_INLINE void sweep(int rows, int cols, Function visit) {
   int j = 0;
   for (; cols - j >= N * kLanes; j += N * kLanes) sweep_rows<N>(rows, j, visit);
   if constexpr (N == 4) {
     if (cols - j >= 2 * kLanes) sweep_rows<2>(rows, j, visit), j += 2 * kLanes;
+  }
+  if constexpr (N * kLanes > kPad) {
     if (cols - j >= kLanes) sweep_rows<1>(rows, j, visit);
   }
 }

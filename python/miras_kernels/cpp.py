@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ __all__ = ["CppBackend"]
 
 
 class CppBackend:
-    """Fused linear-memory kernels, ``csrc/cpu``: float32 arithmetic, float32 or bfloat16 inputs."""
+    """Fused kernels of both memories, ``csrc/cpu``: float32 arithmetic, float32 or bfloat16 inputs."""
 
     name = "cpp"
     MAX_HEAD = 256
+    MAX_HIDDEN = 1024
     MAX_CHUNK = 256
 
     def __init__(self):
@@ -33,8 +35,6 @@ class CppBackend:
         return torch.float32
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
-        if call.memory != "linear":
-            return "it has the linear memory only, so far"
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
         if not isinstance(call.retention, L2Retention):
@@ -47,6 +47,8 @@ class CppBackend:
         heads = max(call.q.shape[-1], call.v.shape[-1])
         if heads > self.MAX_HEAD:
             return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
+        if call.memory == "mlp" and call.state.dual[1].shape[-2] > self.MAX_HIDDEN:
+            return f"hidden units are limited to {self.MAX_HIDDEN}, got {call.state.dual[1].shape[-2]}"
         if call.chunk_size > self.MAX_CHUNK:
             return f"chunk_size is limited to {self.MAX_CHUNK}, got {call.chunk_size}"
         if differentiate and call.state.open_chunk is not None:
@@ -55,32 +57,44 @@ class CppBackend:
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         chunk = call.state.open_chunk
-        opened = (None, None, None) if chunk is None else (chunk.start[0], chunk.position, chunk.log_decay)
-        out, dual, start, log_decay, saved = self.extension.linear_forward(
+        opened = (None, None, None) if chunk is None else (_duals(call, chunk.start), chunk.position, chunk.log_decay)
+        run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
+        out, dual, start, log_decay, saved = run(
             *_inputs(call), *opened, _offsets(call), *_bias(call), call.chunk_size, checkpoint_every, call.output_final_state
         )
-        return out, [dual, start, log_decay], [saved] if checkpoint_every else []
+        final = [dual, start] if call.memory == "linear" else [*dual, *start]
+        return out, [*final, log_decay], [saved] if checkpoint_every else []
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         if not checkpoint_every:
             return []
-        dual, tokens, n = call.state.dual[0], call.q.shape[1], call.state.dual[0].shape[0]
+        dual, tokens, n = call.state.dual[-1], call.q.shape[1], call.state.dual[0].shape[0]
         if call.cu_seqlens is None:
             slots = n * -(-tokens // (call.chunk_size * checkpoint_every))
         else:
             slots = n + tokens // (call.chunk_size * checkpoint_every)
+        if call.memory == "mlp":
+            return [dual.new_empty(slots, dual.shape[1], 2, *dual.shape[2:])]
         return [dual.new_empty(slots, dual.shape[1], dual.shape[3], dual.shape[2])]
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
-        d_q, d_k, d_v, d_lr, d_log_decay, d_delta, d_dual = self.extension.linear_backward(
-            *_inputs(call), _offsets(call), saved[0], grad_out, grad_dual[0] if grad_dual else None, *_bias(call),
+        run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
+        names = ("q", "k", "v", "lr", "log_decay", "delta") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
+        *grads, d_dual = run(
+            *_inputs(call), _offsets(call), saved[0], grad_out, _duals(call, grad_dual) if grad_dual else None, *_bias(call),
             call.chunk_size, checkpoint_every,
         )  # fmt: skip
-        return {"q": d_q, "k": d_k, "v": d_v, "lr": d_lr, "log_decay": d_log_decay, "delta": d_delta, "dual": [d_dual]}
+        return {**dict(zip(names, grads, strict=True)), "dual": [d_dual] if call.memory == "linear" else list(d_dual)}
 
 
 def _inputs(call: Call) -> tuple:
-    return call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.state.dual[0]
+    norm = () if call.memory == "linear" else (call.ln_weight, call.ln_bias, call.ln_eps)
+    return call.q, call.k, call.v, call.lr, call.log_decay, call.delta, *norm, _duals(call, call.state.dual)
+
+
+def _duals(call: Call, matrices: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    """A memory's matrices as the extension takes them: one tensor, or two."""
+    return matrices[0] if call.memory == "linear" else matrices
 
 
 def _offsets(call: Call) -> Tensor | None:

@@ -90,7 +90,8 @@ class Case:
     """One call of a memory, by its properties.
 
     Attributes:
-        decay: "none", "scalar", "channel", "strong" (alpha down to 0.05) or "extreme" (steps of -1e4 and runs of -50).
+        decay: "none", "scalar", "channel", "slight" (alpha above 0.998), "strong" (alpha down to 0.05) or "extreme"
+            (steps of -1e4 and runs of -50).
         delta: "float", "token" or "channel"; ignored by biases without one.
         lr: "scalar" or "channel".
         initial: "none" (zeros), "dual" (one per sequence) or "shared" (one for all).
@@ -166,8 +167,12 @@ class Case:
         if self.bias.needs_delta and self.delta != "float":
             tensors["delta"] = gate(self.delta, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
         rate = 0.5 * min(1.0, dk / self.chunk_size) / self._curvature()
+        if self.memory == "mlp":  # a = gelu(W2 k): a step moves LN(W1 a) by |a|^2 / var(W1 a) of it, about Hd
+            rate /= self.hidden
         tensors["lr"] = gate(self.lr, 0.2 * rate, rate)
-        if self.decay == "strong":
+        if self.decay == "slight":
+            tensors["log_decay"] = gate("scalar", -2e-3, -5e-5)
+        elif self.decay == "strong":
             tensors["log_decay"] = gate("scalar", 0.05, 0.2).log()
         elif self.decay == "extreme":
             u = uniform(0, 1, b, t, h)
@@ -326,7 +331,22 @@ def _mlp() -> list[Case]:
         Case("mlp-l2-shared-state", initial="shared", seed=142, **shape),
         Case("mlp-huber_norm-chunk-1", bias=Huber("norm"), chunk_size=1, tokens=9, seed=143, **shape),
         Case("mlp-l2-extreme-decay", decay="extreme", seed=144, **shape),
+        Case("mlp-huber_coordinate-strong-decay", bias=Huber("coordinate"), decay="strong", tokens=80, chunk_size=32, seed=145, **shape),
+        Case("mlp-huber_switch-packed", bias=Huber("switch"), lengths=(7, 33, 1), seed=146, **shape),
+        Case("mlp-huber_coordinate-float-delta", bias=Huber("coordinate"), delta="float", layout="fused", seed=147, **shape),
+        Case("mlp-robust_l2-heads-first", bias=BIASES[8], layout="heads_first", initial="shared", seed=148, **shape),
+        Case("mlp-dot-no-decay", bias=BIASES[0], decay="none", seed=149, **shape),
     ]
+    sizes = {  # name: (batch, tokens, heads, dim, hidden, chunk_size)
+        "one-token": (1, 1, 1, 16, 24, 16),
+        "odd": (1, 45, 2, 19, 37, 7),
+        "common": (1, 100, 1, 64, 256, 64),
+        "wide": (1, 40, 1, 128, 64, 32),
+        "tiny": (1, 11, 1, 1, 3, 4),
+    }
+    for i, (name, (b, t, h, d, hidden, c)) in enumerate(sizes.items(), 160):
+        shape = dict(memory="mlp", batch=b, tokens=t, heads=h, key_dim=d, value_dim=d, hidden=hidden, chunk_size=c)
+        cases.append(Case(f"mlp-huber_coordinate-{name}", bias=Huber("coordinate"), seed=i, **shape))
     return cases
 
 

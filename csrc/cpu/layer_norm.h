@@ -1,0 +1,73 @@
+// LayerNorm over the channels of a chunk's rows, and its vjp.
+//
+//   c tokens   D channels (Dp padded); matrices are [c x Dp], x is a normalised row, r its 1 / std
+#pragma once
+
+#include "pack.h"
+
+namespace miras::cpu::MIRAS_LEVEL {
+
+struct LayerNorm {
+  float *weight, *bias;  // [Dp]
+  float* real;           // [Dp]  1 for the D channels, 0 for the padding
+  float eps;
+  int d, dp;
+
+  MIRAS_FN LayerNorm(Arena& a, const MlpParams& p) : eps(p.ln_eps), d(p.D), dp(round_up(p.D, kPad)) {
+    weight = a.take(1, dp), bias = a.take(1, dp), real = a.take(1, dp);
+  }
+
+  void read(const MlpParams& p, int64_t h) {
+    copy_in(p.ln_weight + h * d, d, 1, d, weight, dp);
+    copy_in(p.ln_bias + h * d, d, 1, d, bias, dp);
+    for (int j = 0; j < dp; ++j) real[j] = j < d ? 1.0f : 0.0f;
+  }
+
+  MIRAS_FN float mean(Vec row_sum) const { return sum(row_sum) / float(d); }
+
+  // x = r (u - mean(u)) over u in place, and r [c]
+  void normalise(int c, float* u_x, float* r) const {
+    for (int t = 0; t < c; ++t, u_x += dp) {
+      Vec total = zeros(), square = zeros();
+      for (int j = 0; j < dp; j += kLanes) total += load(u_x + j);
+      const Vec centre = broadcast(mean(total));
+      for (int j = 0; j < dp; j += kLanes) {
+        const Vec y = (load(u_x + j) - centre) * load(real + j);
+        square += y * y;
+        store(u_x + j, y);
+      }
+      r[t] = 1.0f / __builtin_sqrtf(mean(square) + eps);
+      for (int j = 0; j < dp; j += kLanes) store(u_x + j, broadcast(r[t]) * load(u_x + j));
+    }
+  }
+
+  // y = base + x weight + bias
+  void affine(int c, const float* x, const float* base, float* y) const {
+    for (int t = 0; t < c; ++t, x += dp, base += dp, y += dp)
+      for (int j = 0; j < dp; j += kLanes) store(y + j, load(base + j) + (load(x + j) * load(weight + j) + load(bias + j)));
+  }
+
+  // One row: du = r (y - m(y) - x m(y x)), m the mean over channels; y(j) is zero in the padding.
+  template <class Row> MIRAS_FN void pull_row(const float* x, float r, Row&& y, float* du) const {
+    Vec total = zeros(), along = zeros();
+    for (int j = 0; j < dp; j += kLanes) {
+      store(du + j, y(j));
+      total += load(du + j), along += load(du + j) * load(x + j);
+    }
+    const Vec my = broadcast(mean(total)), mx = broadcast(mean(along)), scale = broadcast(r);
+    for (int j = 0; j < dp; j += kLanes) store(du + j, scale * (load(du + j) - my - load(x + j) * mx) * load(real + j));
+  }
+
+  // du, the gradient in u of LN(u) without its affine part, for the gradient y of its output
+  void pull_back(int c, const float* x, const float* r, const float* y, float* du) const {
+    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp)
+      pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j); }, du);
+  }
+  // the same for the gradient y of the whole
+  void pull_back_weighted(int c, const float* x, const float* r, const float* y, float* du) const {
+    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp)
+      pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j) * load(weight + j); }, du);
+  }
+};
+
+}  // namespace miras::cpu::MIRAS_LEVEL
