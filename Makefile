@@ -14,6 +14,8 @@ OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
 # Processes that share the tests; `make test WORKERS=` runs them in one.
 WORKERS        ?= -n 2 --dist worksteal
 ARGS           ?=
+# The demo's memory, e.g. PRESET=yaad; its own default if empty.
+PRESET         ?=
 
 # A kernel that does not compile is an error for a developer (users get a package without it, and the reason).
 export MIRAS_REQUIRE_CPP ?= 1
@@ -26,10 +28,11 @@ CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=python3.12 (for a new .venv), TORCH=\"torch==...\", ARGS=\"...\" (for the program that runs)"
+	@echo "  variables: PYTHON=python3.12 (for a new .venv), TORCH=\"torch==...\", ARGS=\"...\" (for the program that runs),"
+	@echo "             PRESET=yaad (the demo's memory)"
 
 demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a table and a picture
-	$(PY) examples/demo.py $(ARGS)
+	$(PY) examples/demo.py $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 test: $(VENV)/.built  ## the tests, without the slow ones
 	$(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)

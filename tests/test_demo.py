@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo.py"
 
@@ -18,8 +20,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(DEMO), *arguments], capture_output=True, text=True, timeout=300, env=env, check=False)
 
 
-def test_it_ends_with_the_tables_and_a_picture(tmp_path):
-    result = run("--steps", "3", "--seconds", "1", "--out", str(tmp_path))
+@pytest.mark.parametrize("preset", ["yaad", "yaad_linear"])
+def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
+    result = run("--preset", preset, "--steps", "3", "--seconds", "1", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
     text = result.stdout
     bits = re.search(r"validation, bits per byte +(\d\.\d+) +(\d\.\d+)", text)
@@ -27,10 +30,15 @@ def test_it_ends_with_the_tables_and_a_picture(tmp_path):
     assert all(float(x.replace(",", "")) > 0 for x in re.search(r"tokens per second +([\d,]+) +([\d,]+)", text).groups())
     unigram = float(re.search(r"Byte frequencies alone would give (\d\.\d+)", text)[1])
     assert 4 < unigram < 5.5
-    assert re.search(r"(attention|yaad) was the better one|neither was better", text)
-    better = "attention" if float(bits[1]) < float(bits[2]) else "yaad"
+    assert re.search(rf"(attention|{preset}) was the better one|neither was better", text)
+    better = "attention" if float(bits[1]) < float(bits[2]) else preset
     assert bits[1] == bits[2] or f"In this run {better} was the better one" in text
-    assert re.search(r"forward \+ backward, seconds", text)
+    attention, memory = (int(x.replace(",", "")) for x in re.search(r"parameters +([\d,]+) +([\d,]+)", text).groups())
+    # Per layer: 4 + 1 projections against 4; convolution, norm, gates; W1, W2 (Hd = 4 D) and LN's two vectors.
+    extra = 96 * 96 + 3 * 96 * 4 + 32 + 16 * 96 + 9 * 16 + 9 + (3 * (2 * 32 * 128 + 2 * 32) if preset == "yaad" else 0)
+    assert memory - attention == 3 * extra
+    assert ("a learned initial memory" in text) == (preset == "yaad")
+    assert re.search(rf"{preset}, B4.*\n-+\nforward \+ backward, seconds", text)
     assert all(float(x) < 1e-4 for x in re.findall(r"(?:float64|worst gradient) +(\S+e-\d+)", text))
     assert "within the error budget of float32" in text
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -41,6 +49,13 @@ def test_wrong_arguments():
     assert result.returncode == 2
     assert "'moneta'" in result.stderr
     assert "yaad" in result.stderr
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("yaad", "--preset yaad"), ("", None), ("ttt_mlp", "--preset ttt_mlp")])
+def test_make_hands_the_preset_on(preset, expected):
+    result = subprocess.run(["make", "-n", "demo", f"PRESET={preset}"], capture_output=True, text=True, cwd=ROOT, check=True)
+    command = next(line for line in result.stdout.splitlines() if "examples/demo.py" in line)
+    assert (expected in command) if expected else "--preset" not in command
 
 
 def test_no_validation_text_in_training(capsys):

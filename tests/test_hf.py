@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -11,13 +12,14 @@ import transformers
 from transformers import DynamicCache
 
 from miras_kernels.hf import MemoryAttention, replace_attention
-from miras_kernels.layers import MemoryBlock
+from miras_kernels.layers import PRESETS, MemoryBlock
 
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+MLP = ("l2_mlp", "ttt_mlp", "yaad")
 LENGTH, VOCAB = 13, 50
 
 
-def model(architecture="Llama", layers=None, *, kind="ForCausalLM", dtype=torch.float32, attention="sdpa", preset="yaad", **options):
+def model(architecture="Llama", layers=None, *, kind="ForCausalLM", dtype=torch.float32, attention="sdpa", preset="yaad_linear", **options):
     """A tiny random model with memories of chunk 4 (``layers=()``: a plain one)."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{architecture}Config")(
@@ -67,9 +69,11 @@ def test_the_chosen_layers_are_replaced_and_train(architecture, layers):
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_lowers_the_loss(architecture):
-    host = model(architecture).train()
+@pytest.mark.parametrize(
+    ("architecture", "preset"), [*((name, "yaad_linear") for name in ARCHITECTURES), *(("Llama", name) for name in MLP)]
+)
+def test_training_lowers_the_loss(architecture, preset):
+    host = model(architecture, preset=preset).train()
     optimizer = torch.optim.AdamW(host.parameters(), lr=1e-2)
     losses = []
     for _ in range(8):
@@ -79,6 +83,21 @@ def test_training_lowers_the_loss(architecture):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("name", MLP)
+def test_mlp_memories_train_every_parameter(name):
+    host = model("Qwen3", [0, 2], preset=name)
+    memory = host.model.layers[0].self_attn.memory
+    assert (memory.w1.shape, memory.w2.shape, memory.ln_weight.shape) == ((4, 8, 32), (4, 32, 8), (4, 8))
+    for n, grad in gradients(host, input_ids=ids(), labels=ids()).items():
+        assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
+
+
+def test_the_layer_and_the_replacement_have_the_same_default():
+    defaults = {inspect.signature(f).parameters["preset"].default for f in (replace_attention, MemoryBlock)}
+    assert defaults == {"yaad_linear"}
+    assert PRESETS["yaad_linear"].memory == "linear"
 
 
 @pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
@@ -147,9 +166,9 @@ def test_padding_is_exact(architecture, layers, attention, rows):
         assert_close(other[i, real], logits[i, real])
 
 
-@pytest.mark.parametrize("layers", [None, [1]])
-def test_gradients_under_padding_are_those_of_the_real_tokens(layers):
-    host, mask = model("Qwen2", layers), torch.tensor(ROWS["mixed"])
+@pytest.mark.parametrize(("layers", "preset"), [(None, "yaad_linear"), ([1], "yaad_linear"), ([1], "yaad")])
+def test_gradients_under_padding_are_those_of_the_real_tokens(layers, preset):
+    host, mask = model("Qwen2", layers, preset=preset), torch.tensor(ROWS["mixed"])
     weight = torch.randn(2, LENGTH, VOCAB, generator=torch.Generator().manual_seed(3))
     (host(input_ids=ids(), attention_mask=mask).logits * weight)[mask == 1].sum().backward()
     padded = {n: p.grad.clone() for n, p in host.named_parameters()}
@@ -172,10 +191,12 @@ def test_four_dimensional_masks(form):
     assert_close(a[mask == 1], b[mask == 1])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "preset"), [*((name, "yaad_linear") for name in ARCHITECTURES), ("Llama", "yaad"), ("Llama", "ttt_mlp")]
+)
 @pytest.mark.parametrize("layers", [None, [0, 2]])
-def test_packed_documents_are_separate(architecture, layers):
-    host, lengths = model(architecture, layers).eval(), (5, 1, 7)
+def test_packed_documents_are_separate(architecture, preset, layers):
+    host, lengths = model(architecture, layers, preset=preset).eval(), (5, 1, 7)
     packed = ids(1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     alone = torch.cat([host(input_ids=part).logits for part in packed.split(lengths, 1)], 1)
@@ -207,8 +228,9 @@ def test_a_decoder_layer_by_itself_derives_the_mask():
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant):
-    host, mask = model("Qwen3", [0, 2]).train(), torch.tensor(ROWS["mixed"])
+@pytest.mark.parametrize("preset", ["yaad", "yaad_linear"])
+def test_gradient_checkpointing_changes_nothing(preset, reentrant):
+    host, mask = model("Qwen3", [0, 2], preset=preset).train(), torch.tensor(ROWS["mixed"])
     plain = gradients(host, input_ids=ids(), attention_mask=mask, labels=ids())
     host.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
@@ -217,9 +239,9 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         assert torch.equal(grad, plain[n]), n
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_torch_compile_of_a_training_step(padded):
-    host = model("Llama", [0, 2])
+@pytest.mark.parametrize(("preset", "padded"), [("yaad_linear", False), ("yaad_linear", True), ("yaad", True)])
+def test_torch_compile_of_a_training_step(preset, padded):
+    host = model("Llama", [0, 2], preset=preset)
     inputs = {"input_ids": ids(), "labels": ids()} | ({"attention_mask": torch.tensor(ROWS["left"])} if padded else {})
     plain = gradients(host, **inputs)
     compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
@@ -229,14 +251,15 @@ def test_torch_compile_of_a_training_step(padded):
         assert_close(p.grad, plain[n])
 
 
-def test_bfloat16_and_autocast():
-    half = model(dtype=torch.bfloat16)
+@pytest.mark.parametrize("preset", ["yaad", "yaad_linear"])
+def test_bfloat16_and_autocast(preset):
+    half = model(dtype=torch.bfloat16, preset=preset)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert all(torch.equal(p, q) for p, q in zip(half.parameters(), model().to(torch.bfloat16).parameters(), strict=True))
+    full = model(preset=preset)
+    assert all(torch.equal(p, q.to(torch.bfloat16)) for p, q in zip(half.parameters(), full.parameters(), strict=True))
     assert half(input_ids=ids()).logits.dtype == torch.bfloat16
     for n, grad in gradients(half, input_ids=ids(), labels=ids()).items():
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
-    full = model()
     exact = full(input_ids=ids()).logits
     budget = 3 * (half(input_ids=ids()).logits - exact).norm()  # of everything in bfloat16, weights too
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -249,9 +272,9 @@ def test_bfloat16_and_autocast():
 # ------------------------------------------------------------------------------------- what is not there yet, and errors
 
 
-@pytest.mark.parametrize("layers", [None, [1]])
-def test_generation_without_a_cache_follows_the_full_forward(layers):
-    host, mask = model(layers=layers).eval(), torch.tensor(ROWS["left"])
+@pytest.mark.parametrize(("layers", "preset"), [(None, "yaad_linear"), ([1], "yaad_linear"), (None, "yaad")])
+def test_generation_without_a_cache_follows_the_full_forward(layers, preset):
+    host, mask = model(layers=layers, preset=preset).eval(), torch.tensor(ROWS["left"])
     for prompt, kwargs in ((ids(), {}), (ids(), {"attention_mask": mask})):
         text = host.generate(prompt, **kwargs, max_new_tokens=5, do_sample=False, use_cache=False)
         for row in range(2):
@@ -277,14 +300,15 @@ def test_a_cache_is_refused(layers):
     assert host(input_ids=ids(), labels=ids()).past_key_values is None
 
 
-def test_saving_is_refused_and_a_state_dict_makes_the_round_trip(tmp_path):
-    host = model(layers=[0, 1])
+@pytest.mark.parametrize("preset", ["yaad", "yaad_linear"])
+def test_saving_is_refused_and_a_state_dict_makes_the_round_trip(tmp_path, preset):
+    host = model(layers=[0, 1], preset=preset)
     for part in (host, host.model):
         with pytest.raises(NotImplementedError, match=r"save_pretrained: .*state_dict"):
             part.save_pretrained(tmp_path)
     torch.save(host.state_dict(), tmp_path / "weights.pt")
     torch.manual_seed(99)
-    other = replace_attention(transformers.LlamaForCausalLM(host.config), layers=[0, 1], chunk_size=4)
+    other = replace_attention(transformers.LlamaForCausalLM(host.config), preset, [0, 1], chunk_size=4)
     assert not torch.equal(other(input_ids=ids()).logits, host(input_ids=ids()).logits)
     other.load_state_dict(torch.load(tmp_path / "weights.pt"))
     assert torch.equal(other(input_ids=ids()).logits, host(input_ids=ids()).logits)

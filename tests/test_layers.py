@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from miras_kernels import L2, Huber, KLRetention
 from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset
 
 NAMES = sorted(PRESETS)
+MLP = ("l2_mlp", "ttt_mlp", "yaad")
 SIZES = {"hidden_size": 24, "num_heads": 3, "head_dim": 8, "init_std": 0.3}
 
 
-def block(preset="yaad", dtype=torch.float64, seed=0, **options) -> MemoryBlock:
+def block(preset="yaad_linear", dtype=torch.float64, seed=0, **options) -> MemoryBlock:
     """A small block; a large init_std, so that gates differ from token to token. Chunks of 4 unless the preset says 1."""
     torch.manual_seed(seed)
     if isinstance(preset, str) and PRESETS[preset].chunk_size > 1:
@@ -80,7 +82,7 @@ ROWS = {  # what is real in rows of 12 tokens
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("name", ["yaad", "deltanet", "mamba2"])
+@pytest.mark.parametrize("name", ["yaad", "yaad_linear", "deltanet", "mamba2"])
 def test_padding_is_exact_whatever_it_holds(name, rows):
     module = block(name)
     mask, weight = torch.tensor(ROWS[rows]), tokens(3, 12, seed=3)
@@ -120,8 +122,9 @@ def test_a_mask_of_ones_changes_nothing(dtype):
 
 
 @pytest.mark.parametrize("rows", ["left", "right", "mixed", "holes"])
-def test_the_state_after_padding_is_that_of_the_real_tokens(rows):
-    module, x, mask = block(), tokens(3, 12), torch.tensor(ROWS[rows])
+@pytest.mark.parametrize("name", ["yaad", "yaad_linear"])
+def test_the_state_after_padding_is_that_of_the_real_tokens(name, rows):
+    module, x, mask = block(name), tokens(3, 12), torch.tensor(ROWS[rows])
     more = tokens(3, 7, seed=4)
     out, state = module(x, mask, output_final_state=True)
     assert_close(out, module(x, mask)[0])
@@ -134,7 +137,7 @@ def test_the_state_after_padding_is_that_of_the_real_tokens(rows):
 # ------------------------------------------------------------------------------------------------- packing and cutting
 
 
-@pytest.mark.parametrize("name", ["yaad", "deltanet", "retnet"])
+@pytest.mark.parametrize("name", ["yaad", "ttt_mlp", "yaad_linear", "deltanet", "retnet"])
 def test_packed_sequences_equal_a_loop(name):
     module, lengths = block(name), (1, 2, 3, 9, 4)
     x, weight = tokens(1, sum(lengths)).requires_grad_(), tokens(1, sum(lengths), seed=3)
@@ -147,7 +150,8 @@ def test_packed_sequences_equal_a_loop(name):
         (expected_grad,) = torch.autograd.grad((expected * weight[:, a:b]).sum(), alone)
         assert_close(out[:, a:b], expected)
         assert_close(grad[:, a:b], expected_grad)
-        assert_close(state.memory.dual[0][i], expected_state.memory.dual[0][0])
+        for dual, expected_dual in zip(state.memory.dual, expected_state.memory.dual, strict=True):
+            assert_close(dual[i], expected_dual[0])
         assert_close(state.conv[i], expected_state.conv[0])
     # each goes on from its own state
     more = tokens(1, 2 * len(lengths), seed=4)
@@ -167,12 +171,14 @@ def test_a_sequence_may_be_cut_anywhere(name, pieces):
         out, state = module(piece, initial_state=state, output_final_state=True)
         outputs.append(out)
     assert_close(torch.cat(outputs, 1), whole)
-    assert_close(state.memory.dual[0], final.memory.dual[0])
+    for dual, expected in zip(state.memory.dual, final.memory.dual, strict=True):
+        assert_close(dual, expected)
     assert_close(state.conv, final.conv)
 
 
-def test_gradients_pass_a_cut_between_chunks():
-    module, x, weight = block(dtype=torch.float32), tokens(2, 20, torch.float32), tokens(2, 20, torch.float32, seed=3)
+@pytest.mark.parametrize("name", ["yaad", "yaad_linear"])
+def test_gradients_pass_a_cut_between_chunks(name):
+    module, x, weight = block(name, torch.float32), tokens(2, 20, torch.float32), tokens(2, 20, torch.float32, seed=3)
     (module(x)[0] * weight).sum().backward()
     whole = {n: p.grad.clone() for n, p in module.named_parameters()}
     module.zero_grad()
@@ -185,15 +191,33 @@ def test_gradients_pass_a_cut_between_chunks():
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
-def test_nothing_to_read(batch, length):
-    module = block()
+@pytest.mark.parametrize(("name", "shapes"), [("yaad_linear", [(8, 8)]), ("yaad", [(8, 32), (32, 8)])])
+def test_nothing_to_read(name, shapes, batch, length):
+    module = block(name)
     out, state = module(tokens(batch, length), output_final_state=True)
     assert out.shape == (batch, length, SIZES["hidden_size"])
     assert isinstance(state, BlockState)
-    assert state.memory.dual[0].shape == (batch, 3, 8, 8)
+    assert [tuple(dual.shape) for dual in state.memory.dual] == [(batch, 3, *shape) for shape in shapes]
 
 
 # ------------------------------------------------------------------------------------------- against written-out loops
+
+
+def recalled(matrices: tuple[torch.Tensor, torch.Tensor], module: MemoryBlock, head: int, x: torch.Tensor) -> torch.Tensor:
+    """The MLP memory of one head, ``x + LN(W1 gelu(W2 x))``, from the formulas of gelu (tanh form) and LayerNorm."""
+    z = matrices[1] @ x
+    u = matrices[0] @ (z / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z**3))))
+    centred = u - u.mean()
+    return x + centred / (centred @ centred / len(u) + 1e-6).sqrt() * module.ln_weight[head] + module.ln_bias[head]
+
+
+def descended(name: str, matrices, module: MemoryBlock, head: int, key, value, delta) -> tuple[torch.Tensor, ...]:
+    """Gradients of an MLP memory's inner loss in its matrices. Yaad's loss has psi = delta tanh(10 e) beyond delta."""
+    error = recalled(matrices, module, head, key) - value
+    loss = error @ error / 2
+    if name == "yaad" and error.norm() > delta:
+        loss = (delta * torch.cosh(10 * error).log() / 10).sum()
+    return torch.autograd.grad(loss, matrices, create_graph=True)
 
 
 def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +228,8 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
     if module.gate_up is not None:
         raw = (x @ module.gate_down.T @ module.gate_up.T + module.gate_bias).reshape(len(x), -1, h)  # [T, gates, H]
     state = [torch.zeros(d, d, dtype=x.dtype) for _ in range(h)]
+    if name in MLP:
+        state = [(module.w1[i], module.w2[i]) for i in range(h)]
     started = list(state)
     outputs = []
     for t in range(len(x)):
@@ -214,7 +240,7 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
             if t % module.preset.chunk_size == 0:
                 started[i] = state[i]
             unit = lambda y: y / (y @ y + 1e-6).sqrt()
-            key, error = unit(k[i]), started[i] @ unit(k[i]) - v[i]
+            key, error = unit(k[i]), None if name in MLP else started[i] @ unit(k[i]) - v[i]
             bounded = 1 / (1 + torch.exp(-raw[t, 0, i])) / module.preset.chunk_size if module.preset.lr == "bounded" else None
             if name == "linear_attention":
                 decay, write = 1.0, v[i]
@@ -223,6 +249,14 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
             elif name == "mamba2":
                 dt = torch.log(1 + torch.exp(raw[t, 0, i]))
                 decay, write = torch.exp(-dt * torch.exp(module.decay_rate[i])), dt * v[i]
+            elif name in MLP:
+                decay = 1.0 if name == "ttt_mlp" else 1 / (1 + torch.exp(raw[t, 1, i]))
+                delta = torch.log(1 + torch.exp(raw[t, 2, i])) if name == "yaad" else None
+                gradients = descended(name, started[i], module, i, key, v[i], delta)
+                state[i] = tuple(decay * w - bounded * g for w, g in zip(state[i], gradients, strict=True))
+                o = recalled(state[i], module, i, unit(q[i]))
+                heads.append(o / (o @ o / d + module.norm_eps).sqrt() * module.norm_weight)
+                continue
             elif name in ("deltanet", "ttt_linear"):
                 decay, write = 1.0, -bounded * error
             else:
@@ -245,16 +279,34 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_block_equals_the_written_out_recurrence(name):
-    module, x = block(name), tokens(1, 11)
-    assert_close(module(x)[0][0], written_out(module, x[0]))
+    module, x, weight = block(name), tokens(1, 11), tokens(1, 11, seed=3)[0]
+    names, values = zip(*module.named_parameters(), strict=True)
+    fused, expected = module(x)[0][0], written_out(module, x[0])
+    assert_close(fused, expected)
+    grads, expected_grads = (torch.autograd.grad((out * weight).sum(), values) for out in (fused, expected))
+    for n, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
+        assert expected_grad.abs().max() > 0, n
+        assert_close(grad, expected_grad)
 
 
-def test_both_branches_of_huber_are_in_use_at_the_start():
+def projected(module: MemoryBlock, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v ``[B, T, H, D]`` of a block, q and k of norm 1."""
+    mixed = module._convolve(torch.cat([p(x) for p in (module.q_proj, module.k_proj, module.v_proj)], -1), None, None)[0]
+    q, k, v = F.silu(mixed).unflatten(-1, (3, module.num_heads, module.head_dim)).unbind(2)
+    return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+
+
+@pytest.mark.parametrize(("name", "size", "init_std"), [("yaad_linear", 128, 0.02), ("yaad", 128, 0.02), ("yaad", 96, 0.1)])
+def test_both_branches_of_huber_are_in_use_at_the_start(name, size, init_std):
     torch.manual_seed(0)
-    module = MemoryBlock(128, 4, preset="yaad")
-    x = F.rms_norm(torch.randn(2, 64, 128), (128,))
-    v = module._convolve(torch.cat([p(x) for p in (module.q_proj, module.k_proj, module.v_proj)], -1), None, None)[0].chunk(3, -1)[2]
-    outside = (F.silu(v).unflatten(-1, (4, 32)).norm(dim=-1) > module.gates(x)["delta"]).float().mean()
+    module = MemoryBlock(size, 4, preset=name, init_std=init_std)
+    x = F.rms_norm(torch.randn(2, 64, size), (size,))
+    _, k, v = projected(module, x)
+    predicted = torch.zeros(())
+    if name == "yaad":
+        rows = lambda keys, head: torch.stack([recalled((module.w1[head], module.w2[head]), module, head, key) for key in keys])
+        predicted = torch.stack([rows(k[:, :, i].flatten(0, 1), i).unflatten(0, (2, 64)) for i in range(4)], 2)
+    outside = ((predicted - v).norm(dim=-1) > module.gates(x)["delta"]).float().mean()
     assert 0.05 < outside < 0.95
 
 
@@ -262,6 +314,12 @@ def test_heads_forget_over_spans_between_10_and_1000_tokens_at_the_start():
     module = MemoryBlock(64, 4, preset="l2", dtype=torch.float64, init_std=0.0)
     log_decay = module.gates(torch.zeros(1, 1, 64, dtype=torch.float64))["log_decay"][0, 0]
     assert_close(-1 / log_decay, torch.tensor([10, 10 ** (5 / 3), 10 ** (7 / 3), 1000], dtype=torch.float64))
+
+
+def test_heads_with_an_mlp_forget_over_spans_from_their_hidden_size_times_the_chunk_up():
+    module = MemoryBlock(24, 3, preset="l2_mlp", dtype=torch.float64, init_std=0.0)
+    log_decay = module.gates(torch.zeros(1, 1, 24, dtype=torch.float64))["log_decay"][0, 0]
+    assert_close(-1 / log_decay, 16 * 32 * torch.tensor([1, 10, 100], dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------- stability
@@ -275,7 +333,7 @@ def open_gates(module: MemoryBlock) -> None:
         module.gate_bias.copy_(torch.tensor([start[n] for n in module.preset.token_gates]).repeat_interleave(module.num_heads))
 
 
-@pytest.mark.parametrize("name", ["yaad", "huber", "l2", "ttt_linear", "deltanet"])
+@pytest.mark.parametrize("name", ["yaad_linear", "huber", "l2", "ttt_linear", "deltanet"])
 @pytest.mark.parametrize("delta", [50.0, -2.0])
 def test_the_state_stays_bounded_while_keys_repeat(name, delta):
     module = block(name, torch.float32, chunk_size=1 if name == "deltanet" else 16)
@@ -304,10 +362,65 @@ def test_without_the_bound_on_lr_the_state_blows_up():
 
 
 def test_lr_never_exceeds_one_over_the_chunk_size():
-    for name in ("yaad", "ttt_linear", "deltanet"):
+    for name in ("yaad", "ttt_mlp", "yaad_linear", "ttt_linear", "deltanet"):
         module = block(name)
         assert (module.gates(1e3 * tokens(2, 50))["lr"] <= 1 / module.preset.chunk_size).all()
         assert "log_decay" not in module.gates(tokens(1, 2)) or (module.gates(1e3 * tokens(2, 50))["log_decay"] <= 0).all()
+
+
+@pytest.mark.parametrize(("size", "heads", "head_dim", "init_std"), [(128, 4, 32, 0.02), (96, 3, 32, 0.1), (768, 1, 64, 0.02)])
+def test_the_first_steps_of_an_mlp_memory_are_stable(size, heads, head_dim, init_std):
+    """A chunk of equal keys with the largest steps multiplies the error by 1 - J J', J the prediction's derivative in W1 and W2."""
+    torch.manual_seed(0)
+    module = MemoryBlock(size, heads, head_dim, preset="ttt_mlp", init_std=init_std, dtype=torch.float64)
+    x = F.rms_norm(torch.randn(1, 4, size, dtype=torch.float64), (size,))
+    k, share = projected(module, x)[1][0], 16 * module.gates(x)["lr"].max().item()  # of the largest step
+    largest = []
+    for i, key in itertools.product(range(heads), k):
+        predict = lambda w1, w2, i=i, key=key: recalled((w1, w2), module, i, key[i])
+        jacobian = torch.cat([x.flatten(1) for x in torch.func.jacrev(predict, (0, 1))(module.w1[i], module.w2[i])], 1)
+        largest.append(torch.linalg.matrix_norm(jacobian, 2).square().item())
+    assert 0.5 < statistics.median(largest) < 2
+    assert share * max(largest) < 2
+
+
+@pytest.mark.parametrize(("name", "delta"), [("l2_mlp", None), ("ttt_mlp", None), ("yaad", 50.0), ("yaad", -2.0)])
+def test_an_mlp_memory_learns_repeated_keys_with_the_largest_steps(name, delta):
+    """64 chunks with 2 keys: what is left of the error is what LN's fixed size and mean of zero leave; a small delta takes longer."""
+    module = block(name, torch.float32, chunk_size=16)
+    open_gates(module)
+    if delta is not None:
+        with torch.no_grad():
+            module.gate_bias[-3:] = delta
+    x = (3 * tokens(1, 2, torch.float32))[:, torch.arange(1024) // 8 % 2]
+    _, k, v = projected(module, x)
+    _, state = module(x, output_final_state=True)
+    assert all(torch.isfinite(dual).all() for dual in state.memory.dual)
+    for i, t in itertools.product(range(3), (1015, 1023)):
+        error = lambda w1, w2, i=i, t=t: (recalled((w1, w2), module, i, k[0, t, i]) - v[0, t, i]).norm()
+        wanted = v[0, t, i] - k[0, t, i]
+        centred = (wanted - wanted.mean()).norm()
+        least = ((wanted.norm() ** 2 - centred**2) + (centred - 8**0.5 * module.ln_weight[i, 0]) ** 2).sqrt()
+        first, last = error(module.w1[i], module.w2[i]), error(*(dual[0, i] for dual in state.memory.dual))
+        assert last < (first if delta == -2 else least + 0.1 * (first - least))
+
+
+def test_gradients_through_an_mlp_memory_do_not_grow_with_the_distance():
+    """With the start's decays; with those of a linear memory they do."""
+    torch.manual_seed(0)
+    module = MemoryBlock(32, 2, preset="l2_mlp")
+    x = F.rms_norm(torch.randn(4, 32)[torch.randint(4, (1, 1024))] + 0.3 * torch.randn(1, 1024, 32), (32,)).requires_grad_()
+
+    def reached() -> torch.Tensor:
+        """``[T]``, the size of the last output's gradient in every token."""
+        return torch.autograd.grad(module(x)[0][0, -1].norm(), x)[0][0].norm(dim=-1)
+
+    grad = reached()
+    assert grad[:-64].max() < grad[-1]
+    with torch.no_grad():
+        module.gate_bias[2:] = math.log(math.expm1(1 / 30))
+    grad = reached()
+    assert not grad[:-64].max() < 100 * grad[-1]
 
 
 # --------------------------------------------------------------------------------------------- gradients, dtypes, tools
@@ -326,18 +439,19 @@ def test_gradients_reach_every_parameter(name, dtype):
         assert t.grad.abs().max() > 0, n
 
 
-@pytest.mark.parametrize("name", ["yaad", "mamba2"])
+@pytest.mark.parametrize("name", ["yaad", "l2_mlp", "yaad_linear", "mamba2"])
 def test_gradcheck(name):
     torch.manual_seed(0)
-    module = MemoryBlock(3, 1, 2, preset=name, chunk_size=2, gate_rank=2, init_std=0.7, dtype=torch.float64)
+    module = MemoryBlock(3, 1, 3 if name in MLP else 2, preset=name, chunk_size=2, gate_rank=2, init_std=0.7, dtype=torch.float64)
     names, values = zip(*module.named_parameters(), strict=True)
     x = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
     run = lambda x, *p: torch.func.functional_call(module, dict(zip(names, p, strict=True)), (x,))[0]
-    assert torch.autograd.gradcheck(run, (x, *values))
+    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=name in MLP)
 
 
-def test_gates_are_float32_under_autocast():
-    module, x = block(dtype=torch.float32), tokens(2, 21, torch.float32)
+@pytest.mark.parametrize("name", ["yaad", "yaad_linear"])
+def test_gates_are_float32_under_autocast(name):
+    module, x = block(name, torch.float32), tokens(2, 21, torch.float32)
     plain = module.gates(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast, out = module.gates(x), module(x)[0]
@@ -350,9 +464,20 @@ def test_gates_are_float32_under_autocast():
     assert (out.float() - exact).norm() <= 8 * 2**-8 * exact.norm()
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_torch_compile_in_one_graph(padded):
-    module, x = block(dtype=torch.float32), tokens(2, 12, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_starts_from_parameters_of_the_modules_dtype_and_keeps_its_state_in_float32(dtype):
+    module = block("yaad", dtype)
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    _, state = module(tokens(2, 0, dtype), output_final_state=True)
+    for dual, start in zip(state.memory.dual, (module.w1, module.w2), strict=True):
+        assert dual.dtype == torch.float32
+        assert torch.equal(dual, start.float().expand_as(dual))
+    assert all(x.dtype == torch.float32 for x in module(tokens(2, 9, dtype), output_final_state=True)[1].memory.tensors())
+
+
+@pytest.mark.parametrize(("name", "padded"), [("yaad_linear", False), ("yaad_linear", True), ("yaad", True)])
+def test_torch_compile_in_one_graph(name, padded):
+    module, x = block(name, torch.float32), tokens(2, 12, torch.float32)
     mask = torch.tensor(ROWS["mixed"][:2]) if padded else None
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     for run in (module, compiled):
@@ -373,6 +498,10 @@ def test_a_preset_of_ones_own():
     row = dataclasses.replace(PRESETS["l2"], retention=KLRetention(), chunk_size=4)
     module, x = block(row), tokens(1, 9)
     assert (module(x)[0] - block("l2")(x)[0]).abs().max() > 1e-3
+    row = Preset(L2(), "bounded", "token", 4, "", memory="mlp", expansion=2)
+    module = block(row)
+    assert (module.w1.shape, module.w2.shape, module.ln_weight.shape) == ((3, 8, 16), (3, 16, 8), (3, 8))
+    assert torch.isfinite(module(x)[0]).all()
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -391,7 +520,10 @@ def test_a_preset_of_ones_own():
         (lambda: MemoryBlock(8, 2, conv_width=0), ValueError, "conv_width: expected an integer >= 1, got 0"),
         (lambda: MemoryBlock(8, 2, chunk_size=0), ValueError, "chunk_size: expected an integer >= 1, got 0"),
         (lambda: MemoryBlock(8, 2, chunk_size=1.5), TypeError, "chunk_size: expected an integer >= 1, got float"),
-        (lambda: Preset(L2(), "one", None, 4, "", memory="mlp"), ValueError, "memory: expected one of 'linear', got 'mlp'"),
+        (lambda: Preset(L2(), "one", None, 4, "", memory="rnn"), ValueError, "memory: expected one of 'linear', 'mlp', got 'rnn'"),
+        (lambda: Preset(L2(), "one", None, 4, "", memory="mlp"), ValueError, "expansion: expected an integer >= 1 .* got None"),
+        (lambda: Preset(L2(), "one", None, 4, "", memory="mlp", expansion=0), ValueError, "expansion: expected an integer >= 1 .* got 0"),
+        (lambda: Preset(L2(), "one", None, 4, "", expansion=4), ValueError, "expansion: a linear memory has none, expected None, got 4"),
         (lambda: Preset(L2(), "one", None, 4, "", momentum=True), ValueError, "momentum: expected one of False, got True"),
         (lambda: Preset(Huber(), "fast", None, 4, ""), ValueError, "lr: expected one of 'bounded', 'one', 'dt', got 'fast'"),
         (lambda: Preset(L2(), "one", "dt", 4, ""), ValueError, "decay: 'dt' needs lr='dt', got lr='one'"),

@@ -31,7 +31,7 @@ HOSTS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 def replace_attention(
     model: PreTrainedModel,
-    preset: str | Preset = "yaad",
+    preset: str | Preset = "yaad_linear",
     layers: str | Iterable[int] | None = None,
     *,
     num_heads: int | None = None,

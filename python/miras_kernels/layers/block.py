@@ -1,22 +1,23 @@
-"""The paper's block (Miras, arXiv 2504.13173, section 5.3; Titans, arXiv 2501.00663, section 4.4) around the linear memory."""
+"""The paper's block (Miras, arXiv 2504.13173, section 5.3; Titans, arXiv 2501.00663, section 4.4) around a memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..memory import linear_memory
+from ..memory import linear_memory, mlp_memory
 from ..state import MemoryState
 from .presets import Preset, resolve
 
 __all__ = ["BlockState", "MemoryBlock"]
 
-_MEMORY_SPAN = (10.0, 1000.0)  # tokens after which the fastest and the slowest head have forgotten a factor e at the start
+_SPAN = 10.0  # tokens after which the fastest head of a linear memory has forgotten a factor e at the start
+_SPREAD = 100.0  # the slowest head's span over the fastest's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class MemoryBlock(nn.Module):
 
         q, k, v = silu(conv(q_proj(x), k_proj(x), v_proj(x)))     depthwise causal convolution; q and k then L2-normalised
         lr, log_decay, delta = gates(x)                           per head, from one projection of low rank, in float32
-        o = linear_memory(q, k, v, lr, log_decay, delta=delta)
+        o = linear_memory(q, k, v, lr, log_decay, delta=delta)    or mlp_memory, as the preset says
         out = o_proj(rms_norm(o) * silu(g_proj(x)))               normalised per head
 
     **Stability of the inner loop.** A chunk's gradients are all taken at its start, so with psi(e) = e it multiplies the memory by
@@ -58,9 +59,30 @@ class MemoryBlock(nn.Module):
     mini-batch's gradients in the same way, and for ``chunk_size = 1`` it is DeltaNet's step. Huber's psi has a slope of at
     most 1 (or is bounded), so the same holds for it. The size of the read-out does not matter: it is normalised.
 
-    **Gates at the start.** ``lr`` in the middle of its range; decays such that the heads forget over 10 to 1000 tokens,
-    evenly spaced in the logarithm (as Mamba starts its time steps); ``delta`` at the size that values have then, so that both
-    branches of a Huber loss are in use. ``log_decay = -softplus(.) <= 0`` and ``delta = softplus(.) > 0`` by construction.
+    **An MLP memory** ``M(x) = x + LN(W1 gelu(W2 x))`` begins every sequence with the parameters ``w1 [H, D, Hd]`` and
+    ``w2 [H, Hd, D]`` (D is head_dim here, Hd = expansion * D); ``ln_weight, ln_bias [H, D]`` stay as they are while it reads, with
+    ln_eps = 1e-6. All are in the module's dtype; recurrence and states are float32 or better. To first order a chunk of equal keys
+    multiplies the error by ``1 - K`` with ::
+
+        K = sum_s lr_s w^2 r^2 (|a|^2 + |W1 diag(gelu'(W2 k))|^2)    a = gelu(W2 k), r = 1 / std(W1 a), w = ln_weight
+
+    For independent entries of variances s1^2 and s2^2 this is ``w^2 (1 / s1^2 + c^2 / s2^2) sum_s lr_s``, c = 1 + expansion^-1/2. So
+    ``w`` starts as the root mean square of v - k, ``s1 = sqrt(2) w`` and ``s2 = sqrt(2) c w``: both matrices learn equally fast, and K
+    is about 1 at the upper end of the same ``lr`` as above, half of that in its middle. (TTT-MLP's matrices of 0.02 need its smaller
+    rate, 0.1.) Later no bound on K holds for all parameter values, but nothing runs away: LN keeps every prediction within
+    ``|k| + |ln_bias| + sqrt(D) max|w|``, and, as it takes out the size of W1, steps are orthogonal to W1: one that is too long
+    lengthens it, and shortens those that follow.
+
+    Decay has the opposite effect. It shortens W1 until steps and decay are in balance, where ``K^2 ~ Hd (1 - gamma_C^2)`` as long
+    as errors are as large as at the start, *whatever the step size is*. At K > 2 outputs stay finite, but gradients
+    grow from chunk to chunk: with heads that forget over 10 to 1000 tokens they overflow within 1000. Heads therefore start
+    with spans from ``chunk_size * Hd`` tokens (K ~ 1) up. As errors fall K rises again: back-propagation over several times a head's
+    span wants its states detached now and then. Without decay (``ttt_mlp``) nothing of this was seen.
+
+    **Gates at the start.** ``lr`` in the middle of its range; decays such that the heads forget over 10 to 1000 tokens (MLP:
+    ``chunk_size * Hd`` times 1 to 100), evenly spaced in the logarithm (as Mamba starts its time steps); ``delta`` at the size that
+    errors have then, so that both branches of a Huber loss are in use. ``log_decay = -softplus(.) <= 0`` and
+    ``delta = softplus(.) > 0`` by construction.
 
     Args:
         hidden_size: channels D of the layer's input and output.
@@ -70,9 +92,9 @@ class MemoryBlock(nn.Module):
         chunk_size: another one than the preset's.
         conv_width: taps of the convolution, >= 1.
         gate_rank: rank of the gates' projection.
-        norm_eps: of the RMS norm, relative to a read-out of size 1 before ``lr`` is divided by ``chunk_size``.
+        norm_eps: of the RMS norm, relative to a read-out of size 1 before a linear memory's ``lr`` is divided by ``chunk_size``.
         init_std: standard deviation of the projections at the start.
-        backend: of :func:`~miras_kernels.linear_memory`.
+        backend: of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -84,7 +106,7 @@ class MemoryBlock(nn.Module):
         num_heads: int,
         head_dim: int | None = None,
         *,
-        preset: str | Preset = "yaad",
+        preset: str | Preset = "yaad_linear",
         chunk_size: int | None = None,
         conv_width: int = 4,
         gate_rank: int = 16,
@@ -119,6 +141,13 @@ class MemoryBlock(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(gates, gate_rank, **where)) if gates else None
         self.gate_bias = nn.Parameter(torch.empty(gates, **where)) if gates else None
         self.decay_rate = nn.Parameter(torch.empty(num_heads, **where)) if self.preset.decay == "dt" else None
+        self.w1 = self.w2 = self.ln_weight = self.ln_bias = None
+        if self.preset.memory == "mlp":
+            hidden = self.preset.expansion * self.head_dim
+            self.w1 = nn.Parameter(torch.empty(num_heads, self.head_dim, hidden, **where))
+            self.w2 = nn.Parameter(torch.empty(num_heads, hidden, self.head_dim, **where))
+            self.ln_weight = nn.Parameter(torch.empty(num_heads, self.head_dim, **where))
+            self.ln_bias = nn.Parameter(torch.empty(num_heads, self.head_dim, **where))
         self.reset_parameters(init_std)
 
     @torch.no_grad()
@@ -130,18 +159,24 @@ class MemoryBlock(nn.Module):
         nn.init.ones_(self.norm_weight)
         if self.decay_rate is not None:
             nn.init.zeros_(self.decay_rate)
+        # The norm of a value: rms inputs of 1, a convolution of variance 1/3, silu(x) ~ x / 2.
+        value = init_std * (self.hidden_size * self.head_dim / 3) ** 0.5 / 2
+        error = value
+        if self.w1 is not None:
+            weight = ((1 + value**2) / self.head_dim) ** 0.5  # the root mean square of v - k
+            nn.init.normal_(self.w1, std=2**0.5 * weight)
+            nn.init.normal_(self.w2, std=2**0.5 * weight * (1 + self.preset.expansion**-0.5))
+            nn.init.constant_(self.ln_weight, weight)
+            nn.init.zeros_(self.ln_bias)
+            error = (2 * (1 + value**2)) ** 0.5
         if self.gate_bias is None:
             return
         nn.init.normal_(self.gate_down, std=init_std)
         nn.init.normal_(self.gate_up, std=init_std)
-        first, last = (math.log(span) for span in _MEMORY_SPAN)
-        spans = torch.linspace(first, last, self.num_heads, dtype=torch.float64).exp()
-        if self.num_heads == 1:
-            spans = torch.tensor([(_MEMORY_SPAN[0] * _MEMORY_SPAN[1]) ** 0.5], dtype=torch.float64)
-        # The norm of a value: rms inputs of 1, a convolution of variance 1/3, silu(x) ~ x / 2.
-        value = init_std * (self.hidden_size * self.head_dim / 3) ** 0.5 / 2
+        at = torch.linspace(0, 1, self.num_heads, dtype=torch.float64) if self.num_heads > 1 else torch.full((1,), 0.5, dtype=torch.float64)
+        spans = (_SPAN if self.w1 is None else self.preset.chunk_size * self.w1.shape[-1]) * _SPREAD**at
         start = {"lr": torch.zeros_like(spans), "dt": _inverse_softplus(1 / spans), "log_decay": _inverse_softplus(1 / spans),
-                 "delta": _inverse_softplus(torch.full_like(spans, value))}  # fmt: skip
+                 "delta": _inverse_softplus(torch.full_like(spans, error))}  # fmt: skip
         self.gate_bias.copy_(torch.cat([start[name] for name in self.preset.token_gates]))
 
     def extra_repr(self) -> str:
@@ -210,19 +245,22 @@ class MemoryBlock(nn.Module):
         projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         mixed, conv = self._convolve(projected, None if initial_state is None else initial_state.conv, cu_seqlens)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        o, memory = linear_memory(
+        recall, start, scale = linear_memory, None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
+        if self.w1 is not None:
+            recall = functools.partial(mlp_memory, ln_weight=self.ln_weight, ln_bias=self.ln_bias)
+            start, scale = (self.w1, self.w2), 1
+        o, memory = recall(
             _unit(q), _unit(k), v, **self.gates(x), bias=self.preset.bias, retention=self.preset.retention,
-            chunk_size=self.preset.chunk_size, initial_state=None if initial_state is None else initial_state.memory,
+            chunk_size=self.preset.chunk_size, initial_state=start if initial_state is None else initial_state.memory,
             output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
-        scale = self.preset.chunk_size if self.preset.lr == "bounded" else 1
         o = _wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = self.o_proj(o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x)))
         return out, BlockState(memory, conv) if output_final_state else None
 
     def gates(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
-        """``lr``, ``log_decay`` and ``delta [B, T, H]`` of :func:`~miras_kernels.linear_memory`, in float32 (float64 for float64).
+        """``lr``, ``log_decay`` and ``delta [B, T, H]`` of the memory, in float32 (float64 for float64).
 
         Autocast does not apply: a decay close to 1 has no room in bfloat16.
         """

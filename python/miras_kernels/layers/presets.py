@@ -1,7 +1,6 @@
 """Presets: one table of published memories, and the place to add another.
 
-A row says what a :class:`~miras_kernels.layers.MemoryBlock` computes between its projections (SPEC section 8). Where a
-paper's memory has several forms, the row is its linear one.
+A row says what a :class:`~miras_kernels.layers.MemoryBlock` computes between its projections (SPEC section 8).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from ..retention import L2Retention, Retention
 
 __all__ = ["PRESETS", "Preset", "resolve"]
 
-_CHOICES = {"memory": ("linear",), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False,)}
+_CHOICES = {"memory": ("linear", "mlp"), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +29,9 @@ class Preset:
         chunk_size: tokens whose gradients are taken at one point. Part of the model, except for the dot product, whose
             gradient does not depend on the state.
         source: where it is described.
-        memory: ``"linear"``.
+        memory: ``"linear"``, or ``"mlp"``: ``M(x) = x + LN(W1 gelu(W2 x))``.
         momentum: False.
+        expansion: of an MLP memory, its hidden channels per channel of the head, ``Hd = expansion * head_dim``; else None.
     """
 
     bias: Bias
@@ -42,6 +42,7 @@ class Preset:
     retention: Retention = L2Retention()  # noqa: RUF009  immutable
     memory: str = "linear"
     momentum: bool = False
+    expansion: int | None = None
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -49,6 +50,10 @@ class Preset:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
         if self.decay == "dt" and self.lr != "dt":
             raise ValueError(f"decay: 'dt' needs lr='dt', got lr={self.lr!r}")
+        if self.memory == "linear" and self.expansion is not None:
+            raise ValueError(f"expansion: a linear memory has none, expected None, got {self.expansion!r}")
+        if self.memory == "mlp" and (isinstance(self.expansion, bool) or not isinstance(self.expansion, int) or self.expansion < 1):
+            raise ValueError(f"expansion: expected an integer >= 1 for an MLP memory, got {self.expansion!r}")
 
     @property
     def token_gates(self) -> tuple[str, ...]:
@@ -59,7 +64,12 @@ class Preset:
 
 #: name -> preset
 PRESETS: dict[str, Preset] = {
-    "yaad": Preset(Huber("switch"), "bounded", "token", 16, "Yaad with a linear memory: Miras, arXiv 2504.13173, section 5.3"),
+    "yaad": Preset(Huber("switch"), "bounded", "token", 16, "Yaad: Miras, arXiv 2504.13173, section 5.3", memory="mlp", expansion=4),
+    "ttt_mlp": Preset(L2(), "bounded", None, 16, "TTT-MLP, arXiv 2407.04620", memory="mlp", expansion=4),
+    "l2_mlp": Preset(
+        L2(), "bounded", "token", 16, "TTT-MLP with decay: Titans without momentum, arXiv 2501.00663", memory="mlp", expansion=4
+    ),
+    "yaad_linear": Preset(Huber("switch"), "bounded", "token", 16, "Yaad with a linear memory: Miras, arXiv 2504.13173, section 5.3"),
     "huber": Preset(Huber("coordinate"), "bounded", "token", 16, "Huber loss per coordinate: Miras, arXiv 2504.13173, section 5.1"),
     "l2": Preset(L2(), "bounded", "token", 16, "delta rule by chunks with decay: Titans without momentum, arXiv 2501.00663"),
     "ttt_linear": Preset(L2(), "bounded", None, 16, "TTT-Linear, arXiv 2407.04620"),
