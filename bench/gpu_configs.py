@@ -84,11 +84,14 @@ def parity_cases(settings: Settings) -> list[tuple[Case, torch.dtype]]:
     def case(bias, dim: int, chunk: int, dtype: torch.dtype, **changes) -> tuple[Case, torch.dtype]:
         sizes = dict(batch=2, tokens=2 * chunk + 5, heads=2, key_dim=dim, value_dim=dim, chunk_size=chunk) | changes
         dims = f"D{dim}" if sizes["value_dim"] == dim else f"D{dim}x{sizes['value_dim']}"
+        dims += f" Hd{sizes['hidden']}" if sizes.get("memory") == "mlp" else ""
         return Case(f"{bias.name} {dims} C{chunk} {str(dtype).removeprefix('torch.')}", bias=bias, **sizes), dtype
 
     coordinate, half, single = Huber("coordinate"), torch.float16, torch.float32
+    mlp = dict(memory="mlp", heads=1, decay="slight")
     if settings.toy:
-        return [case(coordinate, 16, 16, dtype, batch=1, heads=1, tokens=21) for dtype in (DTYPE, single)]
+        toys = [case(coordinate, 16, 16, dtype, batch=1, heads=1, tokens=21) for dtype in (DTYPE, single)]
+        return [*toys, case(coordinate, 16, 16, DTYPE, batch=1, tokens=21, hidden=64, **mlp)]
     return [
         case(coordinate, 128, 64, DTYPE),
         case(L2(), 64, 64, DTYPE),
@@ -98,14 +101,27 @@ def parity_cases(settings: Settings) -> list[tuple[Case, torch.dtype]]:
         case(L2(), 128, 64, single),
         case(Huber("norm"), 64, 32, half),
         case(DotProduct(), 128, 64, DTYPE),
+        case(coordinate, 64, 64, DTYPE, hidden=256, **mlp),
+        case(Huber("switch"), 64, 16, DTYPE, hidden=128, **mlp),
+        case(L2(), 128, 32, half, hidden=256, **mlp),
+        case(L2(), 64, 32, single, hidden=96, **mlp),
         case(coordinate, 48, 64, DTYPE, value_dim=136, decay="none"),
     ]
+
+
+def concerns(kernel_name: str | None, case: Case) -> bool:
+    """Whether a call of the case may launch a kernel, by the kernel's name; what log-decays amount to is the same for every memory."""
+    if kernel_name is None or kernel_name.startswith(("linear_decay", "reference")):
+        return True
+    return kernel_name.startswith("mlp_") == (case.memory == "mlp")
 
 
 def parity(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
     """One configuration of one kernel on every case; the other kernels (all of them, for None) take what they choose."""
     where = f"{item['kernel']} {item['label']}"
     for case, dtype in parity_cases(settings):
+        if not concerns(item["kernel"], case):
+            continue
         row = {"case": case.name}
         if time.time() > item["until"]:
             yield {**row, "status": "left out", "note": "left out: time"}

@@ -82,6 +82,8 @@ class Shape:
     key_dim: int
     chunk_size: int = 64
 
+    memory = "linear"
+
     @property
     def value_dim(self) -> int:
         return self.key_dim

@@ -14,11 +14,17 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-__all__ = ["CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "RULES", "Config", "Denial", "Key", "choose", "eligible", "force", "stream"]
+__all__ = [
+    "CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MAX_HIDDEN", "MAX_MLP_HEAD", "MLP_CHUNK_SIZES", "RULES",
+    "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
+]  # fmt: skip
 
 CHUNK_SIZES = (16, 32, 64, 128)
+MLP_CHUNK_SIZES = (16, 32, 64)
 #: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
 MIN_TILE, MAX_HEAD = 16, 256
+#: of an MLP memory, whose LayerNorm takes a whole row of values at once
+MAX_MLP_HEAD, MAX_HIDDEN = 128, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +47,14 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by: sizes, bytes of an operand, and whether the bias couples a row of the error."""
+    """What a configuration is chosen by: sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units."""
 
     key_dim: int
     value_dim: int
     chunk_size: int
     itemsize: int
     coupled: bool
+    hidden: int = 0
 
     @property
     def padded_k(self) -> int:
@@ -73,9 +80,13 @@ class Key:
         """Tile sizes along values and keys: never wider than the padded head dimension."""
         return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
 
+    def block_hidden(self, config: Config) -> int:
+        """Hidden units of an MLP that are taken at once."""
+        return min(config.block_k, padded(self.hidden))
+
     def tiles(self, kernel: str, config: Config, along: str) -> int:
         """Programs that share the values or the keys of a head."""
-        if self.coupled and kernel.endswith("_streamed"):
+        if along == "hidden" or (self.coupled and kernel.endswith("_streamed")):
             return 1
         block_v, block_k = self.blocks(config)
         return -(-self.value_dim // block_v) if along == "value" else -(-self.key_dim // block_k)
@@ -112,12 +123,14 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
         (Config(128, 64, 8, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
         (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and (key.coupled or key.chunk_size == 128) and key.chunk_size >= 64),
+        (Config(32, 64, 8, 2, 255), lambda key: key.itemsize == 2 and (key.coupled or key.chunk_size == 128) and key.chunk_size >= 64),
         (Config(64, 64, 4, 2, 128), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "linear_pre": (
         (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size <= 64),
         (Config(64, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
+        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
         (Config(128, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size == 64),
         (Config(32, 32, 4, 1, 255), _wide),
     ),
@@ -140,6 +153,13 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 32, 8, 1, 255), _wide),
     ),
     "linear_decay_grad": ((Config(16, 16, 4, 1, 255), _always),),
+    "mlp_chain": (
+        (Config(0, 16, 2, 1, 255), lambda key: key.chunk_size == 16),
+        (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),
+    ),
+    "mlp_readout": ((Config(0, 32, 8, 1, 255), lambda key: key.itemsize == 2 and key.padded_v <= 64), (Config(0, 16, 8, 1, 255), _always)),
+    "mlp_pre": ((Config(0, 32, 8, 1, 255), lambda key: key.itemsize == 2 and key.padded_v <= 64), (Config(0, 16, 8, 1, 255), _always)),
+    "mlp_seq": ((Config(0, 16, 8, 1, 255), _always),),
 }
 
 #: every configuration of every kernel
@@ -160,7 +180,10 @@ class Denial(NamedTuple):
 #: found by `bench/gpu.py`, which prints rows to be put here, or by resources.py
 DENIED: tuple[Denial, ...] = (
     Denial("sm_8", "", "", "linear_epi", "v32-k64-w8-s2", "spills up to 40 bytes"),
+    Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
+    Denial("sm_8", "", "", "linear_pre", "v64-k64-w4-s2-r255", "spills 8 bytes"),
     Denial("sm_10", "", "", "linear_seq", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
+    Denial("sm_10", "", "", "linear_seq", "v16-k0-w8-s1-r255", "spills up to 296 bytes"),
     Denial("gfx942", "", "", "linear_seq", "v16-k0-w8-s2-r255", "needs 72 KB of shared memory at a head dimension of 128"),
 )
 

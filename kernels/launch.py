@@ -49,6 +49,7 @@ class Problem:
         self.lr, self.log_decay, self.delta = (None if x is None else x.contiguous() for x in (call.lr, call.log_decay, call.delta))
         self.cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
         self.dual = call.state.dual[0]
+        self.hidden = self.dual.shape[-1] if call.memory == "mlp" else 0
         self.batch, self.tokens, self.heads, self.key_dim = call.q.shape
         self.value_dim = call.v.shape[-1]
         self.sequences = self.dual.shape[0]
@@ -58,11 +59,16 @@ class Problem:
         self.row = self.batch * self.tokens * self.heads
         bias = call.bias
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
-        self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled)
+        self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled, self.hidden)
         self.architecture = _recorder[1] if _recorder else architecture(call.q.device)
         self.block = self.key.block_c
         self.blocks = call.chunk_size // self.block
-        self.sizes = dict(Dk=self.key_dim, Dv=self.value_dim, C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
+        self.sizes = dict(C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
+        if call.memory == "mlp":
+            self.sizes |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
+            self.layer_norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
+        else:
+            self.sizes |= dict(Dk=self.key_dim, Dv=self.value_dim)
         parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
         self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
         self.bias |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
@@ -136,10 +142,15 @@ def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
 
 
 def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
-    """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one."""
+    """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one.
+
+    ``along="hidden"``: an MLP's hidden units, all of whose tiles one program takes.
+    """
     config = problem.config(kernel.__name__)
     arguments |= dict(T=problem.tokens, H=problem.heads)
-    if along:
+    if along == "hidden":
+        arguments["BD"], arguments["BH"] = problem.key.padded_v, problem.key.block_hidden(config)
+    elif along:
         arguments["BV"], arguments["BK"] = problem.key.blocks(config)
     if _recorder is not None:
         _recorder[0](kernel, arguments, config)

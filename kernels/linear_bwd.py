@@ -386,12 +386,18 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
 
     grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr.sum(0), "dual": grad_initial}
     if decaying:
-        grads["log_decay"] = torch.empty_like(p.log_decay)
-        launch(
-            linear_decay_grad, p, p.slots.count, None,
-            decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grads["log_decay"],
-            **parallel, ROW=p.row, SLOTS=p.slots.count, READ_ROWS=key_tiles, KEPT_ROWS=value_tiles, C=p.chunk_size, BC=p.block,
-        )  # fmt: skip
+        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs, rows_kept, inner, p.block)
     if p.delta is not None:
         grads["delta"] = rows_delta.sum(0) if per_token else grad_delta
     return grads
+
+
+def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_kept: Tensor, inner: Tensor, block: int) -> Tensor:
+    """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs also by blocks of a chunk) and ``inner [tiles, slots, H]``."""
+    grad = torch.empty_like(p.log_decay)
+    launch(
+        linear_decay_grad, p, p.slots.count, None,
+        decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad, **p.tables(),
+        ROW=p.row, SLOTS=p.slots.count, READ_ROWS=len(rows_read), KEPT_ROWS=len(rows_kept), C=p.chunk_size, BC=block,
+    )  # fmt: skip
+    return grad

@@ -247,9 +247,13 @@ class Chain(NamedTuple):
 class Final(NamedTuple):
     """The state after the last token, as MemoryState has it; the last two only where a sequence may end inside a chunk."""
 
-    dual: Tensor  # [N, H, Dv, Dk] float32
-    start: Tensor | None = None
+    dual: tuple[Tensor, ...]  # the memory's matrices, float32: [N, H, Dv, Dk], or [N, H, D, Hd] and [N, H, Hd, D]
+    start: tuple[Tensor, ...] = ()
     open_decay: Tensor | None = None  # [N, H] float32
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, contiguous, in one list."""
+        return [x.contiguous() for x in (*self.dual, *self.start, self.open_decay) if x is not None]
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
@@ -269,11 +273,11 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
     final = None
     if p.position is None and not may_end_open:
         dual = walk(WHOLE.value, p.dual, wants_final)
-        final = Final(dual.contiguous()) if wants_final else None
+        final = Final((dual,)) if wants_final else None
     else:
         before = p.dual if p.position is None else walk(HEAD.value, p.dual)
         start = walk(BODY.value, before)
-        final = Final(walk(TAIL.value, start).contiguous(), *_open_chunk(p, start))
+        final = Final((walk(TAIL.value, start),), *open_chunk_end(p, (start,)))
     out = p.per_token(p.value_dim)
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
@@ -323,8 +327,8 @@ def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor,
     )  # fmt: skip
 
 
-def _open_chunk(p: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Start ``[N, H, Dv, Dk]`` and sum of log-decays ``[N, H]`` of the chunk that a sequence ends in; ``start``: after its whole ones."""
+def open_chunk_end(p: Problem, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Start and sum of log-decays ``[N, H]`` of the chunk that a sequence ends in; ``start``: the matrices after its whole ones."""
     size, device, opened = p.chunk_size, p.q.device, p.call.state.open_chunk
     before = torch.zeros(p.sequences, dtype=torch.int64, device=device) if p.position is None else p.position
     if p.cu_seqlens is None:
@@ -334,7 +338,7 @@ def _open_chunk(p: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
         begin, end = p.cu_seqlens[:-1], p.cu_seqlens[1:]
         rows = torch.zeros_like(begin)
     whole = (before + end - begin) // size
-    decay = start.new_zeros(start.shape[:2])
+    decay = start[0].new_zeros(start[0].shape[:2])
     if p.log_decay is not None:
         tokens = (begin - before + whole * size)[:, None] + torch.arange(size, device=device)  # [N, C]
         belongs = (tokens >= begin[:, None]) & (tokens < end[:, None])
@@ -342,6 +346,6 @@ def _open_chunk(p: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
         decay = torch.where(belongs[..., None], taken, 0.0).sum(1)
     if opened is not None:
         same = (whole == 0) & (before > 0)
-        start = torch.where(same[:, None, None, None], opened.start[0], start)
+        start = tuple(torch.where(same[:, None, None, None], old, new) for old, new in zip(opened.start, start, strict=True))
         decay = decay + torch.where(same[:, None], opened.log_decay, 0.0)
-    return start.contiguous(), decay
+    return start, decay

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import configs, launch, linear_bwd, linear_fwd
+from . import configs, launch, linear_bwd, linear_fwd, mlp_bwd, mlp_fwd
 
 __all__ = ["TARGETS", "Resources", "compile_launch", "recorded"]
 
@@ -60,10 +60,10 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
     """The launches of a call's forward and backward on an architecture; tensors may be on the meta device."""
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
-        p = launch.Problem(call)
-        wanted = call.output_final_state
-        _, _, checkpoints = linear_fwd.forward(p, every, wanted, wanted)
-        linear_bwd.backward(p, checkpoints, every, torch.empty_like(call.v), torch.empty_like(call.state.dual[0]))
+        p, duals = launch.Problem(call), [torch.empty_like(x) for x in call.state.dual]
+        forward, backward = (linear_fwd, linear_bwd) if call.memory == "linear" else (mlp_fwd, mlp_bwd)
+        _, _, checkpoints = forward.forward(p, every, call.output_final_state, call.output_final_state)
+        backward.backward(p, checkpoints, every, torch.empty_like(call.v), duals if call.memory == "mlp" else duals[0])
     return found
 
 

@@ -40,7 +40,7 @@ def test_every_configuration():
 
 
 def test_the_table():
-    """What is committed beside the configurations: every kernel and configuration, for every chip, without a spill on NVIDIA's."""
+    """What is committed beside the configurations: every kernel and configuration, for every chip, without a spill but those allowed."""
     from miras_kernels.kernels import configs, resources
 
     table = json.loads((KERNELS / "resources.json").read_text())
@@ -54,9 +54,10 @@ def test_the_table():
                 assert made == shipped, (version, target, kernel)
         for job, (registers, spills, shared, tensor) in rows.items():
             target, specimen, launch, _ = job.split(":")
+            kernel, place = launch.split(".")
             assert shared <= resources.LIMITS[target], job
-            if target.startswith("sm_"):
-                assert spills == 0 and registers <= 255, job
+            assert spills <= resources.spills_allowed(resources.Job(specimen, kernel, int(place), None, target)), job
+            assert registers <= 255 or not target.startswith("sm_"), job
             if "float32" not in specimen and not launch.startswith("linear_decay"):
                 assert tensor in TENSOR[target], job
 

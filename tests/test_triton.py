@@ -28,20 +28,53 @@ SERVED = [case for case in registry("linear") if served(case)]
 QUICK = [case for case in SERVED if DEVICE == "cuda" or not case.name.startswith(("linear-many-heads", "linear-l2-long"))]
 
 
+#: the MLP memory's
+MLP = [case for case in registry("mlp") if served(case)]
+
+
 def test_what_is_served():
     """The kernels refuse what they were never said to do, and nothing else."""
     from miras_kernels.kernels import configs
 
-    for case in set(registry("linear")) - set(SERVED):
+    for case in set(registry()) - set(SERVED) - set(MLP):
         channel_wise = case.lr == "channel" or case.decay == "channel"
-        assert case.momentum or case.retention.tag or channel_wise or case.chunk_size not in configs.CHUNK_SIZES, case
-    assert {case.bias.tag for case in SERVED} == set(BIASES)
+        sizes = configs.CHUNK_SIZES if case.memory == "linear" else configs.MLP_CHUNK_SIZES
+        assert case.momentum or case.retention.tag or channel_wise or case.chunk_size not in sizes, case
+    assert {case.bias.tag for case in SERVED} == {case.bias.tag for case in MLP} == set(BIASES)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_float32(case, poisoned):
     report = check(case, "triton", device=DEVICE)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("case", MLP, ids=str)
+def test_mlp_float32(case, poisoned):
+    report = check(case, "triton", device=DEVICE)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [mk.L2(), mk.Huber("switch"), mk.DotProduct()], ids=lambda b: b.name)
+def test_mlp_sixteen_bits(bias, dtype, poisoned):
+    """Two chunks: rounding errors of an inner MLP grow with the sequence, the reference's as well."""
+    case = Case("mlp16", memory="mlp", bias=bias, tokens=27, batch=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
+    report = check(case, "triton", dtype, DEVICE)
+    assert report.ok, report
+
+
+def test_mlp_hidden_units_of_nothing_change_nothing():
+    """Units whose row of W2 and column of W1 are zero: gelu(0) = 0 and no gradient reaches either."""
+    case = Case("mlp-padding", memory="mlp", tokens=20, batch=1, key_dim=16, value_dim=16, hidden=24)
+    inputs = case.draw(torch.float32, DEVICE)
+    w1, w2 = inputs.duals
+    wider = (torch.nn.functional.pad(w1, (0, 29)), torch.nn.functional.pad(w2, (0, 0, 0, 29)))
+    out, state = mk.mlp_memory(**inputs.arguments(), backend="triton")
+    padded, after = mk.mlp_memory(**{**inputs.arguments(), "initial_state": wider}, backend="triton")
+    assert relative_error(padded, out) < 1e-6
+    assert relative_error(after.dual[0][..., :24], state.dual[0]) < 1e-6
+    assert (after.dual[0][..., 24:] == 0).all() and (after.dual[1][..., 24:, :] == 0).all()
 
 
 @pytest.mark.parametrize("case", QUICK[::2], ids=str)
@@ -105,8 +138,12 @@ def test_bitwise_repeatable(case):
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])
-def test_saved_states_do_not_change_a_bit(every):
-    case = Case("checkpoints", tokens=90, chunk_size=16, bias=mk.Huber("coordinate"))
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
+    if memory == "mlp":  # groups of one segment
+        monkeypatch.setattr("miras_kernels.kernels.mlp_bwd.CROWD", 1)
+    size = {"linear": {}, "mlp": {"value_dim": 16, "heads": 1}}[memory]
+    case = Case("checkpoints", memory=memory, tokens=90, chunk_size=16, bias=mk.Huber("coordinate"), **size)
     inputs = case.draw(torch.float32, DEVICE)
     with mk.override(checkpoint_every=2):
         wanted = evaluate(inputs, "triton")
@@ -119,12 +156,16 @@ def test_saved_states_do_not_change_a_bit(every):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [None, (5, 40, 17)], ids=["batch", "packed"])
 @pytest.mark.parametrize("bias", [mk.Huber("coordinate"), mk.DotProduct()], ids=lambda b: b.name)
-def test_a_cut_anywhere(bias, lengths, dtype):
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_a_cut_anywhere(memory, bias, lengths, dtype):
     """Pieces, each with the state that the last one returned, give the whole: at a boundary, inside a chunk, inside the same chunk."""
-    case = Case("cut", bias=bias, tokens=62, chunk_size=16, batch=2, lengths=lengths)
+    size = {"linear": {}, "mlp": {"value_dim": 16, "heads": 1, "decay": "slight"}}[memory]
+    case = Case("cut", memory=memory, bias=bias, tokens=62, chunk_size=16, batch=2, lengths=lengths, **size)
+    run = mk.linear_memory if memory == "linear" else mk.mlp_memory
     arguments = case.draw(dtype, DEVICE).arguments()
-    arguments = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    whole, final = mk.linear_memory(**arguments, backend="triton")
+    detach = lambda x: x.detach() if isinstance(x, torch.Tensor) else tuple(map(detach, x)) if isinstance(x, tuple) else x
+    arguments = {name: detach(x) for name, x in arguments.items()}
+    whole, final = run(**arguments, backend="triton")
     tokens = ("q", "k", "v", "lr", "log_decay", "delta")
     first = [0, *(torch.tensor(lengths).cumsum(0).tolist() if lengths else [62])]
     bounds = [(0, 2), (2, 5), (5, 5)] if lengths else [(0, 16), (16, 26), (26, 30), (30, 62)]
@@ -137,14 +178,14 @@ def test_a_cut_anywhere(bias, lengths, dtype):
         rows = torch.tensor([t for part in piece for t in part], device=DEVICE)
         part = {name: arguments[name][:, rows] for name in tokens if arguments[name] is not None}
         packed = torch.tensor([0, *(len(x) for x in piece)], device=DEVICE).cumsum(0) if lengths else None
-        out, state = mk.linear_memory(**{**arguments, **part, "initial_state": state, "cu_seqlens": packed}, backend="triton")
+        out, state = run(**{**arguments, **part, "initial_state": state, "cu_seqlens": packed}, backend="triton")
         outs[:, rows] = out
     same = 1e-5 if dtype == torch.float32 else 2e-2
     assert relative_error(outs, whole) < same
-    assert relative_error(state.dual[0], final.dual[0]) < same
+    assert all(relative_error(x, y) < same for x, y in zip(state.dual, final.dual, strict=True))
     if final.open_chunk is not None:
         assert torch.equal(state.open_chunk.position, final.open_chunk.position)
-        assert relative_error(state.open_chunk.start[0], final.open_chunk.start[0]) < same
+        assert all(relative_error(x, y) < same for x, y in zip(state.open_chunk.start, final.open_chunk.start, strict=True))
         assert relative_error(state.open_chunk.log_decay, final.open_chunk.log_decay) < 1e-5
 
 
@@ -250,7 +291,9 @@ def test_configurations_are_few_and_serve_everything():
     from miras_kernels.kernels import configs
 
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
-    assert {field.name for field in dataclasses.fields(configs.Key)} == {"key_dim", "value_dim", "chunk_size", "itemsize", "coupled"}
+    assert {field.name for field in dataclasses.fields(configs.Key)} == {
+        "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden"
+    }  # fmt: skip
     sizes = (1, 16, 33, 64, 96, 128, 200, 256)
     for key in itertools.starmap(configs.Key, itertools.product(sizes, sizes, configs.CHUNK_SIZES, (2, 4), (False, True))):
         for kernel in configs.KERNELS:

@@ -16,7 +16,7 @@ __all__ = ["TritonBackend"]
 
 
 class TritonBackend:
-    """Fused linear-memory kernels, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
+    """Fused kernels for both memories, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
 
     name = "triton"
 
@@ -36,8 +36,6 @@ class TritonBackend:
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         from miras_kernels.kernels import configs
 
-        if call.memory != "linear":
-            return "it has the linear memory only, so far"
         if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         if not isinstance(call.retention, L2Retention):
@@ -48,20 +46,24 @@ class TritonBackend:
             if getattr(call, name) is not None and getattr(call, name).dim() == 4:
                 return f"it has no channel-wise {name} [B, T, H, Dv], so far"
         heads = max(call.q.shape[-1], call.v.shape[-1])
-        if heads > configs.MAX_HEAD:
-            return f"head dimensions are limited to {configs.MAX_HEAD}, got {heads}"
-        if call.chunk_size not in configs.CHUNK_SIZES:
-            return f"chunk_size must be one of {', '.join(map(str, configs.CHUNK_SIZES))}, got {call.chunk_size}"
+        linear = call.memory == "linear"
+        limit, sizes = (configs.MAX_HEAD, configs.CHUNK_SIZES) if linear else (configs.MAX_MLP_HEAD, configs.MLP_CHUNK_SIZES)
+        if heads > limit:
+            return f"head dimensions are limited to {limit}, got {heads}"
+        if not linear and call.state.dual[0].shape[-1] > configs.MAX_HIDDEN:
+            return f"hidden sizes are limited to {configs.MAX_HIDDEN}, got {call.state.dual[0].shape[-1]}"
+        if call.chunk_size not in sizes:
+            return f"chunk_size must be one of {', '.join(map(str, sizes))}, got {call.chunk_size}"
         if differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        from miras_kernels.kernels import launch, linear_fwd
+        from miras_kernels.kernels import launch, linear_fwd, mlp_fwd
 
-        p = launch.Problem(call)
-        out, final, checkpoints = linear_fwd.forward(p, checkpoint_every, call.output_final_state, _may_end_open(call))
-        return out, list(final or ()), [] if checkpoints is None else [checkpoints]
+        forward = (linear_fwd if call.memory == "linear" else mlp_fwd).forward
+        out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))
+        return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         if not checkpoint_every:
@@ -71,11 +73,14 @@ class TritonBackend:
             slots = n * -(-tokens // (call.chunk_size * checkpoint_every))
         else:
             slots = n + tokens // (call.chunk_size * checkpoint_every)
-        return [dual.new_empty(slots, dual.shape[1], dual.shape[3], dual.shape[2])]
+        pair = () if call.memory == "linear" else (2,)
+        return [dual.new_empty(slots, dual.shape[1], *pair, dual.shape[3], dual.shape[2])]
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
-        from miras_kernels.kernels import launch, linear_bwd
+        from miras_kernels.kernels import launch, linear_bwd, mlp_bwd
 
+        if call.memory == "mlp":
+            return mlp_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_dual)
         grads = linear_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_dual[0] if grad_dual else None)
         return {**grads, "dual": [grads["dual"]]}
 
