@@ -41,7 +41,7 @@ test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled
 	$(PY) -m pytest tests -q -m slow $(ARGS)
 
 test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is supported
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q $(WORKERS) $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" $(WORKERS) $(ARGS)
 
 test-all: test test-slow test-oldest  ## all of these
 

@@ -74,7 +74,8 @@ class Key:
         if _streaming is not None:
             return _streaming
         widest = {"linear_state": 64, "linear_seq": 32}[chain]  # row of values that a coupling bias can hold
-        return self.itemsize == 4 or self.key_dim > 128 or (self.coupled and self.value_dim > widest)
+        tall = chain == "linear_seq" and self.chunk_size == 128 and self.key_dim > 64
+        return self.itemsize == 4 or self.key_dim > 128 or tall or (self.coupled and self.value_dim > widest)
 
     def blocks(self, config: Config) -> tuple[int, int]:
         """Tile sizes along values and keys: never wider than the padded head dimension."""
@@ -138,7 +139,6 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
         (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
         (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
-        (Config(16, 0, 8, 1, 255), lambda key: not key.coupled and key.chunk_size == 128),
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
@@ -183,8 +183,6 @@ DENIED: tuple[Denial, ...] = (
     Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
     Denial("sm_8", "", "", "linear_pre", "v64-k64-w4-s2-r255", "spills 8 bytes"),
     Denial("sm_10", "", "", "linear_seq", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
-    Denial("sm_10", "", "", "linear_seq", "v16-k0-w8-s1-r255", "spills up to 296 bytes"),
-    Denial("gfx942", "", "", "linear_seq", "v16-k0-w8-s2-r255", "needs 72 KB of shared memory at a head dimension of 128"),
 )
 
 _forced: dict[str, Config] = {}

@@ -5,10 +5,10 @@ float32 or better) and ``r`` that of the tensor's own dtype, a relative (Frobeni
 
     FACTOR * error of the same computation by the float32 reference  +  u (sqrt(n) + ULPS)  +  r
 
-The first term carries the conditioning of the case (in float32 arithmetic, where a single rounding error is a poor measure of it, also
-how far the exact results move when the inputs move by a rounding), the second the order of summation (n: the longest reduction, rounding
-errors adding up like a random walk) and elementary functions that are right to a few units in the last place, the third the
-rounding of the result itself.
+The first term carries the conditioning of the case (for an MLP memory in float32 arithmetic, where a single rounding error is a poor
+measure of it, also how far the exact results move when the inputs move by a rounding), the second the order of summation (n: the
+longest reduction, rounding errors adding up like a random walk) and elementary functions that are right to a few units in the last
+place, the third the rounding of the result itself.
 
 A backend that multiplies 16-bit numbers (tensor cores) is held to the same reference whose matrix products, forward and backward,
 take and give that dtype, as PyTorch's do under autocast. Where psi or its slope jumps, such arithmetic may take another side than
@@ -30,7 +30,9 @@ from ..memory import linear_memory, mlp_memory
 from ..reference import chunkwise
 from .cases import KINK_DISTANCE, Case, Inputs
 
-__all__ = ["Report", "RoundedProducts", "Row", "baseline", "check", "evaluate", "operands", "relative_error", "sensitivity", "truth"]
+__all__ = [
+    "Report", "RoundedProducts", "Row", "baseline", "check", "evaluate", "margin", "operands", "relative_error", "sensitivity", "truth",
+]  # fmt: skip
 
 FACTOR = 3.0
 ARITHMETIC = 2.0**-24
@@ -160,14 +162,19 @@ class Report:
         return "\n".join(lines)
 
 
+def margin(case: Case, operands: torch.dtype) -> float:
+    """How far a case's errors stay from a kink of psi, for a backend that multiplies ``operands``: see :meth:`Case.draw`."""
+    return max(MARGIN * torch.finfo(operands).eps / 2 * case.delta_scale, KINK_DISTANCE)
+
+
 def check(case: Case, run: str | Callable = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Report:
     """Compare a backend with float64 on one case: outputs, final states and every gradient."""
     multiplied = operands(run, dtype)
-    inputs = case.draw(dtype, device, max(MARGIN * torch.finfo(multiplied).eps / 2 * case.delta_scale, KINK_DISTANCE))
+    inputs = case.draw(dtype, device, margin(case, multiplied))
     exact = truth(inputs)
     reached = evaluate(inputs, run)
     usual = baseline(inputs, multiplied)
-    moves = sensitivity(inputs, exact) if multiplied == torch.float32 else {}
+    moves = sensitivity(inputs, exact) if multiplied == torch.float32 and case.memory == "mlp" else {}
     longest = max(case.tokens, case.chunk_size, case.key_dim, case.value_dim, case.hidden if case.memory == "mlp" else 0)
     rows = []
     for name, value in exact.items():
