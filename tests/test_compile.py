@@ -66,7 +66,7 @@ def test_a_spill_is_seen():
     """A configuration that needs more registers than there are is called a problem."""
     code = (
         "from miras_kernels.kernels import configs, resources\n"
-        "job = resources.Job('D128-C128-huber_coordinate-bfloat16', 'linear_seq', 0, configs.Config(64, 0, 4, 2), 'sm_90')\n"
+        "job = resources.Job('D128-C64-huber_coordinate-bfloat16', 'linear_seq', 0, configs.Config(0, 0, 4, 2), 'sm_90')\n"
         "configs.RULES['linear_seq'] = ((job.config, lambda key: True),)\n"
         "print(resources.problems(job, resources.compile_job(job)))\n"
     )
