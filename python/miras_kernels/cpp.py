@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dispatch import kept_states_like
 from .reference.inputs import Call
 from .retention import L2Retention
 
@@ -66,16 +67,7 @@ class CppBackend:
         return out, [*final, log_decay], [saved] if checkpoint_every else []
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        if not checkpoint_every:
-            return []
-        dual, tokens, n = call.state.dual[-1], call.q.shape[1], call.state.dual[0].shape[0]
-        if call.cu_seqlens is None:
-            slots = n * -(-tokens // (call.chunk_size * checkpoint_every))
-        else:
-            slots = n + tokens // (call.chunk_size * checkpoint_every)
-        if call.memory == "mlp":
-            return [dual.new_empty(slots, dual.shape[1], 2, *dual.shape[2:])]
-        return [dual.new_empty(slots, dual.shape[1], dual.shape[3], dual.shape[2])]
+        return kept_states_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
         run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .reference.inputs import Call
 
-__all__ = ["BACKENDS", "NAMES", "Backend", "candidates", "choose", "explain", "unavailable"]
+__all__ = ["BACKENDS", "NAMES", "Backend", "candidates", "choose", "explain", "kept_states_like", "unavailable"]
 
 
 class Backend(Protocol):
@@ -42,6 +42,20 @@ class Backend(Protocol):
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
         """Gradients by argument name, ``dual`` for the initial matrices (a list). ``grad_dual`` may be empty: zero."""
+
+
+def kept_states_like(call: Call, every: int) -> list[Tensor]:
+    """Where a kernel keeps the matrices of every ``every``-th chunk's start for its backward, empty; nothing if every is 0.
+
+    ``[slots, H, Dk, Dv]``, or ``[slots, H, 2, Hd, D]`` for an MLP memory. Packed sequences need at most one slot more each.
+    """
+    if not every:
+        return []
+    dual, tokens, span = call.state.dual[0], call.q.shape[1], call.chunk_size * every
+    n, h, rows, columns = dual.shape
+    slots = n * -(-tokens // span) if call.cu_seqlens is None else n + tokens // span
+    pair = () if call.memory == "linear" else (2,)
+    return [dual.new_empty(slots, h, *pair, columns, rows)]
 
 
 class _Planned:

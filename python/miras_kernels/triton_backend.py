@@ -9,6 +9,7 @@ import os
 import torch
 from torch import Tensor
 
+from .dispatch import kept_states_like
 from .reference.inputs import Call
 from .retention import L2Retention
 
@@ -66,15 +67,7 @@ class TritonBackend:
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        if not checkpoint_every:
-            return []
-        dual, tokens, n = call.state.dual[0], call.q.shape[1], call.state.dual[0].shape[0]
-        if call.cu_seqlens is None:
-            slots = n * -(-tokens // (call.chunk_size * checkpoint_every))
-        else:
-            slots = n + tokens // (call.chunk_size * checkpoint_every)
-        pair = () if call.memory == "linear" else (2,)
-        return [dual.new_empty(slots, dual.shape[1], *pair, dual.shape[3], dual.shape[2])]
+        return kept_states_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
         from miras_kernels.kernels import launch, linear_bwd, mlp_bwd
