@@ -461,8 +461,8 @@ class Between(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
 
-def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
-    """Gradients by argument name, ``dual`` for the initial matrices ``[N, H, D, Hd]`` and ``[N, H, Hd, D]``."""
+def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
+    """Gradients by argument name, ``state`` for the initial matrices ``[N, H, D, Hd]`` and ``[N, H, Hd, D]``."""
     decays, grad_out = chunk_decays(p), grad_out.contiguous()
     float32, decaying, per_token = torch.float32, decays is not None, p.bias["DELTA"] == 1
 
@@ -474,7 +474,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     inner = p.empty(1, p.slots.count, p.heads, dtype=float32) if decaying else None
     grad_q, grad_k, grad_v = (p.per_token(p.value_dim) for _ in range(3))
     grad_delta = p.per_token(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
-    grad_memory = together(grad_dual or tuple(torch.zeros_like(x) for x in p.call.state.dual))
+    grad_memory = together(grad_state or tuple(torch.zeros_like(x) for x in p.call.state.dual))
     grad_layer_norm = p.empty(p.sequences, p.heads, 2, p.value_dim, dtype=float32).zero_()
     row_sums = p.empty(p.sequences, p.heads, 2, p.chunk_size, p.value_dim, dtype=float32)
     grad_sum = p.empty(p.sequences, p.heads, p.chunk_size, p.value_dim)
@@ -511,7 +511,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
             **p.strides("v"), **p.sizes, **p.bias,
         )  # fmt: skip
 
-    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr[0], "dual": list(apart(grad_memory))}
+    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr[0], "state": list(apart(grad_memory))}
     grads["ln_weight"], grads["ln_bias"] = grad_layer_norm.sum(0).unbind(1)
     if decaying:
         grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_kept, inner, p.chunk_size)

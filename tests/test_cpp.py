@@ -213,14 +213,14 @@ def test_a_planted_bug_is_caught(monkeypatch, memory):
         assert not report.ok and not {r.name: r for r in report.rows}["out"].ok
     norm = ("ln_weight", "ln_bias") if memory == "mlp" else ()
     duals = {f"grad_initial_dual_{i}" for i in range(1 if memory == "linear" else 2)}
-    for name in ("q", "k", "v", "lr", "log_decay", "dual", *norm):
+    for name in ("q", "k", "v", "lr", "log_decay", "state", *norm):
 
         def wrong(*args, name=name):
             grads = backward(*args)
-            grads[name] = [x * 1.001 for x in grads[name]] if name == "dual" else grads[name] * 1.001
+            grads[name] = [x * 1.001 for x in grads[name]] if name == "state" else grads[name] * 1.001
             return grads
 
         with monkeypatch.context() as patch:
             patch.setattr(backend, "backward", wrong)
             report = check(case, "cpp")
-            assert {r.name for r in report.rows if not r.ok} == (duals if name == "dual" else {f"grad_{name}"})
+            assert {r.name for r in report.rows if not r.ok} == (duals if name == "state" else {f"grad_{name}"})

@@ -334,18 +334,18 @@ def test_names_and_tags_agree():
 # ----------------------------------------------------------------------------------------------------------- planted bugs
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "lr", "log_decay", "dual"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "lr", "log_decay", "state"])
 def test_a_planted_bug_is_caught(name, monkeypatch):
     backward = triton_backend.backward
 
     def wrong(*args):
         grads = backward(*args)
-        grads[name] = [x * 1.001 for x in grads[name]] if name == "dual" else grads[name] * 1.001
+        grads[name] = [x * 1.001 for x in grads[name]] if name == "state" else grads[name] * 1.001
         return grads
 
     monkeypatch.setattr(triton_backend, "backward", wrong)
     report = check(Case("planted", tokens=48), "triton", device=DEVICE)
-    assert {r.name for r in report.rows if not r.ok} == {"grad_initial_dual_0" if name == "dual" else f"grad_{name}"}
+    assert {r.name for r in report.rows if not r.ok} == {"grad_initial_dual_0" if name == "state" else f"grad_{name}"}
 
 
 def test_a_planted_bug_is_caught_at_sixteen_bits(monkeypatch):

@@ -169,9 +169,9 @@ def test_what_is_recorded_is_what_calls_launch(kind, monkeypatch):
         seen.append(("forward", every, call.bias, call.cu_seqlens is None, call.log_decay is None, call.output_final_state))
         return forward(call, every)
 
-    def watched_backward(call, every, saved, grad_out, grad_dual):
-        seen.append(("backward", every, len(grad_dual)))
-        return backward(call, every, saved, grad_out, grad_dual)
+    def watched_backward(call, every, saved, grad_out, grad_state):
+        seen.append(("backward", every, len(grad_state)))
+        return backward(call, every, saved, grad_out, grad_state)
 
     monkeypatch.setattr(backend, "forward", watched_forward)
     monkeypatch.setattr(backend, "backward", watched_backward)

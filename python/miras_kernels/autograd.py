@@ -132,17 +132,17 @@ def _forward(call: Call, backend: str, checkpoint_every: int) -> tuple[Tensor, l
     if not call.output_final_state:
         final = []
     elif not _ends_open(call):
-        final = final[: len(call.state.dual) * (1 if call.momentum is None else 2)]
+        final = final[: len(call.state.matrices())]
     given = call.state.tensors()
     return out, [x.clone() if any(x is y for y in given) else x for x in final], saved  # an output may not be an input
 
 
 def _backward(
-    call: Call, backend: str, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]
+    call: Call, backend: str, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]
 ) -> list[Tensor]:
     """Gradients of the present differentiable arguments in their order, the initial matrices' last."""
-    grads = dispatch.BACKENDS[backend].backward(call, checkpoint_every, saved, grad_out, grad_dual)
-    return [grads[name] for name in _present(call)] + grads["dual"]
+    grads = dispatch.BACKENDS[backend].backward(call, checkpoint_every, saved, grad_out, grad_state)
+    return [grads[name] for name in _present(call)] + grads["state"]
 
 
 def _present(call: Call) -> list[str]:
@@ -159,24 +159,24 @@ def _remember(ctx, arguments: tuple, saved: list[Tensor]) -> None:
 
 
 def _gradients(ctx, backward, grad_out: Tensor | None, grad_final: list[Tensor | None]) -> list:
-    """Gradients in the places of an operator's arguments, by ``backward(arguments, saved, grad_out, grad_dual)``."""
+    """Gradients in the places of an operator's arguments, by ``backward(arguments, saved, grad_out, grad_state)``."""
     arguments, tensors = list(ctx.others), list(ctx.saved_tensors)
     for i in ctx.tensor_at:
         arguments[i] = tensors.pop(0)
     arguments[STATE], saved = tensors[: ctx.state_tensors], tensors[ctx.state_tensors :]
     call = _call(*arguments[:-2])
-    matrices = call.state.dual
-    grad_dual, grad_rest = grad_final[: len(matrices)], grad_final[len(matrices) :]
+    matrices = call.state.matrices()
+    grad_state, grad_rest = grad_final[: len(matrices)], grad_final[len(matrices) :]
     if any(g is not None for g in grad_rest):
         raise RuntimeError(
             f"miras_kernels: the {arguments[-2]!r} backend does not differentiate through a state that was cut inside a chunk; cut at "
             "multiples of chunk_size, detach the state, or run both pieces with backend='reference'"
         )
-    if all(g is None for g in grad_dual):
-        grad_dual = []
+    if all(g is None for g in grad_state):
+        grad_state = []
     else:
-        grad_dual = [torch.zeros_like(x) if g is None else g for g, x in zip(grad_dual, matrices, strict=True)]
-    grads = list(backward(arguments, saved, torch.zeros_like(call.v) if grad_out is None else grad_out, grad_dual))
+        grad_state = [torch.zeros_like(x) if g is None else g for g, x in zip(grad_state, matrices, strict=True)]
+    grads = list(backward(arguments, saved, torch.zeros_like(call.v) if grad_out is None else grad_out, grad_state))
     result = [None] * len(arguments)
     for name in _present(call):
         result[DIFFERENTIABLE.index(name)] = grads.pop(0)
@@ -226,17 +226,17 @@ def _memory_fake(*arguments):
 @torch.library.custom_op(
     "miras_kernels::memory_backward",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor[] saved, Tensor grad_out, Tensor[] grad_dual) -> Tensor[]",
+    schema=f"({_ARGUMENTS}, Tensor[] saved, Tensor grad_out, Tensor[] grad_state) -> Tensor[]",
 )
 def _memory_backward(*arguments):
-    *arguments, backend, checkpoint_every, saved, grad_out, grad_dual = arguments
-    return _backward(_call(*arguments), backend, checkpoint_every, saved, grad_out, grad_dual)
+    *arguments, backend, checkpoint_every, saved, grad_out, grad_state = arguments
+    return _backward(_call(*arguments), backend, checkpoint_every, saved, grad_out, grad_state)
 
 
 @_memory_backward.register_fake
 def _memory_backward_fake(*arguments):
     call = _call(*arguments[:-5])
-    tensors = [getattr(call, name) for name in _present(call)] + list(call.state.dual)
+    tensors = [getattr(call, name) for name in _present(call)] + list(call.state.matrices())
     return [x.new_empty(x.shape) for x in tensors]
 
 

@@ -69,14 +69,14 @@ class CppBackend:
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         return kept_states_like(call, checkpoint_every)
 
-    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
         names = ("q", "k", "v", "lr", "log_decay", "delta") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
         *grads, d_dual = run(
-            *_inputs(call), _offsets(call), saved[0], grad_out, _duals(call, grad_dual) if grad_dual else None, *_bias(call),
+            *_inputs(call), _offsets(call), saved[0], grad_out, _duals(call, grad_state) if grad_state else None, *_bias(call),
             call.chunk_size, checkpoint_every,
         )  # fmt: skip
-        return {**dict(zip(names, grads, strict=True)), "dual": [d_dual] if call.memory == "linear" else list(d_dual)}
+        return {**dict(zip(names, grads, strict=True)), "state": [d_dual] if call.memory == "linear" else list(d_dual)}
 
 
 def _inputs(call: Call) -> tuple:

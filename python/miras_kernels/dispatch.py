@@ -40,22 +40,26 @@ class Backend(Protocol):
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         """Empty tensors shaped like what ``forward`` saves, from shapes alone."""
 
-    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
-        """Gradients by argument name, ``dual`` for the initial matrices (a list). ``grad_dual`` may be empty: zero."""
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
+        """Gradients by argument name, ``state`` for the initial matrices: a list in the order of :meth:`MemoryState.matrices`, like
+        ``grad_state``, the gradients of the final ones, which may be empty: zero.
+        """
 
 
 def kept_states_like(call: Call, every: int) -> list[Tensor]:
     """Where a kernel keeps the matrices of every ``every``-th chunk's start for its backward, empty; nothing if every is 0.
 
-    ``[slots, H, Dk, Dv]``, or ``[slots, H, 2, Hd, D]`` for an MLP memory. Packed sequences need at most one slot more each.
+    ``[slots, H, Dk, Dv]``, with momentum ``[slots, H, 2, Dk, Dv]``: the dual, then S. An MLP memory has ``[slots, H, 2, Hd, D]``, W1
+    transposed and W2, with momentum ``[slots, H, 4, Hd, D]``. Packed sequences need at most one slot more each.
     """
     if not every:
         return []
     dual, tokens, span = call.state.dual[0], call.q.shape[1], call.chunk_size * every
     n, h, rows, columns = dual.shape
     slots = n * -(-tokens // span) if call.cu_seqlens is None else n + tokens // span
-    pair = () if call.memory == "linear" else (2,)
-    return [dual.new_empty(slots, h, *pair, columns, rows)]
+    matrices = len(call.state.matrices())
+    several = () if matrices == 1 else (matrices,)
+    return [dual.new_empty(slots, h, *several, columns, rows)]
 
 
 class _Planned:

@@ -43,9 +43,13 @@ class MemoryState:
     momentum: tuple[Tensor, ...] | None = None
     open_chunk: OpenChunk | None = None
 
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Duals, then momenta: what the next token adds to."""
+        return (*self.dual, *(self.momentum or ()))
+
     def tensors(self) -> list[Tensor]:
         """All floating-point tensors in one fixed order: duals, momenta, chunk starts, the open chunk's log-decay."""
-        parts = [*self.dual, *(self.momentum or ())]
+        parts = list(self.matrices())
         if self.open_chunk is not None:
             parts += [*self.open_chunk.start, self.open_chunk.log_decay]
         return parts

@@ -69,13 +69,14 @@ class TritonBackend:
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         return kept_states_like(call, checkpoint_every)
 
-    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         from miras_kernels.kernels import launch, linear_bwd, mlp_bwd
 
         if call.memory == "mlp":
-            return mlp_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_dual)
-        grads = linear_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_dual[0] if grad_dual else None)
-        return {**grads, "dual": [grads["dual"]]}
+            return mlp_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state)
+        grads = linear_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state[0] if grad_state else None)
+        grads["state"] = [grads.pop("dual")]
+        return grads
 
 
 @functools.cache

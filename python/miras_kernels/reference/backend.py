@@ -38,14 +38,15 @@ class ReferenceBackend:
         n, dv, dual = derived.saved_chunks(call), call.v.shape[-1], call.state.dual[0]
         return [dual.new_empty(b, h, n, dv, dk), dual.new_empty(b, h, n, call.chunk_size, dv)]
 
-    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_dual: list[Tensor]) -> dict:
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         grad_out = grad_out.to(saved[0].dtype)
         with torch.autocast(call.q.device.type, enabled=False):
-            grads = derived.backward(_widen(call), saved, grad_out, grad_dual[0] if grad_dual else None)
+            grads = derived.backward(_widen(call), saved, grad_out, grad_state[0] if grad_state else None)
         for name in ("q", "k", "v"):
             grads[name] = grads[name].to(call.q.dtype)
         grads = {name: x.contiguous() for name, x in grads.items()}
-        return {**grads, "dual": [grads["dual"]]}
+        grads["state"] = [grads.pop("dual")]
+        return grads
 
 
 def _widen(call: Call) -> Call:

@@ -19,6 +19,7 @@ from ..reference import chunkwise
 from ..reference.inputs import Call
 from ..retention import TABLE as GATES
 from ..retention import L2Retention, Retention
+from ..state import MemoryState
 from ..validation import linear_call, mlp_call
 
 __all__ = ["Case", "Inputs", "registry"]
@@ -39,6 +40,8 @@ class Inputs:
     duals: tuple[Tensor, ...]
     grad_out: Tensor
     grad_duals: tuple[Tensor, ...]
+    momenta: tuple[Tensor, ...] = ()
+    grad_momenta: tuple[Tensor, ...] = ()
 
     def arguments(self) -> dict:
         """Keyword arguments for ``linear_memory`` or ``mlp_memory``, less the backend."""
@@ -52,10 +55,18 @@ class Inputs:
             "bias": case.bias,
             "retention": case.retention,
             "chunk_size": case.chunk_size,
-            "initial_state": (self.duals if case.memory == "mlp" else self.duals[0]) if self.duals else None,
+            "initial_state": self.initial_state(),
             "output_final_state": True,
             "cu_seqlens": case.cu_seqlens(self.tensors["q"].device),
         }
+
+    def initial_state(self) -> MemoryState | tuple[Tensor, ...] | Tensor | None:
+        """As the public functions take it: matrices, or a state where momentum is carried in."""
+        if self.momenta:
+            return MemoryState(self.duals, self.momenta)
+        if not self.duals:
+            return None
+        return self.duals if self.case.memory == "mlp" else self.duals[0]
 
     def call(self) -> Call:
         """The validated call, for the reference modules."""
@@ -65,7 +76,8 @@ class Inputs:
 
     def leaves(self) -> dict[str, Tensor]:
         """Every tensor that a gradient is asked of, by name."""
-        return self.tensors | {f"initial_dual_{i}": x for i, x in enumerate(self.duals)}
+        duals = {f"initial_dual_{i}": x for i, x in enumerate(self.duals)}
+        return self.tensors | duals | {f"initial_momentum_{i}": x for i, x in enumerate(self.momenta)}
 
     def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
         """Fresh leaves: q, k and v in ``dtype``; gates, states and gradients of states in float32 or better."""
@@ -82,6 +94,8 @@ class Inputs:
             tuple(cast(x, wide) for x in self.duals),
             self.grad_out.to(device=device, dtype=dtype),
             tuple(x.to(device=device, dtype=wide) for x in self.grad_duals),
+            tuple(cast(x, wide) for x in self.momenta),
+            tuple(x.to(device=device, dtype=wide) for x in self.grad_momenta),
         )
 
 
@@ -94,7 +108,7 @@ class Case:
             (steps of -1e4 and runs of -50).
         delta: "float", "token" or "channel"; ignored by biases without one.
         lr: "scalar" or "channel".
-        initial: "none" (zeros), "dual" (one per sequence) or "shared" (one for all).
+        initial: "none" (zeros), "dual" (one per sequence; with momentum, that of earlier tokens too) or "shared" (one for all).
         lengths: the sequences packed into B = 1, or None.
         layout: "contiguous", "fused" (q, k, v are slices of one tensor) or "heads_first" (transposed ``[B, H, T, D]``).
     """
@@ -187,7 +201,12 @@ class Case:
         if self.memory == "mlp":
             tensors |= {"ln_weight": uniform(0.5, 1.5, h, dv), "ln_bias": 0.1 * normal(h, dv)}
         grad_duals = tuple(normal(self.sequences, h, *s) for s in shapes)
-        return Inputs(self, tensors, duals, normal(b, t, h, dv), grad_duals)
+        grad_out = normal(b, t, h, dv)
+        if not self.momentum:
+            return Inputs(self, tensors, duals, grad_out, grad_duals)
+        carried = tuple(0.1 * normal(*lead, *s) / math.sqrt(s[1]) for s in shapes) if self.initial == "dual" else ()
+        grad_momenta = tuple(normal(self.sequences, h, *s) for s in shapes)
+        return Inputs(self, tensors, duals, grad_out, grad_duals, carried, grad_momenta)
 
     def _arrange(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         if self.layout == "fused":

@@ -53,7 +53,7 @@ def relative_error(x: Tensor, y: Tensor) -> float:
 
 
 def evaluate(inputs: Inputs, run: str | Callable = "auto") -> dict[str, Tensor]:
-    """Outputs, final duals and gradients, by name.
+    """Outputs, final duals and momenta, and gradients, by name.
 
     Args:
         run: a backend's name, or a function ``Call -> (out, state)`` such as ``reference.definition.run``.
@@ -67,7 +67,8 @@ def evaluate(inputs: Inputs, run: str | Callable = "auto") -> dict[str, Tensor]:
     if state.momentum is not None:
         results |= {f"final_momentum_{i}": x for i, x in enumerate(state.momentum)}
     leaves = inputs.leaves()
-    grads = torch.autograd.grad((out, *state.dual), tuple(leaves.values()), (inputs.grad_out.to(out.dtype), *inputs.grad_duals))
+    given = (inputs.grad_out.to(out.dtype), *inputs.grad_duals, *inputs.grad_momenta)
+    grads = torch.autograd.grad((out, *state.matrices()), tuple(leaves.values()), given)
     return {name: x.detach() for name, x in results.items()} | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
@@ -120,7 +121,9 @@ def sensitivity(inputs: Inputs, exact: dict[str, Tensor], draws: int = 3) -> dic
     most = dict.fromkeys(exact, 0.0)
     for _ in range(draws):
         tensors = {name: moved(x) for name, x in wide.tensors.items()}
-        near = truth(dataclasses.replace(wide, tensors=tensors, duals=tuple(map(moved, wide.duals))))
+        near = truth(
+            dataclasses.replace(wide, tensors=tensors, duals=tuple(map(moved, wide.duals)), momenta=tuple(map(moved, wide.momenta)))
+        )
         most = {name: max(worst, relative_error(near[name], exact[name])) for name, worst in most.items()}
     return most
 
