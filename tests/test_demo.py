@@ -45,9 +45,9 @@ def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
 
 
 def test_wrong_arguments():
-    result = run("--preset", "moneta")
+    result = run("--preset", "mneta")
     assert result.returncode == 2
-    assert "'moneta'" in result.stderr
+    assert "'mneta'" in result.stderr
     assert "yaad" in result.stderr
 
 

@@ -15,7 +15,7 @@ from miras_kernels.hf import MemoryAttention, replace_attention
 from miras_kernels.layers import PRESETS, MemoryBlock
 
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-MLP = ("l2_mlp", "ttt_mlp", "yaad")
+MLP = ("l2_mlp", "memora", "moneta", "titans", "ttt_mlp", "yaad")
 LENGTH, VOCAB = 13, 50
 
 
@@ -335,7 +335,7 @@ def other_pattern():
             "model: expected one built on LlamaModel, MistralModel, Qwen2Model, Qwen3Model, got GPT2Model",
         ),
         (lambda: replace_attention(meta_model()), ValueError, "model: layer 0 has no data"),
-        (lambda: replace_attention(model(layers=()), "moneta"), ValueError, "preset: expected one of 'yaad', .* got 'moneta'"),
+        (lambda: replace_attention(model(layers=()), "mneta"), ValueError, "preset: expected one of 'moneta', .* got 'mneta'"),
         (
             lambda: replace_attention(model(layers=()), layers="first"),
             TypeError,

@@ -16,7 +16,7 @@ from miras_kernels import L2, Huber, KLRetention
 from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset
 
 NAMES = sorted(PRESETS)
-MLP = ("l2_mlp", "ttt_mlp", "yaad")
+MLP = ("l2_mlp", "memora", "moneta", "titans", "ttt_mlp", "yaad")
 SIZES = {"hidden_size": 24, "num_heads": 3, "head_dim": 8, "init_std": 0.3}
 
 
@@ -212,12 +212,28 @@ def recalled(matrices: tuple[torch.Tensor, torch.Tensor], module: MemoryBlock, h
 
 
 def descended(name: str, matrices, module: MemoryBlock, head: int, key, value, delta) -> tuple[torch.Tensor, ...]:
-    """Gradients of an MLP memory's inner loss in its matrices. Yaad's loss has psi = delta tanh(10 e) beyond delta."""
-    error = recalled(matrices, module, head, key) - value
-    loss = error @ error / 2
+    """Gradients of an MLP memory's inner loss in its matrices.
+
+    Yaad's loss has psi = delta tanh(10 e) beyond delta, Moneta's is |e|^3 with tanh(10 e) for the sign and a little more than |e|.
+    """
+    prediction = recalled(matrices, module, head, key)
+    psi = error = prediction - value
     if name == "yaad" and error.norm() > delta:
-        loss = (delta * torch.cosh(10 * error).log() / 10).sum()
-    return torch.autograd.grad(loss, matrices, create_graph=True)
+        psi = delta * torch.tanh(10 * error)
+    elif name == "moneta":
+        psi = 3 * torch.tanh(10 * error) * (error**2 + 1e-6)
+    return torch.autograd.grad(prediction, matrices, psi, create_graph=True)
+
+
+def primal(name: str, dual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """``(phi(A), rho)``: Moneta's A / |A|_4^2 with a floor of 1 under the norm, Memora's softmax of every row."""
+    if name == "moneta":
+        scale = (1 + (dual**4).sum()) ** -0.5
+        return scale * dual, scale
+    if name == "memora":
+        raised = dual.exp()
+        return raised / raised.sum(-1, keepdim=True), 1.0
+    return dual, 1.0
 
 
 def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
@@ -230,7 +246,8 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
     state = [torch.zeros(d, d, dtype=x.dtype) for _ in range(h)]
     if name in MLP:
         state = [(module.w1[i], module.w2[i]) for i in range(h)]
-    started = list(state)
+        momenta = [(0.0, 0.0)] * h
+    started, written, passed = list(state), [(0.0, 0.0)] * h, [1.0] * h
     outputs = []
     for t in range(len(x)):
         mixed = sum(module.conv_weight[:, 3 - j] * stream[t - j] for j in range(4) if t >= j)
@@ -238,10 +255,11 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
         heads = []
         for i in range(h):
             if t % module.preset.chunk_size == 0:
-                started[i] = state[i]
+                started[i], written[i], passed[i] = state[i], (0.0, 0.0), 1.0
             unit = lambda y: y / (y @ y + 1e-6).sqrt()
             key, error = unit(k[i]), None if name in MLP else started[i] @ unit(k[i]) - v[i]
             bounded = 1 / (1 + torch.exp(-raw[t, 0, i])) / module.preset.chunk_size if module.preset.lr == "bounded" else None
+            bounded = bounded / 8 if name == "moneta" else bounded
             if name == "linear_attention":
                 decay, write = 1.0, v[i]
             elif name == "retnet":
@@ -252,9 +270,17 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
             elif name in MLP:
                 decay = 1.0 if name == "ttt_mlp" else 1 / (1 + torch.exp(raw[t, 1, i]))
                 delta = torch.log(1 + torch.exp(raw[t, 2, i])) if name == "yaad" else None
-                gradients = descended(name, started[i], module, i, key, v[i], delta)
-                state[i] = tuple(decay * w - bounded * g for w, g in zip(state[i], gradients, strict=True))
-                o = recalled(state[i], module, i, unit(q[i]))
+                starts, scales = zip(*(primal(name, a) for a in started[i]), strict=True)
+                steps = [-bounded * g for g in descended(name, starts, module, i, key, v[i], delta)]
+                if name == "titans":
+                    theta = 0.999 / (1 + torch.exp(-raw[t, 2, i]))
+                    steps = [theta * s + (1 - theta) * step for s, step in zip(momenta[i], steps, strict=True)]
+                    momenta[i] = tuple(steps)
+                written[i] = tuple(decay * x + step for x, step in zip(written[i], steps, strict=True))
+                state[i] = tuple(decay * a + step for a, step in zip(state[i], steps, strict=True))
+                passed[i] = decay * passed[i]
+                read = [passed[i] * w + scale * x for w, scale, x in zip(starts, scales, written[i], strict=True)]
+                o = recalled(read, module, i, unit(q[i]))
                 heads.append(o / (o @ o / d + module.norm_eps).sqrt() * module.norm_weight)
                 continue
             elif name in ("deltanet", "ttt_linear"):
@@ -327,7 +353,7 @@ def test_heads_with_an_mlp_forget_over_spans_from_their_hidden_size_times_the_ch
 
 def open_gates(module: MemoryBlock) -> None:
     """The largest step and no forgetting, whatever the token."""
-    start = {"lr": 50.0, "log_decay": -50.0, "delta": 50.0}
+    start = {"lr": 50.0, "log_decay": -50.0, "delta": 50.0, "momentum": 0.0}
     with torch.no_grad():
         module.gate_down.zero_()
         module.gate_bias.copy_(torch.tensor([start[n] for n in module.preset.token_gates]).repeat_interleave(module.num_heads))
@@ -384,7 +410,7 @@ def test_the_first_steps_of_an_mlp_memory_are_stable(size, heads, head_dim, init
     assert share * max(largest) < 2
 
 
-@pytest.mark.parametrize(("name", "delta"), [("l2_mlp", None), ("ttt_mlp", None), ("yaad", 50.0), ("yaad", -2.0)])
+@pytest.mark.parametrize(("name", "delta"), [("l2_mlp", None), ("ttt_mlp", None), ("titans", None), ("yaad", 50.0), ("yaad", -2.0)])
 def test_an_mlp_memory_learns_repeated_keys_with_the_largest_steps(name, delta):
     """64 chunks with 2 keys: what is left of the error is what LN's fixed size and mean of zero leave; a small delta takes longer."""
     module = block(name, torch.float32, chunk_size=16)
@@ -405,10 +431,11 @@ def test_an_mlp_memory_learns_repeated_keys_with_the_largest_steps(name, delta):
         assert last < (first if delta == -2 else least + 0.1 * (first - least))
 
 
-def test_gradients_through_an_mlp_memory_do_not_grow_with_the_distance():
+@pytest.mark.parametrize("name", ["l2_mlp", "titans", "memora", "moneta"])
+def test_gradients_through_an_mlp_memory_do_not_grow_with_the_distance(name):
     """With the start's decays; with those of a linear memory they do."""
     torch.manual_seed(0)
-    module = MemoryBlock(32, 2, preset="l2_mlp")
+    module = MemoryBlock(32, 2, preset=name)
     x = F.rms_norm(torch.randn(4, 32)[torch.randint(4, (1, 1024))] + 0.3 * torch.randn(1, 1024, 32), (32,)).requires_grad_()
 
     def reached() -> torch.Tensor:
@@ -417,6 +444,8 @@ def test_gradients_through_an_mlp_memory_do_not_grow_with_the_distance():
 
     grad = reached()
     assert grad[:-64].max() < grad[-1]
+    if name != "l2_mlp":
+        return
     with torch.no_grad():
         module.gate_bias[2:] = math.log(math.expm1(1 / 30))
     grad = reached()
@@ -510,7 +539,7 @@ def test_a_preset_of_ones_own():
 @pytest.mark.parametrize(
     ("make", "kind", "text"),
     [
-        (lambda: MemoryBlock(8, 2, preset="moneta"), ValueError, r"preset: expected one of 'yaad', .*'mamba2', got 'moneta'"),
+        (lambda: MemoryBlock(8, 2, preset="mneta"), ValueError, r"preset: expected one of 'moneta', .*'mamba2', got 'mneta'"),
         (lambda: MemoryBlock(8, 2, preset=L2()), TypeError, "preset: expected a name or a Preset, got L2"),
         (lambda: MemoryBlock(8, 3), ValueError, r"num_heads: expected a divisor of hidden_size = 8 \(or a head_dim\), got 3"),
         (lambda: MemoryBlock(8, 0), ValueError, "num_heads: expected an integer >= 1, got 0"),
@@ -524,7 +553,7 @@ def test_a_preset_of_ones_own():
         (lambda: Preset(L2(), "one", None, 4, "", memory="mlp"), ValueError, "expansion: expected an integer >= 1 .* got None"),
         (lambda: Preset(L2(), "one", None, 4, "", memory="mlp", expansion=0), ValueError, "expansion: expected an integer >= 1 .* got 0"),
         (lambda: Preset(L2(), "one", None, 4, "", expansion=4), ValueError, "expansion: a linear memory has none, expected None, got 4"),
-        (lambda: Preset(L2(), "one", None, 4, "", momentum=True), ValueError, "momentum: expected one of False, got True"),
+        (lambda: Preset(L2(), "one", None, 4, "", momentum=True), ValueError, "momentum: True needs lr='bounded', got lr='one'"),
         (lambda: Preset(Huber(), "fast", None, 4, ""), ValueError, "lr: expected one of 'bounded', 'one', 'dt', got 'fast'"),
         (lambda: Preset(L2(), "one", "dt", 4, ""), ValueError, "decay: 'dt' needs lr='dt', got lr='one'"),
         (lambda: block()(tokens(1, 5)[0]), ValueError, r"hidden_states: expected shape \[B, T, D\] with D = 24, got \(5, 24\)"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..memory import linear_memory, mlp_memory
+from ..retention import KLRetention, LqRetention, Retention
 from ..state import MemoryState
 from .presets import Preset, resolve
 
@@ -18,6 +19,8 @@ __all__ = ["BlockState", "MemoryBlock"]
 
 _SPAN = 10.0  # tokens after which the fastest head of a linear memory has forgotten a factor e at the start
 _SPREAD = 100.0  # the slowest head's span over the fastest's
+_MOMENTUM = 0.999  # upper end: below 1 after rounding too
+_LOGITS = 1.25  # standard deviation of the logits of a softmax at the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class MemoryBlock(nn.Module):
     ::
 
         q, k, v = silu(conv(q_proj(x), k_proj(x), v_proj(x)))     depthwise causal convolution; q and k then L2-normalised
-        lr, log_decay, delta = gates(x)                           per head, from one projection of low rank, in float32
+        lr, log_decay, delta, momentum = gates(x)                 per head, from one projection of low rank, in float32
         o = linear_memory(q, k, v, lr, log_decay, delta=delta)    or mlp_memory, as the preset says
         out = o_proj(rms_norm(o) * silu(g_proj(x)))               normalised per head
 
@@ -78,6 +81,14 @@ class MemoryBlock(nn.Module):
     grow from chunk to chunk: with heads that forget over 10 to 1000 tokens they overflow within 1000. Heads therefore start
     with spans from ``chunk_size * Hd`` tokens (K ~ 1) up. As errors fall K rises again: back-propagation over several times a head's
     span wants its states detached now and then. Without decay (``ttt_mlp``) nothing of this was seen.
+
+    **Momentum** makes a token's step last: it moves the memory by ``lr / (1 - theta)`` in the end. So ``lr`` is multiplied by
+    ``1 - theta``, theta = 0.999 sigmoid(.), half of that at the start.
+
+    **Mirror maps.** Under ``LqRetention`` the primal of a dual of norm ``floor`` is the largest there is (q = 4), and an MLP's matrices
+    start there; it is several times smaller than those above, so that the same step moves it further (K would be
+    14 for head_dim 32, 10 for 64 and 7 for 128): Moneta's ``rate`` is 1/8. Under ``KLRetention`` they start as the softmax of logits of
+    deviation 1.25, where K is between 1 and 2.
 
     **Gates at the start.** ``lr`` in the middle of its range; decays such that the heads forget over 10 to 1000 tokens (MLP:
     ``chunk_size * Hd`` times 1 to 100), evenly spaced in the logarithm (as Mamba starts its time steps); ``delta`` at the size that
@@ -166,6 +177,8 @@ class MemoryBlock(nn.Module):
             weight = ((1 + value**2) / self.head_dim) ** 0.5  # the root mean square of v - k
             nn.init.normal_(self.w1, std=2**0.5 * weight)
             nn.init.normal_(self.w2, std=2**0.5 * weight * (1 + self.preset.expansion**-0.5))
+            for dual in (self.w1, self.w2):
+                _suit(self.preset.retention, dual)
             nn.init.constant_(self.ln_weight, weight)
             nn.init.zeros_(self.ln_bias)
             error = (2 * (1 + value**2)) ** 0.5
@@ -176,7 +189,7 @@ class MemoryBlock(nn.Module):
         at = torch.linspace(0, 1, self.num_heads, dtype=torch.float64) if self.num_heads > 1 else torch.full((1,), 0.5, dtype=torch.float64)
         spans = (_SPAN if self.w1 is None else self.preset.chunk_size * self.w1.shape[-1]) * _SPREAD**at
         start = {"lr": torch.zeros_like(spans), "dt": _inverse_softplus(1 / spans), "log_decay": _inverse_softplus(1 / spans),
-                 "delta": _inverse_softplus(torch.full_like(spans, error))}  # fmt: skip
+                 "delta": _inverse_softplus(torch.full_like(spans, error)), "momentum": torch.zeros_like(spans)}  # fmt: skip
         self.gate_bias.copy_(torch.cat([start[name] for name in self.preset.token_gates]))
 
     def extra_repr(self) -> str:
@@ -260,7 +273,7 @@ class MemoryBlock(nn.Module):
         return out, BlockState(memory, conv) if output_final_state else None
 
     def gates(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
-        """``lr``, ``log_decay`` and ``delta [B, T, H]`` of the memory, in float32 (float64 for float64).
+        """``lr``, ``log_decay``, ``delta`` and ``momentum [B, T, H]`` of the memory, those that it has, in float32 (float64 for float64).
 
         Autocast does not apply: a decay close to 1 has no room in bfloat16.
         """
@@ -273,7 +286,7 @@ class MemoryBlock(nn.Module):
                 raw = dict(zip(row.token_gates, projected.unflatten(-1, (-1, self.num_heads)).unbind(2), strict=True))
             gates = {}
             if row.lr == "bounded":
-                gates["lr"] = torch.sigmoid(raw["lr"]) / row.chunk_size
+                gates["lr"] = torch.sigmoid(raw["lr"]) * (row.rate / row.chunk_size)
             else:
                 gates["lr"] = F.softplus(raw["dt"]) if row.lr == "dt" else x.new_ones(shape)
             if row.decay == "token":
@@ -284,6 +297,9 @@ class MemoryBlock(nn.Module):
                 gates["log_decay"] = torch.log1p(-torch.exp2(-5 - torch.arange(shape[-1], dtype=x.dtype, device=x.device))).expand(shape)
             if row.bias.needs_delta:
                 gates["delta"] = F.softplus(raw["delta"])
+            if row.momentum:
+                gates["momentum"] = _MOMENTUM * torch.sigmoid(raw["momentum"])
+                gates["lr"] = gates["lr"] * (1 - gates["momentum"])
         return gates
 
     def _convolve(self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -330,6 +346,14 @@ def _unit(x: Tensor) -> Tensor:
     """``x`` at norm <= 1 over the last axis; a zero vector stays zero, with a finite gradient."""
     wide = _wide(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _suit(retention: Retention, dual: Tensor) -> None:
+    """Bring normal duals ``[H, rows, columns]`` to where a retention gate's primal varies most, in place."""
+    if isinstance(retention, LqRetention):  # |phi(A)|_q is largest at |A|_q = floor (q = 4)
+        dual *= retention.floor / dual.flatten(1).norm(retention.q, dim=1)[:, None, None]
+    elif isinstance(retention, KLRetention):  # neither uniform nor one-hot
+        dual *= _LOGITS / dual.std()
 
 
 def _inverse_softplus(y: Tensor) -> Tensor:

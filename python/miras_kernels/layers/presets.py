@@ -6,13 +6,14 @@ A row says what a :class:`~miras_kernels.layers.MemoryBlock` computes between it
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from ..biases import L2, Bias, DotProduct, Huber
-from ..retention import L2Retention, Retention
+from ..biases import L2, Bias, DotProduct, Huber, Lp
+from ..retention import KLRetention, L2Retention, LqRetention, Retention
 
 __all__ = ["PRESETS", "Preset", "resolve"]
 
-_CHOICES = {"memory": ("linear", "mlp"), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False,)}
+_CHOICES = {"memory": ("linear", "mlp"), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False, True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Preset:
 
     Attributes:
         bias, retention: the attentional bias and the retention gate. A bias with ``needs_delta`` takes delta from the token.
-        lr: ``"bounded"``: from the token, in ``(0, 1 / chunk_size)``, which keeps the inner loop stable (see
+        lr: ``"bounded"``: from the token, in ``(0, rate / chunk_size)``, which keeps the inner loop stable (see
             :class:`~miras_kernels.layers.MemoryBlock`); ``"one"``: every token is written with weight 1; ``"dt"``: the token's
             time step ``dt = softplus(.)``, as in Mamba-2.
         decay: None; ``"token"``: ``log_decay = -softplus(.)`` from the token; ``"fixed"``: RetNet's ``log(1 - 2^(-5-h))`` for
@@ -30,7 +31,9 @@ class Preset:
             gradient does not depend on the state.
         source: where it is described.
         memory: ``"linear"``, or ``"mlp"``: ``M(x) = x + LN(W1 gelu(W2 x))``.
-        momentum: False.
+        momentum: whether the token has a momentum theta in (0, 1); its step size is then ``(1 - theta) lr``, so that a run of
+            equal tokens moves the memory as far as without.
+        rate: upper end of ``lr * chunk_size`` for ``lr="bounded"``.
         expansion: of an MLP memory, its hidden channels per channel of the head, ``Hd = expansion * head_dim``; else None.
     """
 
@@ -43,6 +46,7 @@ class Preset:
     memory: str = "linear"
     momentum: bool = False
     expansion: int | None = None
+    rate: float = 1.0
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -54,17 +58,37 @@ class Preset:
             raise ValueError(f"expansion: a linear memory has none, expected None, got {self.expansion!r}")
         if self.memory == "mlp" and (isinstance(self.expansion, bool) or not isinstance(self.expansion, int) or self.expansion < 1):
             raise ValueError(f"expansion: expected an integer >= 1 for an MLP memory, got {self.expansion!r}")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate < math.inf:
+            raise ValueError(f"rate: expected a number > 0, got {self.rate!r}")
+        if self.momentum and self.lr != "bounded":
+            raise ValueError(f"momentum: True needs lr='bounded', got lr={self.lr!r}")
 
     @property
     def token_gates(self) -> tuple[str, ...]:
         """Names of the gates that are projected from the token, in a fixed order."""
-        wanted = {"lr": self.lr == "bounded", "dt": self.lr == "dt", "log_decay": self.decay == "token", "delta": self.bias.needs_delta}
+        wanted = {"lr": self.lr == "bounded", "dt": self.lr == "dt", "log_decay": self.decay == "token", "delta": self.bias.needs_delta,
+                  "momentum": self.momentum}  # fmt: skip
         return tuple(name for name, want in wanted.items() if want)
 
 
 #: name -> preset
 PRESETS: dict[str, Preset] = {
+    "moneta": Preset(
+        Lp(3.0, sharpness=10.0),
+        "bounded",
+        "token",
+        16,
+        "Moneta: Miras, arXiv 2504.13173, section 5.3",
+        retention=LqRetention(4.0),
+        memory="mlp",
+        expansion=4,
+        rate=0.125,
+    ),
     "yaad": Preset(Huber("switch"), "bounded", "token", 16, "Yaad: Miras, arXiv 2504.13173, section 5.3", memory="mlp", expansion=4),
+    "memora": Preset(
+        L2(), "bounded", "token", 16, "Memora: Miras, arXiv 2504.13173, section 5.3", retention=KLRetention(), memory="mlp", expansion=4
+    ),
+    "titans": Preset(L2(), "bounded", "token", 16, "Titans (LMM), arXiv 2501.00663, section 3", memory="mlp", momentum=True, expansion=4),
     "ttt_mlp": Preset(L2(), "bounded", None, 16, "TTT-MLP, arXiv 2407.04620", memory="mlp", expansion=4),
     "l2_mlp": Preset(
         L2(), "bounded", "token", 16, "TTT-MLP with decay: Titans without momentum, arXiv 2501.00663", memory="mlp", expansion=4
