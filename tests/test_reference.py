@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
@@ -37,6 +40,20 @@ def test_vectors(path, form):
     assert_same(vectors.results(out, state, tensors, leaves), vectors.expected(tensors, leaves))
 
 
+def test_every_pair_of_properties_has_a_case():
+    for memory in ("linear", "mlp"):
+        cases = [c for c in registry(memory) if "-pairs-" in c.name]
+        options = [("bias", BIASES.values()), ("retention", GATES.values()), ("momentum", (False, True)), ("decay", ("scalar", "none"))]
+        if memory == "linear":
+            options[-1] = ("decay", ("scalar", "none", "channel", "strong"))
+            options += [("lr", ("scalar", "channel")), ("delta", ("token", "channel"))]
+        options.append(("initial", ("dual", "shared") if memory == "mlp" else ("dual", "shared", "none")))
+        for (one, values), (other, others) in itertools.combinations(options, 2):
+            found = {(getattr(c, one), getattr(c, other)) for c in cases}
+            assert found == set(itertools.product(values, others)), (memory, one, other)
+        assert len(cases) <= 50
+
+
 def test_vectors_are_all_there():
     assert len(vectors.FILES) == 17
 
@@ -52,7 +69,7 @@ def test_hand_derived_form(case):
     inputs = case.draw(torch.float64)
     call = inputs.call()
     if not derived.covers(call):
-        assert case.momentum or case.lr == "channel" or case.decay == "channel" or case.retention.tag != 0
+        assert case.momentum or case.lr == "channel" or case.decay.endswith("channel") or case.retention.tag != 0
         return
     with torch.no_grad():
         out, state, saved = derived.forward(call)
@@ -111,11 +128,11 @@ def test_gradcheck(case):
 
     def function(*leaves):
         given = dict(zip(names, leaves, strict=True))
-        duals = tuple(given.pop(name) for name in list(given) if name.startswith("initial_dual"))
-        moved = type(inputs)(case, given, duals, inputs.grad_out, inputs.grad_duals)
+        duals, momenta = (tuple(given.pop(n) for n in names if n.startswith(f"initial_{kind}")) for kind in ("dual", "momentum"))
+        moved = dataclasses.replace(inputs, tensors=given, duals=duals, momenta=momenta)
         memory = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
         out, state = memory(**moved.arguments(), backend="reference")
-        return out, *state.dual
+        return out, *state.matrices()
 
     assert torch.autograd.gradcheck(function, tuple(inputs.leaves().values()), fast_mode=case.memory == "mlp")
 

@@ -38,7 +38,7 @@ def test_what_is_served():
     from miras_kernels.kernels import configs
 
     for case in set(registry()) - set(SERVED) - set(MLP):
-        channel_wise = case.lr == "channel" or case.decay == "channel"
+        channel_wise = case.lr == "channel" or case.decay.endswith("channel")
         sizes = configs.CHUNK_SIZES if case.memory == "linear" else configs.MLP_CHUNK_SIZES
         assert case.momentum or case.retention.tag or channel_wise or case.chunk_size not in sizes, case
     assert {case.bias.tag for case in SERVED} == {case.bias.tag for case in MLP} == set(BIASES)

@@ -8,6 +8,7 @@ lies so close to it that rounding could decide the side.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -18,7 +19,7 @@ from ..biases import TABLE as BIASES
 from ..reference import chunkwise
 from ..reference.inputs import Call
 from ..retention import TABLE as GATES
-from ..retention import L2Retention, Retention
+from ..retention import L2Retention, LqRetention, Retention
 from ..state import MemoryState
 from ..validation import linear_call, mlp_call
 
@@ -105,8 +106,8 @@ class Case:
 
     Attributes:
         decay: "none", "scalar", "channel", "slight" (alpha above 0.998), "strong" (alpha down to 0.05) or "extreme"
-            (steps of -1e4 and runs of -50).
-        delta: "float", "token" or "channel"; ignored by biases without one.
+            (steps of -1e4 and runs of -50), "extreme_channel".
+        delta: "float", "token" or "channel" (a token's for biases that take none per channel); ignored by biases without one.
         lr: "scalar" or "channel".
         initial: "none" (zeros), "dual" (one per sequence; with momentum, that of earlier tokens too) or "shared" (one for all).
         lengths: the sequences packed into B = 1, or None.
@@ -179,7 +180,8 @@ class Case:
 
         tensors = self._arrange(normal(b, t, h, dk), torch.nn.functional.normalize(normal(b, t, h, dk), dim=-1), 0.6 * normal(b, t, h, dv))
         if self.bias.needs_delta and self.delta != "float":
-            tensors["delta"] = gate(self.delta, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
+            kind = self.delta if self.bias.delta_per_channel else "token"
+            tensors["delta"] = gate(kind, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
         rate = 0.5 * min(1.0, dk / self.chunk_size) / self._curvature()
         if self.memory == "mlp":  # a = gelu(W2 k): a step moves LN(W1 a) by |a|^2 / var(W1 a) of it, about Hd
             rate /= self.hidden
@@ -188,8 +190,8 @@ class Case:
             tensors["log_decay"] = gate("scalar", -2e-3, -5e-5)
         elif self.decay == "strong":
             tensors["log_decay"] = gate("scalar", 0.05, 0.2).log()
-        elif self.decay == "extreme":
-            u = uniform(0, 1, b, t, h)
+        elif self.decay.startswith("extreme"):
+            u = uniform(0, 1, b, t, h, *([dv] if self.decay == "extreme_channel" else []))
             tensors["log_decay"] = torch.where(u < 0.1, -1e4, torch.where(u < 0.4, -50.0, -0.05 * u))
         elif self.decay != "none":
             tensors["log_decay"] = gate(self.decay, -0.2, -0.005)
@@ -321,29 +323,30 @@ def _linear() -> list[Case]:
         Case("linear-l2-long", tokens=1000, batch=1, chunk_size=32, seed=73),
         Case("linear-l2-packed-shared", lengths=(7, 41, 16), initial="shared", seed=74),
     ]
-    for i, gate in enumerate(GATES.values(), 80):
-        for bias in (L2(), huber, switch):
-            cases.append(Case(f"linear-{_word(bias)}-{gate.name}-momentum", bias=bias, retention=gate, momentum=True, seed=i))
-            if gate.tag:
-                cases.append(Case(f"linear-{_word(bias)}-{gate.name}", bias=bias, retention=gate, seed=i))
-                cases.append(Case(f"linear-{_word(bias)}-{gate.name}-packed", bias=bias, retention=gate, lengths=(20, 7), seed=i))
     channel = dict(decay="channel", lr="channel", delta="channel")
     cases += [
         Case("linear-huber_coordinate-channel-wise", bias=huber, **channel, seed=90),
         Case("linear-l2-channel-wise-momentum", **channel, momentum=True, seed=91),
-        Case("linear-dot-channel-lr", bias=BIASES[0], lr="channel", seed=92),
-        Case("linear-l2-channel-decay-kl", decay="channel", retention=GATES[2], seed=93),
+        Case("linear-l2-extreme-channel-decay", decay="extreme_channel", tokens=80, chunk_size=32, seed=92),
+        Case("linear-l2-extreme-channel-decay-momentum", decay="extreme_channel", momentum=True, tokens=40, seed=93),
+        Case("linear-l2-lq-p1.5", retention=LqRetention(1.5, 0.5), seed=94),
+        Case("linear-l2-lq-momentum-split", retention=GATES[1], momentum=True, batch=1, heads=1, value_dim=70, seed=95),
     ]
-    return cases
+    return cases + _pairs(
+        "linear", 200,
+        bias=list(BIASES.values()), retention=list(GATES.values()), momentum=[False, True], decay=["scalar", "none", "channel", "strong"],
+        lr=["scalar", "channel"], delta=["token", "channel"], initial=["dual", "none", "shared"], lengths=[None, (20, 1, 16, 7)],
+    )  # fmt: skip
 
 
 def _mlp() -> list[Case]:
     shape = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
     cases = [Case(f"mlp-{_word(bias)}", bias=bias, seed=i, **shape) for i, bias in enumerate(BIASES.values(), 100)]
-    for i, gate in enumerate(GATES.values(), 120):
-        cases.append(Case(f"mlp-l2-{gate.name}-momentum", retention=gate, momentum=True, seed=i, **shape))
-        if gate.tag:
-            cases.append(Case(f"mlp-huber_switch-{gate.name}", bias=Huber("switch"), retention=gate, seed=i, **shape))
+    cases += _pairs(
+        "mlp", 300,
+        bias=list(BIASES.values()), retention=list(GATES.values()), momentum=[False, True], decay=["scalar", "none"],
+        initial=["dual", "shared"], lengths=[None, (20, 1, 16)], **{name: [x] for name, x in shape.items() if name != "memory"},
+    )  # fmt: skip
     cases += [
         Case("mlp-l2-no-decay", decay="none", seed=140, **shape),
         Case("mlp-l2-packed", lengths=(1, 16, 30, 5), seed=141, **shape),
@@ -366,6 +369,28 @@ def _mlp() -> list[Case]:
     for i, (name, (b, t, h, d, hidden, c)) in enumerate(sizes.items(), 160):
         shape = dict(memory="mlp", batch=b, tokens=t, heads=h, key_dim=d, value_dim=d, hidden=hidden, chunk_size=c)
         cases.append(Case(f"mlp-huber_coordinate-{name}", bias=Huber("coordinate"), seed=i, **shape))
+    return cases
+
+
+def _pairs(memory: str, seed: int, **factors: list) -> list[Case]:
+    """Cases in which every pair of two properties' values occurs, chosen greedily: the sparsest way through a product."""
+    names = list(factors)
+    together = itertools.combinations(range(len(names)), 2)
+    open_pairs = {(i, a, j, b) for i, j in together for a in range(len(factors[names[i]])) for b in range(len(factors[names[j]]))}
+    cases = []
+    while open_pairs:
+        chosen: dict[int, int] = dict(zip(*[iter(min(open_pairs))] * 2, strict=True))
+        for i in range(len(names)):
+            if i in chosen:
+                continue
+            count = len(factors[names[i]])
+            news = [sum((*min((i, a), y), *max((i, a), y)) in open_pairs for y in chosen.items()) for a in range(count)]
+            chosen[i] = max(range(count), key=lambda a, i=i, count=count, news=news: (news[a], (a + len(cases)) % count))
+        row = sorted(chosen.items())
+        open_pairs -= {(*x, *y) for x, y in itertools.combinations(row, 2)}
+        properties = {names[i]: factors[names[i]][a] for i, a in row}
+        name = f"{memory}-{_word(properties['bias'])}-{properties['retention'].name}-pairs-{len(cases)}"
+        cases.append(Case(name, memory=memory, seed=seed + len(cases), **properties))
     return cases
 
 
