@@ -111,6 +111,7 @@ class Case:
         lr: "scalar" or "channel".
         initial: "none" (zeros), "dual" (one per sequence; with momentum, that of earlier tokens too) or "shared" (one for all).
         lengths: the sequences packed into B = 1, or None.
+        keys: "unit" (of norm 1), "zero" (every third one), "repeated" (three of them) or "huge" (of norm 100).
         layout: "contiguous", "fused" (q, k, v are slices of one tensor) or "heads_first" (transposed ``[B, H, T, D]``).
     """
 
@@ -132,6 +133,7 @@ class Case:
     initial: str = "dual"
     lengths: tuple[int, ...] | None = None
     layout: str = "contiguous"
+    keys: str = "unit"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -178,11 +180,17 @@ class Case:
         def gate(kind: str, low: float, high: float) -> Tensor:
             return uniform(low, high, b, t, h, *([dv] if kind == "channel" else []))
 
-        tensors = self._arrange(normal(b, t, h, dk), torch.nn.functional.normalize(normal(b, t, h, dk), dim=-1), 0.6 * normal(b, t, h, dv))
+        keys = torch.nn.functional.normalize(normal(b, t, h, dk), dim=-1)
+        if self.keys == "zero":
+            keys[:, ::3] = 0
+        elif self.keys == "repeated":
+            keys = keys[:, torch.arange(t) % min(3, t)]
+        tensors = self._arrange(normal(b, t, h, dk), keys * (100 if self.keys == "huge" else 1), 0.6 * normal(b, t, h, dv))
         if self.bias.needs_delta and self.delta != "float":
             kind = self.delta if self.bias.delta_per_channel else "token"
             tensors["delta"] = gate(kind, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
         rate = 0.5 * min(1.0, dk / self.chunk_size) / self._curvature()
+        rate *= {"repeated": 1 / min(dk, self.chunk_size), "huge": 1e-4}.get(self.keys, 1.0)  # as far as a chunk's keys repeat
         if self.memory == "mlp":  # a = gelu(W2 k): a step moves LN(W1 a) by |a|^2 / var(W1 a) of it, about Hd
             rate /= self.hidden
         tensors["lr"] = gate(self.lr, 0.2 * rate, rate)

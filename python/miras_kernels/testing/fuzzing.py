@@ -1,0 +1,364 @@
+"""Random calls of everything public, checked against the reference and by identities.
+
+    python -m miras_kernels fuzz --seconds 60 --backend cpp --seed 0
+
+An :class:`Example` is a case of the registry's kind with sizes, gates, layouts and extreme values drawn by hypothesis, and a way to reach
+its results: as they stand, in pieces, sequence by sequence, permuted, or through a gate at its limit (:data:`ROUTES`). Whatever the way,
+results are held to the float64 reference within the budgets of :mod:`~miras_kernels.testing.parity`; besides, a later token must not
+change a bit of an earlier output. What fails is made smaller as long as it fails, and printed as a command that repeats it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .. import biases, dispatch, retention
+from ..biases import L2, Huber, RobustL2
+from ..memory import linear_memory, mlp_memory
+from ..retention import ElasticNetRetention, L2Retention, LqRetention
+from ..state import MemoryState
+from ..validation import linear_call, mlp_call
+from .cases import Case, Inputs
+from .parity import evaluate, judge, margin, operands
+
+__all__ = ["Example", "Failure", "examples", "fuzz", "run_example"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+#: draws of the inputs' rounding errors that a result must be wrong against before it is called so
+DRAWS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One thing to try.
+
+    Attributes:
+        route: how results are reached, one of :data:`ROUTES`, or "causality".
+        at: where a sequence is cut or changed; taken modulo its length.
+    """
+
+    case: Case
+    dtype: str = "float32"
+    route: str = "as it stands"
+    at: int = 0
+
+    def encode(self) -> str:
+        """As one word of JSON, what differs from a plain case only."""
+        fields = {f.name: getattr(self.case, f.name) for f in dataclasses.fields(Case) if f.name != "name"}
+        plain = Case("fuzz")
+        case = {name: x for name, x in fields.items() if x != getattr(plain, name)}
+        case |= {name: x.code for name, x in case.items() if name in ("bias", "retention")}
+        return json.dumps({"case": case, "dtype": self.dtype, "route": self.route, "at": self.at}, separators=(",", ":"))
+
+    @staticmethod
+    def decode(text: str) -> Example:
+        """The inverse of :meth:`encode`.
+
+        Raises:
+            ValueError: no such example.
+        """
+        try:
+            fields = json.loads(text)
+            case = fields.pop("case")
+            if "bias" in case:
+                case["bias"] = biases.from_code(case["bias"])
+            if "retention" in case:
+                case["retention"] = retention.from_code(case["retention"])
+            if case.get("lengths"):
+                case["lengths"] = tuple(case["lengths"])
+            return Example(Case("fuzz", **case), **fields)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"replay: expected what a failing run printed, got {text!r} ({error})") from None
+
+
+class Failure(AssertionError):
+    """An example whose results are wrong."""
+
+
+class Refused(Exception):
+    """An example that the backend says it cannot serve."""
+
+
+# ------------------------------------------------------------------------------------------------------------ routes
+
+
+def _recall(case: Case, arguments: dict, run: str | Callable) -> tuple[Tensor, MemoryState]:
+    """The memory, by a backend's name or a function of a :class:`~miras_kernels.reference.inputs.Call`."""
+    if callable(run):
+        tokens = [arguments[name] for name in TOKENS[:5]]
+        rest = {name: x for name, x in arguments.items() if name not in TOKENS[:5]}
+        return run((linear_call if case.memory == "linear" else mlp_call)(*tokens, **rest))
+    return (linear_memory if case.memory == "linear" else mlp_memory)(**arguments, backend=run)
+
+
+def _named(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
+    results = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
+    return results | {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
+
+
+def _of_tokens(arguments: dict, function: Callable[[Tensor], Tensor]) -> dict:
+    return arguments | {name: function(x) for name, x in arguments.items() if name in TOKENS and isinstance(x, Tensor)}
+
+
+def _of_states(state: MemoryState | tuple | Tensor | None, function: Callable[[Tensor], Tensor]):
+    if state is None or isinstance(state, MemoryState):
+        return None if state is None else state.map(function)
+    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
+
+
+def _as_it_stands(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
+    """Outputs, states and every gradient."""
+    return evaluate(inputs, run)
+
+
+@torch.no_grad()
+def _in_pieces(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
+    """Every piece from the state that the one before it left: cut at ``at``, after one more token, and at the middle of the rest."""
+    arguments, case = inputs.arguments(), inputs.case
+    length = inputs.tensors["q"].shape[1]
+    if case.lengths is not None or length < 2:
+        return _named(*_recall(case, arguments, run))
+    first = 1 + at % (length - 1)
+    bounds = sorted({0, first, min(first + 1, length), (first + length) // 2, length})
+    outs, state = [], arguments["initial_state"]
+    for a, b in itertools.pairwise(bounds):
+        piece = _of_tokens(arguments, lambda x, a=a, b=b: x[:, a:b])
+        out, state = _recall(case, piece | {"initial_state": state}, run)
+        outs.append(out)
+    return _named(torch.cat(outs, 1), state)
+
+
+@torch.no_grad()
+def _one_by_one(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
+    """Every sequence of a batch or a pack alone."""
+    arguments, case = inputs.arguments(), inputs.case
+    ends = list(itertools.accumulate(case.lengths or ()))
+    results = []
+    for n in range(case.sequences):
+        rows, time_ = (slice(n, n + 1), slice(None)) if not ends else (slice(None), slice(ends[n] - case.lengths[n], ends[n]))
+        alone = _of_tokens(arguments, lambda x, rows=rows, time_=time_: x[rows, time_]) | {"cu_seqlens": None}
+        if case.initial == "dual":
+            alone["initial_state"] = _of_states(arguments["initial_state"], lambda x, n=n: x[n : n + 1])
+        results.append(_named(*_recall(case, alone, run)))
+    axis = {"out": 1 if ends else 0}
+    return {name: torch.cat([r[name] for r in results], axis.get(name, 0)) for name in results[0]}
+
+
+@torch.no_grad()
+def _permuted(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
+    """Heads, and the samples of a batch, in reverse order and back."""
+    arguments, case = inputs.arguments(), inputs.case
+    batch = (0,) if case.lengths is None else ()
+    turned = _of_tokens(arguments, lambda x: x.flip((*batch, 2)))
+    shared = case.initial == "shared"
+    turned["initial_state"] = _of_states(arguments["initial_state"], lambda x: x.flip((0,) if shared else (*batch, 1)))
+    turned |= {name: arguments[name].flip(0) for name in ("ln_weight", "ln_bias") if name in arguments}
+    results = _named(*_recall(case, turned, run))
+    return {name: x.flip((*batch, 2) if name == "out" else (*batch, 1)) for name, x in results.items()}
+
+
+@torch.no_grad()
+def _at_a_limit(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
+    """A gate or a bias replaced by a richer one at the limit where it does nothing more."""
+    arguments, case = inputs.arguments(), inputs.case
+    shape = inputs.tensors["q"].shape[:3]
+    like = lambda value: torch.full(shape, value, dtype=inputs.tensors["lr"].dtype, device=inputs.tensors["lr"].device)
+    choices = []
+    if case.decay == "none":
+        choices.append({"log_decay": like(0.0)})
+    if not case.momentum:
+        choices.append({"momentum": like(0.0)})
+    if case.bias == L2():
+        choices += [{"bias": Huber(kind), "delta": like(1e9)} for kind in ("coordinate", "norm", "switch")]
+        choices.append({"bias": RobustL2(), "delta": like(0.0)})
+    if case.retention == L2Retention():
+        choices += [{"retention": ElasticNetRetention(0.0)}, {"retention": LqRetention(2.0)}]
+    change = choices[at % len(choices)] if choices else {}
+    out, state = _recall(case, arguments | change, run)
+    return _named(out, MemoryState(state.dual) if "momentum" in change else state)
+
+
+ROUTES: dict[str, Callable[[Inputs, str | Callable, int], dict[str, Tensor]]] = {
+    "as it stands": _as_it_stands,
+    "in pieces": _in_pieces,
+    "one by one": _one_by_one,
+    "permuted": _permuted,
+    "at a limit": _at_a_limit,
+}
+
+
+@torch.no_grad()
+def _causality(example: Example, inputs: Inputs, run) -> None:
+    """Tokens from ``at`` on are replaced; not a bit of an earlier output may change."""
+    arguments, t = inputs.arguments(), example.at % inputs.tensors["q"].shape[1]
+
+    def disturbed(x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        x[:, t:] *= 0.5
+        return x
+
+    before, after = (_recall(example.case, x, run)[0] for x in (arguments, _of_tokens(arguments, disturbed)))
+    if not torch.equal(before[:, :t], after[:, :t]):
+        first = int((before != after).flatten(2).any(-1)[:, :t].any(0).nonzero()[0])
+        raise Failure(f"causality: tokens from {t} on were changed, and so was the output at {first}")
+
+
+def run_example(example: Example, run: str | Callable) -> None:
+    """Try one example.
+
+    Raises:
+        Failure: the results are wrong; says how.
+        Refused: the backend does not serve it.
+    """
+    case, dtype = example.case, DTYPES[example.dtype]
+    if callable(run):
+        dtype = torch.float32  # what calls itself may know no other
+    multiplied = operands(run, dtype)
+    try:
+        inputs = case.draw(dtype, margin=margin(case, multiplied))
+    except RuntimeError as error:  # no draw keeps its distance from a kink
+        raise Refused(str(error)) from None
+    differentiate = example.route == "as it stands"
+    if not callable(run):
+        reason = dispatch.BACKENDS[run].refuses(inputs.call(), differentiate)
+        if reason is not None:
+            raise Refused(reason)
+    if example.route == "causality":
+        _causality(example, inputs, run)
+        return
+    reached = ROUTES[example.route](inputs, run, example.at)
+    report = judge(inputs, reached, multiplied, 0)
+    if not report.ok and multiplied == torch.float32:  # one run of the reference may have been lucky
+        report = judge(inputs, reached, multiplied, DRAWS)
+    if not report.ok:
+        raise Failure(f"{example.route}: {report}")
+
+
+# -------------------------------------------------------------------------------------------------------- strategies
+
+
+def examples(backend: str | None = None):
+    """A hypothesis strategy for :class:`Example`, in sizes that suit a backend; small and plain ones are the simplest."""
+    from hypothesis import strategies as st
+
+    chunk_sizes = st.sampled_from([16, 32]) if backend == "triton" else st.integers(1, 40)
+    most = 40 if backend == "triton" else 90
+    float_biases = st.one_of(
+        st.sampled_from(list(biases.TABLE.values())),
+        st.floats(1.0, 20.0).map(biases.L1),
+        st.floats(1.05, 4.0).map(lambda p: biases.Lp(p) if p >= 2 else biases.Lp(p, sharpness=10.0)),
+        st.floats(1.0, 20.0).map(lambda s: Huber("switch", sharpness=s)),
+    )
+    gates = st.one_of(
+        st.sampled_from(list(retention.TABLE.values())),
+        st.builds(LqRetention, st.floats(1.2, 6.0), st.floats(0.3, 3.0)),
+        st.floats(0.3, 5.0).map(retention.KLRetention),
+        st.floats(0.0, 0.5).map(ElasticNetRetention),
+    )
+
+    @st.composite
+    def build(draw) -> Example:
+        memory = draw(st.sampled_from(["linear", "mlp"]))
+        linear = memory == "linear"
+        key_dim = draw(st.integers(1, 40))
+        lengths = draw(st.one_of(st.none(), st.lists(st.integers(1, most // 3), min_size=1, max_size=4).map(tuple)))
+        case = Case(
+            "fuzz", memory=memory, bias=draw(float_biases), retention=draw(gates),
+            batch=1 if lengths else draw(st.integers(1, 3)), tokens=sum(lengths) if lengths else draw(st.integers(1, most)),
+            heads=draw(st.integers(1, 3)), key_dim=key_dim, value_dim=draw(st.integers(1, 40)) if linear else key_dim,
+            hidden=draw(st.integers(1, 48)), chunk_size=draw(chunk_sizes),
+            decay=draw(st.sampled_from(_DECAYS if linear else _DECAYS[:3])), delta=draw(st.sampled_from(["token", "channel"] if linear else ["token"])),
+            lr=draw(st.sampled_from(["scalar", "channel"] if linear else ["scalar"])), momentum=draw(st.booleans()),
+            initial=draw(st.sampled_from(["dual", "shared", "none"] if linear else ["dual", "shared"])), lengths=lengths,
+            layout=draw(st.sampled_from(["contiguous", "fused", "heads_first"])), keys=draw(st.sampled_from(["unit", "zero", "repeated", "huge"])),
+            seed=draw(st.integers(0, 999)),
+        )  # fmt: skip
+        dtype = draw(st.sampled_from(["float32", "bfloat16"]))
+        return Example(case, dtype, draw(st.sampled_from([*ROUTES, "causality"])), draw(st.integers(0, most)))
+
+    return build()
+
+
+_DECAYS = ["scalar", "none", "slight", "strong", "extreme", "channel", "extreme_channel"]
+
+
+# --------------------------------------------------------------------------------------------------------------- loop
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run did."""
+
+    tried: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by route
+    refused: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by reason
+    failure: tuple[Example, str] | None = None
+
+
+def fuzz(run: str | Callable, seconds: float, seed: int, strategy=None, shrink_seconds: float = 60.0) -> Outcome:
+    """Try examples for some time, or until one fails; the failing one is then made smaller.
+
+    Args:
+        run: a backend's name, or a function as :func:`~miras_kernels.testing.evaluate` takes it.
+        seed: the same seed tries the same examples in the same order, as far as time allows.
+        strategy: of examples; :func:`examples` by default.
+    """
+    import hypothesis
+
+    outcome, known = Outcome(), {}
+    end = time.monotonic() + seconds
+
+    def attempt(example: Example) -> None:
+        key = example.encode()
+        if key not in known:
+            if time.monotonic() > end + (shrink_seconds if any(known.values()) else 0):
+                return  # what is known to fail goes on failing
+            known[key] = _complaint(example, run, outcome)
+        if known[key]:
+            raise Failure(example, known[key])
+
+    settings = hypothesis.settings(
+        max_examples=50, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=False,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink), report_multiple_bugs=False, verbosity=hypothesis.Verbosity.quiet,
+    )  # fmt: skip
+    strategy = examples(run if isinstance(run, str) else None) if strategy is None else strategy
+    for round_ in itertools.count():
+        if time.monotonic() > end:
+            return outcome
+        try:
+            hypothesis.seed(seed + round_)(settings(hypothesis.given(strategy)(attempt)))()
+        except Failure as failure:
+            outcome.failure = failure.args
+            return outcome
+
+
+def _complaint(example: Example, run: str | Callable, outcome: Outcome) -> str | None:
+    """What is wrong with an example's results, or None; anything that is raised is wrong too."""
+    try:
+        run_example(example, run)
+    except Refused as reason:
+        outcome.refused[str(reason)] += 1
+        return None
+    except Failure as failure:
+        outcome.tried[example.route] += 1
+        return str(failure)
+    except Exception as error:  # the public functions serve every call that is drawn here
+        outcome.tried[example.route] += 1
+        return f"{type(error).__name__}: {error}"
+    outcome.tried[example.route] += 1
+    return None
+
+
+def backends(name: str) -> Iterable[str]:
+    """Those that a name stands for: "all" are those that run on this machine's CPU."""
+    if name != "all":
+        return (name,)
+    return [n for n in ("cpp", "triton") if dispatch.unavailable(n) is None and dispatch.BACKENDS[n].runs_on(torch.device("cpu"))]
