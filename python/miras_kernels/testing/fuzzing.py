@@ -267,28 +267,24 @@ def examples(backend: str | None = None):
 
     @st.composite
     def build(draw) -> Example:
-        memory = draw(st.sampled_from(["linear", "mlp"]))
+        one_of = lambda *values: draw(st.sampled_from(values))
+        memory = one_of("linear", "mlp")
         linear = memory == "linear"
-        key_dim = draw(st.integers(1, 40))
         lengths = draw(st.one_of(st.none(), st.lists(st.integers(1, most // 3), min_size=1, max_size=4).map(tuple)))
+        key_dim, per_channel = draw(st.integers(1, 40)), ("channel",) if linear else ()
         case = Case(
-            "fuzz", memory=memory, bias=draw(float_biases), retention=draw(gates),
+            "fuzz", memory=memory, bias=draw(float_biases), retention=draw(gates), seed=draw(st.integers(0, 999)), lengths=lengths,
             batch=1 if lengths else draw(st.integers(1, 3)), tokens=sum(lengths) if lengths else draw(st.integers(1, most)),
             heads=draw(st.integers(1, 3)), key_dim=key_dim, value_dim=draw(st.integers(1, 40)) if linear else key_dim,
-            hidden=draw(st.integers(1, 48)), chunk_size=draw(chunk_sizes),
-            decay=draw(st.sampled_from(_DECAYS if linear else _DECAYS[:3])), delta=draw(st.sampled_from(["token", "channel"] if linear else ["token"])),
-            lr=draw(st.sampled_from(["scalar", "channel"] if linear else ["scalar"])), momentum=draw(st.booleans()),
-            initial=draw(st.sampled_from(["dual", "shared", "none"] if linear else ["dual", "shared"])), lengths=lengths,
-            layout=draw(st.sampled_from(["contiguous", "fused", "heads_first"])), keys=draw(st.sampled_from(["unit", "zero", "repeated", "huge"])),
-            seed=draw(st.integers(0, 999)),
+            hidden=draw(st.integers(1, 48)), chunk_size=draw(chunk_sizes), momentum=draw(st.booleans()),
+            decay=one_of("scalar", "none", "slight", *(("strong", "extreme", "channel", "extreme_channel") if linear else ())),
+            delta=one_of("token", *per_channel), lr=one_of("scalar", *per_channel),
+            initial=one_of("dual", "shared", *(("none",) if linear else ())),
+            layout=one_of("contiguous", "fused", "heads_first"), keys=one_of("unit", "zero", "repeated", "huge"),
         )  # fmt: skip
-        dtype = draw(st.sampled_from(["float32", "bfloat16"]))
-        return Example(case, dtype, draw(st.sampled_from([*ROUTES, "causality"])), draw(st.integers(0, most)))
+        return Example(case, one_of("float32", "bfloat16"), one_of(*ROUTES, "causality"), draw(st.integers(0, most)))
 
     return build()
-
-
-_DECAYS = ["scalar", "none", "slight", "strong", "extreme", "channel", "extreme_channel"]
 
 
 # --------------------------------------------------------------------------------------------------------------- loop

@@ -31,7 +31,8 @@ from ..reference import chunkwise
 from .cases import KINK_DISTANCE, Case, Inputs
 
 __all__ = [
-    "Report", "RoundedProducts", "Row", "baseline", "check", "evaluate", "judge", "margin", "operands", "relative_error", "sensitivity", "truth",
+    "Report", "RoundedProducts", "Row", "baseline", "check", "evaluate", "judge", "margin", "operands", "relative_error", "sensitivity",
+    "truth",
 ]  # fmt: skip
 
 FACTOR = 3.0
