@@ -29,7 +29,7 @@ import gpu_peers
 import gpu_process
 import harness
 import program
-from gpu_plan import PARTS, SHAPES, SMALLEST, TARGET, Budget, Settings
+from gpu_plan import MLP_SMALLEST, MLP_TARGET, PARTS, SHAPES, SMALLEST, TARGET, Budget, Settings
 from gpu_report import is_red, judge, report, summary
 
 DEFAULT_JSON = harness.ROOT / "bench" / "out" / "gpu.json"
@@ -56,7 +56,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.only = program.names(parser, "--only", args.only, tuple(PARTS), tuple(PARTS))
-    args.shapes = program.names(parser, "--shapes", args.shapes, tuple(SHAPES), (TARGET, SMALLEST) if args.dry_run else tuple(SHAPES))
+    default = (TARGET, MLP_TARGET, SMALLEST, MLP_SMALLEST) if args.dry_run else tuple(SHAPES)
+    args.shapes = program.names(parser, "--shapes", args.shapes, tuple(SHAPES), default)
     if args.jobs < 1 or args.minutes <= 0:
         parser.error(f"--jobs and --minutes must be positive, got {args.jobs} and {args.minutes:g}")
     return args
