@@ -40,6 +40,7 @@ SHAPES = {
 MLP_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.get("memory") == "mlp")
 LINEAR_SHAPES = tuple(name for name in SHAPES if name not in MLP_SHAPES)
 TOY = dict(batch=1, tokens=48, heads=2, key_dim=16, value_dim=12, chunk_size=16)
+RECURRENCE_SHAPES = ("D64 C64", "MLP D64 C64")
 MLP_TOY = {**TOY, "memory": "mlp", "value_dim": 16, "hidden": 32}
 
 
@@ -56,6 +57,28 @@ def make_case(shape: str, settings: Settings, **changes):
     size = (MLP_TOY if mlp else TOY) if settings.toy else SHAPES[shape]
     kind = {"bias": Huber("coordinate"), "decay": "slight"} if mlp else {"initial": "none"}
     return Case(f"bench {shape}", **(kind | size | changes))
+
+
+#: what a recurrence may have: nothing (L2Retention, no momentum, scalar gates), a retention gate of the table, momentum, or a gate
+#: per value channel
+PLAIN = "plain"
+RETENTIONS = ("lq", "kl", "elastic", "sigmoid")
+MOMENTUM = "momentum"
+CHANNEL_WISE = {"channel-wise lr": {"lr": "channel"}, "channel-wise log_decay": {"decay": "channel"}}
+
+
+def recurrences(memory: str) -> tuple[str, ...]:
+    """The names of what a memory's recurrence may have, the plain one first; channel-wise gates are the linear memory's alone."""
+    return (PLAIN, *RETENTIONS, MOMENTUM, *(CHANNEL_WISE if memory == "linear" else ()))
+
+
+def recurrence(name: str) -> dict:
+    """What makes a plain case one with this, as changes of the case."""
+    from miras_kernels import retention
+
+    if name in RETENTIONS:
+        return {"retention": next(row for row in retention.TABLE.values() if row.name == name)}
+    return {PLAIN: {}, MOMENTUM: {"momentum": True}, **CHANNEL_WISE}[name]
 
 
 def flops(case) -> dict[str, int]:
@@ -122,9 +145,7 @@ def compiled(inputs, direction: str) -> Callable[[], tuple]:
     call, names, leaves = inputs.call(), tuple(inputs.leaves()), tuple(inputs.leaves().values())
 
     def function(*tensors):
-        given = dict(zip(names, tensors, strict=True))
-        duals = [given.pop(name) for name in names if name.startswith("initial_dual")]
-        return chunkwise.run(call.replace(**given, state=call.state.replace_tensors(duals) if duals else call.state))[0]
+        return chunkwise.run(with_leaves(call, names, tensors))[0]
 
     run = torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -133,6 +154,13 @@ def compiled(inputs, direction: str) -> Callable[[], tuple]:
             return (run(*leaves),)
 
     return forward if direction == FORWARD else lambda: torch.autograd.grad(run(*leaves), leaves, inputs.grad_out)
+
+
+def with_leaves(call, names: tuple[str, ...], tensors: tuple):
+    """A call with other tensors in the places of its leaves, ``names`` as :meth:`Inputs.leaves` has them."""
+    given = dict(zip(names, tensors, strict=True))
+    duals = [given.pop(name) for name in names if name.startswith("initial_dual")]
+    return call.replace(**given, state=call.state.replace_tensors(duals) if duals else call.state)
 
 
 def derived(inputs, direction: str) -> Callable[[], tuple]:
@@ -157,15 +185,31 @@ def derived(inputs, direction: str) -> Callable[[], tuple]:
 
 
 def titans(inputs, direction: str) -> Callable[[], tuple]:
+    """:func:`titans_layer` as a contender."""
+    import torch
+
+    run, leaves = titans_layer(inputs)
+
+    def forward() -> tuple:
+        with torch.no_grad():
+            return (run(),)
+
+    return forward if direction == FORWARD else lambda: torch.autograd.grad(run(), leaves, inputs.grad_out)
+
+
+def titans_layer(inputs) -> tuple[Callable, tuple]:
     """The MLP memory of titans-pytorch in the same sizes, with gradients at each chunk's start; without projections and gates.
 
     Another recurrence, so that results cannot be compared: one decay per chunk, exact gelu, and queries read the state that
     their chunk began with. Not a dependency: ImportError where it is not installed.
+
+    Returns:
+        the function of its output ``[B, T, H, D]``, and what that can be differentiated by; both in the dtype and on the device of q.
     """
     import torch
     from titans_pytorch import NeuralMemory
 
-    case = inputs.case
+    case, q = inputs.case, inputs.tensors["q"].detach().requires_grad_()
     memory = NeuralMemory(
         dim=case.heads * case.key_dim, heads=case.heads, dim_head=case.key_dim, chunk_size=case.chunk_size, batch_size=case.chunk_size,
         momentum=False, pre_rmsnorm=False, default_model_kwargs=dict(depth=2, expansion_factor=case.hidden / case.key_dim),
@@ -173,14 +217,10 @@ def titans(inputs, direction: str) -> Callable[[], tuple]:
     for name in ("to_queries", "to_keys", "to_values", "combine_heads"):
         setattr(memory, name, torch.nn.Identity())
     memory.retrieve_gate = None
-    tokens = inputs.tensors["q"].detach().flatten(2).requires_grad_()
-    grad_out, leaves = inputs.grad_out.flatten(2), (tokens, *(x for x in memory.parameters() if x.requires_grad))
-
-    def forward() -> tuple:
-        with torch.no_grad():
-            return (memory(tokens)[0],)
-
-    return forward if direction == FORWARD else lambda: torch.autograd.grad(memory(tokens)[0], leaves, grad_out, allow_unused=True)
+    memory.memory_model.requires_grad_(False)  # a template: its weights are replaced
+    memory.to(device=q.device, dtype=q.dtype)
+    leaves = (q, *(x for x in memory.parameters() if x.requires_grad))
+    return lambda: memory(q.flatten(2))[0].unflatten(-1, (case.heads, case.key_dim)), leaves
 
 
 # ---------------------------------------------------------------------------------------------------------- parity
@@ -201,6 +241,13 @@ def parity(case, backend: str, dtype=None) -> dict:
         "gradient_error": max(e for name, e in errors.items() if name.startswith("grad_")),
         "worst": {"tensor": worst.name, "error": worst.error, "budget": worst.budget},
     }
+
+
+def refusal(inputs, backend: str) -> str | None:
+    """Why a backend cannot serve a call and its backward, or None."""
+    from miras_kernels import dispatch
+
+    return dispatch.explain(inputs.call(), differentiate=True)[backend]
 
 
 def agreement(ours: tuple, theirs: tuple) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness
-from contenders import SHAPES, Settings
+import program
+from contenders import RECURRENCE_SHAPES, SHAPES, Settings
 from report import judge, report, summary
 from studies import HELPERS, MARK, STUDIES, start
 
@@ -49,6 +49,8 @@ def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], set
             found += [(study, shape, n) for n in threads for shape in shapes]
         elif study in ("checkpoint", "memory"):
             found += [(study, shape, threads[0]) for shape in shapes]
+        elif study == "recurrence":
+            found += [(study, shape, threads[0]) for shape in [s for s in shapes if s in RECURRENCE_SHAPES] or shapes[:1]]
         elif study != "capability" or settings.backend == "cpp":
             found.append((study, shapes[0], threads[0]))
     return found
@@ -72,8 +74,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     default = ("shapes", "bias", "decay") if args.quick else tuple(STUDIES)
-    args.only = _names(parser, "--only", args.only, tuple(STUDIES), default)
-    args.shapes = _names(parser, "--shapes", args.shapes, tuple(SHAPES), tuple(SHAPES))
+    args.only = program.names(parser, "--only", args.only, tuple(STUDIES), default)
+    args.shapes = program.names(parser, "--shapes", args.shapes, tuple(SHAPES), tuple(SHAPES))
     try:
         args.threads = [int(n) for n in (args.threads or ("1" if args.quick else "1,2")).split(",")]
     except ValueError:
@@ -81,14 +83,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if min(args.threads) < 1:
         parser.error(f"--threads: expected integers >= 1, got {args.threads}")
     return args
-
-
-def _names(parser: argparse.ArgumentParser, option: str, text: str | None, known: tuple, default: tuple) -> tuple:
-    names = default if text is None else tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in known:
-            parser.error(f"{option}: unknown {name!r}: expected some of {', '.join(known)}")
-    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,20 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     print(report(document))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+        program.write_json(document, args.json)
     red = any("error" in r or not all(g["ok"] for g in r["parity"].values()) for r in results)
     missed = any(m["verdict"] == "NOT met" for t in document["targets"] for m in t["measured"].values())
     return int(red or (args.strict and missed))
-
-
-def _plain(x: object) -> object:
-    """JSON has no infinities: they become null."""
-    if isinstance(x, dict):
-        return {str(key): _plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 if __name__ == "__main__":

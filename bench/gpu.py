@@ -28,8 +28,8 @@ import gpu_parts
 import gpu_peers
 import gpu_process
 import harness
-from cpu import _names, _plain
-from gpu_plan import PARTS, SHAPES, SMALLEST, TARGET, Budget, Settings
+import program
+from gpu_plan import MLP_SMALLEST, MLP_TARGET, PARTS, SHAPES, SMALLEST, TARGET, Budget, Settings
 from gpu_report import is_red, judge, report, summary
 
 DEFAULT_JSON = harness.ROOT / "bench" / "out" / "gpu.json"
@@ -55,8 +55,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for hidden in ("--worker", "--once", "--plant"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    args.only = _names(parser, "--only", args.only, tuple(PARTS), tuple(PARTS))
-    args.shapes = _names(parser, "--shapes", args.shapes, tuple(SHAPES), (TARGET, SMALLEST) if args.dry_run else tuple(SHAPES))
+    args.only = program.names(parser, "--only", args.only, tuple(PARTS), tuple(PARTS))
+    default = (TARGET, MLP_TARGET, SMALLEST, MLP_SMALLEST) if args.dry_run else tuple(SHAPES)
+    args.shapes = program.names(parser, "--shapes", args.shapes, tuple(SHAPES), default)
     if args.jobs < 1 or args.minutes <= 0:
         parser.error(f"--jobs and --minutes must be positive, got {args.jobs} and {args.minutes:g}")
     return args
@@ -80,14 +81,6 @@ def new_document(args: argparse.Namespace, settings: Settings) -> dict:
             "only": list(args.only), "minutes": args.minutes, "merged": str(args.merge.name) if args.merge else None, "notes": [],
             "took_s": {}}  # fmt: skip
     return head | document
-
-
-def write(document: dict, path: Path) -> None:
-    """The results so far, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
-    draft.replace(path)
 
 
 def run_parts(args: argparse.Namespace, folder: Path) -> dict:
@@ -117,14 +110,14 @@ def run_parts(args: argparse.Namespace, folder: Path) -> dict:
                 document[part] = {"error": f"{type(error).__name__}: {error}"}
             document["took_s"][part] = time.time() - began
             document["targets"] = [] if settings.toy else judge(document)
-            write(document, args.json)
+            program.write_json(document, args.json)
             missing = document["environment"].get("error") or document["environment"].get("unavailable")
             if missing:
                 document["environment"]["error"] = f"{settings.backend} on {settings.device} cannot run here: {missing}"
                 break
     finally:
         worker.close()
-    write(document, args.json)
+    program.write_json(document, args.json)
     return document
 
 

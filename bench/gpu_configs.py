@@ -12,7 +12,7 @@ import torch
 
 from contenders import kernel
 from gpu_measure import first_call, first_line, interleave, release, summary, usable
-from gpu_plan import BASE, BOTH, DIRECTIONS, Settings, shape_of
+from gpu_plan import BOTH, DIRECTIONS, Settings, concerns, shape_of
 from gpu_tensors import DTYPE, Tensors
 from harness import OverBudget
 from miras_kernels import L2, DotProduct, Huber, Lp
@@ -109,18 +109,11 @@ def parity_cases(settings: Settings) -> list[tuple[Case, torch.dtype]]:
     ]
 
 
-def concerns(kernel_name: str | None, case: Case) -> bool:
-    """Whether a call of the case may launch a kernel, by the kernel's name; what log-decays amount to is the same for every memory."""
-    if kernel_name is None or kernel_name.startswith(("linear_decay", "reference")):
-        return True
-    return kernel_name.startswith("mlp_") == (case.memory == "mlp")
-
-
 def parity(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
     """One configuration of one kernel on every case; the other kernels (all of them, for None) take what they choose."""
     where = f"{item['kernel']} {item['label']}"
     for case, dtype in parity_cases(settings):
-        if not concerns(item["kernel"], case):
+        if not concerns(item["kernel"], case.memory):
             continue
         row = {"case": case.name}
         if time.time() > item["until"]:
@@ -157,8 +150,8 @@ def parity(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
 
 def tuning(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
     """Every configuration of a kernel at a shape: times of the whole call, which differ by this kernel alone."""
-    name = item["kernel"]
-    inputs = Tensors(shape_of(item["shape"], settings), settings).inputs(BASE)
+    name, shape = item["kernel"], shape_of(item["shape"], settings)
+    inputs = Tensors(shape, settings).inputs(shape.base)
     for direction in DIRECTIONS:  # the shorter call that launches it, so that its share of the time is larger
         run = kernel(inputs, settings.backend, direction)
         with launches(settings) as seen:

@@ -16,7 +16,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gpu_peers
-from gpu_plan import BASE, BOTH, COMPILED, DIRECTIONS, EAGER, OURS, SMALLEST, TARGET, Settings, contenders_at
+from gpu_plan import (
+    BOTH,
+    COMPILED,
+    COMPILED_AT,
+    DIRECTIONS,
+    EAGER,
+    MLP_TARGET,
+    OURS,
+    RECURRENCE_SHAPES,
+    SHAPES,
+    TARGET,
+    WARMED,
+    Settings,
+    concerns,
+    contenders_at,
+    few_at,
+    recurrences,
+)
 from gpu_process import Answer, Worker, last_line, limited, spread
 from gpu_verdicts import LATE, deny, pardoned, read_sanitizer, refused, settle, verdict
 from harness import ROOT
@@ -135,7 +152,8 @@ def sanitizer(run: Run, end: float) -> dict:
     tool = find_sanitizer(run.env)
     if tool is None:
         return {"results": [], "notes": ["compute-sanitizer not found"]}
-    checks = [(check, kernels) for kernels in [[], *([k] for k in run.kernels)] for check in ("memcheck", "racecheck")]
+    every = [(memory, []) for memory in ("linear", "mlp")] + [("mlp" if concerns(k, "mlp") else "linear", [k]) for k in run.kernels]
+    checks = [(check, memory, kernels) for memory, kernels in every for check in ("memcheck", "racecheck")]
     results: list[dict] = []
     waiting = iter(checks)
     lock = threading.Lock()
@@ -146,14 +164,16 @@ def sanitizer(run: Run, end: float) -> dict:
                 todo = next(waiting, None)
             if todo is None:
                 return
-            results.append({"tool": todo[0], "kernels": todo[1], **_sanitize(tool, *todo, run, end)})
+            check, memory, kernels = todo
+            results.append({"tool": check, "memory": memory, "kernels": kernels, **_sanitize(tool, *todo, run, end)})
 
     threads = [threading.Thread(target=work) for _ in range(min(4, run.jobs))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {"results": sorted(results, key=lambda r: checks.index((r["tool"], r["kernels"]))), "notes": [], "program": tool}
+    order = lambda r: checks.index((r["tool"], r["memory"], r["kernels"]))
+    return {"results": sorted(results, key=order), "notes": [], "program": tool}
 
 
 def find_sanitizer(env: dict[str, str]) -> str | None:
@@ -162,12 +182,12 @@ def find_sanitizer(env: dict[str, str]) -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
-def _sanitize(tool: str, check: str, kernels: list[str], run: Run, end: float) -> dict:
+def _sanitize(tool: str, check: str, memory: str, kernels: list[str], run: Run, end: float) -> dict:
     left = end - time.time()
     if left < 2 * LEAST:
         return {"status": "left out", "error": LATE}
     program = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--worker", json.dumps(dataclasses.asdict(run.settings)),
-               "--once", json.dumps({"task": "toy", "kernels": kernels})]  # fmt: skip
+               "--once", json.dumps({"task": "toy", "memory": memory, "kernels": kernels})]  # fmt: skip
     env = {**run.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that the end of a tensor is the end of an allocation
     status, output = limited([tool, "--tool", check, "--error-exitcode", "99", *program], env, min(left, 180.0))
     return read_sanitizer(status, output)
@@ -187,22 +207,53 @@ def ceilings(run: Run, end: float) -> dict:
 
 
 def bench(run: Run, end: float) -> dict:
-    found = {"first": _first(run, end), "warm": _warm(run, end), "results": [], "left_out": []}
-    for item in _bench_items(run):
+    """The linear memory."""
+    return {"first": _first(run, end), **_times(run, end, "linear")}
+
+
+def mlp(run: Run, end: float) -> dict:
+    """The MLP memory."""
+    found = _times(run, end, "mlp")
+    if run.settings.compile_seconds:
+        others = [shape for shape in run.shapes if SHAPES[shape].hidden and shape not in COMPILED_AT["mlp"]]
+        found["left_out"] += [f"{shape}, {COMPILED}: it unrolls {_chunks(shape)} chunks, which takes minutes" for shape in others]
+    return found
+
+
+def _chunks(shape: str) -> int:
+    return -(-SHAPES[shape].tokens // SHAPES[shape].chunk_size)
+
+
+def _times(run: Run, end: float, memory: str) -> dict:
+    """Times at every shape of a memory."""
+    shapes = [shape for shape in run.shapes if SHAPES[shape].memory == memory]
+    ours = [(shape, name) for shape in shapes if shape in WARMED for name in SHAPES[shape].ours]
+    found = {"warm": _warm(run, end, ours), "results": [], "left_out": []}
+    for item in _bench_items(run, memory, shapes):
         _measure(run, item, end, found)
     return found
 
 
-def _bench_items(run: Run) -> Iterator[dict]:
+def _bench_items(run: Run, memory: str, shapes: list[str]) -> Iterator[dict]:
     """The target row, then the other shapes, then torch.compile, whose first call may take a minute."""
-    for shape in run.shapes:
-        who = contenders_at(shape, tuple(gpu_peers.PEERS), gpu_peers.FEW)
+    for shape in shapes:
+        who = contenders_at(shape, gpu_peers.of_memory(memory), gpu_peers.few(memory))
         for direction in reversed(DIRECTIONS):
             yield {"task": "bench", "shape": shape, "direction": direction, "contenders": who}
     if run.settings.compile_seconds:
-        for shape in (shape for shape in (SMALLEST, TARGET) if shape in run.shapes):
+        for shape in (shape for shape in COMPILED_AT[memory] if shape in shapes):
             for direction in DIRECTIONS:
-                yield {"task": "bench", "shape": shape, "direction": direction, "contenders": [BASE, EAGER, COMPILED]}
+                yield {"task": "bench", "shape": shape, "direction": direction, "contenders": [SHAPES[shape].base, EAGER, COMPILED]}
+
+
+def recurrence(run: Run, end: float) -> dict:
+    """Retention gates, momentum and channel-wise gates against the plain recurrence."""
+    shapes = [shape for shape in RECURRENCE_SHAPES if shape in run.shapes]
+    who = {shape: recurrences(SHAPES[shape].memory) for shape in shapes}
+    found = {"warm": _warm(run, end, [(shape, name) for shape in shapes for name in who[shape]]), "results": [], "left_out": []}
+    for shape in shapes:
+        _measure(run, {"task": "bench", "shape": shape, "direction": BOTH, "contenders": list(who[shape])}, end, found)
+    return found
 
 
 def _measure(run: Run, item: dict, end: float, found: dict, retries: int = 4) -> None:
@@ -237,16 +288,17 @@ def _first(run: Run, end: float) -> dict:
     return answer.results[0] if answer.results else {"error": answer.error}
 
 
-def _warm(run: Run, end: float) -> dict:
-    """Compile what the target row needs, with all processors, before its times are taken."""
-    if run.settings.device == "cpu" or TARGET not in run.shapes:
+def _warm(run: Run, end: float, ours: list[tuple[str, str]]) -> dict:
+    """Compile, with all processors, what these ``(shape, contender)`` of ours need, and the peers that tune at the target row, before
+    times are taken."""
+    if run.settings.device == "cpu" or not ours:
         return {"notes": ["needs a GPU"] if run.settings.device == "cpu" else []}
-    tuners = [name for name, peer in gpu_peers.PEERS.items() if peer.tunes]
-    items = [{"contender": name, "index": 0, "count": 1} for name in OURS]
-    items += [{"contender": name, "index": i, "count": run.jobs} for name in tuners for i in range(run.jobs)]
+    items = [{"shape": shape, "contender": name, "index": 0, "count": 1} for shape, name in ours]
+    tuners = [name for name, peer in gpu_peers.PEERS.items() if peer.tunes and (TARGET, OURS[0]) in ours]
+    items += [{"shape": TARGET, "contender": name, "index": i, "count": run.jobs} for name in tuners for i in range(run.jobs)]
     began, pool, notes = time.time(), run.pool(), []
     try:
-        every = [{"task": "warm", "shape": TARGET, **item} for item in items]
+        every = [{"task": "warm", **item} for item in items]
         for item, answer in spread(every, pool, 90.0, time.time() + 0.35 * (end - time.time())):
             if answer is None or answer.error:
                 notes.append(f"{item['contender']}: {answer.error if answer else LATE}")
@@ -261,8 +313,8 @@ def _warm(run: Run, end: float) -> dict:
 
 def memory(run: Run, end: float) -> dict:
     found: dict = {"results": [], "left_out": []}
-    who = [*OURS[:2], EAGER, *gpu_peers.FEW]
-    for shape in run.shapes:
+    for shape in sorted(run.shapes, key=lambda shape: shape not in (TARGET, MLP_TARGET)):
+        who = few_at(shape, gpu_peers.few(SHAPES[shape].memory))
         for direction in reversed(DIRECTIONS):
             _measure(run, {"task": "memory", "shape": shape, "direction": direction, "contenders": who}, end, found)
     return found
@@ -276,7 +328,7 @@ def tuning(run: Run, end: float) -> dict:
     wrong = {(row[3], row[4]) for row in run.document.get("parity", {}).get("deny", [])}
     some = slice(1 if run.settings.toy else None), slice(3 if run.settings.toy else None)  # what a dry run has time for
     for shape in run.shapes[some[0]]:
-        for kernel, labels in list(run.kernels.items())[some[1]]:
+        for kernel, labels in [kept for kept in run.kernels.items() if concerns(kept[0], SHAPES[shape].memory)][some[1]]:
             skip = [label for label in labels if (kernel, label) in wrong]
             for _ in range(4):
                 answer = run.ask({"task": "tuning", "shape": shape, "kernel": kernel, "skip": skip}, end, 90.0)
@@ -291,6 +343,6 @@ def tuning(run: Run, end: float) -> dict:
 
 DO: dict[str, Callable[[Run, float], dict]] = {
     "environment": environment, "tests": tests, "parity": parity, "sanitizer": sanitizer, "ceilings": ceilings, "bench": bench,
-    "memory": memory, "tuning": tuning,
+    "mlp": mlp, "recurrence": recurrence, "memory": memory, "tuning": tuning,
 }  # fmt: skip
 __all__ = ["BOTH", "DO", "Run"]

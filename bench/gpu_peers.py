@@ -1,7 +1,8 @@
 """The other libraries that bench/gpu.py times, each on inputs that are valid for it, at the same sizes.
 
 They compute other recurrences than ours: what is compared is the price of a layer with the same heads and the same state.
-Signatures as of fla-core 0.6.0, mlstm-kernels 2.0.6, attn-gym 0.0.17 and torch 2.11. Whatever a peer raises becomes a note.
+Signatures as of fla-core 0.6.0, mlstm-kernels 2.0.6, attn-gym 0.0.17, titans-pytorch 0.5.5 and torch 2.11. Whatever a peer raises
+becomes a note.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from contenders import titans_layer
 from gpu_plan import FORWARD
 
 
@@ -18,14 +20,20 @@ class Peer:
     Attributes:
         package: whose version is reported.
         make: ``tensors -> (function, leaves)``; the function returns the output.
+        memory: which of ours it is compared with.
+        everywhere: at the shapes beside the target row too, where time is short.
         delta_rule: a delta rule with a ``D x D`` state: what our fast biases are measured against.
         tunes: its first call lets ``triton.autotune`` try dozens of configurations, each to be compiled.
+        compiles: its first call compiles anything.
     """
 
     package: str
     make: Callable
+    memory: str = "linear"
+    everywhere: bool = False
     delta_rule: bool = False
     tunes: bool = False
+    compiles: bool = True
 
 
 def _sdpa(x):
@@ -83,17 +91,32 @@ def _attn_gym(x):
     return lambda: chunk_gdn(x.q, x.k, x.v, x.log_decay, x.beta)[0], (x.q, x.k, x.v, x.log_decay, x.beta)
 
 
+def _titans(x):
+    """The MLP memory of titans-pytorch: see :func:`contenders.titans_layer`."""
+    return titans_layer(x.inputs(x.shape.base))
+
+
+TITANS = "titans-pytorch"
 PEERS = {
-    "fla delta rule": Peer("fla-core", _delta_rule, delta_rule=True, tunes=True),
-    "torch SDPA (cuDNN)": Peer("torch", _sdpa),
-    "mLSTM (sigmoid)": Peer("mlstm-kernels", _mlstm),
+    "fla delta rule": Peer("fla-core", _delta_rule, everywhere=True, delta_rule=True, tunes=True),
+    "torch SDPA (cuDNN)": Peer("torch", _sdpa, everywhere=True),
+    "mLSTM (sigmoid)": Peer("mlstm-kernels", _mlstm, everywhere=True),
     "fla gated delta rule": Peer("fla-core", _gated_delta_rule, delta_rule=True, tunes=True),
     "fla simple GLA": Peer("fla-core", _simple_gla, tunes=True),
     "fla TTT-linear (C 16)": Peer("fla-core", _ttt_linear, tunes=True),
     "attn-gym gated delta rule": Peer("attn-gym", _attn_gym, delta_rule=True),
+    TITANS: Peer("titans-pytorch", _titans, memory="mlp", everywhere=True, compiles=False),
 }
-#: at the shapes beside the target row, where time is short
-FEW = ("fla delta rule", "torch SDPA (cuDNN)", "mLSTM (sigmoid)")
+
+
+def of_memory(memory: str) -> tuple[str, ...]:
+    """Whom a memory of ours is compared with."""
+    return tuple(name for name, peer in PEERS.items() if peer.memory == memory)
+
+
+def few(memory: str) -> tuple[str, ...]:
+    """Those of them who are timed at every shape."""
+    return tuple(name for name in of_memory(memory) if PEERS[name].everywhere)
 
 
 def make(name: str, tensors, direction: str) -> Callable[[], tuple]:

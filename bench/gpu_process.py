@@ -39,7 +39,7 @@ def site(folder: Path) -> Path:
     package = folder / "site" / "miras_kernels"
     package.mkdir(parents=True)
     for source in (ROOT / "python" / "miras_kernels").iterdir():
-        if source.name != "__pycache__":
+        if source.name not in ("__pycache__", "kernels"):  # an editable installation may have them there
             (package / source.name).symlink_to(source)
     (package / "kernels").symlink_to(ROOT / "kernels")
     return package.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import gpu_peers
 from gpu_plan import (
@@ -12,18 +13,28 @@ from gpu_plan import (
     DIRECTIONS,
     EAGER,
     FORWARD,
+    MLP_BASE,
+    MLP_TARGET,
+    MOMENTUM,
     NEEDS_DELTA,
     OURS,
     PARTS,
+    PLAIN,
+    RECURRENCE_SHAPES,
+    RETENTIONS,
     SHAPES,
     TARGET,
     Shape,
     floors_ms,
     io_bytes,
+    is_ours,
+    recurrences,
     traffic_bytes,
 )  # fmt: skip
 from harness import table
 
+#: the parts that take times of contenders
+TIMED = ("bench", "mlp", "recurrence")
 #: biases without a kink, where rounding cannot decide which slope an error gets
 SMOOTH = tuple(name for name in OURS if name not in NEEDS_DELTA)
 
@@ -34,14 +45,16 @@ def _results(document: dict, part: str) -> list[dict]:
     return document.get(part, {}).get("results", [])
 
 
-def _times(document: dict, shape: str, direction: str) -> dict:
+def _times(document: dict, shape: str, direction: str, part: str | None = None) -> dict:
     """The comparison at a shape: the measurement with the most contenders."""
-    found = [r for r in _results(document, "bench") if (r["shape"], r["direction"]) == (shape, direction)]
+    part = part or ("mlp" if SHAPES[shape].hidden else "bench")
+    found = [r for r in _results(document, part) if (r["shape"], r["direction"]) == (shape, direction)]
     return max(found, key=lambda r: len(r["ms"]), default={})
 
 
 def _ms(result: dict, name: str) -> float | None:
-    return result["ms"][name]["median"] if name in result.get("ms", {}) else None
+    """Milliseconds of a call: the rounds' median, or those of the one call of who is too slow for rounds."""
+    return result["ms"][name]["median"] if name in result.get("ms", {}) else result.get("once_ms", {}).get(name)
 
 
 def _ratio(result: dict, over: str, under: str) -> float | None:
@@ -59,52 +72,97 @@ def floors(document: dict, shape: str, direction: str, bias: str = BASE) -> dict
 # ----------------------------------------------------------------------------------------------------------- targets
 
 
+class Target(NamedTuple):
+    """What was measured for a target. Without a limit it is for information."""
+
+    name: str
+    value: float | None
+    limit: float | None
+    at_most: bool  # smaller is better
+    refused: bool = False  # by the backend
+
+
 def judge(document: dict) -> list[dict]:
-    """Every target with what was measured: "met", "NOT met" or "not measured"."""
-    return [{"name": name, "value": value, "limit": limit, "at_most": at_most, "verdict": _verdict(value, limit, at_most)}
-            for name, value, limit, at_most in _targets(document)]  # fmt: skip
+    """Every target with what was measured: "met", "NOT met", "for information", "refused" or "not measured"."""
+    targets = [*_targets(document), *_mlp_targets(document), *_recurrence_targets(document)]
+    return [{"name": t.name, "value": t.value, "limit": t.limit, "at_most": t.at_most, "verdict": _verdict(t)} for t in targets]
 
 
-def _verdict(value: float | None, limit: float | None, at_most: bool) -> str:
-    if value is None:
-        return "not measured"
-    if limit is None:
+def _verdict(t: Target) -> str:
+    if t.value is None:
+        return "refused: see notes" if t.refused else "not measured"
+    if t.limit is None:
         return "for information"
-    return "met" if (value <= limit if at_most else value >= limit) else "NOT met"
+    return "met" if (t.value <= t.limit if t.at_most else t.value >= t.limit) else "NOT met"
 
 
-def _targets(document: dict) -> Iterator[tuple[str, float | None, float | None, bool]]:
-    """``(name, value, limit, whether smaller is better)``."""
+def _targets(document: dict) -> Iterator[Target]:
+    """Of the linear memory."""
     row = {direction: _times(document, TARGET, direction) for direction in DIRECTIONS}
     rivals = [name for name, peer in gpu_peers.PEERS.items() if peer.delta_rule and name in row[BOTH].get("ms", {})]
     fastest = min((_ms(row[BOTH], name) for name in rivals), default=None)
     for bias in ("huber_coordinate", "lp 3"):
         mine = _ms(row[BOTH], bias)
         value = None if fastest is None or mine is None else fastest / mine
-        yield f"{BOTH}, {bias}: time of the fastest delta rule of the same state / ours", value, 1.0, False
+        yield Target(f"{BOTH}, {bias}: time of the fastest delta rule of the same state / ours", value, 1.0, False)
     for direction in DIRECTIONS:
         for bias in OURS[1:]:
-            yield f"{direction}, {bias} / {BASE}", _ratio(row[direction], bias, BASE), 1.25, True
+            yield Target(f"{direction}, {bias} / {BASE}", _ratio(row[direction], bias, BASE), 1.25, True)
     floor, mine = floors(document, TARGET, FORWARD), _ms(row[FORWARD], BASE)
     for kind, limit in (("traffic", 0.5), ("memory", None)):
         bytes_of = "memory traffic of the kernels" if kind == "traffic" else "inputs and outputs alone"
         value = None if floor is None or mine is None else floor[kind] / mine
-        yield f"{FORWARD}, {BASE}: share of the floor ({bytes_of})", value, limit, False
+        yield Target(f"{FORWARD}, {BASE}: share of the floor ({bytes_of})", value, limit, False)
     first = document.get("bench", {}).get("first", {}).get("first_s", {})
-    yield "first forward and backward, nothing compiled: seconds", max(first.values(), default=None), 20.0, True
-    ours = [(name, gate) for r in _results(document, "bench") for name, gate in r.get("gates", {}).items()]
-    smooth, kinked = ([gate for name, gate in ours if (name in NEEDS_DELTA) == kink] for kink in (False, True))
+    yield Target("first forward and backward, nothing compiled: seconds", max(first.values(), default=None), 20.0, True)
+    smooth, kinked = ([gate for name, gate in _gates(document, "bench") if (name in NEEDS_DELTA) == kink] for kink in (False, True))
     yield from _error_targets("smooth biases", smooth)
     yield from _error_targets("Huber", kinked)
     yield from _error_targets("Huber away from its kinks", [gate["short"] for gate in kinked])
 
 
-def _error_targets(kind: str, gates: list[dict]) -> Iterator[tuple[str, float | None, float | None, bool]]:
-    for key, limit in (("output_error", 0.005), ("gradient_error", 0.008)):
+def _mlp_targets(document: dict) -> Iterator[Target]:
+    """Of the MLP memory, at its own target row."""
+    row, floor = _times(document, MLP_TARGET, BOTH), floors(document, MLP_TARGET, BOTH, MLP_BASE)
+    mine = _ms(row, MLP_BASE)
+    value = None if floor is None or mine is None else floor["arithmetic"] / mine
+    yield Target(f"MLP {BOTH}, {MLP_BASE}: share of the bf16 matrix product's rate", value, 0.25, False)
+    with_titans = {shape: _ratio(_times(document, shape, BOTH), gpu_peers.TITANS, MLP_BASE) for shape in SHAPES if SHAPES[shape].hidden}
+    shape = next((shape for shape, ratio in with_titans.items() if ratio is not None), MLP_TARGET)
+    yield Target(f"MLP {BOTH}, {MLP_BASE}: time of {gpu_peers.TITANS} / ours ({shape})", with_titans[shape], 10.0, False)
+    yield Target(f"MLP {BOTH}, {MLP_BASE}: time of {EAGER} / ours", _ratio(row, EAGER, MLP_BASE), None, False)
+    yield Target(f"MLP {BOTH}, {MLP_BASE}: peak memory in GiB, of the device's", *_peak(document, MLP_TARGET, MLP_BASE), True)
+    yield from _error_targets("MLP", [gate for _, gate in _gates(document, "mlp")], limits=(None, None), against_eager=None)
+
+
+def _peak(document: dict, shape: str, name: str) -> tuple[float | None, float | None]:
+    """Peak GiB of a forward and backward, infinite where it failed; and what the device has."""
+    found = [r for r in _results(document, "memory") if (r["shape"], r["direction"]) == (shape, BOTH)]
+    peaks = [r["peak_mib"][name] / 1024 for r in found if name in r.get("peak_mib", {})]
+    failed = [math.inf for r in found if name in r.get("failed", {})]
+    return next(iter(peaks + failed), None), document.get("environment", {}).get("device", {}).get("memory_gib")
+
+
+def _recurrence_targets(document: dict) -> Iterator[Target]:
+    """Of gates and momentum against the plain recurrence."""
+    for shape in RECURRENCE_SHAPES:
+        row, memory = _times(document, shape, BOTH, "recurrence"), SHAPES[shape].memory
+        for name in recurrences(memory)[1:]:
+            limit = 1.5 if name in RETENTIONS else 1.6 if name == MOMENTUM else None
+            what = f"{'MLP ' if memory == 'mlp' else ''}{BOTH}, {name} / {PLAIN} ({shape})"
+            yield Target(what, _ratio(row, name, PLAIN), limit, True, name in row.get("refused", {}))
+
+
+def _gates(document: dict, *parts: str) -> list[tuple[str, dict]]:
+    return [pair for part in parts for r in _results(document, part) for pair in r.get("gates", {}).items()]
+
+
+def _error_targets(kind: str, gates: list[dict], limits=(0.005, 0.008), against_eager: float | None = 1.5) -> Iterator[Target]:
+    for key, limit in zip(("output_error", "gradient_error"), limits, strict=True):
         what = f"relative RMS {key.replace('_', ' ')}, {kind}, worst of all shapes"
-        yield what, max((_or_infinite(g[key]) for g in gates), default=None), limit, True
+        yield Target(what, max((_or_infinite(g[key]) for g in gates), default=None), limit, True)
         ratios = [_or_infinite(g[key]) / g[f"{key}_eager"] for g in gates if g[f"{key}_eager"]]
-        yield f"{what} / that of PyTorch in bfloat16", max(ratios, default=None), 1.5, True
+        yield Target(f"{what} / that of PyTorch in bfloat16", max(ratios, default=None), against_eager, True)
 
 
 def _or_infinite(x: float | None) -> float:
@@ -115,7 +173,7 @@ def _or_infinite(x: float | None) -> float:
 def is_red(document: dict) -> bool:
     """Whether something was wrong: a test, a configuration, a gate, or a part of this program."""
     parts = [part for part in document.values() if isinstance(part, dict)]
-    gates = [g["ok"] for r in _results(document, "bench") for g in r.get("gates", {}).values()]
+    gates = [gate["ok"] for _, gate in _gates(document, *TIMED)]
     statuses = [r["status"] for part in ("parity", "sanitizer") for r in _results(document, part)]
     return (
         any("error" in part for part in parts) or not all(gates) or any(s in ("wrong", "failed", "crashed", "undecided") for s in statuses)
@@ -169,7 +227,7 @@ def _target_table(document: dict) -> str:
     for t in document.get("targets", []):
         limit = "-" if t["limit"] is None else f"{'<=' if t['at_most'] else '>='} {t['limit']:g}"
         rows.append([t["name"], limit, "-" if t["value"] is None else f"{t['value']:.3g}", t["verdict"]])
-    return table([f"target ({TARGET}, bf16)", "limit", "measured", "verdict"], rows)
+    return table([f"target ({TARGET}; MLP: {MLP_TARGET}; bf16)", "limit", "measured", "verdict"], rows)
 
 
 def _tests(document: dict) -> str:
@@ -201,7 +259,8 @@ def _parity(document: dict) -> str:
 
 
 def _sanitizer(document: dict) -> str:
-    rows = [[r["tool"], ", ".join(r["kernels"]) or "every bias, as chosen", r["status"], str(r.get("found", r.get("error", "-")))]
+    rows = [[r["tool"], ", ".join(r["kernels"]) or f"{r.get('memory', 'linear')}, every bias, as chosen", r["status"],
+             str(r.get("found", r.get("error", "-")))]
             for r in _results(document, "sanitizer")]  # fmt: skip
     return "## compute-sanitizer\n\n" + table(["tool", "what", "verdict", "found"], rows) if rows else ""
 
@@ -217,26 +276,27 @@ def _ceilings(document: dict) -> str:
 
 
 def _bench(document: dict) -> str:
-    sections = []
-    for shape in SHAPES:
-        for direction in DIRECTIONS:
-            for result in (r for r in _results(document, "bench") if (r["shape"], r["direction"]) == (shape, direction)):
-                sections.append(_one_shape(document, result))
+    order = lambda r: (list(SHAPES).index(r["shape"]), DIRECTIONS.index(r["direction"]))
+    sections = [_one_shape(document, r) for part in TIMED for r in sorted(_results(document, part), key=order)]
     return "\n\n".join(["## Times", *sections]) if sections else ""
 
 
 def _one_shape(document: dict, result: dict) -> str:
     shape, direction = result["shape"], result["direction"]
-    toy, rows = document["settings"]["toy"], []
-    for name, ms in sorted(result["ms"].items(), key=lambda pair: pair[1]["median"]):
-        floor = floors(document, shape, direction, name) if name in OURS and not toy else None
+    base, toy, rows = result["base"], document["settings"]["toy"], []
+    once = {name: {"median": ms} for name, ms in result.get("once_ms", {}).items()}
+    for name, ms in sorted({**result["ms"], **once}.items(), key=lambda pair: pair[1]["median"]):
+        floor = floors(document, shape, direction, name) if is_ours(name) and not toy else None
         shares = [f"{100 * floor[kind] / ms['median']:.0f} %" if floor else "-" for kind in ("roofline", "traffic")]
-        times = "1" if name == result["base"] else _spread(result.get("ratios", {}).get(name), 2)
+        if name in once:
+            took, times = f"{ms['median']:.0f} (once)", f"{ms['median'] / _ms(result, base):.1f}" if base else "-"
+        else:
+            took, times = _spread(ms, 3), "1" if name == base else _spread(result.get("ratios", {}).get(name), 2)
         gate, first = result["gates"].get(name), result["first_s"].get(name)
         errors = f"{_number(gate['output_error'])}, {_number(gate['gradient_error'])}" if gate else "-"
-        shown = f"**{name}**" if name in OURS else name
-        rows.append([shown, _spread(ms, 3), times, *shares, errors, "-" if first is None else f"{first:.1f}"])
-    head = ["who", "ms", f"time / {BASE}", "of the roofline", "of the traffic", "error: output, gradient", "first call s"]
+        rows.append([f"**{name}**" if is_ours(name) else name, took, times, *shares, errors, "-" if first is None else f"{first:.1f}"])
+    rows += [[f"**{name}**", "refused", *["-"] * 5] for name in result.get("refused", {})]
+    head = ["who", "ms", f"time / {base or '-'}", "of the roofline", "of the traffic", "error: output, gradient", "first call s"]
     sizes = "" if toy else _sizes(SHAPES[shape], direction)
     return f"### {shape} {direction}{sizes}\n\n" + table(head, rows)
 
@@ -246,16 +306,19 @@ def _sizes(shape: Shape, direction: str) -> str:
 
 
 def _kernels(document: dict) -> str:
-    rows = [[r["shape"], r["direction"], name, kernel, f"{ms:.3f}"] for r in _results(document, "bench")
+    rows = [[r["shape"], r["direction"], name, kernel, f"{ms:.3f}"] for part in TIMED for r in _results(document, part)
             for name, kernels in r.get("kernels_ms", {}).items() for kernel, ms in kernels.items()]  # fmt: skip
     return "## Time by kernel\n\n" + table(["shape", "direction", "who", "kernel", "ms per call"], rows) if rows else ""
 
 
 def _memory(document: dict) -> str:
-    names = [*OURS[:2], EAGER, *gpu_peers.FEW]
-    rows = [[r["shape"], r["direction"], *(f"{r['peak_mib'][n]:.0f}" if n in r["peak_mib"] else "-" for n in names)]
-            for r in _results(document, "memory") if "peak_mib" in r]  # fmt: skip
-    return "## Peak memory beyond the inputs, MiB\n\n" + table(["shape", "direction", *names], rows) if rows else ""
+    tables = []
+    for memory in ("linear", "mlp"):
+        results = [r for r in _results(document, "memory") if "peak_mib" in r and SHAPES[r["shape"]].memory == memory]
+        names = list(dict.fromkeys(name for r in results for name in r["peak_mib"]))
+        rows = [[r["shape"], r["direction"], *(f"{r['peak_mib'][n]:.0f}" if n in r["peak_mib"] else "-" for n in names)] for r in results]
+        tables += [table(["shape", "direction", *names], rows)] if rows else []
+    return "\n\n".join(["## Peak memory beyond the inputs, MiB", *tables]) if tables else ""
 
 
 def _tuning(document: dict) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gpu_plan import FORWARD, NEEDS_DELTA, Settings, Shape
+from contenders import recurrence, with_leaves
+from gpu_plan import FORWARD, Settings, Shape
 from miras_kernels import L2, DotProduct, Huber, Lp
 from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case
@@ -25,11 +27,14 @@ BIASES = {"l2": L2(), "huber_coordinate": Huber("coordinate"), "lp 3": Lp(3.0), 
 DTYPE = torch.bfloat16
 
 
-def case_of(shape, bias: str, **changes) -> Case:
-    """A test case of the registry's kind in a benchmark's shape."""
+def case_of(shape: Shape, name: str, **changes) -> Case:
+    """A test case of the registry's kind in a benchmark's shape, for one of our contenders: a bias, or a recurrence with the usual one."""
+    kind = {"bias": BIASES[name]} if name in BIASES else {"bias": BIASES[shape.base], **recurrence(name)}
     sizes = dict(batch=shape.batch, tokens=shape.tokens, heads=shape.heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
                  chunk_size=shape.chunk_size, initial="none")  # fmt: skip
-    return Case(f"gpu {shape} {bias}", bias=BIASES[bias], **(sizes | changes))
+    if shape.hidden:
+        sizes |= dict(memory="mlp", hidden=shape.hidden, initial="dual", decay="slight")
+    return Case(f"gpu {shape} {name}", **(sizes | kind | changes))
 
 
 class Tensors:
@@ -44,12 +49,20 @@ class Tensors:
         self.q, self.v = normal().requires_grad_(), normal().mul_(0.6).requires_grad_()
         self.k = torch.nn.functional.normalize(normal(), dim=-1).requires_grad_()
         self.grad_out = normal()
-        self.log_decay = self._uniform(-0.2, -0.005).requires_grad_()
+        self.log_decay = self._log_decay().requires_grad_()
 
-    def _uniform(self, low: float, high: float) -> Tensor:
-        """A gate ``[B, T, H]`` in float32."""
-        gate = torch.rand(self._sizes[:3], generator=self._generator, device=self.settings.device)
+    def _uniform(self, low: float, high: float, *channels: int) -> Tensor:
+        """A gate ``[B, T, H, *channels]`` in float32."""
+        gate = torch.rand(*self._sizes[:3], *channels, generator=self._generator, device=self.settings.device)
         return gate.mul_(high - low).add_(low)
+
+    def _log_decay(self, *channels: int) -> Tensor:
+        """An MLP memory's decays are slight, and the slighter the longer it lives: all of them together leave a third of it. What LayerNorm
+        makes of a memory that decays to nothing is chaotic, and has gradients beyond every number."""
+        if not self.shape.hidden:
+            return self._uniform(-0.2, -0.005, *channels)
+        slight = min(1.0, 1024 / self.shape.tokens)
+        return self._uniform(-2e-3 * slight, -5e-5 * slight)
 
     @functools.cached_property
     def beta(self) -> Tensor:
@@ -83,21 +96,42 @@ class Tensors:
         """The gradient of an output, in its layout."""
         return self.grad_out if out.shape == self.grad_out.shape else self._grad_heads_first
 
-    def inputs(self, bias: str) -> Inputs:
-        """Our call's inputs, with step sizes that suit the bias; the same ones whenever they are asked for."""
-        if bias not in self._inputs:
-            self._inputs[bias] = self._draw(bias)
-        return self._inputs[bias]
+    @functools.cached_property
+    def duals(self) -> tuple[Tensor, ...]:
+        """An MLP memory's initial matrices ``[B, H, ...]``; a linear memory starts from zeros."""
+        b, _, h, _ = self._sizes
+        shapes = self.shape.matrices if self.shape.hidden else ()
+        normal = functools.partial(torch.randn, generator=self._generator, device=self.settings.device)
+        return tuple(normal(b, h, *s).div_(math.sqrt(s[1])).requires_grad_() for s in shapes)
 
-    def _draw(self, bias: str) -> Inputs:
-        case = case_of(self.shape, bias)
-        drawn = case_of(self.shape, bias, batch=1, tokens=4 * self.shape.chunk_size, heads=1).draw().tensors  # tells the step sizes
-        rate = drawn["lr"].max().item()
-        lr = self._uniform(0.2 * rate, rate).requires_grad_()
-        tensors = {"q": self.q, "k": self.k, "v": self.v, "lr": lr, "log_decay": self.log_decay}
-        if bias in NEEDS_DELTA:
+    @functools.cached_property
+    def mlp_layer_norm(self) -> dict[str, Tensor]:
+        """An MLP memory's LayerNorm, ``[H, D]``."""
+        _, _, h, d = self._sizes
+        weight = torch.rand(h, d, generator=self._generator, device=self.settings.device).add_(0.5)
+        bias = torch.randn(h, d, generator=self._generator, device=self.settings.device).mul_(0.1)
+        return {"ln_weight": weight.requires_grad_(), "ln_bias": bias.requires_grad_()}
+
+    def inputs(self, name: str) -> Inputs:
+        """Our call's inputs, with step sizes that suit the bias; the same ones whenever they are asked for."""
+        if name not in self._inputs:
+            self._inputs[name] = self._draw(name)
+        return self._inputs[name]
+
+    def _draw(self, name: str) -> Inputs:
+        case = case_of(self.shape, name)
+        few = case_of(self.shape, name, batch=1, tokens=4 * self.shape.chunk_size, heads=1).draw().tensors  # tells the step sizes
+        rate, channels = few["lr"].max().item(), lambda kind: (self.shape.value_dim,) if kind == "channel" else ()
+        log_decay = self._log_decay(*channels(case.decay)).requires_grad_() if case.decay == "channel" else self.log_decay
+        tensors = {"q": self.q, "k": self.k, "v": self.v, "log_decay": log_decay}
+        tensors["lr"] = self._uniform(0.2 * rate, rate, *channels(case.lr)).requires_grad_()
+        if case.bias.needs_delta:
             tensors["delta"] = self._uniform(0.5 * case.delta_scale, 1.5 * case.delta_scale).requires_grad_()
-        return Inputs(case, tensors, (), self.grad_out, ())
+        if case.momentum:
+            tensors["momentum"] = self._uniform(0.0, 0.8).requires_grad_()
+        if self.shape.hidden:
+            tensors |= self.mlp_layer_norm
+        return Inputs(case, tensors, self.duals, self.grad_out, ())
 
 
 def short(shape: Shape) -> Shape:
@@ -126,7 +160,7 @@ def compiled(inputs: Inputs, direction: str) -> Callable[[], tuple]:
     call, names, leaves = inputs.call(), tuple(inputs.leaves()), tuple(inputs.leaves().values())
 
     def function(*tensors):
-        return eager_run(call.replace(**dict(zip(names, tensors, strict=True))))[0]
+        return eager_run(with_leaves(call, names, tensors))[0]
 
     torch.compiler.reset()
     run = torch.compile(function, dynamic=False, fullgraph=True)

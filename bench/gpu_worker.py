@@ -15,7 +15,7 @@ import gpu_bench
 import gpu_configs
 from contenders import BOTH, kernel
 from gpu_measure import first_line, release, usable
-from gpu_plan import BASE, OURS, Settings
+from gpu_plan import Settings, Shape
 from gpu_process import MARK
 from gpu_tensors import Tensors, short
 from harness import OverBudget, machine, versions
@@ -78,12 +78,11 @@ def _triton(settings: Settings) -> dict:
 
 
 def toy(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
-    """A few chunks forward and backward, for compute-sanitizer to watch: with every configuration of the kernels that are named,
-    or with every bias if none is."""
-    table = gpu_configs.table(settings)
-    for bias in OURS if not item["kernels"] else (BASE,):
-        tensors = Tensors(short(_small(settings)), settings)
-        call = kernel(tensors.inputs(bias), settings.backend, BOTH)
+    """A few chunks of a memory forward and backward, for compute-sanitizer to watch: with every configuration of the kernels that are
+    named, or with every bias if none is."""
+    table, shape = gpu_configs.table(settings), _small(item["memory"], settings)
+    for bias in shape.ours if not item["kernels"] else (shape.base,):
+        call = kernel(Tensors(short(shape), settings).inputs(bias), settings.backend, BOTH)
         call()
         for name in item["kernels"]:
             for label in table[name]:
@@ -94,13 +93,13 @@ def toy(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
                     continue
     if settings.device == "cuda":
         torch.cuda.synchronize()
-    yield {"kernels": item["kernels"]}
+    yield {"memory": item["memory"], "kernels": item["kernels"]}
 
 
-def _small(settings: Settings):
-    from gpu_plan import Shape
-
-    return Shape(1, 64, 1, 16, 16) if settings.toy else Shape(1, 256, 2, 64, 64)
+def _small(memory: str, settings: Settings) -> Shape:
+    if settings.toy:
+        return Shape(1, 64, 1, 16, 16) if memory == "linear" else Shape(1, 32, 1, 16, 16, 32)
+    return Shape(1, 256, 2, 64, 64, 0 if memory == "linear" else 256)
 
 
 TASKS = {

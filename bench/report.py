@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import harness
-from contenders import BOTH, DIRECTIONS, FORWARD, LINEAR_SHAPES, MLP_SHAPES
+from contenders import BOTH, DIRECTIONS, FORWARD, LINEAR_SHAPES, MLP_SHAPES, MOMENTUM, PLAIN, RECURRENCE_SHAPES, RETENTIONS
 from harness import OTHERS, Watch, table
 
 # ----------------------------------------------------------------------------------------------------------- targets
@@ -25,14 +25,16 @@ class Target:
     goal: float | None
     at_most: bool = False
 
+    def result(self, results: Sequence[dict], threads: int) -> dict | None:
+        """What it is read from."""
+        mine = (r for r in results if all(r.get(key) == getattr(self, key) for key in ("study", "case", "direction")))
+        return next((r for r in mine if r["threads"] == threads), None)
+
     def value(self, results: Sequence[dict], threads: int) -> float | None:
-        for result in results:
-            if all(result.get(key) == getattr(self, key) for key in ("study", "case", "direction")) and result["threads"] == threads:
-                found = result
-                for key in self.path:
-                    found = found.get(key) if isinstance(found, dict) else None
-                return found
-        return None
+        found = self.result(results, threads)
+        for key in self.path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
 
     def verdict(self, value: float | None) -> str:
         if value is None:
@@ -70,6 +72,10 @@ def targets() -> list[Target]:
     for name, key, limit in (("outputs and states", "forward_error", 1e-5), ("gradients", "gradient_error", 1e-4)):
         path = ("parity", "kernel", key)
         found += [Target(f"relative error, {name}", s, "shapes", BOTH, path, limit, None, at_most=True) for s in LINEAR_SHAPES]
+    for shape in RECURRENCE_SHAPES:
+        for name, limit in [(name, 1.5) for name in RETENTIONS] + [(MOMENTUM, 1.6)]:
+            path = ("ratios", name, "median")
+            found.append(Target(f"{BOTH}, {name} / {PLAIN}", shape, "recurrence", BOTH, path, limit, None, at_most=True))
     return found + _mlp_targets()
 
 
@@ -98,6 +104,8 @@ def judge(results: Sequence[dict], threads: Sequence[int], avx512: bool) -> list
         for n in threads:
             value = target.value(results, n)
             verdict = target.verdict(value)
+            if value is None and set(target.path) & set((target.result(results, n) or {}).get("refused", ())):
+                verdict = "refused: see notes"
             if value is not None and target.path[0] != "parity":
                 if not avx512:
                     verdict = "not judged: no AVX-512 here"
@@ -231,7 +239,7 @@ def _variant_section(title: str) -> Callable[[Sequence[dict]], str]:
     def section(results: Sequence[dict]) -> str:
         rows = []
         for r in results:
-            base = next((name for name in r["parity"] if name not in r.get("ratios", {})), None)
+            base = next((name for name in r.get("ms", ()) if name not in r.get("ratios", {})), None)
             for name, gate in r["parity"].items():
                 timed_here = name in r.get("ms", {})
                 ms = f"{r['ms'][name]['median']:.2f}" if timed_here else "-"
@@ -239,6 +247,7 @@ def _variant_section(title: str) -> Callable[[Sequence[dict]], str]:
                 memory = r.get("saved_mib", {}).get(name)
                 rows.append([r["case"], r["direction"], str(r["threads"]), name, _gate(gate), ms, times,
                              "-" if memory is None else f"{memory:.1f}"])  # fmt: skip
+            rows += [[r["case"], r["direction"], str(r["threads"]), name, "refused", "-", "-", "-"] for name in r.get("refused", ())]
         if not rows:
             return ""
         header = ["shape", "direction", "threads", "what", "error/budget", "ms", "time against the first", "saved MiB"]
@@ -268,6 +277,7 @@ _SECTIONS = (
     ("shapes", _shapes_section),
     ("shapes", _mlp_section),
     ("bias", _variant_section("Biases")),
+    ("recurrence", _variant_section("Retention gates, momentum and channel-wise gates")),
     ("capability", _variant_section("Instruction sets")),
     ("decay", _variant_section("Decays")),
     ("checkpoint", _variant_section("Saving every n-th chunk's state")),

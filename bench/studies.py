@@ -14,6 +14,7 @@ from contenders import (
     BOTH,
     DIRECTIONS,
     MLP_SHAPES,
+    PLAIN,
     Settings,
     agreement,
     compiled,
@@ -23,6 +24,9 @@ from contenders import (
     kernel,
     make_case,
     parity,
+    recurrence,
+    recurrences,
+    refusal,
     titans,
 )
 from harness import MM_FLOPS, Watch, interleave, ratio, spread, timed
@@ -34,7 +38,7 @@ def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, se
     """Time the contenders whose gate is green, in one interleaved run; without a green base nothing is timed.
 
     Args:
-        head: what the result begins with: study, case, direction ...
+        head: what the result begins with: study, case, direction, perhaps who was refused by the backend and why ...
         samplers: contenders by name, see :func:`harness.interleave`.
         base: the contender to which ratios refer: ``ratios[x] = time of x / time of base``.
         gates: parity by contender; one without a gate of its own is not checked here.
@@ -43,7 +47,8 @@ def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, se
     result = {**head, "threads": threads, "clock": harness.clock_for(threads)[0], "parity": gates, "notes": []}
     red = [name for name, gate in gates.items() if not gate["ok"]]
     result["notes"] += [f"{name}: parity is red, not timed ({gates[name]['worst']})" for name in red]
-    if base in red:
+    result["notes"] += [f"{name}: refused: {reason}" for name, reason in head.get("refused", {}).items()]
+    if not gates.get(base, {"ok": False})["ok"]:
         return result
     samplers = {name: sampler for name, sampler in samplers.items() if name not in red}
     with Watch(threads) as watch:
@@ -132,11 +137,15 @@ def _float32():
 def _variants(study: str, shape: str, threads: int, settings: Settings, cases: dict, base: str, directions=DIRECTIONS) -> Iterator[dict]:
     """The kernel alone over cases that differ in one property, by name; ratios to the one named ``base``."""
     clock = harness.clock_for(threads)[1]
-    gates = {name: parity(case, settings.backend, dtype) for name, (case, dtype) in cases.items()}
     drawn = {name: case.draw(dtype) for name, (case, dtype) in cases.items()}
+    asked = {name: refusal(inputs, settings.backend) for name, inputs in drawn.items()}
+    refused = {name: reason for name, reason in asked.items() if reason is not None}
+    served = [name for name in cases if name not in refused]
+    gates = {name: parity(cases[name][0], settings.backend, cases[name][1]) for name in served}
     for direction in directions:
-        samplers = {name: timed(kernel(inputs, settings.backend, direction), clock) for name, inputs in drawn.items()}
-        yield measure({"study": study, "case": shape, "direction": direction}, samplers, base, gates, threads, settings)
+        head = {"study": study, "case": shape, "direction": direction, "refused": refused}
+        samplers = {name: timed(kernel(drawn[name], settings.backend, direction), clock) for name in served}
+        yield measure(head, samplers, base, gates, threads, settings)
 
 
 def study_bias(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -150,6 +159,13 @@ def study_bias(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
         rows = {name: rows[name] for name in ("l2", "huber_switch", "lp 2.5")}
     cases = {name: (make_case(shape, settings, bias=bias), _float32()) for name, bias in rows.items()}
     return _variants("bias", shape, threads, settings, cases, "l2")
+
+
+def study_recurrence(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
+    """Every retention gate, momentum and channel-wise gates against plain decay."""
+    names = recurrences(make_case(shape, settings).memory)
+    cases = {name: (make_case(shape, settings, **recurrence(name)), _float32()) for name in names}
+    return _variants("recurrence", shape, threads, settings, cases, PLAIN, (BOTH,))
 
 
 def study_decay(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -313,7 +329,8 @@ def study_probe(_: str, threads: int, settings: Settings) -> Iterator[dict]:
     yield {"versions": versions, "capability": capability, "unavailable": dispatch.unavailable(settings.backend)}
 
 
-STUDIES = {name: globals()[f"study_{name}"] for name in ("shapes", "bias", "capability", "decay", "checkpoint", "dtype", "memory")}
+NAMES = ("shapes", "bias", "recurrence", "capability", "decay", "checkpoint", "dtype", "memory")
+STUDIES = {name: globals()[f"study_{name}"] for name in NAMES}
 HELPERS = {"peak": study_peak, "serve": study_serve, "probe": study_probe}
 
 

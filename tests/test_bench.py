@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from miras_kernels import dispatch
+from miras_kernels import dispatch, retention
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
-contenders, cpu, harness, report, studies = map(importlib.import_module, ("contenders", "cpu", "harness", "report", "studies"))
+contenders, cpu, harness, program, report, studies = map(
+    importlib.import_module, ("contenders", "cpu", "harness", "program", "report", "studies")
+)
 
 SETTINGS = contenders.Settings(backend="reference", seconds=0.02, min_rounds=2, compile_seconds=0, toy=True)
 
@@ -101,6 +103,63 @@ def test_the_mlp_memory_is_compared_too(monkeypatch):
     assert "MLP D64 C16" in report._mlp_section([result]) and not report._shapes_section([result])
 
 
+def refuse_momentum(monkeypatch, backend: str = "reference") -> None:
+    """The backend is told not to serve momentum."""
+    refuses = lambda call, differentiate: None if call.momentum is None else "it has no momentum, so far"
+    monkeypatch.setattr(dispatch.BACKENDS[backend], "refuses", refuses, raising=False)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("shape", contenders.RECURRENCE_SHAPES)
+def test_gates_and_momentum_against_the_plain_recurrence(monkeypatch, shape):
+    """All of them in one run; what the backend refuses is said and judged as that."""
+    refuse_momentum(monkeypatch)
+    (result,) = studies.study_recurrence(shape, 1, SETTINGS)
+    names = contenders.recurrences("mlp" if shape in contenders.MLP_SHAPES else "linear")
+    assert result["direction"] == contenders.BOTH and result["refused"] == {"momentum": "it has no momentum, so far"}
+    assert set(result["ms"]) == set(result["parity"]) == set(names) - {"momentum"}
+    assert set(result["ratios"]) == set(result["ms"]) - {"plain"}
+    assert "momentum: refused: it has no momentum, so far" in result["notes"]
+    section = dict(report._SECTIONS)["recurrence"]([result])
+    assert all(name in section for name in names) and section.count("refused") == 1
+    rows = {(row["name"], row["case"]): row["measured"]["1"] for row in report.judge([result], [1], avx512=True)}
+    assert rows["forward+backward, momentum / plain", shape] == {"value": None, "verdict": "refused: see notes"}
+    assert rows["forward+backward, kl / plain", shape]["value"] == result["ratios"]["kl"]["median"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_time_for_a_wrong_gate(monkeypatch):
+    right = studies.parity
+    wrong = lambda case, backend, dtype: {**right(case, backend, dtype), "ok": case.retention.name != "kl"}
+    monkeypatch.setattr(studies, "parity", wrong)
+    (result,) = studies.study_recurrence("D64 C64", 1, SETTINGS)
+    assert set(result["parity"]) - set(result["ms"]) == {"kl"}
+    assert any(note.startswith("kl: parity is red") for note in result["notes"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_is_timed_where_the_plain_recurrence_is_refused(monkeypatch):
+    monkeypatch.setattr(dispatch.BACKENDS["reference"], "refuses", lambda call, differentiate: "not today", raising=False)
+    (result,) = studies.study_recurrence("D64 C64", 1, SETTINGS)
+    assert "ms" not in result and result["parity"] == {} and "plain: refused: not today" in result["notes"]
+
+
+def test_recurrences_are_those_of_the_table():
+    assert tuple(row.name for row in retention.TABLE.values() if row.name != "l2") == contenders.RETENTIONS
+    for shape in contenders.RECURRENCE_SHAPES:
+        memory = contenders.make_case(shape, SETTINGS).memory
+        cases = [contenders.make_case(shape, SETTINGS, **contenders.recurrence(name)) for name in contenders.recurrences(memory)]
+        assert len({dataclasses.replace(case, name="") for case in cases}) == len(cases) == (8 if memory == "linear" else 6)
+
+
+def test_which_shapes_a_study_has():
+    shapes, wanted = tuple(contenders.SHAPES), ("recurrence", "bias", "checkpoint")
+    found = cpu.jobs(wanted, shapes, [1, 2], SETTINGS)
+    assert [shape for study, shape, _ in found if study == "recurrence"] == list(contenders.RECURRENCE_SHAPES)
+    assert [shape for study, shape, _ in found if study == "bias"] == ["D64 C64"]
+    assert cpu.jobs(("recurrence",), ("D128 C64",), [1], SETTINGS) == [("recurrence", "D128 C64", 1)]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_no_time_for_a_baseline_that_computes_something_else(monkeypatch):
     monkeypatch.setattr(studies, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
@@ -181,6 +240,13 @@ def test_bad_arguments(capsys, arguments, message):
         cpu.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_are_json_without_infinities(tmp_path):
+    path = tmp_path / "deep" / "out.json"
+    program.write_json({"a": (float("inf"), 1.5), 2: {"b": float("nan")}}, path)
+    assert json.loads(path.read_text()) == {"a": [None, 1.5], "2": {"b": None}}
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_list(capsys):

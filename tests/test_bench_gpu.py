@@ -22,14 +22,16 @@ from miras_kernels import dispatch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
-modules = ("bench", "configs", "gate", "measure", "parts", "peers", "plan", "process", "report", "verdicts")
-gpu = importlib.import_module("gpu")
-gpu_bench, gpu_configs, gpu_gate, gpu_measure, gpu_parts, gpu_peers, gpu_plan, gpu_process, gpu_report, gpu_verdicts = (
-    importlib.import_module(f"gpu_{name}") for name in modules
-)
+modules = ("bench", "configs", "gate", "measure", "parts", "peers", "plan", "process", "report", "tensors", "verdicts", "worker")
+gpu, contenders = map(importlib.import_module, ("gpu", "contenders"))
+(
+    gpu_bench, gpu_configs, gpu_gate, gpu_measure, gpu_parts, gpu_peers, gpu_plan, gpu_process, gpu_report, gpu_tensors, gpu_verdicts,
+    gpu_worker,
+) = (importlib.import_module(f"gpu_{name}") for name in modules)  # fmt: skip
 
 TOY = gpu_plan.Settings(backend="reference", device="cpu", toy=True, seconds=0.0, min_rounds=2, compile_seconds=0.0)
 TARGET, SMALLEST, FORWARD, BOTH = gpu_plan.TARGET, gpu_plan.SMALLEST, gpu_plan.FORWARD, gpu_plan.BOTH
+MLP_TARGET, MLP_SMALLEST = gpu_plan.MLP_TARGET, gpu_plan.MLP_SMALLEST
 ONE = {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": 1e14}
 
 
@@ -63,7 +65,8 @@ def no_verdicts(monkeypatch):
 
 def test_dry_run(tmp_path):
     """Every part, with a configuration that is wrong: it is told, and everything else is done."""
-    done, document = dry_run(tmp_path / "out" / "gpu.json", "--shapes", f"{TARGET},{SMALLEST}", "--plant", "wrong=reference_forward b")
+    shapes = (TARGET, SMALLEST, MLP_TARGET, MLP_SMALLEST)
+    done, document = dry_run(tmp_path / "out" / "gpu.json", "--shapes", ",".join(shapes), "--plant", "wrong=reference_forward b")
     assert done.returncode == 1, done.stderr
     assert {"date", "commit", "modified", "settings", "took_s", *gpu_plan.PARTS} <= set(document)
     assert not any("error" in document[part] for part in gpu_plan.PARTS)
@@ -78,15 +81,21 @@ def test_dry_run(tmp_path):
 
     assert document["sanitizer"]["notes"] == ["needs a GPU"]
     assert document["ceilings"]["copy_bytes_per_s"] > 0 and document["ceilings"]["matmul_flops_per_s"] > 0
-    results = {(r["shape"], r["direction"]): r for r in document["bench"]["results"]}
-    assert set(results) == {(shape, direction) for shape in (TARGET, SMALLEST) for direction in (FORWARD, BOTH)}
+    results = {(r["shape"], r["direction"]): r for part in ("bench", "mlp") for r in document[part]["results"]}
+    assert set(results) == {(shape, direction) for shape in shapes for direction in (FORWARD, BOTH)}
     for (shape, _), result in results.items():
-        assert set(result["ms"]) == {*(gpu_plan.OURS if shape == TARGET else gpu_plan.OURS[:2]), "eager"}
+        mlp = shape in (MLP_TARGET, MLP_SMALLEST)
+        base, peer = ("huber_coordinate", "titans-pytorch") if mlp else ("l2", "fla delta rule")
+        ours = {TARGET: gpu_plan.OURS, SMALLEST: gpu_plan.OURS[:2], MLP_TARGET: gpu_plan.MLP_OURS, MLP_SMALLEST: (base,)}[shape]
+        assert set(result["ms"]) == {*ours, "eager"}
         assert all(x["p10"] <= x["median"] <= x["p90"] and x["p10"] > 0 for x in result["ms"].values())
-        assert result["base"] == "l2" and "l2" not in result["ratios"]
+        assert result["base"] == base and base not in result["ratios"]
         assert all(g["ok"] and 0 < g["output_error"] < g["worst"]["budget"] for g in result["gates"].values())
-        assert "fla delta rule: needs a GPU" in result["notes"]
+        assert f"{peer}: needs a GPU" in result["notes"] and result["once_ms"] == result["refused"] == result["failed"] == {}
     assert document["bench"]["first"]["first_s"]["l2"] > 0
+    for result, (shape, count) in zip(document["recurrence"]["results"], [(TARGET, 8), (MLP_SMALLEST, 6)], strict=True):
+        assert (result["shape"], result["direction"], result["base"], result["refused"]) == (shape, BOTH, "plain", {})
+        assert len(result["ms"]) == len(result["gates"]) == count and all(g["ok"] for g in result["gates"].values())
     assert all(r["notes"] == ["needs a GPU"] for r in document["memory"]["results"])
     timed = {(r["shape"], r["kernel"]): r for r in document["tuning"]["results"]}
     assert timed[TARGET, "reference_forward"]["notes"] == ["b: wrong, not timed"]
@@ -96,16 +105,18 @@ def test_dry_run(tmp_path):
 def test_dry_run_of_the_kernels(tmp_path):
     """The Triton kernels in the interpreter, for as much as one shape takes."""
     pytest.importorskip("triton")
-    done, document = dry_run(tmp_path / "gpu.json", "--shapes", SMALLEST, "--only", "parity,bench", backend="triton")
+    shapes, parts = f"{SMALLEST},{MLP_SMALLEST}", ("parity", "bench", "mlp")
+    done, document = dry_run(tmp_path / "gpu.json", "--shapes", shapes, "--only", ",".join(parts), backend="triton")
     missing = document["environment"].get("unavailable")
     if missing:
         pytest.skip(missing)
     assert document["environment"]["triton"]["version"]
-    assert not any("error" in document[part] for part in ("environment", "parity", "bench")), done.stderr
+    assert not any("error" in document[part] for part in ("environment", *parts)), done.stderr
     kernels = {r["kernel"] for r in document["parity"]["results"]} - {None}
-    assert {"linear_state", "linear_output", "linear_pre", "linear_seq", "linear_epi"} <= kernels
+    assert {"linear_state", "linear_output", "linear_pre", "linear_seq", "linear_epi", "mlp_chain", "mlp_seq"} <= kernels
     assert {r["status"] for r in document["parity"]["results"]} <= {"ok", "unused"}, done.stdout
     assert all("l2" in r["ms"] for r in document["bench"]["results"]), done.stdout
+    assert all("huber_coordinate" in r["ms"] for r in document["mlp"]["results"]), done.stdout
     assert done.returncode == 0
 
 
@@ -126,7 +137,7 @@ def test_no_time_is_left_out_and_said(tmp_path):
     late = "left out: time"
     assert document["tests"]["status"] in ("left out", "missing") and document["ceilings"]["notes"] == [late]
     assert {r["status"] for r in document["parity"]["results"]} == {"left out"} and document["parity"]["deny"] == []
-    for part in ("bench", "memory", "tuning"):
+    for part in ("bench", "mlp", "recurrence", "memory", "tuning"):
         assert document[part]["results"] == [] and all(text.endswith(late) for text in document[part]["left_out"])
     assert done.stdout.count(late) > 3
 
@@ -160,6 +171,48 @@ def test_no_time_for_a_wrong_kernel(monkeypatch, direction):
 
 
 @pytest.mark.usefixtures("one_thread", "no_verdicts")
+@pytest.mark.parametrize("leaf", ["q", "log_decay", "ln_weight", "initial_dual_1"])
+def test_no_time_for_a_wrong_mlp_kernel(monkeypatch, leaf):
+    """Whatever the gradient that is wrong: LayerNorm's and the initial matrices' are compared too."""
+    both = gpu_gate.kernel
+
+    def wrong(inputs, backend, direction):
+        run, names = both(inputs, backend, direction), list(inputs.leaves())
+        return run if direction == FORWARD else lambda: tuple(g * (3 if n == leaf else 1) for n, g in zip(names, run(), strict=True))
+
+    monkeypatch.setattr(gpu_gate, "kernel", wrong)
+    (result,) = gpu_bench.bench(item(BOTH, ("huber_coordinate",), MLP_TARGET), TOY, print)
+    assert result["ms"] == {}
+    assert any(text.startswith(f"huber_coordinate: parity is red, not timed (grad_{leaf}: error") for text in result["notes"])
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
+def test_the_full_call_of_several_sequences_is_compared():
+    """Gradients that sum over sequences are of the compared ones alone."""
+    for shape in (gpu_plan.Shape(4, 70, 3, 16, 16, 32), gpu_plan.Shape(3, 70, 3, 16, 16)):
+        inputs = gpu_tensors.Tensors(shape, TOY).inputs("huber_coordinate")
+        verdict = gpu_gate.gate(inputs, shape, TOY, "huber_coordinate")
+        assert verdict["ok"] and verdict["gradient_error"] < 0.02
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
+def test_who_is_refused_is_said(monkeypatch):
+    refuses = lambda call, differentiate: "it has no momentum, so far" if call.momentum is not None else None
+    monkeypatch.setattr(dispatch.BACKENDS["reference"], "refuses", refuses, raising=False)
+    for shape in gpu_plan.RECURRENCE_SHAPES:
+        everyone = contenders.recurrences(gpu_plan.SHAPES[shape].memory)
+        (result,) = gpu_bench.bench(item(BOTH, everyone, shape), TOY, lambda what: None)
+        assert result["base"] == "plain" and set(result["ms"]) == set(everyone) - {"momentum"}
+        assert result["refused"] == {"momentum": "it has no momentum, so far"}
+        assert "momentum: refused: it has no momentum, so far" in result["notes"] and not result["failed"]
+        document = {"settings": {"toy": True}, "recurrence": {"results": [result]}}
+        verdicts = {t["name"]: t["verdict"] for t in gpu_report.judge(document) if f"({shape})" in t["name"] and "plain" in t["name"]}
+        assert len(verdicts) == len(everyone) - 1
+        assert {name: v for name, v in verdicts.items() if v == "refused: see notes"}.keys() == {n for n in verdicts if "momentum" in n}
+        assert "| **momentum** " in gpu_report._bench(document) and "refused" in gpu_report._bench(document)
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
 def test_no_time_where_a_number_is_not_finite(monkeypatch):
     monkeypatch.setattr(gpu_gate, "all_finite", lambda tensors: False)
     (result,) = gpu_bench.bench(item(), TOY, print)
@@ -180,9 +233,24 @@ def test_who_fails_or_computes_something_else_is_left_out(monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread", "no_verdicts")
+def test_who_is_slow_is_timed_once(monkeypatch):
+    """Ours never; the ratio to ours is told nevertheless."""
+    monkeypatch.setattr(gpu_bench, "eager", lambda inputs, direction: lambda: (time.sleep(0.3), inputs.grad_out)[1:])
+    monkeypatch.setattr(gpu_bench, "SAME", math.inf)
+    settings = dataclasses.replace(TOY, call_seconds=0.2)
+    (result,) = gpu_bench.bench(item(FORWARD, ("huber_coordinate", "eager"), MLP_TARGET), settings, print)
+    assert set(result["ms"]) == {"huber_coordinate"} and 300 <= result["once_ms"]["eager"] < 2000
+    assert any(text.startswith("eager: too slow for the rounds, timed once: 0.") for text in result["notes"])
+    document = {"settings": {"toy": True}, "mlp": {"results": [{**result, "direction": BOTH}]}}
+    assert "(once)" in gpu_report._bench(document)
+    (value,) = (t["value"] for t in gpu_report.judge(document) if "time of eager / ours" in t["name"])
+    assert value == result["once_ms"]["eager"] / result["ms"]["huber_coordinate"]["median"]
+
+
+@pytest.mark.usefixtures("one_thread", "no_verdicts")
 def test_a_first_call_has_a_limit(monkeypatch):
     monkeypatch.setattr(gpu_bench, "eager", lambda inputs, direction: lambda: time.sleep(30))
-    (result,) = gpu_bench.bench(item(), dataclasses.replace(TOY, first_seconds=1.0), print)
+    (result,) = gpu_bench.bench(item(), dataclasses.replace(TOY, eager_seconds=1.0), print)
     assert "eager: did not run: its first call took longer than 1 s" in result["notes"]
 
 
@@ -286,8 +354,8 @@ def test_every_case_can_be_drawn():
     """Of the checks on a device: where psi jumps, a draw in 16 bits has to keep its distance."""
     real = dataclasses.replace(TOY, toy=False)
     cases = [*gpu_configs.parity_cases(real), *gpu_configs.parity_cases(TOY)]
-    for shape in (gpu_plan.SHAPES[TARGET], gpu_plan.SHAPES[SMALLEST]):
-        cases += [(gpu_gate.short_case(shape.key_dim, shape.chunk_size, bias, real), torch.bfloat16) for bias in gpu_plan.OURS]
+    for shape in (gpu_plan.SHAPES[TARGET], gpu_plan.SHAPES[SMALLEST], gpu_plan.SHAPES[MLP_TARGET]):
+        cases += [(gpu_gate.short_case(gpu_gate.few_chunks(shape, real), bias), torch.bfloat16) for bias in shape.ours]
     assert len({case.name for case, _ in cases[:9]}) == 9
     for case, dtype in cases:
         inputs = case.draw(dtype, margin=4 * torch.finfo(dtype).eps * case.delta_scale)
@@ -305,23 +373,35 @@ def test_floors():
         assert gpu_plan.traffic_bytes(shape, BOTH) == 64 * (forward + backward)
         assert gpu_plan.io_bytes(shape, FORWARD) == 64 * (8 * dim + 8)
         assert gpu_plan.io_bytes(shape, BOTH, "huber_switch") == 64 * (8 * dim + 12 + 14 * dim + 24)
+    mlp = gpu_plan.Shape(1, 64, 1, 64, 64, 256)
+    assert gpu_plan.io_bytes(mlp, FORWARD, "huber_coordinate") == 64 * (8 * 64 + 12) + 131072
+    assert gpu_plan.io_bytes(mlp, BOTH, "huber_coordinate") == 64 * (22 * 64 + 36) + 3 * 131072
+    assert gpu_plan.traffic_bytes(mlp, FORWARD) == 64 * (512 + 24)
+    backward = 2 * 512 + 4 * 1024 + 2 * (18 * 256 + 27 * 64 + 6 * 64) + 40
+    assert gpu_plan.traffic_bytes(mlp, BOTH) == 64 * (512 + 24 + backward)
+    floors = gpu_plan.floors_ms(mlp, BOTH, "huber_coordinate", ONE)
+    assert floors["arithmetic"] == pytest.approx(1e3 * 3 * (14 * 64 * 64 * 256 + 2 * 64 * 65 * (64 + 256)) / 1e14)
     floors = gpu_plan.floors_ms(gpu_plan.Shape(1, 64, 1, 64), FORWARD, "l2", ONE)
     flops = 6 * 64**3 + 64 * 65 * 128
     assert floors["arithmetic"] == pytest.approx(1e3 * flops / 1e14) and floors["memory"] == pytest.approx(1e3 * 64 * 520 / 1e12)
     assert floors["roofline"] == max(floors["arithmetic"], floors["memory"])
 
 
-def test_the_target_row_is_what_it_is_meant_to_be():
+def test_the_target_rows_are_what_they_are_meant_to_be():
+    shape = gpu_plan.SHAPES[MLP_TARGET]
+    assert (shape.batch * shape.tokens, shape.heads, shape.key_dim, shape.hidden, shape.chunk_size) == (65536, 16, 64, 256, 64)
     shape = gpu_plan.SHAPES[TARGET]
     assert (shape.batch * shape.tokens, shape.heads, shape.key_dim, shape.chunk_size) == (65536, 32, 128, 64)
-    assert next(iter(gpu_plan.SHAPES)) == TARGET and SMALLEST in gpu_plan.SHAPES
+    assert list(gpu_plan.SHAPES)[:2] == [TARGET, MLP_TARGET] and {SMALLEST, MLP_SMALLEST} <= set(gpu_plan.SHAPES)
+    wanted = {*gpu_plan.WARMED, *gpu_plan.RECURRENCE_SHAPES, *gpu_plan.COMPILED_AT["linear"], *gpu_plan.COMPILED_AT["mlp"]}
+    assert wanted <= set(gpu_plan.SHAPES) and {shape.chunk_size for shape in gpu_plan.SHAPES.values() if shape.hidden} == {16, 64}
     assert set(gpu_plan.SHARES) == set(gpu_plan.PARTS) == set(gpu_parts.DO)
 
 
 def test_budget():
     budget = gpu_plan.Budget(10)
-    share = budget.part_end("bench", ["memory", "tuning"]) - time.time()
-    assert share == pytest.approx(600 * 30 / 45, abs=2)
+    share, shares = budget.part_end("bench", ["mlp", "tuning"]) - time.time(), gpu_plan.SHARES
+    assert share == pytest.approx(600 * shares["bench"] / (shares["bench"] + shares["mlp"] + shares["tuning"]), abs=2)
     assert budget.part_end("tuning", []) == pytest.approx(budget.end, abs=1)
     assert gpu_plan.Budget(0).part_end("tests", []) <= time.time()
 
