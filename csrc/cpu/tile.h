@@ -144,13 +144,16 @@ template <int R, int N> struct Tile {
 };
 
 // Tile heights for N vectors of width: as many accumulators as the registers hold beside B's row.
-template <int N> constexpr int kTileRows = kLanes == 16 ? (N == 4 ? 6 : 8) : kLanes == 8 ? 6 : 4;
+template <int N> constexpr int kTileRows = kLanes == 16 ? (N == 4 ? 6 : N == 2 ? 8 : 16) : kLanes == 8 ? 6 : 4;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 
 template <int N, class Function> MIRAS_INLINE void sweep_rows(int rows, int j, Function& visit) {
   constexpr int R = kTileRows<N>;
   int i = 0;
   while (rows - i >= R && !(R == 6 && rows - i == 8)) visit.template operator()<R, N>(i, j), i += R;
+  if constexpr (R == 16) {
+    if (rows - i >= 8) visit.template operator()<8, N>(i, j), i += 8;
+  }
   if constexpr (R != 4) {
     while (rows - i >= 4) visit.template operator()<4, N>(i, j), i += 4;
   }
