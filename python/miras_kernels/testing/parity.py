@@ -5,10 +5,10 @@ float32 or better) and ``r`` that of the tensor's own dtype, a relative (Frobeni
 
     FACTOR * error of the same computation by the float32 reference  +  u (sqrt(n) + ULPS)  +  r
 
-The first term carries the conditioning of the case (for an MLP memory in float32 arithmetic, where a single rounding error is a poor
-measure of it, also how far the exact results move when the inputs move by a rounding), the second the order of summation (n: the
-longest reduction, rounding errors adding up like a random walk) and elementary functions that are right to a few units in the last
-place, the third the rounding of the result itself.
+The first term carries the conditioning of the case (for an MLP memory in float32 arithmetic, where one run of the reference may be
+lucky, the most of some runs on inputs moved by a rounding, and of how far the exact results move with them), the second the order of
+summation (n: the longest reduction, rounding errors adding up like a random walk) and elementary functions that are right to a few
+units in the last place, the third the rounding of the result itself.
 
 A backend that multiplies 16-bit numbers (tensor cores) is held to the same reference whose matrix products, forward and backward,
 take and give that dtype, as PyTorch's do under autocast. Where psi or its slope jumps, such arithmetic may take another side than
@@ -108,23 +108,25 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def sensitivity(inputs: Inputs, exact: dict[str, Tensor], draws: int = 3) -> dict[str, float]:
-    """How far the exact results move when every input moves by about a float32 rounding: the most of some draws.
+    """What moving every input by about a float32 rounding does: how far the exact results move and how far the float32 reference
+    is then from them, the most of some draws.
 
-    One rounding error is a poor measure where a problem amplifies it (LayerNorm of a memory that decayed to nothing).
+    One run of the reference is a poor measure where a problem amplifies roundings (LayerNorm of a memory that decayed to nothing):
+    its error varies tenfold from draw to draw.
     """
     generator, wide = torch.Generator().manual_seed(0), inputs.to(torch.float64)
 
     def moved(x: Tensor) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        return (x.detach() * (1 + ARITHMETIC * noise)).requires_grad_()
+        return (x.detach() * (1 + ARITHMETIC * noise)).float().double().requires_grad_()
 
     most = dict.fromkeys(exact, 0.0)
     for _ in range(draws):
         tensors = {name: moved(x) for name, x in wide.tensors.items()}
-        near = truth(
-            dataclasses.replace(wide, tensors=tensors, duals=tuple(map(moved, wide.duals)), momenta=tuple(map(moved, wide.momenta)))
-        )
-        most = {name: max(worst, relative_error(near[name], exact[name])) for name, worst in most.items()}
+        near = dataclasses.replace(wide, tensors=tensors, duals=tuple(map(moved, wide.duals)), momenta=tuple(map(moved, wide.momenta)))
+        there, reached = truth(near), baseline(near, torch.float32)
+        for name, worst in most.items():
+            most[name] = max(worst, relative_error(there[name], exact[name]), relative_error(reached[name], there[name]))
     return most
 
 
@@ -135,7 +137,7 @@ class Row:
     name: str
     error: float
     budget: float
-    usual: float  # what rounding alone does: to the reference in the backend's arithmetic, and by moving the inputs
+    usual: float  # what rounding alone does: to the reference in the backend's arithmetic, and to its inputs
 
     @property
     def ok(self) -> bool:
