@@ -38,9 +38,9 @@ class CppBackend:
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
-        if not isinstance(call.retention, L2Retention):
+        if call.memory == "linear" and not isinstance(call.retention, L2Retention):
             return f"it has L2Retention only, so far, got {call.retention}"
-        if call.momentum is not None:
+        if call.memory == "linear" and call.momentum is not None:
             return "it has no momentum, so far"
         for name in ("lr", "log_decay"):
             if getattr(call, name) is not None and getattr(call, name).dim() == 4:
