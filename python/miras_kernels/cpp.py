@@ -38,13 +38,10 @@ class CppBackend:
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
-        if not isinstance(call.retention, L2Retention):
-            return f"it has L2Retention only, so far, got {call.retention}"
-        if call.momentum is not None:
-            return "it has no momentum, so far"
-        for name in ("lr", "log_decay"):
-            if getattr(call, name) is not None and getattr(call, name).dim() == 4:
-                return f"it has no channel-wise {name} [B, T, H, Dv], so far"
+        if call.memory == "mlp" and not isinstance(call.retention, L2Retention):
+            return f"its MLP memory has L2Retention only, so far, got {call.retention}"
+        if call.memory == "mlp" and call.momentum is not None:
+            return "its MLP memory has no momentum, so far"
         heads = max(call.q.shape[-1], call.v.shape[-1])
         if heads > self.MAX_HEAD:
             return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
