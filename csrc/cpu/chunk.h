@@ -149,13 +149,23 @@ static void momentum_scores(const Gates& gates, int c, int dk, A q, const float*
   });
 }
 
-// K W0'  [c x Dvp], from K transposed [Dk x Cp] and W0 transposed [Dk x Dvp]
-static void predict(int c, int dk, const float* kt, index_t cp, const float* w, int dvp, float* kw, ReadSoon soon) {
+// X W0'  [c x Dvp], from X [c x Dk] by rows or columns and W0 transposed [Dk x Dvp]
+template <class X> static void times_state(int c, int dk, X x, const float* w, int dvp, float* xw, ReadSoon soon = {}) {
   sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> x;
-    x.add(Cols{kt + i, cp}, w + j, dvp, 0, dk, soon);
-    x.store_to(kw + index_t(i) * dvp + j, dvp);
+    Tile<R, N> y;
+    y.add(x.at(i), w + j, dvp, 0, dk, soon);
+    y.store_to(xw + index_t(i) * dvp + j, dvp);
   });
+}
+
+// K W0'  [c x Dvp], from K transposed [Dk x Cp]
+static void predict(int c, int dk, const float* kt, index_t cp, const float* w, int dvp, float* kw, ReadSoon soon) {
+  times_state(c, dk, Cols{kt, cp}, w, dvp, kw, soon);
+}
+
+// x *= factor, n floats, a multiple of kPad
+static void scale(float factor, index_t n, float* x) {
+  for (index_t i = 0; i < n; i += kLanes) store(x + i, factor * load(x + i));
 }
 
 // A term of a state's advance: scale * state. The scale is left in memory (see Tile::add_scaled).

@@ -265,7 +265,7 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
     if (momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
     x.scale_rows(m.gates.to_end + i);
     if (m.gates.decays && !momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
-    if (momentum) x.plus(m.B + index_t(i) * dp + j, dp);
+    if (momentum) x.add_matrix(m.B + index_t(i) * dp + j, dp);
     x.add(Cols{m.P1 + i, cp}, s.dUq + j, dp, i, c);
     x.each([](int, int, Vec& y) MIRAS_LAMBDA { y = -y; });
     x.store_to(s.dU1 + i * dp + j, dp);
@@ -376,7 +376,7 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
     x.add(Cols{s.dZqT + i, cp}, S2 + j, dp, 0, hd);
     x.scale_rows(gates.gamma + i);
     if (gates.decays) x.dot_rows(m.Q + i * dp + j, dp, s.read_sums + i);
-    if (momentum) x.plus(m.B + index_t(i) * dp + j, dp);
+    if (momentum) x.add_matrix(m.B + index_t(i) * dp + j, dp);
     x.subtract(Rows{s.M2 + i * cp, cp}, m.K + j, dp, 0, i + R);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dO + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
@@ -403,7 +403,7 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
     x.scale_rows(gates.to_end + i);
     if (!momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.eta + i);
-    if (momentum) x.minus(m.B + index_t(i) * dp + j, dp);
+    if (momentum) x.subtract_matrix(m.B + index_t(i) * dp + j, dp);
     x.add(Cols{dZT + i, cp}, S2 + j, dp, 0, hd);
     x.subtract(Cols{s.M2 + i, cp}, m.Q + j, dp, i, c);
     if (bias.predicts) x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dE + index_t(i + r) * dp + j + k * kLanes); });

@@ -207,8 +207,7 @@ struct MlpChunk {
       const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
       run(gates, c, width, x, YT, cp, last_rows, P, kept.L, soon);
     }
-    if (!retention.scales_reads) return;
-    for (index_t at = 0; at < index_t(c) * cp; at += kLanes) store(P + at, rho.value * load(P + at));
+    if (retention.scales_reads) scale(rho.value, index_t(c) * cp, P);
   }
 
   // carry = rho b
@@ -251,7 +250,7 @@ struct MlpChunk {
       Tile<R, N> u;
       u.add(Cols{AqT + i, cp}, S1 + j, dp, 0, hd);
       u.scale_rows(gates.gamma + i);
-      if (gates.momentum) u.plus(B + index_t(i) * dp + j, dp);
+      if (gates.momentum) u.add_matrix(B + index_t(i) * dp + j, dp);
       u.subtract(Rows{P1 + i * cp, cp}, U1 + j, dp, 0, i + R);
       u.store_to(Xq + i * dp + j, dp);
     });

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .dispatch import kept_states_like
 from .reference.inputs import Call
-from .retention import L2Retention
 
 __all__ = ["CppBackend"]
 
@@ -38,13 +37,6 @@ class CppBackend:
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
-        if call.memory == "linear" and not isinstance(call.retention, L2Retention):
-            return f"it has L2Retention only, so far, got {call.retention}"
-        if call.memory == "linear" and call.momentum is not None:
-            return "it has no momentum, so far"
-        for name in ("lr", "log_decay"):
-            if getattr(call, name) is not None and getattr(call, name).dim() == 4:
-                return f"it has no channel-wise {name} [B, T, H, Dv], so far"
         heads = max(call.q.shape[-1], call.v.shape[-1])
         if heads > self.MAX_HEAD:
             return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
