@@ -336,6 +336,7 @@ void MlpBackwardTask::inner_backward(int c) {
       store(s.dweight + j, load(s.dweight + j) + load(de + j) * load(x + j));
       store(s.dbias + j, load(s.dbias + j) + load(de + j));
     }
+    norm.centre_again(s.dU + row);
   }
   transpose(s.dU, dp, c, d, s.dUT, cp);
 }
