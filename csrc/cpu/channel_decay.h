@@ -220,6 +220,18 @@ struct LinearGates : Gates {
   MIRAS_FN Kept kept_carried(const float* S, int c) const {
     return {S, channel.on ? channel.b + index_t(c - 1) * channel.dvp : carried_end(c)};
   }
+
+  // A_c from A_0 and the momentum S_0 (see `advance`)
+  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, const float* A, const float* S,
+                    float* next, ReadSoon soon) const {
+    const Kept carried = momentum ? kept_carried(S, c) : Kept{};
+    if (channel.on) advance<true>(c, dk, kt, cp, u_end, dvp, kept(A, c), next, soon, carried);
+    else advance(c, dk, kt, cp, u_end, dvp, kept(A, c), next, soon, carried);
+  }
+  // S_c
+  void advance_carried(int c, int dk, const float* kt, index_t cp, const float* u_step, int dvp, const float* S, float* next) const {
+    if (momentum) advance(c, dk, kt, cp, u_step, dvp, {S, step_carried_end(c)}, next, ReadSoon());
+  }
 };
 
 }  // namespace miras::cpu::MIRAS_LEVEL

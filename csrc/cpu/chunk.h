@@ -264,6 +264,15 @@ static float inner_product(const float* a, const float* b, index_t n) {
   return sum(dot);
 }
 
+// The column sums of A o B  [Dvp], both [rows x Dvp]
+static void column_products(int rows, int dvp, const float* A, const float* B, float* sums) {
+  for (int j = 0; j < dvp; j += kLanes) {
+    Vec dot = zeros();
+    for (int i = 0; i < rows; ++i) dot += load(A + index_t(i) * dvp + j) * load(B + index_t(i) * dvp + j);
+    store(sums + j, dot);
+  }
+}
+
 // A gate of a chunk: [c], or, channel-wise, the task's channels [c x Dvp], padded with zeros
 static void read_value_gate(const TokenTensor& x, bool per_channel, const Task& task, int64_t b, int64_t token, int c, float* dst) {
   if (!per_channel) return read_gate(x, b, token, task.h, c, dst);

@@ -186,10 +186,8 @@ void ForwardTask::read_out(Rows Q, ReadSoon soon) {
 void ForwardTask::advance_state(ReadSoon soon) {
   const LinearGates& gates = s.gates;
   const float* u_end = gates.fades() || retention.scales_reads ? s.U_end : s.U;
-  const Kept kept = gates.kept(s.A, c), carried = momentum ? gates.kept_carried(s.S, c) : Kept{};
-  if (gates.channel.on) advance<true>(c, dk, s.KT, cp, u_end, dvp, kept, s.A, soon, carried);
-  else advance(c, dk, s.KT, cp, u_end, dvp, kept, s.A, soon, carried);
-  if (momentum) advance(c, dk, s.KT, cp, s.U_step, dvp, {s.S, gates.step_carried_end(c)}, s.S, ReadSoon());
+  gates.advance_dual(c, dk, s.KT, cp, u_end, dvp, s.A, s.S, s.A, soon);
+  gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S);
 }
 
 // The open chunk's log-decay after the chunk's tokens
