@@ -3,7 +3,7 @@
 //   c tokens of the chunk (C at most, Cp padded)   D channels (Dp)   Hd hidden units
 //   T after a name: transposed
 //
-// States are held hidden-major, S1 = W1' and S2 = W2, both [Hd x Dp], and so is what has hidden units, [Hd x Cp]:
+// Matrices of a state are held hidden-major, S1 = W1' and S2 = W2, both [Hd x Dp], and so is what has hidden units, [Hd x Cp]:
 //
 //   Z' = S2 K'   U = A S1   Ga' = S1 Gu'   S1 -= A' (..Gu)   S2 -= Gz' (..K)   Zq' = S2 Q' - ..   Uq = Aq S1 - ..
 //
@@ -11,21 +11,46 @@
 // no padding.
 #pragma once
 
-#include "../retention.h"
 #include "chunk.h"
 #include "layer_norm.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// dst row t = factors[t] * src row t   [c x cols]
-static void weigh_rows(int c, int cols, const float* factors, const float* src, float* dst) {
-  for (int t = 0; t < c; ++t, src += cols, dst += cols)
-    for (int j = 0; j < cols; j += kLanes) store(dst + j, broadcast(factors[t]) * load(src + j));
-}
+// A state as a chunk finds it, W1 (transposed) and W2 each, [Hd x Dp].
+struct MlpState {
+  float* dual[2];
+  float* primal[2];   // W = phi(A); the duals themselves where phi is the identity
+  float* carried[2];  // the momenta S; null without
+  Rho* rho;           // [2]
+};
+
+// Room for the states of so many chunks.
+struct MlpStates {
+  index_t size;  // of a matrix
+  bool momentum;
+  float *dual[2], *primal[2], *carried[2];
+  Rho* rho;
+
+  MIRAS_FN MlpStates(Arena& a, const MlpParams& p, const Retention& retention, int64_t n)
+      : size(index_t(p.Hd) * round_up(p.D, kPad)), momentum(bool(p.momentum)) {
+    for (float*& x : dual) x = a.take(n, size);
+    for (int i = 0; i < 2; ++i) primal[i] = retention.identity ? dual[i] : a.take(n, size);
+    for (float*& x : carried) x = a.take(momentum ? n : 0, size);
+    rho = reinterpret_cast<Rho*>(a.take(n, 2 * sizeof(Rho) / sizeof(float)));
+  }
+
+  MIRAS_FN MlpState at(int64_t chunk) const {
+    const auto place = [&](float* x) MIRAS_LAMBDA { return x + chunk * size; };
+    return {{place(dual[0]), place(dual[1])},
+            {place(primal[0]), place(primal[1])},
+            {momentum ? place(carried[0]) : nullptr, momentum ? place(carried[1]) : nullptr},
+            rho + 2 * chunk};
+  }
+};
 
 struct MlpChunk {
-  static_assert(L2Retention::kIdentity, "W = A below");
   int d, dp, hd, cp;
+  Retention retention;
   Gates gates;
   LayerNorm norm;
   float *K, *Q, *V;                   // [C x Dp]
@@ -35,13 +60,17 @@ struct MlpChunk {
   float *U1, *U1_end, *K_end;         // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
   float *AT, *GzT;                    // [Hd x Cp]
   float *slopeT, *AqT;                // [Hd x Cp]  gelu'(Z); gelu(Zq)
-  float *P1, *P2, *P2T;               // [C x Cp]  L o (Aq A'), L o (Q K'), and its transpose with row s times eta_s
+  float *P1, *P2, *P2T;               // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
   float *Xq;                          // [C x Dp]  LN(Uq) without its affine part
   float *r, *rq, *weight;             // [Cp]  1 / std of the two; eta gamma_c / gamma_t
-  float *last_row, *delta;            // [Cp]
+  float *last_rows, *delta;           // [2 x Cp], [Cp]
+  // With momentum, M in place of L and to_end in place of gamma_c / gamma_t, and:
+  float *step_weight, *carry[2];      // [Cp]  eta step_end; rho b
+  float *BT, *B;                      // [Hd x Cp], [C x Dp]  a momentum's product with rows
 
   MIRAS_FN MlpChunk(Arena& a, const MlpParams& p)
-      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), gates(a, p), norm(a, p) {
+      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p.retention, p.retention_params),
+        gates(a, p), norm(a, p) {
     K = a.take(p.C, dp), Q = a.take(p.C, dp), V = a.take(p.C, dp);
     KT = a.take(d, cp), QT = a.take(d, cp);
     X = a.take(p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = a.take(p.C, dp);
@@ -52,7 +81,10 @@ struct MlpChunk {
     P1 = a.take(p.C, cp), P2 = a.take(p.C, cp), P2T = a.take(p.C, cp);
     Xq = a.take(p.C, dp);
     r = a.take(1, cp), rq = a.take(1, cp), weight = a.take(1, cp);
-    last_row = a.take(1, cp), delta = a.take(1, cp);
+    last_rows = a.take(2, cp), delta = a.take(1, cp);
+    const int carried = gates.momentum;
+    step_weight = a.take(carried, cp), carry[0] = a.take(carried, cp), carry[1] = a.take(carried, cp);
+    BT = a.take(carried * hd, cp), B = a.take(carried * p.C, dp);
   }
 
   // Once per task: the head's parameters, and zeros right of the diagonals, which stay so.
@@ -69,6 +101,9 @@ struct MlpChunk {
   void read(const MlpParams& p, int64_t b, int64_t token, int64_t h, int c) {
     gates.read(p, b, token, h, c);
     for (int t = 0; t < c; ++t) weight[t] = gates.eta[t] * gates.to_end[t];
+    if (gates.momentum) {
+      for (int t = 0; t < c; ++t) step_weight[t] = gates.eta[t] * gates.step_end[t];
+    }
     view(p, p.k, b, token, h).read(c, K, dp);
     view(p, p.v, b, token, h).read(c, V, dp);
     transpose(K, dp, c, d, KT, cp);
@@ -96,6 +131,23 @@ struct MlpChunk {
       for (int j = 0; j < cols; j += kLanes) f(index_t(i) * cp + j);
   }
 
+  // The last axis of W1 [D, Hd] runs down its transpose, that of W2 [Hd, D] along its rows.
+  MIRAS_FN StateShape shape(int i) const { return {hd, d, dp, i == 0 ? LastAxis::down : LastAxis::along}; }
+
+  // W = phi(A) and rho
+  void find_primal(const MlpState& s) const {
+    for (int i = 0; i < 2; ++i) s.rho[i] = retention.identity ? Rho() : retention.primal(shape(i), s.dual[i], s.primal[i]);
+  }
+
+  // S X' [Hd x Cp] for a matrix S of a state and rows X, given transposed
+  void hidden_product(int c, const float* S, const float* XT, float* to, ReadSoon soon) const {
+    sweep_hidden(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+      Tile<R, N> z;
+      z.add(Rows{S + index_t(i) * dp, dp}, XT + j, cp, 0, d, soon);
+      z.store_to(to + index_t(i) * cp + j, cp);
+    });
+  }
+
   // E, G and Gu from X
   void errors(const MlpParams& p, const BiasTable& bias, int c) {
     norm.affine(c, X, K, E);
@@ -103,13 +155,10 @@ struct MlpChunk {
     norm.pull_back_weighted(c, X, r, G, Gu);
   }
 
-  // The inner gradients at (S1, S2): Z, X, E, G, Gu, A, Gz, and Ga unless GaT is null.
-  void write(const MlpParams& p, const BiasTable& bias, int c, const float* S1, const float* S2, float* ZT, float* GaT, ReadSoon soon) {
-    sweep_hidden(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-      Tile<R, N> z;
-      z.add(Rows{S2 + index_t(i) * dp, dp}, KT + j, cp, 0, d, soon);
-      z.store_to(ZT + index_t(i) * cp + j, cp);
-    });
+  // The inner gradients at a state: Z, X, E, G, Gu, A, Gz, and Ga unless GaT is null.
+  void write(const MlpParams& p, const BiasTable& bias, int c, const MlpState& s, float* ZT, float* GaT, ReadSoon soon) {
+    const float *S1 = s.primal[0], *S2 = s.primal[1];
+    hidden_product(c, S2, KT, ZT, soon);
     each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
       const Gelu gelu(load(ZT + at));
       store(AT + at, gelu.value());
@@ -129,36 +178,79 @@ struct MlpChunk {
     });
   }
 
-  // (S1, S2) after the chunk; next may be the same
-  void advance_both(int c, const float* S1, const float* S2, float* next1, float* next2, ReadSoon soon) {
+  // The duals and momenta after the chunk; next may be the same as s.
+  void advance_both(int c, const MlpState& s, const MlpState& next, ReadSoon soon) {
+    const auto carried = [&](int i) MIRAS_LAMBDA { return Kept{s.carried[i], gates.carried_end(c)}; };
     weigh_rows(c, dp, weight, Gu, U1_end);
     weigh_rows(c, dp, weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, gates.end(c), S1, next1, soon);
-    advance(c, hd, GzT, cp, K_end, dp, gates.end(c), S2, next2, soon);
+    advance(c, hd, AT, cp, U1_end, dp, {s.dual[0], gates.end(c)}, next.dual[0], soon, carried(0));
+    advance(c, hd, GzT, cp, K_end, dp, {s.dual[1], gates.end(c)}, next.dual[1], soon, carried(1));
+    if (!gates.momentum) return;
+    weigh_rows(c, dp, step_weight, Gu, U1_end);
+    weigh_rows(c, dp, step_weight, K, K_end);
+    advance(c, hd, AT, cp, U1_end, dp, {s.carried[0], gates.step_carried_end(c)}, next.carried[0], ReadSoon());
+    advance(c, hd, GzT, cp, K_end, dp, {s.carried[1], gates.step_carried_end(c)}, next.carried[1], ReadSoon());
   }
 
-  // Zq' = gamma * (S2 Q') - Gz' (P2 eta)'  over AqT
-  template <bool kKeepL> void read_hidden(int c, const float* S2, float* L, WriteSoon soon) {
-    decayed_scores<kKeepL>(gates, c, d, Cols{QT, cp}, KT, cp, last_row, P2, L, soon);
+  // What the backward keeps of scores, if L is not null, [C x Cp]; the last two with momentum, where L is M.
+  struct KeptScores {
+    float *L, *Theta, *XY;
+  };
+
+  // P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
+  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept, WriteSoon soon) {
+    const Cols x{XT, cp};
+    if (gates.momentum) {
+      const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
+      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, kept.Theta, kept.XY, soon);
+    } else {
+      const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
+      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, soon);
+    }
+    if (retention.scales_reads) scale(rho.value, index_t(c) * cp, P);
+  }
+
+  // carry = rho b
+  void weigh_carried(int c, const Rho* rho) {
+    for (int i = 0; i < 2; ++i)
+      for (int t = 0; t < round_up(c, kPad); t += kLanes) store(carry[i] + t, rho[i].value * load(gates.b + t));
+  }
+
+  // Zq' = gamma * (S2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2_carried Q')
+  void read_hidden(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
+    const float* S2 = s.primal[1];
+    scores(c, d, QT, KT, s.rho[1], P2, kept, soon);
     transpose(P2, cp, c, c, P2T, cp);
     weigh_rows(c, cp, gates.eta, P2T, P2T);
+    if (gates.momentum) {
+      weigh_carried(c, s.rho);
+      hidden_product(c, s.carried[1], QT, BT, ReadSoon());
+    }
     sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+      const index_t at = index_t(i) * cp + j;
       Tile<R, N> z;
       z.add(Rows{S2 + index_t(i) * dp, dp}, QT + j, cp, 0, d, soon);
       z.scale_cols(gates.gamma + j);
+      if (gates.momentum) z.add_scaled_cols(BT + at, cp, carry[1] + j);
       z.subtract(Rows{GzT + index_t(i) * cp, cp}, P2T + j, cp, 0, minimum(c, j + N * kLanes));
-      z.store_to(AqT + index_t(i) * cp + j, cp);
+      z.store_to(AqT + at, cp);
     });
   }
 
-  // Uq = gamma * (Aq S1) - P1 U1, and over it X = LN(Uq)
-  void read_out(int c, const float* S1, WriteSoon soon) {
-    decayed_scores<false>(gates, c, hd, Cols{AqT, cp}, AT, cp, last_row, P1, nullptr, soon);
+  // Uq = gamma * (Aq S1) - P1 U1, with momentum + carry * (Aq S1_carried), and over it X = LN(Uq)
+  void read_out(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
+    const float* S1 = s.primal[0];
+    scores(c, hd, AqT, AT, s.rho[0], P1, kept, soon);
     weigh_rows(c, dp, gates.eta, Gu, U1);
+    if (gates.momentum) {
+      predict(c, hd, AqT, cp, s.carried[0], dp, B, ReadSoon());
+      weigh_rows(c, dp, carry[0], B, B);
+    }
     sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> u;
       u.add(Cols{AqT + i, cp}, S1 + j, dp, 0, hd);
       u.scale_rows(gates.gamma + i);
+      if (gates.momentum) u.add_matrix(B + index_t(i) * dp + j, dp);
       u.subtract(Rows{P1 + i * cp, cp}, U1 + j, dp, 0, i + R);
       u.store_to(Xq + i * dp + j, dp);
     });
@@ -172,15 +264,29 @@ static StateTensor transposed(StateTensor x) {
   x.row = x.col, x.col = row;
   return x;
 }
-static void read_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, float* S1, float* S2, index_t dp) {
-  read_state(x[0], n, h, 0, d, hd, S1, dp);
-  read_state(transposed(x[1]), n, h, 0, d, hd, S2, dp);
+static void read_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, float* const (&to)[2], index_t dp) {
+  read_state(x[0], n, h, 0, d, hd, to[0], dp);
+  read_state(transposed(x[1]), n, h, 0, d, hd, to[1], dp);
 }
 // to contiguous rows; `spare` [D x round_up(Hd)] is overwritten
-static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, const float* S1, const float* S2,
-                         index_t dp, float* spare) {
-  write_state(x[0], n, h, 0, d, hd, S1, dp, spare);
-  copy_out(S2, dp, hd, d, x[1].data + n * x[1].seq + h * x[1].head, x[1].row);
+static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, float* const (&from)[2], index_t dp,
+                         float* spare) {
+  write_state(x[0], n, h, 0, d, hd, from[0], dp, spare);
+  copy_out(from[1], dp, hd, d, x[1].data + n * x[1].seq + h * x[1].head, x[1].row);
+}
+
+// ---- what is kept of a chunk's start for the backward: duals, then momenta, [2 or 4][Hd x D] ----
+MIRAS_INLINE int kept_matrices(const MlpParams& p) { return p.momentum ? 4 : 2; }
+MIRAS_INLINE float* kept_state(const MlpParams& p, int64_t n, int64_t h, int64_t chunk) {
+  return p.saved + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * kept_matrices(p) * p.Hd * p.D;
+}
+static void keep_state(const MlpParams& p, int64_t n, int64_t h, int64_t chunk, const MlpState& s, index_t dp) {
+  float* to = kept_state(p, n, h, chunk);
+  for (int i = 0; i < kept_matrices(p); ++i, to += int64_t(p.Hd) * p.D) copy_out(i < 2 ? s.dual[i] : s.carried[i - 2], dp, p.Hd, p.D, to, p.D);
+}
+static void find_state(const MlpParams& p, int64_t n, int64_t h, int64_t chunk, const MlpState& s, index_t dp) {
+  const float* from = kept_state(p, n, h, chunk);
+  for (int i = 0; i < kept_matrices(p); ++i, from += int64_t(p.Hd) * p.D) copy_in(from, p.D, p.Hd, p.D, i < 2 ? s.dual[i] : s.carried[i - 2], dp);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

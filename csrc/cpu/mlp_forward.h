@@ -7,6 +7,12 @@
 //   Zq = gamma * (Q W2') - P2 (eta Gz)   Aq = gelu(Zq)   Uq = gamma * (Aq W1') - P1 (eta Gu)   O = Q + LN(Uq)
 //   W1 <- gamma_C W1 - sum_s (gamma_C/gamma_s) eta_s gu_s a_s'     W2 <- gamma_C W2 - sum_s (gamma_C/gamma_s) eta_s gz_s k_s'
 //
+// This is L2Retention without momentum. Else duals A and momenta S are carried for both matrices, with W = phi(A) and rho of each
+// at the chunk's start, M = L Theta in place of L, and b (see Gates):
+//
+//   Zq = gamma * (Q W2') + rho2 (b * (Q S2') - (M o Q K') (eta Gz))    Uq = gamma * (Aq W1') + rho1 (b * (Aq S1') - (M o Aq A') (eta Gu))
+//   A <- gamma_C A + b_C S - sum_s M_Cs ...                            S <- pi_C S - sum_s Theta_Cs ...
+//
 // A task is one head of one sequence. Sizes and layouts: mlp_chunk.h.
 #pragma once
 
@@ -15,22 +21,33 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct MlpForwardScratch {
-  float *S1, *S2;              // [Hd x Dp]
-  float *start1, *start2;      // [Hd x Dp]  of an open chunk
-  float *ZT;                   // [Hd x Cp]
-  float *O;                    // [C x Dp]
-  float *spare;                // [D x Hdp]
   MlpChunk chunk;
+  MlpStates state, start;  // start: of an open chunk
+  float *ZT;               // [Hd x Cp]
+  float *O;                // [C x Dp]
+  float *spare;            // [D x Hdp]
 
-  MIRAS_FN MlpForwardScratch(Arena& a, const MlpForward& p) : chunk(a, p) {
-    const int dp = chunk.dp, opened = p.position ? dp : 0;
-    S1 = a.take(p.Hd, dp), S2 = a.take(p.Hd, dp);
-    start1 = a.take(p.Hd, opened), start2 = a.take(p.Hd, opened);
+  MIRAS_FN MlpForwardScratch(Arena& a, const MlpForward& p)
+      : chunk(a, p), state(a, p, chunk.retention, 1), start(a, p, chunk.retention, p.position ? 1 : 0) {
     ZT = a.take(p.Hd, chunk.cp);
-    O = a.take(p.C, dp);
+    O = a.take(p.C, chunk.dp);
     spare = a.take(p.D, round_up(p.Hd, kPad));
   }
 };
+
+// What an open chunk's tokens read, over W: with g = exp(open_log_decay) what it has decayed so far, from its start A_0 and W_0
+// and the dual A as it stands, g W_0 + rho (A - g A_0), and rho of its start. For W = A that is A.
+static void find_open_readout(const MlpChunk& m, float open_log_decay, const MlpState& start, const MlpState& s) {
+  const float g = exp_nonpositive(broadcast(open_log_decay))[0];
+  for (int i = 0; i < 2; ++i) {
+    s.rho[i] = start.rho[i];
+    if (m.retention.identity) continue;
+    for (index_t at = 0; at < index_t(m.hd) * m.dp; at += kLanes) {
+      const Vec written = load(s.dual[i] + at) - g * load(start.dual[i] + at);
+      store(s.primal[i] + at, g * load(start.primal[i] + at) + start.rho[i].value * written);
+    }
+  }
+}
 
 static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const MlpForwardScratch& scratch, int64_t task) {
   MlpForwardScratch s = scratch;
@@ -39,7 +56,9 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
   const int d = p.D, hd = p.Hd, dp = m.dp;
 
   m.begin(p, h);
-  read_states(p.dual, n, h, d, hd, s.S1, s.S2, dp);
+  const MlpState state = s.state.at(0), start = s.start.at(0);
+  read_states(p.dual, n, h, d, hd, state.dual, dp);
+  if (p.momentum) read_states(p.carried, n, h, d, hd, state.carried, dp);
 
   // An open chunk: gradients are taken at its start, reading and writing go on from the current state.
   int position = p.position ? int(p.position[n]) : 0;
@@ -47,10 +66,12 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
   float open_log_decay = 0.0f;
   if (opened) {
     if (p.open_log_decay) open_log_decay = p.open_log_decay[n * p.H + h];
-    read_states(p.start, n, h, d, hd, s.start1, s.start2, dp);
+    read_states(p.start, n, h, d, hd, start.dual, dp);
+    m.find_primal(start);
+    find_open_readout(m, open_log_decay, start, state);
   }
   const auto write_start = [&] {
-    write_states(p.final_start, n, h, d, hd, opened ? s.start1 : s.S1, opened ? s.start2 : s.S2, dp, s.spare);
+    write_states(p.final_start, n, h, d, hd, (opened ? start : state).dual, dp, s.spare);
   };
   bool start_written = false;
 
@@ -60,25 +81,22 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const bool closes = position + c == p.C;
     const int64_t token = p.begin(n) + t;
 
-    if (p.saved && chunk % p.checkpoint_every == 0) {
-      float* to = p.saved + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * 2 * hd * d;
-      copy_out(s.S1, dp, hd, d, to, d);
-      copy_out(s.S2, dp, hd, d, to + int64_t(hd) * d, d);
-    }
+    if (p.saved && chunk % p.checkpoint_every == 0) keep_state(p, n, h, chunk, state, dp);
     if (!closes && p.final_start[0]) write_start(), start_written = true;  // this chunk stays open
+    if (!opened) m.find_primal(state);
 
     m.read(p, b, token, h, c);
-    m.write(p, bias, c, opened ? s.start1 : s.S1, opened ? s.start2 : s.S2, s.ZT, nullptr, ReadSoon(m.view(p, p.q, b, token, h), c));
+    m.write(p, bias, c, opened ? start : state, s.ZT, nullptr, ReadSoon(m.view(p, p.q, b, token, h), c));
 
     m.read_queries(p, b, token, h, c);
-    m.read_hidden<false>(c, s.S2, nullptr, WriteSoon());
+    m.read_hidden(c, state, {}, WriteSoon());
     m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT + at, Gelu(load(m.AqT + at)).value()); });
-    m.read_out(c, s.S1, WriteSoon(m.view(p, p.out, b, token, h), c));
+    m.read_out(c, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
     m.norm.affine(c, m.Xq, m.Q, s.O);
     m.view(p, p.out, b, token, h).write(c, s.O, dp);
 
     const int next = int(length - t - c < p.C ? length - t - c : p.C);
-    m.advance_both(c, s.S1, s.S2, s.S1, s.S2, ReadSoon(m.view(p, p.k, b, token + c, h), next));
+    m.advance_both(c, state, state, ReadSoon(m.view(p, p.k, b, token + c, h), next));
 
     if (m.gates.decays) {
       for (int i = 0; i < c; ++i) open_log_decay += m.gates.log_decay[i];
@@ -88,7 +106,8 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     position = 0, opened = false;
   }
 
-  if (p.final_dual[0]) write_states(p.final_dual, n, h, d, hd, s.S1, s.S2, dp, s.spare);
+  if (p.final_dual[0]) write_states(p.final_dual, n, h, d, hd, state.dual, dp, s.spare);
+  if (p.final_carried[0]) write_states(p.final_carried, n, h, d, hd, state.carried, dp, s.spare);
   if (p.final_start[0] && !start_written) write_start();  // nothing came in, or the end is a boundary
   if (p.final_log_decay) p.final_log_decay[n * p.H + h] = open_log_decay;
 }

@@ -16,15 +16,39 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct Rows {
   const float* p;
   index_t ld;
-  MIRAS_FN float operator()(index_t i, index_t k) const { return p[i * ld + k]; }
   MIRAS_FN Rows at(index_t i) const { return {p + i * ld, ld}; }
+
+  // Walks along k over R rows. Four rows share a pointer: one for each would not fit the general registers, and fetching
+  // them from vector registers takes the ports that multiply. Left to itself the compiler makes one for each.
+  template <int R> struct Walk {
+    static constexpr int kPointers = (R + 3) / 4;
+    const float* p[kPointers];
+    index_t ld;
+
+    MIRAS_FN Walk(Rows a, index_t k) : ld(a.ld) {
+      MIRAS_UNROLL
+      for (int i = 0; i < kPointers; ++i) p[i] = a.p + 4 * i * ld + k;
+    }
+    MIRAS_FN float operator[](int r) const { return p[r / 4][r % 4 * ld]; }
+    MIRAS_FN void next() {
+      MIRAS_UNROLL
+      for (int i = 0; i < kPointers; ++i) asm("" : "+r"(++p[i]));
+    }
+  };
 };
 
 struct Cols {
   const float* p;
   index_t ld;
-  MIRAS_FN float operator()(index_t i, index_t k) const { return p[k * ld + i]; }
   MIRAS_FN Cols at(index_t i) const { return {p + i, ld}; }
+
+  template <int R> struct Walk {
+    const float* p;
+    index_t ld;
+    MIRAS_FN Walk(Cols a, index_t k) : p(a.p + k * a.ld), ld(a.ld) {}
+    MIRAS_FN float operator[](int r) const { return p[r]; }
+    MIRAS_FN void next() { p += ld; }
+  };
 };
 
 struct Nothing {
@@ -50,14 +74,15 @@ template <int R, int N> struct Tile {
   template <int kSign, class A, class Beside>
   MIRAS_FN void product(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside) {
     b += k0 * ldb;
-    for (index_t k = k0; k < k1; ++k, b += ldb) {
+    typename A::template Walk<R> column(a, k0);
+    for (index_t k = k0; k < k1; ++k, b += ldb, column.next()) {
       beside(k);
       Vec row[N];
       MIRAS_UNROLL
       for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
       MIRAS_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Vec x = broadcast(a(r, k));
+        const Vec x = broadcast(column[r]);
         MIRAS_UNROLL
         for (int n = 0; n < N; ++n) acc[r][n] = kSign > 0 ? acc[r][n] + x * row[n] : acc[r][n] - x * row[n];
       }
@@ -109,9 +134,24 @@ template <int R, int N> struct Tile {
     }
   }
 
+  // += x, -= x
+  MIRAS_FN void add_matrix(const float* x, index_t ld) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes); });
+  }
+  MIRAS_FN void subtract_matrix(const float* x, index_t ld) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y -= load(x + r * ld + n * kLanes); });
+  }
+
   // += scale * x; the scale is left in memory: in a register it would live through the products and displace a row of B
   MIRAS_FN void add_scaled(const float* x, index_t ld, const float* scale) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * broadcast(*scale); });
+  }
+  // +=, -= x, column n times scale[n]
+  MIRAS_FN void add_scaled_cols(const float* x, index_t ld, const float* scale) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * load(scale + n * kLanes); });
+  }
+  MIRAS_FN void subtract_scaled_cols(const float* x, index_t ld, const float* scale) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y -= load(x + r * ld + n * kLanes) * load(scale + n * kLanes); });
   }
   MIRAS_FN void store_to(float* x, index_t ld) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { store(x + r * ld + n * kLanes, y); });
@@ -119,13 +159,16 @@ template <int R, int N> struct Tile {
 };
 
 // Tile heights for N vectors of width: as many accumulators as the registers hold beside B's row.
-template <int N> constexpr int kTileRows = kLanes == 16 ? (N == 4 ? 6 : 8) : kLanes == 8 ? 6 : 4;
+template <int N> constexpr int kTileRows = kLanes == 16 ? (N == 4 ? 6 : N == 2 ? 8 : 16) : kLanes == 8 ? 6 : 4;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 
 template <int N, class Function> MIRAS_INLINE void sweep_rows(int rows, int j, Function& visit) {
   constexpr int R = kTileRows<N>;
   int i = 0;
   while (rows - i >= R && !(R == 6 && rows - i == 8)) visit.template operator()<R, N>(i, j), i += R;
+  if constexpr (R == 16) {
+    if (rows - i >= 8) visit.template operator()<8, N>(i, j), i += 8;
+  }
   if constexpr (R != 4) {
     while (rows - i >= 4) visit.template operator()<4, N>(i, j), i += 4;
   }
