@@ -52,7 +52,7 @@ class Key:
     """What a configuration is chosen by.
 
     Sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units; tag of the retention gate, whether
-    there is momentum.
+    there is momentum, whether log-decays go by channel.
     """
 
     key_dim: int
@@ -63,6 +63,7 @@ class Key:
     hidden: int = 0
     retention: int = 0
     momentum: bool = False
+    channels: bool = False
 
     @property
     def padded_k(self) -> int:
@@ -84,7 +85,7 @@ class Key:
 
     def streams(self, chain: str) -> bool:
         """Whether the states of ``"linear_state"`` or ``"linear_seq"`` stay in memory (linear_stream.py) or in registers."""
-        if self.retention or self.momentum:  # more than one matrix, or passes over it
+        if self.retention or self.momentum or self.channels:  # more than one matrix, or passes over it
             return True
         if _streaming is not None:
             return _streaming
@@ -119,6 +120,11 @@ def _always(key: Key) -> bool:
 
 def _wide(key: Key) -> bool:
     return key.itemsize == 4
+
+
+def _two_tall(key: Key) -> bool:
+    """Two matrices a chain, and wide rows of either the operands or the chunk."""
+    return key.momentum and (key.itemsize == 4 or key.chunk_size == 128)
 
 
 #: (configuration, whether it serves a key), the preferred one first; at most 8 for a kernel
@@ -158,8 +164,9 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_seq_streamed": (
-        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
-        (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _two_tall(key)),
+        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4) and not _two_tall(key)),
+        (Config(16, 32, 8, 1, 255), _two_tall),
     ),
     "linear_epi": (
         (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
@@ -174,6 +181,11 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "momentum_grad": ((Config(16, 16, 4, 1), _always),),
+    "channel_decay": ((Config(32, 32, 4, 1), _always),),
+    "channel_scores": ((Config(64, 64, 4, 2), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
+    "channel_output": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_pre": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_decay_grad": ((Config(32, 32, 4, 1, 255), _always),),
     "mlp_chain": (
         (Config(0, 16, 2, 1, 255), lambda key: key.chunk_size == 16),
         (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import linear_channel
 from .launch import Problem, launch
 from .tiles import LENGTHS, LOWEST, UNIT, only_if, owner_of, sequence_of
 
@@ -137,7 +138,7 @@ def chunk_decays(p: Problem) -> Tensor | None:
 class Weights(NamedTuple):
     """What the gates of every chunk amount to; without momentum, or without any gate, what is not needed is None."""
 
-    decays: Tensor | None  # [4, B, T, H] as linear_decay leaves them, or [5, B, T, H] as momentum_weights does
+    decays: Tensor | None  # [4, B, T, H] as linear_decay leaves them, [5, B, T, H] as momentum_weights, [2, B, T, H, Dv] as channel_decay
     pairs: Tensor | None = None  # [slots, H, C, C] float32   M
     steps: Tensor | None = None  # [slots, H, C, C] float32   Theta, for a backward
 
@@ -148,6 +149,8 @@ class Weights(NamedTuple):
 
 def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     """The weights of a call; ``backward`` adds what the gates' gradients read."""
+    if p.key.channels:
+        return Weights(linear_channel.decays_by_channel(p))
     if p.momentum is None:
         return Weights(chunk_decays(p))
     decays = p.empty(5, p.batch, p.tokens, p.heads, dtype=torch.float32)

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
-from .decays import chunk_weights
+from . import linear_channel
+from .decays import Weights, chunk_weights
 from .decays_bwd import decay_gradient, gate_gradients, pair_gradient
 from .launch import Problem, launch, tiles
 from .linear_fwd import recompute
@@ -43,6 +44,7 @@ from .tiles import (
     load_gamma,
     load_gate,
     load_lr,
+    load_row_weights,
     load_scale,
     load_square,
     load_to_end,
@@ -193,7 +195,7 @@ def linear_seq(
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_epi(
     q, k, v, lr, decays, pairs, delta,
-    states, errors, squares, duals, momenta, scales, grad_states, grad_momenta, grad_out, grad_v,
+    states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v,
     grad_q, grad_k, rows_read, rows_pairs, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
@@ -202,10 +204,14 @@ def linear_epi(
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum)."""
+    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum).
+
+    ``grad_scores [slots, H, C, C]``: dX where decays go by channel (linear_channel.py), and `decays` are rows of channels then.
+    """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
+    CHANNELS: tl.constexpr = grad_scores is not None
     PAIRS: tl.constexpr = rows_pairs is not None  # a log-decay without momentum: momentum_pairs sums them otherwise
     i_k, i_r = tl.program_id(0) % NK, tl.program_id(0) // NK % NC
     i_slot = (tl.program_id(0) // (NK * NC)).to(tl.int64)
@@ -227,6 +233,8 @@ def linear_epi(
     states += place * Dk * Dv
     grad_states += place * Dk * Dv
     pairs, rho = pairs_of(pairs, place, C), load_scale(scales, place)
+    if CHANNELS:
+        grad_scores += place * C * C
     if momenta is not None:
         momenta += place * Dk * Dv
         grad_momenta += place * Dk * Dv
@@ -239,9 +247,13 @@ def linear_epi(
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+        if CHANNELS:
+            b_do = load_row_weights(decays, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
+            b_do = rounded(b_do, DTYPE)
         b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
         b_dq += dot(b_do, rounded(b_w, DTYPE))
-    b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
+    if not CHANNELS:
+        b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
     b_q = tl.load(q + o_r[:, None] * stride_qt + o_k[None, :], mask=m_rk, other=0.0)  # [BC, BK]
     b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
     if rows_read is not None:
@@ -260,17 +272,20 @@ def linear_epi(
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
-        b_dp = tl.zeros((BC, BC), tl.float32)  # [t, s]
-        for i_v in range(0, NV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
-            b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
-            )  # [BC, BV]  # fmt: skip
-            b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
-        b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
+        if CHANNELS:
+            b_ds = tl.load(grad_scores + o_r[:, None] * C + o_s[None, :])  # [t, s]
+        else:
+            b_dp = tl.zeros((BC, BC), tl.float32)  # [t, s]
+            for i_v in range(0, NV):
+                o_v = i_v * BV + tl.arange(0, BV)
+                m_v = inside(o_v, Dv, BV)
+                b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+                b_u = load_update(
+                    v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                )  # [BC, BV]  # fmt: skip
+                b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
+            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
         if scales is not None:
             b_ds *= rho
         b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
@@ -285,7 +300,8 @@ def linear_epi(
 
     # dK = dE W' - (dec U) J' - (Theta_C U) JS' + dP' Q
     b_dk = tl.zeros((BC, BK), tl.float32)
-    b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
+    if not CHANNELS:
+        b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
     if momenta is not None:
         b_step = load_gate(decays + STEP * ROW, row, o_r * H, m_r)
     product = 0.0  # <J, A>, and with momentum ...
@@ -300,7 +316,11 @@ def linear_epi(
             Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
         )  # [BC, BV]  # fmt: skip
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-        b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
+        if CHANNELS:
+            b_u *= load_row_weights(decays + ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv)
+            b_dk -= dot(rounded(b_u, DTYPE), rounded(b_j, DTYPE))
+        else:
+            b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
         if momenta is not None:
             p_m = o_k[None, :] * Dv + o_v[:, None]
             b_m, b_jm = tl.load(momenta + p_m, mask=m_vk, other=0.0), tl.load(grad_momenta + p_m, mask=m_vk, other=0.0)  # [BV, BK]
@@ -325,17 +345,20 @@ def linear_epi(
     for i_t in range(i_r, NC):
         o_t = i_t * BC + tl.arange(0, BC)
         m_t = t0 + o_t < eos
-        b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
-        for i_v in range(0, NV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
-                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
-            )  # [BC, BV]  # fmt: skip
-            b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
-            b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
-        b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
+        if CHANNELS:
+            b_ds = tl.load(grad_scores + o_t[None, :] * C + o_r[:, None])  # [s, t]
+        else:
+            b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
+            for i_v in range(0, NV):
+                o_v = i_v * BV + tl.arange(0, BV)
+                m_v = inside(o_v, Dv, BV)
+                b_u = load_update(
+                    v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
+                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                )  # [BC, BV]  # fmt: skip
+                b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+                b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
+            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
         if scales is not None:
             b_ds *= rho
         b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
@@ -349,18 +372,20 @@ def linear_epi(
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
     """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: the dual and, if there is one, the momentum."""
     weights = chunk_weights(p, backward=True)
-    decays, decaying, moving = weights.decays, p.log_decay is not None, p.momentum is not None
+    decays, moving, by_channel = weights.decays, p.momentum is not None, p.key.channels
+    decaying = p.log_decay is not None and not by_channel
     chain = recompute(p, weights, checkpoints, every)
     grad_out = grad_out.contiguous()
     parallel = p.tables()
     sequential = {name: x for name, x in parallel.items() if name != "slot_owner"}
 
     from_out = p.per_token(p.value_dim)
-    launch(
-        linear_pre, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, **weights.forward(), grad_out=grad_out, from_out=from_out, **parallel, ROW=p.row, **p.strides("q", "k"),
-        **p.sizes, BC=p.block,
-    )  # fmt: skip
+    scores = grad_scores = None
+    if by_channel:
+        scores = linear_channel.chunk_scores(p)
+        grad_scores = linear_channel.pre(p, chain, scores, grad_out, from_out)
+    else:
+        _pre(p, weights, grad_out, from_out)
 
     streamed = p.key.streams("linear_seq")
     seq = linear_seq_streamed if streamed else linear_seq
@@ -383,7 +408,9 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
     if streamed:
         sums |= dict(rows_step=rows(value_tiles, moving))
-        more = dict(states=chain.states, **chain.only("duals", "momenta", "scales"), **p.retention, grad_momenta=grad_momenta)
+        more = dict(
+            states=chain.states, **chain.only("duals", "momenta", "scales"), **p.retention, CHANNELS=by_channel, grad_momenta=grad_momenta
+        )
         more |= dict(grad_final_momentum=given[1] if moving and given else None, grad_initial_momentum=initial[1] if moving else None)
         more |= dict(grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.retention else None)
     launch(
@@ -402,7 +429,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     launch(
         linear_epi, p, p.slots.count * p.blocks, "key",
         q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, **chain._asdict(),
-        grad_states=grad_states, grad_momenta=grad_momenta, grad_out=grad_out, grad_v=grad_v,
+        grad_scores=grad_scores, grad_states=grad_states, grad_momenta=grad_momenta, grad_out=grad_out, grad_v=grad_v,
         grad_q=grad_q, grad_k=grad_k, rows_read=rows_read, rows_pairs=rows_pairs, rows_carry=rows_carry, inner=inner,
         **parallel, ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
@@ -414,6 +441,16 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         grads |= gate_gradients(p, weights, pair_gradient(p, chain, grad_out), inner=inner.sum(1), **added)
     elif decaying:
         grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs, sums["rows_kept"], inner, p.block)
+    elif by_channel:
+        grads["log_decay"] = linear_channel.decay_gradient(p, decays, chain, scores, grad_states, grad_out)
     if p.delta is not None:
         grads["delta"] = sums["rows_delta"].sum(0) if per_token else elementwise["grad_delta"]
     return grads
+
+
+def _pre(p: Problem, weights: Weights, grad_out: Tensor, from_out: Tensor) -> None:
+    launch(
+        linear_pre, p, p.slots.count * p.blocks, "value",
+        q=p.q, k=p.k, **weights.forward(), grad_out=grad_out, from_out=from_out, **p.tables(), ROW=p.row, **p.strides("q", "k"),
+        **p.sizes, BC=p.block,
+    )  # fmt: skip

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
+from . import linear_channel
 from . import retention as retentions
 from .decays import Weights, chunk_weights
 from .launch import Problem, launch
@@ -235,7 +236,7 @@ class Final(NamedTuple):
 
     dual: tuple[Tensor, ...]  # the memory's matrices, float32: [N, H, Dv, Dk], or [N, H, D, Hd] and [N, H, Hd, D]
     start: tuple[Tensor, ...] = ()
-    open_decay: Tensor | None = None  # [N, H] float32
+    open_decay: Tensor | None = None  # [N, H] float32, or [N, H, Dv]
     momentum: tuple[Tensor, ...] = ()  # like dual
 
     def tensors(self) -> list[Tensor]:
@@ -271,13 +272,20 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         after = walk(TAIL.value, start)
         final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
     out = p.per_token(p.value_dim)
+    if p.key.channels:
+        linear_channel.output(p, weights.decays, chain, out)
+    else:
+        _output(p, weights, chain, out)
+    return out, final, checkpoints
+
+
+def _output(p: Problem, weights: Weights, chain: Chain, out: Tensor) -> None:
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
         q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, position=p.position,
         **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
         **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
-    return out, final, checkpoints
 
 
 def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> Chain:
@@ -314,7 +322,9 @@ def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: tuple[T
     if streamed:
         more = dict(enumerate(initial)).get(1), None if final is None or len(final) == 1 else final[1]
         arguments |= dict(zip(("initial_momentum", "final_momentum"), more, strict=True))
-        arguments |= dict(readouts=readouts, opened_scales=scales, **chain.only("duals", "momenta", "scales"), **p.retention)
+        arguments |= dict(
+            readouts=readouts, opened_scales=scales, **chain.only("duals", "momenta", "scales"), **p.retention, CHANNELS=p.key.channels
+        )
     launch(
         linear_state_streamed if streamed else linear_state, p, units, "value",
         opened=opened, **chain.only("states", "errors", "squares"),
@@ -348,14 +358,14 @@ def open_chunk_end(p: Problem, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor,
         begin, end = p.cu_seqlens[:-1], p.cu_seqlens[1:]
         rows = torch.zeros_like(begin)
     whole = (before + end - begin) // size
-    decay = start[0].new_zeros(start[0].shape[:2])
+    decay = start[0].new_zeros(start[0].shape[: 3 if p.key.channels else 2])
     if p.log_decay is not None:
         tokens = (begin - before + whole * size)[:, None] + torch.arange(size, device=device)  # [N, C]
         belongs = (tokens >= begin[:, None]) & (tokens < end[:, None])
-        taken = p.log_decay[rows[:, None], tokens.clamp(0, p.tokens - 1)]  # [N, C, H]
-        decay = torch.where(belongs[..., None], taken, 0.0).sum(1)
+        taken = p.log_decay[rows[:, None], tokens.clamp(0, p.tokens - 1)]  # [N, C, H] or [N, C, H, Dv]
+        decay = torch.where(belongs.reshape(*belongs.shape, *(1,) * (taken.dim() - 2)), taken, 0.0).sum(1)
     if opened is not None:
         same = (whole == 0) & (before > 0)
         start = tuple(torch.where(same[:, None, None, None], old, new) for old, new in zip(opened.start, start, strict=True))
-        decay = decay + torch.where(same[:, None], opened.log_decay, 0.0)
+        decay = decay + torch.where(same.reshape(-1, *(1,) * (decay.dim() - 1)), opened.log_decay, 0.0)
     return start, decay

@@ -30,6 +30,7 @@ from .tiles import (
     load_gamma,
     load_gate,
     load_lr,
+    load_row_weights,
     load_scale,
     load_square,
     load_to_end,
@@ -83,15 +84,17 @@ def mirror(
 
 @triton.jit
 def pull_back(
-    states, duals, grad_states, grad_primal, grad_initial, place, state, i_c, i_tile, gamma, rho, drho, H,
+    states, duals, grad_states, grad_primal, grad_initial, decays, end, place, state, i_c, i_tile, rho, drho, H,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """``J <- gamma_C J + phi' dW + drho d rho / dA`` of a program's tiles, for a gate that couples entries: the sums first, then J."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     here = place * Dk * Dv
     there = here - H * Dk * Dv
     along = drho
+    if not CHANNELS:
+        gamma = load_total(decays, end, 0)
     if RETENTION == retentions.ENTIRE:
         for j in range(0, TILES * NK):
             o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
@@ -104,6 +107,8 @@ def pull_back(
         o_v = (i_tile + j) * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         b_along = tl.zeros((BV,), tl.float32) + along
+        if CHANNELS:
+            gamma = tl.load(decays + end * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
         if RETENTION == retentions.ROWS:  # a row of A is a column here
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
@@ -136,11 +141,12 @@ def linear_state_streamed(
     PART: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`linear_state` for one tile of values, or for all of them if the bias or the retention gate couples them.
 
-    Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum.
+    Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum. ``CHANNELS``: decays
+    go by channel, see linear_channel.py.
     """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -240,9 +246,10 @@ def linear_state_streamed(
             tl.debug_barrier()
 
         # A <- gamma_C A + b_C S - K' (dec U);  S <- pi_C S - K' (Theta_C U)
-        b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
         end = (tl.minimum(eos - t0, C) - 1) * H
-        gamma = load_total(decays, row, end)
+        if not CHANNELS:
+            b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, 1]
+            gamma = load_total(decays, row, end)
         if momenta is not None:
             carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
             b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
@@ -255,7 +262,10 @@ def linear_state_streamed(
             b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
             b_psi = biases.value(b_e, b_row, b_delta, BIAS, P0, P1, P2)
             b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
-            b_u = rounded(b_psi * (b_lr * b_to_end[:, None]), DTYPE)  # [C, BV]
+            if CHANNELS:
+                b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
+                gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+            b_u = rounded(b_psi * (b_lr * b_to_end), DTYPE)  # [C, BV]
             if momenta is not None:
                 b_us = rounded(b_psi * (b_lr * b_step[:, None]), DTYPE)  # [C, BV]
             for i_k in range(0, NK):
@@ -297,7 +307,7 @@ def linear_seq_streamed(
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`linear_seq` for one tile of values, or for all of them if the bias or the retention gate couples them.
 
@@ -356,7 +366,8 @@ def linear_seq_streamed(
 
         # dU = rho R - dec (K J) - Theta_C (K JS), and what a row of it sums to
         drho = 0.0
-        b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
+        if not CHANNELS:
+            b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, 1]
         if not CHANNEL_LR:
             b_lr = load_gate(lr, row, o_g, m_t)  # [C]
         if momenta is not None:
@@ -383,12 +394,14 @@ def linear_seq_streamed(
                 b_kj += dot(b_k, rounded(b_j, DTYPE))
                 if momenta is not None:
                     b_km += dot(b_k, rounded(tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0), DTYPE))
+            if CHANNELS:
+                b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
             b_r = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
             if momenta is None:
-                b_kj *= b_to_end[:, None]
+                b_kj *= b_to_end
                 b_du = b_r * rho - b_kj  # [C, BV]
             else:
-                b_du = b_r * rho - b_kj * b_to_end[:, None] - b_km * b_step[:, None]
+                b_du = b_r * rho - b_kj * b_to_end - b_km * b_step[:, None]
             store(grad_v + row * Dv + o_tv, b_du, m_tv)
             b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
             b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
@@ -419,7 +432,7 @@ def linear_seq_streamed(
             b_kept *= b_lr
             b_along *= b_lr
             tl.store(rows_lr + tile_row + row + o_g, b_dlr, mask=m_t)
-        if decays is not None:
+        if rows_kept is not None:
             tl.store(rows_kept + tile_row + row + o_g, b_kept, mask=m_t)
         if momenta is not None:
             tl.store(rows_step + tile_row + row + o_g, b_stepped, mask=m_t)
@@ -428,9 +441,10 @@ def linear_seq_streamed(
         tl.debug_barrier()
 
         # dE = psi'(E) (eta dU);  dW = Q' (gamma dO) + K' dE;  J <- gamma_C J + phi' dW;  JS <- b_C J + pi_C JS + rho Q' (b dO)
-        b_gamma = load_gamma(decays, row, o_g, m_t, C)
         end = (tl.minimum(eos - t0, C) - 1) * H
-        gamma = load_total(decays, row, end)
+        if not CHANNELS:
+            b_gamma = load_gamma(decays, row, o_g, m_t, C)[:, None]  # [C, 1]
+            gamma = load_total(decays, row, end)
         if momenta is not None:
             carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
             b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)  # [C]
@@ -448,7 +462,10 @@ def linear_seq_streamed(
             b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
             if momenta is not None:
                 b_dc = rounded(b_do * b_carry[:, None], DTYPE)  # [C, BV]
-            b_do = rounded(b_do * b_gamma[:, None], DTYPE)  # [C, BV]
+            if CHANNELS:
+                b_gamma = load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
+                gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+            b_do = rounded(b_do * b_gamma, DTYPE)  # [C, BV]
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
@@ -486,7 +503,7 @@ def linear_seq_streamed(
         tl.debug_barrier()
         if COUPLING:
             pull_back(
-                states, duals, grad_states, grad_primal, grad_initial, place, state, i_c, i_tile, gamma, rho, drho, H,
-                Dk, Dv, BK, BV, TILES, RETENTION, R0, R1,
+                states, duals, grad_states, grad_primal, grad_initial, decays, row + end, place, state, i_c, i_tile, rho, drho, H,
+                Dk, Dv, BK, BV, TILES, RETENTION, R0, R1, CHANNELS,
             )  # fmt: skip
             tl.debug_barrier()

@@ -137,6 +137,13 @@ def load_gamma(decays, row, o_g, m_t, C: tl.constexpr):
 
 
 @triton.jit
+def load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv: tl.constexpr):
+    """Weights by channel ``[C, BV]`` of a chunk's tokens, from one of the rows ``[B, T, H, Dv]``."""
+    o_tv = o_g[:, None] * Dv + o_v[None, :]
+    return tl.load(decays + row * Dv + o_tv, mask=m_t[:, None] & m_v[None, :], other=0.0)
+
+
+@triton.jit
 def load_total(decays, row, last):
     """``gamma_C``; ``last`` is the offset of the chunk's last token."""
     if decays is None:

@@ -162,13 +162,27 @@ def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
 def test_a_cut_anywhere(memory, bias, lengths, dtype):
     """Pieces, each with the state that the last one returned, give the whole: at a boundary, inside a chunk, inside the same chunk."""
     size = {"linear": {}, "mlp": {"value_dim": 16, "heads": 1, "decay": "slight"}}[memory]
-    case = Case("cut", memory=memory, bias=bias, tokens=62, chunk_size=16, batch=2, lengths=lengths, **size)
-    run = mk.linear_memory if memory == "linear" else mk.mlp_memory
+    assert_pieces_make_the_whole(Case("cut", memory=memory, bias=bias, tokens=62, chunk_size=16, batch=2, lengths=lengths, **size), dtype)
+
+
+@pytest.mark.parametrize("lengths", [None, (5, 40, 17)], ids=["batch", "packed"])
+@pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
+@pytest.mark.parametrize("gate", GATES.values(), ids=lambda gate: gate.name)
+def test_a_cut_anywhere_under_a_gate(gate, momentum, lengths):
+    """Predictions of the resumed chunk are those of its start, its read-out mixes phi(start) with what has been written since."""
+    if not (gate.tag or momentum):
+        return
+    case = Case("cut", retention=gate, momentum=momentum, tokens=62, heads=1, chunk_size=16, batch=2, lengths=lengths)
+    assert_pieces_make_the_whole(case, torch.float32)
+
+
+def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype) -> None:
+    lengths, run = case.lengths, mk.linear_memory if case.memory == "linear" else mk.mlp_memory
     arguments = case.draw(dtype, DEVICE).arguments()
-    detach = lambda x: x.detach() if isinstance(x, torch.Tensor) else tuple(map(detach, x)) if isinstance(x, tuple) else x
+    detach = lambda x: x.detach() if isinstance(x, torch.Tensor | mk.MemoryState) else tuple(map(detach, x)) if isinstance(x, tuple) else x
     arguments = {name: detach(x) for name, x in arguments.items()}
     whole, final = run(**arguments, backend="triton")
-    tokens = ("q", "k", "v", "lr", "log_decay", "delta")
+    tokens = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
     first = [0, *(torch.tensor(lengths).cumsum(0).tolist() if lengths else [62])]
     bounds = [(0, 2), (2, 5), (5, 5)] if lengths else [(0, 16), (16, 26), (26, 30), (30, 62)]
     if lengths:  # every sequence in two pieces
@@ -184,7 +198,7 @@ def test_a_cut_anywhere(memory, bias, lengths, dtype):
         outs[:, rows] = out
     same = 1e-5 if dtype == torch.float32 else 2e-2
     assert relative_error(outs, whole) < same
-    assert all(relative_error(x, y) < same for x, y in zip(state.dual, final.dual, strict=True))
+    assert all(relative_error(x, y) < same for x, y in zip(state.matrices(), final.matrices(), strict=True))
     if final.open_chunk is not None:
         assert torch.equal(state.open_chunk.position, final.open_chunk.position)
         assert all(relative_error(x, y) < same for x, y in zip(state.open_chunk.start, final.open_chunk.start, strict=True))
