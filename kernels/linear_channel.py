@@ -9,8 +9,8 @@ Every channel v has its own ``gamma_tv`` and ``L_ts,v``, so a chunk's pairs are 
     channel_decay_grad   d log alpha_tv = sum_{r >= t} gamma_rv (W q_r)_v dO_rv - rho sum_{r >= t > s} L_rs,v X_rs dO_rv U_sv
                                           - sum_{s < t} L_Cs,v (J k_s)_v U_sv + gamma_Cv <J, A>_v
 
-The pairs are walked token by token with a tile ``L_t [C, BV]`` of all earlier tokens, ``L_t = alpha_t L_{t-1}`` with a row of ones for the
-token itself: products of numbers in [0, 1], no exponential of a difference, whatever the decays. The chains are those of linear_stream.py, whose
+The pairs are walked token by token with a tile ``L_t [C, BV]`` of all earlier tokens, ``L_t = alpha_t L_{t-1}`` with a row of ones for
+the token itself: products of numbers in [0, 1], no exponential of a difference, whatever the decays. The chains are those of linear_stream.py, whose
 weights are rows of channels then; dQ and dK come from `linear_epi`, which reads dX instead of making it.
 """
 
