@@ -36,7 +36,6 @@ from .linear_stream import linear_seq_streamed
 from .tiles import (
     CARRY,
     LENGTHS,
-    STEP,
     dot,
     inside,
     load_delta,
@@ -194,7 +193,7 @@ def linear_seq(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_epi(
-    q, k, v, lr, decays, pairs, delta,
+    q, k, v, lr, decays, moves, pairs, delta,
     states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v,
     grad_q, grad_k, rows_read, rows_pairs, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
@@ -265,10 +264,16 @@ def linear_epi(
             m_v = inside(o_v, Dv, BV)
             b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
             b_m = tl.load(momenta + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
+            if CHANNELS:
+                b_do = load_row_weights(decays + CARRY * ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
+                b_do = rounded(b_do, DTYPE)
             b_carried += dot(b_do, rounded(b_m, DTYPE))
         b_carried *= rho
-        tl.store(rows_carry + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_carried * b_q.to(tl.float32), 1), mask=m_r)
-        b_dq += b_carried * load_gate(decays + CARRY * ROW, row, o_r * H, m_r)[:, None]
+        if CHANNELS:
+            b_dq += b_carried
+        else:
+            tl.store(rows_carry + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_carried * b_q.to(tl.float32), 1), mask=m_r)
+            b_dq += b_carried * load_gate(decays + CARRY * ROW, row, o_r * H, m_r)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
@@ -303,7 +308,7 @@ def linear_epi(
     if not CHANNELS:
         b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
     if momenta is not None:
-        b_step = load_gate(decays + STEP * ROW, row, o_r * H, m_r)
+        b_step = load_gate(moves + ROW, row, o_r * H, m_r)
     product = 0.0  # <J, A>, and with momentum ...
     product_carry = 0.0  # <J, S>
     product_pi = 0.0  # <JS, S>
@@ -317,8 +322,8 @@ def linear_epi(
         )  # [BC, BV]  # fmt: skip
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if CHANNELS:
-            b_u *= load_row_weights(decays + ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv)
-            b_dk -= dot(rounded(b_u, DTYPE), rounded(b_j, DTYPE))
+            b_to_end = load_row_weights(decays + ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv)
+            b_dk -= dot(rounded(b_u * b_to_end, DTYPE), rounded(b_j, DTYPE))
         else:
             b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
         if momenta is not None:
@@ -383,7 +388,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     scores = grad_scores = None
     if by_channel:
         scores = linear_channel.chunk_scores(p)
-        grad_scores = linear_channel.pre(p, chain, scores, grad_out, from_out)
+        grad_scores = linear_channel.pre(p, weights, chain, scores, grad_out, from_out)
     else:
         _pre(p, weights, grad_out, from_out)
 
@@ -399,7 +404,9 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         return p.per_token(p.value_dim, dtype=float32) if wanted else None
 
     sums = dict(
-        rows_lr=rows(value_tiles, per_row), rows_delta=rows(value_tiles, per_token), rows_kept=rows(value_tiles, decaying or moving)
+        rows_lr=rows(value_tiles, per_row),
+        rows_delta=rows(value_tiles, per_token),
+        rows_kept=rows(value_tiles, decaying or (moving and not by_channel)),
     )
     elementwise = dict(grad_lr=channels(not per_row), grad_delta=channels(p.bias["DELTA"] == 2))
     grad_states, grad_momenta = p.per_slot(p.slots, float32 if streamed else None), p.per_slot(p.slots, float32) if moving else None
@@ -409,7 +416,12 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     if streamed:
         sums |= dict(rows_step=rows(value_tiles, moving))
         more = dict(
-            states=chain.states, **chain.only("duals", "momenta", "scales"), **p.retention, CHANNELS=by_channel, grad_momenta=grad_momenta
+            states=chain.states,
+            **chain.only("duals", "momenta", "scales"),
+            **p.retention,
+            moves=weights.moves,
+            CHANNELS=by_channel,
+            grad_momenta=grad_momenta,
         )
         more |= dict(grad_final_momentum=given[1] if moving and given else None, grad_initial_momentum=initial[1] if moving else None)
         more |= dict(grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.retention else None)
@@ -424,33 +436,38 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
 
     grad_q, grad_k = p.per_token(p.key_dim), p.per_token(p.key_dim)
     rows_read, rows_pairs = rows(key_tiles, decaying), rows(key_tiles * p.blocks, decaying and not moving)
-    rows_carry, products = rows(key_tiles, moving), (3,) if moving else ()
+    rows_carry, products = rows(key_tiles, moving and not by_channel), (3,) if moving else ()
     inner = p.empty(*products, key_tiles, p.slots.count, p.heads, dtype=float32) if decaying or moving else None
     launch(
         linear_epi, p, p.slots.count * p.blocks, "key",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, **chain._asdict(),
+        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "moves", "pairs"), delta=p.delta, **chain._asdict(),
         grad_scores=grad_scores, grad_states=grad_states, grad_momenta=grad_momenta, grad_out=grad_out, grad_v=grad_v,
         grad_q=grad_q, grad_k=grad_k, rows_read=rows_read, rows_pairs=rows_pairs, rows_carry=rows_carry, inner=inner,
         **parallel, ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
 
     grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": sums["rows_lr"].sum(0) if per_row else elementwise["grad_lr"], "state": initial}
-    if moving:
+    if moving and not by_channel:
         added = {name: None if x is None else x.sum(0) for name, x in (("rows_read", rows_read), ("rows_carry", rows_carry))}
         added |= {name: sums[name].sum(0) for name in ("rows_kept", "rows_step")}
         grads |= gate_gradients(p, weights, pair_gradient(p, chain, grad_out), inner=inner.sum(1), **added)
     elif decaying:
         grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs, sums["rows_kept"], inner, p.block)
     elif by_channel:
-        grads["log_decay"] = linear_channel.decay_gradient(p, decays, chain, scores, grad_states, grad_out)
+        grads["log_decay"], *of_steps = linear_channel.decay_gradient(p, weights, chain, scores, grad_states, grad_out)
+        if moving:
+            grad_steps, rows_carry = of_steps
+            added = dict(rows_read=None, rows_kept=None, rows_step=sums["rows_step"].sum(0), rows_carry=rows_carry)
+            grads |= gate_gradients(p, weights, grad_steps, inner=inner.sum(1), **added)
     if p.delta is not None:
         grads["delta"] = sums["rows_delta"].sum(0) if per_token else elementwise["grad_delta"]
     return grads
 
 
 def _pre(p: Problem, weights: Weights, grad_out: Tensor, from_out: Tensor) -> None:
+    """R to ``from_out [B, T, H, Dv]``, less rho."""
     launch(
         linear_pre, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, **weights.forward(), grad_out=grad_out, from_out=from_out, **p.tables(), ROW=p.row, **p.strides("q", "k"),
-        **p.sizes, BC=p.block,
+        q=p.q, k=p.k, **weights.only("decays", "pairs"), grad_out=grad_out, from_out=from_out, **p.tables(), ROW=p.row,
+        **p.strides("q", "k"), **p.sizes, BC=p.block,
     )  # fmt: skip

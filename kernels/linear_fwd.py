@@ -257,7 +257,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         if len(initial) > 1:  # with the same strides
             initial = torch.stack(initial).unbind(0)
         _launch_state(
-            p, chain, weights.decays, p.sequences, initial, part, final=final,
+            p, chain, weights, p.sequences, initial, part, final=final,
             checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
         )  # fmt: skip
         return () if final is None else final.transpose(-1, -2).unbind(0)
@@ -273,7 +273,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
     out = p.per_token(p.value_dim)
     if p.key.channels:
-        linear_channel.output(p, weights.decays, chain, out)
+        linear_channel.output(p, weights, chain, out)
     else:
         _output(p, weights, chain, out)
     return out, final, checkpoints
@@ -282,7 +282,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
 def _output(p: Problem, weights: Weights, chain: Chain, out: Tensor) -> None:
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, position=p.position,
+        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "pairs"), delta=p.delta, position=p.position,
         **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
         **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
@@ -293,7 +293,7 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> 
     chain, segments = _empty_chain(p), p.pieces(p.chunk_size * every)
     kept = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
     _launch_state(
-        p, chain, weights.decays, segments.count, tuple(x.transpose(-1, -2) for x in kept), SEGMENT.value, final=None, checkpoints=None,
+        p, chain, weights, segments.count, tuple(x.transpose(-1, -2) for x in kept), SEGMENT.value, final=None, checkpoints=None,
         EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
     )  # fmt: skip
     return chain
@@ -310,11 +310,13 @@ def _empty_chain(p: Problem) -> Chain:
     return Chain(states, errors, squares, duals, momenta, scales)
 
 
-def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None, **arguments):
+def _launch_state(
+    p: Problem, chain: Chain, weights: Weights, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None, **arguments
+):
     """``initial``: the matrices ``[units, H, Dv, Dk]`` to start from, all with the same strides; ``final [matrices, N, H, Dk, Dv]``."""
     tables = p.tables()
     del tables["slot_owner"]
-    arguments |= dict(k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, position=p.position, initial=initial[0])
+    arguments |= dict(k=p.k, v=p.v, lr=p.lr, decays=weights.decays, delta=p.delta, position=p.position, initial=initial[0])
     arguments |= dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), initial[0].stride(), strict=True))
     arguments |= dict(final=None if final is None else final[0])
     opened, readouts, scales = _opened(p) if part == HEAD.value else (None, None, None)
@@ -323,7 +325,12 @@ def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: tuple[T
         more = dict(enumerate(initial)).get(1), None if final is None or len(final) == 1 else final[1]
         arguments |= dict(zip(("initial_momentum", "final_momentum"), more, strict=True))
         arguments |= dict(
-            readouts=readouts, opened_scales=scales, **chain.only("duals", "momenta", "scales"), **p.retention, CHANNELS=p.key.channels
+            readouts=readouts,
+            opened_scales=scales,
+            **chain.only("duals", "momenta", "scales"),
+            **p.retention,
+            moves=weights.moves,
+            CHANNELS=p.key.channels,
         )
     launch(
         linear_state_streamed if streamed else linear_state, p, units, "value",

@@ -20,9 +20,7 @@ from .tiles import (
     CARRY,
     HEAD,
     LENGTHS,
-    PI,
     SEGMENT,
-    STEP,
     dot,
     inside,
     load_delta,
@@ -130,7 +128,7 @@ def pull_back(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_state_streamed(
-    k, v, lr, decays, delta,
+    k, v, lr, decays, moves, delta,
     initial, initial_momentum, opened, readouts, opened_scales, position,
     states, duals, momenta, scales, errors, squares, checkpoints, final, final_momentum,
     cu_seqlens, first_slot, first_segment, segment_owner,
@@ -251,8 +249,9 @@ def linear_state_streamed(
             b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, 1]
             gamma = load_total(decays, row, end)
         if momenta is not None:
-            carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
-            b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+            pi, b_step = tl.load(moves + row + end), load_gate(moves + ROW, row, o_g, m_t)  # [C]
+            if not CHANNELS:
+                carry = tl.load(decays + CARRY * ROW + row + end)
         b_row = load_square(squares, row, o_g, m_t, COUPLED)
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
@@ -265,6 +264,8 @@ def linear_state_streamed(
             if CHANNELS:
                 b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
                 gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                if momenta is not None:
+                    carry = tl.load(decays + (CARRY * ROW + row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
             b_u = rounded(b_psi * (b_lr * b_to_end), DTYPE)  # [C, BV]
             if momenta is not None:
                 b_us = rounded(b_psi * (b_lr * b_step[:, None]), DTYPE)  # [C, BV]
@@ -297,7 +298,7 @@ def linear_state_streamed(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_seq_streamed(
-    q, k, v, lr, decays, delta,
+    q, k, v, lr, decays, moves, delta,
     states, duals, momenta, scales, errors, squares, from_out, grad_out, grad_final, grad_final_momentum,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum, grad_delta, grad_lr,
     rows_lr, rows_delta, rows_kept, rows_step,
@@ -371,7 +372,7 @@ def linear_seq_streamed(
         if not CHANNEL_LR:
             b_lr = load_gate(lr, row, o_g, m_t)  # [C]
         if momenta is not None:
-            b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+            b_step = load_gate(moves + ROW, row, o_g, m_t)  # [C]
             b_stepped = tl.zeros((C,), tl.float32)
         b_square = load_square(squares, row, o_g, m_t, COUPLED)
         b_dlr = tl.zeros((C,), tl.float32)
@@ -446,8 +447,10 @@ def linear_seq_streamed(
             b_gamma = load_gamma(decays, row, o_g, m_t, C)[:, None]  # [C, 1]
             gamma = load_total(decays, row, end)
         if momenta is not None:
-            carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
-            b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)  # [C]
+            pi = tl.load(moves + row + end)
+            if not CHANNELS:
+                carry = tl.load(decays + CARRY * ROW + row + end)
+                b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)[:, None]  # [C, 1]
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
@@ -460,11 +463,14 @@ def linear_seq_streamed(
             if COUPLED:
                 b_de += biases.pull(b_square, b_delta, BIAS, P0) * b_along[:, None] * b_e
             b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
-            if momenta is not None:
-                b_dc = rounded(b_do * b_carry[:, None], DTYPE)  # [C, BV]
             if CHANNELS:
                 b_gamma = load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
                 gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                if momenta is not None:
+                    b_carry = load_row_weights(decays + CARRY * ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
+                    carry = tl.load(decays + (CARRY * ROW + row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+            if momenta is not None:
+                b_dc = rounded(b_do * b_carry, DTYPE)  # [C, BV]
             b_do = rounded(b_do * b_gamma, DTYPE)  # [C, BV]
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)

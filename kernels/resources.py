@@ -36,7 +36,7 @@ __all__ = ["LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problem
 TABLE = Path(__file__).with_name("resources.json")
 
 #: kernels that multiply no matrices
-GATES_ONLY = ("linear_decay", "linear_decay_grad", "momentum_weights", "momentum_grad", "channel_decay", "channel_pre")
+GATES_ONLY = ("linear_decay", "linear_decay_grad", "momentum_weights", "momentum_grad", "channel_decay", "channel_momentum", "channel_pre")
 
 #: bytes of shared memory that a program may have
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -121,7 +121,8 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(128, 128, 128, retention=KLRetention(), momentum=True, final=True)
     yield Specimen(64, 64, 128, retention=LqRetention(), momentum=True, dtype=float32)
     yield Specimen(128, 128, 128, retention=KLRetention(), channel_lr=True, channel_decay=True)
-    yield Specimen(64, 64, 64, channel_decay=True, dtype=float32)
+    yield Specimen(64, 64, 64, momentum=True, channel_decay=True)
+    yield Specimen(128, 128, 128, momentum=True, channel_decay=True, dtype=float32)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
         yield Specimen(d, d, c, switch, hidden=hidden)
     yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)

@@ -17,8 +17,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOWEST = tl.constexpr(-110.0)
 #: log-decays are summed in units of 2^-10 and a rest, see `decay_parts`
 UNIT = tl.constexpr(1024.0)
-#: rows of `decays` that momentum_weights adds: b, pi, Theta_C
-CARRY, PI, STEP = (tl.constexpr(i) for i in range(2, 5))
+#: the row of `decays` that has b_t, where there is momentum
+CARRY = tl.constexpr(2)
 #: what a launch of `linear_state` walks: all chunks; the chunk that was open before; the whole ones; the one left open; a segment
 WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
@@ -172,7 +172,7 @@ def load_scale(scales, place):
 
 @triton.jit
 def pairs_of(pairs, place, C: tl.constexpr):
-    """A chunk and head's ``M [C, C]`` in ``pairs [slots, H, C, C]``; None without momentum."""
+    """A chunk and head's matrix ``[C, C]`` of ``pairs [slots, H, C, C]``, M or Theta; None without momentum."""
     if pairs is None:
         return None
     else:
