@@ -7,7 +7,8 @@
 Before them `linear_state` computes S and E again, between the states that the forward kept. ``dV = -dE`` leaves `linear_seq` as
 a result and is read by `linear_epi` as dE.
 
-    linear_decay_grad   the gradient of the log-decays, from sums that the others leave                 parallel over chunks
+Under a retention gate S is the primal W and J the gradient of the dual, R and dS are scaled by rho; with momentum L is M, and J has its
+pair JS: see linear_stream.py. The gradients of the gates come from sums that these kernels leave (decays_bwd.py).
 
 A token's log-decay scales whatever the state at the chunk's start and earlier tokens left to later reads and to the next
 chunk. Its gradient is summed over just these pairs, from the products themselves:

@@ -1,17 +1,19 @@
 """The linear memory forward (SPEC section 2): a chain over chunks for the states, then every chunk's output at once.
 
-    linear_decay    what the log-decays of a chunk amount to                 parallel over chunks
     linear_state    E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))       sequential in chunks, one program a tile of S
     linear_output   O = gamma (Q S) - (L o Q K') (eta psi(E))                parallel over chunks
 
-``S = W' [Dk, Dv]``. The chain holds its tile ``[BK, BV]`` of S in registers in float32, with BK covering Dk, and writes every
-chunk's start and errors for the others in the dtype of the operands. Values are independent of each other, so BV may be any
-part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the memory: there E is
-neither computed nor stored.
+``S = W' [Dk, Dv]``; decays.py has what the gates of a chunk amount to. The chain holds its tile ``[BK, BV]`` of S in registers in float32,
+with BK covering Dk, and writes every chunk's start and errors for the others in the dtype of the operands. Values are independent of each
+other, so BV may be any part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the memory:
+there E is neither computed nor stored.
+
+Under a retention gate the chain carries the dual A, and ``W = phi(A)`` takes the place of S wherever it is multiplied; the output scales a
+chunk's own writes by rho. With momentum there is a second matrix S_0 and ``O = gamma (Q W) + rho (b (Q S_0) - (M o Q K') (eta psi(E)))``.
+Both are linear_stream.py's; linear_channel.py takes the place of `linear_output` where log-decays go by channel.
 
 A sequence that resumes inside a chunk, or whose state is wanted inside one, is walked in three parts; the same chain serves the
-backward, which runs it again from the states that the forward kept. A place for other retention gates: `linear_state` multiplies
-and stores ``b_w = phi(b_s)``, with phi the identity.
+backward, which runs it again from the states that the forward kept.
 """
 
 from __future__ import annotations

@@ -6,6 +6,15 @@ the L2 cache): every chunk's state is read tile by tile from its slot and writte
 twice. A bias that couples a row is served by one program for all values, in two passes: first all of E and its row norms, then the
 update. `states` and `grad_states` are float32 here.
 
+They also serve what has more than one matrix. Under a retention gate (phi, rho) the chain carries the dual A and predicts with
+W = phi(A); with momentum it carries S beside it:
+
+    W = phi(A);  E = K W - V;  A <- gamma_C A + b_C S - K' (M_C U);  S <- pi_C S - K' (Theta_C U)
+    dU = rho R - M_C (K J) - Theta_C (K JS);  dW = Q' (gamma dO) + K' dE;  d rho = sum R o U + <Q' (b dO), S>
+    J <- gamma_C J + phi'^T dW + d rho d rho / dA;  JS <- b_C J + pi_C JS + rho Q' (b dO)
+
+W is stored in the operands' dtype in `states`, A and S in float32 in `duals` and `momenta`.
+
 The barriers order a program's own writes before its reads; loads must not be moved across them, hence no software pipelining (stages = 1).
 """
 
