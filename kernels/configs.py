@@ -21,6 +21,8 @@ __all__ = [
 
 CHUNK_SIZES = (16, 32, 64, 128)
 MLP_CHUNK_SIZES = (16, 32, 64)
+#: tag of the gate that couples all of a matrix (retention.py)
+LQ = 1
 #: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
 MIN_TILE, MAX_HEAD = 16, 256
 #: of an MLP memory, whose LayerNorm takes a whole row of values at once
@@ -47,7 +49,11 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by: sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units."""
+    """What a configuration is chosen by.
+
+    Sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units; tag of the retention gate, whether
+    there is momentum, whether log-decays go by channel.
+    """
 
     key_dim: int
     value_dim: int
@@ -55,6 +61,9 @@ class Key:
     itemsize: int
     coupled: bool
     hidden: int = 0
+    retention: int = 0
+    momentum: bool = False
+    channels: bool = False
 
     @property
     def padded_k(self) -> int:
@@ -65,12 +74,19 @@ class Key:
         return padded(self.value_dim)
 
     @property
+    def entire(self) -> bool:
+        """Whether a head's values cannot be told apart: by a bias that couples a row of the error, or a gate that couples the matrix."""
+        return self.coupled or self.retention == LQ
+
+    @property
     def block_c(self) -> int:
         """Tokens of a chunk that the parallel kernels take at once."""
         return min(self.chunk_size, 64 if self.itemsize == 2 else 32)
 
     def streams(self, chain: str) -> bool:
         """Whether the states of ``"linear_state"`` or ``"linear_seq"`` stay in memory (linear_stream.py) or in registers."""
+        if self.retention or self.momentum or self.channels:  # more than one matrix, or passes over it
+            return True
         if _streaming is not None:
             return _streaming
         widest = {"linear_state": 64, "linear_seq": 32}[chain]  # row of values that a coupling bias can hold
@@ -87,7 +103,7 @@ class Key:
 
     def tiles(self, kernel: str, config: Config, along: str) -> int:
         """Programs that share the values or the keys of a head."""
-        if along == "hidden" or (self.coupled and kernel.endswith("_streamed")):
+        if along in ("hidden", "head") or (self.entire and kernel.endswith("_streamed")):
             return 1
         block_v, block_k = self.blocks(config)
         return -(-self.value_dim // block_v) if along == "value" else -(-self.key_dim // block_k)
@@ -106,6 +122,16 @@ def _wide(key: Key) -> bool:
     return key.itemsize == 4
 
 
+def _wide_pair(key: Key) -> bool:
+    """Two matrices a chain, multiplied without tensor cores."""
+    return key.itemsize == 4 and key.momentum
+
+
+def _tall(key: Key) -> bool:
+    """Long chunks, with two matrices a chain or weights of their own for every channel."""
+    return key.itemsize == 2 and key.chunk_size == 128 and (key.momentum or key.channels)
+
+
 #: (configuration, whether it serves a key), the preferred one first; at most 8 for a kernel
 RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay": ((Config(16, 16, 4, 1), _always),),
@@ -118,7 +144,8 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     ),
     "linear_state_streamed": (
         (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
-        (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
+        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4) and not _wide_pair(key)),
+        (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_output": (
         (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
@@ -143,16 +170,31 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_seq_streamed": (
-        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
-        (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _tall(key)),
+        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4) and not _tall(key) and not _wide_pair(key)),
+        (Config(16, 32, 8, 1, 255), _tall),
+        (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_epi": (
         (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
         (Config(32, 32, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
         (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
-        (Config(32, 32, 8, 1, 255), _wide),
+        (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 4 and not key.momentum),
+        (Config(16, 32, 8, 1, 255), _wide_pair),
     ),
     "linear_decay_grad": ((Config(16, 16, 4, 1, 255), _always),),
+    "momentum_weights": ((Config(16, 16, 4, 1), _always),),
+    "momentum_pairs": (
+        (Config(32, 32, 4, 2), lambda key: key.itemsize == 2),
+        (Config(32, 32, 4, 1, 255), _wide),
+    ),
+    "momentum_grad": ((Config(16, 16, 4, 1), _always),),
+    "channel_decay": ((Config(32, 32, 4, 1), _always),),
+    "channel_momentum": ((Config(32, 32, 1, 1), _always),),
+    "channel_scores": ((Config(64, 64, 4, 2), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
+    "channel_output": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_pre": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_decay_grad": ((Config(32, 32, 4, 1, 255), _always),),
     "mlp_chain": (
         (Config(0, 16, 2, 1, 255), lambda key: key.chunk_size == 16),
         (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),
