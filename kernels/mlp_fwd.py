@@ -26,7 +26,7 @@ from torch import Tensor
 from . import bias as biases
 from .launch import Problem, launch
 from .linear_fwd import Final, chunk_decays, open_chunk_end
-from .mlp_math import decayed_scores, gelu, gelu_slope, layer_norm_vjp, normalised
+from .mlp_math import ROWS, gelu, gelu_slope, lanes, layer_norm_vjp, normalised, of_chunk
 from .tiles import (
     BODY,
     HEAD,
@@ -41,7 +41,6 @@ from .tiles import (
     load_gate,
     load_to_end,
     load_total,
-    only_if,
     pair_decay,
     part_of,
     rounded,
@@ -51,11 +50,181 @@ from .tiles import (
 )
 
 
+@triton.jit
+def keep(memory, kept, i_c, D: tl.constexpr, Hd: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
+    """Both matrices to ``kept``, as they stand."""
+    o_d = lanes(BD, i_c, 0)
+    m_d = inside(o_d, D, BD)
+    for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
+        o_h = i * BH + lanes(BH, i_c, 0)
+        o_hd, m_hd = o_h[:, None] * D + o_d[None, :], inside(o_h, Hd, BH)[:, None] & m_d[None, :]
+        for matrix in tl.static_range(2):
+            tl.store(kept + matrix * Hd * D + o_hd, tl.load(memory + matrix * Hd * D + o_hd, mask=m_hd, other=0.0), mask=m_hd)
+
+
+@triton.jit
+def weigh(
+    q, k, decays, p_pairs, p_scores, stride_qt, stride_kt, ROW, row, H, t0, bos, eos, i_c,
+    D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """L and ``L o Q K'`` of a chunk, for the read."""
+    o_c, o_d = lanes(C, i_c, 1), lanes(BD, i_c, 1)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    m_td, o_cc = m_t[:, None] & m_d[None, :], o_c[:, None] * C + o_c[None, :]
+    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_pairs = pair_decay(decays, ROW, row, H, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])  # [t, s]
+    tl.store(p_pairs + o_cc, b_pairs)
+    store(p_scores + o_cc, dot(b_q, tl.trans(b_k)) * b_pairs, None)
+
+
+@triton.jit
+def predict(
+    k, predicting, p_z, p_u, p_w, stride_kt, t0, bos, eos, i_c,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Z and U of a chunk; a segment's states."""
+    SIZE: tl.constexpr = Hd * D
+    o_c, o_d = lanes(C, i_c, 2), lanes(BD, i_c, 2)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_u = tl.zeros((C, BD), tl.float32)
+    for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
+        o_h = i * BH + lanes(BH, i_c, 2)
+        m_h = inside(o_h, Hd, BH)
+        o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
+        b_s1 = tl.load(predicting + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
+        b_w2 = tl.load(predicting + SIZE + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
+        b_z = dot(b_k, tl.trans(rounded(b_w2, DTYPE)))  # [C, BH]
+        store(p_z + o_c[:, None] * Hd + o_h[None, :], b_z, m_h[None, :])
+        b_u += dot(rounded(gelu(b_z), DTYPE), rounded(b_s1, DTYPE))
+        if PART == SEGMENT:
+            store(p_w + o_hd, b_s1, m_hd)
+            store(p_w + SIZE + o_hd, b_w2, m_hd)
+    tl.store(p_u + o_c[:, None] * D + o_d[None, :], b_u, mask=m_d[None, :])
+
+
+@triton.jit
+def inner_gradient(
+    k, v, delta, ln_weight, ln_bias, p_u, p_gu, stride_kt, stride_vt, row, H, t0, bos, eos, i_c,
+    D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr, PART: tl.constexpr,
+    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """Gu of a chunk, ``ROWS`` tokens at a time."""
+    o_d = lanes(BD, i_c, 3)
+    m_d = inside(o_d, D, BD)
+    b_weight = tl.load(ln_weight + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
+    b_bias = tl.load(ln_bias + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
+    for i in tl.range(0, C // ROWS, disable_licm=True):
+        o_r = i * ROWS + lanes(ROWS, i_c, 3)
+        m_r = of_chunk(t0 + o_r, bos, eos, PART)
+        m_rd, o_rd, o_g = m_r[:, None] & m_d[None, :], o_r[:, None] * D + o_d[None, :], o_r * H
+        b_x, b_inverse = normalised(tl.load(p_u + o_rd, mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
+        b_e = -tl.load(v + o_r[:, None] * stride_vt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [ROWS, BD]
+        if READS:
+            b_k = tl.load(k + o_r[:, None] * stride_kt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [ROWS, BD]
+            b_e = tl.where(m_rd, b_e + b_k + b_x * b_weight + b_bias, 0.0)
+        b_square = 0.0
+        if COUPLED:
+            b_square = tl.sum(b_e * b_e, 1)[:, None]  # [ROWS, 1]
+        b_delta = load_delta(delta, row, o_g, o_g[:, None] * D + o_d[None, :], m_r, m_rd, D, DELTA)
+        b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        store(p_gu + o_rd, layer_norm_vjp(b_x, b_inverse, b_psi * b_weight, m_d, D), m_d[None, :])
+
+
+@triton.jit
+def read(
+    q, lr, decays, memory, predicting, p_z, p_gu, p_pairs, p_scores, p_u, stride_qt, row, H, t0, bos, eos, i_c,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """``gamma (Aq S1) - (L o Aq A') (eta Gu)``, in the place of U."""
+    o_c, o_d = lanes(C, i_c, 4), lanes(BD, i_c, 4)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    o_g, o_cd, o_cc = o_c * H, o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
+    b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
+    b_lr = load_gate(lr, row, o_g, m_t)  # [C]
+    b_gamma = load_gamma(decays, row, o_g, m_t, C)  # [C]
+    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_p = tl.load(p_scores + o_cc)  # [t, s]
+    b_uq = tl.zeros((C, BD), tl.float32)
+    b_scores = tl.zeros((C, C), tl.float32)  # Aq A'
+    for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
+        o_h = i * BH + lanes(BH, i_c, 4)
+        m_h = inside(o_h, Hd, BH)
+        o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
+        b_z = tl.load(p_z + o_c[:, None] * Hd + o_h[None, :], mask=m_h[None, :], other=0.0).to(tl.float32)  # [C, BH]
+        b_back = rounded(tl.load(predicting + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
+        b_gz = rounded(dot(b_gu, tl.trans(b_back)) * gelu_slope(b_z) * b_lr[:, None], DTYPE)  # [C, BH]
+        b_w2 = rounded(tl.load(memory + Hd * D + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
+        b_zq = dot(b_q, tl.trans(b_w2)) * b_gamma[:, None] - dot(b_p, b_gz)
+        b_aq = rounded(gelu(b_zq), DTYPE)
+        if PART == HEAD:
+            b_back = rounded(tl.load(memory + o_hd, mask=m_hd, other=0.0), DTYPE)
+        b_uq += dot(b_aq, b_back)
+        b_scores += dot(b_aq, tl.trans(rounded(gelu(b_z), DTYPE)))
+    tl.debug_barrier()
+    o_c, o_d = lanes(C, i_c, 5), lanes(BD, i_c, 5)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    o_g, o_cd = o_c * H, o_c[:, None] * D + o_d[None, :]
+    b_scores *= tl.load(p_pairs + o_c[:, None] * C + o_c[None, :])
+    b_u1 = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0).to(tl.float32) * load_gate(lr, row, o_g, m_t)[:, None]  # [C, BD]
+    b_uq = b_uq * load_gamma(decays, row, o_g, m_t, C)[:, None] - dot(rounded(b_scores, DTYPE), rounded(b_u1, DTYPE))
+    tl.store(p_u + o_cd, b_uq, mask=m_d[None, :])
+
+
+@triton.jit
+def put_out(
+    q, ln_weight, ln_bias, p_u, out, stride_qt, H, t0, bos, eos, i_c,
+    D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """``O = Q + LN(U)``, ``ROWS`` tokens at a time."""
+    o_d = lanes(BD, i_c, 6)
+    m_d = inside(o_d, D, BD)
+    b_weight = tl.load(ln_weight + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
+    b_bias = tl.load(ln_bias + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
+    for i in tl.range(0, C // ROWS, disable_licm=True):
+        o_r = i * ROWS + lanes(ROWS, i_c, 6)
+        m_rd = of_chunk(t0 + o_r, bos, eos, PART)[:, None] & m_d[None, :]
+        b_x, _ = normalised(tl.load(p_u + o_r[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
+        b_q = tl.load(q + o_r[:, None] * stride_qt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [ROWS, BD]
+        store(out + o_r[:, None] * (H * D) + o_d[None, :], b_q + b_x * b_weight + b_bias, m_rd)
+
+
+@triton.jit
+def write(
+    k, lr, decays, memory, predicting, p_z, p_gu, stride_kt, ROW, row, H, t0, bos, eos, i_c,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Both matrices at the chunk's end, in place."""
+    o_c, o_d = lanes(C, i_c, 7), lanes(BD, i_c, 7)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    o_g = o_c * H
+    b_gu = tl.load(p_gu + o_c[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)  # [C, BD]
+    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_end = load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
+    gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
+    b_u_end = rounded(b_gu.to(tl.float32) * b_end[:, None], DTYPE)
+    for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
+        o_h = i * BH + lanes(BH, i_c, 7)
+        m_h = inside(o_h, Hd, BH)
+        o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
+        b_z = tl.load(p_z + o_c[None, :] * Hd + o_h[:, None], mask=m_h[:, None], other=0.0).to(tl.float32)  # [BH, C]
+        b_s1 = tl.load(memory + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
+        b_w2 = tl.load(memory + Hd * D + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
+        b_back = b_s1
+        if PART == HEAD:
+            b_back = tl.load(predicting + o_hd, mask=m_hd, other=0.0)
+        b_gz = dot(rounded(b_back, DTYPE), tl.trans(b_gu)) * gelu_slope(b_z) * b_end[None, :]  # [BH, C]
+        tl.store(memory + o_hd, b_s1 * gamma - dot(rounded(gelu(b_z), DTYPE), b_u_end), mask=m_hd)
+        tl.store(memory + Hd * D + o_hd, b_w2 * gamma - dot(rounded(b_gz, DTYPE), b_k), mask=m_hd)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_chain(
     q, k, v, lr, decays, delta, ln_weight, ln_bias,
     memory, opened, position,
-    hidden, updates, scores, checkpoints, states, sums, out,
+    hidden, updates, pairs, scores, checkpoints, states, sums, out,
     cu_seqlens, first_segment,
     T, H, ROW, SEGMENTS, EVERY, FIRST, GROUP,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -69,7 +238,6 @@ def mlp_chain(
     A segment (``PART == SEGMENT``) keeps of every chunk what the backward reads: ``states`` before it, Z in ``hidden``, Gu in
     ``updates``, U in ``sums``. Otherwise ``hidden`` and ``updates`` hold one chunk, and ``out`` is written.
     """
-    NH: tl.constexpr = (Hd + BH - 1) // BH
     SIZE: tl.constexpr = Hd * D
     i_s = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -79,14 +247,11 @@ def mlp_chain(
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, C, PART)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
-
-    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
-    m_d = inside(o_d, D, BD)
-    o_g, o_cd, o_cc = o_c * H, o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
-    o_td = o_g[:, None] * D + o_d[None, :]
     q += i_b * stride_qb + i_h * stride_qh
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
+    ln_weight += i_h * D
+    ln_bias += i_h * D
     memory += (i_s * H + i_h) * 2 * SIZE
     predicting = memory
     if PART == HEAD:  # a chunk that was open before takes its gradients at its own start
@@ -94,111 +259,37 @@ def mlp_chain(
 
     for i_c in tl.range(first, last, disable_licm=True):
         t0 = origin + i_c * C
-        m_t = t0 + o_c < eos
-        if PART == HEAD:
-            m_t = m_t & (t0 + o_c >= bos)
         row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
-        m_td = m_t[:, None] & m_d[None, :]
+        p_q, p_k, p_v = q + t0 * stride_qt, k + t0 * stride_kt, v + t0 * stride_vt
         place = i_s
         if PART == SEGMENT:
             place = i_s * EVERY + i_c - first
         place = place * H + i_h
-        p_z, p_gu = hidden + place * C * Hd, updates + place * C * D
-        b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-
-        if out is not None:
-            b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-            store(scores + place * C * C + o_cc, decayed_scores(b_q, b_k, decays, ROW, row, H, o_c, m_t), None)  # [t, s]
-
-        # predict
-        b_u = tl.zeros((C, BD), tl.float32)
-        for i in tl.range(0, NH, disable_licm=True):
-            o_h = i * BH + tl.arange(0, BH)
-            m_h = inside(o_h, Hd, BH)
-            o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-            b_s1 = tl.load(predicting + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
-            b_w2 = tl.load(predicting + SIZE + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
-            b_z = dot(b_k, tl.trans(rounded(b_w2, DTYPE)))  # [C, BH]
-            store(p_z + o_c[:, None] * Hd + o_h[None, :], b_z, m_h[None, :])
-            b_u += dot(rounded(gelu(b_z), DTYPE), rounded(b_s1, DTYPE))
-            if checkpoints is not None:
-                kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * 2 * SIZE
-                tl.store(kept + o_hd, b_s1, mask=only_if(i_c % EVERY == 0, m_hd))
-                tl.store(kept + SIZE + o_hd, b_w2, mask=only_if(i_c % EVERY == 0, m_hd))
-            if PART == SEGMENT:
-                store(states + place * 2 * SIZE + o_hd, b_s1, m_hd)
-                store(states + place * 2 * SIZE + SIZE + o_hd, b_w2, m_hd)
-
-        # the inner gradient
-        b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
-        b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
-        b_x, b_inverse = normalised(b_u, m_d, D, EPS)
-        b_e = -tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_d[None, :], mask=m_td, other=0.0).to(tl.float32)
-        if READS:
-            b_e = tl.where(m_td, b_e + b_k.to(tl.float32) + b_x * b_weight + b_bias, 0.0)  # [C, BD]
-        b_square = 0.0
-        if COUPLED:
-            b_square = tl.sum(b_e * b_e, 1)[:, None]  # [C, 1]
-        b_delta = load_delta(delta, row, o_g, o_td, m_t, m_td, D, DELTA)
-        b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
-        store(p_gu + o_cd, layer_norm_vjp(b_x, b_inverse, b_psi * b_weight, m_d, D), m_d[None, :])
+        p_z, p_gu, p_u, p_w = hidden + place * C * Hd, updates + place * C * D, sums + place * C * D, None
         if PART == SEGMENT:
-            tl.store(sums + place * C * D + o_cd, b_u, mask=m_d[None, :])
-        tl.debug_barrier()
-
-        # read
+            p_w = states + place * 2 * SIZE
+        if checkpoints is not None:
+            if i_c % EVERY == 0:
+                keep(memory, checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * 2 * SIZE, i_c, D, Hd, BD, BH)
         if out is not None:
-            b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
-            b_lr = load_gate(lr, row, o_g, m_t)  # [C]
-            b_gamma = load_gamma(decays, row, o_g, m_t, C)  # [C]
-            b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-            b_p = tl.load(scores + place * C * C + o_cc)  # [t, s]
-            b_uq = tl.zeros((C, BD), tl.float32)
-            b_scores = tl.zeros((C, C), tl.float32)  # Aq A'
-            for i in tl.range(0, NH, disable_licm=True):
-                o_h = i * BH + tl.arange(0, BH)
-                m_h = inside(o_h, Hd, BH)
-                o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-                b_z = tl.load(p_z + o_c[:, None] * Hd + o_h[None, :], mask=m_h[None, :], other=0.0).to(tl.float32)  # [C, BH]
-                b_back = rounded(tl.load(predicting + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
-                b_gz = rounded(dot(b_gu, tl.trans(b_back)) * gelu_slope(b_z) * b_lr[:, None], DTYPE)  # [C, BH]
-                b_w2 = rounded(tl.load(memory + SIZE + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
-                b_zq = dot(b_q, tl.trans(b_w2)) * b_gamma[:, None] - dot(b_p, b_gz)
-                b_aq = rounded(gelu(b_zq), DTYPE)
-                if PART == HEAD:
-                    b_back = rounded(tl.load(memory + o_hd, mask=m_hd, other=0.0), DTYPE)
-                b_uq += dot(b_aq, b_back)
-                b_scores += dot(b_aq, tl.trans(rounded(gelu(b_z), DTYPE)))
+            p_pairs, p_scores = pairs + place * C * C, scores + place * C * C
+            weigh(p_q, p_k, decays, p_pairs, p_scores, stride_qt, stride_kt, ROW, row, H, t0, bos, eos, i_c, D, C, BD, PART)
+        predict(p_k, predicting, p_z, p_u, p_w, stride_kt, t0, bos, eos, i_c, D, Hd, C, BD, BH, DTYPE, PART)
+        tl.debug_barrier()
+        inner_gradient(
+            p_k, p_v, delta, ln_weight, ln_bias, p_u, p_gu, stride_kt, stride_vt, row, H, t0, bos, eos, i_c,
+            D, C, BD, EPS, PART, BIAS, P0, P1, P2, READS, COUPLED, DELTA,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if out is not None:
+            read(
+                p_q, lr, decays, memory, predicting, p_z, p_gu, p_pairs, p_scores, p_u, stride_qt, row, H, t0, bos, eos, i_c,
+                D, Hd, C, BD, BH, DTYPE, PART,
+            )  # fmt: skip
             tl.debug_barrier()
-            b_scores *= pair_decay(decays, ROW, row, H, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
-            b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
-            b_uq = b_uq * b_gamma[:, None] - dot(rounded(b_scores, DTYPE), rounded(b_gu.to(tl.float32) * b_lr[:, None], DTYPE))
-            b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
-            b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
-            b_xq, _ = normalised(b_uq, m_d, D, EPS)
-            b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-            store(out + row * D + o_td, b_q.to(tl.float32) + b_xq * b_weight + b_bias, m_td)
+            put_out(p_q, ln_weight, ln_bias, p_u, out + row * D, stride_qt, H, t0, bos, eos, i_c, D, C, BD, EPS, PART)
             tl.debug_barrier()
-
-        # write
-        b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
-        b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-        b_end = load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
-        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
-        b_u_end = rounded(b_gu.to(tl.float32) * b_end[:, None], DTYPE)
-        for i in tl.range(0, NH, disable_licm=True):
-            o_h = i * BH + tl.arange(0, BH)
-            m_h = inside(o_h, Hd, BH)
-            o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-            b_z = tl.load(p_z + o_c[None, :] * Hd + o_h[:, None], mask=m_h[:, None], other=0.0).to(tl.float32)  # [BH, C]
-            b_s1 = tl.load(memory + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
-            b_w2 = tl.load(memory + SIZE + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
-            b_back = b_s1
-            if PART == HEAD:
-                b_back = tl.load(predicting + o_hd, mask=m_hd, other=0.0)
-            b_gz = dot(rounded(b_back, DTYPE), tl.trans(b_gu)) * gelu_slope(b_z) * b_end[None, :]  # [BH, C]
-            tl.store(memory + o_hd, b_s1 * gamma - dot(rounded(gelu(b_z), DTYPE), b_u_end), mask=m_hd)
-            tl.store(memory + SIZE + o_hd, b_w2 * gamma - dot(rounded(b_gz, DTYPE), b_k), mask=m_hd)
+        write(p_k, lr, decays, memory, predicting, p_z, p_gu, stride_kt, ROW, row, H, t0, bos, eos, i_c, D, Hd, C, BD, BH, DTYPE, PART)
         tl.debug_barrier()
 
 
@@ -223,9 +314,10 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
     def walk(part: int) -> None:
         opened = together(p.call.state.open_chunk.start) if part == HEAD.value else None
         hidden, updates, scores = (p.empty(p.sequences, p.heads, p.chunk_size, d) for d in (p.hidden, p.value_dim, p.chunk_size))
+        sums, pairs = (p.empty(p.sequences, p.heads, p.chunk_size, d, dtype=torch.float32) for d in (p.value_dim, p.chunk_size))
         _launch_chain(
-            p, p.sequences, part, decays=decays, memory=memory, opened=opened, hidden=hidden, updates=updates, scores=scores,
-            checkpoints=checkpoints, states=None, sums=None, out=out,
+            p, p.sequences, part, decays=decays, memory=memory, opened=opened, hidden=hidden, updates=updates, pairs=pairs, scores=scores,
+            checkpoints=checkpoints, states=None, sums=sums, out=out,
             first_segment=segments.first, SEGMENTS=segments.per_sequence, EVERY=max(every, 1), FIRST=0, GROUP=1,
         )  # fmt: skip
 
@@ -252,7 +344,7 @@ def recompute(p: Problem, decays: Tensor | None, checkpoints: Tensor, every: int
         p.empty(chunks, p.heads, c, p.value_dim, dtype=torch.float32),
     )  # fmt: skip
     _launch_chain(
-        p, p.sequences * count, SEGMENT.value, decays=decays, memory=memory, opened=None, **group._asdict(), scores=None, checkpoints=None,
+        p, p.sequences * count, SEGMENT.value, decays=decays, memory=memory, opened=None, **group._asdict(), pairs=None, scores=None, checkpoints=None,
         out=None,        first_segment=segments.first, SEGMENTS=segments.per_sequence, EVERY=every, FIRST=first, GROUP=count,
     )  # fmt: skip
     return group
