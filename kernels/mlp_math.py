@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import HEAD, dot, pair_decay
+from .tiles import HEAD
 
 TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
@@ -74,18 +74,6 @@ def normalised(u, m_d, D: tl.constexpr, EPS: tl.constexpr):
 def layer_norm_vjp(x, inverse, grad, m_d, D: tl.constexpr):
     """Gradient in the input of LayerNorm (without its affine part) for a gradient of its output ``x``. Linear and symmetric in ``grad``."""
     return tl.where(m_d[None, :], inverse * (grad - row_mean(grad, D) - x * row_mean(grad * x, D)), 0.0)
-
-
-@triton.jit
-def decayed_scores(b_later, b_earlier, decays, ROW, row, H, o_c, m_t):
-    """``L o (X Y')  [t, s]`` of a chunk's later (t) and earlier (s) tokens."""
-    return dot(b_later, tl.trans(b_earlier)) * pair_decay(decays, ROW, row, H, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
-
-
-@triton.jit
-def decayed_scores_transposed(b_later, b_earlier, decays, ROW, row, H, o_c, m_t):
-    """The same as ``[s, t]``."""
-    return dot(b_earlier, tl.trans(b_later)) * pair_decay(decays, ROW, row, H, o_c[None, :], o_c[:, None], m_t[None, :], m_t[:, None])
 
 
 @triton.jit
