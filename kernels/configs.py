@@ -196,7 +196,7 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "channel_pre": ((Config(32, 32, 4, 1, 255), _always),),
     "channel_decay_grad": ((Config(32, 32, 4, 1, 255), _always),),
     "mlp_chain": (
-        (Config(0, 16, 2, 1, 255), lambda key: key.chunk_size == 16),
+        (Config(0, 16, 4, 1, 255), lambda key: key.chunk_size == 16),
         (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),
     ),
     "mlp_readout": ((Config(0, 32, 8, 1, 255), lambda key: key.itemsize == 2 and key.padded_v <= 64), (Config(0, 16, 8, 1, 255), _always)),

@@ -3,10 +3,31 @@
 import triton
 import triton.language as tl
 
-from .tiles import dot, pair_decay
+from .tiles import HEAD
 
 TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
+#: tokens that go through LayerNorm at once
+ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def lanes(N: tl.constexpr, i_c, STAGE: tl.constexpr):
+    """``0 ... N - 1`` of chunk ``i_c``, for one stage of what is done to it.
+
+    It adds a zero that the compiler cannot know to be one (``i_c`` is below 2^22), another for every stage. Otherwise offsets, addresses
+    and masks that two stages or two chunks have in common are kept from one to the other, and registers spill.
+    """
+    return tl.arange(0, N) + (i_c >> (30 - STAGE)) * 1024
+
+
+@triton.jit
+def of_chunk(o_t, bos, eos, PART: tl.constexpr):
+    """Which tokens belong to the sequence; a chunk that was open before has some that do not."""
+    if PART == HEAD:
+        return (o_t < eos) & (o_t >= bos)
+    else:
+        return o_t < eos
 
 
 @triton.jit
@@ -53,20 +74,6 @@ def normalised(u, m_d, D: tl.constexpr, EPS: tl.constexpr):
 def layer_norm_vjp(x, inverse, grad, m_d, D: tl.constexpr):
     """Gradient in the input of LayerNorm (without its affine part) for a gradient of its output ``x``. Linear and symmetric in ``grad``."""
     return tl.where(m_d[None, :], inverse * (grad - row_mean(grad, D) - x * row_mean(grad * x, D)), 0.0)
-
-
-@triton.jit
-def decayed_scores(b_later, b_earlier, decays, pairs, ROW, row, H, C: tl.constexpr, o_c, m_t):
-    """``L o (X Y')  [t, s]`` of a chunk's later (t) and earlier (s) tokens."""
-    b_decay = pair_decay(decays, pairs, ROW, row, H, C, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
-    return dot(b_later, tl.trans(b_earlier)) * b_decay
-
-
-@triton.jit
-def decayed_scores_transposed(b_later, b_earlier, decays, pairs, ROW, row, H, C: tl.constexpr, o_c, m_t):
-    """The same as ``[s, t]``."""
-    b_decay = pair_decay(decays, pairs, ROW, row, H, C, o_c[None, :], o_c[:, None], m_t[None, :], m_t[:, None])
-    return dot(b_earlier, tl.trans(b_later)) * b_decay
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .dispatch import kept_states_like
 from .reference.inputs import Call
-from .retention import L2Retention
 
 __all__ = ["TritonBackend"]
 
@@ -40,10 +39,6 @@ class TritonBackend:
         if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         linear = call.memory == "linear"
-        if not linear and not isinstance(call.retention, L2Retention):
-            return f"its MLP memory has L2Retention only, so far, got {call.retention}"
-        if not linear and call.momentum is not None:
-            return "its MLP memory has no momentum, so far"
         heads = max(call.q.shape[-1], call.v.shape[-1])
         limit, sizes = (configs.MAX_HEAD, configs.CHUNK_SIZES) if linear else (configs.MAX_MLP_HEAD, configs.MLP_CHUNK_SIZES)
         if heads > limit:
