@@ -7,6 +7,7 @@ ordered list of backends, fastest first, and ``"auto"`` takes the first that can
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -44,6 +45,25 @@ class Backend(Protocol):
         """Gradients by argument name, ``state`` for the initial matrices: a list in the order of :meth:`MemoryState.matrices`, like
         ``grad_state``, the gradients of the final ones, which may be empty: zero.
         """
+
+
+def stepper(backend: str, call: Call) -> Callable:
+    """Who reads a few tokens in place: ``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``, see :mod:`miras_kernels.decode`.
+
+    Raises:
+        ValueError: a named backend that cannot.
+    """
+    for name in candidates(call.q.device) if backend == "auto" else (backend,):
+        reason = _refusal(name, call, False) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
+        if reason is None:
+            return BACKENDS[name].stepper(call)
+        if backend != "auto":
+            raise ValueError(f"backend: {backend!r} cannot decode this: {reason}")
+    raise AssertionError("the reference decodes everything")
+
+
+def _no_steps(call: Call) -> str:
+    return "it has no kernels for single tokens"
 
 
 def kept_states_like(call: Call, every: int) -> list[Tensor]:
