@@ -50,11 +50,14 @@ class Backend(Protocol):
 def stepper(backend: str, call: Call) -> Callable:
     """Who reads a few tokens in place: ``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``, see :mod:`miras_kernels.decode`.
 
+    Where it has a method ``bind(buffers)``, that returns a faster ``step(q, k, v, lr, log_decay, delta, momentum, out)`` for these buffers,
+    which looks at its arguments itself: it returns the output, or None, having done nothing, where they are not like the call's.
+
     Raises:
         ValueError: a named backend that cannot.
     """
     for name in candidates(call.q.device) if backend == "auto" else (backend,):
-        reason = _refusal(name, call, False) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
+        reason = _unusable(name, call) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
         if reason is None:
             return BACKENDS[name].stepper(call)
         if backend != "auto":
@@ -110,10 +113,15 @@ def unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable()
 
 
-def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
+def _unusable(name: str, call: Call) -> str | None:
     reason = unavailable(name)
     if reason is None and not BACKENDS[name].runs_on(call.q.device):
         reason = f"it does not run on {call.q.device.type} tensors"
+    return reason
+
+
+def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
+    reason = _unusable(name, call)
     return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
 
 
