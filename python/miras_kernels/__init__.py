@@ -2,6 +2,7 @@
 
 from . import biases, retention
 from .biases import L1, L2, DotProduct, Huber, Lp, RobustL2
+from .decode import Decoder
 from .memory import explain, linear_memory, mlp_memory
 from .options import options, override
 from .retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "L1",
     "L2",
+    "Decoder",
     "DotProduct",
     "ElasticNetRetention",
     "Huber",

@@ -7,6 +7,7 @@ ordered list of backends, fastest first, and ``"auto"`` takes the first that can
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -44,6 +45,28 @@ class Backend(Protocol):
         """Gradients by argument name, ``state`` for the initial matrices: a list in the order of :meth:`MemoryState.matrices`, like
         ``grad_state``, the gradients of the final ones, which may be empty: zero.
         """
+
+
+def stepper(backend: str, call: Call) -> Callable:
+    """Who reads a few tokens in place: ``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``, see :mod:`miras_kernels.decode`.
+
+    Where it has a method ``bind(buffers)``, that returns a faster ``step(q, k, v, lr, log_decay, delta, momentum, out)`` for these buffers,
+    which looks at its arguments itself: it returns the output, or None, having done nothing, where they are not like the call's.
+
+    Raises:
+        ValueError: a named backend that cannot.
+    """
+    for name in candidates(call.q.device) if backend == "auto" else (backend,):
+        reason = _unusable(name, call) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
+        if reason is None:
+            return BACKENDS[name].stepper(call)
+        if backend != "auto":
+            raise ValueError(f"backend: {backend!r} cannot decode this: {reason}")
+    raise AssertionError("the reference decodes everything")
+
+
+def _no_steps(call: Call) -> str:
+    return "it has no kernels for single tokens"
 
 
 def kept_states_like(call: Call, every: int) -> list[Tensor]:
@@ -90,10 +113,15 @@ def unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable()
 
 
-def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
+def _unusable(name: str, call: Call) -> str | None:
     reason = unavailable(name)
     if reason is None and not BACKENDS[name].runs_on(call.q.device):
         reason = f"it does not run on {call.q.device.type} tensors"
+    return reason
+
+
+def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
+    reason = _unusable(name, call)
     return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
 
 

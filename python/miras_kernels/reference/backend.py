@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import derived
+from . import derived, step
 from .inputs import Call
 
 
@@ -47,6 +49,12 @@ class ReferenceBackend:
         grads = {name: x.contiguous() for name, x in grads.items()}
         grads["state"] = [grads.pop("dual")]
         return grads
+
+    def refuses_steps(self, call: Call) -> None:
+        return None
+
+    def stepper(self, call: Call) -> Callable:
+        return step.stepper(call)
 
 
 def _widen(call: Call) -> Call:
