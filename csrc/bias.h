@@ -18,7 +18,7 @@
 
 namespace miras {
 
-template <class F> struct Math;  // abs, sqrt, min, max, copysign, tanh, tanh_sech2, pow: cpu/math.h, cuda/math.h
+template <class F> struct Math;  // abs, sqrt, min, max, copysign, tanh, sech2, pow, exp_nonpositive: cpu/math.h, cuda/math.h
 
 struct Elementwise {
   static constexpr bool kPredicts = true;      // psi needs the prediction K W'

@@ -12,10 +12,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bias.h"
 #include "cpu/capability.h"
+#include "retention.h"
 
 namespace miras {
 namespace {
@@ -61,41 +63,51 @@ bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) { return x
 Tensor new_float(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat)); }
 Tensor new_like(at::IntArrayRef shape, const Tensor& x) { return at::empty(shape, x.options()); }
 
+// A row of the table of biases or retention gates: its tag and parameters.
+using Code = std::pair<int64_t, std::vector<double>>;
+
+template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&params)[kParams], const Code& code) {
+  require(code.first >= 0 && code.first < kCount, "unknown tag of a bias or a retention gate");
+  require(code.second.size() <= size_t(kParams), "too many parameters of a bias or a retention gate");
+  tag = Tag(code.first);
+  std::copy(code.second.begin(), code.second.end(), params);
+}
+
+// float32 [B, T, H], or [B, T, H, Dv] if `per_channel` is given, which then says so; absent gates have no data
+TokenTensor gate(const MemoryParams& p, const OptionalTensor& x, int64_t dv, bool* per_channel, const char* what) {
+  if (!x) return {};
+  const bool channels = per_channel && x->dim() == 4;
+  require(is_float(*x) && (channels ? has_shape(*x, {p.B, p.T, p.H, dv}) : has_shape(*x, {p.B, p.T, p.H})), what);
+  if (per_channel) *per_channel = channels;
+  return tokens(*x);
+}
+
 // What all kernels share. q, k, v already have their channels together.
 void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
-                 const OptionalTensor& log_decay, const OptionalTensor& delta, const OptionalTensor& cu_seqlens, int64_t bias_tag,
-                 const std::vector<double>& bias_params, int64_t chunk_size, int64_t checkpoint_every) {
+                 const OptionalTensor& log_decay, const OptionalTensor& delta, const OptionalTensor& momentum,
+                 const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size,
+                 int64_t checkpoint_every) {
   require(q.dim() == 4 && v.dim() == 4, "q and v must have four dimensions");
   p.B = q.size(0), p.T = q.size(1), p.H = q.size(2);
   p.N = cu_seqlens ? cu_seqlens->size(0) - 1 : p.B;
   p.C = int(chunk_size);
   require(chunk_size >= 1 && chunk_size <= 256, "chunk_size must be in 1..256");
-  require(k.sizes() == q.sizes() && has_shape(v, {p.B, p.T, p.H, v.size(3)}), "k or v does not fit q");
+  const int64_t dv = v.size(3);
+  require(k.sizes() == q.sizes() && has_shape(v, {p.B, p.T, p.H, dv}), "k or v does not fit q");
   require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k, v must have one dtype");
   require(q.device().is_cpu() && k.device().is_cpu() && v.device().is_cpu(), "q, k, v must be on the CPU");
   p.dtype = dtype_of(q);
   p.q = tokens(q), p.k = tokens(k), p.v = tokens(v);
 
-  require(is_float(lr) && has_shape(lr, {p.B, p.T, p.H}), "lr must be float32 [B, T, H]");
-  p.lr = tokens(lr);
-  if (log_decay) {
-    require(is_float(*log_decay) && has_shape(*log_decay, {p.B, p.T, p.H}), "log_decay must be float32 [B, T, H]");
-    p.log_decay = tokens(*log_decay);
-  }
+  p.lr = gate(p, lr, dv, &p.lr_per_channel, "lr must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.log_decay = gate(p, log_decay, dv, &p.decay_per_channel, "log_decay must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.delta = gate(p, delta, dv, &p.delta_per_channel, "delta must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.momentum = gate(p, momentum, dv, nullptr, "momentum must be float32 [B, T, H]");
 
-  require(bias_tag >= 0 && bias_tag < kBiasCount, "unknown bias tag");
-  p.bias = BiasTag(bias_tag);
-  require(bias_params.size() <= size_t(kBiasParams), "too many bias parameters");
-  std::copy(bias_params.begin(), bias_params.end(), p.bias_params);
+  fill_code<BiasTag, kBiasCount>(p.bias, p.bias_params, bias);
+  fill_code<RetentionTag, kRetentionCount>(p.retention, p.retention_params, retention);
   require(bias_traits(p.bias).uses_delta == delta.has_value(), "delta given to a bias without one, or missing");
-  if (delta) {
-    p.delta_per_channel = delta->dim() == 4;
-    require(is_float(*delta) && (p.delta_per_channel ? has_shape(*delta, {p.B, p.T, p.H, v.size(3)})
-                                                     : has_shape(*delta, {p.B, p.T, p.H})),
-            "delta must be float32 [B, T, H] or [B, T, H, Dv]");
-    require(!p.delta_per_channel || !bias_traits(p.bias).couples_row, "delta per channel needs a coordinate-wise bias");
-    p.delta = tokens(*delta);
-  }
+  require(!p.delta_per_channel || !bias_traits(p.bias).couples_row, "delta per channel needs a coordinate-wise bias");
 
   if (cu_seqlens) {
     require(p.B == 1 && cu_seqlens->scalar_type() == at::kLong && cu_seqlens->is_contiguous(), "bad cu_seqlens");
@@ -122,24 +134,64 @@ const int64_t* positions(const MemoryParams& p, const Tensor& position) {
   return at;
 }
 
-Tensor open_decays(const MemoryParams& p, const Tensor& open_log_decay) {
-  require(is_float(open_log_decay) && has_shape(open_log_decay, {p.N, p.H}), "open_log_decay must be float32 [N, H]");
+using Shape = std::vector<int64_t>;
+
+// [N, H], or [N, H, Dv] where decays are channel-wise
+Shape open_decay_shape(const MemoryParams& p, int64_t dv) {
+  return p.decay_per_channel ? Shape{p.N, p.H, dv} : Shape{p.N, p.H};
+}
+Tensor open_decays(const MemoryParams& p, const Tensor& open_log_decay, int64_t dv) {
+  require(is_float(open_log_decay) && open_log_decay.sizes() == at::IntArrayRef(open_decay_shape(p, dv)),
+          "open_log_decay must be float32 [N, H], or [N, H, Dv] if log_decay has channels");
   return open_log_decay.contiguous();
 }
 
+// S slots of chunk starts, a matrix or several each; empty without checkpoints
+Tensor new_saved(const MemoryParams& p, int64_t matrices, int64_t rows, int64_t cols) {
+  if (p.checkpoint_every == 0) return new_float({0});
+  const Tensor saved = matrices == 1 ? new_float({p.slots(), p.H, rows, cols}) : new_float({p.slots(), p.H, matrices, rows, cols});
+  if (p.cu_seqlens) saved.zero_();  // packed sequences need not fill all slots
+  return saved;
+}
+float* checked_saved(const MemoryParams& p, const Tensor& saved, int64_t matrices, int64_t rows, int64_t cols) {
+  require(p.checkpoint_every > 0, "the backward needs saved states");
+  require(is_float(saved) && saved.is_contiguous() &&
+              (matrices == 1 ? has_shape(saved, {p.slots(), p.H, rows, cols})
+                             : has_shape(saved, {p.slots(), p.H, matrices, rows, cols})), "bad saved states");
+  return saved.data_ptr<float>();
+}
+
+template <class Params> void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
+  at::parallel_for(0, p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
+}
+
+// ---- linear memory ----
+
+StateTensor states(const LinearParams& p, const Tensor& x, const char* what) {
+  require(is_float(x) && has_shape(x, {p.N, p.H, p.Dv, p.Dk}), what);
+  return states(x);
+}
+Tensor new_states(StateTensor& to, const LinearParams& p) {
+  const Tensor fresh = new_float({p.N, p.H, p.Dv, p.Dk});
+  to = states(fresh);
+  return fresh;
+}
+
 void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
-          const OptionalTensor& delta, const Tensor& dual, const OptionalTensor& cu_seqlens, int64_t bias_tag,
-          const std::vector<double>& bias_params, int64_t chunk_size, int64_t checkpoint_every) {
-  fill_tokens(p, q, k, v, lr, log_decay, delta, cu_seqlens, bias_tag, bias_params, chunk_size, checkpoint_every);
+          const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
+          const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
+  fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
   p.Dk = int(q.size(3)), p.Dv = int(v.size(3));
   require(p.Dk >= 1 && p.Dk <= 256 && p.Dv >= 1 && p.Dv <= 256, "Dk and Dv must be in 1..256");
-  require(is_float(dual) && has_shape(dual, {p.N, p.H, p.Dv, p.Dk}), "dual must be float32 [N, H, Dv, Dk]");
-  p.dual = states(dual);
+  p.dual = states(p, dual, "dual must be float32 [N, H, Dv, Dk]");
+  require(carried.has_value() == momentum.has_value(), "momentum and the carried momentum come together");
+  if (carried) p.carried = states(p, *carried, "carried must be float32 [N, H, Dv, Dk]");
 
-  // Fewer heads than threads: share out value rows as well, in panels of at least 32.
+  // Fewer heads than threads: share out value rows as well, in panels of at least 32, where nothing couples them.
   const int64_t heads = p.N * p.H, threads = at::get_num_threads();
   p.panels = 1, p.panel_width = p.Dv;
-  if (heads > 0 && heads < threads && !bias_traits(p.bias).couples_row) {
+  const bool coupled = bias_traits(p.bias).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
+  if (heads > 0 && heads < threads && !coupled) {
     const int wanted = int(std::min<int64_t>((threads + heads - 1) / heads, p.Dv / 32));
     if (wanted > 1) {
       p.panel_width = ((p.Dv + wanted - 1) / wanted + 15) / 16 * 16;
@@ -148,89 +200,48 @@ void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   }
 }
 
-using Pair = std::array<Tensor, 2>;
-
-// W1 [N, H, D, Hd] and W2 [N, H, Hd, D]
-void fill_states(StateTensor (&to)[2], const MlpParams& p, const Pair& from, const char* what) {
-  require(is_float(from[0]) && has_shape(from[0], {p.N, p.H, p.D, p.Hd}) && is_float(from[1]) &&
-              has_shape(from[1], {p.N, p.H, p.Hd, p.D}), what);
-  to[0] = states(from[0]), to[1] = states(from[1]);
-}
-Pair new_states(StateTensor (&to)[2], const MlpParams& p) {
-  const Pair fresh = {new_float({p.N, p.H, p.D, p.Hd}), new_float({p.N, p.H, p.Hd, p.D})};
-  to[0] = states(fresh[0]), to[1] = states(fresh[1]);
-  return fresh;
-}
-
-// ln_weight and ln_bias are contiguous already.
-void fill(MlpParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
-          const OptionalTensor& delta, const Tensor& ln_weight, const Tensor& ln_bias, double ln_eps, const Pair& dual,
-          const OptionalTensor& cu_seqlens, int64_t bias_tag, const std::vector<double>& bias_params, int64_t chunk_size,
-          int64_t checkpoint_every) {
-  fill_tokens(p, q, k, v, lr, log_decay, delta, cu_seqlens, bias_tag, bias_params, chunk_size, checkpoint_every);
-  require(!p.delta_per_channel, "delta must be [B, T, H]");
-  require(v.sizes() == q.sizes(), "v must be like q");
-  require(dual[0].dim() == 4, "W1 must have four dimensions");
-  p.D = int(q.size(3)), p.Hd = int(std::min<int64_t>(dual[0].size(3), 1 << 20));
-  require(p.D >= 1 && p.D <= 256 && p.Hd >= 1 && p.Hd <= 1024, "D must be in 1..256 and Hd in 1..1024");
-  fill_states(p.dual, p, dual, "the duals must be float32 [N, H, D, Hd] and [N, H, Hd, D]");
-  for (const Tensor* x : {&ln_weight, &ln_bias})
-    require(is_float(*x) && has_shape(*x, {p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
-  p.ln_weight = ln_weight.const_data_ptr<float>(), p.ln_bias = ln_bias.const_data_ptr<float>();
-  p.ln_eps = float(ln_eps);
-}
-
-template <class Params> void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
-  at::parallel_for(0, p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
-}
-
-// ---- linear memory: forward ----
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
+// (out, final dual, final carried, final start, final open log_decay, saved), empty where there is none
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const Tensor& dual, const OptionalTensor& start, const OptionalTensor& position,
-    const OptionalTensor& open_log_decay, const OptionalTensor& cu_seqlens, int64_t bias_tag,
-    const std::vector<double>& bias_params, int64_t chunk_size, int64_t checkpoint_every, bool output_final_state) {
+    const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
+    const OptionalTensor& start, const OptionalTensor& position, const OptionalTensor& open_log_decay,
+    const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size, int64_t checkpoint_every,
+    bool output_final_state) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   LinearForward p;
-  fill(p, q, k, v, lr, log_decay, delta, dual, cu_seqlens, bias_tag, bias_params, chunk_size, checkpoint_every);
+  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
 
   Tensor open;
   require(start.has_value() == position.has_value(), "start and position come together");
   if (start) {
-    require(is_float(*start) && has_shape(*start, {p.N, p.H, p.Dv, p.Dk}), "start must be float32 [N, H, Dv, Dk]");
-    p.start = states(*start);
+    p.start = states(p, *start, "start must be float32 [N, H, Dv, Dk]");
     p.position = positions(p, *position);
     if (open_log_decay) {
-      open = open_decays(p, *open_log_decay);
+      open = open_decays(p, *open_log_decay, p.Dv);
       p.open_log_decay = open.const_data_ptr<float>();
     }
   }
 
   const Tensor out = new_like({p.B, p.T, p.H, p.Dv}, q);
   p.out = tokens(out);
-  Tensor final_dual = new_float({0}), final_start = new_float({0}), final_log_decay = new_float({0}), saved = new_float({0});
+  const Tensor nothing = new_float({0});
+  Tensor final_dual = nothing, final_carried = nothing, final_start = nothing, final_log_decay = nothing;
   if (output_final_state) {
-    final_dual = new_float({p.N, p.H, p.Dv, p.Dk}), final_start = new_float({p.N, p.H, p.Dv, p.Dk});
-    final_log_decay = new_float({p.N, p.H});
-    p.final_dual = states(final_dual), p.final_start = states(final_start);
+    final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
+    if (momentum) final_carried = new_states(p.final_carried, p);
+    final_log_decay = new_float(open_decay_shape(p, p.Dv));
     p.final_log_decay = final_log_decay.data_ptr<float>();
   }
-  if (checkpoint_every > 0) {
-    saved = new_float({p.slots(), p.H, p.Dk, p.Dv});
-    if (cu_seqlens) saved.zero_();  // packed sequences need not fill all slots
-    p.saved = saved.data_ptr<float>();
-  }
+  const Tensor saved = new_saved(p, momentum ? 2 : 1, p.Dk, p.Dv);
+  if (checkpoint_every > 0) p.saved = saved.data_ptr<float>();
 
   const auto kernel = cpu::kernels().linear_forward;
   {
     pybind11::gil_scoped_release nogil;
     run(kernel, p);
   }
-  return {out, final_dual, final_start, final_log_decay, saved};
+  return {out, final_dual, final_carried, final_start, final_log_decay, saved};
 }
-
-// ---- linear memory: backward ----
 
 // parts [panels, ...] float32 -> their sum, in order, in the dtype of q
 Tensor sum_parts(const Tensor& parts, at::ScalarType dtype) {
@@ -252,83 +263,111 @@ Tensor sum_parts(const Tensor& parts, at::ScalarType dtype) {
   return total;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, Tensor> linear_backward(
-    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const Tensor& dual, const OptionalTensor& cu_seqlens, const Tensor& saved,
-    const Tensor& grad_out_, const OptionalTensor& grad_final_dual, int64_t bias_tag,
-    const std::vector<double>& bias_params, int64_t chunk_size, int64_t checkpoint_every) {
+// The gradient of a gate of a linear memory: [1, B, T, H, Dv] where panels write their own channels, else a share [panels, B, T, H]
+// of every panel, to be summed.
+OptionalTensor gate_gradient(TokenTensor& to, const LinearParams& p, const TokenTensor& gate, bool per_channel) {
+  if (!gate) return {};
+  const Tensor parts = per_channel ? new_float({1, p.B, p.T, p.H, p.Dv}) : new_float({p.panels, p.B, p.T, p.H});
+  to = tokens(parts.select(0, 0));
+  return parts;
+}
+OptionalTensor sum_gate(const OptionalTensor& parts) {
+  return parts ? OptionalTensor(sum_parts(*parts, at::kFloat)) : OptionalTensor();
+}
+
+// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, d_dual, d_carried)
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, OptionalTensor>
+linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
+                const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
+                const OptionalTensor& cu_seqlens, const Tensor& saved, const Tensor& grad_out_,
+                const OptionalTensor& grad_final_dual, const OptionalTensor& grad_final_carried, const Code& bias,
+                const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   LinearBackward p;
-  fill(p, q, k, v, lr, log_decay, delta, dual, cu_seqlens, bias_tag, bias_params, chunk_size, checkpoint_every);
-
-  require(checkpoint_every > 0, "the backward needs saved states");
-  require(is_float(saved) && saved.is_contiguous() && has_shape(saved, {p.slots(), p.H, p.Dk, p.Dv}), "bad saved states");
-  p.saved = saved.data_ptr<float>();
+  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
+  p.saved = checked_saved(p, saved, momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
   require(grad_out_.sizes() == v.sizes() && grad_out_.scalar_type() == q.scalar_type() && grad_out_.device().is_cpu(),
           "grad_out must be like out");
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
-  if (grad_final_dual) {
-    require(is_float(*grad_final_dual) && grad_final_dual->sizes() == dual.sizes(), "grad_final_dual must be like the dual");
-    p.grad_final_dual = states(*grad_final_dual);
-  }
+  if (grad_final_dual) p.grad_final_dual = states(p, *grad_final_dual, "grad_final_dual must be like the dual");
+  require(!grad_final_carried || momentum, "a gradient of a momentum that there is not");
+  if (grad_final_carried) p.grad_final_carried = states(p, *grad_final_carried, "grad_final_carried must be like the dual");
 
   const auto key_dtype = p.panels > 1 ? at::kFloat : q.scalar_type();
   p.grad_dtype = p.panels > 1 ? Dtype::f32 : p.dtype;
-  const auto parts = [&](at::ScalarType dtype, std::vector<int64_t> shape) {
-    shape.insert(shape.begin(), p.panels);
-    return at::empty(shape, at::TensorOptions().dtype(dtype));
-  };
-  const auto first_part = [](const Tensor& x) { return tokens(x.select(0, 0)); };
-
-  const Tensor dq = parts(key_dtype, {p.B, p.T, p.H, p.Dk}), dk = parts(key_dtype, {p.B, p.T, p.H, p.Dk});
-  const Tensor dv = new_like({p.B, p.T, p.H, p.Dv}, q);
-  const Tensor dlr = parts(at::kFloat, {p.B, p.T, p.H});
-  const Tensor d_dual = new_float({p.N, p.H, p.Dv, p.Dk});
-  p.dq = first_part(dq), p.dk = first_part(dk), p.dv = tokens(dv), p.dlr = first_part(dlr), p.d_dual = states(d_dual);
+  const auto new_parts = [&] { return at::empty({p.panels, p.B, p.T, p.H, p.Dk}, at::TensorOptions().dtype(key_dtype)); };
+  const Tensor dq = new_parts(), dk = new_parts(), dv = new_like({p.B, p.T, p.H, p.Dv}, q);
+  p.dq = tokens(dq.select(0, 0)), p.dk = tokens(dk.select(0, 0)), p.dv = tokens(dv);
   p.key_part = p.B * p.T * p.H * p.Dk, p.gate_part = p.B * p.T * p.H;
-
-  Tensor dlog_decay, ddelta;
-  if (log_decay) {
-    dlog_decay = parts(at::kFloat, {p.B, p.T, p.H});
-    p.dlog_decay = first_part(dlog_decay);
-  }
-  if (delta && p.delta_per_channel) {
-    ddelta = new_float({p.B, p.T, p.H, p.Dv});
-    p.ddelta = tokens(ddelta);
-  } else if (delta) {
-    ddelta = parts(at::kFloat, {p.B, p.T, p.H});
-    p.ddelta = first_part(ddelta);
-  }
+  const OptionalTensor dlr = gate_gradient(p.dlr, p, p.lr, p.lr_per_channel);
+  const OptionalTensor dlog_decay = gate_gradient(p.dlog_decay, p, p.log_decay, p.decay_per_channel);
+  const OptionalTensor ddelta = gate_gradient(p.ddelta, p, p.delta, p.delta_per_channel);
+  const OptionalTensor dmomentum = gate_gradient(p.dmomentum, p, p.momentum, false);
+  const Tensor d_dual = new_states(p.d_dual, p);
+  OptionalTensor d_carried;
+  if (momentum) d_carried = new_states(p.d_carried, p);
 
   const auto kernel = cpu::kernels().linear_backward;
   {
     pybind11::gil_scoped_release nogil;
     run(kernel, p);
   }
-
-  OptionalTensor dlog_decay_sum, ddelta_sum;
-  if (log_decay) dlog_decay_sum = sum_parts(dlog_decay, at::kFloat);
-  if (delta) ddelta_sum = p.delta_per_channel ? ddelta : sum_parts(ddelta, at::kFloat);
-  return {sum_parts(dq, q.scalar_type()), sum_parts(dk, q.scalar_type()), dv, sum_parts(dlr, at::kFloat),
-          dlog_decay_sum, ddelta_sum, d_dual};
+  return {sum_parts(dq, q.scalar_type()), sum_parts(dk, q.scalar_type()), dv, sum_gate(dlr), sum_gate(dlog_decay),
+          sum_gate(ddelta), sum_gate(dmomentum), d_dual, d_carried};
 }
 
 // ---- MLP memory ----
 
-std::tuple<Tensor, Pair, Pair, Tensor, Tensor> mlp_forward(
+using Pair = std::array<Tensor, 2>;
+using OptionalPair = std::optional<Pair>;
+
+// W1 [N, H, D, Hd] and W2 [N, H, Hd, D]
+void fill_states(StateTensor (&to)[2], const MlpParams& p, const Pair& from, const char* what) {
+  require(is_float(from[0]) && has_shape(from[0], {p.N, p.H, p.D, p.Hd}) && is_float(from[1]) &&
+              has_shape(from[1], {p.N, p.H, p.Hd, p.D}), what);
+  to[0] = states(from[0]), to[1] = states(from[1]);
+}
+Pair new_states(StateTensor (&to)[2], const MlpParams& p) {
+  const Pair fresh = {new_float({p.N, p.H, p.D, p.Hd}), new_float({p.N, p.H, p.Hd, p.D})};
+  to[0] = states(fresh[0]), to[1] = states(fresh[1]);
+  return fresh;
+}
+
+// ln_weight and ln_bias are contiguous already.
+void fill(MlpParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
+          const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight, const Tensor& ln_bias, double ln_eps,
+          const Pair& dual, const OptionalPair& carried, const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention,
+          int64_t chunk_size, int64_t checkpoint_every) {
+  fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
+  require(!p.lr_per_channel && !p.decay_per_channel && !p.delta_per_channel, "an MLP memory's gates must be [B, T, H]");
+  require(v.sizes() == q.sizes(), "v must be like q");
+  require(dual[0].dim() == 4, "W1 must have four dimensions");
+  p.D = int(q.size(3)), p.Hd = int(std::min<int64_t>(dual[0].size(3), 1 << 20));
+  require(p.D >= 1 && p.D <= 256 && p.Hd >= 1 && p.Hd <= 1024, "D must be in 1..256 and Hd in 1..1024");
+  fill_states(p.dual, p, dual, "the duals must be float32 [N, H, D, Hd] and [N, H, Hd, D]");
+  require(carried.has_value() == momentum.has_value(), "momentum and the carried momenta come together");
+  if (carried) fill_states(p.carried, p, *carried, "the carried momenta must be like the duals");
+  for (const Tensor* x : {&ln_weight, &ln_bias})
+    require(is_float(*x) && has_shape(*x, {p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
+  p.ln_weight = ln_weight.const_data_ptr<float>(), p.ln_bias = ln_bias.const_data_ptr<float>();
+  p.ln_eps = float(ln_eps);
+}
+
+// As linear_forward
+std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const Tensor& ln_weight_, const Tensor& ln_bias_, double ln_eps, const Pair& dual,
-    const std::optional<Pair>& start, const OptionalTensor& position, const OptionalTensor& open_log_decay,
-    const OptionalTensor& cu_seqlens, int64_t bias_tag, const std::vector<double>& bias_params, int64_t chunk_size,
-    int64_t checkpoint_every, bool output_final_state) {
+    const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight_, const Tensor& ln_bias_, double ln_eps,
+    const Pair& dual, const OptionalPair& carried, const OptionalPair& start, const OptionalTensor& position,
+    const OptionalTensor& open_log_decay, const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention,
+    int64_t chunk_size, int64_t checkpoint_every, bool output_final_state) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   const Tensor ln_weight = ln_weight_.contiguous(), ln_bias = ln_bias_.contiguous();
   MlpForward p;
-  fill(p, q, k, v, lr, log_decay, delta, ln_weight, ln_bias, ln_eps, dual, cu_seqlens, bias_tag, bias_params, chunk_size,
-       checkpoint_every);
+  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, carried, cu_seqlens, bias, retention,
+       chunk_size, checkpoint_every);
 
   Tensor open;
   require(start.has_value() == position.has_value(), "start and position come together");
@@ -336,7 +375,7 @@ std::tuple<Tensor, Pair, Pair, Tensor, Tensor> mlp_forward(
     fill_states(p.start, p, *start, "the starts must be like the duals");
     p.position = positions(p, *position);
     if (open_log_decay) {
-      open = open_decays(p, *open_log_decay);
+      open = open_decays(p, *open_log_decay, p.D);
       p.open_log_decay = open.const_data_ptr<float>();
     }
   }
@@ -344,41 +383,38 @@ std::tuple<Tensor, Pair, Pair, Tensor, Tensor> mlp_forward(
   const Tensor out = new_like({p.B, p.T, p.H, p.D}, q);
   p.out = tokens(out);
   const Tensor nothing = new_float({0});
-  Pair final_dual = {nothing, nothing}, final_start = {nothing, nothing};
-  Tensor final_log_decay = nothing, saved = nothing;
+  Pair final_dual = {nothing, nothing}, final_carried = {nothing, nothing}, final_start = {nothing, nothing};
+  Tensor final_log_decay = nothing;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
+    if (momentum) final_carried = new_states(p.final_carried, p);
     final_log_decay = new_float({p.N, p.H});
     p.final_log_decay = final_log_decay.data_ptr<float>();
   }
-  if (checkpoint_every > 0) {
-    saved = new_float({p.slots(), p.H, 2, p.Hd, p.D});
-    if (cu_seqlens) saved.zero_();  // packed sequences need not fill all slots
-    p.saved = saved.data_ptr<float>();
-  }
+  const Tensor saved = new_saved(p, momentum ? 4 : 2, p.Hd, p.D);
+  if (checkpoint_every > 0) p.saved = saved.data_ptr<float>();
 
   const auto kernel = cpu::kernels().mlp_forward;
   {
     pybind11::gil_scoped_release nogil;
     run(kernel, p);
   }
-  return {out, final_dual, final_start, final_log_decay, saved};
+  return {out, final_dual, final_carried, final_start, final_log_decay, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Pair> mlp_backward(
-    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const Tensor& ln_weight_, const Tensor& ln_bias_, double ln_eps, const Pair& dual,
-    const OptionalTensor& cu_seqlens, const Tensor& saved, const Tensor& grad_out_, const std::optional<Pair>& grad_final_dual,
-    int64_t bias_tag, const std::vector<double>& bias_params, int64_t chunk_size, int64_t checkpoint_every) {
+// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, dln_weight, dln_bias, d_dual, d_carried)
+std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Pair, OptionalPair>
+mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
+             const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight_, const Tensor& ln_bias_,
+             double ln_eps, const Pair& dual, const OptionalPair& carried, const OptionalTensor& cu_seqlens, const Tensor& saved,
+             const Tensor& grad_out_, const OptionalPair& grad_final_dual, const OptionalPair& grad_final_carried, const Code& bias,
+             const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   const Tensor ln_weight = ln_weight_.contiguous(), ln_bias = ln_bias_.contiguous();
   MlpBackward p;
-  fill(p, q, k, v, lr, log_decay, delta, ln_weight, ln_bias, ln_eps, dual, cu_seqlens, bias_tag, bias_params, chunk_size,
-       checkpoint_every);
-
-  require(checkpoint_every > 0, "the backward needs saved states");
-  require(is_float(saved) && saved.is_contiguous() && has_shape(saved, {p.slots(), p.H, 2, p.Hd, p.D}), "bad saved states");
-  p.saved = saved.data_ptr<float>();
+  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, carried, cu_seqlens, bias, retention,
+       chunk_size, checkpoint_every);
+  p.saved = checked_saved(p, saved, momentum ? 4 : 2, p.Hd, p.D);
   p.segment = longest_segment(p);
 
   require(grad_out_.sizes() == q.sizes() && grad_out_.scalar_type() == q.scalar_type() && grad_out_.device().is_cpu(),
@@ -386,34 +422,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, Tenso
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
   if (grad_final_dual) fill_states(p.grad_final_dual, p, *grad_final_dual, "grad_final_dual must be like the duals");
+  require(!grad_final_carried || momentum, "gradients of momenta that there are not");
+  if (grad_final_carried) fill_states(p.grad_final_carried, p, *grad_final_carried, "grad_final_carried must be like the duals");
 
   const Tensor dq = new_like(q.sizes(), q), dk = new_like(q.sizes(), q), dv = new_like(q.sizes(), q);
   const Tensor dlr = new_float({p.B, p.T, p.H});
   p.dq = tokens(dq), p.dk = tokens(dk), p.dv = tokens(dv), p.dlr = tokens(dlr);
-  OptionalTensor dlog_decay, ddelta;
-  if (log_decay) {
-    dlog_decay = new_float({p.B, p.T, p.H});
-    p.dlog_decay = tokens(*dlog_decay);
-  }
-  if (delta) {
-    ddelta = new_float({p.B, p.T, p.H});
-    p.ddelta = tokens(*ddelta);
-  }
+  const auto gradient = [&](TokenTensor& to, const TokenTensor& gate) {
+    if (!gate) return OptionalTensor();
+    const Tensor fresh = new_float({p.B, p.T, p.H});
+    to = tokens(fresh);
+    return OptionalTensor(fresh);
+  };
+  const OptionalTensor dlog_decay = gradient(p.dlog_decay, p.log_decay), ddelta = gradient(p.ddelta, p.delta);
+  const OptionalTensor dmomentum = gradient(p.dmomentum, p.momentum);
   const Tensor dln_weight = new_float({p.N, p.H, p.D}), dln_bias = new_float({p.N, p.H, p.D});
   p.dln_weight = dln_weight.data_ptr<float>(), p.dln_bias = dln_bias.data_ptr<float>();
   const Pair d_dual = new_states(p.d_dual, p);
+  OptionalPair d_carried;
+  if (momentum) d_carried = new_states(p.d_carried, p);
 
   const auto kernel = cpu::kernels().mlp_backward;
   {
     pybind11::gil_scoped_release nogil;
     run(kernel, p);
   }
-  return {dq, dk, dv, dlr, dlog_decay, ddelta, sum_parts(dln_weight, at::kFloat), sum_parts(dln_bias, at::kFloat), d_dual};
+  return {dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, sum_parts(dln_weight, at::kFloat), sum_parts(dln_bias, at::kFloat),
+          d_dual, d_carried};
 }
 
 std::map<int, std::string> bias_names() {
   std::map<int, std::string> names;
   for (int tag = 0; tag < kBiasCount; ++tag) names[tag] = bias_traits(BiasTag(tag)).name;
+  return names;
+}
+
+std::map<int, std::string> retention_names() {
+  std::map<int, std::string> names;
+  for (int tag = 0; tag < kRetentionCount; ++tag) names[tag] = retention_traits(RetentionTag(tag)).name;
   return names;
 }
 
@@ -424,19 +470,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using namespace pybind11::literals;
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
-  m.def("linear_forward", &miras::linear_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "dual"_a, "start"_a,
-        "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias_tag"_a, "bias_params"_a, "chunk_size"_a, "checkpoint_every"_a,
-        "output_final_state"_a);
-  m.def("linear_backward", &miras::linear_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "dual"_a,
-        "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a, "bias_tag"_a, "bias_params"_a, "chunk_size"_a,
-        "checkpoint_every"_a);
-  m.def("mlp_forward", &miras::mlp_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "ln_weight"_a, "ln_bias"_a,
-        "ln_eps"_a, "dual"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias_tag"_a, "bias_params"_a,
-        "chunk_size"_a, "checkpoint_every"_a, "output_final_state"_a);
-  m.def("mlp_backward", &miras::mlp_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "ln_weight"_a, "ln_bias"_a,
-        "ln_eps"_a, "dual"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a, "bias_tag"_a, "bias_params"_a,
-        "chunk_size"_a, "checkpoint_every"_a);
+  m.def("linear_forward", &miras::linear_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
+        "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a, "retention"_a, "chunk_size"_a,
+        "checkpoint_every"_a, "output_final_state"_a);
+  m.def("linear_backward", &miras::linear_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
+        "carried"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a, "grad_final_carried"_a, "bias"_a,
+        "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
+  m.def("mlp_forward", &miras::mlp_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a,
+        "ln_bias"_a, "ln_eps"_a, "dual"_a, "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a,
+        "retention"_a, "chunk_size"_a, "checkpoint_every"_a, "output_final_state"_a);
+  m.def("mlp_backward", &miras::mlp_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a,
+        "ln_bias"_a, "ln_eps"_a, "dual"_a, "carried"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a,
+        "grad_final_carried"_a, "bias"_a, "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
   m.def("bias_names", &miras::bias_names);
+  m.def("retention_names", &miras::retention_names);
   m.def("cpu_capability", [] { return miras::cpu::kernels().name; });
   m.def("cpu_capabilities", &miras::cpu::capabilities);
 }

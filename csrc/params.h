@@ -35,6 +35,11 @@ enum class BiasTag : int {
 constexpr int kBiasCount = 9;
 constexpr int kBiasParams = 3;
 
+// Tags of the retention gates, likewise.
+enum class RetentionTag : int { l2 = 0, lq = 1, kl = 2, elastic = 3, sigmoid = 4 };
+constexpr int kRetentionCount = 5;
+constexpr int kRetentionParams = 2;
+
 // q, k, v, gates and their gradients: [B, T, H] or [B, T, H, D]; `data` is float or bfloat16.
 struct TokenTensor {
   void* data = nullptr;
@@ -42,7 +47,7 @@ struct TokenTensor {
   MIRAS_FN explicit operator bool() const { return data != nullptr; }
 };
 
-// A dual and what is shaped like it: [N, H, Dv, Dk] float32.
+// A dual and what is shaped like it, a momentum too: [N, H, Dv, Dk] float32.
 struct StateTensor {
   float* data = nullptr;
   int64_t seq = 0, head = 0, row = 0, col = 0;
@@ -57,15 +62,18 @@ struct MemoryParams {
   Dtype dtype = Dtype::f32;  // of q, k, v, out, grad_out
   BiasTag bias = BiasTag::l2;
   float bias_params[kBiasParams] = {};
+  RetentionTag retention = RetentionTag::l2;
+  float retention_params[kRetentionParams] = {};
 
-  TokenTensor q, k, v;               // [B, T, H, D*], channel stride 1
-  TokenTensor lr, log_decay, delta;  // float32 [B, T, H]; log_decay, delta optional
-  bool delta_per_channel = false;    // delta is [B, T, H, Dv]
+  TokenTensor q, k, v;                         // [B, T, H, D*], channel stride 1
+  TokenTensor lr, log_decay, delta, momentum;  // float32 [B, T, H]; all but lr optional
+  // ... or [B, T, H, Dv]
+  bool lr_per_channel = false, decay_per_channel = false, delta_per_channel = false;
 
   const int64_t* cu_seqlens = nullptr;  // [N + 1]
 
-  // Chunk-start states for the backward, [S, H, ...] float32 as the kernels hold them. Sequence n keeps the states of its
-  // chunks 0, every, 2 every, ... in consecutive slots from `slot(n)` on.
+  // Chunk-start states for the backward, [S, H, ...] float32 as the kernels hold them: duals A, then with momentum S. Sequence
+  // n keeps the states of its chunks 0, every, 2 every, ... in consecutive slots from `slot(n)` on.
   float* saved = nullptr;
   int checkpoint_every = 0;
 
@@ -92,7 +100,8 @@ struct LinearParams : MemoryParams {
   int panels = 1;
   int panel_width = 0;
 
-  StateTensor dual;  // A at the start; saved states are [S, H, Dk, Dv], transposed duals
+  // A and, with momentum, S at the start. Saved states are transposed: [S, H, Dk, Dv], with momentum [S, H, 2, Dk, Dv].
+  StateTensor dual, carried;
 
   MIRAS_FN int64_t tasks() const { return N * H * panels; }
 };
@@ -100,33 +109,35 @@ struct LinearParams : MemoryParams {
 struct LinearForward : LinearParams {
   // An open chunk: sequence n is position[n] tokens into a chunk that began with the dual `start`.
   StateTensor start;
-  const int64_t* position = nullptr;       // [N]
-  const float* open_log_decay = nullptr;   // [N, H], what the open chunk has decayed so far
+  const int64_t* position = nullptr;      // [N]
+  const float* open_log_decay = nullptr;  // [N, H] or [N, H, Dv], what the open chunk has decayed so far
 
-  TokenTensor out;                                             // [B, T, H, Dv]
-  StateTensor final_dual, final_start;                         // optional
-  float* final_log_decay = nullptr;                            // [N, H], optional
+  TokenTensor out;                                     // [B, T, H, Dv]
+  StateTensor final_dual, final_carried, final_start;  // optional
+  float* final_log_decay = nullptr;                    // like open_log_decay, optional
 };
 
 struct LinearBackward : LinearParams {
-  int segment = 1;              // chunks of the longest segment: min(checkpoint_every, chunks there can be)
-  TokenTensor grad_out;         // [B, T, H, Dv]
-  StateTensor grad_final_dual;  // optional
+  int segment = 1;                                   // chunks of the longest segment: min(checkpoint_every, chunks there can be)
+  TokenTensor grad_out;                              // [B, T, H, Dv]
+  StateTensor grad_final_dual, grad_final_carried;   // optional
 
-  // With several panels dq ... ddelta are partial sums, one after the other, `*_part` elements apart, dq and dk float32.
-  Dtype grad_dtype = Dtype::f32;                  // of dq, dk
-  TokenTensor dq, dk, dv;                         // contiguous
-  TokenTensor dlr, dlog_decay, ddelta;            // float32; the last two optional
+  // With several panels dq, dk and the gradients of gates that are not channel-wise are partial sums, one after the other,
+  // `*_part` elements apart, dq and dk float32.
+  Dtype grad_dtype = Dtype::f32;                    // of dq, dk
+  TokenTensor dq, dk, dv;                           // contiguous
+  TokenTensor dlr, dlog_decay, ddelta, dmomentum;   // float32, shaped like the gates; all but dlr optional
   int64_t key_part = 0, gate_part = 0;
-  StateTensor d_dual;
+  StateTensor d_dual, d_carried;
 };
 
-// The MLP memory M(x) = x + LN(W1 gelu(W2 x)): duals W1 [N, H, D, Hd] and W2 [N, H, Hd, D], in this order everywhere. Saved
-// states are [S, H, 2, Hd, D]: W1 transposed, then W2. A task is one head of one sequence; where there are fewer than threads,
+// The MLP memory M(x) = x + LN(W1 gelu(W2 x)): duals W1 [N, H, D, Hd] and W2 [N, H, Hd, D], in this order everywhere, and with
+// momentum as many momenta. Saved states are [S, H, 2, Hd, D]: W1 transposed, then W2; with momentum [S, H, 4, Hd, D], S1
+// transposed and S2 after them. A task is one head of one sequence; where there are fewer than threads,
 // the others have nothing to do.
 struct MlpParams : MemoryParams {
   int D = 0, Hd = 0;
-  StateTensor dual[2];
+  StateTensor dual[2], carried[2];
 
   const float *ln_weight = nullptr, *ln_bias = nullptr;  // [H, D], contiguous
   float ln_eps = 0.0f;
@@ -141,19 +152,19 @@ struct MlpForward : MlpParams {
   const float* open_log_decay = nullptr;
 
   TokenTensor out;  // [B, T, H, D]
-  StateTensor final_dual[2], final_start[2];
+  StateTensor final_dual[2], final_carried[2], final_start[2];
   float* final_log_decay = nullptr;
 };
 
 struct MlpBackward : MlpParams {
   int segment = 1;
   TokenTensor grad_out;            // [B, T, H, D]
-  StateTensor grad_final_dual[2];  // optional
+  StateTensor grad_final_dual[2], grad_final_carried[2];  // optional
 
-  TokenTensor dq, dk, dv;                  // contiguous
-  TokenTensor dlr, dlog_decay, ddelta;     // float32; the last two optional
+  TokenTensor dq, dk, dv;                            // contiguous
+  TokenTensor dlr, dlog_decay, ddelta, dmomentum;    // float32; all but dlr optional
   float *dln_weight = nullptr, *dln_bias = nullptr;  // [N, H, D], a share of every sequence
-  StateTensor d_dual[2];
+  StateTensor d_dual[2], d_carried[2];
 };
 
 }  // namespace miras

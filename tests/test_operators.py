@@ -168,6 +168,7 @@ def test_the_same_tags_everywhere():
     from miras_kernels import _C
 
     assert _C.bias_names() == {tag: row.name for tag, row in mk.biases.TABLE.items()}
+    assert _C.retention_names() == {tag: row.name for tag, row in mk.retention.TABLE.items()}
 
 
 def test_a_state_leaves_and_enters_a_compiled_function():

@@ -11,14 +11,20 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct BiasRows {
   int c, cols;                // cols = Dvp
   const float* params;        // of the bias
-  const float* eta;           // [c]
+  const float* eta;           // [c], or [c x Dvp] for kernels of kChannelEta
   const float* delta;         // [c], or [c x Dvp] if per_channel; null where the bias has none
-  bool per_channel;
+  bool per_channel;           // delta is
   const float* v;             // [c x ldv]
   index_t ldv;
 };
 
-template <class Bias> struct BiasKernels {
+template <class Bias, bool kChannelEta> struct BiasKernels {
+  // eta of one token, and what one vector of channels sees of it
+  MIRAS_INLINE Vec row_eta(const BiasRows& x, int t) { return kChannelEta ? zeros() : broadcast(x.eta[t]); }
+  MIRAS_INLINE Vec eta_at(const BiasRows& x, int t, int j, Vec row) {
+    return kChannelEta ? load(x.eta + index_t(t) * x.cols + j) : row;
+  }
+
   // What the rows of one token share: delta, or coefficients from |e|^2.
   template <class Error>
   MIRAS_INLINE typename Bias::template Row<Vec> shared(const Bias& bias, const BiasRows& x, int t, Error&& error) {
@@ -53,9 +59,9 @@ template <class Bias> struct BiasKernels {
     for (int t = 0; t < x.c; ++t, kw_u += x.cols) {
       const float* v = x.v + t * x.ldv;
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return error(kw_u, v, j); });
-      const Vec eta = broadcast(x.eta[t]), end = to_end ? broadcast(to_end[t]) : zeros();
+      const Vec eta = row_eta(x, t), end = to_end ? broadcast(to_end[t]) : zeros();
       for (int j = 0; j < x.cols; j += kLanes) {
-        const Vec u = eta * bias.value(error(kw_u, v, j), at(x, t, j, row));
+        const Vec u = eta_at(x, t, j, eta) * bias.value(error(kw_u, v, j), at(x, t, j, row));
         store(kw_u + j, u);
         if (to_end) store(u_end + index_t(t) * x.cols + j, end * u);
       }
@@ -76,22 +82,27 @@ template <class Bias> struct BiasKernels {
     }
   }
 
-  // Backward, second half: from dU, over it in place, dE = psi'(E) (eta dU); d eta = dU . g; d delta [c] or [c x Dvp].
+  // Backward, second half: from dU, over it in place, dE = psi'(E) (eta dU); d eta = dU . g [c] or dU o g [c x Dvp]; d delta
+  // [c] or [c x Dvp].
   static void pull_back(const BiasRows& x, const float* e, const float* g, float* du_de, float* deta, float* ddelta) {
     const Bias bias(x.params);
     for (int t = 0; t < x.c; ++t, e += x.cols, g += x.cols, du_de += x.cols) {
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return load(e + j); });
-      const Vec eta = broadcast(x.eta[t]);
+      const Vec eta = row_eta(x, t);
       Vec pull = zeros();
       if constexpr (Bias::kCouplesRow) {  // pull (e . eta dU)
-        for (int j = 0; j < x.cols; j += kLanes) pull += load(e + j) * load(du_de + j);
-        pull = bias.pull(row) * (eta * broadcast(sum(pull)));
+        for (int j = 0; j < x.cols; j += kLanes) {
+          const Vec du = load(du_de + j);
+          pull += load(e + j) * (kChannelEta ? eta_at(x, t, j, eta) * du : du);
+        }
+        pull = bias.pull(row) * (kChannelEta ? broadcast(sum(pull)) : eta * broadcast(sum(pull)));
       }
       Vec eta_sum = zeros(), delta_sum = zeros();
       for (int j = 0; j < x.cols; j += kLanes) {
         const auto r = at(x, t, j, row);
-        const Vec ej = load(e + j), gj = load(g + j), du = load(du_de + j), y = eta * du;
-        eta_sum += du * gj;
+        const Vec ej = load(e + j), gj = load(g + j), du = load(du_de + j), y = eta_at(x, t, j, eta) * du;
+        if constexpr (kChannelEta) store(deta + index_t(t) * x.cols + j, du * gj);
+        else eta_sum += du * gj;
         Vec de = bias.slope(ej, gj, r) * y;
         if constexpr (Bias::kCouplesRow) de += pull * ej;
         store(du_de + j, de);
@@ -101,7 +112,7 @@ template <class Bias> struct BiasKernels {
           else delta_sum += per_delta;
         }
       }
-      deta[t] = sum(eta_sum);
+      if constexpr (!kChannelEta) deta[t] = sum(eta_sum);
       if (Bias::kUsesDelta && !x.per_channel) ddelta[t] = sum(delta_sum);
     }
   }
@@ -114,10 +125,12 @@ struct BiasTable {
   bool predicts, uses_delta;
 };
 
-static BiasTable bias_table(BiasTag tag, const float* params) {
-  return with_bias(tag, params, []<class Bias>(const Bias&) {
-    using Kernels = BiasKernels<Bias>;
-    return BiasTable{Kernels::write, Kernels::grade, Kernels::pull_back, Bias::kPredicts, Bias::kUsesDelta};
+static BiasTable bias_table(BiasTag tag, const float* params, bool channel_eta = false) {
+  return with_bias(tag, params, [channel_eta]<class Bias>(const Bias&) {
+    using Kernels = BiasKernels<Bias, false>;
+    using Channels = BiasKernels<Bias, true>;
+    return BiasTable{channel_eta ? Channels::write : Kernels::write, Kernels::grade,
+                     channel_eta ? Channels::pull_back : Kernels::pull_back, Bias::kPredicts, Bias::kUsesDelta};
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include "bias_rows.h"
 #include "pack.h"
+#include "retention_states.h"
 #include "tile.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
@@ -25,25 +26,34 @@ struct Task {
   }
 };
 
-// The scalar gates of a chunk, [Cp] each.
+// The scalar gates of a chunk, [Cp] each. L_ts = gamma_t / gamma_s, Theta_ts = theta_(s+1) ... theta_t and M = L Theta, without
+// momentum M = L, weigh the write of token s in the state, the momentum and the state of token t.
 struct Gates {
-  float *eta, *alpha, *gamma, *to_end;  // gamma_t = alpha_1 ... alpha_t;  to_end_t = gamma_c / gamma_t
+  float *eta, *alpha, *gamma, *to_end;  // gamma_t = alpha_1 ... alpha_t;  to_end_t = M_ct
   float *log_decay;
-  bool decays;
+  float *theta, *pi, *b, *step_end;  // pi_t = theta_1 ... theta_t;  b_t, the weight of S_0 in the state of t;  step_end_t = Theta_ct
+  bool decays, momentum;
 
-  MIRAS_FN Gates(Arena& arena, const MemoryParams& p) : decays(bool(p.log_decay)) {
-    const int cp = round_up(p.C, kPad);
-    eta = arena.take(1, cp), alpha = arena.take(1, cp), gamma = arena.take(1, cp), to_end = arena.take(1, cp);
+  MIRAS_FN Gates(Arena& arena, const MemoryParams& p)
+      : decays(p.log_decay && !p.decay_per_channel), momentum(bool(p.momentum)) {
+    const int cp = round_up(p.C, kPad), mp = momentum ? cp : 0;
+    eta = arena.take(p.lr_per_channel ? 0 : 1, cp);
+    alpha = arena.take(1, cp), gamma = arena.take(1, cp), to_end = arena.take(1, cp);
     log_decay = arena.take(1, cp);
+    theta = arena.take(1, mp), pi = arena.take(1, mp), b = arena.take(1, mp), step_end = arena.take(1, mp);
   }
 
   MIRAS_FN const float* end(int c) const { return gamma + c - 1; }
+  MIRAS_FN const float* carried_end(int c) const { return b + c - 1; }
+  MIRAS_FN const float* step_carried_end(int c) const { return pi + c - 1; }
+  // Whether writes fade until the chunk ends: to_end is not all ones.
+  MIRAS_FN bool fades() const { return decays || momentum; }
 
-  // Only products of decays in (0, 1]: nothing overflows, and what underflows is zero.
-  void read(const MemoryParams& p, int64_t b, int64_t token, int64_t h, int c) {
-    read_gate(p.lr, b, token, h, c, eta);
+  // Only products of decays in (0, 1] and momenta in [0, 1): nothing overflows, and what underflows is zero.
+  void read(const MemoryParams& p, int64_t batch, int64_t token, int64_t h, int c) {
+    if (!p.lr_per_channel) read_gate(p.lr, batch, token, h, c, eta);
     if (decays) {
-      read_gate(p.log_decay, b, token, h, c, log_decay);
+      read_gate(p.log_decay, batch, token, h, c, log_decay);
       for (int t = 0; t < c; t += kLanes) store(alpha + t, exp_nonpositive(load(log_decay + t)));
       float product = 1.0f, reverse = 1.0f;
       for (int t = 0; t < c; ++t) {
@@ -55,8 +65,33 @@ struct Gates {
     } else {
       for (int t = 0; t < round_up(c, kPad); ++t) alpha[t] = gamma[t] = to_end[t] = 1.0f;
     }
+    if (momentum) read_momentum(p, batch, token, h, c);
+  }
+
+ private:
+  // pi_t = theta_t pi_(t-1),  b_t = alpha_t b_(t-1) + pi_t;  Theta_cs = theta_(s+1) Theta_c(s+1),  M_cs = L_cs + theta_(s+1) M_c(s+1)
+  void read_momentum(const MemoryParams& p, int64_t batch, int64_t token, int64_t h, int c) {
+    read_gate(p.momentum, batch, token, h, c, theta);
+    float product = 1.0f, weight = 0.0f;
+    for (int t = 0; t < c; ++t) {
+      pi[t] = product *= theta[t];
+      b[t] = weight = alpha[t] * weight + product;
+    }
+    float step = 1.0f, fade = to_end[c - 1];
+    for (int s = c - 1; s >= 0; --s) {
+      step_end[s] = step, to_end[s] = fade;
+      step *= theta[s];
+      if (s > 0) fade = to_end[s - 1] + theta[s] * fade;
+    }
+    for (int t = c; t < round_up(c, kPad); ++t) pi[t] = b[t] = step_end[t] = to_end[t] = 0.0f;
   }
 };
+
+// dst row t = factors[t] * src row t   [c x cols]
+static void weigh_rows(int c, int cols, const float* factors, const float* src, float* dst) {
+  for (int t = 0; t < c; ++t, src += cols, dst += cols)
+    for (int j = 0; j < cols; j += kLanes) store(dst + j, broadcast(factors[t]) * load(src + j));
+}
 
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
 // P and L are zero right of the diagonal as far as a tile was visited; beyond it they are never written.
@@ -84,6 +119,36 @@ static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* 
   });
 }
 
+// The same with momentum, P = M o (Q K'), and if wanted M, Theta and Q K' itself. By rows, Theta_t = theta_t Theta_(t-1) with
+// Theta_tt = 1 and M_t = alpha_t M_(t-1) + Theta_t. last_rows [2 x Cp].
+template <bool kKeep, class A>
+static void momentum_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P,
+                            float* M, float* Theta, float* QK, WriteSoon soon) {
+  float *const last_m = last_rows, *const last_theta = last_rows + cp;
+  fill_zero(last_rows, 2 * cp);
+  sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    Tile<R, N> s;  // Q K'
+    s.add(q.at(i), kt + j, cp, 0, dk, soon);
+    if constexpr (kKeep) s.store_to(QK + i * cp + j, cp);
+    MIRAS_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const index_t first = j + n * kLanes;
+      const IVec column = iota() + int(first);
+      Vec m = load(last_m + first), theta = load(last_theta + first);
+      MIRAS_UNROLL
+      for (int r = 0; r < R; ++r) {
+        theta *= broadcast(gates.theta[i + r]);
+        theta = column == i + r ? broadcast(1.0f) : theta;
+        m = m * broadcast(gates.alpha[i + r]) + theta;
+        s.acc[r][n] *= m;
+        if constexpr (kKeep) store(M + (i + r) * cp + first, m), store(Theta + (i + r) * cp + first, theta);
+      }
+      store(last_m + first, m), store(last_theta + first, theta);
+    }
+    s.store_to(P + i * cp + j, cp);
+  });
+}
+
 // K W0'  [c x Dvp], from K transposed [Dk x Cp] and W0 transposed [Dk x Dvp]
 static void predict(int c, int dk, const float* kt, index_t cp, const float* w, int dvp, float* kw, ReadSoon soon) {
   sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -93,13 +158,27 @@ static void predict(int c, int dk, const float* kt, index_t cp, const float* w, 
   });
 }
 
-// A_c = gamma_c A_0 - sum_s (gamma_c / gamma_s) U_s k_s'  [Dk x Dvp], transposed like all states; next may be state
-static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, const float* decay,
-                    const float* state, float* next, ReadSoon soon) {
+// A term of a state's advance: scale * state. The scale is left in memory (see Tile::add_scaled).
+struct Kept {
+  const float *state = nullptr, *scale = nullptr;
+};
+
+// A_c = gamma_c A_0 - sum_s U_end_s k_s'  [Dk x Dvp], transposed like all states, where U_end_s = to_end_s U_s; with momentum a
+// second term, b_c S_0, and likewise for the momentum itself S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be a state kept.
+// kPerColumn: scales are [Dvp].
+template <bool kPerColumn = false>
+static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Kept kept, float* next,
+                    ReadSoon soon, Kept more = {}) {
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> a;
+    const auto keep = [&](const Kept& x) MIRAS_LAMBDA {
+      const float* state = x.state + index_t(i) * dvp + j;
+      if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
+      else a.add_scaled(state, dvp, x.scale);
+    };
     a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
-    a.add_scaled(state + index_t(i) * dvp + j, dvp, decay);
+    keep(kept);
+    if (more.state) keep(more);
     a.store_to(next + index_t(i) * dvp + j, dvp);
   });
 }
@@ -124,6 +203,50 @@ static void decay_gradient(int c, const float* X, index_t cp, const float* reads
   }
 }
 
+// With momentum M = L Theta takes L's place, and S_0 is read with weights b. From gM, gb, gradients of M [c x Cp] and b [Cp] as they
+// are used, by rows backwards and nothing cancelling:
+//
+//   d alpha_t = gM_t . M_(t-1) + gb_t b_(t-1),  gM_(t-1) += alpha_t gM_t,  gb_(t-1) += alpha_t gb_t
+//
+// gM and gb are left as they add up. The row gM_end [Cp] adds to the last row of gM.
+static void decay_gradient_with_momentum(const Gates& gates, int c, const float* M, index_t cp, const float* gM_end, float* gM,
+                                         float* gb, const float* reads, float through, float* dlog) {
+  const float* later = gM_end;  // row t + 1, as it added up, or the row that adds to the last
+  float alpha = 1.0f, later_gb = 0.0f;
+  for (int t = c - 1; t >= 0; --t) {
+    Vec dot = zeros();
+    float* row = gM + t * cp;
+    for (int j = 0; j <= t; j += kLanes) {
+      const Vec g = load(row + j) + alpha * load(later + j);
+      store(row + j, g);
+      if (t > 0) dot += g * load(M + (t - 1) * cp + j);
+    }
+    gb[t] += alpha * later_gb;
+    later = row, later_gb = gb[t], alpha = gates.alpha[t];
+    dlog[t] = (through += reads[t]) + alpha * (sum(dot) + (t > 0 ? gb[t] * gates.b[t - 1] : 0.0f));
+  }
+}
+
+// d theta from gM and gb as they added up. gTheta and gpi, the gradients of the last row of Theta [Cp] and of pi, add up here:
+//
+//   gTheta_t += gM_t,  gpi_t += gb_t,  d theta_t = gTheta_t . Theta_(t-1) + gpi_t pi_(t-1),
+//   gTheta_(t-1) += theta_t gTheta_t,  gpi_(t-1) += theta_t gpi_t
+static void momentum_gradient(const Gates& gates, int c, const float* Theta, index_t cp, const float* gM, const float* gb,
+                              float* gTheta, float gpi, float* dtheta) {
+  for (int t = c - 1; t >= 0; --t) {
+    const float theta = gates.theta[t];
+    Vec dot = zeros();
+    for (int j = 0; j <= t; j += kLanes) {
+      const Vec g = load(gTheta + j) + load(gM + t * cp + j);
+      store(gTheta + j, theta * g);
+      if (t > 0) dot += g * load(Theta + (t - 1) * cp + j);
+    }
+    gpi += gb[t];
+    dtheta[t] = sum(dot) + gpi * (t > 0 ? gates.pi[t - 1] : 1.0f);
+    gpi *= theta;
+  }
+}
+
 // <a, b> over n floats, a multiple of kPad
 static float inner_product(const float* a, const float* b, index_t n) {
   Vec dot = zeros();
@@ -131,14 +254,17 @@ static float inner_product(const float* a, const float* b, index_t n) {
   return sum(dot);
 }
 
-// delta of a chunk: [c], or the task's channels [c x Dvp]
+// A gate of a chunk: [c], or, channel-wise, the task's channels [c x Dvp], padded with zeros
+static void read_value_gate(const TokenTensor& x, bool per_channel, const Task& task, int64_t b, int64_t token, int c, float* dst) {
+  if (!per_channel) return read_gate(x, b, token, task.h, c, dst);
+  const float* from = address<float>(x, b, token, task.h) + task.first * x.channel;
+  for (int t = 0; t < c; ++t)
+    for (int j = 0; j < task.dvp; ++j) dst[t * task.dvp + j] = j < task.dv ? from[t * x.token + j * x.channel] : 0.0f;
+}
+
 static const float* read_delta(const LinearParams& p, const Task& task, int64_t b, int64_t token, int c, float* dst) {
   if (!p.delta) return nullptr;
-  if (!p.delta_per_channel) return read_gate(p.delta, b, token, task.h, c, dst), dst;
-  const float* from = address<float>(p.delta, b, token, task.h) + task.first * p.delta.channel;
-  for (int t = 0; t < c; ++t)
-    for (int j = 0; j < task.dvp; ++j)
-      dst[t * task.dvp + j] = j < task.dv ? from[t * p.delta.token + j * p.delta.channel] : 0.0f;
+  read_value_gate(p.delta, p.delta_per_channel, task, b, token, c, dst);
   return dst;
 }
 

@@ -17,7 +17,6 @@
 //   T after a name: transposed. States are held transposed: W, D [Dk x Dvp].
 #pragma once
 
-#include "../retention.h"
 #include "chunk.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
@@ -134,7 +133,7 @@ struct BackwardTask {
       bias.grade(bias_rows(chunk), E, G);
       if (chunk + 1 == last) break;
       writes(c, G);
-      advance(c, dk, s.KT, cp, s.U_end, dvp, s.gates.end(c), W, W + dk * dvp,
+      advance(c, dk, s.KT, cp, s.U_end, dvp, {W, s.gates.end(c)}, W + dk * dvp,
               ReadSoon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1)));
     }
   }

@@ -8,7 +8,6 @@
 //   T after a name: transposed. States are held transposed: W [Dk x Dvp].
 #pragma once
 
-#include "../retention.h"
 #include "chunk.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
@@ -108,7 +107,7 @@ static void forward_task(const LinearForward& p, const BiasTable& bias, const Fo
     });
     if (!out.in_place()) out.write(c, s.O, dvp);
 
-    advance(c, dk, s.KT, cp, u_end, dvp, s.gates.end(c), s.W, s.W, v_soon);
+    advance(c, dk, s.KT, cp, u_end, dvp, {s.W, s.gates.end(c)}, s.W, v_soon);
 
     if (s.gates.decays) {
       for (int i = 0; i < c; ++i) open_log_decay += s.gates.log_decay[i];

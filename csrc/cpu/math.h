@@ -91,6 +91,8 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
   MIRAS_FN static F min(F a, F b) { return a < b ? a : b; }
   MIRAS_FN static F max(F a, F b) { return a > b ? a : b; }
 
+  MIRAS_FN static F exp_nonpositive(F x) { return cpu::MIRAS_LEVEL::exp_nonpositive(x); }
+
   MIRAS_FN static F sqrt(F x) {
 #if defined(__x86_64__) && MIRAS_LANES == 16
     return (F)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);

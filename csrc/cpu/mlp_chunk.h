@@ -11,17 +11,10 @@
 // no padding.
 #pragma once
 
-#include "../retention.h"
 #include "chunk.h"
 #include "layer_norm.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
-
-// dst row t = factors[t] * src row t   [c x cols]
-static void weigh_rows(int c, int cols, const float* factors, const float* src, float* dst) {
-  for (int t = 0; t < c; ++t, src += cols, dst += cols)
-    for (int j = 0; j < cols; j += kLanes) store(dst + j, broadcast(factors[t]) * load(src + j));
-}
 
 struct MlpChunk {
   static_assert(L2Retention::kIdentity, "W = A below");
@@ -133,8 +126,8 @@ struct MlpChunk {
   void advance_both(int c, const float* S1, const float* S2, float* next1, float* next2, ReadSoon soon) {
     weigh_rows(c, dp, weight, Gu, U1_end);
     weigh_rows(c, dp, weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, gates.end(c), S1, next1, soon);
-    advance(c, hd, GzT, cp, K_end, dp, gates.end(c), S2, next2, soon);
+    advance(c, hd, AT, cp, U1_end, dp, {S1, gates.end(c)}, next1, soon);
+    advance(c, hd, GzT, cp, K_end, dp, {S2, gates.end(c)}, next2, soon);
   }
 
   // Zq' = gamma * (S2 Q') - Gz' (P2 eta)'  over AqT

@@ -113,6 +113,10 @@ template <int R, int N> struct Tile {
   MIRAS_FN void add_scaled(const float* x, index_t ld, const float* scale) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * broadcast(*scale); });
   }
+  // += x, column n times scale[n]
+  MIRAS_FN void add_scaled_cols(const float* x, index_t ld, const float* scale) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * load(scale + n * kLanes); });
+  }
   MIRAS_FN void store_to(float* x, index_t ld) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { store(x + r * ld + n * kLanes, y); });
   }

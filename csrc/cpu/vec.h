@@ -77,6 +77,14 @@ template <class T> MIRAS_INLINE void store_first(T* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// x in the first n lanes, zero in the rest
+MIRAS_INLINE Vec first_lanes(Vec x, int n) { return iota() < n ? x : zeros(); }
+// The largest of the first n lanes and of `so_far`
+MIRAS_INLINE float largest(Vec x, int n, float so_far) {
+  for (int i = 0; i < minimum(n, kLanes); ++i) so_far = x[i] > so_far ? x[i] : so_far;
+  return so_far;
+}
+
 // ---- shuffles with compile-time indices: 0..kLanes-1 from a, kLanes..2 kLanes-1 from b ----
 #if defined(__clang__)
 #define MIRAS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -58,12 +58,13 @@ class CppBackend:
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         chunk = call.state.open_chunk
-        opened = (None, None, None) if chunk is None else (_duals(call, chunk.start), chunk.position, chunk.log_decay)
+        opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
-        out, dual, start, log_decay, saved = run(
-            *_inputs(call), *opened, _offsets(call), *_bias(call), call.chunk_size, checkpoint_every, call.output_final_state
+        out, dual, carried, start, log_decay, saved = run(
+            *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, checkpoint_every, call.output_final_state
         )
-        final = [dual, start] if call.memory == "linear" else [*dual, *start]
+        matrices = [dual, start] if call.momentum is None else [dual, carried, start]
+        final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
         return out, [*final, log_decay], [saved] if checkpoint_every else []
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
@@ -71,21 +72,26 @@ class CppBackend:
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
-        names = ("q", "k", "v", "lr", "log_decay", "delta") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
-        *grads, d_dual = run(
-            *_inputs(call), _offsets(call), saved[0], grad_out, _duals(call, grad_state) if grad_state else None, *_bias(call),
-            call.chunk_size, checkpoint_every,
+        duals = len(call.state.dual)
+        *grads, d_dual, d_carried = run(
+            *_inputs(call), _offsets(call), saved[0], grad_out, _matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:]),
+            *_rules(call), call.chunk_size, checkpoint_every,
         )  # fmt: skip
-        return {**dict(zip(names, grads, strict=True)), "state": [d_dual] if call.memory == "linear" else list(d_dual)}
+        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
+        state = [d_dual] if call.momentum is None else [d_dual, d_carried]
+        return {**dict(zip(names, grads, strict=True)), "state": state if call.memory == "linear" else [x for pair in state for x in pair]}
 
 
 def _inputs(call: Call) -> tuple:
     norm = () if call.memory == "linear" else (call.ln_weight, call.ln_bias, call.ln_eps)
-    return call.q, call.k, call.v, call.lr, call.log_decay, call.delta, *norm, _duals(call, call.state.dual)
+    gates = (call.lr, call.log_decay, call.delta, call.momentum)
+    return call.q, call.k, call.v, *gates, *norm, _matrices(call, call.state.dual), _matrices(call, call.state.momentum)
 
 
-def _duals(call: Call, matrices: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
-    """A memory's matrices as the extension takes them: one tensor, or two."""
+def _matrices(call: Call, matrices: Sequence[Tensor] | None) -> Tensor | Sequence[Tensor] | None:
+    """A memory's matrices as the extension takes them: one tensor, or two; None where there are none."""
+    if not matrices:
+        return None
     return matrices[0] if call.memory == "linear" else matrices
 
 
@@ -93,8 +99,9 @@ def _offsets(call: Call) -> Tensor | None:
     return None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
 
 
-def _bias(call: Call) -> tuple[int, list[float]]:
-    return call.bias.tag, list(call.bias.parameters)
+def _rules(call: Call) -> list[tuple[int, tuple[float, ...]]]:
+    """The bias and the retention gate: their tags and parameters."""
+    return [(row.tag, row.parameters) for row in (call.bias, call.retention)]
 
 
 def _load() -> tuple[object | None, str | None]:

@@ -1,0 +1,150 @@
+// The retention gates applied to a state: the only place where the kernels meet phi. Once per chunk, over a whole matrix.
+//
+// A state is a matrix [rows x cols] in rows of ld floats; columns from cols on are padding, zero in A, W and gradients alike
+// (phi(0) need not be 0). Its last axis, which KLRetention normalises over, runs down the columns where the kernels hold the
+// matrix transposed, along the rows where they do not.
+#pragma once
+
+#include "../retention.h"
+#include "math.h"
+
+namespace miras::cpu::MIRAS_LEVEL {
+
+enum class LastAxis { down, along };
+
+struct StateShape {
+  int rows, cols;
+  index_t ld;
+  LastAxis last;
+
+  // f(offset, j) for every vector; j its first column
+  template <class Function> MIRAS_FN void each(Function&& f) const {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < ld; j += kLanes) f(i * ld + j, j);
+  }
+  MIRAS_FN Vec without_padding(Vec x, int j) const { return j + kLanes <= cols ? x : first_lanes(x, cols - j); }
+};
+
+// rho of a chunk's start, and what its derivative needs (LqRetention::slope)
+struct Rho {
+  float value = 1.0f, slope = 0.0f;
+};
+
+template <class Gate> struct RetentionKernels {
+  // W = phi(A), rho
+  static Rho primal(const float* params, const StateShape& m, const float* A, float* W) {
+    const Gate gate(params);
+    if constexpr (Gate::kCoupling == Coupling::none) {
+      m.each([&](index_t at, int j) MIRAS_LAMBDA { store(W + at, m.without_padding(gate.phi(load(A + at)), j)); });
+    } else if constexpr (Gate::kCoupling == Coupling::row) {
+      if (m.last == LastAxis::down) normalise_down(gate, m, A, W);
+      else normalise_along(gate, m, A, W);
+    } else {
+      Vec total = zeros();
+      m.each([&](index_t at, int) MIRAS_LAMBDA { total += gate.power(load(A + at)); });
+      const double n = gate.offset() + sum(total);
+      const Rho rho{float(gate.rho(n)), float(gate.slope(n))};
+      const Vec scale = broadcast(rho.value);
+      m.each([&](index_t at, int) MIRAS_LAMBDA { store(W + at, scale * load(A + at)); });
+      return rho;
+    }
+    return {};
+  }
+
+  // dA over dW, from d rho
+  static void pull_back(const float* params, const StateShape& m, const float* A, const float* W, const Rho& rho, float drho,
+                        float* dW_dA) {
+    const Gate gate(params);
+    float* const g = dW_dA;
+    if constexpr (Gate::kCoupling == Coupling::none) {
+      m.each([&](index_t at, int) MIRAS_LAMBDA { store(g + at, gate.phi_vjp(load(W + at), load(g + at))); });
+    } else if constexpr (Gate::kCoupling == Coupling::row) {
+      if (m.last == LastAxis::down) pull_back_down(gate, m, W, g);
+      else pull_back_along(gate, m, W, g);
+    } else {
+      Vec dot = zeros();
+      m.each([&](index_t at, int) MIRAS_LAMBDA { dot += load(A + at) * load(g + at); });
+      const Vec scale = broadcast(rho.value), pull = broadcast(rho.slope * (sum(dot) + drho));
+      m.each([&](index_t at, int) MIRAS_LAMBDA { store(g + at, scale * load(g + at) + pull * gate.power_vjp(load(A + at))); });
+    }
+  }
+
+ private:
+  MIRAS_INLINE void normalise_down(const Gate& gate, const StateShape& m, const float* A, float* W) {
+    for (int j = 0; j < m.ld; j += kLanes) {
+      Vec max = load(A + j), total = zeros();
+      for (int i = 1; i < m.rows; ++i) max = Math<Vec>::max(max, load(A + i * m.ld + j));
+      for (int i = 0; i < m.rows; ++i) {
+        const Vec e = gate.weight(load(A + i * m.ld + j), max);
+        store(W + i * m.ld + j, e);
+        total += e;
+      }
+      const Vec factor = m.without_padding(gate.factor(total), j);
+      for (int i = 0; i < m.rows; ++i) store(W + i * m.ld + j, factor * load(W + i * m.ld + j));
+    }
+  }
+
+  MIRAS_INLINE void normalise_along(const Gate& gate, const StateShape& m, const float* A, float* W) {
+    for (int i = 0; i < m.rows; ++i, A += m.ld, W += m.ld) {
+      float max = A[0];
+      for (int j = 0; j < m.ld; j += kLanes) max = largest(load(A + j), m.cols - j, max);
+      Vec total = zeros();
+      for (int j = 0; j < m.ld; j += kLanes) {
+        const Vec e = m.without_padding(gate.weight(load(A + j), broadcast(max)), j);
+        store(W + j, e);
+        total += e;
+      }
+      const Vec factor = gate.factor(broadcast(sum(total)));
+      for (int j = 0; j < m.ld; j += kLanes) store(W + j, factor * load(W + j));
+    }
+  }
+
+  MIRAS_INLINE void pull_back_down(const Gate& gate, const StateShape& m, const float* W, float* g) {
+    for (int j = 0; j < m.ld; j += kLanes) {
+      Vec dot = zeros();
+      for (int i = 0; i < m.rows; ++i) dot += load(W + i * m.ld + j) * load(g + i * m.ld + j);
+      for (int i = 0; i < m.rows; ++i) {
+        const index_t at = i * m.ld + j;
+        store(g + at, gate.phi_vjp(load(W + at), load(g + at), dot));
+      }
+    }
+  }
+
+  MIRAS_INLINE void pull_back_along(const Gate& gate, const StateShape& m, const float* W, float* g) {
+    for (int i = 0; i < m.rows; ++i, W += m.ld, g += m.ld) {
+      Vec dot = zeros();
+      for (int j = 0; j < m.ld; j += kLanes) dot += load(W + j) * load(g + j);
+      dot = broadcast(sum(dot));
+      for (int j = 0; j < m.ld; j += kLanes) store(g + j, gate.phi_vjp(load(W + j), load(g + j), dot));
+    }
+  }
+};
+
+// A gate with its parameters.
+class Retention {
+ public:
+  MIRAS_FN Retention(RetentionTag tag, const float* params) : params_(params) {
+    const RetentionTraits traits = retention_traits(tag);
+    identity = traits.identity, scales_reads = traits.coupling == Coupling::matrix;
+    with_retention(tag, params, [this]<class Gate>(const Gate&) {
+      primal_ = RetentionKernels<Gate>::primal, pull_back_ = RetentionKernels<Gate>::pull_back;
+    });
+  }
+
+  bool identity;      // W = A: nothing need be called, and nothing is copied
+  bool scales_reads;  // rho is not 1
+
+  // W = phi(A), rho
+  MIRAS_FN Rho primal(const StateShape& m, const float* A, float* W) const { return primal_(params_, m, A, W); }
+  // d A = phi'(A)^T [d W] + d rho d rho / d A, over d W
+  MIRAS_FN void pull_back(const StateShape& m, const float* A, const float* W, const Rho& rho, float drho, float* dW_dA) const {
+    pull_back_(params_, m, A, W, rho, drho, dW_dA);
+  }
+
+ private:
+  const float* params_;
+  Rho (*primal_)(const float*, const StateShape&, const float*, float*);
+  void (*pull_back_)(const float*, const StateShape&, const float*, const float*, const Rho&, float, float*);
+};
+
+}  // namespace miras::cpu::MIRAS_LEVEL
