@@ -21,6 +21,8 @@ __all__ = [
 
 CHUNK_SIZES = (16, 32, 64, 128)
 MLP_CHUNK_SIZES = (16, 32, 64)
+#: tag of the gate that couples all of a matrix (retention.py)
+LQ = 1
 #: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
 MIN_TILE, MAX_HEAD = 16, 256
 #: of an MLP memory, whose LayerNorm takes a whole row of values at once
@@ -47,7 +49,11 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by: sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units."""
+    """What a configuration is chosen by.
+
+    Sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units; tag of the retention gate, whether
+    there is momentum.
+    """
 
     key_dim: int
     value_dim: int
@@ -55,6 +61,8 @@ class Key:
     itemsize: int
     coupled: bool
     hidden: int = 0
+    retention: int = 0
+    momentum: bool = False
 
     @property
     def padded_k(self) -> int:
@@ -65,12 +73,19 @@ class Key:
         return padded(self.value_dim)
 
     @property
+    def entire(self) -> bool:
+        """Whether a head's values cannot be told apart: by a bias that couples a row of the error, or a gate that couples the matrix."""
+        return self.coupled or self.retention == LQ
+
+    @property
     def block_c(self) -> int:
         """Tokens of a chunk that the parallel kernels take at once."""
         return min(self.chunk_size, 64 if self.itemsize == 2 else 32)
 
     def streams(self, chain: str) -> bool:
         """Whether the states of ``"linear_state"`` or ``"linear_seq"`` stay in memory (linear_stream.py) or in registers."""
+        if self.retention or self.momentum:  # more than one matrix, or passes over it
+            return True
         if _streaming is not None:
             return _streaming
         widest = {"linear_state": 64, "linear_seq": 32}[chain]  # row of values that a coupling bias can hold
@@ -87,7 +102,7 @@ class Key:
 
     def tiles(self, kernel: str, config: Config, along: str) -> int:
         """Programs that share the values or the keys of a head."""
-        if along == "hidden" or (self.coupled and kernel.endswith("_streamed")):
+        if along in ("hidden", "head") or (self.entire and kernel.endswith("_streamed")):
             return 1
         block_v, block_k = self.blocks(config)
         return -(-self.value_dim // block_v) if along == "value" else -(-self.key_dim // block_k)
@@ -153,6 +168,12 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 32, 8, 1, 255), _wide),
     ),
     "linear_decay_grad": ((Config(16, 16, 4, 1, 255), _always),),
+    "momentum_weights": ((Config(16, 16, 4, 1), _always),),
+    "momentum_pairs": (
+        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2),
+        (Config(32, 32, 4, 1, 255), _wide),
+    ),
+    "momentum_grad": ((Config(16, 16, 4, 1), _always),),
     "mlp_chain": (
         (Config(0, 16, 2, 1, 255), lambda key: key.chunk_size == 16),
         (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),

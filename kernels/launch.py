@@ -46,7 +46,8 @@ class Problem:
     def __init__(self, call):
         self.call = call
         self.q, self.k, self.v = (_unit_stride(x) for x in (call.q, call.k, call.v))
-        self.lr, self.log_decay, self.delta = (None if x is None else x.contiguous() for x in (call.lr, call.log_decay, call.delta))
+        gates = (call.lr, call.log_decay, call.delta, call.momentum)
+        self.lr, self.log_decay, self.delta, self.momentum = (None if x is None else x.contiguous() for x in gates)
         self.cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
         self.dual = call.state.dual[0]
         self.hidden = self.dual.shape[-1] if call.memory == "mlp" else 0
@@ -57,9 +58,12 @@ class Problem:
         self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
         self.slots = self.pieces(call.chunk_size)
         self.row = self.batch * self.tokens * self.heads
-        bias = call.bias
+        bias, gate = call.bias, call.retention
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
-        self.key = configs.Key(self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled, self.hidden)
+        self.key = configs.Key(
+            self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled, self.hidden,
+            gate.tag, call.momentum is not None,
+        )  # fmt: skip
         self.architecture = _recorder[1] if _recorder else architecture(call.q.device)
         self.block = self.key.block_c
         self.blocks = call.chunk_size // self.block
@@ -72,6 +76,10 @@ class Problem:
         parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
         self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
         self.bias |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
+        if call.memory == "linear":
+            self.bias |= dict(CHANNEL_LR=call.lr.dim() == 4)
+        parameters = (*gate.parameters, 0.0, 0.0)[:2]
+        self.retention = dict(RETENTION=gate.tag, R0=parameters[0], R1=parameters[1])
 
     def config(self, kernel: str) -> configs.Config:
         return configs.choose(kernel, self.key, self.architecture)
@@ -144,7 +152,7 @@ def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
 def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
     """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one.
 
-    ``along="hidden"``: an MLP's hidden units, all of whose tiles one program takes.
+    ``along="hidden"``: an MLP's hidden units, all of whose tiles one program takes; ``"head"``: it takes all keys and values.
     """
     config = problem.config(kernel.__name__)
     arguments |= dict(T=problem.tokens, H=problem.heads)

@@ -27,23 +27,30 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
+from .decays import chunk_weights
+from .decays_bwd import decay_gradient, gate_gradients, pair_gradient
 from .launch import Problem, launch, tiles
-from .linear_fwd import chunk_decays, recompute
+from .linear_fwd import recompute
 from .linear_stream import linear_seq_streamed
 from .tiles import (
+    CARRY,
     LENGTHS,
+    STEP,
     dot,
     inside,
     load_delta,
     load_error,
     load_gamma,
     load_gate,
+    load_lr,
+    load_scale,
     load_square,
     load_to_end,
     load_total,
     load_update,
     owner_of,
     pair_decay,
+    pairs_of,
     rounded,
     sequence_of,
     slot_of,
@@ -53,7 +60,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_pre(
-    q, k, decays, grad_out, from_out,
+    q, k, decays, pairs, grad_out, from_out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
@@ -77,6 +84,7 @@ def linear_pre(
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
     grad_out += row * Dv
+    pairs = pairs_of(pairs, i_slot * H + i_h, C)
 
     b_r = tl.zeros((BC, BV), tl.float32)
     for i_t in range(i_r, NC):
@@ -89,7 +97,7 @@ def linear_pre(
             b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
             b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
             b_p += dot(b_k, tl.trans(b_q))
-        b_p *= pair_decay(decays, ROW, row, H, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
+        b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
         b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
         b_r -= dot(rounded(b_p, DTYPE), b_do)
     store(from_out + row * Dv + o_s[:, None] * (H * Dv) + o_v[None, :], b_r, m_s[:, None] & m_v[None, :])
@@ -99,13 +107,13 @@ def linear_pre(
 def linear_seq(
     q, k, v, lr, decays, delta,
     errors, squares, from_out, grad_out, grad_final,
-    grad_states, grad_v, grad_initial, grad_delta, rows_lr, rows_delta, rows_kept,
+    grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_kept,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of J ``[BK, BV]`` from the last chunk of a sequence to its first."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -149,13 +157,19 @@ def linear_seq(
         b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
         b_square = load_square(squares, row, o_g, m_t, COUPLED)
         b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_lr = load_gate(lr, row, o_g, m_t)  # [C]
         b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
-        tl.store(rows_lr + tile_row + row + o_g, tl.sum(b_du * b_psi, 1), mask=m_t)
-        if decays is not None:
-            tl.store(rows_kept + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
-
-        b_y = b_du * b_lr[:, None]
+        if CHANNEL_LR:
+            b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, BV]
+            tl.store(grad_lr + row * Dv + o_tv, b_du * b_psi, mask=m_tv)
+            if decays is not None:
+                tl.store(rows_kept + tile_row + row + o_g, -tl.sum(b_kj * (b_psi * b_lr), 1), mask=m_t)
+            b_y = b_du * b_lr
+        else:
+            b_lr = load_gate(lr, row, o_g, m_t)  # [C]
+            tl.store(rows_lr + tile_row + row + o_g, tl.sum(b_du * b_psi, 1), mask=m_t)
+            if decays is not None:
+                tl.store(rows_kept + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
+            b_y = b_du * b_lr[:, None]
         b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS, P0, P1, P2)
         if COUPLED:
             b_along = tl.sum(b_y * b_e, 1)[:, None]
@@ -178,21 +192,21 @@ def linear_seq(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_epi(
-    q, k, v, lr, decays, delta,
-    states, errors, squares, grad_states, grad_out, grad_v,
-    grad_q, grad_k, rows_read, rows_pairs, inner,
+    q, k, v, lr, decays, pairs, delta,
+    states, errors, squares, duals, momenta, scales, grad_states, grad_momenta, grad_out, grad_v,
+    grad_q, grad_k, rows_read, rows_pairs, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time."""
+    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum)."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
-    DECAYS: tl.constexpr = decays is not None
+    PAIRS: tl.constexpr = rows_pairs is not None  # a log-decay without momentum: momentum_pairs sums them otherwise
     i_k, i_r = tl.program_id(0) % NK, tl.program_id(0) // NK % NC
     i_slot = (tl.program_id(0) // (NK * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -209,12 +223,17 @@ def linear_epi(
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
-    states += (i_slot * H + i_h) * Dk * Dv
-    grad_states += (i_slot * H + i_h) * Dk * Dv
+    place = i_slot * H + i_h
+    states += place * Dk * Dv
+    grad_states += place * Dk * Dv
+    pairs, rho = pairs_of(pairs, place, C), load_scale(scales, place)
+    if momenta is not None:
+        momenta += place * Dk * Dv
+        grad_momenta += place * Dk * Dv
     grad_out += row * Dv
     grad_v += row * Dv
 
-    # dQ = gamma (dO S') + dS K
+    # dQ = gamma (dO W') + rho b (dO S') + dP K
     b_dq = tl.zeros((BC, BK), tl.float32)
     for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -225,8 +244,19 @@ def linear_epi(
     b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
     b_q = tl.load(q + o_r[:, None] * stride_qt + o_k[None, :], mask=m_rk, other=0.0)  # [BC, BK]
     b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
-    if DECAYS:
+    if rows_read is not None:
         tl.store(rows_read + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_r)
+    if momenta is not None:
+        b_carried = tl.zeros((BC, BK), tl.float32)
+        for i_v in range(0, NV):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = inside(o_v, Dv, BV)
+            b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_m = tl.load(momenta + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
+            b_carried += dot(b_do, rounded(b_m, DTYPE))
+        b_carried *= rho
+        tl.store(rows_carry + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_carried * b_q.to(tl.float32), 1), mask=m_r)
+        b_dq += b_carried * load_gate(decays + CARRY * ROW, row, o_r * H, m_r)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
@@ -236,12 +266,15 @@ def linear_epi(
             m_v = inside(o_v, Dv, BV)
             b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
             b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
-            )  # [BC, BV]
+                v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+            )  # [BC, BV]  # fmt: skip
             b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
-        b_ds = -b_dp * pair_decay(decays, ROW, row, H, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
+        b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
+        if scales is not None:
+            b_ds *= rho
         b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-        if DECAYS:  # pairs of a read after token s and a write up to it
+        if PAIRS:  # pairs of a read after token s and a write up to it
             b_pairs = b_ds * dot(b_q, tl.trans(b_k))
             b_crossing = tl.where(o_r[:, None] > o_s[None, :], tl.cumsum(b_pairs, 1) + b_before[:, None], 0.0)
             tile_row = (i_k * NC + i_r).to(tl.int64) * ROW
@@ -250,28 +283,45 @@ def linear_epi(
         b_dq += dot(rounded(b_ds, DTYPE), b_k)
     store(grad_q + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dq, m_rk)
 
-    # dK = dE S' - (dec U) J' + dS' Q
+    # dK = dE W' - (dec U) J' - (Theta_C U) JS' + dP' Q
     b_dk = tl.zeros((BC, BK), tl.float32)
     b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
-    product = 0.0
+    if momenta is not None:
+        b_step = load_gate(decays + STEP * ROW, row, o_r * H, m_r)
+    product = 0.0  # <J, A>, and with momentum ...
+    product_carry = 0.0  # <J, S>
+    product_pi = 0.0  # <JS, S>
     for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         m_vk = m_v[:, None] & m_k[None, :]
         b_u = load_update(
-            v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
-        )  # [BC, BV]
+            v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
+            Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        )  # [BC, BV]  # fmt: skip
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
-        if READS or DECAYS:
+        if momenta is not None:
+            p_m = o_k[None, :] * Dv + o_v[:, None]
+            b_m, b_jm = tl.load(momenta + p_m, mask=m_vk, other=0.0), tl.load(grad_momenta + p_m, mask=m_vk, other=0.0)  # [BV, BK]
+            b_dk -= dot(rounded(b_u * b_step[:, None], DTYPE), rounded(b_jm, DTYPE))
+            product_carry += tl.sum(b_m * b_j)
+            product_pi += tl.sum(b_m * b_jm)
+        if READS or (inner is not None and duals is None):
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if READS:
             b_dv = tl.load(grad_v + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
             b_dk -= dot(b_dv, rounded(b_w, DTYPE))  # dE = -dV
-        if DECAYS:
+        if inner is not None:
+            if duals is not None:
+                b_w = tl.load(duals + place * Dk * Dv + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
             product += tl.sum(b_w.to(tl.float32) * b_j.to(tl.float32))
-    if DECAYS:
-        tl.store(inner + (i_k * SLOTS + i_slot) * H + i_h, product, mask=i_r == 0)
+    if inner is not None:
+        p_inner = inner + (i_k * SLOTS + i_slot) * H + i_h
+        tl.store(p_inner, product, mask=i_r == 0)
+        if momenta is not None:
+            tl.store(p_inner + NK * SLOTS * H, product_carry, mask=i_r == 0)
+            tl.store(p_inner + 2 * NK * SLOTS * H, product_pi, mask=i_r == 0)
     for i_t in range(i_r, NC):
         o_t = i_t * BC + tl.arange(0, BC)
         m_t = t0 + o_t < eos
@@ -280,124 +330,90 @@ def linear_epi(
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
             b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
-            )  # [BC, BV]
+                v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
+                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+            )  # [BC, BV]  # fmt: skip
             b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
             b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
-        b_ds = -b_dp * pair_decay(decays, ROW, row, H, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
+        b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
+        if scales is not None:
+            b_ds *= rho
         b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
         b_dk += dot(rounded(b_ds, DTYPE), b_q)
     store(grad_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def linear_decay_grad(
-    decays, rows_read, rows_pairs, rows_kept, inner, grad_log_decay,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW, SLOTS, READ_ROWS, KEPT_ROWS,
-    C: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """The four sums of d log alpha for one chunk and all heads."""
-    BH: tl.constexpr = 16
-    NC: tl.constexpr = C // BC
-    i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
-    if first_slot is not None:
-        if i_n < 0:  # a spare slot
-            return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
-    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
-    row = (i_b * T + t0) * H
-    stride_row = i_slot * 0 + ROW  # int64
-    for i_h in range(0, H, BH):
-        m_h = i_h + o_h < H
-        m_g = (t0 + o_c < eos)[:, None] & m_h[None, :]
-        m_before = m_g & (o_c >= 1)[:, None]
-        p_g = row + o_c[:, None] * H + i_h + o_h[None, :]
-        b_read = tl.zeros((C, BH), tl.float32)
-        b_pairs = tl.zeros((C, BH), tl.float32)
-        b_kept = tl.zeros((C, BH), tl.float32)
-        b_inner = tl.zeros((BH,), tl.float32)
-        for i in range(0, READ_ROWS):
-            base = stride_row * i
-            b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
-            b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
-            for i_r in range(0, NC):  # a block of reads has pairs with writes up to it
-                m_r = m_before & ((o_c - 1) // BC <= i_r)[:, None]
-                b_pairs += tl.load(rows_pairs + (base * NC + i_r * stride_row) + p_g - H, mask=m_r, other=0.0)
-        for i in range(0, KEPT_ROWS):
-            b_kept += tl.load(rows_kept + stride_row * i + p_g - H, mask=m_before, other=0.0)
-        last = (tl.minimum(eos - t0, C) - 1) * H
-        b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
-        b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_kept, 0) + b_inner[None, :]
-        tl.store(grad_log_decay + p_g, b_g, mask=m_g)
-
-
 # --------------------------------------------------------------------------------------------------------------- launcher
 
 
-def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_dual: Tensor | None) -> dict[str, Tensor]:
-    """Gradients by argument name, ``dual`` for the initial matrix ``[N, H, Dv, Dk]``."""
-    decays = chunk_decays(p)
-    chain = recompute(p, decays, checkpoints, every)
+def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
+    """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: the dual and, if there is one, the momentum."""
+    weights = chunk_weights(p, backward=True)
+    decays, decaying, moving = weights.decays, p.log_decay is not None, p.momentum is not None
+    chain = recompute(p, weights, checkpoints, every)
     grad_out = grad_out.contiguous()
     parallel = p.tables()
     sequential = {name: x for name, x in parallel.items() if name != "slot_owner"}
-    gates = dict(lr=p.lr, decays=decays, delta=p.delta)
 
     from_out = p.per_token(p.value_dim)
     launch(
         linear_pre, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, decays=decays, grad_out=grad_out, from_out=from_out, **parallel, ROW=p.row, **p.strides("q", "k"),
+        q=p.q, k=p.k, **weights.forward(), grad_out=grad_out, from_out=from_out, **parallel, ROW=p.row, **p.strides("q", "k"),
         **p.sizes, BC=p.block,
     )  # fmt: skip
 
-    seq = linear_seq_streamed if p.key.streams("linear_seq") else linear_seq
+    streamed = p.key.streams("linear_seq")
+    seq = linear_seq_streamed if streamed else linear_seq
     value_tiles, key_tiles = tiles(seq.__name__, p, "value"), tiles("linear_epi", p, "key")
-    float32, decaying, per_token = torch.float32, decays is not None, p.bias["DELTA"] == 1
+    float32, per_token, per_row = torch.float32, p.bias["DELTA"] == 1, not p.bias["CHANNEL_LR"]
 
     def rows(count: int, wanted: bool = True) -> Tensor | None:
         return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
-    rows_lr, rows_delta, rows_kept = rows(value_tiles), rows(value_tiles, per_token), rows(value_tiles, decaying)
-    grad_delta = p.per_token(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
-    grad_states = p.per_slot(p.slots, float32 if p.key.streams("linear_seq") else None)
-    grad_v, grad_initial = p.per_token(p.value_dim), torch.empty_like(p.dual, memory_format=torch.contiguous_format)
+    def channels(wanted: bool) -> Tensor | None:
+        return p.per_token(p.value_dim, dtype=float32) if wanted else None
+
+    sums = dict(
+        rows_lr=rows(value_tiles, per_row), rows_delta=rows(value_tiles, per_token), rows_kept=rows(value_tiles, decaying or moving)
+    )
+    elementwise = dict(grad_lr=channels(not per_row), grad_delta=channels(p.bias["DELTA"] == 2))
+    grad_states, grad_momenta = p.per_slot(p.slots, float32 if streamed else None), p.per_slot(p.slots, float32) if moving else None
+    grad_v = p.per_token(p.value_dim)
+    given = [x.contiguous() for x in grad_state]
+    initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
+    if streamed:
+        sums |= dict(rows_step=rows(value_tiles, moving))
+        more = dict(states=chain.states, **chain.only("duals", "momenta", "scales"), **p.retention, grad_momenta=grad_momenta)
+        more |= dict(grad_final_momentum=given[1] if moving and given else None, grad_initial_momentum=initial[1] if moving else None)
+        more |= dict(grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.retention else None)
     launch(
         seq, p, p.sequences, "value",
-        q=p.q, k=p.k, v=p.v, **gates, errors=chain.errors, squares=chain.squares, from_out=from_out, grad_out=grad_out,
-        grad_final=None if grad_dual is None else grad_dual.contiguous(),
-        grad_states=grad_states, grad_v=grad_v, grad_initial=grad_initial, grad_delta=grad_delta,
-        rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept,
+        q=p.q, k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, errors=chain.errors, squares=chain.squares,
+        from_out=from_out, grad_out=grad_out, grad_final=given[0] if given else None,
+        grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0], **sums, **elementwise, **(more if streamed else {}),
         **sequential, ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, **p.bias,
     )  # fmt: skip
     del from_out
 
     grad_q, grad_k = p.per_token(p.key_dim), p.per_token(p.key_dim)
-    rows_read, rows_pairs = rows(key_tiles, decaying), rows(key_tiles * p.blocks, decaying)
-    inner = p.empty(key_tiles, p.slots.count, p.heads, dtype=float32) if decaying else None
+    rows_read, rows_pairs = rows(key_tiles, decaying), rows(key_tiles * p.blocks, decaying and not moving)
+    rows_carry, products = rows(key_tiles, moving), (3,) if moving else ()
+    inner = p.empty(*products, key_tiles, p.slots.count, p.heads, dtype=float32) if decaying or moving else None
     launch(
         linear_epi, p, p.slots.count * p.blocks, "key",
-        q=p.q, k=p.k, v=p.v, **gates, **chain._asdict(), grad_states=grad_states, grad_out=grad_out, grad_v=grad_v,
-        grad_q=grad_q, grad_k=grad_k, rows_read=rows_read, rows_pairs=rows_pairs, inner=inner,
+        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, **chain._asdict(),
+        grad_states=grad_states, grad_momenta=grad_momenta, grad_out=grad_out, grad_v=grad_v,
+        grad_q=grad_q, grad_k=grad_k, rows_read=rows_read, rows_pairs=rows_pairs, rows_carry=rows_carry, inner=inner,
         **parallel, ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
 
-    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr.sum(0), "dual": grad_initial}
-    if decaying:
-        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs, rows_kept, inner, p.block)
+    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": sums["rows_lr"].sum(0) if per_row else elementwise["grad_lr"], "state": initial}
+    if moving:
+        added = {name: None if x is None else x.sum(0) for name, x in (("rows_read", rows_read), ("rows_carry", rows_carry))}
+        added |= {name: sums[name].sum(0) for name in ("rows_kept", "rows_step")}
+        grads |= gate_gradients(p, weights, pair_gradient(p, chain, grad_out), inner=inner.sum(1), **added)
+    elif decaying:
+        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs, sums["rows_kept"], inner, p.block)
     if p.delta is not None:
-        grads["delta"] = rows_delta.sum(0) if per_token else grad_delta
+        grads["delta"] = sums["rows_delta"].sum(0) if per_token else elementwise["grad_delta"]
     return grads
-
-
-def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_kept: Tensor, inner: Tensor, block: int) -> Tensor:
-    """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs also by blocks of a chunk) and ``inner [tiles, slots, H]``."""
-    grad = torch.empty_like(p.log_decay)
-    launch(
-        linear_decay_grad, p, p.slots.count, None,
-        decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad, **p.tables(),
-        ROW=p.row, SLOTS=p.slots.count, READ_ROWS=len(rows_read), KEPT_ROWS=len(rows_kept), C=p.chunk_size, BC=block,
-    )  # fmt: skip
-    return grad

@@ -24,75 +24,38 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
+from . import retention as retentions
+from .decays import Weights, chunk_weights
 from .launch import Problem, launch
 from .linear_stream import linear_state_streamed
 from .tiles import (
     BODY,
+    CARRY,
     HEAD,
     LENGTHS,
-    LOWEST,
     SEGMENT,
     TAIL,
-    UNIT,
     WHOLE,
     dot,
     inside,
     load_delta,
     load_gamma,
     load_gate,
+    load_lr,
+    load_scale,
     load_to_end,
     load_total,
     load_update,
     only_if,
     owner_of,
     pair_decay,
+    pairs_of,
     part_of,
     rounded,
     sequence_of,
     slot_of,
     store,
 )
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def linear_decay(
-    log_decay, position, decays,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW,
-    C: tl.constexpr,
-):  # fmt: skip
-    """``decays [4, B, T, H]``: gamma_t, gamma_C / gamma_s, and the cumulative log-decays in two parts whose differences keep their digits.
-
-    A difference of two sums of -1e4 would leave nothing of a step of -0.01 between them. So every log-decay is cut into a
-    multiple of 2^-10, whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a rest below 2^-11, whose sums are small.
-    The products are summed from their own ends, where nothing cancels.
-    """
-    BH: tl.constexpr = 16
-    i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
-    if first_slot is not None:
-        if i_n < 0:  # a spare slot
-            return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
-    if position is not None:
-        t0 -= tl.load(position + i_n)
-    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
-    m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
-    m_next = (t0 + o_c + 1 < eos) & (t0 + o_c + 1 >= bos) & (o_c < C - 1)
-    row = (i_b * T + t0) * H
-    for i_h in range(0, H, BH):
-        o_g = o_c[:, None] * H + i_h + o_h[None, :]
-        m_h = (i_h + o_h < H)[None, :]
-        m_g = m_t[:, None] & m_h
-        b_g = tl.load(log_decay + row + o_g, mask=m_g, other=0.0)  # [C, BH]
-        b_next = tl.load(log_decay + row + H + o_g, mask=m_next[:, None] & m_h, other=0.0)
-        tl.store(decays + row + o_g, tl.exp(tl.cumsum(b_g, 0)), mask=m_g)
-        tl.store(decays + ROW + row + o_g, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_g)
-        b_g = tl.maximum(b_g, LOWEST)
-        b_units = tl.floor(b_g * UNIT + 0.5)
-        tl.store(decays + 2 * ROW + row + o_g, tl.cumsum(b_units, 0), mask=m_g)
-        tl.store(decays + 3 * ROW + row + o_g, tl.cumsum(b_g - b_units / UNIT, 0), mask=m_g)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -107,7 +70,7 @@ def linear_state(
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     PART: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of S through the chunks of one sequence, or of one of its segments."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -164,8 +127,11 @@ def linear_state(
             b_square = tl.sum(b_e * b_e, 1)[:, None]  # [C, 1]
             tl.store(squares + row + o_g[:, None], b_square, mask=m_t[:, None])
         b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_weight = load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
-        b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * b_weight[:, None]  # [C, BV]
+        b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        if CHANNEL_LR:
+            b_u *= load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]
+        else:
+            b_u *= (load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C))[:, None]  # [C, BV]
         gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
         b_s = b_s * gamma - dot(tl.trans(b_k), rounded(b_u, DTYPE))
 
@@ -175,14 +141,14 @@ def linear_state(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_output(
-    q, k, v, lr, decays, delta, position,
-    states, errors, squares, out,
+    q, k, v, lr, decays, pairs, delta, position,
+    states, errors, squares, momenta, scales, out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BV]`` of one chunk's output: the state it started from, then the writes of its own tokens, block by block."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -205,7 +171,9 @@ def linear_output(
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
-    states += (i_slot * H + i_h) * Dk * Dv
+    place = i_slot * H + i_h
+    states += place * Dk * Dv
+    pairs, rho = pairs_of(pairs, place, C), load_scale(scales, place)
 
     b_o = tl.zeros((BC, BV), tl.float32)
     for i_k in range(0, (Dk + BK - 1) // BK):
@@ -215,6 +183,15 @@ def linear_output(
         b_w = tl.load(states + o_k[:, None] * Dv + o_v[None, :], mask=m_k[:, None] & m_v[None, :], other=0.0)  # [BK, BV]
         b_o += dot(b_q, rounded(b_w, DTYPE))
     b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]
+    if momenta is not None:
+        b_carried = tl.zeros((BC, BV), tl.float32)
+        for i_k in range(0, (Dk + BK - 1) // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = inside(o_k, Dk, BK)
+            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+            p_s = momenta + place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
+            b_carried += dot(b_q, rounded(tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0), DTYPE))
+        b_o += b_carried * (load_gate(decays + CARRY * ROW, row, o_t * H, m_t) * rho)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = (t0 + o_s < eos) & (t0 + o_s >= bos)
@@ -225,10 +202,13 @@ def linear_output(
             b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
             b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
             b_p += dot(b_q, tl.trans(b_k))
-        b_p *= pair_decay(decays, ROW, row, H, o_t[:, None], o_s[None, :], m_t[:, None], m_s[None, :])
+        b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[:, None], o_s[None, :], m_t[:, None], m_s[None, :])
+        if scales is not None:
+            b_p *= rho
         b_u = load_update(
-            v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v, Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA
-        )  # [BC, BV]
+            v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+            Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        )  # [BC, BV]  # fmt: skip
         b_o -= dot(rounded(b_p, DTYPE), rounded(b_u, DTYPE))
     store(out + row * Dv + o_t[:, None] * (H * Dv) + o_v[None, :], b_o, m_t[:, None] & m_v[None, :])
 
@@ -239,92 +219,122 @@ def linear_output(
 class Chain(NamedTuple):
     """What the chain leaves for the parallel kernels."""
 
-    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start, float32 if they are streamed
+    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start, float32 if they are streamed; its primal under a retention gate
     errors: Tensor | None  # [B, T, H, Dv]
     squares: Tensor | None  # [B, T, H] float32, ||e||^2 for a bias that couples a row
+    duals: Tensor | None = None  # [slots, H, Dk, Dv] float32, under a retention gate
+    momenta: Tensor | None = None  # [slots, H, Dk, Dv] float32
+    scales: Tensor | None = None  # [slots, H] float32, rho of a gate that has one
+
+    def only(self, *names: str) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in names}
 
 
 class Final(NamedTuple):
-    """The state after the last token, as MemoryState has it; the last two only where a sequence may end inside a chunk."""
+    """The state after the last token, as MemoryState has it; ``start``, ``open_decay`` only where a sequence may end inside a chunk."""
 
     dual: tuple[Tensor, ...]  # the memory's matrices, float32: [N, H, Dv, Dk], or [N, H, D, Hd] and [N, H, Hd, D]
     start: tuple[Tensor, ...] = ()
     open_decay: Tensor | None = None  # [N, H] float32
+    momentum: tuple[Tensor, ...] = ()  # like dual
 
     def tensors(self) -> list[Tensor]:
         """All of them, contiguous, in one list."""
-        return [x.contiguous() for x in (*self.dual, *self.start, self.open_decay) if x is not None]
+        return [x.contiguous() for x in (*self.dual, *self.momentum, *self.start, self.open_decay) if x is not None]
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
-    """``(out, final state, checkpoints)``: the state of every ``every``-th chunk ``[slots, H, Dk, Dv]`` float32, if every > 0."""
-    chain, decays = _empty_chain(p), chunk_decays(p)
+    """``(out, final state, checkpoints)``: the matrices of every ``every``-th chunk (dispatch.kept_states_like) float32, if every > 0."""
+    chain, weights = _empty_chain(p), chunk_weights(p)
+    matrices = p.call.state.matrices()
     segments = p.pieces(p.chunk_size * max(every, 1))
-    checkpoints = p.per_slot(segments, torch.float32) if every else None
+    several = () if len(matrices) == 1 else (len(matrices),)
+    checkpoints = p.empty(segments.count, p.heads, *several, p.key_dim, p.value_dim, dtype=torch.float32) if every else None
 
-    def walk(part: int, initial: Tensor, wanted: bool = True) -> Tensor | None:
-        final = p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=torch.float32) if wanted else None
+    def walk(part: int, initial: tuple[Tensor, ...], wanted: bool = True) -> tuple[Tensor, ...]:
+        final = p.empty(len(initial), p.sequences, p.heads, p.key_dim, p.value_dim, dtype=torch.float32) if wanted else None
+        if len(initial) > 1:  # with the same strides
+            initial = torch.stack(initial).unbind(0)
         _launch_state(
-            p, chain, decays, p.sequences, initial, initial.stride(), part, final=final,
+            p, chain, weights.decays, p.sequences, initial, part, final=final,
             checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
         )  # fmt: skip
-        return None if final is None else final.transpose(-1, -2)
+        return () if final is None else final.transpose(-1, -2).unbind(0)
 
     final = None
     if p.position is None and not may_end_open:
-        dual = walk(WHOLE.value, p.dual, wants_final)
-        final = Final((dual,)) if wants_final else None
+        after = walk(WHOLE.value, matrices, wants_final)
+        final = Final(after[:1], momentum=after[1:]) if wants_final else None
     else:
-        before = p.dual if p.position is None else walk(HEAD.value, p.dual)
+        before = matrices if p.position is None else walk(HEAD.value, matrices)
         start = walk(BODY.value, before)
-        final = Final((walk(TAIL.value, start),), *open_chunk_end(p, (start,)))
+        after = walk(TAIL.value, start)
+        final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
     out = p.per_token(p.value_dim)
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, position=p.position, **chain._asdict(), out=out,
+        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, position=p.position,
+        **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
         **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
     return out, final, checkpoints
 
 
-def recompute(p: Problem, decays: Tensor | None, checkpoints: Tensor, every: int) -> Chain:
+def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> Chain:
     """The chain again from the kept states, all segments at once."""
     chain, segments = _empty_chain(p), p.pieces(p.chunk_size * every)
-    n, h, k, v = checkpoints.stride()
+    kept = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
     _launch_state(
-        p, chain, decays, segments.count, checkpoints, (n, h, v, k), SEGMENT.value, final=None, checkpoints=None,
+        p, chain, weights.decays, segments.count, tuple(x.transpose(-1, -2) for x in kept), SEGMENT.value, final=None, checkpoints=None,
         EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
     )  # fmt: skip
     return chain
 
 
-def chunk_decays(p: Problem) -> Tensor | None:
-    """What the log-decays amount to ``[4, B, T, H]``; None without any."""
-    if p.log_decay is None:
-        return None
-    decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, C=p.chunk_size)
-    launch(linear_decay, p, p.slots.count, None, **arguments, **p.tables())
-    return decays
-
-
 def _empty_chain(p: Problem) -> Chain:
-    states = p.per_slot(p.slots, torch.float32 if p.key.streams("linear_state") else None)
+    gated, float32 = p.retention["RETENTION"] != retentions.L2.value, torch.float32
+    states = p.per_slot(p.slots, float32 if p.key.streams("linear_state") and not gated else None)
     errors = p.per_token(p.value_dim) if p.bias["READS"] else None
-    squares = p.per_token(dtype=torch.float32) if p.bias["COUPLED"] else None
-    return Chain(states, errors, squares)
+    squares = p.per_token(dtype=float32) if p.bias["COUPLED"] else None
+    duals = p.per_slot(p.slots, float32) if gated else None
+    momenta = None if p.momentum is None else p.per_slot(p.slots, float32)
+    scales = p.empty(p.slots.count, p.heads, dtype=float32) if p.retention["RETENTION"] == retentions.LQ.value else None
+    return Chain(states, errors, squares, duals, momenta, scales)
 
 
-def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: Tensor, strides: tuple[int, ...], part: int, **arguments) -> None:
-    opened = p.call.state.open_chunk.start[0].contiguous() if part == HEAD.value else None
+def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None, **arguments):
+    """``initial``: the matrices ``[units, H, Dv, Dk]`` to start from, all with the same strides; ``final [matrices, N, H, Dk, Dv]``."""
     tables = p.tables()
     del tables["slot_owner"]
+    arguments |= dict(k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, position=p.position, initial=initial[0])
+    arguments |= dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), initial[0].stride(), strict=True))
+    arguments |= dict(final=None if final is None else final[0])
+    opened, readouts, scales = _opened(p) if part == HEAD.value else (None, None, None)
+    streamed = p.key.streams("linear_state")
+    if streamed:
+        more = dict(enumerate(initial)).get(1), None if final is None or len(final) == 1 else final[1]
+        arguments |= dict(zip(("initial_momentum", "final_momentum"), more, strict=True))
+        arguments |= dict(readouts=readouts, opened_scales=scales, **chain.only("duals", "momenta", "scales"), **p.retention)
     launch(
-        linear_state_streamed if p.key.streams("linear_state") else linear_state, p, units, "value",
-        k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, initial=initial, opened=opened, position=p.position, **chain._asdict(),
-        **dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), strides, strict=True)),
+        linear_state_streamed if streamed else linear_state, p, units, "value",
+        opened=opened, **chain.only("states", "errors", "squares"),
         **tables, ROW=p.row, **p.strides("k", "v"), PART=part, **p.sizes, **p.bias, **arguments,
     )  # fmt: skip
+
+
+def _opened(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of the chunk that a call resumes in: its primal, what its tokens read before writes of their own, and its rho.
+
+    The read-out of token t is ``gamma_t (gamma W_0 + rho (A - gamma A_0))`` with A_0 the dual at the chunk's start, A as it stands, and
+    gamma the decay between them.
+    """
+    opened, gate, dual = p.call.state.open_chunk, p.call.retention, p.dual
+    start = opened.start[0]
+    if p.retention["RETENTION"] == retentions.L2.value:
+        return start.contiguous(), None, None
+    primal, rho = gate.phi(start), gate.rho(start)
+    gamma = opened.log_decay.exp().reshape(*start.shape[:2], -1, 1)
+    return primal.contiguous(), (gamma * primal + rho * (dual - gamma * start)).contiguous(), rho.reshape(*start.shape[:2]).contiguous()
 
 
 def open_chunk_end(p: Problem, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:

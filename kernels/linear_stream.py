@@ -15,16 +15,22 @@ import triton
 import triton.language as tl
 
 from . import bias as biases
+from . import retention as retentions
 from .tiles import (
+    CARRY,
     HEAD,
     LENGTHS,
+    PI,
     SEGMENT,
+    STEP,
     dot,
     inside,
     load_delta,
     load_error,
     load_gamma,
     load_gate,
+    load_lr,
+    load_scale,
     load_square,
     load_to_end,
     load_total,
@@ -38,11 +44,90 @@ from .tiles import (
 )
 
 
+@triton.jit
+def mirror(
+    duals, states, scales, place, i_tile,
+    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+):  # fmt: skip
+    """``W = phi(A)`` of a program's tiles of one chunk and head, rounded to the operands' dtype; and rho, of a gate that has one."""
+    NK: tl.constexpr = (Dk + BK - 1) // BK
+    PAD: tl.constexpr = retentions.BOTTOM if RETENTION == retentions.ROWS else 0.0
+    here = place * Dk * Dv
+    total = retentions.floor(RETENTION, R0, R1)
+    if RETENTION == retentions.ENTIRE:
+        for j in range(0, TILES * NK):
+            o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
+            m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
+            b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
+            total += tl.sum(retentions.term(b_a, 0.0, RETENTION, R0, R1))
+        tl.store(scales + place, retentions.scale(total, RETENTION, R0, R1))
+    for j in range(0, TILES):
+        o_v = (i_tile + j) * BV + tl.arange(0, BV)
+        m_v = inside(o_v, Dv, BV)
+        b_shift, b_total = tl.full((BV,), retentions.BOTTOM, tl.float32), tl.zeros((BV,), tl.float32) + total
+        if RETENTION == retentions.ROWS:  # a row of A is a column here
+            for i_k in range(0, NK):
+                o_k = i_k * BK + tl.arange(0, BK)
+                m_kv = inside(o_k, Dk, BK)[:, None] & m_v[None, :]
+                b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=PAD)  # [BK, BV]
+                b_max = tl.maximum(b_shift, tl.max(b_a, 0))
+                b_total = b_total * tl.exp(b_shift - b_max) + tl.sum(retentions.term(b_a, b_max[None, :], RETENTION, R0, R1), 0)
+                b_shift = b_max
+        for i_k in range(0, NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
+            b_a = tl.load(duals + here + o_kv, mask=m_kv, other=PAD)  # [BK, BV]
+            store(states + here + o_kv, retentions.primal(b_a, b_shift[None, :], b_total[None, :], RETENTION, R0, R1), m_kv)
+
+
+@triton.jit
+def pull_back(
+    states, duals, grad_states, grad_primal, grad_initial, place, state, i_c, i_tile, gamma, rho, drho, H,
+    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+):  # fmt: skip
+    """``J <- gamma_C J + phi' dW + drho d rho / dA`` of a program's tiles, for a gate that couples entries: the sums first, then J."""
+    NK: tl.constexpr = (Dk + BK - 1) // BK
+    here = place * Dk * Dv
+    there = here - H * Dk * Dv
+    along = drho
+    if RETENTION == retentions.ENTIRE:
+        for j in range(0, TILES * NK):
+            o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
+            o_kv = o_k[:, None] * Dv + o_v[None, :]
+            m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
+            b_g = tl.load(grad_primal + state + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+            b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+            along += tl.sum(retentions.along(b_g, b_a, b_a, RETENTION))
+    for j in range(0, TILES):
+        o_v = (i_tile + j) * BV + tl.arange(0, BV)
+        m_v = inside(o_v, Dv, BV)
+        b_along = tl.zeros((BV,), tl.float32) + along
+        if RETENTION == retentions.ROWS:  # a row of A is a column here
+            for i_k in range(0, NK):
+                o_k = i_k * BK + tl.arange(0, BK)
+                o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
+                b_g = tl.load(grad_primal + state + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+                b_w = tl.load(states + here + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
+                b_along += tl.sum(retentions.along(b_g, b_w, b_w, RETENTION), 0)
+        for i_k in range(0, NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
+            b_g = tl.load(grad_primal + state + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+            b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+            b_w = tl.load(states + here + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
+            b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0) * gamma
+            b_j += retentions.pull(b_g, b_a, b_w, b_along[None, :], rho, RETENTION, R0, R1)
+            tl.store(grad_states + there + o_kv, b_j, mask=only_if(i_c > 0, m_kv))
+            tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=only_if(i_c == 0, m_kv))
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_state_streamed(
     k, v, lr, decays, delta,
-    initial, opened, position,
-    states, errors, squares, checkpoints, final,
+    initial, initial_momentum, opened, readouts, opened_scales, position,
+    states, duals, momenta, scales, errors, squares, checkpoints, final, final_momentum,
     cu_seqlens, first_slot, first_segment, segment_owner,
     T, H, CHUNKS, ROW, SEGMENTS, EVERY,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -50,13 +135,19 @@ def linear_state_streamed(
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     PART: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
 ):  # fmt: skip
-    """`linear_state` for one tile of values, or for all of them if the bias couples them."""
+    """`linear_state` for one tile of values, or for all of them if the bias or the retention gate couples them.
+
+    Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum.
+    """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    PROGRAMS: tl.constexpr = 1 if COUPLED else NV  # for a sequence and head
-    TILES: tl.constexpr = NV if COUPLED else 1  # for a program
+    ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE
+    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # for a sequence and head
+    TILES: tl.constexpr = NV if ENTIRE else 1  # for a program
+    MATRICES: tl.constexpr = 1 if momenta is None else 2  # that a checkpoint keeps
     i_tile = (tl.program_id(0) % PROGRAMS) * TILES
     i_s = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -77,15 +168,25 @@ def linear_state_streamed(
     v += i_b * stride_vb + i_h * stride_vh
     state = (i_n * H + i_h) * Dk * Dv
     initial += i_s * stride_in + i_h * stride_ih
+    if momenta is not None:
+        initial_momentum += i_s * stride_in + i_h * stride_ih
+    if duals is None:
+        duals = states
 
     for j in range(0, TILES * NK):
         o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
         o_kv = o_k[:, None] * Dv + o_v[None, :]
         m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
         b_s = tl.load(initial + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)
-        tl.store(states + ((slot + first) * H + i_h) * Dk * Dv + o_kv, b_s, mask=only_if(first < last, m_kv))
+        at_first = ((slot + first) * H + i_h) * Dk * Dv + o_kv
+        tl.store(duals + at_first, b_s, mask=only_if(first < last, m_kv))
         if final is not None:
             tl.store(final + state + o_kv, b_s, mask=only_if(first >= last, m_kv))
+        if momenta is not None:
+            b_m = tl.load(initial_momentum + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)
+            tl.store(momenta + at_first, b_m, mask=only_if(first < last, m_kv))
+            if final is not None:
+                tl.store(final_momentum + state + o_kv, b_m, mask=only_if(first >= last, m_kv))
     tl.debug_barrier()
 
     for i_c in range(first, last):
@@ -94,10 +195,25 @@ def linear_state_streamed(
         if PART == HEAD:
             m_t = m_t & (t0 + o_c >= bos)
         row = (i_b * T + t0) * H + i_h
-        here = states + ((slot + i_c) * H + i_h) * Dk * Dv
+        place = (slot + i_c) * H + i_h
+        here = place * Dk * Dv
         there = here + H * Dk * Dv
 
-        # E = K S - V
+        # W = phi(A)
+        if RETENTION != retentions.L2:
+            if PART == HEAD:
+                for j in range(0, TILES * NK):
+                    o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
+                    m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
+                    b_w = tl.load(readouts + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
+                    store(states + here + o_k[:, None] * Dv + o_v[None, :], b_w, m_kv)
+                if scales is not None:
+                    tl.store(scales + place, tl.load(opened_scales + i_n * H + i_h))
+            else:
+                mirror(duals, states, scales, place, i_tile, Dk, Dv, BK, BV, TILES, RETENTION, R0, R1)
+            tl.debug_barrier()
+
+        # E = K W - V
         if READS:
             b_square = tl.zeros((C,), tl.float32)
             for j in range(0, TILES):
@@ -114,7 +230,7 @@ def linear_state_streamed(
                     if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
                         b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
                     else:
-                        b_w = tl.load(here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
+                        b_w = tl.load(states + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
                     b_e += dot(b_k, rounded(b_w, DTYPE))
                 store(errors + row * Dv + o_g[:, None] * Dv + o_v[None, :], b_e, m_tv)
                 if COUPLED:
@@ -123,9 +239,13 @@ def linear_state_streamed(
                 tl.store(squares + row + o_g, b_square, mask=m_t)
             tl.debug_barrier()
 
-        # S <- gamma_C S - K' (dec eta psi(E))
-        b_weight = load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
-        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
+        # A <- gamma_C A + b_C S - K' (dec U);  S <- pi_C S - K' (Theta_C U)
+        b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
+        end = (tl.minimum(eos - t0, C) - 1) * H
+        gamma = load_total(decays, row, end)
+        if momenta is not None:
+            carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
+            b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
         b_row = load_square(squares, row, o_g, m_t, COUPLED)
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
@@ -133,19 +253,33 @@ def linear_state_streamed(
             o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
             b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
             b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-            b_u = rounded(biases.value(b_e, b_row, b_delta, BIAS, P0, P1, P2) * b_weight[:, None], DTYPE)  # [C, BV]
+            b_psi = biases.value(b_e, b_row, b_delta, BIAS, P0, P1, P2)
+            b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
+            b_u = rounded(b_psi * (b_lr * b_to_end[:, None]), DTYPE)  # [C, BV]
+            if momenta is not None:
+                b_us = rounded(b_psi * (b_lr * b_step[:, None]), DTYPE)  # [C, BV]
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
                 p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
                 b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
-                b_s = tl.load(here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+                b_s = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if checkpoints is not None:
-                    kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
+                    kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
                     tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
-                b_s = b_s * gamma - dot(tl.trans(b_k), b_u)
-                tl.store(there + o_kv, b_s, mask=only_if(i_c + 1 < last, m_kv))
+                if momenta is None:
+                    b_s = b_s * gamma - dot(tl.trans(b_k), b_u)
+                else:
+                    b_m = tl.load(momenta + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+                    if checkpoints is not None:
+                        tl.store(kept + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
+                    b_s = b_s * gamma + b_m * carry - dot(tl.trans(b_k), b_u)
+                    b_m = b_m * pi - dot(tl.trans(b_k), b_us)
+                    tl.store(momenta + there + o_kv, b_m, mask=only_if(i_c + 1 < last, m_kv))
+                    if final is not None:
+                        tl.store(final_momentum + state + o_kv, b_m, mask=only_if(i_c + 1 == last, m_kv))
+                tl.store(duals + there + o_kv, b_s, mask=only_if(i_c + 1 < last, m_kv))
                 if final is not None:
                     tl.store(final + state + o_kv, b_s, mask=only_if(i_c + 1 == last, m_kv))
         tl.debug_barrier()
@@ -154,20 +288,28 @@ def linear_state_streamed(
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_seq_streamed(
     q, k, v, lr, decays, delta,
-    errors, squares, from_out, grad_out, grad_final,
-    grad_states, grad_v, grad_initial, grad_delta, rows_lr, rows_delta, rows_kept,
+    states, duals, momenta, scales, errors, squares, from_out, grad_out, grad_final, grad_final_momentum,
+    grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum, grad_delta, grad_lr,
+    rows_lr, rows_delta, rows_kept, rows_step,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
 ):  # fmt: skip
-    """`linear_seq` for one tile of values, or for all of them if the bias couples them. `grad_v` holds dU between the passes."""
+    """`linear_seq` for one tile of values, or for all of them if the bias or the retention gate couples them.
+
+    `grad_v` holds dU between the passes. Under a retention gate J is the gradient of the dual; `grad_primal [N, H, Dk, Dv]` holds that of
+    the primal, where the gate couples its entries. `grad_momenta` holds JS, the gradient of the momentum.
+    """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    PROGRAMS: tl.constexpr = 1 if COUPLED else NV  # for a sequence and head
-    TILES: tl.constexpr = NV if COUPLED else 1  # for a program
+    ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE
+    COUPLING: tl.constexpr = RETENTION == retentions.ROWS or RETENTION == retentions.ENTIRE
+    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # for a sequence and head
+    TILES: tl.constexpr = NV if ENTIRE else 1  # for a program
     i_p = tl.program_id(0) % PROGRAMS
     i_tile = i_p * TILES
     i_n = (tl.program_id(0) // PROGRAMS).to(tl.int64)
@@ -193,6 +335,13 @@ def linear_seq_streamed(
         p_j = grad_states + ((slot + chunks - 1) * H + i_h) * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
         tl.store(p_j, b_j, mask=only_if(chunks > 0, m_kv))
         tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=only_if(chunks == 0, m_kv))
+        if momenta is not None:
+            b_m = tl.zeros((BK, BV), tl.float32)
+            if grad_final is not None:
+                b_m += tl.load(grad_final_momentum + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
+            p_m = grad_momenta + ((slot + chunks - 1) * H + i_h) * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
+            tl.store(p_m, b_m, mask=only_if(chunks > 0, m_kv))
+            tl.store(grad_initial_momentum + state + o_v[None, :] * Dk + o_k[:, None], b_m, mask=only_if(chunks == 0, m_kv))
     tl.debug_barrier()
 
     for i in range(0, chunks):
@@ -200,12 +349,19 @@ def linear_seq_streamed(
         t0 = bos + i_c * C
         m_t = t0 + o_c < eos
         row = (i_b * T + t0) * H + i_h
-        here = grad_states + ((slot + i_c) * H + i_h) * Dk * Dv
+        place = (slot + i_c) * H + i_h
+        here = place * Dk * Dv
         there = here - H * Dk * Dv
+        rho = load_scale(scales, place)
 
-        # dU = R - dec (K J), and what a row of it sums to
+        # dU = rho R - dec (K J) - Theta_C (K JS), and what a row of it sums to
+        drho = 0.0
         b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
-        b_lr = load_gate(lr, row, o_g, m_t)  # [C]
+        if not CHANNEL_LR:
+            b_lr = load_gate(lr, row, o_g, m_t)  # [C]
+        if momenta is not None:
+            b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+            b_stepped = tl.zeros((C,), tl.float32)
         b_square = load_square(squares, row, o_g, m_t, COUPLED)
         b_dlr = tl.zeros((C,), tl.float32)
         b_kept = tl.zeros((C,), tl.float32)
@@ -216,62 +372,121 @@ def linear_seq_streamed(
             m_v = inside(o_v, Dv, BV)
             o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
             b_kj = tl.zeros((C, BV), tl.float32)
+            b_km = tl.zeros((C, BV), tl.float32)
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
                 p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
                 b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
-                b_j = tl.load(here + o_k[:, None] * Dv + o_v[None, :], mask=m_k[:, None] & m_v[None, :], other=0.0)  # [BK, BV]
+                o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
+                b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 b_kj += dot(b_k, rounded(b_j, DTYPE))
-            b_kj *= b_to_end[:, None]
-            b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
+                if momenta is not None:
+                    b_km += dot(b_k, rounded(tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0), DTYPE))
+            b_r = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
+            if momenta is None:
+                b_kj *= b_to_end[:, None]
+                b_du = b_r * rho - b_kj  # [C, BV]
+            else:
+                b_du = b_r * rho - b_kj * b_to_end[:, None] - b_km * b_step[:, None]
             store(grad_v + row * Dv + o_tv, b_du, m_tv)
             b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
             b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
             b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
-            b_dlr += tl.sum(b_du * b_psi, 1)
-            b_kept -= tl.sum(b_kj * b_psi, 1)
+            b_eta = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
+            if CHANNEL_LR:
+                tl.store(grad_lr + row * Dv + o_tv, b_du * b_psi, mask=m_tv)
+                b_kept -= tl.sum(b_kj * (b_psi * b_eta), 1)
+            else:
+                b_dlr += tl.sum(b_du * b_psi, 1)
+                b_kept -= tl.sum(b_kj * b_psi, 1)
+            if momenta is not None:
+                b_stepped -= tl.sum(b_km * (b_psi * b_eta), 1)
+            if scales is not None:
+                drho += tl.sum(b_r * (b_psi * b_eta))
             if DELTA > 0:
-                b_dd = b_du * b_lr[:, None] * biases.slope_delta(b_e, b_square, b_delta, BIAS, P0)
+                b_dd = b_du * b_eta * biases.slope_delta(b_e, b_square, b_delta, BIAS, P0)
                 if DELTA == 2:
                     tl.store(grad_delta + row * Dv + o_tv, b_dd, mask=m_tv)
                 else:
                     b_dd_row += tl.sum(b_dd, 1)
             if COUPLED:
-                b_along += tl.sum(b_du * b_e, 1)
-        tl.store(rows_lr + tile_row + row + o_g, b_dlr, mask=m_t)
+                if CHANNEL_LR:
+                    b_along += tl.sum(b_du * b_eta * b_e, 1)
+                else:
+                    b_along += tl.sum(b_du * b_e, 1)
+        if not CHANNEL_LR:
+            b_kept *= b_lr
+            b_along *= b_lr
+            tl.store(rows_lr + tile_row + row + o_g, b_dlr, mask=m_t)
         if decays is not None:
-            tl.store(rows_kept + tile_row + row + o_g, b_lr * b_kept, mask=m_t)
+            tl.store(rows_kept + tile_row + row + o_g, b_kept, mask=m_t)
+        if momenta is not None:
+            tl.store(rows_step + tile_row + row + o_g, b_stepped, mask=m_t)
         if DELTA == 1:
             tl.store(rows_delta + tile_row + row + o_g, b_dd_row, mask=m_t)
         tl.debug_barrier()
 
-        # dE = psi'(E) (eta dU);  J <- gamma_C J + Q' (gamma dO) + K' dE
+        # dE = psi'(E) (eta dU);  dW = Q' (gamma dO) + K' dE;  J <- gamma_C J + phi' dW;  JS <- b_C J + pi_C JS + rho Q' (b dO)
         b_gamma = load_gamma(decays, row, o_g, m_t, C)
-        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
+        end = (tl.minimum(eos - t0, C) - 1) * H
+        gamma = load_total(decays, row, end)
+        if momenta is not None:
+            carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
+            b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)  # [C]
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
             o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
-            b_y = tl.load(grad_v + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) * b_lr[:, None]
+            b_eta = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
+            b_y = tl.load(grad_v + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) * b_eta
             b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
             b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
             b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS, P0, P1, P2)  # [C, BV]
             if COUPLED:
-                b_de += biases.pull(b_square, b_delta, BIAS, P0) * (b_along * b_lr)[:, None] * b_e
-            b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) * b_gamma[:, None]
-            b_do = rounded(b_do, DTYPE)  # [C, BV]
+                b_de += biases.pull(b_square, b_delta, BIAS, P0) * b_along[:, None] * b_e
+            b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
+            if momenta is not None:
+                b_dc = rounded(b_do * b_carry[:, None], DTYPE)  # [C, BV]
+            b_do = rounded(b_do * b_gamma[:, None], DTYPE)  # [C, BV]
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
                 m_tk, m_kv = m_t[:, None] & m_k[None, :], m_k[:, None] & m_v[None, :]
                 b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-                b_j = tl.load(here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0) * gamma  # [BK, BV]
-                b_j += dot(tl.trans(b_q), b_do)
+                o_kv, o_vk = o_k[:, None] * Dv + o_v[None, :], o_v[None, :] * Dk + o_k[:, None]
+                b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+                if momenta is not None:
+                    b_read = dot(tl.trans(b_q), b_dc)  # [BK, BV]
+                    if scales is not None:
+                        drho += tl.sum(b_read * tl.load(momenta + here + o_kv, mask=m_kv, other=0.0))
+                    b_m = b_j * carry + tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0) * pi + b_read * rho
+                    tl.store(grad_momenta + there + o_kv, b_m, mask=only_if(i_c > 0, m_kv))
+                    tl.store(grad_initial_momentum + state + o_vk, b_m, mask=only_if(i_c == 0, m_kv))
+                b_j *= gamma
+                if RETENTION == retentions.L2:
+                    b_j += dot(tl.trans(b_q), b_do)
+                else:
+                    b_g = dot(tl.trans(b_q), b_do)  # [BK, BV]
                 if READS:
                     b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-                    b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
-                tl.store(there + o_k[:, None] * Dv + o_v[None, :], b_j, mask=only_if(i_c > 0, m_kv))
-                tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=only_if(i_c == 0, m_kv))
+                    if RETENTION == retentions.L2:
+                        b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
+                    else:
+                        b_g += dot(tl.trans(b_k), rounded(b_de, DTYPE))
+                if COUPLING:
+                    tl.store(grad_primal + state + o_kv, b_g, mask=m_kv)
+                else:
+                    if RETENTION != retentions.L2:
+                        b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+                        b_j += retentions.pull(b_g, b_a, b_a, 0.0, rho, RETENTION, R0, R1)
+                    tl.store(grad_states + there + o_kv, b_j, mask=only_if(i_c > 0, m_kv))
+                    tl.store(grad_initial + state + o_vk, b_j, mask=only_if(i_c == 0, m_kv))
             store(grad_v + row * Dv + o_tv, -b_de, m_tv)
         tl.debug_barrier()
+        if COUPLING:
+            pull_back(
+                states, duals, grad_states, grad_primal, grad_initial, place, state, i_c, i_tile, gamma, rho, drho, H,
+                Dk, Dv, BK, BV, TILES, RETENTION, R0, R1,
+            )  # fmt: skip
+            tl.debug_barrier()

@@ -29,9 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
+from .decays import chunk_decays
+from .decays_bwd import decay_gradient
 from .launch import Problem, launch
-from .linear_bwd import decay_gradient
-from .linear_fwd import chunk_decays
 from .mlp_fwd import apart, recompute, together
 from .mlp_math import (
     crossing,
@@ -99,7 +99,7 @@ def mlp_readout(
 
     b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
     b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    store(scores + place * C * C + o_cc, decayed_scores(b_q, b_k, decays, ROW, row, H, o_c, m_t), None)
+    store(scores + place * C * C + o_cc, decayed_scores(b_q, b_k, decays, None, ROW, row, H, C, o_c, m_t), None)
     tl.debug_barrier()
     b_p = tl.load(scores + place * C * C + o_cc)  # [t, s]
     b_gu = tl.load(updates + place * C * D + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
@@ -122,7 +122,7 @@ def mlp_readout(
         b_aq = rounded(gelu(b_zq), DTYPE)
         b_uq += dot(b_aq, b_s1)
         b_scores += dot(b_aq, tl.trans(rounded(gelu(b_z), DTYPE)))
-    b_decay = pair_decay(decays, ROW, row, H, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])  # [t, s]
+    b_decay = pair_decay(decays, None, ROW, row, H, C, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])  # [t, s]
     tl.debug_barrier()
     b_gu = tl.load(updates + place * C * D + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
     b_u1 = rounded(b_gu.to(tl.float32) * b_lr[:, None], DTYPE)  # [C, BD]
@@ -184,7 +184,7 @@ def mlp_pre(
     store(from_updates + place * C * D + o_cd, -dot(b_p1, b_du), m_d[None, :])  # R1
     b_n1, b_n1_transposed = tl.load(grad_scores + o_cc), tl.load(grad_scores + o_cc_transposed)  # [t, s], [s, t]
     b_lr, b_gamma = load_gate(lr, row, o_g, m_t), load_gamma(decays, row, o_g, m_t, C)  # [C]
-    b_p = rounded(decayed_scores_transposed(b_q, b_k, decays, ROW, row, H, o_c, m_t), DTYPE)  # [s, t]
+    b_p = rounded(decayed_scores_transposed(b_q, b_k, decays, None, ROW, row, H, C, o_c, m_t), DTYPE)  # [s, t]
     b_read = tl.zeros((C,), tl.float32)
     b_n2 = tl.zeros((C, C), tl.float32)  # dZq U2'
     b_dq = tl.zeros((C, BD), tl.float32)
@@ -209,7 +209,7 @@ def mlp_pre(
         b_w2 = tl.load(states + SIZE + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
         b_dq += dot(b_dz, b_w2)
     b_dq *= b_gamma[:, None]
-    b_decay = pair_decay(decays, ROW, row, H, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])  # [t, s]
+    b_decay = pair_decay(decays, None, ROW, row, H, C, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])  # [t, s]
     b_n2 *= -b_decay
     tl.debug_barrier()  # N1 has been read
     store(grad_scores + o_cc, b_n2, None)

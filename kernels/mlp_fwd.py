@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
+from .decays import chunk_decays
 from .launch import Problem, launch
-from .linear_fwd import Final, chunk_decays, open_chunk_end
+from .linear_fwd import Final, open_chunk_end
 from .mlp_math import decayed_scores, gelu, gelu_slope, layer_norm_vjp, normalised
 from .tiles import (
     BODY,
@@ -108,7 +109,7 @@ def mlp_chain(
 
         if out is not None:
             b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-            store(scores + place * C * C + o_cc, decayed_scores(b_q, b_k, decays, ROW, row, H, o_c, m_t), None)  # [t, s]
+            store(scores + place * C * C + o_cc, decayed_scores(b_q, b_k, decays, None, ROW, row, H, C, o_c, m_t), None)  # [t, s]
 
         # predict
         b_u = tl.zeros((C, BD), tl.float32)
@@ -170,7 +171,7 @@ def mlp_chain(
                 b_uq += dot(b_aq, b_back)
                 b_scores += dot(b_aq, tl.trans(rounded(gelu(b_z), DTYPE)))
             tl.debug_barrier()
-            b_scores *= pair_decay(decays, ROW, row, H, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
+            b_scores *= pair_decay(decays, None, ROW, row, H, C, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
             b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
             b_uq = b_uq * b_gamma[:, None] - dot(rounded(b_scores, DTYPE), rounded(b_gu.to(tl.float32) * b_lr[:, None], DTYPE))
             b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]

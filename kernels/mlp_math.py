@@ -56,15 +56,17 @@ def layer_norm_vjp(x, inverse, grad, m_d, D: tl.constexpr):
 
 
 @triton.jit
-def decayed_scores(b_later, b_earlier, decays, ROW, row, H, o_c, m_t):
+def decayed_scores(b_later, b_earlier, decays, pairs, ROW, row, H, C: tl.constexpr, o_c, m_t):
     """``L o (X Y')  [t, s]`` of a chunk's later (t) and earlier (s) tokens."""
-    return dot(b_later, tl.trans(b_earlier)) * pair_decay(decays, ROW, row, H, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
+    b_decay = pair_decay(decays, pairs, ROW, row, H, C, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
+    return dot(b_later, tl.trans(b_earlier)) * b_decay
 
 
 @triton.jit
-def decayed_scores_transposed(b_later, b_earlier, decays, ROW, row, H, o_c, m_t):
+def decayed_scores_transposed(b_later, b_earlier, decays, pairs, ROW, row, H, C: tl.constexpr, o_c, m_t):
     """The same as ``[s, t]``."""
-    return dot(b_earlier, tl.trans(b_later)) * pair_decay(decays, ROW, row, H, o_c[None, :], o_c[:, None], m_t[None, :], m_t[:, None])
+    b_decay = pair_decay(decays, pairs, ROW, row, H, C, o_c[None, :], o_c[:, None], m_t[None, :], m_t[:, None])
+    return dot(b_earlier, tl.trans(b_later)) * b_decay
 
 
 @triton.jit

@@ -60,10 +60,10 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
     """The launches of a call's forward and backward on an architecture; tensors may be on the meta device."""
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
-        p, duals = launch.Problem(call), [torch.empty_like(x) for x in call.state.dual]
+        p, matrices = launch.Problem(call), [torch.empty_like(x) for x in call.state.matrices()]
         forward, backward = (linear_fwd, linear_bwd) if call.memory == "linear" else (mlp_fwd, mlp_bwd)
         _, _, checkpoints = forward.forward(p, every, call.output_final_state, call.output_final_state)
-        backward.backward(p, checkpoints, every, torch.empty_like(call.v), duals if call.memory == "mlp" else duals[0])
+        backward.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
     return found
 
 

@@ -27,13 +27,16 @@ import torch
 import triton
 
 from ..biases import L2, Bias, DotProduct, Huber, Lp
-from ..retention import L2Retention
+from ..retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, Retention
 from ..validation import linear_call, mlp_call
 from . import configs, offline
 
 __all__ = ["LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problems", "read", "spills_allowed", "table_key"]
 
 TABLE = Path(__file__).with_name("resources.json")
+
+#: kernels that multiply no matrices
+GATES_ONLY = ("linear_decay", "linear_decay_grad", "momentum_weights", "momentum_grad")
 
 #: bytes of shared memory that a program may have
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -52,11 +55,15 @@ class Specimen:
     final: bool = False
     decays: bool = True
     hidden: int = 0  # of an MLP memory
+    retention: Retention = L2Retention()  # noqa: RUF009  immutable
+    momentum: bool = False
+    channel_lr: bool = False
 
     def __str__(self) -> str:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
-        marks = [name for name in ("channel_delta", "final") if getattr(self, name)] + ([] if self.decays else ["no_decay"])
+        marks = [name for name in ("channel_delta", "channel_lr", "momentum", "final") if getattr(self, name)]
+        marks += ([self.retention.name] if self.retention.tag else []) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
 
     def launches(self) -> list[offline.Launch]:
@@ -73,7 +80,7 @@ class Specimen:
             delta = meta(b, t, h, self.value_dim) if self.channel_delta else gate
         n, d = (4 if self.final else b), self.key_dim
         arguments = dict(
-            bias=self.bias, retention=L2Retention(), delta=delta, momentum=None, chunk_size=self.chunk_size,
+            bias=self.bias, retention=self.retention, delta=delta, momentum=gate if self.momentum else None, chunk_size=self.chunk_size,
             output_final_state=self.final, cu_seqlens=meta(5, dtype=torch.int64) if self.final else None,
         )  # fmt: skip
         if self.hidden:
@@ -81,7 +88,8 @@ class Specimen:
             make, arguments = mlp_call, arguments | norm | dict(ln_eps=1e-6, initial_state=initial)
         else:
             make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
-        return offline.recorded(make(k, k, v, gate, gate if self.decays else None, **arguments), 4)
+        lr = meta(b, t, h, self.value_dim) if self.channel_lr else gate
+        return offline.recorded(make(k, k, v, lr, gate if self.decays else None, **arguments), 4)
 
 
 def _specimens() -> Iterator[Specimen]:
@@ -106,6 +114,12 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(64, 64, 64, dtype=float32)
     yield Specimen(96, 80, 64, switch, dtype=float32)
     yield Specimen(256, 256, 128, dtype=float32)
+    yield Specimen(64, 64, 64, retention=ElasticNetRetention(0.05))
+    yield Specimen(64, 64, 64, retention=KLRetention())
+    yield Specimen(128, 128, 64, retention=LqRetention(), momentum=True)
+    yield Specimen(64, 64, 64, momentum=True, channel_lr=True)
+    yield Specimen(128, 128, 128, retention=KLRetention(), momentum=True, final=True)
+    yield Specimen(64, 64, 64, retention=LqRetention(), momentum=True, dtype=float32)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
         yield Specimen(d, d, c, switch, hidden=hidden)
     yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)
@@ -133,7 +147,7 @@ class Job:
     @property
     def multiplies(self) -> bool:
         """Whether its matrix products have operands for tensor cores."""
-        return not self.kernel.startswith("linear_decay") and SPECIMENS[self.specimen].dtype != torch.float32
+        return self.kernel not in GATES_ONLY and SPECIMENS[self.specimen].dtype != torch.float32
 
 
 def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) -> list[Job]:
@@ -156,7 +170,7 @@ def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) ->
 
 def key_of(specimen: str) -> configs.Key:
     s = SPECIMENS[specimen]
-    return configs.Key(s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled, s.hidden)
+    return configs.Key(s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled, s.hidden, s.retention.tag, s.momentum)
 
 
 def compile_job(job: Job) -> offline.Resources:

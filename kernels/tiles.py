@@ -17,6 +17,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOWEST = tl.constexpr(-110.0)
 #: log-decays are summed in units of 2^-10 and a rest, see `decay_parts`
 UNIT = tl.constexpr(1024.0)
+#: rows of `decays` that momentum_weights adds: b, pi, Theta_C
+CARRY, PI, STEP = (tl.constexpr(i) for i in range(2, 5))
 #: what a launch of `linear_state` walks: all chunks; the chunk that was open before; the whole ones; the one left open; a segment
 WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
@@ -153,10 +155,33 @@ def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
 
 
 @triton.jit
-def pair_decay(decays, ROW, row, H, o_later, o_earlier, m_later, m_earlier):
-    """``L_ts = gamma_t / gamma_s`` where s <= t, else 0; offsets of t (later), s (earlier): ``[BC, 1]`` and ``[1, BC]`` or vice versa."""
+def load_scale(scales, place):
+    """rho of a chunk and head."""
+    if scales is None:
+        return 1.0
+    else:
+        return tl.load(scales + place)
+
+
+@triton.jit
+def pairs_of(pairs, place, C: tl.constexpr):
+    """A chunk and head's ``M [C, C]`` in ``pairs [slots, H, C, C]``; None without momentum."""
+    if pairs is None:
+        return None
+    else:
+        return pairs + place * C * C
+
+
+@triton.jit
+def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, m_later, m_earlier):
+    """Weight of the write of s in the state of t, 0 for s > t: ``L_ts = gamma_t / gamma_s``, with momentum M_ts from the chunk's ``pairs``.
+
+    Offsets of t (later), s (earlier): ``[BC, 1]`` and ``[1, BC]`` or vice versa.
+    """
     causal = o_later >= o_earlier
-    if decays is None:
+    if pairs is not None:
+        return tl.load(pairs + o_later * C + o_earlier)
+    elif decays is None:
         return tl.where(causal, 1.0, 0.0)
     else:
         units, rest = decays + 2 * ROW, decays + 3 * ROW
@@ -198,10 +223,19 @@ def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
 
 
 @triton.jit
+def load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, CHANNEL_LR: tl.constexpr):
+    """eta as ``[C, 1]`` or ``[C, BV]``."""
+    if CHANNEL_LR:
+        return tl.load(lr + row * Dv + o_tv, mask=m_tv, other=0.0)
+    else:
+        return load_gate(lr, row, o_g, m_t)[:, None]
+
+
+@triton.jit
 def load_update(
     v, stride_t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
     Dv: tl.constexpr, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """``U = eta psi(E) [BC, BV]`` of some tokens of a chunk, from what the chain stored."""
     o_g, m_sv = o_s * H, m_s[:, None] & m_v[None, :]
@@ -209,4 +243,4 @@ def load_update(
     b_e = load_error(v, stride_t, errors, row, o_s, o_v, o_sv, m_sv, Dv, READS)
     b_square = load_square(squares, row, o_g, m_s, COUPLED)
     b_delta = load_delta(delta, row, o_g, o_sv, m_s, m_sv, Dv, DELTA)
-    return biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * load_gate(lr, row, o_g, m_s)[:, None]
+    return biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * load_lr(lr, row, o_g, o_sv, m_s, m_sv, Dv, CHANNEL_LR)

@@ -12,6 +12,7 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import dispatch
+from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, baseline, check, evaluate, operands, registry, relative_error, truth
 from miras_kernels.testing.cases import BIASES
 from miras_kernels.testing.parity import margin
@@ -38,9 +39,9 @@ def test_what_is_served():
     from miras_kernels.kernels import configs
 
     for case in set(registry()) - set(SERVED) - set(MLP):
-        channel_wise = case.lr == "channel" or case.decay.endswith("channel")
         sizes = configs.CHUNK_SIZES if case.memory == "linear" else configs.MLP_CHUNK_SIZES
-        assert case.momentum or case.retention.tag or channel_wise or case.chunk_size not in sizes, case
+        unserved = case.decay.endswith("channel") if case.memory == "linear" else case.momentum or case.retention.tag
+        assert unserved or case.chunk_size not in sizes, case
     assert {case.bias.tag for case in SERVED} == {case.bias.tag for case in MLP} == set(BIASES)
 
 
@@ -247,8 +248,9 @@ def test_compiles_and_traces():
 
 def refusal(**changes) -> str:
     case = Case("refused", **{"tokens": 8, "batch": 1, "heads": 1, **changes})
+    run = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
     with pytest.raises(ValueError) as caught:
-        mk.linear_memory(**case.draw(torch.float32, DEVICE).arguments(), backend="triton")
+        run(**case.draw(torch.float32, DEVICE).arguments(), backend="triton")
     return str(caught.value)
 
 
@@ -256,9 +258,10 @@ def test_what_only_this_backend_cannot_do_is_said():
     assert "chunk_size must be one of 16, 32, 64, 128, got 24" in refusal(chunk_size=24)
     assert "head dimensions are limited to 256, got 264" in refusal(key_dim=264)
     assert "head dimensions are limited to 256, got 257" in refusal(value_dim=257)
-    assert "no momentum" in refusal(momentum=True)
     assert "channel-wise log_decay" in refusal(decay="channel")
-    assert "L2Retention only" in refusal(retention=mk.KLRetention())
+    mlp = dict(memory="mlp", key_dim=16, value_dim=16, chunk_size=16)
+    assert "no momentum" in refusal(momentum=True, **mlp)
+    assert "L2Retention only" in refusal(retention=mk.KLRetention(), **mlp)
 
 
 def test_the_other_backends_are_still_there():
@@ -293,7 +296,7 @@ def test_configurations_are_few_and_serve_everything():
 
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
     assert {field.name for field in dataclasses.fields(configs.Key)} == {
-        "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden"
+        "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden", "retention", "momentum"
     }  # fmt: skip
     sizes = (1, 16, 33, 64, 96, 128, 200, 256)
     for key in itertools.starmap(configs.Key, itertools.product(sizes, sizes, configs.CHUNK_SIZES, (2, 4), (False, True))):
@@ -323,9 +326,12 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def test_names_and_tags_agree():
-    """biases.py, kernels/bias.py and csrc/bias.h are one table in three places."""
-    from miras_kernels.kernels import bias
+    """biases.py, kernels/bias.py and csrc/bias.h are one table in three places; so are the retention gates."""
+    from miras_kernels.kernels import bias, retention
 
+    assert {row.name: tag for tag, row in GATES.items()} == retention.TAGS
+    for name, tag in retention.TAGS.items():
+        assert getattr(retention, name.upper()).value == tag
     assert {row.name: tag for tag, row in BIASES.items()} == bias.TAGS
     for name, tag in bias.TAGS.items():
         assert getattr(bias, {"dot": "DOT"}.get(name, name.upper())).value == tag

@@ -39,15 +39,14 @@ class TritonBackend:
 
         if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        if not isinstance(call.retention, L2Retention):
-            return f"it has L2Retention only, so far, got {call.retention}"
-        if call.momentum is not None:
-            return "it has no momentum, so far"
-        for name in ("lr", "log_decay"):
-            if getattr(call, name) is not None and getattr(call, name).dim() == 4:
-                return f"it has no channel-wise {name} [B, T, H, Dv], so far"
-        heads = max(call.q.shape[-1], call.v.shape[-1])
         linear = call.memory == "linear"
+        if not linear and not isinstance(call.retention, L2Retention):
+            return f"its MLP memory has L2Retention only, so far, got {call.retention}"
+        if not linear and call.momentum is not None:
+            return "its MLP memory has no momentum, so far"
+        if call.log_decay is not None and call.log_decay.dim() == 4:
+            return "it has no channel-wise log_decay [B, T, H, Dv], so far"
+        heads = max(call.q.shape[-1], call.v.shape[-1])
         limit, sizes = (configs.MAX_HEAD, configs.CHUNK_SIZES) if linear else (configs.MAX_MLP_HEAD, configs.MLP_CHUNK_SIZES)
         if heads > limit:
             return f"head dimensions are limited to {limit}, got {heads}"
@@ -72,11 +71,8 @@ class TritonBackend:
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         from miras_kernels.kernels import launch, linear_bwd, mlp_bwd
 
-        if call.memory == "mlp":
-            return mlp_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state)
-        grads = linear_bwd.backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state[0] if grad_state else None)
-        grads["state"] = [grads.pop("dual")]
-        return grads
+        backward = (linear_bwd if call.memory == "linear" else mlp_bwd).backward
+        return backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state)
 
 
 @functools.cache
