@@ -54,7 +54,7 @@ def stepper(backend: str, call: Call) -> Callable:
         ValueError: a named backend that cannot.
     """
     for name in candidates(call.q.device) if backend == "auto" else (backend,):
-        reason = _refusal(name, call, False) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
+        reason = _absence(name, call) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
         if reason is None:
             return BACKENDS[name].stepper(call)
         if backend != "auto":
@@ -110,11 +110,16 @@ def unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable()
 
 
-def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
+def _absence(name: str, call: Call) -> str | None:
+    """Why a backend cannot run here, or not on these tensors, whatever is asked of it."""
     reason = unavailable(name)
     if reason is None and not BACKENDS[name].runs_on(call.q.device):
         reason = f"it does not run on {call.q.device.type} tensors"
-    return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
+    return reason
+
+
+def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
+    return _absence(name, call) or BACKENDS[name].refuses(call, differentiate)
 
 
 def explain(call: Call, differentiate: bool) -> dict[str, str | None]:
