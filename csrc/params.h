@@ -167,4 +167,31 @@ struct MlpBackward : MlpParams {
   StateTensor d_dual[2], d_carried[2];
 };
 
+// ---- steps: a few tokens read into a state in place ----
+
+// The buffers of python/miras_kernels/decode.py, contiguous. A head's m matrices [K, V] are W' [Dk, Dv] of a linear memory, W1'
+// and W2 [Hd, D] of an MLP.
+struct StepBuffers {
+  float* dual = nullptr;        // [N, H, m, K, V]
+  float* start = nullptr;       // likewise; optional
+  float* primal = nullptr;      // likewise; optional: phi of start
+  float* momentum = nullptr;    // likewise; optional
+  float* rho = nullptr;         // [N, H, m]; optional
+  float* log_decay = nullptr;   // [N, H, decay_width]
+  int64_t* position = nullptr;  // [N]; read by tasks, advanced once all are done
+  int decay_width = 1;          // 1, or Dv
+
+  bool unmapped = false;  // primal and rho of open chunks have not been computed yet
+};
+
+struct LinearStep : LinearParams {
+  StepBuffers state;
+  TokenTensor out;  // [N, T, H, Dv]
+};
+
+struct MlpStep : MlpParams {
+  StepBuffers state;
+  TokenTensor out;  // [N, T, H, D]
+};
+
 }  // namespace miras

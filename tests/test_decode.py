@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import miras_kernels as mk
+from miras_kernels import dispatch
+from miras_kernels.biases import TABLE as BIASES
+from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, registry, relative_error
+from miras_kernels.testing.parity import ARITHMETIC, FACTOR, ULPS, sensitivity
 
+TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
 PAIRS = [case for case in registry() if "-pairs-" in case.name and case.lengths is None and case.initial != "none"]
+MLP = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
+SIZES = [
+    Case("linear-one-by-one", key_dim=1, value_dim=1),
+    Case("linear-odd", key_dim=19, value_dim=33, retention=GATES[2], decay="channel", lr="channel"),
+    Case("linear-wide", key_dim=48, value_dim=136, retention=GATES[1], momentum=True, heads=1),
+    Case("linear-common", key_dim=64, value_dim=64),
+    Case("linear-largest", key_dim=256, value_dim=256, heads=1, batch=1, momentum=True),
+    Case("linear-many-heads", batch=9, heads=8, key_dim=64, value_dim=64),
+    Case("linear-chunk-1", chunk_size=1),
+    Case("linear-chunk-1-momentum", chunk_size=1, momentum=True),
+    *(Case(f"linear-chunk-1-{gate.name}", chunk_size=1, retention=gate, decay="strong", seed=i) for i, gate in GATES.items() if i),
+    Case("linear-chunk-3-lq", chunk_size=3, retention=GATES[1], momentum=True),
+    Case("linear-extreme-channel-decay", decay="extreme_channel", tokens=60, retention=GATES[4]),
+    Case("linear-float-delta", bias=mk.Huber("norm"), delta="float"),
+    Case("linear-channel-delta", bias=mk.Huber("coordinate"), delta="channel", value_dim=21),
+    Case("linear-fused", layout="fused"),
+    Case("linear-heads-first", layout="heads_first"),
+    Case("mlp-odd", **MLP | dict(key_dim=19, value_dim=19, hidden=37), retention=GATES[3], momentum=True),
+    Case("mlp-tiny", **MLP | dict(key_dim=1, value_dim=1, hidden=3), bias=mk.Huber("coordinate"), batch=1),
+    Case("mlp-common", **MLP | dict(key_dim=64, value_dim=64, hidden=256), batch=1, chunk_size=8),
+    Case("mlp-wide", **MLP | dict(key_dim=136, value_dim=136, hidden=40), retention=GATES[2], batch=1),
+    Case("mlp-chunk-1", **MLP, chunk_size=1),
+    Case("mlp-chunk-1-lq", **MLP, chunk_size=1, retention=GATES[1]),
+    Case("mlp-fused-float-delta", **MLP, bias=mk.RobustL2(), delta="float", layout="fused"),
+]
+CUTS = [13, 14, 15, 16, 17, 20, 36, 37]  # in chunks of 16: into a chunk, across its end, several at once
+
+
+def of_memory(case: Case):
+    return mk.linear_memory if case.memory == "linear" else mk.mlp_memory
 
 
 def decoder(case: Case, arguments: dict, state: mk.MemoryState, backend: str) -> mk.Decoder:
@@ -21,29 +61,364 @@ def decoder(case: Case, arguments: dict, state: mk.MemoryState, backend: str) ->
 
 def cut(arguments: dict, a: int, b: int) -> dict:
     """The per-token arguments of some tokens."""
-    return {n: x[:, a:b] if isinstance(x, torch.Tensor) else x for n, x in arguments.items() if n in TOKENS and x is not None}
-
-
-TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+    given = {name: x for name, x in arguments.items() if name in TOKENS and x is not None}
+    return {name: x[:, a:b] if isinstance(x, torch.Tensor) else x for name, x in given.items()}
 
 
 @torch.no_grad()
-def read(case: Case, inputs, backend: str, cuts) -> tuple[torch.Tensor, mk.MemoryState, torch.Tensor, mk.MemoryState]:
-    """Outputs and state of a decoder that begins after a prompt of ``cuts[0]`` tokens, and those of the whole."""
-    arguments = inputs.arguments()
-    memory = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
-    whole, final = memory(**arguments, backend="reference")
-    prompt = {**arguments, **cut(arguments, 0, cuts[0])}
-    _, state = memory(**prompt, backend="reference")
+def read(case: Case, arguments: dict, backend: str, cuts) -> dict[str, torch.Tensor]:
+    """Outputs and final state of a decoder that begins after a prompt of ``cuts[0]`` tokens (of the reference)."""
+    state = arguments["initial_state"]
+    if cuts[0]:
+        _, state = of_memory(case)(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
+    elif not isinstance(state, mk.MemoryState):
+        state = mk.MemoryState(tuple(state) if isinstance(state, tuple) else (state,))
     reader = decoder(case, arguments, state, backend)
     outs = [reader.step(**cut(arguments, a, b)) for a, b in itertools.pairwise(cuts)]
-    return torch.cat(outs, 1), reader.state(), whole[:, cuts[0] :], final
+    return results(torch.cat(outs, 1), reader.state())
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=str)
-def test_steps_continue_a_prompt(case):
-    inputs = case.draw(torch.float64)
-    out, state, wanted, final = read(case, inputs, "reference", [13, 14, 15, 16, 17, 20, case.tokens])
-    assert relative_error(out, wanted) < 1e-12
-    for x, y in zip(state.dual, final.dual, strict=True):
-        assert relative_error(x, y) < 1e-12
+@torch.no_grad()
+def whole(case: Case, arguments: dict, prompt: int) -> dict[str, torch.Tensor]:
+    """The same of the whole sequence at once."""
+    out, state = of_memory(case)(**arguments, backend="reference")
+    return results(out[:, prompt:], state)
+
+
+def results(out: torch.Tensor, state: mk.MemoryState) -> dict[str, torch.Tensor]:
+    found = {"out": out} | {f"dual_{i}": x for i, x in enumerate(state.dual)}
+    return found | {f"momentum_{i}": x for i, x in enumerate(state.momentum or ())}
+
+
+def assert_within_budgets(case: Case, found: dict, dtype: torch.dtype, prompt: int) -> None:
+    """The budgets of ``testing.check``: conditioning, as the float32 reference and moved inputs show it, and roundings."""
+    inputs = case.draw(dtype)
+    exact = whole(case, inputs.to(torch.float64).arguments(), prompt)
+    usual = whole(case, inputs.to(torch.float64).to(torch.float32).arguments(), prompt)
+    moves = {}
+    if case.memory == "mlp":
+        names = {f"final_{name}": x for name, x in exact.items() if name != "out"}
+        everything = of_memory(case)(**inputs.to(torch.float64).arguments(), backend="reference")[0].detach()
+        moves = sensitivity(inputs, {"out": everything} | names)
+    longest = max(case.tokens, case.chunk_size, case.key_dim, case.value_dim, case.hidden if case.memory == "mlp" else 0)
+    assert exact.keys() == found.keys()
+    for name, value in exact.items():
+        rounding = torch.finfo(found[name].dtype).eps / 2
+        moved = moves.get("out" if name == "out" else f"final_{name}", 0.0)
+        budget = FACTOR * max(relative_error(usual[name], value), moved) + ARITHMETIC * (math.sqrt(longest) + ULPS) + rounding
+        assert relative_error(found[name], value) <= budget, (name, relative_error(found[name], value), budget)
+
+
+@pytest.mark.parametrize("case", [*PAIRS, *SIZES], ids=str)
+def test_the_reference_continues_a_prompt(case):
+    arguments = case.draw(torch.float64).arguments()
+    found, wanted = read(case, arguments, "reference", [*CUTS[:-1], case.tokens]), whole(case, arguments, CUTS[0])
+    for name, x in wanted.items():
+        assert relative_error(found[name], x) < 1e-11, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*PAIRS, *SIZES], ids=str)
+def test_kernels_continue_a_prompt(case, dtype, poisoned):
+    inputs = case.draw(dtype)
+    found = read(case, inputs.arguments(), "cpp", [*CUTS[:-1], case.tokens])
+    assert found["out"].dtype == dtype
+    assert_within_budgets(case, found, dtype, CUTS[0])
+
+
+@pytest.mark.parametrize("case", SIZES[::3], ids=str)
+def test_from_the_very_beginning(case, poisoned):
+    inputs = case.draw(torch.float32)
+    found = read(case, inputs.arguments(), "cpp", range(case.tokens + 1))
+    assert_within_budgets(case, found, torch.float32, 0)
+
+
+@pytest.mark.parametrize("level", ["avx2", "portable"])
+def test_every_instruction_set(level):
+    """The same tests in a fresh process on another code path of the same binary."""
+    from miras_kernels import _C
+
+    if level not in _C.cpu_capabilities():
+        pytest.skip(f"this machine cannot run {level}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_kernels_continue_a_prompt and 32"]
+    env = {**os.environ, "MIRAS_CPU_CAPABILITY": level}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=os.path.dirname(__file__))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{len(PAIRS) + len(SIZES)} passed" in done.stdout
+
+
+def places(case: Case, lengths: tuple[int, ...]):
+    """A batch whose sequences have read so many tokens: its state, the rest of the batch, and what it must give."""
+    inputs = dataclasses.replace(case, batch=len(lengths)).draw(torch.float32)
+    arguments = inputs.arguments()
+    rows = lambda n: {name: x[n : n + 1] if isinstance(x, torch.Tensor) and name in TOKENS else x for name, x in arguments.items()}
+    states, outs, more = [], [], case.tokens - max(lengths)
+    for n, length in enumerate(lengths):
+        row = {**rows(n), "initial_state": tuple(x[n : n + 1] for x in inputs.duals)}
+        states.append(of_memory(case)(**{**row, **cut(row, 0, length)}, backend="reference")[1])
+        outs.append(of_memory(case)(**{**row, **cut(row, 0, length + more)}, backend="reference")[0][:, length:])
+    positions = torch.tensor([length % case.chunk_size for length in lengths])
+    state = states[0].replace_tensors([torch.cat(x) for x in zip(*(s.tensors() for s in states), strict=True)])
+    state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=positions))
+    rest = [cut(rows(n), length, length + more) for n, length in enumerate(lengths)]
+    tokens = {name: torch.cat([x[name] for x in rest]) if isinstance(rest[0][name], torch.Tensor) else rest[0][name] for name in rest[0]}
+    return arguments, state, tokens, torch.cat(outs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("gate", GATES.values(), ids=lambda g: g.name)
+@pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
+def test_sequences_may_stand_at_different_places(backend, gate, shape):
+    case = Case("places", retention=gate, momentum=True, initial="dual", tokens=53, chunk_size=8, **shape)
+    with torch.no_grad():
+        arguments, state, tokens, wanted = places(dataclasses.replace(case, momentum=False), (3, 17, 21, 12))
+        reader = decoder(case, arguments, state, backend)
+        count = wanted.shape[1]
+        found = torch.cat([reader.step(**cut(tokens, a, b)) for a, b in itertools.pairwise([*range(10), 20, count])], 1)
+    assert relative_error(found, wanted) < (1e-5 if not shape else 1e-3)
+
+
+def prepared(case: Case, backend: str, tokens: int = 13):
+    """Arguments and a decoder that has read some of them."""
+    arguments = case.draw(torch.float32).arguments()
+    with torch.no_grad():
+        _, state = of_memory(case)(**{**arguments, **cut(arguments, 0, tokens)}, backend="reference")
+    return arguments, decoder(case, arguments, state, backend)
+
+
+ROUND = [
+    Case("linear-l2"),
+    Case("linear-lq-momentum", retention=GATES[1], momentum=True),
+    Case("linear-channel", decay="channel"),
+    Case("linear-chunk-1", chunk_size=1),
+    Case("mlp-l2", **MLP),
+    Case("mlp-kl-momentum", **MLP, retention=GATES[2], momentum=True),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("case", ROUND, ids=str)
+def test_state_and_load_are_inverse(case, backend):
+    arguments, reader = prepared(case, backend)
+    state, places = reader.state(), [x.data_ptr() for x in reader.buffers.tensors()]
+    first = [reader.step(**cut(arguments, t, t + 1)) for t in range(13, 20)]
+    other = decoder(case, arguments, state, backend)
+    assert all(torch.equal(reader_out, other.step(**cut(arguments, t, t + 1))) for t, reader_out in zip(range(13, 20), first, strict=True))
+    reader.load(state)
+    assert [x.data_ptr() for x in reader.buffers.tensors()] == places
+    for t, out in zip(range(13, 20), first, strict=True):
+        assert torch.equal(reader.step(**cut(arguments, t, t + 1)), out)
+    for x, y in zip(reader.state().tensors(), other.state().tensors(), strict=True):
+        assert torch.equal(x, y)
+    with torch.no_grad():  # a decoder's state is any function's
+        rest = of_memory(case)(**{**arguments, **cut(arguments, 20, 37), "initial_state": reader.state()}, backend="reference")[0]
+    assert relative_error(rest, reader.step(**cut(arguments, 20, 37))) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("case", ROUND, ids=str)
+def test_reorder(case, backend):
+    """Sequences trade places, as in beam search: what they have read goes with them."""
+    arguments, reader = prepared(case, backend)
+    index = torch.tensor([1, 1])
+    places = [x.data_ptr() for x in reader.buffers.tensors()]
+    tokens = cut(arguments, 13, 18)
+    wanted = reader.step(**tokens)[1]
+    _, reader = prepared(case, backend)
+    reader.reorder(index)
+    swapped = {name: x[index] if isinstance(x, torch.Tensor) else x for name, x in tokens.items()}
+    assert all(torch.equal(x, wanted) for x in reader.step(**swapped))
+    assert len(places) == len(reader.buffers.tensors())
+
+
+@pytest.mark.parametrize("case", [*ROUND, SIZES[5]], ids=str)
+def test_bitwise_repeatable_for_any_number_of_threads_and_batch(case):
+    def run(rows: slice) -> torch.Tensor:
+        arguments, reader = prepared(case, "cpp")
+        state = reader.state().map(lambda x: x[rows])
+        tokens = {n: x[rows] if isinstance(x, torch.Tensor) else x for n, x in cut(arguments, 13, 37).items()}
+        reader = decoder(case, arguments, state, "cpp")
+        return torch.cat([reader.step(**cut(tokens, a, b)) for a, b in [(0, 1), (1, 2), (2, 9), (9, 24)]], 1)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = run(slice(None))
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(run(slice(None)), first)
+        assert torch.equal(run(slice(1, 2)), first[1:2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", ROUND, ids=str)
+def test_strides_out_and_gates_of_other_dtypes(case):
+    arguments, reader = prepared(case, "cpp")
+    tokens = cut(arguments, 13, 16)
+    wanted = reader.step(**tokens)
+    strange = {n: x.transpose(1, -1).contiguous().transpose(1, -1) if isinstance(x, torch.Tensor) else x for n, x in tokens.items()}
+    _, reader = prepared(case, "cpp")
+    room = torch.full_like(wanted, math.nan)
+    assert reader.step(**strange, out=room) is room and torch.equal(room, wanted)
+    _, reader = prepared(case, "cpp")
+    room = torch.full_like(wanted, math.nan).transpose(1, -1).contiguous().transpose(1, -1)
+    reader.step(**tokens, out=room)
+    assert torch.equal(room, wanted)
+    halves = {n: x.bfloat16() if isinstance(x, torch.Tensor) and n not in "qkv" else x for n, x in tokens.items()}
+    _, reader = prepared(case, "cpp")
+    found = [reader.step(**cut(halves, t, t + 1)) for t in range(3)]
+    _, reader = prepared(case, "cpp")
+    wide = {n: x.float() if isinstance(x, torch.Tensor) else x for n, x in halves.items()}
+    assert torch.equal(torch.cat(found, 1), reader.step(**wide))
+
+
+def test_a_number_for_delta_may_change():
+    case = Case("number", bias=mk.Huber("coordinate"), delta="float")
+    arguments, reader = prepared(case, "cpp")
+    _, other = prepared(case, "cpp")
+    for t, delta in enumerate([0.5, 0.7, 1, 2.5], 13):
+        tokens = cut(arguments, t, t + 1)
+        full = torch.full(tokens["lr"].shape, float(delta))
+        assert torch.equal(reader.step(**{**tokens, "delta": delta}), other.step(**{**tokens, "delta": full}))
+    assert len(reader._steps) <= 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("case", ROUND, ids=str)
+def test_steps_allocate_only_their_output(case, backend):
+    arguments, reader = prepared(case, backend)
+    before = [x.data_ptr() for x in reader.buffers.tensors()]
+    for t in range(13, 37):
+        reader.step(**cut(arguments, t, t + 1))
+    assert [x.data_ptr() for x in reader.buffers.tensors()] == before
+    assert reader.buffers.position.tolist() == [37 % case.chunk_size] * 2
+
+
+def test_auto_takes_the_kernels():
+    arguments, reader = prepared(Case("auto"), "auto")
+    reader.step(**cut(arguments, 13, 14))
+    assert type(reader._latest).__name__ == "LinearStepper"
+    arguments = Case("double").draw(torch.float64).arguments()
+    _, state = mk.linear_memory(**arguments)
+    reader = decoder(Case("double"), arguments, state.detach(), "auto")
+    assert reader.step(**cut(arguments, 0, 1)).dtype == torch.float64
+    with pytest.raises(ValueError, match="backend: 'cpp' cannot decode this: it computes in float32"):
+        decoder(Case("double"), arguments, state.detach(), "cpp").step(**cut(arguments, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": None}, TypeError, "q: expected a tensor, got NoneType"),
+        ({"k": torch.zeros(2, 1, 2, 5)}, ValueError, "k: expected the shape of q"),
+        ({"v": torch.zeros(2, 1, 2, 12, dtype=torch.bfloat16)}, TypeError, "v: expected dtype torch.float32 as q"),
+        ({"lr": torch.zeros(2, 1)}, ValueError, r"lr: expected shape \[B, T, H\]"),
+        ({"lr": 0.1}, TypeError, "lr: expected a tensor, got 0.1"),
+        ({"log_decay": torch.full((2, 1, 2), 0.1)}, ValueError, "log_decay: expected values <= 0"),
+        ({"log_decay": torch.zeros(2, 1, 2, 12)}, ValueError, r"log_decay: expected \[N, T, H\], got shape"),
+        ({"delta": 0.5}, ValueError, "delta: the bias L2.* uses none"),
+        ({"momentum": torch.zeros(2, 1, 2)}, ValueError, "momentum: the decoder's state carries none"),
+        ({"out": torch.zeros(2, 1, 2, 11)}, ValueError, "out: expected shape"),
+        ({"out": torch.zeros(2, 1, 2, 12).bfloat16()}, ValueError, "out: expected shape"),
+        ({"out": 3}, TypeError, "out: expected a tensor or None, got int"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_errors_name_the_argument(changes, error, message, first):
+    arguments, reader = prepared(Case("errors"), "cpp")
+    tokens = cut(arguments, 13, 14)
+    if not first:
+        reader.step(**tokens)
+    before = [x.clone() for x in reader.buffers.tensors()]
+    with pytest.raises(error, match=message):
+        reader.step(**{**tokens, **changes})
+    assert all(torch.equal(x, y) for x, y in zip(reader.buffers.tensors(), before, strict=True))
+    reader.step(**tokens)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        (Case("theta", momentum=True), {"momentum": torch.ones(2, 1, 2)}, r"momentum: expected values in \[0, 1\)"),
+        (Case("theta", momentum=True), {"momentum": None}, "initial_state.momentum: the state carries momentum"),
+        (Case("delta", bias=mk.Huber("norm")), {"delta": torch.full((2, 1, 2), -1.0)}, "delta: expected values >= 0"),
+        (Case("delta", bias=mk.Huber("norm")), {"delta": -1.0}, "delta: expected a finite value >= 0, got -1.0"),
+        (Case("delta", bias=mk.Huber("norm")), {"delta": math.inf}, "delta: expected a finite value >= 0, got inf"),
+    ],
+)
+def test_errors_of_values(case, changes, message):
+    arguments, reader = prepared(case, "cpp")
+    reader.step(**cut(arguments, 13, 14))
+    with pytest.raises(ValueError, match=message):
+        reader.step(**{**cut(arguments, 14, 15), **changes})
+
+
+def test_a_decoder_needs_a_state():
+    with pytest.raises(TypeError, match="state: expected a MemoryState, got Tensor"):
+        mk.Decoder(torch.zeros(2, 2, 12, 16), chunk_size=16)
+
+
+@pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
+def test_a_planted_bug_is_caught(monkeypatch, shape):
+    """The comparison can fail: a step that forgets a little of the decay, or one chunk's end, is seen."""
+    case = Case("planted", **shape)
+    inputs = case.draw(torch.float32)
+    assert_within_budgets(case, read(case, inputs.arguments(), "cpp", [*range(13, 37), 37]), torch.float32, 13)
+    arguments = inputs.arguments()
+    wrong = {**arguments, "log_decay": arguments["log_decay"] * 0.9999}
+    with pytest.raises(AssertionError):
+        assert_within_budgets(case, read(case, wrong, "cpp", [*range(13, 37), 37]), torch.float32, 13)
+    right = mk.Decoder.step
+
+    def forgetful(self, *tokens, **named):
+        self.buffers.position.clamp_(max=14)
+        return right(self, *tokens, **named)
+
+    monkeypatch.setattr(mk.Decoder, "step", forgetful)
+    with pytest.raises(AssertionError):
+        assert_within_budgets(case, read(case, arguments, "cpp", [*range(13, 37), 37]), torch.float32, 13)
+
+
+# --------------------------------------------------------------------------------- the public functions on a few tokens
+
+
+@pytest.mark.parametrize("case", [*PAIRS[::2], *SIZES], ids=str)
+def test_the_public_functions_take_steps_for_short_inputs(case, monkeypatch, poisoned):
+    """Cut into single tokens and short runs: the uncut result, on the kernels, whatever the gates."""
+    backend, taken = dispatch.BACKENDS["cpp"], []
+    steps = type(backend)._forward_by_steps
+    monkeypatch.setattr(type(backend), "_forward_by_steps", lambda self, call: taken.append(call.q.shape[1]) or steps(self, call))
+    inputs = case.draw(torch.float32)
+    arguments, outs = inputs.arguments(), []
+    cuts = [*range(13, 20), 22, 25, 33, case.tokens] if case.retention.tag == 0 and not case.momentum else [*range(13, case.tokens + 1, 4)]
+    with torch.no_grad():
+        _, state = of_memory(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")
+        for a, b in itertools.pairwise([*cuts, case.tokens] if cuts[-1] < case.tokens else cuts):
+            backend_of = "cpp" if b - a <= backend.STEPS else "auto"
+            out, state = of_memory(case)(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend=backend_of)
+            outs.append(out)
+    assert taken and max(taken) <= backend.STEPS
+    assert_within_budgets(case, results(torch.cat(outs, 1), state), torch.float32, 13)
+
+
+@pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
+def test_a_state_is_a_value(shape):
+    """A short call leaves the state it is given alone, and returns one of its own."""
+    case = Case("value", **shape)
+    arguments = case.draw(torch.float32).arguments()
+    with torch.no_grad():
+        _, state = of_memory(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
+        for t in range(13, 20):
+            before = [x.clone() for x in state.tensors()]
+            _, after = of_memory(case)(**{**arguments, **cut(arguments, t, t + 1), "initial_state": state}, backend="cpp")
+            assert all(torch.equal(x, y) for x, y in zip(state.tensors(), before, strict=True))
+            assert not {x.data_ptr() for x in state.tensors()} & {x.data_ptr() for x in after.tensors()}
+            state = after
+
+
+def test_every_bias_and_gate_is_among_the_cases():
+    for memory in ("linear", "mlp"):
+        cases = [case for case in PAIRS if case.memory == memory]
+        assert {case.bias.tag for case in cases} == set(BIASES) and {case.retention.tag for case in cases} == set(GATES)
+        assert {case.momentum for case in cases} == {True, False}

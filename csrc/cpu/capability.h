@@ -16,6 +16,8 @@ struct Kernels {
   void (*linear_backward)(const LinearBackward&, int64_t first, int64_t last);
   void (*mlp_forward)(const MlpForward&, int64_t first, int64_t last);
   void (*mlp_backward)(const MlpBackward&, int64_t first, int64_t last);
+  void (*linear_step)(const LinearStep&, int64_t first, int64_t last);
+  void (*mlp_step)(const MlpStep&, int64_t first, int64_t last);
 };
 
 // Null where the compiler or the architecture has no such level. Defined in level_*.cpp.

@@ -15,8 +15,10 @@
 #define MIRAS_LANES 8
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "linear_step.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
+#include "mlp_step.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -26,7 +28,7 @@ namespace miras::cpu {
 
 const Kernels* avx2_kernels() {
   static constexpr Kernels table = {"avx2", avx2::linear_forward, avx2::linear_backward, avx2::mlp_forward,
-                                    avx2::mlp_backward};
+                                    avx2::mlp_backward, avx2::linear_step, avx2::mlp_step};
   return &table;
 }
 

@@ -15,8 +15,10 @@
 #define MIRAS_LANES 16
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "linear_step.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
+#include "mlp_step.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -26,7 +28,7 @@ namespace miras::cpu {
 
 const Kernels* avx512_kernels() {
   static constexpr Kernels table = {"avx512", avx512::linear_forward, avx512::linear_backward, avx512::mlp_forward,
-                                    avx512::mlp_backward};
+                                    avx512::mlp_backward, avx512::linear_step, avx512::mlp_step};
   return &table;
 }
 

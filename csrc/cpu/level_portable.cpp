@@ -6,14 +6,16 @@
 #define MIRAS_LANES 4
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "linear_step.h"
 #include "mlp_backward.h"
 #include "mlp_forward.h"
+#include "mlp_step.h"
 
 namespace miras::cpu {
 
 const Kernels* portable_kernels() {
   static constexpr Kernels table = {"portable", portable::linear_forward, portable::linear_backward, portable::mlp_forward,
-                                    portable::mlp_backward};
+                                    portable::mlp_backward, portable::linear_step, portable::mlp_step};
   return &table;
 }
 

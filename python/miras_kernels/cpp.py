@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .dispatch import kept_states_like
+from .options import options
 from .reference.inputs import Call
 from .retention import L2Retention
 
@@ -22,6 +23,7 @@ class CppBackend:
     MAX_HEAD = 256
     MAX_HIDDEN = 1024
     MAX_CHUNK = 256
+    STEPS = 4
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -36,8 +38,9 @@ class CppBackend:
         return torch.float32
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
-        if call.q.dtype not in (torch.float32, torch.bfloat16):
-            return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
+        reason = self._out_of_range(call)
+        if reason is not None or (not differentiate and self._steps(call)):
+            return reason
         if not isinstance(call.retention, L2Retention):
             return f"it has L2Retention only, so far, got {call.retention}"
         if call.momentum is not None:
@@ -45,6 +48,14 @@ class CppBackend:
         for name in ("lr", "log_decay"):
             if getattr(call, name) is not None and getattr(call, name).dim() == 4:
                 return f"it has no channel-wise {name} [B, T, H, Dv], so far"
+        if differentiate and call.state.open_chunk is not None:
+            return "it does not differentiate from a state that was cut inside a chunk"
+        return None
+
+    def _out_of_range(self, call: Call) -> str | None:
+        """What no kernel here takes."""
+        if call.q.dtype not in (torch.float32, torch.bfloat16):
+            return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
         heads = max(call.q.shape[-1], call.v.shape[-1])
         if heads > self.MAX_HEAD:
             return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
@@ -52,11 +63,11 @@ class CppBackend:
             return f"hidden units are limited to {self.MAX_HIDDEN}, got {call.state.dual[1].shape[-2]}"
         if call.chunk_size > self.MAX_CHUNK:
             return f"chunk_size is limited to {self.MAX_CHUNK}, got {call.chunk_size}"
-        if differentiate and call.state.open_chunk is not None:
-            return "it does not differentiate from a state that was cut inside a chunk"
         return None
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        if checkpoint_every == 0 and self._steps(call):
+            return self._forward_by_steps(call)
         chunk = call.state.open_chunk
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
@@ -66,6 +77,26 @@ class CppBackend:
         matrices = [dual, start] if call.momentum is None else [dual, carried, start]
         final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
         return out, [*final, log_decay], [saved] if checkpoint_every else []
+
+    def _steps(self, call: Call) -> bool:
+        """Whether so few tokens are read one by one: a chunk's products would mostly multiply padding."""
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS
+
+    def _forward_by_steps(self, call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
+        chunk, state = call.state.open_chunk, call.state
+        opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
+        out, dual, carried, start, log_decay = run(
+            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias, call.ln_eps,
+            state.dual, state.momentum or (), *opened, *_rules(call), call.chunk_size,
+        )  # fmt: skip
+        return out, [*dual, *carried, *start, log_decay], []
+
+    def refuses_steps(self, call: Call) -> str | None:
+        return self._out_of_range(call)
+
+    def stepper(self, call: Call) -> Steps:
+        return Steps(self.extension, call)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         return kept_states_like(call, checkpoint_every)
@@ -80,6 +111,30 @@ class CppBackend:
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
         state = [d_dual] if call.momentum is None else [d_dual, d_carried]
         return {**dict(zip(names, grads, strict=True)), "state": state if call.memory == "linear" else [x for pair in state for x in pair]}
+
+
+class Steps:
+    """Steps for calls like one: see :func:`miras_kernels.dispatch.stepper`."""
+
+    def __init__(self, extension: object, call: Call):
+        self.make = extension.LinearStepper if call.memory == "linear" else extension.MlpStepper
+        self.call = call
+
+    def __call__(self, buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
+        if self.bind(buffers)(q, k, v, lr, log_decay, delta, momentum, out) is None:
+            raise ValueError("a step's arguments are not like those of the call that it was made for")
+
+    def bind(self, buffers) -> Callable[..., Tensor | None]:
+        """``step(q, k, v, lr, log_decay, delta, momentum, out)`` on these buffers, which must stay where they are.
+
+        Returns the output, or None if an argument is not as in the call: then nothing has happened.
+        """
+        call, x = self.call, buffers
+        return self.make(
+            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, options.check_values is not False,
+            call.ln_weight, call.ln_bias, call.ln_eps, x.dual, x.start, x.primal, x.rho, x.momentum, x.log_decay, x.position,
+            *_rules(call), call.chunk_size,
+        )  # fmt: skip
 
 
 def _inputs(call: Call) -> tuple:

@@ -88,9 +88,9 @@ class Decoder:
         self.backend = backend
         self.buffers = buffers_for(state, chunk_size, retention, channel_wise_decay)
         self._steps: dict[tuple, Callable] = {}
+        self._latest: Callable = _never
         self.load(state)
 
-    @torch.no_grad()
     def step(
         self,
         q: Tensor,
@@ -108,18 +108,34 @@ class Decoder:
         Args:
             out: where to put the result, ``[N, T, H, Dv]`` in the dtype of ``v``.
         """
-        tokens = (q, k, v, lr, log_decay, delta, momentum, out)
-        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tokens)
-        run = self._steps.get(key)
-        if run is None:
-            run = self._steps[key] = self._prepare(q, k, v, lr, log_decay, delta, momentum, out)
-        if out is None:
-            out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        run(self.buffers, *tokens[:-1], out)
-        return out
+        result = self._latest(q, k, v, lr, log_decay, delta, momentum, out)
+        return result if result is not None else self._other_step(q, k, v, lr, log_decay, delta, momentum, out)
+
+    @torch.no_grad()
+    def _other_step(self, *tokens) -> Tensor:
+        """A step unlike the one before it."""
+        key = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in tokens)
+        step, tokens = self._steps.get(key), self._widened(*tokens)
+        result = None if step is None else step(*tokens)
+        if result is None:  # new, or out of range
+            step = self._steps[key] = self._prepare(*tokens)
+            result = step(*tokens)
+            if result is None:
+                raise RuntimeError(f"a step refused what it was made for: {key}")
+        self._latest = step
+        return result
+
+    def _widened(self, q, k, v, *gates_and_out) -> tuple:
+        """The arguments with gates in the dtype of the arithmetic."""
+        *gates, out = gates_and_out
+        dtype = self.buffers.dual.dtype
+        wide = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else float(x) if type(x) is int else x
+        return q, k, v, *map(wide, gates), out
 
     def _prepare(self, q, k, v, lr, log_decay, delta, momentum, out) -> Callable:
-        """Check arguments of new shapes, and choose who will take them: ``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``."""
+        """Check arguments of new shapes, and choose who will take them: ``step(q, k, v, lr, log_decay, delta, momentum, out)``, which
+        returns the output, or None, having done nothing, where arguments are not like these.
+        """
         make = mlp_call if self.norm else linear_call
         call = make(
             q, k, v, lr, log_decay, delta=delta, momentum=momentum, initial_state=self.state(), output_final_state=True, cu_seqlens=None,
@@ -130,11 +146,16 @@ class Decoder:
         if log_decay is not None and log_decay.shape[2:] != self.buffers.log_decay.shape[1:]:
             wanted = "[N, T, H, Dv] (channel_wise_decay=True)" if self.buffers.log_decay.dim() == 3 else "[N, T, H]"
             raise ValueError(f"log_decay: expected {wanted}, got shape {tuple(log_decay.shape)}")
+        if out is not None and not isinstance(out, Tensor):
+            raise TypeError(f"out: expected a tensor or None, got {type(out).__name__}")
         if out is not None and (out.shape != v.shape or out.dtype != v.dtype or out.device != v.device):
             raise ValueError(
                 f"out: expected shape {tuple(v.shape)}, {v.dtype} on {v.device}, got {tuple(out.shape)}, {out.dtype} on {out.device}"
             )
-        return dispatch.stepper(self.backend, call)
+        run = dispatch.stepper(self.backend, call)
+        if hasattr(run, "bind"):
+            return run.bind(self.buffers)
+        return _Checked(run, self.buffers, (q, k, v, lr, log_decay, delta, momentum, out))
 
     def state(self) -> MemoryState:
         """The state as a value: a copy."""
@@ -171,6 +192,32 @@ class Decoder:
         """Sequence ``n`` goes on from where sequence ``index[n]`` stood, as beam search asks for."""
         for x in self.buffers.tensors():
             x.copy_(x.index_select(0, index))
+
+
+def _never(*tokens) -> None:
+    """The step before the first one."""
+
+
+class _Checked:
+    """A step for arguments like some, by a stepper that does not look at them."""
+
+    def __init__(self, run: Callable, buffers: Buffers, tokens: tuple):
+        self.run, self.buffers, self.wanted = run, buffers, self._signature(tokens)
+
+    @torch.no_grad()
+    def __call__(self, *tokens) -> Tensor | None:
+        if self._signature(tokens) != self.wanted:
+            return None
+        *tokens, out = tokens
+        if out is None:
+            out = torch.empty_like(tokens[2], memory_format=torch.contiguous_format)
+        self.run(self.buffers, *tokens, out)
+        return out
+
+    @staticmethod
+    def _signature(tokens: tuple) -> tuple:
+        """Shapes, devices and dtypes; those of gates may differ, they are widened."""
+        return tuple((x.shape, x.device, x.dtype if i < 3 else None) if isinstance(x, Tensor) else type(x) for i, x in enumerate(tokens))
 
 
 def _oriented(matrix: Tensor, i: int, count: int) -> Tensor:

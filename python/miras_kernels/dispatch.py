@@ -50,11 +50,14 @@ class Backend(Protocol):
 def stepper(backend: str, call: Call) -> Callable:
     """Who reads a few tokens in place: ``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``, see :mod:`miras_kernels.decode`.
 
+    Where it has a method ``bind(buffers)``, that returns a faster ``step(q, k, v, lr, log_decay, delta, momentum, out)`` for these buffers,
+    which looks at its arguments itself: it returns the output, or None, having done nothing, where they are not like the call's.
+
     Raises:
         ValueError: a named backend that cannot.
     """
     for name in candidates(call.q.device) if backend == "auto" else (backend,):
-        reason = _absence(name, call) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
+        reason = _unusable(name, call) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
         if reason is None:
             return BACKENDS[name].stepper(call)
         if backend != "auto":
@@ -100,8 +103,7 @@ def unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable()
 
 
-def _absence(name: str, call: Call) -> str | None:
-    """Why a backend cannot run here, or not on these tensors, whatever is asked of it."""
+def _unusable(name: str, call: Call) -> str | None:
     reason = unavailable(name)
     if reason is None and not BACKENDS[name].runs_on(call.q.device):
         reason = f"it does not run on {call.q.device.type} tensors"
@@ -109,7 +111,8 @@ def _absence(name: str, call: Call) -> str | None:
 
 
 def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
-    return _absence(name, call) or BACKENDS[name].refuses(call, differentiate)
+    reason = _unusable(name, call)
+    return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
 
 
 def explain(call: Call, differentiate: bool) -> dict[str, str | None]:

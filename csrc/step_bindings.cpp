@@ -1,0 +1,315 @@
+// Steps: a decoder's, bound once to its buffers and then called for every token, and those of a short call on a state as a value.
+#include "step_bindings.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+
+#include "cpu/capability.h"
+#include "tensors.h"
+
+namespace miras {
+namespace {
+
+namespace py = pybind11;
+
+// Numbers of a state that are worth a thread.
+constexpr int64_t kGrain = int64_t(1) << 16;
+
+// ---- the two memories ----
+
+struct Linear {
+  using Params = LinearStep;
+  static constexpr int kMatrices = 1;
+  static auto kernel(const cpu::Kernels& kernels) { return kernels.linear_step; }
+  static void fill(LinearStep& p, int64_t dk, int64_t dv) {
+    p.Dk = int(dk), p.Dv = int(dv), p.panel_width = int(dv);
+    require(dk <= 256 && dv <= 256, "Dk and Dv must be in 1..256");
+  }
+  static std::array<int64_t, 2> shape(const LinearStep& p) { return {p.Dk, p.Dv}; }
+};
+
+struct Mlp {
+  using Params = MlpStep;
+  static constexpr int kMatrices = 2;
+  static auto kernel(const cpu::Kernels& kernels) { return kernels.mlp_step; }
+  static void fill(MlpStep& p, int64_t hd, int64_t d) {
+    p.Hd = int(hd), p.D = int(d);
+    require(hd <= 1024 && d <= 256, "D must be in 1..256, Hd in 1..1024");
+    require(!p.lr_per_channel && !p.decay_per_channel && !p.delta_per_channel, "an MLP memory has no channel-wise gates");
+  }
+  static std::array<int64_t, 2> shape(const MlpStep& p) { return {p.Hd, p.D}; }
+};
+
+// LayerNorm's parameters of an MLP memory
+struct Norm {
+  OptionalTensor weight, bias;
+  double eps;
+};
+void fill_norm(LinearStep&, Norm& norm) { require(!norm.weight && !norm.bias, "a linear memory has no LayerNorm"); }
+void fill_norm(MlpStep& p, Norm& norm) {
+  for (OptionalTensor* x : {&norm.weight, &norm.bias}) {
+    require(*x && is_float(**x) && has_shape(**x, {p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
+    *x = (*x)->contiguous();
+  }
+  p.ln_weight = norm.weight->const_data_ptr<float>(), p.ln_bias = norm.bias->const_data_ptr<float>();
+  p.ln_eps = float(norm.eps);
+}
+
+// ---- buffers ----
+
+struct Buffers {
+  Tensor dual, start, primal, rho, momentum, log_decay, position;  // undefined where there are none
+};
+
+template <class Memory> void fill_buffers(typename Memory::Params& p, const Buffers& x) {
+  const auto [K, V] = Memory::shape(p);
+  const auto numbers = [](const Tensor& t, at::IntArrayRef shape, const char* what) -> float* {
+    if (!t.defined()) return nullptr;
+    require(is_float(t) && t.sizes() == shape && t.is_contiguous(), what);
+    return t.data_ptr<float>();
+  };
+  const std::array<int64_t, 5> matrices{p.N, p.H, Memory::kMatrices, K, V};
+  p.state.dual = numbers(x.dual, matrices, "dual must be float32 [N, H, m, K, V]");
+  p.state.start = numbers(x.start, matrices, "start must be like dual");
+  p.state.primal = numbers(x.primal, matrices, "primal must be like dual");
+  p.state.momentum = p.momentum ? numbers(x.momentum, matrices, "momentum must be like dual") : nullptr;
+  p.state.rho = numbers(x.rho, {p.N, p.H, Memory::kMatrices}, "rho must be float32 [N, H, m]");
+  const RetentionTraits gate = retention_traits(p.retention);
+  require(p.state.dual && (p.state.start || (p.C == 1 && gate.identity)), "the state has no room for a chunk's start");
+  require(bool(p.state.primal) == !gate.identity && bool(p.state.rho) == (gate.coupling == Coupling::matrix),
+          "primal or rho do not suit the retention gate");
+  require(bool(p.momentum) == bool(p.state.momentum), "momentum needs a state with momentum");
+
+  const bool channels = x.log_decay.dim() == 3;
+  p.state.decay_width = channels ? int(V) : 1;
+  p.state.log_decay = channels ? numbers(x.log_decay, {p.N, p.H, V}, "log_decay must be float32 [N, H] or [N, H, Dv]")
+                               : numbers(x.log_decay, {p.N, p.H}, "log_decay must be float32 [N, H] or [N, H, Dv]");
+  require(!p.log_decay || p.decay_per_channel == channels, "decays do not suit the state's log_decay");
+  require(x.position.scalar_type() == at::kLong && has_shape(x.position, {p.N}) && x.position.is_contiguous(), "bad position");
+  p.state.position = x.position.data_ptr<int64_t>();
+}
+
+template <class Memory> void run(const typename Memory::Params& p, const cpu::Kernels& kernels) {
+  const auto kernel = Memory::kernel(kernels);
+  const auto [K, V] = Memory::shape(p);
+  const int64_t tasks = p.N * p.H, task = Memory::kMatrices * K * V * p.T;
+  if (tasks * task <= kGrain) {
+    kernel(p, 0, tasks);
+  } else {
+    py::gil_scoped_release nogil;
+    const int64_t grain = std::max<int64_t>(1, kGrain / task);
+    at::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) { kernel(p, first, last); });
+  }
+  for (int64_t n = 0; n < p.N; ++n) p.state.position[n] = (p.state.position[n] + p.T) % p.C;
+}
+
+// ---- a decoder's steps ----
+
+const Tensor* as_tensor(py::handle x) { return THPVariable_Check(x.ptr()) ? &THPVariable_Unpack(x.ptr()) : nullptr; }
+
+// What an argument must look like for a step that was prepared.
+struct Expected {
+  std::vector<int64_t> sizes;
+  at::ScalarType dtype = at::kFloat;
+  bool given = false;
+
+  Expected() = default;
+  Expected(const Tensor& x) : sizes(x.sizes().vec()), dtype(x.scalar_type()), given(true) {}
+  Expected(const OptionalTensor& x) {
+    if (x) *this = Expected(*x);
+  }
+  bool fits(py::handle x) const {
+    if (!given) return x.is_none();
+    const Tensor* t = as_tensor(x);
+    return t && t->scalar_type() == dtype && t->sizes() == at::IntArrayRef(sizes) && t->device().is_cpu();
+  }
+};
+
+// Whether all values of a gate [B, T, H] or [B, T, H, D] are allowed
+template <class Allowed> bool all_values(const TokenTensor& x, const std::vector<int64_t>& sizes, Allowed&& allowed) {
+  const float* data = static_cast<const float*>(x.data);
+  const int64_t channels = sizes.size() == 4 ? sizes[3] : 1;
+  for (int64_t b = 0; b < sizes[0]; ++b)
+    for (int64_t t = 0; t < sizes[1]; ++t)
+      for (int64_t h = 0; h < sizes[2]; ++h)
+        for (int64_t j = 0; j < channels; ++j)
+          if (!allowed(data[b * x.batch + t * x.token + h * x.head + j * x.channel])) return false;
+  return true;
+}
+
+// Calls of one signature on one decoder's buffers. A call that is not of this signature, or has values that validation.py
+// refuses, does nothing and returns None.
+template <class Memory> class Stepper {
+ public:
+  Stepper(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
+          const OptionalTensor& delta, const OptionalTensor& momentum, bool check_values,
+          const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const Tensor& dual,
+          const OptionalTensor& start, const OptionalTensor& primal, const OptionalTensor& rho, const OptionalTensor& carried,
+          const Tensor& open_log_decay, const Tensor& position, const Code& bias, const Code& retention, int64_t chunk_size)
+      : kernels_(cpu::kernels()),
+        norm_{ln_weight, ln_bias, ln_eps},
+        buffers_{dual, start.value_or(Tensor()), primal.value_or(Tensor()), rho.value_or(Tensor()), carried.value_or(Tensor()),
+                 open_log_decay, position},
+        q_(q), k_(k), v_(v), lr_(lr), log_decay_(log_decay), delta_(delta), momentum_(momentum),
+        check_values_(check_values) {
+    fill_tokens(p_, q, k, v, lr, log_decay, delta, momentum, {}, bias, retention, chunk_size, 0);
+    require(dual.dim() == 5, "dual must be float32 [N, H, m, K, V]");
+    Memory::fill(p_, dual.size(3), dual.size(4));
+    require(dual.size(4) == v.size(3) && (Memory::kMatrices == 2 ? dual.size(4) : dual.size(3)) == q.size(3), "dual does not fit q and v");
+    fill_norm(p_, norm_);
+    fill_buffers<Memory>(p_, buffers_);
+  }
+  Stepper(const Stepper&) = delete;
+
+  py::object step(py::handle q, py::handle k, py::handle v, py::handle lr, py::handle log_decay, py::handle delta,
+                  py::handle momentum, py::handle out) {
+    if (!q_.fits(q) || !k_.fits(k) || !v_.fits(v) || !lr_.fits(lr) || !log_decay_.fits(log_decay) || !momentum_.fits(momentum) ||
+        !(out.is_none() || v_.fits(out)) || !(delta_.fits(delta) || is_number(delta)))
+      return py::none();
+    const Tensor in_rows[] = {channels_together(*as_tensor(q)), channels_together(*as_tensor(k)), channels_together(*as_tensor(v))};
+    p_.q = tokens(in_rows[0]), p_.k = tokens(in_rows[1]), p_.v = tokens(in_rows[2]);
+    p_.lr = tokens(*as_tensor(lr));
+    if (log_decay_.given) p_.log_decay = tokens(*as_tensor(log_decay));
+    if (const Tensor* x = as_tensor(delta)) p_.delta = tokens(*x);
+    else if (delta_.given) p_.delta = TokenTensor{&delta_number_, 0, 0, 0, 0};
+    if (momentum_.given) p_.momentum = tokens(*as_tensor(momentum));
+    if (check_values_ && !values_allowed()) return py::none();
+
+    const bool in_place = !out.is_none() && (v_.sizes[3] == 1 || as_tensor(out)->stride(3) == 1);
+    const Tensor result = in_place ? *as_tensor(out) : new_like(v_.sizes, in_rows[2]);
+    p_.out = tokens(result);
+    run<Memory>(p_, kernels_);
+    if (out.is_none()) return py::reinterpret_steal<py::object>(THPVariable_Wrap(result));
+    if (!in_place) as_tensor(out)->copy_(result);
+    return py::reinterpret_borrow<py::object>(out);
+  }
+
+ private:
+  // One number for all tokens, which is then in delta_number_
+  bool is_number(py::handle x) {
+    if (!delta_.given || !PyFloat_Check(x.ptr())) return false;
+    delta_number_ = float(PyFloat_AS_DOUBLE(x.ptr()));
+    return std::isfinite(delta_number_);
+  }
+  bool values_allowed() const {
+    return (!log_decay_.given || all_values(p_.log_decay, log_decay_.sizes, [](float x) { return !(x > 0.0f); })) &&
+           (!delta_.given || all_values(p_.delta, delta_.sizes, [](float x) { return !(x < 0.0f); })) &&
+           (!momentum_.given || all_values(p_.momentum, momentum_.sizes, [](float x) { return !(x < 0.0f || x >= 1.0f); }));
+  }
+
+  typename Memory::Params p_;
+  const cpu::Kernels& kernels_;
+  Norm norm_;
+  Buffers buffers_;
+  Expected q_, k_, v_, lr_, log_decay_, delta_, momentum_;
+  float delta_number_ = 0.0f;
+  bool check_values_;
+};
+
+template <class Memory> void bind_stepper(py::module_& m, const char* name) {
+  using namespace pybind11::literals;
+  py::class_<Stepper<Memory>>(m, name)
+      .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, bool, const OptionalTensor&, const OptionalTensor&, double,
+                    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                    const Tensor&, const Tensor&, const Code&, const Code&, int64_t>(),
+           "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "check_values"_a, "ln_weight"_a,
+           "ln_bias"_a, "ln_eps"_a, "dual"_a, "start"_a, "primal"_a, "rho"_a, "carried"_a, "open_log_decay"_a, "position"_a,
+           "bias"_a, "retention"_a, "chunk_size"_a)
+      .def("__call__", &Stepper<Memory>::step);
+}
+
+// ---- a short call on a state as a value ----
+
+using Matrices = std::vector<Tensor>;
+
+// The matrices in a buffer [N, H, m, K, V] as a MemoryState has them: views, all but an MLP's W2 transposed.
+Matrices matrices_of(const Tensor& buffer) {
+  if (!buffer.defined()) return {};
+  Matrices found{buffer.select(2, 0).transpose(-1, -2)};
+  if (buffer.size(2) == 2) found.push_back(buffer.select(2, 1));
+  return found;
+}
+void copy_into(const Tensor& buffer, const Matrices& matrices) {
+  const Matrices places = matrices_of(buffer);
+  require(places.size() == matrices.size(), "a state has one matrix, or two of an MLP");
+  for (size_t i = 0; i < places.size(); ++i) {
+    require(is_float(matrices[i]) && matrices[i].sizes() == places[i].sizes(), "a state's matrices must be float32 and of one shape");
+    places[i].copy_(matrices[i]);
+  }
+}
+
+// (out, duals, momenta, starts, log_decay); starts and log_decay are those of OpenChunk
+template <class Memory>
+std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
+    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
+    const OptionalTensor& delta, const OptionalTensor& momentum, const OptionalTensor& ln_weight, const OptionalTensor& ln_bias,
+    double ln_eps, const Matrices& dual, const Matrices& carried, const Matrices& start, const OptionalTensor& position,
+    const OptionalTensor& open_log_decay, const Code& bias, const Code& retention, int64_t chunk_size) {
+  const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
+  typename Memory::Params p;
+  fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, {}, bias, retention, chunk_size, 0);
+  require(dual.size() == Memory::kMatrices && dual[0].dim() == 4, "a state has one matrix, or two of an MLP");
+  const int64_t rows = dual[0].size(3), cols = dual[0].size(2);
+  require(cols == v.size(3) && (Memory::kMatrices == 2 ? cols : rows) == q.size(3), "the state does not fit q and v");
+  Memory::fill(p, rows, cols);
+  Norm norm{ln_weight, ln_bias, ln_eps};
+  fill_norm(p, norm);
+
+  const std::array<int64_t, 5> shape{p.N, p.H, Memory::kMatrices, rows, cols};
+  const RetentionTraits gate = retention_traits(p.retention);
+  Buffers x;
+  x.dual = new_float(shape);
+  copy_into(x.dual, dual);
+  if (!gate.identity) x.primal = new_float(shape);
+  if (gate.coupling == Coupling::matrix) x.rho = new_float({p.N, p.H, Memory::kMatrices});
+  if (momentum) {
+    x.momentum = new_float(shape);
+    copy_into(x.momentum, carried);
+  }
+  if (p.C > 1 || !gate.identity) x.start = new_float(shape);
+  const Shape decays = open_decay_shape(p, cols);
+  x.position = at::zeros({p.N}, at::TensorOptions().dtype(at::kLong));
+  if (position) {
+    positions(p, *position);
+    x.position.copy_(*position);
+    if (x.start.defined()) copy_into(x.start, start);
+    x.log_decay = open_decays(p, *open_log_decay, cols).clone();
+  } else {
+    x.log_decay = at::zeros(decays, at::TensorOptions().dtype(at::kFloat));
+  }
+  fill_buffers<Memory>(p, x);
+  p.state.unmapped = true;
+  const Tensor out = new_like(v.sizes(), v);
+  p.out = tokens(out);
+  run<Memory>(p, cpu::kernels());
+
+  // Where a sequence stopped at a boundary its start is the dual.
+  const int64_t* at = x.position.const_data_ptr<int64_t>();
+  if (!x.start.defined()) x.start = x.dual.clone();
+  else
+    for (int64_t n = 0; n < p.N; ++n)
+      if (at[n] == 0) x.start.select(0, n).copy_(x.dual.select(0, n));
+  return {out, matrices_of(x.dual), matrices_of(x.momentum), matrices_of(x.start), x.log_decay};
+}
+
+}  // namespace
+
+void bind_steps(py::module_& m) {
+  using namespace pybind11::literals;
+  bind_stepper<Linear>(m, "LinearStepper");
+  bind_stepper<Mlp>(m, "MlpStepper");
+  const auto bind = [&m](const char* name, auto function) {
+    m.def(name, function, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a, "ln_bias"_a, "ln_eps"_a,
+          "dual"_a, "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "bias"_a, "retention"_a, "chunk_size"_a);
+  };
+  bind("linear_steps", &steps<Linear>);
+  bind("mlp_steps", &steps<Mlp>);
+}
+
+}  // namespace miras

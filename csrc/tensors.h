@@ -1,0 +1,139 @@
+// From tensors to parameter structs: what all bindings share. What arguments must look like is checked in validation.py; the
+// checks here guard memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bias.h"
+#include "retention.h"
+
+namespace miras {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(std::string("miras_kernels._C: ") + what);
+}
+
+// ---- tensors to structs ----
+
+// [B, T, H] or [B, T, H, D]. Size-1 and expanded dimensions need nothing special.
+inline TokenTensor tokens(const Tensor& x) {
+  TokenTensor t;
+  t.data = x.data_ptr();
+  t.batch = x.stride(0), t.token = x.stride(1), t.head = x.stride(2);
+  t.channel = x.dim() == 4 ? x.stride(3) : 0;
+  return t;
+}
+
+// [N, H, Dv, Dk]
+inline StateTensor states(const Tensor& x) {
+  StateTensor s;
+  s.data = x.data_ptr<float>();
+  s.seq = x.stride(0), s.head = x.stride(1), s.row = x.stride(2), s.col = x.stride(3);
+  return s;
+}
+
+// Kernels read channels in vectors.
+inline Tensor channels_together(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1 ? x : x.contiguous(); }
+
+inline Dtype dtype_of(const Tensor& x) {
+  require(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "q, k, v must be float32 or bfloat16");
+  return x.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16;
+}
+
+inline bool is_float(const Tensor& x) { return x.device().is_cpu() && x.scalar_type() == at::kFloat; }
+
+inline bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) { return x.sizes() == at::IntArrayRef(shape); }
+
+inline Tensor new_float(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat)); }
+inline Tensor new_like(at::IntArrayRef shape, const Tensor& x) { return at::empty(shape, x.options()); }
+
+// A row of the table of biases or retention gates: its tag and parameters.
+using Code = std::pair<int64_t, std::vector<double>>;
+
+template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&params)[kParams], const Code& code) {
+  require(code.first >= 0 && code.first < kCount, "unknown tag of a bias or a retention gate");
+  require(code.second.size() <= size_t(kParams), "too many parameters of a bias or a retention gate");
+  tag = Tag(code.first);
+  std::copy(code.second.begin(), code.second.end(), params);
+}
+
+// float32 [B, T, H], or [B, T, H, Dv] if `per_channel` is given, which then says so; absent gates have no data
+inline TokenTensor gate(const MemoryParams& p, const OptionalTensor& x, int64_t dv, bool* per_channel, const char* what) {
+  if (!x) return {};
+  const bool channels = per_channel && x->dim() == 4;
+  require(is_float(*x) && (channels ? has_shape(*x, {p.B, p.T, p.H, dv}) : has_shape(*x, {p.B, p.T, p.H})), what);
+  if (per_channel) *per_channel = channels;
+  return tokens(*x);
+}
+
+// What all kernels share. q, k, v already have their channels together.
+inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
+                 const OptionalTensor& log_decay, const OptionalTensor& delta, const OptionalTensor& momentum,
+                 const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size,
+                 int64_t checkpoint_every) {
+  require(q.dim() == 4 && v.dim() == 4, "q and v must have four dimensions");
+  p.B = q.size(0), p.T = q.size(1), p.H = q.size(2);
+  p.N = cu_seqlens ? cu_seqlens->size(0) - 1 : p.B;
+  p.C = int(chunk_size);
+  require(chunk_size >= 1 && chunk_size <= 256, "chunk_size must be in 1..256");
+  const int64_t dv = v.size(3);
+  require(k.sizes() == q.sizes() && has_shape(v, {p.B, p.T, p.H, dv}), "k or v does not fit q");
+  require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k, v must have one dtype");
+  require(q.device().is_cpu() && k.device().is_cpu() && v.device().is_cpu(), "q, k, v must be on the CPU");
+  p.dtype = dtype_of(q);
+  p.q = tokens(q), p.k = tokens(k), p.v = tokens(v);
+
+  p.lr = gate(p, lr, dv, &p.lr_per_channel, "lr must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.log_decay = gate(p, log_decay, dv, &p.decay_per_channel, "log_decay must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.delta = gate(p, delta, dv, &p.delta_per_channel, "delta must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.momentum = gate(p, momentum, dv, nullptr, "momentum must be float32 [B, T, H]");
+
+  fill_code<BiasTag, kBiasCount>(p.bias, p.bias_params, bias);
+  fill_code<RetentionTag, kRetentionCount>(p.retention, p.retention_params, retention);
+  require(bias_traits(p.bias).uses_delta == delta.has_value(), "delta given to a bias without one, or missing");
+  require(!p.delta_per_channel || !bias_traits(p.bias).couples_row, "delta per channel needs a coordinate-wise bias");
+
+  if (cu_seqlens) {
+    require(p.B == 1 && cu_seqlens->scalar_type() == at::kLong && cu_seqlens->is_contiguous(), "bad cu_seqlens");
+    p.cu_seqlens = cu_seqlens->const_data_ptr<int64_t>();
+    require(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.N] == p.T, "cu_seqlens must run from 0 to T");
+    for (int64_t n = 0; n < p.N; ++n) require(p.length(n) >= 0, "cu_seqlens must not decrease");
+  }
+  require(checkpoint_every >= 0 && checkpoint_every < (int64_t(1) << 31), "checkpoint_every must not be negative");
+  p.checkpoint_every = int(checkpoint_every);
+}
+
+// The contiguous positions of an open chunk, checked.
+inline const int64_t* positions(const MemoryParams& p, const Tensor& position) {
+  require(position.scalar_type() == at::kLong && has_shape(position, {p.N}) && position.is_contiguous(),
+          "position must be int64 [N]");
+  require(p.checkpoint_every == 0, "no gradients through an open chunk");
+  const int64_t* at = position.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < p.N; ++n) require(at[n] >= 0 && at[n] < p.C, "position must be in [0, chunk_size)");
+  return at;
+}
+
+using Shape = std::vector<int64_t>;
+
+// [N, H], or [N, H, Dv] where decays are channel-wise
+inline Shape open_decay_shape(const MemoryParams& p, int64_t dv) {
+  return p.decay_per_channel ? Shape{p.N, p.H, dv} : Shape{p.N, p.H};
+}
+inline Tensor open_decays(const MemoryParams& p, const Tensor& open_log_decay, int64_t dv) {
+  require(is_float(open_log_decay) && open_log_decay.sizes() == at::IntArrayRef(open_decay_shape(p, dv)),
+          "open_log_decay must be float32 [N, H], or [N, H, Dv] if log_decay has channels");
+  return open_log_decay.contiguous();
+}
+
+}  // namespace miras
