@@ -187,13 +187,13 @@ template <class Function> MIRAS_FN auto with_bias(BiasTag tag, const float* para
 // What the functor of a tag says of itself.
 struct BiasTraits {
   const char* name;
-  bool couples_row, uses_delta;
+  bool predicts, couples_row, uses_delta;
 };
 MIRAS_FN BiasTraits bias_traits(BiasTag tag) {
   constexpr float no_params[kBiasParams] = {};
   return with_bias(tag, no_params, [](auto bias) {
     using Bias = decltype(bias);
-    return BiasTraits{Bias::kName, Bias::kCouplesRow, Bias::kUsesDelta};
+    return BiasTraits{Bias::kName, Bias::kPredicts, Bias::kCouplesRow, Bias::kUsesDelta};
   });
 }
 

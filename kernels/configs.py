@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 __all__ = [
     "CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MAX_HIDDEN", "MAX_MLP_HEAD", "MLP_CHUNK_SIZES", "RULES",
-    "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
+    "Config", "Denial", "Key", "choose", "eligible", "force", "step", "stream",
 ]  # fmt: skip
 
 CHUNK_SIZES = (16, 32, 64, 128)
@@ -206,6 +206,19 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
 
 #: every configuration of every kernel
 KERNELS: dict[str, tuple[Config, ...]] = {kernel: tuple(config for config, _ in rules) for kernel, rules in RULES.items()}
+
+
+def step(key: Key) -> Config:
+    """The configuration of a decoding step: 8 to 64 registers of a thread for a tile of each matrix.
+
+    A head's values are shared out among programs, all keys to each, unless a bias or a gate couples them; one program takes all hidden
+    units of an MLP, ``block_k`` at a time.
+    """
+    if key.hidden:
+        return Config(0, max(MIN_TILE, (4096 if key.retention else 8192) // key.padded_v), 16, 1)
+    if key.entire:
+        return Config(max(MIN_TILE, min(64, 8192 // key.padded_k)), 0, 8, 1)
+    return Config(16, 0, 4, 1)
 
 
 class Denial(NamedTuple):

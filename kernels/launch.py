@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import configs
 
-__all__ = ["Problem", "Slots", "launch", "tiles"]
+__all__ = ["Problem", "Slots", "launch", "start", "tiles"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -160,11 +160,16 @@ def launch(kernel, problem: Problem, units: int, along: str | None, **arguments)
         arguments["BD"], arguments["BH"] = problem.key.padded_v, problem.key.block_hidden(config)
     elif along:
         arguments["BV"], arguments["BK"] = problem.key.blocks(config)
+    grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
+    start(kernel, grid, config, problem.q.device, arguments)
+
+
+def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.device, arguments: dict) -> None:
+    """What every launch comes to."""
     if _recorder is not None:
         _recorder[0](kernel, arguments, config)
         return
-    grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
     if 0 in grid:
         return
-    with torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext():
-        kernel[grid](**arguments, **options(config, problem.architecture))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, **options(config, architecture(device)))

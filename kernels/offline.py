@@ -17,9 +17,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import configs, launch, linear_bwd, linear_fwd, mlp_bwd, mlp_fwd
+from ..decode import buffers_for
+from . import configs, launch, linear_bwd, linear_fwd, mlp_bwd, mlp_fwd, steps
 
-__all__ = ["TARGETS", "Resources", "compile_launch", "recorded"]
+__all__ = ["TARGETS", "Resources", "compile_launch", "recorded", "recorded_step"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,6 +65,15 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
         forward, backward = (linear_fwd, linear_bwd) if call.memory == "linear" else (mlp_fwd, mlp_bwd)
         _, _, checkpoints = forward.forward(p, every, call.output_final_state, call.output_final_state)
         backward.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
+    return found
+
+
+def recorded_step(call, channel_wise_decay: bool, architecture: str = "") -> list[Launch]:
+    """The launches of a decoding step with the tokens of a call, likewise."""
+    found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channel_wise_decay)
+    with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
+        run = steps.stepper(call)
+        run(x, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, torch.empty_like(call.v))
     return found
 
 

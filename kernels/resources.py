@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -31,7 +32,10 @@ from ..retention import KLRetention, L2Retention, LqRetention, Retention
 from ..validation import linear_call, mlp_call
 from . import configs, offline
 
-__all__ = ["LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problems", "read", "spills_allowed", "table_key"]
+__all__ = [
+    "LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problems", "read", "spills_allowed", "step_launches",
+    "table_key",
+]  # fmt: skip
 
 TABLE = Path(__file__).with_name("resources.json")
 
@@ -91,6 +95,35 @@ class Specimen:
             make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
         lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
         return offline.recorded(make(k, k, v, lr, log_decay if self.decays else None, **arguments), 4)
+
+
+def step_launches() -> Iterator[tuple[str, offline.Launch]]:
+    """What decoding steps launch, by a name: heads of 64 and 128 channels, the plainest memory and those with the most to hold."""
+    laden = [(Huber("switch"), KLRetention()), (Lp(3.0, sharpness=10.0), LqRetention()), (Huber("coordinate"), KLRetention())]
+    for d, hidden in itertools.product((64, 128), (0, 256)):
+        for bias, gate in [(L2(), L2Retention()), *laden]:
+            channel_wise = not hidden and isinstance(gate, KLRetention)
+            name = f"D{d}" + (f"-H{hidden}" if hidden else "") + f"-{bias.name}-{gate.name}"
+            for given in offline.recorded_step(_step_call(d, hidden, bias, gate, channel_wise), channel_wise):
+                yield name, given
+
+
+def _step_call(d: int, hidden: int, bias: Bias, gate: Retention, channel_wise: bool):
+    """One token of several sequences, with momentum unless the gate is the plainest."""
+    n, h, plain = 4, 16, isinstance(gate, L2Retention)
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, each, wide = meta(n, 1, h, d, dtype=torch.bfloat16), meta(n, 1, h), meta(n, 1, h, *([d] if channel_wise else []))
+    arguments = dict(
+        bias=bias, retention=gate, delta=each if bias.needs_delta else None, momentum=None if plain else each, chunk_size=64,
+        output_final_state=True, cu_seqlens=None,
+    )  # fmt: skip
+    if not hidden:
+        return linear_call(x, x, x, wide, wide, initial_state=meta(n, h, d, d), **arguments)
+    norm = dict(ln_weight=meta(h, d), ln_bias=meta(h, d), ln_eps=1e-6)
+    return mlp_call(x, x, x, each, each, initial_state=(meta(n, h, d, hidden), meta(n, h, hidden, d)), **arguments, **norm)
 
 
 def _specimens() -> Iterator[Specimen]:

@@ -53,8 +53,7 @@ def test_what_is_served():
 
     for case in set(registry()) - set(SERVED) - set(MLP):
         sizes = configs.CHUNK_SIZES if case.memory == "linear" else configs.MLP_CHUNK_SIZES
-        unserved = case.memory == "mlp" and (case.momentum or case.retention.tag)
-        assert unserved or case.chunk_size not in sizes, case
+        assert case.chunk_size not in sizes, case
     assert {case.bias.tag for case in SERVED} == {case.bias.tag for case in MLP} == set(BIASES)
 
 

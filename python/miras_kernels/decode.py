@@ -19,7 +19,7 @@ from .retention import L2Retention, LqRetention, Retention
 from .state import MemoryState, OpenChunk
 from .validation import linear_call, mlp_call
 
-__all__ = ["Buffers", "Decoder"]
+__all__ = ["Buffers", "Decoder", "buffers_for"]
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ class Decoder:
         self.settings = dict(chunk_size=chunk_size, bias=bias, retention=retention)
         self.norm = {} if ln_weight is None else dict(ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps)
         self.backend = backend
-        self.buffers = _buffers(state, chunk_size, retention, channel_wise_decay)
+        self.buffers = buffers_for(state, chunk_size, retention, channel_wise_decay)
         self._steps: dict[tuple, Callable] = {}
         self._latest: Callable = _never
         self.load(state)
@@ -234,7 +234,7 @@ def _matrices(buffer: Tensor) -> tuple[Tensor, ...]:
     return tuple(_oriented(x, i, buffer.shape[2]) for i, x in enumerate(buffer.clone().unbind(2)))
 
 
-def _buffers(state: MemoryState, chunk_size: int, retention: Retention, channel_wise_decay: bool) -> Buffers:
+def buffers_for(state: MemoryState, chunk_size: int, retention: Retention, channel_wise_decay: bool) -> Buffers:
     """Room for a state of these sizes."""
     dual = torch.empty_like(_stacked(state.dual))
     like = lambda wanted: torch.empty_like(dual) if wanted else None

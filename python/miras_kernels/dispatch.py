@@ -85,18 +85,8 @@ def kept_states_like(call: Call, every: int) -> list[Tensor]:
     return [dual.new_empty(slots, h, *several, columns, rows)]
 
 
-class _Planned:
-    """A name the public functions know, whose kernels this version does not have."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def unavailable(self) -> str:
-        return f"this version has no {self.name} kernels yet"
-
-
 #: every backend name, in no order; filled by the modules that implement them (see miras_kernels/memory.py)
-BACKENDS: dict[str, Backend] = {name: _Planned(name) for name in ("cuda",)}
+BACKENDS: dict[str, Backend] = {}
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
 #: fastest first, by device type; every other device runs the reference

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import autograd, dispatch
 from .biases import L2, Bias
 from .cpp import CppBackend
+from .cuda_backend import CudaBackend
 from .options import options
 from .reference.backend import ReferenceBackend
 from .reference.inputs import Call
@@ -18,7 +19,7 @@ from .validation import linear_call, mlp_call
 
 __all__ = ["explain", "linear_memory", "mlp_memory"]
 
-dispatch.BACKENDS.update({backend.name: backend for backend in (ReferenceBackend(), CppBackend(), TritonBackend())})
+dispatch.BACKENDS.update({backend.name: backend for backend in (ReferenceBackend(), CppBackend(), CudaBackend(), TritonBackend())})
 
 
 def linear_memory(

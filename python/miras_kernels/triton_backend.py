@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,6 +51,21 @@ class TritonBackend:
         if differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
+
+    def refuses_steps(self, call: Call) -> str | None:
+        from miras_kernels.kernels import configs
+
+        if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
+        heads, limit = max(call.q.shape[-1], call.v.shape[-1]), configs.MAX_HEAD if call.memory == "linear" else configs.MAX_MLP_HEAD
+        if heads > limit:
+            return f"head dimensions are limited to {limit}, got {heads}"
+        return None
+
+    def stepper(self, call: Call) -> Callable:
+        from miras_kernels.kernels import steps
+
+        return steps.stepper(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         from miras_kernels.kernels import launch, linear_fwd, mlp_fwd

@@ -1,0 +1,193 @@
+"""The CUDA C++ kernels as a backend: decoding, ``csrc/cuda``, called by ctypes. Importing this module loads no library."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .reference.inputs import Call
+
+__all__ = ["CudaBackend", "Step"]
+
+#: as MirasTokenType has them
+TOKEN_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Tokens(ctypes.Structure):
+    """MirasTokens of csrc/cuda/step.h."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
+
+    @staticmethod
+    def of(x: Tensor) -> Tokens:
+        return Tokens(x.data_ptr(), *x.stride()[:3])
+
+
+class Step(ctypes.Structure):
+    """MirasStep of csrc/cuda/step.h, which says what the fields are."""
+
+    TOKENS = ("q", "k", "v", "out")
+    GATES = ("lr", "log_decay", "delta", "momentum")
+    MATRICES = ("dual", "start", "primal", "rho", "carried", "sums", "position")
+    _fields_ = [
+        *((name, Tokens) for name in TOKENS),
+        *((name, ctypes.c_void_p) for name in (*GATES, *MATRICES, "ln_weight", "ln_bias")),
+        ("ln_eps", ctypes.c_float),
+        ("bias_params", ctypes.c_float * 3),
+        ("retention_params", ctypes.c_float * 2),
+        *((name, ctypes.c_int32) for name in ("bias", "retention", "token_type", "N", "T", "H", "K", "V", "C")),
+        *((name, ctypes.c_int32) for name in ("lr_per_channel", "decay_per_channel", "delta_per_channel")),
+    ]
+    #: what miras_step_layout tells the offsets of, after the size of the whole
+    MARKS = ("q", "out", "lr", "dual", "sums", "position", "ln_weight", "ln_eps", "bias_params", "bias", "N", "lr_per_channel",
+             "delta_per_channel")  # fmt: skip
+
+    @classmethod
+    def layout(cls) -> list[int]:
+        return [ctypes.sizeof(cls), *(getattr(cls, name).offset for name in cls.MARKS)]
+
+
+class CudaBackend:
+    """Hand-written decoding steps of both memories: short inputs without gradients; the Triton kernels take the others.
+
+    Args:
+        path: of the library.
+        device: the type of the tensors that it takes; "cpu" for one that the tests build without CUDA.
+    """
+
+    name = "cuda"
+    #: of a linear memory, of an MLP memory
+    MAX_HEAD, MAX_MLP_HEAD = 256, 128
+    MAX_HIDDEN = 1024
+    #: tokens of a call that steps still suit: each reads and writes the state
+    MAX_TOKENS = 16
+
+    def __init__(self, path: Path = Path(__file__).with_name("_cuda.so"), device: str = "cuda"):
+        self.path, self.device = path, device
+
+    def unavailable(self) -> str | None:
+        if self.device == "cuda" and torch.version.hip is not None:
+            return "it is made for NVIDIA's GPUs"
+        if not self.path.exists():
+            return f"the kernels are not built: {_why_not_built()}"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "there is no GPU here"
+        return self._loaded[1]
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[ctypes.CDLL | None, str | None]:
+        """The library and None, or None and why it cannot be used."""
+        try:
+            library = ctypes.CDLL(str(self.path))
+            library.miras_cuda_error.restype = ctypes.c_char_p
+            found = (ctypes.c_int64 * 32)()
+            count = library.miras_step_layout(found, len(found))
+        except (OSError, AttributeError) as error:
+            return None, f"the kernels cannot be loaded: {error}"
+        if list(found[:count]) != Step.layout():
+            return None, f"{self.path.name} was built from other sources than this package: build it anew"
+        for name in ("miras_linear_step", "miras_mlp_step"):
+            getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
+        return library, None
+
+    def runs_on(self, device: torch.device) -> bool:
+        return device.type == self.device
+
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def refuses(self, call: Call, differentiate: bool) -> str | None:
+        if differentiate:
+            return "it only decodes: it has no gradients"
+        if call.cu_seqlens is not None:
+            return "it only decodes: it takes no packed sequences"
+        if call.q.shape[1] > self.MAX_TOKENS:
+            return f"it only decodes: calls of at most {self.MAX_TOKENS} tokens, got {call.q.shape[1]}"
+        return self.refuses_steps(call)
+
+    def refuses_steps(self, call: Call) -> str | None:
+        if call.q.dtype not in TOKEN_TYPES:
+            return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
+        head, limit = max(call.q.shape[-1], call.v.shape[-1]), self.MAX_HEAD if call.memory == "linear" else self.MAX_MLP_HEAD
+        if head > limit:
+            return f"head dimensions are limited to {limit}, got {head}"
+        if call.memory == "mlp" and call.state.dual[0].shape[-1] > self.MAX_HIDDEN:
+            return f"hidden sizes are limited to {self.MAX_HIDDEN}, got {call.state.dual[0].shape[-1]}"
+        if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
+            return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
+        return None
+
+    def stepper(self, call: Call) -> Callable:
+        """``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``: fills a struct and launches; waits for nothing."""
+        launch = getattr(self._loaded[0], f"miras_{call.memory}_step")
+        n, t, h = call.q.shape[:3]
+        constant = dict(
+            bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
+            K=call.q.shape[-1] if call.memory == "linear" else call.state.dual[0].shape[-1], V=call.v.shape[-1], C=call.chunk_size,
+        )  # fmt: skip
+        bias, gate = (ctypes.c_float * 3)(*call.bias.parameters), (ctypes.c_float * 2)(*call.retention.parameters)
+        threshold = _gate(call.delta)  # where it is given as a number
+        norm = () if call.memory == "linear" else (_gate(call.ln_weight), _gate(call.ln_bias))
+        addresses, eps = dict(zip(("ln_weight", "ln_bias"), map(Tensor.data_ptr, norm), strict=False)), call.ln_eps or 0.0
+
+        def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
+            delta = delta if delta is None or isinstance(delta, Tensor) else threshold
+            tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out)]
+            gates = [_gate(x) for x in (lr, log_decay, delta, momentum)]
+            x = buffers
+            state = (x.dual, x.start, x.primal, x.rho, x.momentum, x.log_decay, x.position)
+            step = Step(
+                *map(Tokens.of, tokens), *map(_address, gates), *map(_address, state), ln_eps=eps, bias_params=bias,
+                retention_params=gate, lr_per_channel=lr.dim() == 4, decay_per_channel=x.log_decay.dim() == 3,
+                delta_per_channel=delta is not None and delta.dim() == 4, **addresses, **constant,
+            )  # fmt: skip
+            with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+                error = launch(ctypes.byref(step), torch.cuda.current_stream().cuda_stream if q.is_cuda else None)
+            if error:
+                raise RuntimeError(f"cuda: launching a step failed: {self._loaded[0].miras_cuda_error(error).decode()}")
+            if tokens[-1] is not out:
+                out.copy_(tokens[-1])
+
+        run.keeps = norm  # as long as their addresses
+        return run
+
+    def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Reads a short input as a decoder would that is made for it."""
+        from .decode import Decoder
+
+        norm = {} if call.memory == "linear" else dict(ln_weight=call.ln_weight, ln_bias=call.ln_bias, ln_eps=call.ln_eps)
+        channel_wise = call.log_decay is not None and call.log_decay.dim() == 4
+        settings = dict(chunk_size=call.chunk_size, bias=call.bias, retention=call.retention, channel_wise_decay=channel_wise)
+        decoder, out = Decoder(call.state, **settings, **norm, backend=self.name), torch.empty_like(call.v)
+        run = self.stepper(call)
+        run(decoder.buffers, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, out)
+        return out, decoder.state().tensors(), []
+
+    def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
+        return []
+
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
+        raise NotImplementedError("the cuda backend refuses calls that need gradients")
+
+
+def _gate(x: Tensor | None) -> Tensor | None:
+    """A gate or parameter as the kernels take it."""
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _why_not_built() -> str:
+    try:
+        return importlib.import_module("miras_kernels._build_info").CUDA_MISSING or "the library was removed"
+    except (ImportError, AttributeError):
+        return "the package was installed without them"

@@ -1,0 +1,207 @@
+"""The decoding steps made for GPUs, Triton's in its interpreter, against the float64 reference of the whole sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import miras_kernels as mk
+from miras_kernels import dispatch
+from miras_kernels.retention import TABLE as GATES
+from miras_kernels.state import OpenChunk
+from miras_kernels.testing import Case, relative_error
+from test_decode import PAIRS, TOKENS, cut, decoder
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: what the interpreter reaches in seconds: every bias, every gate; with momentum, channel-wise and float thresholds
+SAMPLE = [case for i, case in enumerate(PAIRS) if DEVICE == "cuda" or case.memory == "linear" or i % 3 == 0]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """Outputs and state of a few steps after a prompt, in float64, and what the reference says of the whole in float64."""
+
+    out: torch.Tensor
+    state: mk.MemoryState
+    wanted_out: torch.Tensor
+    wanted: mk.MemoryState
+
+    def errors(self) -> list[float]:
+        pairs = [(self.out, self.wanted_out), *zip(self.state.tensors(), self.wanted.tensors(), strict=True)]
+        assert torch.equal(self.state.open_chunk.position.cpu(), self.wanted.open_chunk.position.cpu())
+        return [float(relative_error(x.double(), y.double())) for x, y in pairs]
+
+
+def placed(state: mk.MemoryState, call_log_decay: torch.Tensor | None) -> mk.MemoryState:
+    """A state that says where its sequences stand in their chunks, even at a boundary."""
+    if state.open_chunk is not None:
+        return state
+    n, h = state.dual[0].shape[:2]
+    sums = state.dual[0].new_zeros((n, h) if call_log_decay is None else (n, *call_log_decay.shape[2:]))
+    return dataclasses.replace(state, open_chunk=OpenChunk(torch.zeros(n, dtype=torch.int64, device=sums.device), state.dual, sums))
+
+
+@torch.no_grad()
+def steps(case: Case, backend: str, cuts: list[int], dtype=torch.float32, device: str = DEVICE, margin: float = 2e-6) -> Outcome:
+    """A decoder in ``dtype`` reads the tokens from ``cuts[0]`` to ``cuts[-1]``, a run between two cuts at a time."""
+    inputs = case.draw(dtype, "cpu", margin)
+    exact = inputs.to(torch.float64).arguments()
+    memory = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
+    until = lambda t: {**exact, **cut(exact, 0, t)}
+    wanted_out, wanted = memory(**until(cuts[-1]), backend="reference")
+    _, prompt = memory(**until(cuts[0]), backend="reference")
+    arguments = inputs.to(dtype, device).arguments()
+    reader = decoder(case, arguments, prompt.to(device, dtype=torch.float32), backend)
+    outs = [reader.step(**cut(arguments, a, b)) for a, b in itertools.pairwise(cuts)]
+    return Outcome(torch.cat(outs, 1).cpu(), reader.state().to("cpu"), wanted_out[:, cuts[0] :], placed(wanted, exact["log_decay"]))
+
+
+def assert_as_good_as_eager(case: Case, backend: str, cuts: list[int], dtype=torch.float32, device: str = DEVICE, slack=2.0**-20) -> None:
+    """Within three times the error of the definition of a step, in eager PyTorch with the same inputs, and a few roundings."""
+    found = steps(case, backend, cuts, dtype, device).errors()
+    usual = steps(case, "reference", cuts, dtype, "cpu").errors()
+    assert all(x <= 3 * y + slack for x, y in zip(found, usual, strict=True)), (found, usual)
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_triton_steps(case, poisoned):
+    """A run that ends a chunk of 16, and the token that begins the next."""
+    assert_as_good_as_eager(case, "triton", [14, 16, 17])
+
+
+SHAPES = {
+    # more channels than a tile: the programs of a head stand apart ...
+    "wide": Case("wide", batch=1, heads=1, key_dim=20, value_dim=41, decay="channel", lr="channel", momentum=True, seed=1),
+    # ... or one program goes over them, for the sake of the error's norm, or of the whole matrix
+    "coupled": Case("coupled", batch=1, heads=1, key_dim=20, value_dim=70, bias=mk.Huber("norm"), retention=GATES[2], seed=2),
+    "entire": Case("entire", batch=1, heads=1, key_dim=7, value_dim=70, retention=GATES[1], decay="channel", seed=3),
+    "threshold": Case("threshold", batch=1, heads=3, key_dim=8, value_dim=9, bias=mk.Huber("coordinate"), delta="float", seed=4),
+    "every-token": Case("every-token", batch=2, heads=2, key_dim=8, value_dim=8, chunk_size=1, retention=GATES[3], seed=5),
+    "fused": Case("fused", batch=1, heads=2, key_dim=8, value_dim=8, layout="fused", decay="extreme_channel", seed=6),
+    "mlp": Case("mlp", memory="mlp", batch=1, heads=1, key_dim=19, value_dim=19, hidden=300, bias=mk.Huber("switch"), seed=7),
+    "mlp-gated": Case(
+        "mlp-gated", memory="mlp", batch=1, heads=1, key_dim=16, value_dim=16, hidden=300, retention=GATES[2], decay="extreme", seed=8
+    ),
+    "mlp-entire": Case("mlp-entire", memory="mlp", batch=1, heads=1, key_dim=5, value_dim=5, hidden=7, retention=GATES[1], seed=9),
+    "mlp-every-token": Case("mlp-every-token", memory="mlp", heads=1, key_dim=8, value_dim=8, hidden=8, chunk_size=1, seed=10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_triton_sizes(name, poisoned):
+    assert_as_good_as_eager(SHAPES[name], "triton", [15, 16, 17])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_triton_sixteen_bits(memory, dtype, poisoned):
+    """Tokens of 16 bits, a state of 32: only outputs are rounded."""
+    case = Case("sixteen", memory=memory, batch=1, heads=1, value_dim=16, hidden=20, momentum=True, retention=GATES[4])
+    outcome = steps(case, "triton", [15, 16, 17], dtype)
+    found, usual = outcome.errors(), steps(case, "reference", [15, 16, 17], dtype, "cpu").errors()
+    assert found[0] <= 1.1 * usual[0] < 2.0**-8
+    assert all(x <= 3 * y + 2.0**-20 for x, y in zip(found[1:], usual[1:], strict=True)), (found, usual)
+
+
+def standing_apart(backend: str, memory: str, device: str = DEVICE) -> None:
+    """Sequences at different places of their chunks, one at a boundary: each as if it were alone."""
+    case = Case(
+        "apart", memory=memory, batch=3, heads=2, key_dim=8, value_dim=8, hidden=12, chunk_size=4, retention=GATES[1], momentum=True
+    )
+    arguments = case.draw(torch.float32).to(torch.float32, device).arguments()
+    read = mk.linear_memory if memory == "linear" else mk.mlp_memory
+    with torch.no_grad():
+        prompts = [
+            read(**{**arguments, **cut(arguments, 0, 4 + n)}, backend="reference")[1].map(lambda x, n=n: x[n : n + 1]) for n in range(3)
+        ]
+        prompts = [placed(state, arguments["log_decay"][:1]) for state in prompts]
+        tensors = [torch.cat(parts) for parts in zip(*(state.tensors() for state in prompts), strict=True)]
+        state = prompts[0].replace_tensors(tensors)
+        state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=torch.arange(3, device=device)))
+        own = lambda x, n, s: x[n : n + 1, 4 + n + s : 5 + n + s]  # the s-th token after sequence n's prompt
+        together, alone = decoder(case, arguments, state, backend), [decoder(case, arguments, x, "reference") for x in prompts]
+        for s in range(3):
+            pick = lambda n, s=s: {x: own(arguments[x], n, s) for x in TOKENS if arguments[x] is not None}
+            parts = [pick(n) for n in range(3)]
+            found = together.step(**{x: torch.cat([part[x] for part in parts]) for x in parts[0]})
+            wanted = torch.cat([reader.step(**part) for reader, part in zip(alone, parts, strict=True)])
+            assert relative_error(found, wanted) < 1e-5
+        assert together.buffers.position.tolist() == [3, 0, 1]
+
+
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_triton_sequences_stand_apart(memory):
+    standing_apart("triton", memory)
+
+
+def test_a_result_may_lie_anywhere():
+    """``out`` with any strides; nothing beside it is touched."""
+    case = Case("out", batch=2, heads=2, key_dim=8, value_dim=6)
+    arguments = case.draw(torch.float32, DEVICE).arguments()
+    with torch.no_grad():
+        _, state = mk.linear_memory(**{**arguments, **cut(arguments, 0, 3)}, backend="reference")
+        wanted = decoder(case, arguments, state, "triton").step(**cut(arguments, 3, 4))
+        for room in (torch.full((2, 1, 6, 2), 7.0).transpose(2, 3), torch.full((2, 1, 2, 11), 7.0)[..., 2:8]):
+            room = room.to(DEVICE)
+            out = decoder(case, arguments, state, "triton").step(**cut(arguments, 3, 4), out=room)
+            assert out is room and torch.equal(room, wanted)
+
+
+def test_what_triton_cannot_decode_is_said():
+    case = Case("refused", tokens=4, batch=1, heads=1, key_dim=300)
+    arguments = case.draw(torch.float32, DEVICE).arguments()
+    _, state = mk.linear_memory(**arguments, backend="reference")
+    with pytest.raises(ValueError, match="'triton' cannot decode this: head dimensions are limited to 256, got 300"):
+        decoder(case, arguments, state, "triton").step(**cut(arguments, 0, 1))
+
+
+def test_a_planted_bug_is_caught(monkeypatch):
+    """A momentum that is not kept, a decay that is forgotten."""
+    case = next(case for case in PAIRS if case.momentum and case.decay != "none" and case.memory == "linear")
+    backend = dispatch.BACKENDS["triton"]
+    prepare = type(backend).stepper
+    for name in ("log_decay", "momentum"):
+
+        def wrong(self, call, name=name):
+            run = prepare(self, call)
+            order = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "out")
+
+            def changed(buffers, *tokens):
+                tokens = dict(zip(order, tokens, strict=True))
+                run(buffers, *{**tokens, name: tokens[name] * 0.999}.values())
+
+            return changed
+
+        monkeypatch.setattr(type(backend), "stepper", wrong)
+        with pytest.raises(AssertionError):
+            assert_as_good_as_eager(case, "triton", [14, 15])
+
+
+# ---------------------------------------------------------------------------------------------------------------- compiled
+
+
+COMPILE = """
+from miras_kernels.kernels import offline, resources
+for name, given in resources.step_launches():
+    for target in offline.TARGETS:
+        found = offline.compile_launch(given, target)
+        print(name, given.kernel.__name__, target, found.registers, found.spills)
+"""
+
+
+@pytest.mark.slow
+def test_triton_steps_do_not_spill():
+    """Heads of 64 and 128 channels on every kind of chip."""
+    environment, command = {**os.environ, "TRITON_INTERPRET": "0"}, [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert {row[1] for row in rows} == {"linear_step", "mlp_step", "advance"} and len(rows) > 60
+    assert not [row for row in rows if row[-1] != "0"]
