@@ -1,5 +1,10 @@
 """Memories inside Hugging Face transformers. The only part of the library that imports transformers."""
 
-from .replace import MemoryAttention, replace_attention
+from . import classes
+from .attention import MemoryAttention
+from .cache import MemoryCacheLayer
+from .replace import Report, load, memory_config, replace_attention, report
 
-__all__ = ["MemoryAttention", "replace_attention"]
+globals().update({name: getattr(classes, name) for name in classes.NAMES})
+
+__all__ = ["MemoryAttention", "MemoryCacheLayer", "Report", "load", "memory_config", "replace_attention", "report", *classes.NAMES]
