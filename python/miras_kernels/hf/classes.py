@@ -73,7 +73,7 @@ class MirasModelMixin:
         super().__init__(config, *args, **kwargs)
         base = self.base_model
         if not isinstance(base, MirasModelMixin):  # the host's own __init__ has made a base model of its own class
-            adopt(base)
+            adopt(base, FAMILIES[self.config_class])
         install(base, build(base, config))
 
     @classmethod
@@ -102,8 +102,9 @@ class MirasModelMixin:
         """The host's ``save_pretrained``, and the file that ``trust_remote_code=True`` reads."""
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            names = sorted({name.split(".")[1] for name in self.config.auto_map.values()})
-            text = f'"""Needs the package miras-kernels."""\n\nfrom miras_kernels.hf.classes import {", ".join(names)}  # noqa: F401\n'
+            self.config.auto_map = auto_map(type(self))
+            names = ", ".join(sorted({name.split(".")[1] for name in self.config.auto_map.values()}))
+            text = f'"""Needs the package miras-kernels."""\n\nfrom miras_kernels.hf import {names}  # noqa: F401\n'
             (Path(save_directory) / f"{_SHIM}.py").write_text(text, encoding="utf-8")
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
@@ -141,9 +142,9 @@ def install(base: PreTrainedModel, new: dict[int, MemoryAttention]) -> None:
         base.layers[i].self_attn = attention
 
 
-def adopt(model: PreTrainedModel) -> None:
+def adopt(model: PreTrainedModel, family: Family) -> None:
     """Make a model one of the class with memories, in place."""
-    model.__class__ = FAMILIES[type(model).config_class].models[type(model)]
+    model.__class__ = family.models[type(model)]
     # How transformers finds out which outputs (hidden states ...) a class can record.
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs)
 
@@ -200,9 +201,9 @@ def _family(module_name: str, base_name: str) -> Family:
     return Family(host, config, models[base], models)
 
 
-def auto_map(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> dict[str, str]:
+def auto_map(model: type[PreTrainedModel]) -> dict[str, str]:
     """What ``config.json`` tells AutoClasses that do not know the model."""
-    classes = {"AutoConfig": config, "AutoModel": FAMILIES[config].base, auto_class(model): model}
+    classes = {"AutoConfig": model.config_class, "AutoModel": FAMILIES[model.config_class].base, auto_class(model): model}
     return {name: f"{_SHIM}.{cls.__name__}" for name, cls in classes.items()}
 
 
@@ -211,20 +212,24 @@ def auto_class(model: type[PreTrainedModel]) -> str:
     return "AutoModel" + next((head for head in _HEADS if model.__name__.endswith(head)), "")
 
 
-def _register(family: Family) -> None:
+def register(family: Family) -> None:
+    """Make a family known to AutoConfig and the AutoModel classes."""
+    FAMILIES[family.config] = family
     AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
     for cls in family.models.values():
         getattr(transformers, auto_class(cls)).register(family.config, cls, exist_ok=True)
-    for cls in (family.config, *family.models.values()):
-        globals()[cls.__name__] = cls  # found by name: pickle, `from miras_kernels.hf.classes import ...`
 
 
-_ALL = [_family(*names) for names in HOSTS.items()]
-for _each in _ALL:
-    _register(_each)
-#: a host's configuration, or that with memories -> the family
-FAMILIES: dict[type[PreTrainedConfig], Family] = {kind: family for family in _ALL for kind in (family.host, family.config)}
-#: the names of all classes made here
-NAMES = [cls.__name__ for family in _ALL for cls in (family.config, *family.models.values())]
+#: a host's configuration, or one with memories -> the family
+FAMILIES: dict[type[PreTrainedConfig], Family] = {}
+#: the names of the classes made here
+NAMES: list[str] = []
+for _names in HOSTS.items():
+    _made = _family(*_names)
+    register(_made)
+    FAMILIES[_made.host] = _made
+    for _cls in (_made.config, *_made.models.values()):
+        globals()[_cls.__name__] = _cls  # found by name: pickle, and imports
+        NAMES.append(_cls.__name__)
 
-__all__ = ["FAMILIES", "NAMES", *NAMES]
+__all__ = ["FAMILIES", "NAMES", "register", *NAMES]

@@ -13,7 +13,7 @@ from ..layers import Preset
 from ..layers.presets import resolve
 from . import plan
 from .attention import PROJECTIONS, MemoryAttention
-from .classes import FAMILIES, HOSTS, Family, adopt, auto_map, build, install
+from .classes import FAMILIES, HOSTS, Family, adopt, build, install
 from .plan import Memories
 
 __all__ = ["Report", "load", "memory_config", "replace_attention", "report"]
@@ -73,7 +73,7 @@ def replace_attention(
     old = model.config
     config = memory_config(
         old, preset, layers, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size, conv_width=conv_width,
-        gate_rank=gate_rank, architecture=type(model),
+        gate_rank=gate_rank,
     )  # fmt: skip
     new = build(base, config, backend)
     for module in model.modules():
@@ -81,7 +81,7 @@ def replace_attention(
             module.config = config
     for part in {id(part): part for part in (model, base)}.values():
         if type(part) in family.models:
-            adopt(part)
+            adopt(part, family)
     install(base, new)
     return model
 
@@ -97,7 +97,6 @@ def memory_config(
     chunk_size: int | None = None,
     conv_width: int = 4,
     gate_rank: int = 16,
-    architecture: type[PreTrainedModel] | None = None,
 ) -> PreTrainedConfig:
     """The configuration of a model with memories: a copy of the host's (or of one with memories in other layers).
 
@@ -108,8 +107,7 @@ def memory_config(
         model = MirasLlamaForCausalLM.from_pretrained(name, config=config)        # starts self_attn.memory.*, loads everything else
 
     Args:
-        config: of one of the supported architectures.
-        architecture: the class the configuration is for; the language model by default. The others are :func:`replace_attention`'s.
+        config: of one of the supported architectures. The other arguments are those of :func:`replace_attention`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -127,8 +125,6 @@ def memory_config(
     new = copy.deepcopy(config)
     new.__class__ = family.config
     new.miras = plan.write([*before, group])
-    model = next((cls for cls in family.models if cls.__name__.endswith("ForCausalLM")), None) if architecture is None else architecture
-    new.auto_map = auto_map(family.config, family.models.get(model, model))
     return new
 
 
