@@ -128,6 +128,8 @@ def initializer_range(config: PreTrainedConfig) -> float:
 
 def build(base: PreTrainedModel, config: PreTrainedConfig, backend: str = "auto") -> dict[int, MemoryAttention]:
     """The memories that ``config`` speaks of and ``base`` has not got yet, started."""
+    for group in plan.read(config):
+        plan.indices(group.layers, len(base.layers))
     return {
         i: _layer(base, config, group, i, backend)
         for group in plan.read(config)
