@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from miras_kernels import L2, Huber, KLRetention
-from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset
+from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset, Projected
 
 NAMES = sorted(PRESETS)
 MLP = ("l2_mlp", "memora", "moneta", "titans", "ttt_mlp", "yaad")
@@ -119,6 +119,61 @@ def test_padded_outputs_are_zero_even_where_a_projection_has_a_bias():
 def test_a_mask_of_ones_changes_nothing(dtype):
     module, x = block(dtype=torch.float32), tokens(2, 9, torch.float32)
     assert torch.equal(module(x, torch.ones(2, 9, dtype=dtype))[0], module(x)[0])
+
+
+@pytest.mark.parametrize("name", ["deltanet", "titans", "yaad", "yaad_linear"])
+@pytest.mark.parametrize("cut", [2, 5])
+def test_a_row_of_padding_alone_keeps_its_state(name, cut):
+    module, x = block(name), tokens(3, 13)
+    mask = torch.ones(3, 13)
+    mask[0, :cut], mask[1, cut:9] = 0, 0
+    state, outs = None, []
+    for piece, part in zip(x.split([cut, 9 - cut, 4], 1), mask.split([cut, 9 - cut, 4], 1), strict=True):
+        out, state = module(piece, part, initial_state=state, output_final_state=True)
+        outs.append(out)
+    for i in range(3):
+        real = mask[i] == 1
+        expected, final = module(x[i : i + 1, real], output_final_state=True)
+        assert_close(torch.cat(outs, 1)[i : i + 1, real], expected)
+        for a, b in zip(state.memory.dual, final.memory.dual, strict=True):
+            assert_close(a[i : i + 1], b)
+        assert_close(state.conv[i : i + 1], final.conv)
+    empty, same = module(x, torch.zeros(3, 13), initial_state=state, output_final_state=True)
+    assert same is state and torch.equal(empty, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", ["titans", "yaad_linear"])
+def test_the_start_is_the_state_of_no_token(name):
+    module, x = block(name), tokens(2, 7)
+    assert_close(module(x, initial_state=module.start(2))[0], module(x)[0])
+
+
+@pytest.mark.parametrize("name", ["yaad", "yaad_linear"])
+def test_projections_of_the_caller(name):
+    """With the projections outside, the block computes the same; its convolution starts as the identity."""
+    whole, x = block(name), tokens(2, 11)
+    rest = block(name, projections=False)
+    assert torch.equal(rest.conv_weight, torch.tensor([0, 0, 0, 1.0], dtype=torch.float64).expand(72, 4))
+    missing, unexpected = rest.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing and {key.split(".")[0] for key in unexpected} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    mask = torch.ones(2, 11)
+    mask[0, :3], mask[1, 4:6] = 0, 0
+    projected = Projected(torch.cat([p(x) for p in (whole.q_proj, whole.k_proj, whole.v_proj)], -1))
+    for final in (False, True):
+        out, _ = rest(x, mask, projected=projected, output_final_state=final)
+        assert_close(whole.o_proj(out), whole(x, mask)[0])
+
+
+def test_a_linear_memory_sees_rotations_as_distances():
+    rest, x = block(projections=False), tokens(2, 11)
+    qkv = torch.randn(2, 11, 72, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def run(shift):
+        angles = (torch.arange(11) + shift)[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64).repeat(2)
+        return rest(x, projected=Projected(qkv, angles.cos().expand(2, 11, 8), angles.sin().expand(2, 11, 8)))[0]
+
+    assert_close(run(7), run(0))
+    assert (run(0) - rest(x, projected=Projected(qkv))[0]).norm() > 1e-2
 
 
 @pytest.mark.parametrize("rows", ["left", "right", "mixed", "holes"])
@@ -566,7 +621,13 @@ def test_a_preset_of_ones_own():
             "attention_mask: packed .* got both",
         ),
         (lambda: block()(tokens(1, 5), initial_state=torch.zeros(1)), TypeError, "initial_state: expected a BlockState, got Tensor"),
-        (lambda: block()(tokens(2, 5), torch.tensor([[0] * 5, [1] * 5]), output_final_state=True), ValueError, "at least one real token"),
+        (lambda: block(projections=False)(tokens(1, 5)), ValueError, r"projected: expected q, k and v .*got NoneType"),
+        (lambda: block()(tokens(1, 5), projected=Projected(torch.zeros(1, 5, 72))), ValueError, "projected: expected None .*got Projected"),
+        (
+            lambda: block(projections=False)(tokens(1, 5), projected=Projected(torch.zeros(1, 5, 71))),
+            ValueError,
+            r"projected\.qkv: expected shape \(1, 5, 72\), got \(1, 5, 71\)",
+        ),
         (
             lambda: block()(tokens(2, 5), initial_state=block()(tokens(1, 5), output_final_state=True)[1]),
             ValueError,

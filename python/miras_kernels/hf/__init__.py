@@ -1,5 +1,54 @@
-"""Memories inside Hugging Face transformers. The only part of the library that imports transformers."""
+"""Memories inside Hugging Face transformers (5.4 or later, below 6). The only part of the library that imports transformers.
 
-from .replace import MemoryAttention, replace_attention
+**Into an existing model.** :func:`replace_attention` puts memories in the place of attention, in all layers or some, in place::
 
-__all__ = ["MemoryAttention", "replace_attention"]
+    from transformers import AutoModelForCausalLM
+    from miras_kernels.hf import load, replace_attention
+
+    model = AutoModelForCausalLM.from_pretrained(name)
+    replace_attention(model, "yaad", layers=[1, 3, 5], init="from_attention")
+    ...                                                     # train: Trainer, PEFT, torch.compile, DDP, FSDP2 as for any model
+    model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), max_new_tokens=64)
+    model.save_pretrained(folder)
+    model = load(folder)                                    # or AutoModelForCausalLM.from_pretrained(folder)
+
+**From scratch.** :class:`MirasConfig` and :class:`MirasForCausalLM` are the paper's model, see :mod:`miras_kernels.hf.model`.
+
+**Generation.** The memories' state lies in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow; greedy search,
+sampling and beams, several sequences a prompt, chunked prefill and going on with a cache all give what reading the whole text again would. Static and
+quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping a cache are refused.
+
+**Padding and packing.** A padded row's result is that of its real tokens alone, wherever the padding stands, and positions count
+real tokens. Documents packed by ``position_ids`` (without a mask) or ``cu_seq_lens_q`` are separate; they leave no cache.
+
+**Training.** In training mode no cache is made unless asked for (``use_cache=True``). ``output_attentions`` is refused: a memory has
+none. Weight names: what is new is ``...self_attn.memory.*`` (``modules_to_save=["memory"]`` in PEFT); with ``init="from_attention"`` LoRA finds
+q_proj, k_proj, v_proj and o_proj where they were.
+
+**Loading.** The classes are registered with AutoClasses when this package is imported. Tensors that a checkpoint lacks start as in
+:class:`~miras_kernels.layers.MemoryBlock`; the others stay as loaded. A saved model's ``model_type`` is ``miras_llama`` ..., so that no other class takes
+it for a plain one.
+"""
+
+from . import classes
+from .attention import MemoryAttention
+from .cache import MemoryCacheLayer
+from .classes import *  # noqa: F403
+from .model import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasForTokenClassification, MirasModel
+from .replace import Report, load, memory_config, replace_attention, report
+
+__all__ = [  # noqa: PLE0604
+    "MemoryAttention",
+    "MemoryCacheLayer",
+    "MirasConfig",
+    "MirasForCausalLM",
+    "MirasForSequenceClassification",
+    "MirasForTokenClassification",
+    "MirasModel",
+    "Report",
+    "load",
+    "memory_config",
+    "replace_attention",
+    "report",
+    *classes.NAMES,
+]

@@ -1,32 +1,22 @@
-"""A memory in the place of attention, inside an existing model.
-
-The host's ``self_attn`` is replaced; everything else stays the host's. What the memory must know of a batch (which tokens
-are padding, where packed documents begin) is derived once per forward by a hook on the base model and handed down to the
-layers as one keyword argument, which the hosts pass on: nothing is stored on the model between two calls.
-"""
+"""Memories in the place of attention, inside an existing model."""
 
 from __future__ import annotations
 
-import functools
-import inspect
+import copy
+import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..layers import MemoryBlock, Preset
+from ..layers import Preset
+from ..layers.presets import resolve
+from . import plan
+from .attention import PROJECTIONS, MemoryAttention
+from .classes import FAMILIES, HOSTS, Family, adopt, build, install
+from .plan import Memories
 
-__all__ = ["MemoryAttention", "replace_attention"]
-
-#: the base models whose decoder layers call ``self_attn`` as :class:`MemoryAttention` is called
-HOSTS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+__all__ = ["Report", "load", "memory_config", "replace_attention", "report"]
 
 
 def replace_attention(
@@ -34,6 +24,7 @@ def replace_attention(
     preset: str | Preset = "yaad_linear",
     layers: str | Iterable[int] | None = None,
     *,
+    init: str = "new",
     num_heads: int | None = None,
     head_dim: int | None = None,
     chunk_size: int | None = None,
@@ -41,26 +32,26 @@ def replace_attention(
     gate_rank: int = 16,
     backend: str = "auto",
 ) -> PreTrainedModel:
-    """Replace the attention of a Llama, Mistral, Qwen2 or Qwen3 model by a memory, in place.
+    """Replace the attention of a Llama, Mistral, Qwen2, Qwen3 or Gemma (1, 2, 3 text) model by memories, in place.
+
+    The model becomes one of the class with memories (``LlamaForCausalLM`` a ``MirasLlamaForCausalLM``, with a configuration of its
+    own), which saves, loads, generates and trains as its host does. The layers that are not replaced keep their attention; other layers can be
+    replaced by a second call, with another preset.
 
     The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, started from
-    torch's random generator with the model's ``initializer_range``. They are new: a pretrained model is no language model
-    any more until it has been trained. All parameters of a new layer are ``...self_attn.memory.*``.
-
-    Padding masks and documents packed by ``position_ids`` (no attention mask) or ``cu_seq_lens_q`` are exact. A memory has no
-    position embedding and no sliding window.
-
-    Not supported yet, and refused with an error: a cache (``generate`` needs ``use_cache=False``, which reads the
-    whole text again for every token; a plain forward runs without one), ``save_pretrained`` (a saved model would load as the
-    plain architecture without a word: use ``state_dict`` and this function), ``output_attentions`` (a memory has none), and
-    4-D masks that are not causal plus padding.
+    torch's random generator with the model's ``initializer_range``. *Either way the model is no language model any more until
+    it has been trained.* All new parameters are ``...self_attn.memory.*``; :func:`report` lists them.
 
     Args:
-        model: a ``PreTrainedModel`` of the four architectures, with any head, on real devices and not wrapped.
+        model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped.
         preset: see :data:`miras_kernels.layers.PRESETS`.
         layers: indices of the decoder layers to replace; None or ``"all"`` for all. The others keep their attention.
-        num_heads, head_dim: those of the host's queries by default.
-        chunk_size, conv_width, gate_rank, backend: see :class:`~miras_kernels.layers.MemoryBlock`.
+        init: ``"new"``: the memory has projections of its own, and no position embedding. ``"from_attention"``: it takes over the layer's
+            q_proj, k_proj, v_proj and o_proj (the same modules, under the same names; also the norms of queries and keys that Qwen3 and
+            Gemma 3 have), grouped keys and values are repeated for their heads, rotary positions turn queries and keys as they
+            did, and the convolution starts as the identity: a start for linearising a pretrained model. A sliding window falls away.
+        num_heads, head_dim: those of the host's queries by default; with ``init="from_attention"`` they are.
+        chunk_size, conv_width, gate_rank, backend: see :class:`~miras_kernels.layers.MemoryBlock`. The backend is not saved.
 
     Returns:
         The same model.
@@ -68,181 +59,158 @@ def replace_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. The model is then unchanged.
     """
-    base = _base(model)
-    config = base.config
-    heads = config.num_attention_heads if num_heads is None else num_heads
-    if head_dim is None and num_heads is None:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    new = {}
-    for i in _indices(layers, base.layers):
-        device = next(base.layers[i].parameters()).device
-        if device.type == "meta":
-            raise ValueError(f"model: layer {i} has no data (meta device); expected a model whose weights are loaded")
-        block = MemoryBlock(
-            config.hidden_size,
-            heads,
-            head_dim,
-            preset=preset,
-            chunk_size=chunk_size,
-            conv_width=conv_width,
-            gate_rank=gate_rank,
-            init_std=getattr(config, "initializer_range", 0.02),
-            backend=backend,
-        ).to(device, model.dtype)  # fmt: skip  started in float32, so that the numbers drawn do not depend on the model's dtype
-        new[i] = MemoryAttention(block, i).train(base.layers[i].training)
-    first = not any(isinstance(layer.self_attn, MemoryAttention) for layer in base.layers)
-    for i, attention in new.items():
-        base.layers[i].self_attn = attention
-    if first:
-        names = tuple(inspect.signature(type(base).forward).parameters)[1:]
-        base.register_forward_pre_hook(functools.partial(_describe_batch, names), with_kwargs=True)
-    for part in {id(m): m for m in (model, base)}.values():
-        part.save_pretrained = _refuse_saving
+    family = _family(model)
+    base = model.base_model
+    taken = [i for i, layer in enumerate(base.layers) if isinstance(layer.self_attn, MemoryAttention)]
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("model: expected one without adapters (replace attention first, then add them), got one with adapters")
+    for i in plan.indices(layers, len(base.layers), taken):
+        if next(base.layers[i].parameters()).device.type == "meta":
+            raise ValueError(
+                f"model: layer {i} has no data (meta device); expected a model whose weights are loaded (or load them with from_pretrained of "
+                f"{family.base.__name__} or another class with memories and config=miras_kernels.hf.memory_config(...))"
+            )
+    old = model.config
+    config = memory_config(
+        old, preset, layers, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size, conv_width=conv_width,
+        gate_rank=gate_rank,
+    )  # fmt: skip
+    new = build(base, config, backend)
+    for module in model.modules():
+        if vars(module).get("config") is old:
+            module.config = config
+    for part in {id(part): part for part in (model, base)}.values():
+        if type(part) in family.models:
+            adopt(part, family)
+    install(base, new)
     return model
 
 
-class MemoryAttention(nn.Module):
-    """A :class:`~miras_kernels.layers.MemoryBlock` with the call of a decoder layer's ``self_attn``."""
+def memory_config(
+    config: PreTrainedConfig,
+    preset: str | Preset = "yaad_linear",
+    layers: str | Iterable[int] | None = None,
+    *,
+    init: str = "new",
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    chunk_size: int | None = None,
+    conv_width: int = 4,
+    gate_rank: int = 16,
+) -> PreTrainedConfig:
+    """The configuration of a model with memories: a copy of the host's (or of one with memories in other layers).
 
-    def __init__(self, memory: MemoryBlock, layer_idx: int):
-        super().__init__()
-        self.memory = memory
-        self.layer_idx = layer_idx
-        self.is_causal = True
+    For what :func:`replace_attention` cannot do in place: a checkpoint that is sharded over devices, quantised, or loaded without
+    ever making a model of the host's class ::
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: object | None = None,
-        memory_batch: Batch | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, None]:
-        """``hidden_states [B, T, D]`` to ``(out [B, T, D], None)``. Position embeddings and other arguments are the host's
-        business; without ``memory_batch`` (a layer called by itself) the mask is the one that the host made for attention."""
-        if past_key_values is not None:
-            raise NotImplementedError(_NO_CACHE.format("past_key_values", type(past_key_values).__name__))
-        if memory_batch is None:
-            memory_batch = Batch(_token_mask(attention_mask, hidden_states.shape[1]), None)
-        if memory_batch.cu_seqlens is None:
-            return self.memory(hidden_states, memory_batch.mask)[0], None
-        packed = hidden_states.flatten(0, 1).unsqueeze(0)
-        return self.memory(packed, cu_seqlens=memory_batch.cu_seqlens)[0].view_as(hidden_states), None
+        config = memory_config(AutoConfig.from_pretrained(name), "yaad", init="from_attention")
+        model = MirasLlamaForCausalLM.from_pretrained(name, config=config)        # starts self_attn.memory.*, loads everything else
 
+    Args:
+        config: of one of the supported architectures. The other arguments are those of :func:`replace_attention`.
 
-# ---------------------------------------------------------------------------------------------------- what a batch holds
-
-
-class Batch(NamedTuple):
-    """Where the tokens of a batch belong; at most one of the two is given."""
-
-    mask: Tensor | None  # [B, T] bool, True at real tokens
-    cu_seqlens: Tensor | None  # [N + 1], documents in the flattened batch
-
-
-_NO_CACHE = (
-    "{}: a model with miras_kernels memories cannot use a cache yet, got {}; call generate(..., use_cache=False), which reads the "
-    "whole text again for every token"
-)
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    family = FAMILIES.get(type(config))
+    if family is None:
+        names = ", ".join(kind.__name__ for kind in dict.fromkeys(family.host for family in FAMILIES.values()))
+        raise TypeError(f"config: expected a configuration of one of the classes {names}, got {type(config).__name__}")
+    if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
+        raise ValueError("model: a memory reads causally; expected a model with causal attention, got one with bidirectional attention")
+    before = plan.read(config)
+    chosen = plan.indices(layers, config.num_hidden_layers, [i for group in before for i in group.layers])
+    heads, size = _heads(config, init, num_heads, head_dim)
+    group = Memories(chosen, resolve(preset, chunk_size), heads, size, conv_width, gate_rank, init)
+    new = copy.deepcopy(config)
+    new.__class__ = family.config
+    new.miras = plan.write([*before, group])
+    return new
 
 
-def _describe_batch(names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the base model, whose forward takes ``names``: refuses what memories cannot serve, and adds ``memory_batch``."""
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if kwargs.get("past_key_values") is not None:
-        raise NotImplementedError(_NO_CACHE.format("past_key_values", type(kwargs["past_key_values"]).__name__))
-    if kwargs.get("use_cache"):
-        raise NotImplementedError(_NO_CACHE.format("use_cache", kwargs["use_cache"]))
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError(_NO_CACHE.format("cache", type(kwargs["cache"]).__name__) + " (continuous batching needs one)")
-    wanted = kwargs.get("output_attentions")
-    if module.config.output_attentions if wanted is None else wanted:
-        raise ValueError("output_attentions: a memory has no attention weights; expected False, got True")
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    batch = Batch(None, None)
-    if tokens is not None:  # otherwise the host complains
-        mask = _token_mask(kwargs.get("attention_mask"), tokens.shape[1])
-        batch = Batch(mask, None) if mask is not None else Batch(None, _documents(tokens, kwargs))
-    return (), {**kwargs, "use_cache": False, "memory_batch": batch}
+def load(path: str | Path, **kwargs) -> PreTrainedModel:
+    """A model with memories that ``save_pretrained`` has written, of the class that was saved.
+
+    The same as ``from_pretrained`` of that class, or (once ``miras_kernels.hf`` has been imported) of the AutoModel class for its
+    head; without importing it AutoModel classes load it with ``trust_remote_code=True``, if the package is installed.
+
+    Args:
+        path: the folder, or a model's name on the Hub.
+        kwargs: of ``from_pretrained`` (``dtype``, ``device_map`` ...).
+
+    Raises:
+        ValueError: there is no model with memories.
+    """
+    config = AutoConfig.from_pretrained(path)
+    names = {cls.__name__: cls for family in FAMILIES.values() for cls in family.models.values()}
+    saved = (config.architectures or [None])[0]
+    if saved not in names:
+        raise ValueError(f"path: expected a model with memories (saved after replace_attention), got {saved} of type {config.model_type!r} in {path}")
+    return names[saved].from_pretrained(path, **kwargs)
 
 
-def _documents(tokens: Tensor, kwargs: dict) -> Tensor | None:
-    """``cu_seqlens`` of packed documents, by transformers' own rules: told by ``cu_seq_lens_q``, or seen in ``position_ids``
-    that do not go up by one (``transformers.masking_utils.find_packed_sequence_indices``)."""
-    rows, length = tokens.shape[:2]
-    told, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if told is not None:
-        return told
-    if position_ids is None:
-        return None
-    starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).expand(rows, length)
-    if bool((starts.sum() == rows).item()):
-        return None
-    end = torch.tensor([rows * length], device=starts.device)
-    return torch.cat([starts.flatten().nonzero().squeeze(1), end])
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Names of parameters in the layers that are memories.
+
+    Attributes:
+        copied: those taken over from attention.
+        new: those of the memories.
+        sizes: name -> number of values.
+    """
+
+    copied: tuple[str, ...]
+    new: tuple[str, ...]
+    sizes: dict[str, int] = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        lines = []
+        for title in ("copied", "new"):
+            names = getattr(self, title)
+            lines.append(f"{title}: {len(names)} tensors, {sum(self.sizes[name] for name in names):,} values")
+            lines += [f"  {name}  {self.sizes[name]:,}" for name in names]
+        return "\n".join(lines)
 
 
-def _token_mask(mask: object, tokens: int) -> Tensor | None:
-    """``[B, T]`` bool from any mask a host makes or takes: None, 2-D, or 4-D boolean or additive (causal plus padding)."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask: expected a tensor [B, T] or [B, 1, T, T], got {type(mask).__name__}")
-    if mask.dim() == 2:
-        if mask.shape[1] != tokens:
-            raise ValueError(f"attention_mask: expected [B, T] with T = {tokens}, got {tuple(mask.shape)}")
-        return mask != 0
-    if mask.dim() != 4 or tuple(mask.shape[-2:]) != (tokens, tokens):
-        raise ValueError(f"attention_mask: expected [B, T] or [B, 1, T, T] with T = {tokens}, got {tuple(mask.shape)}")
-    if torch.compiler.is_compiling():
-        raise NotImplementedError("attention_mask: a 4-D mask cannot be checked under torch.compile; expected [B, T] or None")
-    seen = mask if mask.dtype == torch.bool else mask >= 0  # additive: 0 where a token is seen, else the dtype's minimum
-    real = seen[:, 0].diagonal(dim1=-2, dim2=-1)
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
-    expected = (causal & real.unsqueeze(1)).unsqueeze(1)
-    if bool(((seen != expected) & real[:, None, :, None]).any()):
-        raise ValueError("attention_mask: a memory reads causally; expected a 4-D mask that is causal plus padding, got another pattern")
-    return real
+def report(model: PreTrainedModel) -> Report:
+    """Which parameters of a model's memories came from attention, and which are new.
+
+    To train the new ones alone first, as linearising recipes do (RADLADS, LoLCATs)::
+
+        new = set(report(model).new)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in new)
+    """
+    copied, new = [], []
+    for prefix, module in model.named_modules():
+        if isinstance(module, MemoryAttention):
+            new += [f"{prefix}.memory.{name}" for name, _ in module.memory.named_parameters()]
+            copied += [f"{prefix}.{name}" for name, _ in module.named_parameters() if name.split(".")[0] in PROJECTIONS]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    return Report(tuple(copied), tuple(new), {name: sizes[name] for name in [*copied, *new]})
 
 
 # ---------------------------------------------------------------------------------------------------- checks
 
 
-def _base(model: object) -> PreTrainedModel:
-    names = ", ".join(host.__name__ for host in HOSTS)
-    if not isinstance(model, PreTrainedModel):
+def _family(model: object) -> Family:
+    names = ", ".join(HOSTS.values())
+    if not isinstance(model, PreTrainedModel) or type(model).__name__.startswith("FSDP"):
         raise TypeError(f"model: expected a transformers model (not wrapped, not compiled), got {type(model).__name__}")
-    base = model.base_model
-    if not isinstance(base, HOSTS):
-        raise TypeError(f"model: expected one built on {names}, got {type(model).__name__}")
-    return base
+    family = FAMILIES.get(type(model.config))
+    if family is None or type(model) not in {*family.models, *family.models.values()}:
+        raise TypeError(f"model: expected one built on {names}, with a head of transformers for text, got {type(model).__name__}")
+    return family
 
 
-def _indices(layers: object, stack: nn.ModuleList) -> list[int]:
-    if layers is None or (isinstance(layers, str) and layers == "all"):
-        chosen = list(range(len(stack)))
-    elif isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers: expected None, 'all' or layer indices, got {layers!r}")
-    else:
-        chosen = list(layers)
-    if not chosen:
-        raise ValueError("layers: expected at least one layer index, got none")
-    for i in chosen:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(f"layers: expected integers, got {i!r}")
-        if not 0 <= i < len(stack):
-            raise ValueError(f"layers: expected indices from 0 to {len(stack) - 1}, got {i}")
-        replaced = isinstance(stack[i].self_attn, MemoryAttention)
-        if replaced:
-            raise ValueError(f"layers: layer {i} has been replaced already")
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers: expected every index once, got {chosen}")
-    return chosen
-
-
-def _refuse_saving(*args, **kwargs) -> None:
-    raise NotImplementedError(
-        "save_pretrained: a saved model with miras_kernels memories would load as the plain architecture, its memories dropped; save "
-        "model.state_dict(), and to load build the model, call replace_attention with the same arguments, then load_state_dict"
-    )
+def _heads(config: PreTrainedConfig, init: str, num_heads: int | None, head_dim: int | None) -> tuple[int, int | None]:
+    if init not in plan.INITS:
+        raise ValueError(f"init: expected one of {', '.join(map(repr, plan.INITS))}, got {init!r}")
+    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if init == "from_attention":
+        for name, given in (("num_heads", num_heads), ("head_dim", head_dim)):
+            if given is not None:
+                raise ValueError(f"{name}: with init='from_attention' it is the attention layer's, expected None, got {given!r}")
+    if num_heads is None:
+        return config.num_attention_heads, own if head_dim is None else head_dim
+    return num_heads, head_dim

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch.nn import functional as F
 
 from ..memory import linear_memory, mlp_memory
 from ..retention import KLRetention, LqRetention, Retention
-from ..state import MemoryState
+from ..state import MemoryState, OpenChunk
 from .presets import Preset, resolve
 
-__all__ = ["BlockState", "MemoryBlock"]
+__all__ = ["BlockState", "MemoryBlock", "Projected"]
 
 _SPAN = 10.0  # tokens after which the fastest head of a linear memory has forgotten a factor e at the start
 _SPREAD = 100.0  # the slowest head's span over the fastest's
@@ -42,6 +43,24 @@ class BlockState:
     def detach(self) -> BlockState:
         """The same numbers without a gradient history."""
         return self.map(torch.Tensor.detach)
+
+
+class Projected(NamedTuple):
+    """What a :class:`MemoryBlock` without projections of its own reads beside the hidden states.
+
+    Attributes:
+        qkv: ``[B, T, 3 * num_heads * head_dim]``, the projected queries, keys and values.
+        cos, sin: ``[B, T, head_dim]``, a rotary position embedding: queries and keys are turned before they are normalised, so
+            that a linear memory sees the distance of two tokens only; None for none.
+    """
+
+    qkv: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Projected:
+        """Apply ``function`` to every tensor."""
+        return Projected(*(None if x is None else function(x) for x in self))
 
 
 class MemoryBlock(nn.Module):
@@ -105,6 +124,9 @@ class MemoryBlock(nn.Module):
         gate_rank: rank of the gates' projection.
         norm_eps: of the RMS norm, relative to a read-out of size 1 before a linear memory's ``lr`` is divided by ``chunk_size``.
         init_std: standard deviation of the projections at the start.
+        projections: False leaves q_proj, k_proj, v_proj and o_proj to the caller (who has those of an attention layer, say): the
+            block then reads :class:`Projected`, returns what o_proj would have read, ``[B, T, num_heads * head_dim]``, and its
+            convolution starts as the identity.
         backend: of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
 
     Raises:
@@ -123,6 +145,7 @@ class MemoryBlock(nn.Module):
         gate_rank: int = 16,
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
+        projections: bool = True,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -140,11 +163,11 @@ class MemoryBlock(nn.Module):
         self.hidden_size, self.num_heads, self.head_dim = (hidden_size, num_heads, head_dim or hidden_size // num_heads)
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
         inner, where = (self.num_heads * self.head_dim, {"device": device, "dtype": dtype})
-        self.q_proj = nn.Linear(hidden_size, inner, bias=False, **where)
-        self.k_proj = nn.Linear(hidden_size, inner, bias=False, **where)
-        self.v_proj = nn.Linear(hidden_size, inner, bias=False, **where)
+        self.q_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
+        self.k_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
+        self.v_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
         self.g_proj = nn.Linear(hidden_size, inner, bias=False, **where)
-        self.o_proj = nn.Linear(inner, hidden_size, bias=False, **where)
+        self.o_proj = nn.Linear(inner, hidden_size, bias=False, **where) if projections else None
         self.conv_weight = nn.Parameter(torch.empty(3 * inner, conv_width, **where))
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim, **where))
         gates = len(self.preset.token_gates) * num_heads
@@ -165,8 +188,13 @@ class MemoryBlock(nn.Module):
     def reset_parameters(self, init_std: float = 0.02) -> None:
         """Set every parameter to its start, from torch's random generator."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj):
-            nn.init.normal_(projection.weight, std=init_std)
-        nn.init.uniform_(self.conv_weight, -(self.conv_width**-0.5), self.conv_width**-0.5)
+            if projection is not None:
+                nn.init.normal_(projection.weight, std=init_std)
+        if self.q_proj is None:
+            nn.init.zeros_(self.conv_weight)
+            nn.init.ones_(self.conv_weight[:, -1])
+        else:
+            nn.init.uniform_(self.conv_weight, -(self.conv_width**-0.5), self.conv_width**-0.5)
         nn.init.ones_(self.norm_weight)
         if self.decay_rate is not None:
             nn.init.zeros_(self.decay_rate)
@@ -203,6 +231,7 @@ class MemoryBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         initial_state: BlockState | None = None,
         output_final_state: bool = False,
+        projected: Projected | None = None,
     ) -> tuple[Tensor, BlockState | None]:
         """Read a batch of sequences.
 
@@ -216,7 +245,8 @@ class MemoryBlock(nn.Module):
             attention_mask: ``[B, T]``, nonzero at real tokens. None: no padding.
             cu_seqlens: ``[N + 1]``, packs N sequences into B = 1, see :func:`~miras_kernels.linear_memory`.
             initial_state: of the B (or N) sequences; a sequence may be cut anywhere.
-            output_final_state: whether to return the state after each sequence's last real token.
+            output_final_state: whether to return the state after each sequence's last real token; a row without one keeps its state.
+            projected: for a block made with ``projections=False``.
 
         Returns:
             ``out [B, T, D]`` and the final state or None.
@@ -226,38 +256,69 @@ class MemoryBlock(nn.Module):
             raise ValueError(f"hidden_states: expected shape [B, T, D] with D = {self.hidden_size}, got {tuple(x.shape)}")
         if initial_state is not None and not isinstance(initial_state, BlockState):
             raise TypeError(f"initial_state: expected a BlockState, got {type(initial_state).__name__}")
+        self._check_projected(x, projected)
         if attention_mask is None:
-            return self._run(x, cu_seqlens, initial_state, output_final_state)
+            return self._run(x, projected, cu_seqlens, initial_state, output_final_state)
         if cu_seqlens is not None:
             raise ValueError("attention_mask: packed sequences (cu_seqlens) have no padding, got both")
         mask = _token_mask(attention_mask, x)
         if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
-            return self._run(x, None, initial_state, output_final_state)
+            return self._run(x, projected, None, initial_state, output_final_state)
         if output_final_state:
-            return self._run_packed(x, mask, initial_state)
+            return self._run_packed(x, projected, mask, initial_state)
         order = torch.argsort(mask, dim=1, descending=True, stable=True)  # real tokens first
         real = mask.gather(1, order).unsqueeze(-1)
-        x = x.gather(1, order.unsqueeze(-1).expand_as(x)).masked_fill(~real, 0)
-        out, _ = self._run(x, None, initial_state, False)
+        front = lambda t: t.gather(1, order.unsqueeze(-1).expand_as(t)).masked_fill(~real, 0)
+        out, _ = self._run(front(x), projected and projected.map(front), None, initial_state, False)
         out = out.gather(1, order.argsort(1).unsqueeze(-1).expand_as(out))
         return out.masked_fill(~mask.unsqueeze(-1), 0), None
 
-    def _run_packed(self, x: Tensor, mask: Tensor, initial_state: BlockState | None) -> tuple[Tensor, BlockState | None]:
+    def start(self, sequences: int) -> BlockState:
+        """The state before the first token."""
+        weight = self.norm_weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if self.w1 is not None:
+            dual = tuple(w.to(dtype).expand(sequences, *w.shape) for w in (self.w1, self.w2))
+        else:
+            dual = (weight.new_zeros(sequences, self.num_heads, self.head_dim, self.head_dim, dtype=dtype),)
+        momentum = tuple(map(torch.zeros_like, dual)) if self.preset.momentum else None
+        return BlockState(MemoryState(dual, momentum), weight.new_zeros(sequences, self.conv_width - 1, self.conv_weight.shape[0]))
+
+    def _check_projected(self, x: Tensor, projected: Projected | None) -> None:
+        if (projected is None) != (self.q_proj is not None):
+            expected = "None (the block has projections of its own)" if projected is not None else "q, k and v (the block has no projections)"
+            raise ValueError(f"projected: expected {expected}, got {type(projected).__name__}")
+        if projected is None:
+            return
+        for name, tensor, width in zip(projected._fields, projected, (len(self.conv_weight), self.head_dim, self.head_dim), strict=True):
+            if tensor is not None and tuple(tensor.shape) != (*x.shape[:2], width):
+                raise ValueError(f"projected.{name}: expected shape {(*x.shape[:2], width)}, got {tuple(tensor.shape)}")
+
+    def _run_packed(
+        self, x: Tensor, projected: Projected | None, mask: Tensor, initial_state: BlockState | None
+    ) -> tuple[Tensor, BlockState | None]:
         """Rows with padding as packed sequences: each final state is that after the row's last real token."""
         lengths = mask.sum(1)
-        if bool((lengths == 0).any()):
-            raise ValueError("attention_mask: a final state needs at least one real token in every row, got a row of padding alone")
-        at = mask.flatten().nonzero().squeeze(1)
-        out, state = self._run(x.flatten(0, 1)[at].unsqueeze(0), F.pad(lengths.cumsum(0), (1, 0)), initial_state, True)
+        rows, at = lengths.nonzero().squeeze(1), mask.flatten().nonzero().squeeze(1)
+        every = len(rows) == len(mask)
+        before = self.start(len(mask)) if initial_state is None and not every else initial_state
+        if len(rows) == 0:
+            return x.new_zeros(*mask.shape, self.hidden_size if self.o_proj is not None else len(self.conv_weight) // 3), before
+        pack = lambda t: t.flatten(0, 1)[at].unsqueeze(0)
+        start = before if every else before.map(lambda t: t[rows])
+        offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
+        out, state = self._run(pack(x), projected and projected.map(pack), offsets, start, True)
         out = out.new_zeros(mask.numel(), out.shape[-1]).index_copy(0, at, out.squeeze(0))
-        return out.unflatten(0, mask.shape), state
+        return out.unflatten(0, mask.shape), state if every else _overwritten(before, rows, state)
 
     def _run(
-        self, x: Tensor, cu_seqlens: Tensor | None, initial_state: BlockState | None, output_final_state: bool
+        self, x: Tensor, projected: Projected | None, cu_seqlens: Tensor | None, initial_state: BlockState | None, output_final_state: bool
     ) -> tuple[Tensor, BlockState | None]:
-        projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        mixed, conv = self._convolve(projected, None if initial_state is None else initial_state.conv, cu_seqlens)
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1) if projected is None else projected.qkv
+        mixed, conv = self._convolve(qkv, None if initial_state is None else initial_state.conv, cu_seqlens)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        if projected is not None and projected.cos is not None:
+            q, k = (_rotated(t, projected.cos, projected.sin) for t in (q, k))
         recall, start, scale = linear_memory, None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
         if self.w1 is not None:
             recall = functools.partial(mlp_memory, ln_weight=self.ln_weight, ln_bias=self.ln_bias)
@@ -269,8 +330,8 @@ class MemoryBlock(nn.Module):
         )  # fmt: skip
         o = _wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
-        out = self.o_proj(o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x)))
-        return out, BlockState(memory, conv) if output_final_state else None
+        out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))
+        return out if self.o_proj is None else self.o_proj(out), BlockState(memory, conv) if output_final_state else None
 
     def gates(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
         """``lr``, ``log_decay``, ``delta`` and ``momentum [B, T, H]`` of the memory, those that it has, in float32 (float64 for float64).
@@ -328,6 +389,31 @@ class MemoryBlock(nn.Module):
         stream = stream.index_copy(0, around.flatten(), context.flatten(0, 1)).index_copy(0, at + before, x.squeeze(0))
         last = offsets[1:, None] + number[:, None] * before + torch.arange(before, device=x.device)
         return _depthwise(stream.unsqueeze(0), self.conv_weight)[:, at], stream[last]
+
+
+def _opened(state: MemoryState) -> MemoryState:
+    """The same state with an open chunk, which may have consumed no token yet."""
+    if state.open_chunk is not None:
+        return state
+    first = state.dual[0]
+    position = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+    return dataclasses.replace(state, open_chunk=OpenChunk(position, state.dual, first.new_zeros(first.shape[:2])))
+
+
+def _overwritten(state: BlockState, rows: Tensor, other: BlockState) -> BlockState:
+    """``state`` with the sequences ``rows`` replaced by those of ``other``."""
+    memory, news = _opened(state.memory), _opened(other.memory)
+    write = lambda old, new: old.index_copy(0, rows, new.to(old.dtype))
+    position = write(memory.open_chunk.position, news.open_chunk.position)
+    memory = memory.replace_tensors([write(*pair) for pair in zip(memory.tensors(), news.tensors(), strict=True)])
+    memory = dataclasses.replace(memory, open_chunk=dataclasses.replace(memory.open_chunk, position=position))
+    return BlockState(memory, write(state.conv, other.conv))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x [B, T, H, D]`` turned by a rotary position embedding whose pairs lie half a head apart (Llama's layout)."""
+    a, b = x.chunk(2, -1)
+    return (x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
 
 
 def _token_mask(mask: Tensor, x: Tensor) -> Tensor:

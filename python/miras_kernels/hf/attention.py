@@ -1,0 +1,196 @@
+"""A memory with the call of a decoder layer's ``self_attn``, and what it must know of a batch.
+
+Which tokens are padding and where packed documents begin is found once per forward, by the base model
+(:func:`describe_batch`), and handed down to the layers as one keyword argument, which the hosts pass on: nothing is stored
+on the model between two calls, so that a layer computed again for its gradient sees what it saw.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import MemoryBlock, Projected
+from .cache import check_cache, memory_layer
+
+__all__ = ["Batch", "MemoryAttention", "describe_batch"]
+
+#: what a memory takes over from an attention layer: projections, and the norms of queries and keys that some have
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+
+
+class Batch(NamedTuple):
+    """Where the tokens of a batch belong; at most one of the two is given."""
+
+    mask: Tensor | None  # [B, T] bool, True at real tokens
+    cu_seqlens: Tensor | None  # [N + 1], documents in the flattened batch
+
+
+class MemoryAttention(nn.Module):
+    """A :class:`~miras_kernels.layers.MemoryBlock` with the call of a decoder layer's ``self_attn``.
+
+    All new parameters are the child ``memory``'s, and read inside its forward. With ``attention`` the projections are that
+    layer's own modules, under the names they had (and so are its norms of queries and keys), called, never read: grouped keys and
+    values are repeated for their heads, and the rotary positions turn queries and keys.
+
+    Args:
+        memory: the block, without projections if ``attention`` is given.
+        layer_idx: the layer's place in the model and its cache.
+        attention: the layer that is linearised.
+    """
+
+    def __init__(self, memory: MemoryBlock, layer_idx: int, attention: nn.Module | None = None):
+        super().__init__()
+        self.memory = memory
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        for name in PROJECTIONS if attention is not None else ():
+            if hasattr(attention, name):
+                setattr(self, name, getattr(attention, name))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: object | None = None,
+        memory_batch: Batch | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """``hidden_states [B, T, D]`` to ``(out [B, T, D], None)``; a cache is read and advanced by T tokens. Other arguments are
+        the host's business; without ``memory_batch`` (a layer called by itself) the mask is the one that the host made for attention."""
+        tokens = hidden_states.shape[1]
+        if memory_batch is None:
+            memory_batch = Batch(_token_mask(attention_mask, tokens, tokens), None)
+        cache = None if past_key_values is None else memory_layer(past_key_values, self.layer_idx)
+        projected = self._project(hidden_states, position_embeddings)
+        if memory_batch.cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError(_PACKED_CACHE)
+            pack = lambda x: x.flatten(0, 1).unsqueeze(0)
+            out, _ = self.memory(
+                pack(hidden_states), cu_seqlens=memory_batch.cu_seqlens, projected=projected and projected.map(pack)
+            )  # fmt: skip
+            out = out.unflatten(1, hidden_states.shape[:2]).squeeze(0)
+        else:
+            out, state = self.memory(
+                hidden_states, memory_batch.mask, initial_state=None if cache is None else cache.state,
+                output_final_state=cache is not None, projected=projected,
+            )  # fmt: skip
+            if cache is not None:
+                cache.advance(state, tokens)
+        return out if projected is None else self.o_proj(out), None
+
+    def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Projected | None:
+        """Queries, keys and values as the attention layer would have read them, but not turned yet."""
+        if self.memory.q_proj is not None:
+            return None
+        if position_embeddings is None:
+            raise ValueError("position_embeddings: a memory made from attention needs the host's (cos, sin), got None")
+        heads, size = self.memory.num_heads, self.memory.head_dim
+        q, k, v = (projection(x).unflatten(-1, (-1, size)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
+        cos, sin = (t.expand(*x.shape[:2], -1) for t in position_embeddings)
+        return Projected(torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1), cos, sin)
+
+
+# ---------------------------------------------------------------------------------------------------- what a batch holds
+
+_PACKED_CACHE = (
+    "use_cache: documents packed into a row leave no state to go on from; expected use_cache=False (or no position_ids or cu_seq_lens_q "
+    "that pack documents), got a cache"
+)
+
+
+def describe_batch(model: nn.Module, kwargs: dict) -> dict:
+    """The keyword arguments of the base model's own forward: refuses what memories cannot serve, and adds ``memory_batch``.
+
+    Positions are those of the real tokens if a padding mask ``[B, past + T]`` comes without ``position_ids``, and in training no
+    cache is made unless asked for.
+    """
+    _refuse(model, kwargs)
+    kwargs, cache = dict(kwargs), kwargs.get("past_key_values")
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None:
+        return kwargs  # the host complains
+    if kwargs.get("use_cache") is None and cache is None and model.training:
+        kwargs["use_cache"] = False
+    given, length, past = kwargs.get("attention_mask"), tokens.shape[1], 0 if cache is None else cache.get_seq_length()
+    mask, documents = _token_mask(given, length, past + length), None
+    if mask is None and cache is None:
+        documents = _documents(tokens, kwargs)
+        if documents is not None:
+            if kwargs.get("use_cache"):
+                raise ValueError(_PACKED_CACHE)
+            kwargs["use_cache"] = False
+    elif mask is not None and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    if mask is not None:
+        mask = mask[:, past:].to(tokens.device).expand(tokens.shape[0], -1)
+        carries_state = cache is not None or kwargs.get("use_cache") is not False
+        if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or carries_state) and bool(mask.all()):
+            mask = None
+    if all(isinstance(layer.self_attn, MemoryAttention) for layer in model.layers):
+        # No layer reads the mask: one that is already four-dimensional is handed on as it is, and none is made.
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+    return {**kwargs, "memory_batch": Batch(mask, documents)}
+
+
+def _refuse(model: nn.Module, kwargs: dict) -> None:
+    if kwargs.get("past_key_values") is not None:
+        check_cache(kwargs["past_key_values"])
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(f"cache: a model with memories does no continuous batching, got {type(kwargs['cache']).__name__}")
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise ValueError("encoder_hidden_states: a memory does not attend to another sequence; expected None")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal: a memory reads causally; expected True, got False")
+    wanted = kwargs.get("output_attentions")
+    if model.config.output_attentions if wanted is None else wanted:
+        raise ValueError("output_attentions: a memory has no attention weights; expected False, got True")
+
+
+def _documents(tokens: Tensor, kwargs: dict) -> Tensor | None:
+    """``cu_seqlens`` of packed documents, by transformers' own rules: told by ``cu_seq_lens_q``, or seen in ``position_ids``
+    that do not go up by one (``transformers.masking_utils.find_packed_sequence_indices``)."""
+    rows, length = tokens.shape[:2]
+    told, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if told is not None:
+        return told
+    if position_ids is None:
+        return None
+    starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).expand(rows, length)
+    if bool((starts.sum() == rows).item()):
+        return None
+    end = torch.tensor([rows * length], device=starts.device)
+    return torch.cat([starts.flatten().nonzero().squeeze(1), end])
+
+
+def _token_mask(mask: object, tokens: int, seen: int) -> Tensor | None:
+    """``[B, seen]`` bool from any mask a host makes or takes: None, 2-D over the ``seen`` tokens (those in the cache included), or,
+    without a past, 4-D boolean or additive (causal plus padding)."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor [B, {seen}], got {type(mask).__name__}")
+    if mask.dim() == 2:
+        if mask.shape[1] != seen:
+            past = "" if seen == tokens else f" ({seen - tokens} in the cache and {tokens} new ones)"
+            raise ValueError(f"attention_mask: expected [B, T] with T = {seen}{past}, got {tuple(mask.shape)}")
+        return mask != 0
+    if mask.dim() != 4 or tuple(mask.shape[-2:]) != (tokens, tokens) or seen != tokens:
+        raise ValueError(f"attention_mask: expected [B, T] (or, without a cache, [B, 1, T, T]) with T = {seen}, got {tuple(mask.shape)}")
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("attention_mask: a 4-D mask cannot be checked under torch.compile; expected [B, T] or None")
+    visible = mask if mask.dtype == torch.bool else mask >= 0  # additive: 0 where a token is seen, else the dtype's minimum
+    real = visible[:, 0].diagonal(dim1=-2, dim2=-1)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    expected = (causal & real.unsqueeze(1)).unsqueeze(1)
+    if bool(((visible != expected) & real[:, None, :, None]).any()):
+        raise ValueError("attention_mask: a memory reads causally; expected a 4-D mask that is causal plus padding, got another pattern")
+    return real

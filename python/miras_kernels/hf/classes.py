@@ -1,0 +1,237 @@
+"""The classes of models with memories: ``MirasLlamaForCausalLM`` is a ``LlamaForCausalLM`` some of whose layers are memories.
+
+They are made from the host's classes when this module is imported, one for each (every head the host has), with a
+configuration whose ``model_type`` is ``"miras_llama"`` and whose field ``miras`` says which layers are memories
+(:mod:`.plan`), and registered with AutoConfig and the AutoModel classes. ``save_pretrained`` also writes two lines of Python, so that
+the saved model loads with ``trust_remote_code=True`` where this package is installed but not imported, and says what
+to install where it is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import output_capturing
+
+from ..layers import MemoryBlock
+from . import plan
+from .attention import MemoryAttention, describe_batch
+from .plan import Memories
+
+#: the modules of transformers.models whose decoder layers call ``self_attn`` as :class:`MemoryAttention` is called, and their base models
+HOSTS = {
+    "llama": "LlamaModel",
+    "mistral": "MistralModel",
+    "qwen2": "Qwen2Model",
+    "qwen3": "Qwen3Model",
+    "gemma": "GemmaModel",
+    "gemma2": "Gemma2Model",
+    "gemma3": "Gemma3TextModel",
+}
+_SHIM = "modeling_miras"
+_HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+class Family(NamedTuple):
+    """The classes of one host: its configuration; that with memories, the base model with memories, and host's class -> class with memories."""
+
+    host: type[PreTrainedConfig]
+    config: type[PreTrainedConfig]
+    base: type[PreTrainedModel]
+    models: dict[type[PreTrainedModel], type[PreTrainedModel]]
+
+
+class MirasConfigMixin:
+    """A host's configuration with the field ``miras``."""
+
+    @classmethod
+    def register_for_auto_class(cls, *args, **kwargs) -> None:
+        """Nothing: a saved model names the installed classes, and carries no copy of their code."""
+
+
+class MirasModelMixin:
+    """What a model with memories does differently from its host.
+
+    Parameters that a checkpoint lacks get the values that :meth:`MemoryBlock.reset_parameters
+    <miras_kernels.layers.MemoryBlock.reset_parameters>` draws (with the configuration's ``initializer_range``); those that it has stay as loaded.
+    """
+
+    _is_stateful = True  # transformers then refuses assisted generation and prompt lookup
+    _tp_plan = None
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        if not plan.read(config):
+            raise ValueError(f"config.miras: {type(self).__name__} needs to know which layers are memories, see miras_kernels.hf; got None")
+        super().__init__(config, *args, **kwargs)
+        base = self.base_model
+        if not isinstance(base, MirasModelMixin):  # the host's own __init__ has made a base model of its own class
+            adopt(base, FAMILIES[self.config_class])
+        install(base, build(base, config))
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True  # before transformers 5.8 a stateful model would get no cache
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, MemoryBlock):
+            return super()._init_weights(module)
+        loaded = {p: p.clone() for p in module.parameters() if getattr(p, "_is_hf_initialized", False)}
+        if len(loaded) == len(list(module.parameters())):
+            return
+        module.reset_parameters(initializer_range(self.config))
+        for parameter, values in loaded.items():
+            parameter.copy_(values)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        for name in ("tp_plan", "tp_size"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"{name}: a model with memories has no tensor-parallel plan; expected None, got {kwargs[name]!r}")
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """The host's ``save_pretrained``, and the file that ``trust_remote_code=True`` reads."""
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self.config.auto_map = auto_map(type(self))
+            names = ", ".join(sorted({name.split(".")[1] for name in self.config.auto_map.values()}))
+            text = f'"""Needs the package miras-kernels."""\n\nfrom miras_kernels.hf import {names}  # noqa: F401\n'
+            (Path(save_directory) / f"{_SHIM}.py").write_text(text, encoding="utf-8")
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args, **kwargs) -> None:
+        """Nothing: a saved model names the installed classes, and carries no copy of their code."""
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError("generate_batch: a model with memories does no continuous batching; use generate with a padded batch")
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+
+# ------------------------------------------------------------------------------------------------- layers of a model
+
+
+def initializer_range(config: PreTrainedConfig) -> float:
+    """Standard deviation of new projections."""
+    return getattr(config, "initializer_range", None) or 0.02
+
+
+def build(base: PreTrainedModel, config: PreTrainedConfig, backend: str = "auto") -> dict[int, MemoryAttention]:
+    """The memories that ``config`` speaks of and ``base`` has not got yet, started."""
+    for group in plan.read(config):
+        plan.indices(group.layers, len(base.layers))
+    return {
+        i: _layer(base, config, group, i, backend)
+        for group in plan.read(config)
+        for i in group.layers
+        if not isinstance(base.layers[i].self_attn, MemoryAttention)
+    }
+
+
+def install(base: PreTrainedModel, new: dict[int, MemoryAttention]) -> None:
+    """Put memories in the place of attention."""
+    for i, attention in new.items():
+        base.layers[i].self_attn = attention
+
+
+def adopt(model: PreTrainedModel, family: Family) -> None:
+    """Make a model one of the class with memories, in place."""
+    model.__class__ = family.models[type(model)]
+    # How transformers finds out which outputs (hidden states ...) a class can record.
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs)
+
+
+def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, index: int, backend: str) -> MemoryAttention:
+    layer, linearised = base.layers[index], group.init == "from_attention"
+    block = MemoryBlock(
+        config.hidden_size,
+        group.num_heads,
+        group.head_dim,
+        preset=group.preset,
+        conv_width=group.conv_width,
+        gate_rank=group.gate_rank,
+        init_std=initializer_range(config),
+        projections=not linearised,
+        backend=backend,
+    ).to(next(layer.parameters()).device, base.dtype)  # fmt: skip  started in float32, so that the numbers drawn do not depend on the model's dtype
+    return MemoryAttention(block, index, layer.self_attn if linearised else None).train(layer.training)
+
+
+# ------------------------------------------------------------------------------------------------- making the classes
+
+
+def _forward(host: type[PreTrainedModel]):
+    names = [name for name, p in inspect.signature(host.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+    @functools.wraps(host.forward)
+    def forward(self, *args, **kwargs):
+        return host.forward(self, **describe_batch(self, {**dict(zip(names, args, strict=False)), **kwargs}))
+
+    return forward
+
+
+def _model_class(host: type[PreTrainedModel], config: type[PreTrainedConfig], is_base: bool) -> type[PreTrainedModel]:
+    what = "whose attention is replaced by memories, in the layers that ``config.miras`` names"
+    body = {"__module__": __name__, "__doc__": f":class:`transformers.{host.__name__}` {what}.", "config_class": config,
+            "__annotations__": {"config": config}}  # fmt: skip
+    if is_base:
+        body["forward"] = _forward(host)
+    return type(f"Miras{host.__name__}", (MirasModelMixin, host), body)
+
+
+def _family(module_name: str, base_name: str) -> Family:
+    module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
+    base = getattr(module, base_name)
+    host = base.config_class
+    body = {"__module__": __name__, "__doc__": f":class:`transformers.{host.__name__}` with the field ``miras``, see :mod:`miras_kernels.hf`.",
+            "model_type": f"miras_{host.model_type}", "base_model_tp_plan": None, "miras": None,
+            "__annotations__": {"miras": dict | None}}  # fmt: skip
+    config = type(f"Miras{host.__name__}", (MirasConfigMixin, host), body)
+    stem = base_name.removesuffix("Model").removesuffix("Text")
+    hosts = [base, *(getattr(module, stem + middle + head, None) for head in _HEADS for middle in ("", "Text"))]
+    models = {cls: _model_class(cls, config, cls is base) for cls in hosts if cls is not None and cls.config_class is host}
+    return Family(host, config, models[base], models)
+
+
+def auto_map(model: type[PreTrainedModel]) -> dict[str, str]:
+    """What ``config.json`` tells AutoClasses that do not know the model."""
+    classes = {"AutoConfig": model.config_class, "AutoModel": FAMILIES[model.config_class].base, auto_class(model): model}
+    return {name: f"{_SHIM}.{cls.__name__}" for name, cls in classes.items()}
+
+
+def auto_class(model: type[PreTrainedModel]) -> str:
+    """The name of the AutoModel class that loads ``model``."""
+    return "AutoModel" + next((head for head in _HEADS if model.__name__.endswith(head)), "")
+
+
+def register(family: Family) -> None:
+    """Make a family known to AutoConfig and the AutoModel classes."""
+    FAMILIES[family.config] = family
+    AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+    for cls in family.models.values():
+        getattr(transformers, auto_class(cls)).register(family.config, cls, exist_ok=True)
+
+
+#: a host's configuration, or one with memories -> the family
+FAMILIES: dict[type[PreTrainedConfig], Family] = {}
+#: the names of the classes made here
+NAMES: list[str] = []
+for _names in HOSTS.items():
+    _made = _family(*_names)
+    register(_made)
+    FAMILIES[_made.host] = _made
+    for _cls in (_made.config, *_made.models.values()):
+        globals()[_cls.__name__] = _cls  # found by name: pickle, and imports
+        NAMES.append(_cls.__name__)
+
+__all__ = ["FAMILIES", "NAMES", "register", *NAMES]

@@ -1,0 +1,66 @@
+"""Tiny random transformers models with memories, for the tests of miras_kernels.hf."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import transformers
+
+from miras_kernels.hf import replace_attention
+
+ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
+MLP = ("l2_mlp", "memora", "moneta", "titans", "ttt_mlp", "yaad")
+LENGTH, VOCAB, LAYERS = 13, 50, 3
+#: masks [2, LENGTH] by where they have their padding
+ROWS = {
+    "left": ([0] * 5 + [1] * 8, [0] + [1] * 12),
+    "right": ([1] * 8 + [0] * 5, [1] * 12 + [0]),
+    "mixed": ([0] * 4 + [1] * 9, [1] * 6 + [0] * 7),
+    "holes": ([0] + [1] * 3 + [0] * 3 + [1] * 6, [1] * 6 + [0] * 2 + [1] * 5),
+}
+
+
+def plain(architecture="Llama", *, kind="ForCausalLM", dtype=torch.float32, attention=None, seed=0, **options):
+    """A model without memories, with SDPA where it can. Windows of attention are shorter than the texts; Qwen2's biases are not zero."""
+    torch.manual_seed(seed)
+    name = architecture + ("TextConfig" if architecture == "Gemma3" else "Config")
+    config = getattr(transformers, name)(**{
+        **dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+               head_dim=8, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+               attn_implementation=attention or ("eager" if architecture == "Gemma2" else "sdpa")),
+        **({"sliding_window": 6} if architecture in ("Mistral", "Gemma2", "Gemma3") else {}),
+        **options,
+    })  # fmt: skip
+    host = getattr(transformers, architecture + kind)(config)
+    for parameter in [p for name, p in host.named_parameters() if name.endswith("bias")]:
+        torch.nn.init.normal_(parameter)
+    return host.to(dtype)
+
+
+def model(architecture="Llama", layers=None, *, preset="yaad_linear", init="new", backend="auto", conv_width=4, gate_rank=16,
+          num_heads=None, chunk_size=4, **options):  # fmt: skip
+    """The same with memories of chunk 4 (``layers=()``: without)."""
+    host = plain(architecture, **options)
+    if layers == ():
+        return host
+    return replace_attention(host, preset, layers, init=init, chunk_size=chunk_size, backend=backend, conv_width=conv_width,
+                             gate_rank=gate_rank, num_heads=num_heads)  # fmt: skip
+
+
+def ids(batch=2, length=LENGTH, seed=1) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(x: torch.Tensor, y: torch.Tensor, terms: int = 4096):
+    """Equal up to the order of summation: about ``terms`` roundings that add up like a random walk, with a margin of 8."""
+    x, y = x.detach(), y.detach()
+    assert x.shape == y.shape and torch.isfinite(x).all()
+    error, bound = (x - y).norm().item(), 8 * math.sqrt(terms) * torch.finfo(x.dtype).eps * max(y.norm().item(), 1e-30)
+    assert error <= bound, f"{error:.2e} > {bound:.2e}"
+
+
+def gradients(host, **inputs) -> dict[str, torch.Tensor]:
+    host.zero_grad()
+    host(**inputs).loss.backward()
+    return {n: p.grad.clone() for n, p in host.named_parameters()}

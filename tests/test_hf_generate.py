@@ -1,0 +1,304 @@
+"""Generation with memories: every way of reading a text gives what reading it in one piece gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from hf_tiny import ARCHITECTURES, LENGTH, ROWS, VOCAB, assert_close, ids, model, plain
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+from miras_kernels.hf import MemoryAttention, MemoryCacheLayer
+
+#: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks
+PRESETS = ("yaad_linear", "deltanet", "mamba2", "titans", "moneta", "yaad")
+MASK = torch.tensor(ROWS["left"])
+
+
+def host(architecture="Llama", layers=None, **options):
+    return model(architecture, layers, **options).eval()
+
+
+def predicted(text: torch.Tensor, of) -> torch.Tensor:
+    """The next tokens that one forward over each row of ``text`` predicts."""
+    return of(input_ids=text, use_cache=False).logits.argmax(-1)
+
+
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+@pytest.mark.parametrize("layers", [None, [0], [1, 2]])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_generation_follows_the_full_forward_with_and_without_padding(architecture, layers, init):
+    of = host(architecture, layers, init=init)
+    text = of.generate(ids(), max_new_tokens=7, do_sample=False)
+    assert torch.equal(predicted(text, of)[:, LENGTH - 1 : -1], text[:, LENGTH:])
+    padded = of.generate(ids(), attention_mask=MASK, max_new_tokens=7, do_sample=False)
+    for row, mask in enumerate(MASK):
+        alone = of.generate(ids()[row : row + 1, mask == 1], max_new_tokens=7, do_sample=False)
+        assert torch.equal(padded[row, LENGTH:], alone[0, -7:])
+
+
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_generation_with_every_kind_of_memory(preset, layers, init):
+    of = host("Qwen2", layers, preset=preset, init=init)
+    for mask in (None, MASK):
+        cached = of.generate(ids(), attention_mask=mask, max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        whole = of.generate(
+            ids(), attention_mask=mask, max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True, use_cache=False
+        )
+        assert torch.equal(cached.sequences, whole.sequences)
+        assert_close(torch.stack(cached.logits), torch.stack(whole.logits))
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(num_beams=3, num_return_sequences=2),
+        dict(num_beams=2, do_sample=True),
+        dict(do_sample=True, num_return_sequences=3, temperature=0.7, top_k=10),
+        dict(repetition_penalty=1.3, no_repeat_ngram_size=2),
+    ],
+)
+def test_beams_and_samples_do_not_depend_on_the_cache(layers, how):
+    of = host("Llama", layers)
+    for mask in (None, MASK):
+        texts = []
+        for use_cache in (True, False):
+            torch.manual_seed(5)
+            texts.append(of.generate(ids(), attention_mask=mask, max_new_tokens=6, use_cache=use_cache, **how))
+        assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_chunked_prefill(layers, size):
+    of = host("Mistral", layers, init="from_attention")
+    for mask in (None, MASK):
+        options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
+        assert torch.equal(of.generate(ids(), **options, prefill_chunk_size=size), of.generate(ids(), **options))
+
+
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+@pytest.mark.parametrize("layers", [None, [0]])
+@pytest.mark.parametrize("pieces", [(1,) * LENGTH, (4, 9), (5, 0, 7, 1), (3, 3, 3, 4)])
+def test_a_text_cut_anywhere(pieces, layers, init):
+    of, cache, logits = host("Qwen3", layers, init=init), DynamicCache(), []
+    for piece in ids().split([n for n in pieces if n], 1):
+        out = of(input_ids=piece, past_key_values=cache)
+        assert out.past_key_values is cache
+        logits.append(out.logits)
+    assert cache.get_seq_length() == LENGTH
+    assert_close(torch.cat(logits, 1), of(input_ids=ids()).logits)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma3"])
+def test_turns_with_padding_anywhere(architecture, rows):
+    """Three turns; a row may have nothing to read in one of them. Then tokens one by one, which nobody pads."""
+    first, text = torch.tensor(ROWS[rows]), ids(2, LENGTH + 8)
+    mask = torch.cat([first, torch.tensor([[0] * 5, [1] * 2 + [0] * 3]), torch.ones(2, 3, dtype=torch.int64)], 1)
+    for init in ("new", "from_attention"):
+        wide = {"sliding_window": 64} if architecture == "Gemma3" else {}  # the attention that is left counts padding in its window
+        of, cache, logits = host(architecture, [0, 1], init=init, **wide), DynamicCache(), []
+        cuts = [0, 3, LENGTH, LENGTH + 5, LENGTH + 6, LENGTH + 7, LENGTH + 8]
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            logits.append(of(input_ids=text[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+        logits = torch.cat(logits, 1)
+        for row in range(2):
+            real = mask[row] == 1
+            assert_close(logits[row, real], of(input_ids=text[row : row + 1, real]).logits[0])
+
+
+@pytest.mark.parametrize("preset", ["yaad_linear", "titans"])
+def test_the_state_is_that_of_the_real_tokens(preset):
+    of = host("Qwen2", [1], preset=preset)
+    for rows in ROWS.values():
+        mask = torch.tensor(rows)
+        state = of(input_ids=ids(), attention_mask=mask, use_cache=True).past_key_values.layers[1].state
+        other = torch.where(mask == 1, ids(), ids(seed=2))
+        same = of(input_ids=other, attention_mask=mask, use_cache=True).past_key_values.layers[1].state
+        for row in range(2):
+            real = ids()[row : row + 1, mask[row] == 1]
+            alone = of(input_ids=real, use_cache=True).past_key_values.layers[1].state
+            for a, b, c in zip(state.memory.matrices(), alone.memory.matrices(), same.memory.matrices(), strict=True):
+                assert_close(a[row : row + 1], b)
+                assert torch.equal(a, c)
+            assert_close(state.conv[row : row + 1], alone.conv)
+
+
+def test_going_on_with_a_cache_in_generate():
+    of = host("Llama", [0, 2])
+    first = of.generate(ids(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, ids(2, 4, seed=7)], 1)
+    options = dict(attention_mask=torch.ones_like(longer), max_new_tokens=5, do_sample=False)  # a token it wrote may be that of padding
+    second = of.generate(longer, past_key_values=first.past_key_values, **options)
+    assert torch.equal(second, of.generate(longer, **options))
+
+
+def test_embeddings_and_pipelines():
+    of = host()
+    text = of.generate(ids(), max_new_tokens=5, do_sample=False)
+    embedded = of.generate(inputs_embeds=of.get_input_embeddings()(ids()), max_new_tokens=5, do_sample=False)
+    assert torch.equal(embedded, text[:, LENGTH:])
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
+    pipeline = transformers.pipeline("text-generation", model=of, tokenizer=tokenizer)
+    prompts = ["w3 w4 w5 w6 w7", "w9 w8"]
+    options = dict(max_new_tokens=5, do_sample=False, return_full_text=False)
+    together = pipeline(prompts, batch_size=2, **options)
+    alone = [pipeline(prompt, **options) for prompt in prompts]
+    assert together == alone and together[0][0]["generated_text"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the cache
+
+
+def test_the_state_does_not_grow_and_lies_in_the_models_cache():
+    of, sizes = host(layers=[0, 2], preset="yaad"), []
+    for length in (2, 7, 30):
+        cache = of(input_ids=ids(1, length), use_cache=True).past_key_values
+        assert isinstance(cache, DynamicCache)
+        assert [isinstance(layer, MemoryCacheLayer) for layer in cache.layers] == [True, False, True]
+        assert cache.get_seq_length() == cache.get_seq_length(1) == length
+        sizes.append((cache.layers[0].nbytes, cache.layers[1].keys.nbytes))
+    assert len({state for state, _ in sizes}) == 1 and sizes[0][1] < sizes[1][1] < sizes[2][1]
+
+
+@pytest.mark.parametrize("preset", ["yaad_linear", "titans"])
+def test_the_state_is_in_float32(preset):
+    half = host(dtype=torch.bfloat16, preset=preset)
+    full = host(preset=preset)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = full(input_ids=ids(), use_cache=True).past_key_values
+    for cache in (half(input_ids=ids(), use_cache=True).past_key_values, cast):
+        assert {x.dtype for layer in cache.layers for x in layer.state.memory.tensors()} == {torch.float32}
+    text = half.generate(ids(), max_new_tokens=5, do_sample=False)
+    assert text.shape == (2, LENGTH + 5)
+
+
+@torch.no_grad()
+def test_what_a_cache_can_do():
+    of, turn = host("Llama", [0, 1]), ids(2, 4, seed=3)
+    read = lambda text: of(input_ids=text, use_cache=True).past_key_values
+    after = lambda cache, text: of(input_ids=text, past_key_values=cache).logits
+    expected, other = after(read(ids()), turn), read(ids())
+    kept = copy.deepcopy(other)
+    assert other.layers[0].batch_size == 2
+    other.reorder_cache(torch.tensor([1, 0]))
+    assert_close(after(other, turn.flip(0)).flip(0), expected)
+    assert_close(after(kept, turn), expected)  # nobody has written into it
+    other = read(ids())
+    other.batch_repeat_interleave(3)
+    assert_close(after(other, turn.repeat_interleave(3, 0)), expected.repeat_interleave(3, 0))
+    other.batch_select_indices(torch.tensor([3, 0]))
+    assert other.layers[1].batch_size == 2 and other.get_seq_length() == LENGTH + 4
+    other = read(ids(seed=9))
+    for layer in other.layers[:2]:
+        layer.offload()
+        layer.prefetch()
+        layer.reset()
+        assert (layer.get_seq_length(), layer.nbytes, layer.batch_size) == (0, 0, -1)
+    with pytest.raises(NotImplementedError, match="crop: a memory cannot take tokens back"):
+        read(ids()).crop(-1)
+    with pytest.raises(NotImplementedError, match="holds no keys and values"):
+        read(ids()).layers[0].update(turn, turn)
+
+
+def test_a_kept_state_is_a_value():
+    of = host()
+    cache = of(input_ids=ids(), use_cache=True).past_key_values
+    state, copies = cache.layers[0].state, [x.clone() for x in cache.layers[0].state.memory.tensors()]
+    of(input_ids=ids(2, 6), past_key_values=cache)
+    assert cache.layers[0].state is not state
+    assert all(torch.equal(x, y) for x, y in zip(state.memory.tensors(), copies, strict=True))
+
+
+def test_no_cache_in_training_unless_asked_for():
+    of = host()
+    assert of(input_ids=ids()).past_key_values is not None
+    assert of(input_ids=ids(), use_cache=False).past_key_values is None
+    of.train()
+    assert of(input_ids=ids()).past_key_values is None
+    asked = of(input_ids=ids(), use_cache=True)
+    assert_close(asked.logits, of(input_ids=ids()).logits)
+    assert asked.past_key_values.get_seq_length() == LENGTH
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def lookup():
+    return host().generate(ids(1), max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
+def assistant(kind):
+    main, helper = (plain().eval(), host()) if kind == "assistant" else (host(), plain().eval())
+    return main.generate(ids(1), max_new_tokens=4, assistant_model=helper)
+
+
+def foreign():
+    cache = plain().eval()(input_ids=ids(), use_cache=True).past_key_values
+    return host(layers=[1])(input_ids=ids(2, 1), past_key_values=cache)
+
+
+def packed(**options):
+    return host()(input_ids=ids(), position_ids=torch.arange(LENGTH)[None] % 5, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (lambda: host().generate(ids(), max_new_tokens=2, cache_implementation="static"), TypeError, "needs a DynamicCache .*StaticCache"),
+        (
+            lambda: host()(input_ids=ids(), past_key_values=StaticCache(config=plain().config, max_cache_len=20)),
+            TypeError,
+            "past_key_values: a model with memories needs a DynamicCache .*got the Cache StaticCache",
+        ),
+        (lambda: host()(input_ids=ids(), past_key_values=((ids(), ids()),)), TypeError, "got the object tuple"),
+        (
+            lambda: host(layers=[1]).model.layers[1].self_attn(torch.randn(1, 3, 24), past_key_values=object()),
+            TypeError,
+            "past_key_values: .*got the object object",
+        ),
+        (lookup, ValueError, "assisted generation is not supported with stateful models, such as MirasLlama"),
+        (lambda: assistant("main"), ValueError, "assisted generation is not supported with stateful models, such as MirasLlama"),
+        (lambda: assistant("assistant"), (NotImplementedError, ValueError), "crop: a memory cannot take tokens back|rollback|crop"),
+        (lambda: host().generate_batch([[1, 2]]), NotImplementedError, "generate_batch: .*no continuous batching"),
+        (lambda: host().init_continuous_batching(), NotImplementedError, "no continuous batching"),
+        (lambda: host()(input_ids=ids(), cache=object()), NotImplementedError, "cache: .*no continuous batching, got object"),
+        (foreign, ValueError, "past_key_values: layer 1 .*expected its state or an empty cache, got keys and values of 13 tokens"),
+        (lambda: packed(use_cache=True), ValueError, "use_cache: documents packed into a row leave no state"),
+        (
+            lambda: host()(input_ids=ids(2, 1), attention_mask=torch.ones(2, 1), past_key_values=host()(ids(), use_cache=True).past_key_values),
+            ValueError,
+            r"attention_mask: expected \[B, T\] with T = 14 \(13 in the cache and 1 new ones\), got \(2, 1\)",
+        ),
+        (lambda: host()(input_ids=ids(3, 1), past_key_values=host()(ids(), use_cache=True).past_key_values), ValueError, "initial_state"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_right_is_refused(call, kind, text):
+    with pytest.raises(kind, match=text):
+        call()
+
+
+def test_packed_documents_leave_no_cache():
+    assert packed().past_key_values is None
+
+
+def test_quantized_caches_are_refused():
+    if transformers.utils.is_optimum_quanto_available() or transformers.utils.is_hqq_available():
+        with pytest.raises(TypeError, match="needs a DynamicCache"):
+            host()(input_ids=ids(), past_key_values=QuantizedCache("quanto", plain().config))
+    assert not issubclass(QuantizedCache, DynamicCache)
+
+
+def test_memories_are_everywhere_they_should_be():
+    assert sum(isinstance(m, MemoryAttention) for m in host("Gemma2", [1]).modules()) == 1
