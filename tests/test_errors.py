@@ -90,8 +90,6 @@ REFUSED = [
     (lambda: linear(backend="cpp", v=ones(B, T, H, 257)), ValueError, "head dimensions are limited to 256, got 257"),
     (lambda: mlp(backend="cpp", initial_state=(ones(H, DK, 1025), ones(H, 1025, DK))), ValueError, "backend: 'cpp' cannot serve this call: hidden units are limited to 1024, got 1025"),
     (lambda: mlp(backend="cpp", chunk_size=257), ValueError, "chunk_size is limited to 256, got 257"),
-    (lambda: mlp(backend="cpp", retention=mk.KLRetention()), ValueError, "backend: 'cpp' cannot serve this call: its MLP memory has L2Retention only, so far"),
-    (lambda: mlp(backend="cpp", momentum=0.5 * ones(B, T, H)), ValueError, "backend: 'cpp' cannot serve this call: its MLP memory has no momentum, so far"),
     (lambda: linear(initial_state=ones(B, H, DK, DV)), ValueError, "initial_state: expected shape [N, H, ...] or [H, ...] = (2, 2, 3, 4) or (2, 3, 4), got (2, 2, 4, 3)"),
     (lambda: linear(initial_state=(ones(H, DV, DK),) * 2), ValueError, "initial_state: expected 1 matrices, got tuple of 2"),
     (lambda: linear(initial_state=ones(H, DV, DK, dtype=torch.float64)), TypeError, "initial_state: float64 needs float64 q, k and v"),

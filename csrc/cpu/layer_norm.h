@@ -48,7 +48,7 @@ struct LayerNorm {
         square += y * y;
         store(u_x + j, y);
       }
-      centre_again(u_x);  // which moves the sum of squares by less than its rounding
+      centre_again(u_x);  // which moves the sum of squares by the square of a rounding
       r[t] = 1.0f / __builtin_sqrtf(mean(square) + eps);
       for (int j = 0; j < dp; j += kLanes) store(u_x + j, broadcast(r[t]) * load(u_x + j));
     }
