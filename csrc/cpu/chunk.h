@@ -179,18 +179,22 @@ struct Kept {
 template <bool kPerColumn = false>
 static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Kept kept, float* next,
                     ReadSoon soon, Kept more = {}) {
-  sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> a;
-    const auto keep = [&](const Kept& x) MIRAS_LAMBDA {
-      const float* state = x.state + index_t(i) * dvp + j;
-      if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
-      else a.add_scaled(state, dvp, x.scale);
-    };
-    a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
-    keep(kept);
-    if (more.state) keep(more);
-    a.store_to(next + index_t(i) * dvp + j, dvp);
-  });
+  const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
+    sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+      Tile<R, N> a;
+      const auto keep = [&](const Kept& x) MIRAS_LAMBDA {
+        const float* state = x.state + index_t(i) * dvp + j;
+        if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
+        else a.add_scaled(state, dvp, x.scale);
+      };
+      a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
+      keep(kept);
+      if constexpr (kMore) keep(more);
+      a.store_to(next + index_t(i) * dvp + j, dvp);
+    });
+  };
+  if (more.state) run.template operator()<true>();
+  else run.template operator()<false>();
 }
 
 // What a chunk did depends on log alpha_r through every path that crosses token r: from a write s < r, or the state before
