@@ -18,8 +18,8 @@
 //
 // d log alpha as for the linear memory, the pairs and sums of both matrices added up (see decay_gradient).
 //
-// This is L2Retention without momentum. Else, with JS1, JS2 the gradients of the momenta a chunk ends with, M, Theta, b and pi as in
-// Gates, and rho in all that a chunk reads of its own writes (P = rho M o ..):
+// This is L2Retention without momentum. Else, with JS1, JS2 the gradients of the momenta a chunk ends with, M, Theta, b and pi as
+// in Gates, and rho in all that a chunk reads of its own writes (P = rho M o ..):
 //
 //   M for L,  M_C for end                                dU1_s -= Theta_Cs JS1 a_s         dU2_s -= Theta_Cs JS2 k_s
 //   dZq += gelu'(Zq) o rho1 b dUq S1                     dQ += rho2 b dZq S2
@@ -52,6 +52,7 @@ struct MlpBackwardScratch {
   float *ones, *deta, *ddelta, *dlog;            // [Cp]
   float *read_sums, *write_sums, *write2_sums;   // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
   float *dcarry, *dstep, *dtheta;     // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
+  float *dots;                        // [Cp]
   float *dweight, *dbias;             // [Dp]
   float *spare;                       // [D x Hdp]
 
@@ -74,6 +75,7 @@ struct MlpBackwardScratch {
     ones = a.take(1, cp), deta = a.take(1, cp), ddelta = a.take(1, cp), dlog = a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp), write2_sums = a.take(1, cp);
     dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dtheta = a.take(momentum, cp);
+    dots = a.take(momentum, cp);
     dweight = a.take(1, dp), dbias = a.take(1, dp);
     spare = a.take(p.D, round_up(p.Hd, kPad));
   }
@@ -138,7 +140,7 @@ struct MlpBackwardTask {
 
 // Chunks [first, last) forward once more.
 void MlpBackwardTask::rerun(int64_t first, int64_t last) {
-  find_state(p, n, h, first, s.states.at(0), dp);
+  SavedState(p, n, h, first).read(s.states.at(0));
   for (int64_t chunk = first; chunk < last; ++chunk) {
     const int64_t i = chunk - first;
     const int c = tokens(chunk);
@@ -179,7 +181,7 @@ void MlpBackwardTask::reads_of_carried(int c, const float* products, int i, cons
 
 // dUq, M1, dZq, the pairs of W1 and its reads
 void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon) {
-  const float* S1 = start.primal[0];
+  const float* W1T = start.primal[0];
   const Vec rho = broadcast(start.rho[0].value);
   m.norm.pull_back_weighted(c, m.Xq, m.rq, s.dO, s.dUq);
   for (int t = 0; t < c; ++t) {
@@ -209,19 +211,19 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
     drho[0] = unscaled(total, start.rho[0]);
   }
   if (momentum) {
-    m.hidden_product(c, start.carried[0], s.dUqT, m.BT, ReadSoon());
-    fill_zero(s.dtheta, cp);  // free until the end
-    column_dots(hd, c, cp, m.AqT, m.BT, s.dtheta);
-    reads_of_carried(c, s.dtheta, 0, start.rho[0]);
+    m.hidden_product(c, start.carried[0], s.dUqT, m.partT, ReadSoon());
+    fill_zero(s.dots, cp);
+    column_dots(hd, c, cp, m.AqT, m.partT, s.dots);
+    reads_of_carried(c, s.dots, 0, start.rho[0]);
   }
 
   m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     const index_t at = index_t(i) * cp + j;
     Tile<R, N> x;
-    x.add(Rows{S1 + index_t(i) * dp, dp}, s.dUqT + j, cp, 0, d);
+    x.add(Rows{W1T + index_t(i) * dp, dp}, s.dUqT + j, cp, 0, d);
     x.scale_cols(m.gates.gamma + j);
     if (m.gates.decays) x.dot_cols(m.AqT + at, cp, s.read_sums + j);
-    if (momentum) x.add_scaled_cols(m.BT + at, cp, m.carry[0] + j);
+    if (momentum) x.add_scaled_cols(m.partT + at, cp, m.carry[0] + j);
     x.subtract(Rows{m.AT + index_t(i) * cp, cp}, s.M1T + j, cp, 0, minimum(c, j + N * kLanes));
     x.multiply(s.dZqT + at, cp);
     x.store_to(s.dZqT + at, cp);
@@ -230,7 +232,7 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
 
 // M2, the pairs of W2, dU1, dGu, and over gelu'' o Ga its product with dGz; d eta has the pairs' share of W2
 void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* slopeT, float* HT) {
-  const float* S1 = start.primal[0];
+  const float* W1T = start.primal[0];
   const Vec rho = broadcast(start.rho[1].value);
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
@@ -255,9 +257,9 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
   if (m.retention.scales_reads) drho[1] = unscaled(inner_product(m.gates.eta, s.deta, cp), start.rho[1]);
 
   if (momentum) {
-    predict(c, hd, m.AT, cp, s.JS[0], dp, m.B, ReadSoon());
-    row_dots(c, dp, m.U1, m.B, s.dstep);
-    weigh_rows(c, dp, m.gates.step_end, m.B, m.B);
+    predict(c, hd, m.AT, cp, s.JS[0], dp, m.part, ReadSoon());
+    row_dots(c, dp, m.U1, m.part, s.dstep);
+    weigh_rows(c, dp, m.gates.step_end, m.part, m.part);
   }
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
@@ -265,18 +267,18 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
     if (momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
     x.scale_rows(m.gates.to_end + i);
     if (m.gates.decays && !momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
-    if (momentum) x.add_matrix(m.B + index_t(i) * dp + j, dp);
+    if (momentum) x.add_matrix(m.part + index_t(i) * dp + j, dp);
     x.add(Cols{m.P1 + i, cp}, s.dUq + j, dp, i, c);
     x.each([](int, int, Vec& y) MIRAS_LAMBDA { y = -y; });
     x.store_to(s.dU1 + i * dp + j, dp);
   });
 
-  if (momentum) m.hidden_product(c, s.JS[1], m.KT, m.BT, ReadSoon());
+  if (momentum) m.hidden_product(c, s.JS[1], m.KT, m.partT, ReadSoon());
   m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Rows{s.J[1] + index_t(i) * dp, dp}, m.KT + j, cp, 0, d);
     x.scale_cols(m.gates.to_end + j);
-    if (momentum) x.add_scaled_cols(m.BT + index_t(i) * cp + j, cp, m.gates.step_end + j);
+    if (momentum) x.add_scaled_cols(m.partT + index_t(i) * cp + j, cp, m.gates.step_end + j);
     x.add(Rows{s.dZqT + index_t(i) * cp, cp}, m.P2 + j, cp, j, c);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
@@ -289,7 +291,7 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
 
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dGaT + i, cp}, S1 + j, dp, 0, hd);
+    x.add(Cols{s.dGaT + i, cp}, W1T + j, dp, 0, hd);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes);
     });
@@ -343,15 +345,15 @@ void MlpBackwardTask::inner_backward(int c) {
 
 // dZ over gelu'' o Ga o dGz
 void MlpBackwardTask::hidden_backward(int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
-  const float* S1 = start.primal[0];
-  if (momentum) m.hidden_product(c, s.JS[0], s.U1T, m.BT, ReadSoon());
+  const float* W1T = start.primal[0];
+  if (momentum) m.hidden_product(c, s.JS[0], s.U1T, m.partT, ReadSoon());
   m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.subtract(Rows{s.J[0] + index_t(i) * dp, dp}, s.U1T + j, cp, 0, d);
     x.scale_cols(m.gates.to_end + j);
-    if (momentum) x.subtract_scaled_cols(m.BT + index_t(i) * cp + j, cp, m.gates.step_end + j);
+    if (momentum) x.subtract_scaled_cols(m.partT + index_t(i) * cp + j, cp, m.gates.step_end + j);
     x.subtract(Rows{m.AqT + index_t(i) * cp, cp}, s.M1 + j, cp, j, c);
-    x.add(Rows{S1 + index_t(i) * dp, dp}, s.dUT + j, cp, 0, d);
+    x.add(Rows{W1T + index_t(i) * dp, dp}, s.dUT + j, cp, 0, d);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
       store(HT_dZT + at, load(HT_dZT + at) + load(slopeT + at) * y);
@@ -363,21 +365,21 @@ void MlpBackwardTask::hidden_backward(int c, const MlpState& start, const float*
 void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, const float* dZT) {
   const int c = tokens(chunk);
   const Gates& gates = m.gates;
-  const float* S2 = start.primal[1];
+  const float* W2 = start.primal[1];
 
   if (momentum) {
-    predict(c, hd, s.dZqT, cp, start.carried[1], dp, m.B, ReadSoon());
-    fill_zero(s.dtheta, cp);
-    row_dots(c, dp, m.Q, m.B, s.dtheta);
-    reads_of_carried(c, s.dtheta, 1, start.rho[1]);
-    weigh_rows(c, dp, m.carry[1], m.B, m.B);
+    predict(c, hd, s.dZqT, cp, start.carried[1], dp, m.part, ReadSoon());
+    fill_zero(s.dots, cp);
+    row_dots(c, dp, m.Q, m.part, s.dots);
+    reads_of_carried(c, s.dots, 1, start.rho[1]);
+    weigh_rows(c, dp, m.carry[1], m.part, m.part);
   }
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dZqT + i, cp}, S2 + j, dp, 0, hd);
+    x.add(Cols{s.dZqT + i, cp}, W2 + j, dp, 0, hd);
     x.scale_rows(gates.gamma + i);
     if (gates.decays) x.dot_rows(m.Q + i * dp + j, dp, s.read_sums + i);
-    if (momentum) x.add_matrix(m.B + index_t(i) * dp + j, dp);
+    if (momentum) x.add_matrix(m.part + index_t(i) * dp + j, dp);
     x.subtract(Rows{s.M2 + i * cp, cp}, m.K + j, dp, 0, i + R);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dO + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
@@ -388,14 +390,14 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
   view(p.dv, chunk).write(c, s.dX, dp);
 
   if (momentum) {
-    predict(c, hd, m.GzT, cp, s.JS[1], dp, m.B, ReadSoon());
-    fill_zero(s.dtheta, cp);
-    row_dots(c, dp, m.K, m.B, s.dtheta);
+    predict(c, hd, m.GzT, cp, s.JS[1], dp, m.part, ReadSoon());
+    fill_zero(s.dots, cp);
+    row_dots(c, dp, m.K, m.part, s.dots);
     for (int t = 0; t < c; ++t) {
-      s.dstep[t] += gates.eta[t] * s.dtheta[t];
-      s.deta[t] -= gates.step_end[t] * s.dtheta[t];
+      s.dstep[t] += gates.eta[t] * s.dots[t];
+      s.deta[t] -= gates.step_end[t] * s.dots[t];
     }
-    weigh_rows(c, dp, m.step_weight, m.B, m.B);
+    weigh_rows(c, dp, m.step_weight, m.part, m.part);
   }
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
@@ -404,8 +406,8 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
     x.scale_rows(gates.to_end + i);
     if (!momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.eta + i);
-    if (momentum) x.subtract_matrix(m.B + index_t(i) * dp + j, dp);
-    x.add(Cols{dZT + i, cp}, S2 + j, dp, 0, hd);
+    if (momentum) x.subtract_matrix(m.part + index_t(i) * dp + j, dp);
+    x.add(Cols{dZT + i, cp}, W2 + j, dp, 0, hd);
     x.subtract(Cols{s.M2 + i, cp}, m.Q + j, dp, i, c);
     if (bias.predicts) x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dE + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
@@ -446,11 +448,11 @@ void MlpBackwardTask::state_gradients(int c, const MlpState& start, const float*
   const bool identity = m.retention.identity;
   if (momentum) {
     const auto carried_gradient = [&](int i, const float* leftT, const float* right) {
-      weigh_rows(c, dp, m.carry[i], right, m.B);
+      weigh_rows(c, dp, m.carry[i], right, m.part);
       sweep(hd, dp, [&]<int R, int N>(int row, int j) MIRAS_LAMBDA {
         const index_t at = index_t(row) * dp + j;
         Tile<R, N> x;
-        x.add(Rows{leftT + index_t(row) * cp, cp}, m.B + j, dp, 0, c);
+        x.add(Rows{leftT + index_t(row) * cp, cp}, m.part + j, dp, 0, c);
         x.add_scaled(s.J[i] + at, dp, gates.carried_end(c));
         x.add_scaled(s.JS[i] + at, dp, gates.step_carried_end(c));
         x.store_to(s.JS[i] + at, dp);
@@ -510,7 +512,8 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
     store(m.AqT + at, gelu.value());
     store(s.dZqT + at, gelu.slope());
   });
-  m.read_out(c, start, momentum ? MlpChunk::KeptScores{s.L, s.Theta, s.scores1} : MlpChunk::KeptScores{}, WriteSoon(view(p.dv, chunk), c));
+  const auto kept = momentum ? MlpChunk::KeptScores{s.L, s.Theta, s.scores1} : MlpChunk::KeptScores{};
+  m.read_out(c, start, kept, WriteSoon(view(p.dv, chunk), c));
 
   read_backward(c, start, WriteSoon(view(p.dk, chunk), c));
   write_backward(c, start, slopeT, HT);

@@ -3,9 +3,9 @@
 //   c tokens of the chunk (C at most, Cp padded)   D channels (Dp)   Hd hidden units
 //   T after a name: transposed
 //
-// Matrices of a state are held hidden-major, S1 = W1' and S2 = W2, both [Hd x Dp], and so is what has hidden units, [Hd x Cp]:
+// Matrices of a state are held hidden-major, W1T = W1' and W2, both [Hd x Dp], and so is what has hidden units, [Hd x Cp]:
 //
-//   Z' = S2 K'   U = A S1   Ga' = S1 Gu'   S1 -= A' (..Gu)   S2 -= Gz' (..K)   Zq' = S2 Q' - ..   Uq = Aq S1 - ..
+//   Z' = W2 K'   U = A W1T   Ga' = W1T Gu'   W1T -= A' (..Gu)   W2 -= Gz' (..K)   Zq' = W2 Q' - ..   Uq = Aq W1T - ..
 //
 // Every product finds its second operand in rows, nothing larger than [c x Dp] or [c x c] is transposed, and hidden units need
 // no padding.
@@ -22,6 +22,9 @@ struct MlpState {
   float* primal[2];   // W = phi(A); the duals themselves where phi is the identity
   float* carried[2];  // the momenta S; null without
   Rho* rho;           // [2]
+
+  // Duals, then momenta
+  MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : carried[i - 2]; }
 };
 
 // Room for the states of so many chunks.
@@ -55,7 +58,7 @@ struct MlpChunk {
   LayerNorm norm;
   float *K, *Q, *V;                   // [C x Dp]
   float *KT, *QT;                     // [D x Cp]
-  float *X, *E, *G, *Gu;              // [C x Dp]  LN(A S1) without its affine part; M(K), then its error; psi; g_u
+  float *X, *E, *G, *Gu;              // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi; g_u
   float *GuT;                         // [D x Cp]
   float *U1, *U1_end, *K_end;         // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
   float *AT, *GzT;                    // [Hd x Cp]
@@ -66,7 +69,7 @@ struct MlpChunk {
   float *last_rows, *delta;           // [2 x Cp], [Cp]
   // With momentum, M in place of L and to_end in place of gamma_c / gamma_t, and:
   float *step_weight, *carry[2];      // [Cp]  eta step_end; rho b
-  float *BT, *B;                      // [Hd x Cp], [C x Dp]  a momentum's product with rows
+  float *partT, *part;                // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
 
   MIRAS_FN MlpChunk(Arena& a, const MlpParams& p)
       : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p.retention, p.retention_params),
@@ -82,9 +85,9 @@ struct MlpChunk {
     Xq = a.take(p.C, dp);
     r = a.take(1, cp), rq = a.take(1, cp), weight = a.take(1, cp);
     last_rows = a.take(2, cp), delta = a.take(1, cp);
-    const int carried = gates.momentum;
-    step_weight = a.take(carried, cp), carry[0] = a.take(carried, cp), carry[1] = a.take(carried, cp);
-    BT = a.take(carried * hd, cp), B = a.take(carried * p.C, dp);
+    const int momentum = gates.momentum;
+    step_weight = a.take(momentum, cp), carry[0] = a.take(momentum, cp), carry[1] = a.take(momentum, cp);
+    partT = a.take(momentum * hd, cp), part = a.take(momentum * p.C, dp);
   }
 
   // Once per task: the head's parameters, and zeros right of the diagonals, which stay so.
@@ -157,21 +160,21 @@ struct MlpChunk {
 
   // The inner gradients at a state: Z, X, E, G, Gu, A, Gz, and Ga unless GaT is null.
   void write(const MlpParams& p, const BiasTable& bias, int c, const MlpState& s, float* ZT, float* GaT, ReadSoon soon) {
-    const float *S1 = s.primal[0], *S2 = s.primal[1];
-    hidden_product(c, S2, KT, ZT, soon);
+    const float *W1T = s.primal[0], *W2 = s.primal[1];
+    hidden_product(c, W2, KT, ZT, soon);
     each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
       const Gelu gelu(load(ZT + at));
       store(AT + at, gelu.value());
       store(slopeT + at, gelu.slope());
     });
-    predict(c, hd, AT, cp, S1, dp, X, soon);
+    predict(c, hd, AT, cp, W1T, dp, X, soon);
     norm.normalise(c, X, r);
     errors(p, bias, c);
     transpose(Gu, dp, c, d, GuT, cp);
     sweep_hidden(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> x;
-      x.add(Rows{S1 + index_t(i) * dp, dp}, GuT + j, cp, 0, d, soon);
+      x.add(Rows{W1T + index_t(i) * dp, dp}, GuT + j, cp, 0, d, soon);
       if (GaT) x.store_to(GaT + at, cp);
       x.multiply(slopeT + at, cp);
       x.store_to(GzT + at, cp);
@@ -198,7 +201,8 @@ struct MlpChunk {
   };
 
   // P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
-  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept, WriteSoon soon) {
+  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept,
+              WriteSoon soon) {
     const Cols x{XT, cp};
     if (gates.momentum) {
       const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
@@ -216,41 +220,41 @@ struct MlpChunk {
       for (int t = 0; t < round_up(c, kPad); t += kLanes) store(carry[i] + t, rho[i].value * load(gates.b + t));
   }
 
-  // Zq' = gamma * (S2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2_carried Q')
+  // Zq' = gamma * (W2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2 Q')
   void read_hidden(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
-    const float* S2 = s.primal[1];
+    const float* W2 = s.primal[1];
     scores(c, d, QT, KT, s.rho[1], P2, kept, soon);
     transpose(P2, cp, c, c, P2T, cp);
     weigh_rows(c, cp, gates.eta, P2T, P2T);
     if (gates.momentum) {
       weigh_carried(c, s.rho);
-      hidden_product(c, s.carried[1], QT, BT, ReadSoon());
+      hidden_product(c, s.carried[1], QT, partT, ReadSoon());
     }
     sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> z;
-      z.add(Rows{S2 + index_t(i) * dp, dp}, QT + j, cp, 0, d, soon);
+      z.add(Rows{W2 + index_t(i) * dp, dp}, QT + j, cp, 0, d, soon);
       z.scale_cols(gates.gamma + j);
-      if (gates.momentum) z.add_scaled_cols(BT + at, cp, carry[1] + j);
+      if (gates.momentum) z.add_scaled_cols(partT + at, cp, carry[1] + j);
       z.subtract(Rows{GzT + index_t(i) * cp, cp}, P2T + j, cp, 0, minimum(c, j + N * kLanes));
       z.store_to(AqT + at, cp);
     });
   }
 
-  // Uq = gamma * (Aq S1) - P1 U1, with momentum + carry * (Aq S1_carried), and over it X = LN(Uq)
+  // Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * (Aq S1'), and over it X = LN(Uq)
   void read_out(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
-    const float* S1 = s.primal[0];
+    const float* W1T = s.primal[0];
     scores(c, hd, AqT, AT, s.rho[0], P1, kept, soon);
     weigh_rows(c, dp, gates.eta, Gu, U1);
     if (gates.momentum) {
-      predict(c, hd, AqT, cp, s.carried[0], dp, B, ReadSoon());
-      weigh_rows(c, dp, carry[0], B, B);
+      predict(c, hd, AqT, cp, s.carried[0], dp, part, ReadSoon());
+      weigh_rows(c, dp, carry[0], part, part);
     }
     sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> u;
-      u.add(Cols{AqT + i, cp}, S1 + j, dp, 0, hd);
+      u.add(Cols{AqT + i, cp}, W1T + j, dp, 0, hd);
       u.scale_rows(gates.gamma + i);
-      if (gates.momentum) u.add_matrix(B + index_t(i) * dp + j, dp);
+      if (gates.momentum) u.add_matrix(part + index_t(i) * dp + j, dp);
       u.subtract(Rows{P1 + i * cp, cp}, U1 + j, dp, 0, i + R);
       u.store_to(Xq + i * dp + j, dp);
     });
@@ -275,18 +279,24 @@ static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d,
   copy_out(from[1], dp, hd, d, x[1].data + n * x[1].seq + h * x[1].head, x[1].row);
 }
 
-// ---- what is kept of a chunk's start for the backward: duals, then momenta, [2 or 4][Hd x D] ----
-MIRAS_INLINE int kept_matrices(const MlpParams& p) { return p.momentum ? 4 : 2; }
-MIRAS_INLINE float* kept_state(const MlpParams& p, int64_t n, int64_t h, int64_t chunk) {
-  return p.saved + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * kept_matrices(p) * p.Hd * p.D;
-}
-static void keep_state(const MlpParams& p, int64_t n, int64_t h, int64_t chunk, const MlpState& s, index_t dp) {
-  float* to = kept_state(p, n, h, chunk);
-  for (int i = 0; i < kept_matrices(p); ++i, to += int64_t(p.Hd) * p.D) copy_out(i < 2 ? s.dual[i] : s.carried[i - 2], dp, p.Hd, p.D, to, p.D);
-}
-static void find_state(const MlpParams& p, int64_t n, int64_t h, int64_t chunk, const MlpState& s, index_t dp) {
-  const float* from = kept_state(p, n, h, chunk);
-  for (int i = 0; i < kept_matrices(p); ++i, from += int64_t(p.Hd) * p.D) copy_in(from, p.D, p.Hd, p.D, i < 2 ? s.dual[i] : s.carried[i - 2], dp);
-}
+// ---- what the backward finds of a chunk's start: duals, then momenta, [2 or 4][Hd x D] ----
+struct SavedState {
+  float* data;
+  int matrices, d, hd;
+  index_t dp;
+
+  MIRAS_FN SavedState(const MlpParams& p, int64_t n, int64_t h, int64_t chunk)
+      : matrices(p.momentum ? 4 : 2), d(p.D), hd(p.Hd), dp(round_up(p.D, kPad)) {
+    data = p.saved + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * matrices * hd * d;
+  }
+  MIRAS_FN float* matrix(int i) const { return data + int64_t(i) * hd * d; }
+
+  void write(const MlpState& s) const {
+    for (int i = 0; i < matrices; ++i) copy_out(s.matrix(i), dp, hd, d, matrix(i), d);
+  }
+  void read(const MlpState& s) const {
+    for (int i = 0; i < matrices; ++i) copy_in(matrix(i), d, hd, d, s.matrix(i), dp);
+  }
+};
 
 }  // namespace miras::cpu::MIRAS_LEVEL

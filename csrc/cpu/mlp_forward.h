@@ -10,8 +10,8 @@
 // This is L2Retention without momentum. Else duals A and momenta S are carried for both matrices, with W = phi(A) and rho of each
 // at the chunk's start, M = L Theta in place of L, and b (see Gates):
 //
-//   Zq = gamma * (Q W2') + rho2 (b * (Q S2') - (M o Q K') (eta Gz))    Uq = gamma * (Aq W1') + rho1 (b * (Aq S1') - (M o Aq A') (eta Gu))
-//   A <- gamma_C A + b_C S - sum_s M_Cs ...                            S <- pi_C S - sum_s Theta_Cs ...
+//   Zq = gamma * (Q W2') + rho2 (b * (Q S2') - (M o Q K') (eta Gz))       A <- gamma_C A + b_C S - sum_s M_Cs ...
+//   Uq = gamma * (Aq W1') + rho1 (b * (Aq S1') - (M o Aq A') (eta Gu))    S <- pi_C S - sum_s Theta_Cs ...
 //
 // A task is one head of one sequence. Sizes and layouts: mlp_chunk.h.
 #pragma once
@@ -81,7 +81,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const bool closes = position + c == p.C;
     const int64_t token = p.begin(n) + t;
 
-    if (p.saved && chunk % p.checkpoint_every == 0) keep_state(p, n, h, chunk, state, dp);
+    if (p.saved && chunk % p.checkpoint_every == 0) SavedState(p, n, h, chunk).write(state);
     if (!closes && p.final_start[0]) write_start(), start_written = true;  // this chunk stays open
     if (!opened) m.find_primal(state);
 
