@@ -121,9 +121,10 @@ def mirror(
         store(p_w + o_hd, b_w1, m_hd)
         b_a2 = tl.load(memory + SIZE + o_hd, mask=m_hd, other=PADDING)  # [BH, BD]
         b_shift2 = tl.max(b_a2, 1)[:, None]
+        b_total = total2
         if RETENTION == retentions.ROWS:
-            total2 = tl.sum(retentions.term(b_a2, b_shift2, RETENTION, R0, R1), 1)[:, None]
-        store(p_w + SIZE + o_hd, retentions.primal(b_a2, b_shift2, total2, RETENTION, R0, R1), m_hd)
+            b_total = tl.sum(retentions.term(b_a2, b_shift2, RETENTION, R0, R1), 1)[:, None]  # [BH, 1]
+        store(p_w + SIZE + o_hd, retentions.primal(b_a2, b_shift2, b_total, RETENTION, R0, R1), m_hd)
     return rho1, rho2
 
 
