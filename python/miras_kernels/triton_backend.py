@@ -39,8 +39,6 @@ class TritonBackend:
         if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         linear = call.memory == "linear"
-        if call.log_decay is not None and call.log_decay.dim() == 4:
-            return "it has no channel-wise log_decay [B, T, H, Dv], so far"
         heads = max(call.q.shape[-1], call.v.shape[-1])
         limit, sizes = (configs.MAX_HEAD, configs.CHUNK_SIZES) if linear else (configs.MAX_MLP_HEAD, configs.MLP_CHUNK_SIZES)
         if heads > limit:
