@@ -52,7 +52,6 @@ from .tiles import (
     load_update,
     owner_of,
     pair_decay,
-    pairs_of,
     rounded,
     sequence_of,
     slot_of,
@@ -86,7 +85,8 @@ def linear_pre(
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
     grad_out += row * Dv
-    pairs = pairs_of(pairs, i_slot * H + i_h, C)
+    if pairs is not None:
+        pairs += (i_slot * H + i_h) * C * C
 
     b_r = tl.zeros((BC, BV), tl.float32)
     for i_t in range(i_r, NC):
@@ -232,7 +232,9 @@ def linear_epi(
     place = i_slot * H + i_h
     states += place * Dk * Dv
     grad_states += place * Dk * Dv
-    pairs, rho = pairs_of(pairs, place, C), load_scale(scales, place)
+    rho = load_scale(scales, place)
+    if pairs is not None:
+        pairs += place * C * C
     if CHANNELS:
         grad_scores += place * C * C
     if momenta is not None:

@@ -40,7 +40,6 @@ from .tiles import (
     load_update,
     only_if,
     owner_of,
-    pairs_of,
     rounded,
     sequence_of,
     store,
@@ -184,7 +183,9 @@ def channel_output(
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
     scores += place * C * C
-    steps, rho = pairs_of(steps, place, C), load_scale(scales, place)
+    rho = load_scale(scales, place)
+    if steps is not None:
+        steps += place * C * C
 
     b_o = tl.zeros((C, BV), tl.float32)
     b_carried = tl.zeros((C, BV), tl.float32)
@@ -234,7 +235,8 @@ def channel_pre(
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
     scores += (i_slot * H + i_h) * C * C
     grad_scores += ((i_v * SLOTS + i_slot) * H + i_h) * C * C
-    steps = pairs_of(steps, i_slot * H + i_h, C)
+    if steps is not None:
+        steps += (i_slot * H + i_h) * C * C
     b_u = load_update(
         v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
         Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,

@@ -52,7 +52,6 @@ from .tiles import (
     only_if,
     owner_of,
     pair_decay,
-    pairs_of,
     part_of,
     rounded,
     sequence_of,
@@ -176,7 +175,9 @@ def linear_output(
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
     place = i_slot * H + i_h
     states += place * Dk * Dv
-    pairs, rho = pairs_of(pairs, place, C), load_scale(scales, place)
+    rho = load_scale(scales, place)
+    if pairs is not None:
+        pairs += place * C * C
 
     b_o = tl.zeros((BC, BV), tl.float32)
     for i_k in range(0, (Dk + BK - 1) // BK):

@@ -81,7 +81,11 @@ def mirror(
     memory, p_w, i_c,
     D: tl.constexpr, Hd: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
 ):  # fmt: skip
-    """``phi`` of both duals to ``p_w``; returns their rho. A row of W1 is a column of S1, a row of W2 one of ``memory``."""
+    """``phi`` of both duals to ``p_w``; returns their rho. A row of W1 is a column of S1, a row of W2 one of ``memory``.
+
+    S1 is read through a LayerNorm alone, for which the mean of its row is nothing. Where all of W1 lies about 1/2 that mean is taken off:
+    rounding it would be an error as large as what is left.
+    """
     SIZE: tl.constexpr = Hd * D
     PADDING: tl.constexpr = retentions.BOTTOM if RETENTION == retentions.ROWS else 0.0
     o_d = lanes(BD, i_c, 8)
@@ -111,12 +115,16 @@ def mirror(
         o_h = i * BH + lanes(BH, i_c, 9)
         o_hd, m_hd = o_h[:, None] * D + o_d[None, :], inside(o_h, Hd, BH)[:, None] & m_d[None, :]
         b_a1 = tl.load(memory + o_hd, mask=m_hd, other=PADDING)  # [BH, BD]
-        store(p_w + o_hd, retentions.primal(b_a1, b_shift1[None, :], total1, RETENTION, R0, R1), m_hd)
+        b_w1 = retentions.primal(b_a1, b_shift1[None, :], total1, RETENTION, R0, R1)
+        if RETENTION == retentions.SIGMOID:
+            b_w1 = tl.where(m_hd, b_w1 - (tl.sum(tl.where(m_hd, b_w1, 0.0), 1) / D)[:, None], 0.0)
+        store(p_w + o_hd, b_w1, m_hd)
         b_a2 = tl.load(memory + SIZE + o_hd, mask=m_hd, other=PADDING)  # [BH, BD]
         b_shift2 = tl.max(b_a2, 1)[:, None]
+        b_total = total2
         if RETENTION == retentions.ROWS:
-            total2 = tl.sum(retentions.term(b_a2, b_shift2, RETENTION, R0, R1), 1)[:, None]
-        store(p_w + SIZE + o_hd, retentions.primal(b_a2, b_shift2, total2, RETENTION, R0, R1), m_hd)
+            b_total = tl.sum(retentions.term(b_a2, b_shift2, RETENTION, R0, R1), 1)[:, None]  # [BH, 1]
+        store(p_w + SIZE + o_hd, retentions.primal(b_a2, b_shift2, b_total, RETENTION, R0, R1), m_hd)
     return rho1, rho2
 
 

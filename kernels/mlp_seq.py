@@ -358,10 +358,11 @@ def pull_back(
         tl.store(p_memory + o_hd, b_j1 + retentions.pull(b_g1, b_a1, b_w1, along1, rho1, RETENTION, R0, R1), mask=m_hd)
         b_g2, b_a2 = tl.load(p_primal + SIZE + o_hd, mask=m_hd, other=0.0), tl.load(p_duals + SIZE + o_hd, mask=m_hd, other=0.0)
         b_w2 = tl.load(p_w + SIZE + o_hd, mask=m_hd, other=0.0).to(tl.float32)  # [BH, BD]
+        b_along = along2
         if RETENTION == retentions.ROWS:
-            along2 = tl.sum(retentions.along(b_g2, b_a2, b_w2, RETENTION), 1)[:, None]
+            b_along = tl.sum(retentions.along(b_g2, b_a2, b_w2, RETENTION), 1)[:, None]  # [BH, 1]
         b_j2 = tl.load(p_memory + SIZE + o_hd, mask=m_hd, other=0.0) * gamma
-        tl.store(p_memory + SIZE + o_hd, b_j2 + retentions.pull(b_g2, b_a2, b_w2, along2, rho2, RETENTION, R0, R1), mask=m_hd)
+        tl.store(p_memory + SIZE + o_hd, b_j2 + retentions.pull(b_g2, b_a2, b_w2, b_along, rho2, RETENTION, R0, R1), mask=m_hd)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -171,15 +171,6 @@ def load_scale(scales, place):
 
 
 @triton.jit
-def pairs_of(pairs, place, C: tl.constexpr):
-    """A chunk and head's matrix ``[C, C]`` of ``pairs [slots, H, C, C]``, M or Theta; None without momentum."""
-    if pairs is None:
-        return None
-    else:
-        return pairs + place * C * C
-
-
-@triton.jit
 def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, m_later, m_earlier):
     """Weight of the write of s in the state of t, 0 for s > t: ``L_ts = gamma_t / gamma_s``, with momentum M_ts from the chunk's ``pairs``.
 

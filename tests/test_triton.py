@@ -34,10 +34,10 @@ def quick(case: Case) -> bool:
     """The interpreter takes a millisecond for every operation on a tile: cases that repeat what others test are on GPUs only."""
     if DEVICE == "cuda" or case in PLAIN:
         return DEVICE == "cuda" or not case.name.startswith(("linear-many-heads", "linear-l2-long"))
-    if case.decay == "channel" or not (case.retention.tag or case.momentum):
-        return True
-    bias = "l2" if not (case.momentum or case.lengths) else "huber_switch" if case.momentum else "huber_coordinate"
-    return case.name.startswith(f"linear-{bias}-")
+    coupling = ["lq", "kl"]
+    once = [f"linear-l2-{gate.name}" for gate in GATES.values()] + ["linear-l2-l2-momentum"]
+    once += [f"linear-huber_switch-{gate}-momentum" for gate in coupling] + [f"linear-huber_coordinate-{gate}-packed" for gate in coupling]
+    return case.decay == "channel" or case.name in once
 
 
 QUICK = [case for case in SERVED if quick(case)]
@@ -144,7 +144,7 @@ def test_sixteen_bits_are_as_good_as_pytorch_at_sixteen_bits():
             assert error <= 1.5 * relative_error(usual[name], value) + 2.0**-9, (bias, name, error)
 
 
-@pytest.mark.parametrize("case", [*PLAIN[::6], *SERVED[len(PLAIN) :: 20]], ids=str)
+@pytest.mark.parametrize("case", [*PLAIN[::6], *[case for case in QUICK if case not in PLAIN][::5]], ids=str)
 def test_bitwise_repeatable(case):
     inputs = case.draw(torch.bfloat16, DEVICE)
     first = evaluate(inputs, "triton")
