@@ -279,6 +279,17 @@ def test_the_item_is_done_again_without_who_poisoned_it():
     assert found == {"results": [{"shape": "s"}], "left_out": []}
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_green_gate_that_says_little_is_told():
+    rows = {"name": "grad_k", "error": 0.9, "budget": 1.2}, {"name": "out", "error": 0.1, "budget": 0.2}
+    gates = [{"ok": True, "loosest": rows[i], "short": {"loosest": rows[1]}} for i in range(2)]
+    field = gpu_bench.Field(item(), TOY, print)
+    field.settings = dataclasses.replace(TOY, toy=False)
+    for field.gates["l2"] in gates:
+        field._doubt("l2")
+    assert field.notes == ["l2: parity says little, in bfloat16 grad_k may be off by 1.2e+00 here"]
+
+
 def test_what_is_planned():
     """Who is timed where; what is not even tried is said."""
     asked = []
