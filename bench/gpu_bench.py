@@ -11,7 +11,7 @@ import torch
 import gpu_peers
 import harness
 from contenders import kernel, refusal
-from gpu_gate import CHUNKS, gate
+from gpu_gate import CHUNKS, SAYS_LITTLE, gate
 from gpu_measure import by_kernel, first_call, first_line, interleave, peak_mib, release, summary, usable
 from gpu_plan import BOTH, COMPILED, DIRECTIONS, EAGER, PLAIN, Settings, is_ours, shape_of
 from gpu_tensors import DTYPE, Tensors, all_finite, compiled, difference, eager, short
@@ -92,6 +92,7 @@ class Field:
                 if not self.gates[name]["ok"]:
                     self.notes.append(f"{name}: parity is red, not timed ({_why(self.gates[name])})")
                     return
+                self._doubt(name)
             run = kernel(inputs, self.settings.backend, self.direction)
         elif name in (EAGER, COMPILED):
             run = (eager if name == EAGER else compiled)(self.tensors.inputs(self.base), self.direction)
@@ -106,6 +107,12 @@ class Field:
         del result
         if is_ours(name) or not self._is_slow(name, run):
             self.runs[name] = run
+
+    def _doubt(self, name: str) -> None:
+        """Where bfloat16 itself is far from float64 (PyTorch's too), a green gate says little, and is told to."""
+        loose = max((self.gates[name]["loosest"], self.gates[name]["short"]["loosest"]), key=lambda row: row["budget"])
+        if loose["budget"] > SAYS_LITTLE and not self.settings.toy:
+            self.notes.append(f"{name}: parity says little, in bfloat16 {loose['name']} may be off by {loose['budget']:.1e} here")
 
     def _is_slow(self, name: str, run: Callable) -> bool:
         """Whether a call takes too long to be made in every round; then one is timed alone."""

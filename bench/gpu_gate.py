@@ -25,6 +25,8 @@ FACTOR = 3.0
 #: slope, or another value; a toy has so few numbers that one such error is much of it
 KINKS = {"huber_coordinate": (0.0, 0.1), "huber_switch": (0.1, 0.1)}
 TOY_KINK = 10.0
+#: a relative error that may be as large as this says little: bfloat16 shares no digit with float64 there
+SAYS_LITTLE = 0.5
 #: chunks that the full call's comparison looks at
 CHUNKS = 4
 
@@ -43,7 +45,8 @@ def gate(inputs: Inputs, shape: Shape, settings: Settings, name: str) -> dict:
     reached = {"out": out} | {f"grad_{leaf}": x for leaf, x in zip(inputs.leaves(), grads, strict=True)}
     rows = _rows(inputs, tokens, reached, settings)
     ok = short["ok"] and finite and all(row["ok"] for row in rows) and not settings.planted("red", name)
-    return {"ok": ok, "finite": finite, "short": short, "worst": max(rows, key=lambda row: row["error"] / row["budget"]), **_errors(rows)}
+    worst, loosest = max(rows, key=lambda row: row["error"] / row["budget"]), max(rows, key=lambda row: row["budget"])
+    return {"ok": ok, "finite": finite, "short": short, "worst": worst, "loosest": loosest, **_errors(rows)}
 
 
 def _errors(rows: list[dict]) -> dict[str, float]:
@@ -61,7 +64,8 @@ def _short(few: Shape, name: str, settings: Settings) -> dict:
     case = short_case(few, name)
     report = check(case, settings.backend, DTYPE, settings.device)
     rows = [{"name": row.name, "error": row.error, "eager": row.usual} for row in report.rows]
-    return {"ok": report.ok, "worst": dataclasses.asdict(report.worst), **_errors(rows)}
+    loosest = dataclasses.asdict(max(report.rows, key=lambda row: row.budget))
+    return {"ok": report.ok, "worst": dataclasses.asdict(report.worst), "loosest": loosest, **_errors(rows)}
 
 
 def few_chunks(shape: Shape, settings: Settings) -> Shape:

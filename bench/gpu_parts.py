@@ -301,7 +301,7 @@ def _warm(run: Run, end: float, ours: list[tuple[str, str]]) -> dict:
         every = [{"task": "warm", **item} for item in items]
         for item, answer in spread(every, pool, 90.0, time.time() + 0.35 * (end - time.time())):
             if answer is None or answer.error:
-                notes.append(f"{item['contender']}: {answer.error if answer else LATE}")
+                notes.append(f"{item['shape']} {item['contender']}: compiling it before: {answer.error if answer else LATE}")
     finally:
         for worker in pool:
             worker.close()

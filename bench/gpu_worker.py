@@ -22,6 +22,8 @@ from harness import OverBudget, machine, versions
 
 Doing = Callable[[str], None]
 
+PEERS = ("fla-core", "mlstm-kernels", "attn-gym", "titans-pytorch", "einops")
+
 
 def environment(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
     """What is here: nothing is changed, only asked."""
@@ -30,8 +32,7 @@ def environment(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
 
     yield {
         "host": machine(),
-        "versions": {**versions("numpy", "triton", "fla-core", "mlstm-kernels", "attn-gym", "einops"), "torch": torch.__version__,
-                     "miras-kernels": miras_kernels.__version__},
+        "versions": {**versions("numpy", "triton", *PEERS), "torch": torch.__version__, "miras-kernels": miras_kernels.__version__},
         "device": _device(settings), "triton": _triton(settings), "unavailable": dispatch.unavailable(settings.backend),
         "configs": {name: list(labels) for name, labels in _table(settings).items()}, "denied": _denied(settings),
     }  # fmt: skip

@@ -161,6 +161,19 @@ def test_which_shapes_a_study_has():
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_titans_has_our_sizes(dtype):
+    """Where it is installed: an output like ours, gradients of all that it has, in the dtype of the inputs."""
+    pytest.importorskip("titans_pytorch")
+    inputs = contenders.make_case("MLP D64 C64", SETTINGS).draw(dtype)
+    run, leaves = contenders.titans_layer(inputs)
+    out = run()
+    assert (out.shape, out.dtype) == (inputs.grad_out.shape, dtype)
+    assert all(x is not None and x.isfinite().all() for x in torch.autograd.grad(out, leaves, inputs.grad_out))
+    assert contenders.titans(inputs, contenders.FORWARD)()[0].shape == out.shape
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_no_time_for_a_baseline_that_computes_something_else(monkeypatch):
     monkeypatch.setattr(studies, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
     forward = next(studies.study_shapes("D64 C64", 1, SETTINGS))

@@ -279,6 +279,39 @@ def test_the_item_is_done_again_without_who_poisoned_it():
     assert found == {"results": [{"shape": "s"}], "left_out": []}
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_green_gate_that_says_little_is_told():
+    rows = {"name": "grad_k", "error": 0.9, "budget": 1.2}, {"name": "out", "error": 0.1, "budget": 0.2}
+    gates = [{"ok": True, "loosest": rows[i], "short": {"loosest": rows[1]}} for i in range(2)]
+    field = gpu_bench.Field(item(), TOY, print)
+    field.settings = dataclasses.replace(TOY, toy=False)
+    for field.gates["l2"] in gates:
+        field._doubt("l2")
+    assert field.notes == ["l2: parity says little, in bfloat16 grad_k may be off by 1.2e+00 here"]
+
+
+def test_what_is_planned():
+    """Who is timed where; what is not even tried is said."""
+    asked = []
+    settings = dataclasses.replace(TOY, device="cpu", compile_seconds=60.0)
+    ask = lambda item, end, most=300.0: asked.append(item) or gpu_process.Answer([{}])
+    run = types.SimpleNamespace(ask=ask, settings=settings, shapes=tuple(gpu_plan.SHAPES), env={})
+    found = gpu_parts.mlp(run, math.inf)
+    shapes = [name for name, shape in gpu_plan.SHAPES.items() if shape.hidden]
+    times = [(i["shape"], i["direction"]) for i in asked if "compile" not in i["contenders"]]
+    assert times == [(shape, direction) for shape in shapes for direction in (BOTH, FORWARD)]
+    assert all(i["contenders"][0] == "huber_coordinate" and "titans-pytorch" in i["contenders"] for i in asked[: len(times)])
+    assert [i["shape"] for i in asked[len(times) :]] == [MLP_SMALLEST] * 2
+    assert found["left_out"][0] == f"{MLP_TARGET}, compile: it unrolls 256 chunks, which takes minutes" and len(found["left_out"]) == 3
+    asked.clear()
+    gpu_parts.recurrence(run, math.inf)
+    assert [(i["shape"], i["direction"]) for i in asked] == [(TARGET, BOTH), (MLP_SMALLEST, BOTH)]
+    assert [i["contenders"] for i in asked] == [list(contenders.recurrences(memory)) for memory in ("linear", "mlp")]
+    asked.clear()
+    gpu_parts.memory(run, math.inf)
+    assert [i["shape"] for i in asked[::2]][:2] == [TARGET, MLP_TARGET] and asked[2]["contenders"][0] == "huber_coordinate"
+
+
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
@@ -560,6 +593,35 @@ def test_bench_on_a_device(monkeypatch, pretended_gpu, direction):
     assert "| **l2**" in gpu_report._bench(document)
 
 
+def test_the_mlp_memory_on_a_device(monkeypatch, pretended_gpu):
+    """Times, peak memory, and who has none: against its targets."""
+    _, _, missing, _ = fake_peers(monkeypatch)
+    gpu_peers.PEERS[gpu_peers.TITANS] = gpu_peers.Peer("t", lambda x: (lambda: 2 * x.q, (x.q,)), memory="mlp", compiles=False)
+    wanted = item(BOTH, ("huber_coordinate", "eager", gpu_peers.TITANS, missing), MLP_TARGET)
+    (times,) = gpu_bench.bench(wanted, pretended_gpu, lambda what: None)
+    assert set(times["ms"]) == {"huber_coordinate", "eager", gpu_peers.TITANS} and times["failed"].keys() == {missing}
+    (weighed,) = gpu_bench.memory(wanted, pretended_gpu, lambda what: None)
+    assert weighed["peak_mib"]["huber_coordinate"] == 3.0
+
+    def out_of_memory(run):
+        raise torch.OutOfMemoryError("Tried to allocate 80 GiB")
+
+    monkeypatch.setattr(gpu_bench, "peak_mib", out_of_memory)
+    (too_large,) = gpu_bench.memory(wanted, pretended_gpu, lambda what: None)
+    assert too_large["failed"]["huber_coordinate"] == "OutOfMemoryError: Tried to allocate 80 GiB"
+    document = {"environment": {"device": {"memory_gib": 80.0}}, "settings": {"toy": False}, "mlp": {"results": [times]}, "ceilings": ONE}
+    for memory, verdict in ((weighed, "met"), (too_large, "NOT met"), ({**weighed, "peak_mib": {}}, "not measured")):
+        found = {t["name"]: t for t in gpu_report.judge({**document, "memory": {"results": [memory]}})}
+        (peak,) = (t for name, t in found.items() if "peak memory" in name)
+        assert (peak["limit"], peak["verdict"]) == (80.0, verdict)
+    (share,) = (t for name, t in found.items() if "matrix product's rate" in name)
+    assert share["limit"] == 0.25 and share["value"] == pytest.approx(gpu_plan.flops(gpu_plan.SHAPES[MLP_TARGET])[BOTH] / 1e14 * 1e3)
+    (titans,) = (t for name, t in found.items() if gpu_peers.TITANS in name)
+    assert (titans["value"], titans["limit"], titans["verdict"]) == (1.0, 10.0, "NOT met") and MLP_TARGET in titans["name"]
+    assert "| **huber_coordinate**" in gpu_report._bench(document)
+    assert "huber_coordinate" in gpu_report._memory({"memory": {"results": [weighed]}})
+
+
 def test_memory_on_a_device(monkeypatch, pretended_gpu):
     everyone = ("l2", *fake_peers(monkeypatch))
     (result,) = gpu_bench.memory(item(BOTH, everyone), pretended_gpu, lambda what: None)
@@ -570,7 +632,7 @@ def test_other_tasks_on_a_device(monkeypatch, pretended_gpu):
     fake_peers(monkeypatch)
     monkeypatch.setattr(gpu_peers, "compile_share", lambda index, count: None)
     quiet = lambda what: None
-    for name in ("l2", "runs"):
+    for name in ("l2", "momentum", "runs"):
         assert list(gpu_bench.warm(item(contender=name, index=0, count=1), pretended_gpu, quiet)) == [{"contender": name}]
     (ceilings,) = gpu_bench.ceilings({}, pretended_gpu, quiet)
     assert ceilings["copy_bytes_per_s"] == pytest.approx(2 * 2**20 * 1e3) and ceilings["matmul_flops_per_s"] == pytest.approx(
@@ -580,6 +642,9 @@ def test_other_tasks_on_a_device(monkeypatch, pretended_gpu):
     assert first["first_s"]["l2"] > 0
     (tuned,) = gpu_configs.tuning(item(kernel="reference_forward", skip=[]), pretended_gpu, quiet)
     assert tuned["fastest"] == tuned["chosen"] == "a" and tuned["chosen_over_fastest"] == 1.0
+    for memory in ("linear", "mlp"):
+        watched = {"memory": memory, "kernels": ["reference_backward"]}
+        assert list(gpu_worker.toy(watched, pretended_gpu, quiet)) == [watched]
     rows = list(gpu_configs.parity(item(kernel="reference_forward", label="a"), pretended_gpu, quiet))
     assert [r["status"] for r in rows] == ["ok"]
 
