@@ -52,7 +52,7 @@ class Key:
     """What a configuration is chosen by.
 
     Sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units; tag of the retention gate, whether
-    there is momentum.
+    there is momentum, whether log-decays go by channel.
     """
 
     key_dim: int
@@ -63,6 +63,7 @@ class Key:
     hidden: int = 0
     retention: int = 0
     momentum: bool = False
+    channels: bool = False
 
     @property
     def padded_k(self) -> int:
@@ -84,7 +85,7 @@ class Key:
 
     def streams(self, chain: str) -> bool:
         """Whether the states of ``"linear_state"`` or ``"linear_seq"`` stay in memory (linear_stream.py) or in registers."""
-        if self.retention or self.momentum:  # more than one matrix, or passes over it
+        if self.retention or self.momentum or self.channels:  # more than one matrix, or passes over it
             return True
         if _streaming is not None:
             return _streaming
@@ -121,6 +122,16 @@ def _wide(key: Key) -> bool:
     return key.itemsize == 4
 
 
+def _wide_pair(key: Key) -> bool:
+    """Two matrices a chain, multiplied without tensor cores."""
+    return key.itemsize == 4 and key.momentum
+
+
+def _tall(key: Key) -> bool:
+    """Long chunks, with two matrices a chain or weights of their own for every channel."""
+    return key.itemsize == 2 and key.chunk_size == 128 and (key.momentum or key.channels)
+
+
 #: (configuration, whether it serves a key), the preferred one first; at most 8 for a kernel
 RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay": ((Config(16, 16, 4, 1), _always),),
@@ -133,7 +144,8 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     ),
     "linear_state_streamed": (
         (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
-        (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
+        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4) and not _wide_pair(key)),
+        (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_output": (
         (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
@@ -158,22 +170,31 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_seq_streamed": (
-        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
-        (Config(32, 32, 8, 1, 255), lambda key: key.coupled or key.itemsize == 4),
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _tall(key)),
+        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4) and not _tall(key) and not _wide_pair(key)),
+        (Config(16, 32, 8, 1, 255), _tall),
+        (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_epi": (
         (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
         (Config(32, 32, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
         (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
-        (Config(32, 32, 8, 1, 255), _wide),
+        (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 4 and not key.momentum),
+        (Config(16, 32, 8, 1, 255), _wide_pair),
     ),
     "linear_decay_grad": ((Config(16, 16, 4, 1, 255), _always),),
     "momentum_weights": ((Config(16, 16, 4, 1), _always),),
     "momentum_pairs": (
-        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2),
+        (Config(32, 32, 4, 2), lambda key: key.itemsize == 2),
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "momentum_grad": ((Config(16, 16, 4, 1), _always),),
+    "channel_decay": ((Config(32, 32, 4, 1), _always),),
+    "channel_momentum": ((Config(32, 32, 1, 1), _always),),
+    "channel_scores": ((Config(64, 64, 4, 2), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
+    "channel_output": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_pre": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_decay_grad": ((Config(32, 32, 4, 1, 255), _always),),
     "mlp_chain": (
         (Config(0, 16, 2, 1, 255), lambda key: key.chunk_size == 16),
         (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),

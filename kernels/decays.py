@@ -1,7 +1,7 @@
 """What the gates of a chunk amount to: two small kernels, parallel over chunks.
 
     linear_decay       gamma_t, gamma_C / gamma_s, and log-decays whose differences give L_ts = gamma_t / gamma_s
-    momentum_weights   with momentum: gamma, M_C, b, pi, Theta_C as rows of `decays`, M as `pairs`, Theta as `steps`
+    momentum_weights   with momentum: gamma, M_C, b as rows of `decays`, pi, Theta_C as rows of `moves`, M as `pairs`, Theta as `steps`
 
 With momentum the weight of the write of token s in the state of token t is no longer L_ts but ``M = L Theta``, with
 ``Theta_ts = theta_{s+1} ... theta_t``; the carried S_0 enters the state with weight b_t, the next momentum with pi_t. By rows:
@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import linear_channel
 from .launch import Problem, launch
-from .tiles import LENGTHS, LOWEST, UNIT, only_if, owner_of, sequence_of
+from .tiles import CARRY, LENGTHS, LOWEST, UNIT, only_if, owner_of, sequence_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -69,12 +70,15 @@ def linear_decay(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def momentum_weights(
-    log_decay, momentum, position, decays, pairs, steps,
+    log_decay, momentum, position, decays, moves, pairs, steps,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     C: tl.constexpr,
 ):  # fmt: skip
-    """``decays [5, B, T, H]``: gamma_t, M_Cs, b_t, pi_t, Theta_Cs, token C the last; ``pairs, steps [slots, H, C, C]``: M, Theta."""
+    """``decays [3, B, T, H]``: gamma_t, M_Cs, b_t; ``moves [2, B, T, H]``: pi_t, Theta_Cs; ``pairs, steps [slots, H, C, C]``: M, Theta.
+
+    Token C is the chunk's last one. Decays that go by channel are left to channel_momentum: `log_decay`, `decays` and `pairs` are None.
+    """
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
@@ -109,16 +113,18 @@ def momentum_weights(
                 b_carry *= b_alpha
             b_pair = tl.where(here, b_pair + b_step, b_pair)
             b_carry = tl.where(here, b_carry + b_pi, b_carry)
-            tl.store(decays + p_g, b_gamma, mask=m_g)
-            tl.store(decays + 2 * ROW + p_g, b_carry, mask=m_g)
-            tl.store(decays + 3 * ROW + p_g, b_pi, mask=m_g)
-            tl.store(pairs + i_t * C + o_hs, b_pair, mask=m_h[:, None])
+            tl.store(moves + p_g, b_pi, mask=m_g)
+            if decays is not None:
+                tl.store(decays + p_g, b_gamma, mask=m_g)
+                tl.store(decays + CARRY * ROW + p_g, b_carry, mask=m_g)
+                tl.store(pairs + i_t * C + o_hs, b_pair, mask=m_h[:, None])
             if steps is not None:
                 tl.store(steps + i_t * C + o_hs, b_step, mask=m_h[:, None])
         p_end = row + o_c[None, :] * H + i_h + o_h[:, None]
         m_end = m_c[None, :] & m_h[:, None]
-        tl.store(decays + ROW + p_end, b_pair, mask=m_end)
-        tl.store(decays + 4 * ROW + p_end, b_step, mask=m_end)
+        if decays is not None:
+            tl.store(decays + ROW + p_end, b_pair, mask=m_end)
+        tl.store(moves + ROW + p_end, b_step, mask=m_end)
 
 
 # -------------------------------------------------------------------------------------------------------------- launchers
@@ -137,24 +143,31 @@ def chunk_decays(p: Problem) -> Tensor | None:
 class Weights(NamedTuple):
     """What the gates of every chunk amount to; without momentum, or without any gate, what is not needed is None."""
 
-    decays: Tensor | None  # [4, B, T, H] as linear_decay leaves them, or [5, B, T, H] as momentum_weights does
-    pairs: Tensor | None = None  # [slots, H, C, C] float32   M
-    steps: Tensor | None = None  # [slots, H, C, C] float32   Theta, for a backward
+    decays: Tensor | None  # [4, B, T, H] from linear_decay, [3, B, T, H] from momentum_weights, [2 or 3, B, T, H, Dv] by channel
+    moves: Tensor | None = None  # [2, B, T, H]   pi, Theta_C
+    pairs: Tensor | None = None  # [slots, H, C, C] float32   M, unless decays go by channel
+    steps: Tensor | None = None  # [slots, H, C, C] float32   Theta, for a backward, and where decays go by channel
 
-    def forward(self) -> dict[str, Tensor | None]:
-        """As most kernels take them."""
-        return dict(decays=self.decays, pairs=self.pairs)
+    def only(self, *names: str) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in names}
 
 
 def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     """The weights of a call; ``backward`` adds what the gates' gradients read."""
     if p.momentum is None:
-        return Weights(chunk_decays(p))
-    decays = p.empty(5, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    square = (p.slots.count, p.heads, p.chunk_size, p.chunk_size)
-    weights = Weights(decays, *(p.empty(*square, dtype=torch.float32) if wanted else None for wanted in (True, backward)))
+        return Weights(linear_channel.decays_by_channel(p) if p.key.channels else chunk_decays(p))
+    square, by_channel = (p.slots.count, p.heads, p.chunk_size, p.chunk_size), p.key.channels
+
+    def empty(wanted: bool, *shape: int) -> Tensor | None:
+        return p.empty(*shape, dtype=torch.float32) if wanted else None
+
+    tokens = (p.batch, p.tokens, p.heads)
+    weights = Weights(
+        empty(not by_channel, 3, *tokens), empty(True, 2, *tokens), empty(not by_channel, *square), empty(backward or by_channel, *square)
+    )
     launch(
         momentum_weights, p, p.slots.count, None,
-        log_decay=p.log_decay, momentum=p.momentum, position=p.position, **weights._asdict(), ROW=p.row, C=p.chunk_size, **p.tables(),
+        log_decay=None if by_channel else p.log_decay, momentum=p.momentum, position=p.position, **weights._asdict(),
+        ROW=p.row, C=p.chunk_size, **p.tables(),
     )  # fmt: skip
-    return weights
+    return weights._replace(decays=linear_channel.decays_by_channel(p, weights.moves)) if by_channel else weights

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decays import Weights
 from .launch import Problem, launch
-from .tiles import LENGTHS, dot, inside, load_scale, load_update, only_if, owner_of, rounded, sequence_of
+from .tiles import CARRY, LENGTHS, dot, inside, load_scale, load_update, only_if, owner_of, rounded, sequence_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -115,12 +115,12 @@ def momentum_pairs(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def momentum_grad(
-    log_decay, momentum, decays, pairs, steps,
+    log_decay, momentum, decays, moves, pairs, steps,
     grad_pairs, rows_read, rows_kept, rows_step, rows_carry, inner,
     grad_log_decay, grad_momentum,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
-    C: tl.constexpr,
+    C: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """``d log alpha, d theta [B, T, H]`` of one chunk and all heads. With g for a gradient, token C the chunk's last, backwards from it:
 
@@ -130,7 +130,8 @@ def momentum_grad(
 
     starting from ``grad_pairs [slots, H, C, C]`` (read on and below the diagonal) for gM, and for its row C also ``rows_kept``;
     ``rows_step`` for gTheta_C; ``rows_carry`` for gb; ``rows_read`` for gamma_t ggamma_t ``[B, T, H]``; and what the next chunk asks,
-    ``inner [3, slots, H]``: <J, A_0> of gamma_C, <J, S_0> of b_C, <JS, S_0> of pi_C.
+    ``inner [3, slots, H]``: <J, A_0> of gamma_C, <J, S_0> of b_C, <JS, S_0> of pi_C. ``SUMMED``: decays go by channel, channel_decay_grad
+    has done the sums over them; gTheta is ``grad_pairs + rows_step`` then, gpi is ``rows_carry + <JS, S_0>``, and alpha counts as 0.
     """
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
@@ -149,10 +150,14 @@ def momentum_grad(
         p_last, p_inner = row + (count - 1) * H + i_h + o_h, inner + i_slot * H + i_h + o_h
         p_end = row + o_c[None, :] * H + i_h + o_h[:, None]
         m_end, m_last = (o_c < count)[None, :] & m_h[:, None], only_if(count > 0, m_h)
-        b_pair = tl.load(rows_kept + p_end, mask=m_end, other=0.0)  # gM_t [BH, C]
+        b_pair = tl.zeros((BH, C), tl.float32)  # gM_t
+        b_read = tl.zeros((BH,), tl.float32)
+        b_carry = tl.zeros((BH,), tl.float32)  # gb_t
+        if not SUMMED:
+            b_pair += tl.load(rows_kept + p_end, mask=m_end, other=0.0)
+            b_read += tl.load(decays + p_last, mask=m_last, other=0.0) * tl.load(p_inner, mask=m_h, other=0.0)
+            b_carry += tl.load(p_inner + SLOTS * H, mask=m_h, other=0.0)
         b_step = tl.load(rows_step + p_end, mask=m_end, other=0.0)  # gTheta_t [BH, C]
-        b_read = tl.load(decays + p_last, mask=m_last, other=0.0) * tl.load(p_inner, mask=m_h, other=0.0)
-        b_carry = tl.load(p_inner + SLOTS * H, mask=m_h, other=0.0)  # gb_t
         b_pi = tl.load(p_inner + 2 * SLOTS * H, mask=m_h, other=0.0)  # gpi_t
         for i in range(0, count):
             i_t = count - 1 - i
@@ -164,7 +169,7 @@ def momentum_grad(
             b_pi += b_carry
             b_theta = tl.load(momentum + p_g, mask=m_h, other=0.0)
             b_dtheta = tl.sum(b_step * tl.load(steps + (i_t - 1) * C + o_hs, mask=m_past, other=0.0), 1)
-            b_dtheta += b_pi * tl.load(decays + 3 * ROW + p_g - H, mask=m_before, other=1.0)
+            b_dtheta += b_pi * tl.load(moves + p_g - H, mask=m_before, other=1.0)
             tl.store(grad_momentum + p_g, b_dtheta, mask=m_h)
             b_step = tl.where(m_past, b_step * b_theta[:, None], 0.0)
             b_pi *= b_theta
@@ -172,11 +177,15 @@ def momentum_grad(
                 b_read += tl.load(rows_read + p_g, mask=m_h, other=0.0)
                 b_alpha = tl.exp(tl.load(log_decay + p_g, mask=m_h, other=0.0))
                 b_dalpha = tl.sum(b_pair * tl.load(pairs + (i_t - 1) * C + o_hs, mask=m_past, other=0.0), 1)
-                b_dalpha += b_carry * tl.load(decays + 2 * ROW + p_g - H, mask=m_before, other=0.0)
+                b_dalpha += b_carry * tl.load(decays + CARRY * ROW + p_g - H, mask=m_before, other=0.0)
                 tl.store(grad_log_decay + p_g, b_alpha * b_dalpha + b_read, mask=m_h)
                 b_pair *= b_alpha[:, None]
                 b_carry *= b_alpha
-            b_pair = tl.where(m_past, b_pair, 0.0)
+            if SUMMED:
+                b_pair = tl.zeros((BH, C), tl.float32)
+                b_carry = tl.zeros((BH,), tl.float32)
+            else:
+                b_pair = tl.where(m_past, b_pair, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- launchers
@@ -215,12 +224,14 @@ def gate_gradients(
     inner: Tensor,
 ) -> dict[str, Tensor]:
     """d log alpha (if there is a decay) and d theta ``[B, T, H]``, by argument name; the arguments are those of :func:`momentum_grad`."""
-    grads = {name: torch.empty_like(x) for name, x in (("log_decay", p.log_decay), ("momentum", p.momentum)) if x is not None}
+    by_channel = p.key.channels
+    log_decay = None if by_channel else p.log_decay
+    grads = {name: torch.empty_like(x) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
     launch(
         momentum_grad, p, p.slots.count, None,
-        log_decay=p.log_decay, momentum=p.momentum, **weights._asdict(), grad_pairs=grad_pairs,
+        log_decay=log_decay, momentum=p.momentum, **weights._asdict(), grad_pairs=grad_pairs,
         rows_read=rows_read, rows_kept=rows_kept, rows_step=rows_step, rows_carry=rows_carry, inner=inner,
         grad_log_decay=grads.get("log_decay"), grad_momentum=grads["momentum"],
-        **p.tables(), ROW=p.row, SLOTS=p.slots.count, C=p.chunk_size,
+        **p.tables(), ROW=p.row, SLOTS=p.slots.count, C=p.chunk_size, SUMMED=by_channel,
     )  # fmt: skip
     return grads

@@ -62,7 +62,7 @@ class Problem:
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
         self.key = configs.Key(
             self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled, self.hidden,
-            gate.tag, call.momentum is not None,
+            gate.tag, call.momentum is not None, call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
         self.architecture = _recorder[1] if _recorder else architecture(call.q.device)
         self.block = self.key.block_c

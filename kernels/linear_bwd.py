@@ -7,7 +7,8 @@
 Before them `linear_state` computes S and E again, between the states that the forward kept. ``dV = -dE`` leaves `linear_seq` as
 a result and is read by `linear_epi` as dE.
 
-    linear_decay_grad   the gradient of the log-decays, from sums that the others leave                 parallel over chunks
+Under a retention gate S is the primal W and J the gradient of the dual, R and dS are scaled by rho; with momentum L is M, and J has its
+pair JS: see linear_stream.py. The gradients of the gates come from sums that these kernels leave (decays_bwd.py).
 
 A token's log-decay scales whatever the state at the chunk's start and earlier tokens left to later reads and to the next
 chunk. Its gradient is summed over just these pairs, from the products themselves:
@@ -27,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
-from .decays import chunk_weights
+from . import linear_channel
+from .decays import Weights, chunk_weights
 from .decays_bwd import decay_gradient, gate_gradients, pair_gradient
 from .launch import Problem, launch, tiles
 from .linear_fwd import recompute
@@ -35,7 +37,6 @@ from .linear_stream import linear_seq_streamed
 from .tiles import (
     CARRY,
     LENGTHS,
-    STEP,
     dot,
     inside,
     load_delta,
@@ -43,6 +44,7 @@ from .tiles import (
     load_gamma,
     load_gate,
     load_lr,
+    load_row_weights,
     load_scale,
     load_square,
     load_to_end,
@@ -50,7 +52,6 @@ from .tiles import (
     load_update,
     owner_of,
     pair_decay,
-    pairs_of,
     rounded,
     sequence_of,
     slot_of,
@@ -84,7 +85,8 @@ def linear_pre(
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
     grad_out += row * Dv
-    pairs = pairs_of(pairs, i_slot * H + i_h, C)
+    if pairs is not None:
+        pairs += (i_slot * H + i_h) * C * C
 
     b_r = tl.zeros((BC, BV), tl.float32)
     for i_t in range(i_r, NC):
@@ -192,8 +194,8 @@ def linear_seq(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_epi(
-    q, k, v, lr, decays, pairs, delta,
-    states, errors, squares, duals, momenta, scales, grad_states, grad_momenta, grad_out, grad_v,
+    q, k, v, lr, decays, moves, pairs, delta,
+    states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v,
     grad_q, grad_k, rows_read, rows_pairs, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
@@ -202,10 +204,14 @@ def linear_epi(
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum)."""
+    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum).
+
+    ``grad_scores [slots, H, C, C]``: dX where decays go by channel (linear_channel.py), and `decays` are rows of channels then.
+    """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
+    CHANNELS: tl.constexpr = grad_scores is not None
     PAIRS: tl.constexpr = rows_pairs is not None  # a log-decay without momentum: momentum_pairs sums them otherwise
     i_k, i_r = tl.program_id(0) % NK, tl.program_id(0) // NK % NC
     i_slot = (tl.program_id(0) // (NK * NC)).to(tl.int64)
@@ -226,7 +232,11 @@ def linear_epi(
     place = i_slot * H + i_h
     states += place * Dk * Dv
     grad_states += place * Dk * Dv
-    pairs, rho = pairs_of(pairs, place, C), load_scale(scales, place)
+    rho = load_scale(scales, place)
+    if pairs is not None:
+        pairs += place * C * C
+    if CHANNELS:
+        grad_scores += place * C * C
     if momenta is not None:
         momenta += place * Dk * Dv
         grad_momenta += place * Dk * Dv
@@ -239,9 +249,13 @@ def linear_epi(
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+        if CHANNELS:
+            b_do = load_row_weights(decays, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
+            b_do = rounded(b_do, DTYPE)
         b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
         b_dq += dot(b_do, rounded(b_w, DTYPE))
-    b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
+    if not CHANNELS:
+        b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
     b_q = tl.load(q + o_r[:, None] * stride_qt + o_k[None, :], mask=m_rk, other=0.0)  # [BC, BK]
     b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
     if rows_read is not None:
@@ -253,24 +267,33 @@ def linear_epi(
             m_v = inside(o_v, Dv, BV)
             b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
             b_m = tl.load(momenta + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
+            if CHANNELS:
+                b_do = load_row_weights(decays + CARRY * ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
+                b_do = rounded(b_do, DTYPE)
             b_carried += dot(b_do, rounded(b_m, DTYPE))
         b_carried *= rho
-        tl.store(rows_carry + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_carried * b_q.to(tl.float32), 1), mask=m_r)
-        b_dq += b_carried * load_gate(decays + CARRY * ROW, row, o_r * H, m_r)[:, None]
+        if CHANNELS:
+            b_dq += b_carried
+        else:
+            tl.store(rows_carry + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_carried * b_q.to(tl.float32), 1), mask=m_r)
+            b_dq += b_carried * load_gate(decays + CARRY * ROW, row, o_r * H, m_r)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
-        b_dp = tl.zeros((BC, BC), tl.float32)  # [t, s]
-        for i_v in range(0, NV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
-            b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
-            )  # [BC, BV]  # fmt: skip
-            b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
-        b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
+        if CHANNELS:
+            b_ds = tl.load(grad_scores + o_r[:, None] * C + o_s[None, :])  # [t, s]
+        else:
+            b_dp = tl.zeros((BC, BC), tl.float32)  # [t, s]
+            for i_v in range(0, NV):
+                o_v = i_v * BV + tl.arange(0, BV)
+                m_v = inside(o_v, Dv, BV)
+                b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+                b_u = load_update(
+                    v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                )  # [BC, BV]  # fmt: skip
+                b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
+            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
         if scales is not None:
             b_ds *= rho
         b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
@@ -285,9 +308,10 @@ def linear_epi(
 
     # dK = dE W' - (dec U) J' - (Theta_C U) JS' + dP' Q
     b_dk = tl.zeros((BC, BK), tl.float32)
-    b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
+    if not CHANNELS:
+        b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
     if momenta is not None:
-        b_step = load_gate(decays + STEP * ROW, row, o_r * H, m_r)
+        b_step = load_gate(moves + ROW, row, o_r * H, m_r)
     product = 0.0  # <J, A>, and with momentum ...
     product_carry = 0.0  # <J, S>
     product_pi = 0.0  # <JS, S>
@@ -300,7 +324,11 @@ def linear_epi(
             Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
         )  # [BC, BV]  # fmt: skip
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-        b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
+        if CHANNELS:
+            b_to_end = load_row_weights(decays + ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv)
+            b_dk -= dot(rounded(b_u * b_to_end, DTYPE), rounded(b_j, DTYPE))
+        else:
+            b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
         if momenta is not None:
             p_m = o_k[None, :] * Dv + o_v[:, None]
             b_m, b_jm = tl.load(momenta + p_m, mask=m_vk, other=0.0), tl.load(grad_momenta + p_m, mask=m_vk, other=0.0)  # [BV, BK]
@@ -325,17 +353,20 @@ def linear_epi(
     for i_t in range(i_r, NC):
         o_t = i_t * BC + tl.arange(0, BC)
         m_t = t0 + o_t < eos
-        b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
-        for i_v in range(0, NV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
-                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
-            )  # [BC, BV]  # fmt: skip
-            b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
-            b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
-        b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
+        if CHANNELS:
+            b_ds = tl.load(grad_scores + o_t[None, :] * C + o_r[:, None])  # [s, t]
+        else:
+            b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
+            for i_v in range(0, NV):
+                o_v = i_v * BV + tl.arange(0, BV)
+                m_v = inside(o_v, Dv, BV)
+                b_u = load_update(
+                    v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
+                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                )  # [BC, BV]  # fmt: skip
+                b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+                b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
+            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
         if scales is not None:
             b_ds *= rho
         b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
@@ -349,18 +380,20 @@ def linear_epi(
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
     """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: the dual and, if there is one, the momentum."""
     weights = chunk_weights(p, backward=True)
-    decays, decaying, moving = weights.decays, p.log_decay is not None, p.momentum is not None
+    decays, moving, by_channel = weights.decays, p.momentum is not None, p.key.channels
+    decaying = p.log_decay is not None and not by_channel
     chain = recompute(p, weights, checkpoints, every)
     grad_out = grad_out.contiguous()
     parallel = p.tables()
     sequential = {name: x for name, x in parallel.items() if name != "slot_owner"}
 
     from_out = p.per_token(p.value_dim)
-    launch(
-        linear_pre, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, **weights.forward(), grad_out=grad_out, from_out=from_out, **parallel, ROW=p.row, **p.strides("q", "k"),
-        **p.sizes, BC=p.block,
-    )  # fmt: skip
+    scores = grad_scores = None
+    if by_channel:
+        scores = linear_channel.chunk_scores(p)
+        grad_scores = linear_channel.pre(p, weights, chain, scores, grad_out, from_out)
+    else:
+        _pre(p, weights, grad_out, from_out)
 
     streamed = p.key.streams("linear_seq")
     seq = linear_seq_streamed if streamed else linear_seq
@@ -374,7 +407,9 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         return p.per_token(p.value_dim, dtype=float32) if wanted else None
 
     sums = dict(
-        rows_lr=rows(value_tiles, per_row), rows_delta=rows(value_tiles, per_token), rows_kept=rows(value_tiles, decaying or moving)
+        rows_lr=rows(value_tiles, per_row),
+        rows_delta=rows(value_tiles, per_token),
+        rows_kept=rows(value_tiles, decaying or (moving and not by_channel)),
     )
     elementwise = dict(grad_lr=channels(not per_row), grad_delta=channels(p.bias["DELTA"] == 2))
     grad_states, grad_momenta = p.per_slot(p.slots, float32 if streamed else None), p.per_slot(p.slots, float32) if moving else None
@@ -383,7 +418,14 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
     if streamed:
         sums |= dict(rows_step=rows(value_tiles, moving))
-        more = dict(states=chain.states, **chain.only("duals", "momenta", "scales"), **p.retention, grad_momenta=grad_momenta)
+        more = dict(
+            states=chain.states,
+            **chain.only("duals", "momenta", "scales"),
+            **p.retention,
+            moves=weights.moves,
+            CHANNELS=by_channel,
+            grad_momenta=grad_momenta,
+        )
         more |= dict(grad_final_momentum=given[1] if moving and given else None, grad_initial_momentum=initial[1] if moving else None)
         more |= dict(grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.retention else None)
     launch(
@@ -397,23 +439,38 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
 
     grad_q, grad_k = p.per_token(p.key_dim), p.per_token(p.key_dim)
     rows_read, rows_pairs = rows(key_tiles, decaying), rows(key_tiles * p.blocks, decaying and not moving)
-    rows_carry, products = rows(key_tiles, moving), (3,) if moving else ()
+    rows_carry, products = rows(key_tiles, moving and not by_channel), (3,) if moving else ()
     inner = p.empty(*products, key_tiles, p.slots.count, p.heads, dtype=float32) if decaying or moving else None
     launch(
         linear_epi, p, p.slots.count * p.blocks, "key",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, **chain._asdict(),
-        grad_states=grad_states, grad_momenta=grad_momenta, grad_out=grad_out, grad_v=grad_v,
+        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "moves", "pairs"), delta=p.delta, **chain._asdict(),
+        grad_scores=grad_scores, grad_states=grad_states, grad_momenta=grad_momenta, grad_out=grad_out, grad_v=grad_v,
         grad_q=grad_q, grad_k=grad_k, rows_read=rows_read, rows_pairs=rows_pairs, rows_carry=rows_carry, inner=inner,
         **parallel, ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
 
     grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": sums["rows_lr"].sum(0) if per_row else elementwise["grad_lr"], "state": initial}
-    if moving:
+    if moving and not by_channel:
         added = {name: None if x is None else x.sum(0) for name, x in (("rows_read", rows_read), ("rows_carry", rows_carry))}
         added |= {name: sums[name].sum(0) for name in ("rows_kept", "rows_step")}
         grads |= gate_gradients(p, weights, pair_gradient(p, chain, grad_out), inner=inner.sum(1), **added)
     elif decaying:
         grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs, sums["rows_kept"], inner, p.block)
+    elif by_channel:
+        grads["log_decay"], *of_steps = linear_channel.decay_gradient(p, weights, chain, scores, grad_states, grad_out)
+        if moving:
+            grad_steps, rows_carry = of_steps
+            added = dict(rows_read=None, rows_kept=None, rows_step=sums["rows_step"].sum(0), rows_carry=rows_carry)
+            grads |= gate_gradients(p, weights, grad_steps, inner=inner.sum(1), **added)
     if p.delta is not None:
         grads["delta"] = sums["rows_delta"].sum(0) if per_token else elementwise["grad_delta"]
     return grads
+
+
+def _pre(p: Problem, weights: Weights, grad_out: Tensor, from_out: Tensor) -> None:
+    """R to ``from_out [B, T, H, Dv]``, less rho."""
+    launch(
+        linear_pre, p, p.slots.count * p.blocks, "value",
+        q=p.q, k=p.k, **weights.only("decays", "pairs"), grad_out=grad_out, from_out=from_out, **p.tables(), ROW=p.row,
+        **p.strides("q", "k"), **p.sizes, BC=p.block,
+    )  # fmt: skip

@@ -1,17 +1,19 @@
 """The linear memory forward (SPEC section 2): a chain over chunks for the states, then every chunk's output at once.
 
-    linear_decay    what the log-decays of a chunk amount to                 parallel over chunks
     linear_state    E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))       sequential in chunks, one program a tile of S
     linear_output   O = gamma (Q S) - (L o Q K') (eta psi(E))                parallel over chunks
 
-``S = W' [Dk, Dv]``. The chain holds its tile ``[BK, BV]`` of S in registers in float32, with BK covering Dk, and writes every
-chunk's start and errors for the others in the dtype of the operands. Values are independent of each other, so BV may be any
-part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the memory: there E is
-neither computed nor stored.
+``S = W' [Dk, Dv]``; decays.py has what the gates of a chunk amount to. The chain holds its tile ``[BK, BV]`` of S in registers in float32,
+with BK covering Dk, and writes every chunk's start and errors for the others in the dtype of the operands. Values are independent of each
+other, so BV may be any part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the memory:
+there E is neither computed nor stored.
+
+Under a retention gate the chain carries the dual A, and ``W = phi(A)`` takes the place of S wherever it is multiplied; the output scales a
+chunk's own writes by rho. With momentum there is a second matrix S_0 and ``O = gamma (Q W) + rho (b (Q S_0) - (M o Q K') (eta psi(E)))``.
+Both are linear_stream.py's; linear_channel.py takes the place of `linear_output` where log-decays go by channel.
 
 A sequence that resumes inside a chunk, or whose state is wanted inside one, is walked in three parts; the same chain serves the
-backward, which runs it again from the states that the forward kept. A place for other retention gates: `linear_state` multiplies
-and stores ``b_w = phi(b_s)``, with phi the identity.
+backward, which runs it again from the states that the forward kept.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias as biases
+from . import linear_channel
 from . import retention as retentions
 from .decays import Weights, chunk_weights
 from .launch import Problem, launch
@@ -49,7 +52,6 @@ from .tiles import (
     only_if,
     owner_of,
     pair_decay,
-    pairs_of,
     part_of,
     rounded,
     sequence_of,
@@ -173,7 +175,9 @@ def linear_output(
     v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
     place = i_slot * H + i_h
     states += place * Dk * Dv
-    pairs, rho = pairs_of(pairs, place, C), load_scale(scales, place)
+    rho = load_scale(scales, place)
+    if pairs is not None:
+        pairs += place * C * C
 
     b_o = tl.zeros((BC, BV), tl.float32)
     for i_k in range(0, (Dk + BK - 1) // BK):
@@ -235,7 +239,7 @@ class Final(NamedTuple):
 
     dual: tuple[Tensor, ...]  # the memory's matrices, float32: [N, H, Dv, Dk], or [N, H, D, Hd] and [N, H, Hd, D]
     start: tuple[Tensor, ...] = ()
-    open_decay: Tensor | None = None  # [N, H] float32
+    open_decay: Tensor | None = None  # [N, H] float32, or [N, H, Dv]
     momentum: tuple[Tensor, ...] = ()  # like dual
 
     def tensors(self) -> list[Tensor]:
@@ -256,7 +260,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         if len(initial) > 1:  # with the same strides
             initial = torch.stack(initial).unbind(0)
         _launch_state(
-            p, chain, weights.decays, p.sequences, initial, part, final=final,
+            p, chain, weights, p.sequences, initial, part, final=final,
             checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
         )  # fmt: skip
         return () if final is None else final.transpose(-1, -2).unbind(0)
@@ -271,13 +275,20 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         after = walk(TAIL.value, start)
         final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
     out = p.per_token(p.value_dim)
+    if p.key.channels:
+        linear_channel.output(p, weights, chain, out)
+    else:
+        _output(p, weights, chain, out)
+    return out, final, checkpoints
+
+
+def _output(p: Problem, weights: Weights, chain: Chain, out: Tensor) -> None:
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.forward(), delta=p.delta, position=p.position,
+        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "pairs"), delta=p.delta, position=p.position,
         **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
         **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
     )  # fmt: skip
-    return out, final, checkpoints
 
 
 def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> Chain:
@@ -285,7 +296,7 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> 
     chain, segments = _empty_chain(p), p.pieces(p.chunk_size * every)
     kept = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
     _launch_state(
-        p, chain, weights.decays, segments.count, tuple(x.transpose(-1, -2) for x in kept), SEGMENT.value, final=None, checkpoints=None,
+        p, chain, weights, segments.count, tuple(x.transpose(-1, -2) for x in kept), SEGMENT.value, final=None, checkpoints=None,
         EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
     )  # fmt: skip
     return chain
@@ -302,11 +313,13 @@ def _empty_chain(p: Problem) -> Chain:
     return Chain(states, errors, squares, duals, momenta, scales)
 
 
-def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None, **arguments):
+def _launch_state(
+    p: Problem, chain: Chain, weights: Weights, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None, **arguments
+):
     """``initial``: the matrices ``[units, H, Dv, Dk]`` to start from, all with the same strides; ``final [matrices, N, H, Dk, Dv]``."""
     tables = p.tables()
     del tables["slot_owner"]
-    arguments |= dict(k=p.k, v=p.v, lr=p.lr, decays=decays, delta=p.delta, position=p.position, initial=initial[0])
+    arguments |= dict(k=p.k, v=p.v, lr=p.lr, decays=weights.decays, delta=p.delta, position=p.position, initial=initial[0])
     arguments |= dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), initial[0].stride(), strict=True))
     arguments |= dict(final=None if final is None else final[0])
     opened, readouts, scales = _opened(p) if part == HEAD.value else (None, None, None)
@@ -314,7 +327,14 @@ def _launch_state(p: Problem, chain: Chain, decays, units: int, initial: tuple[T
     if streamed:
         more = dict(enumerate(initial)).get(1), None if final is None or len(final) == 1 else final[1]
         arguments |= dict(zip(("initial_momentum", "final_momentum"), more, strict=True))
-        arguments |= dict(readouts=readouts, opened_scales=scales, **chain.only("duals", "momenta", "scales"), **p.retention)
+        arguments |= dict(
+            readouts=readouts,
+            opened_scales=scales,
+            **chain.only("duals", "momenta", "scales"),
+            **p.retention,
+            moves=weights.moves,
+            CHANNELS=p.key.channels,
+        )
     launch(
         linear_state_streamed if streamed else linear_state, p, units, "value",
         opened=opened, **chain.only("states", "errors", "squares"),
@@ -348,14 +368,14 @@ def open_chunk_end(p: Problem, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor,
         begin, end = p.cu_seqlens[:-1], p.cu_seqlens[1:]
         rows = torch.zeros_like(begin)
     whole = (before + end - begin) // size
-    decay = start[0].new_zeros(start[0].shape[:2])
+    decay = start[0].new_zeros(start[0].shape[: 3 if p.key.channels else 2])
     if p.log_decay is not None:
         tokens = (begin - before + whole * size)[:, None] + torch.arange(size, device=device)  # [N, C]
         belongs = (tokens >= begin[:, None]) & (tokens < end[:, None])
-        taken = p.log_decay[rows[:, None], tokens.clamp(0, p.tokens - 1)]  # [N, C, H]
-        decay = torch.where(belongs[..., None], taken, 0.0).sum(1)
+        taken = p.log_decay[rows[:, None], tokens.clamp(0, p.tokens - 1)]  # [N, C, H] or [N, C, H, Dv]
+        decay = torch.where(belongs.reshape(*belongs.shape, *(1,) * (taken.dim() - 2)), taken, 0.0).sum(1)
     if opened is not None:
         same = (whole == 0) & (before > 0)
         start = tuple(torch.where(same[:, None, None, None], old, new) for old, new in zip(opened.start, start, strict=True))
-        decay = decay + torch.where(same[:, None], opened.log_decay, 0.0)
+        decay = decay + torch.where(same.reshape(-1, *(1,) * (decay.dim() - 1)), opened.log_decay, 0.0)
     return start, decay

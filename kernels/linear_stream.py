@@ -6,6 +6,15 @@ the L2 cache): every chunk's state is read tile by tile from its slot and writte
 twice. A bias that couples a row is served by one program for all values, in two passes: first all of E and its row norms, then the
 update. `states` and `grad_states` are float32 here.
 
+They also serve what has more than one matrix. Under a retention gate (phi, rho) the chain carries the dual A and predicts with
+W = phi(A); with momentum it carries S beside it:
+
+    W = phi(A);  E = K W - V;  A <- gamma_C A + b_C S - K' (M_C U);  S <- pi_C S - K' (Theta_C U)
+    dU = rho R - M_C (K J) - Theta_C (K JS);  dW = Q' (gamma dO) + K' dE;  d rho = sum R o U + <Q' (b dO), S>
+    J <- gamma_C J + phi'^T dW + d rho d rho / dA;  JS <- b_C J + pi_C JS + rho Q' (b dO)
+
+W is stored in the operands' dtype in `states`, A and S in float32 in `duals` and `momenta`.
+
 The barriers order a program's own writes before its reads; loads must not be moved across them, hence no software pipelining (stages = 1).
 """
 
@@ -20,9 +29,7 @@ from .tiles import (
     CARRY,
     HEAD,
     LENGTHS,
-    PI,
     SEGMENT,
-    STEP,
     dot,
     inside,
     load_delta,
@@ -30,6 +37,7 @@ from .tiles import (
     load_gamma,
     load_gate,
     load_lr,
+    load_row_weights,
     load_scale,
     load_square,
     load_to_end,
@@ -83,15 +91,17 @@ def mirror(
 
 @triton.jit
 def pull_back(
-    states, duals, grad_states, grad_primal, grad_initial, place, state, i_c, i_tile, gamma, rho, drho, H,
+    states, duals, grad_states, grad_primal, grad_initial, decays, end, place, state, i_c, i_tile, rho, drho, H,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """``J <- gamma_C J + phi' dW + drho d rho / dA`` of a program's tiles, for a gate that couples entries: the sums first, then J."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     here = place * Dk * Dv
     there = here - H * Dk * Dv
     along = drho
+    if not CHANNELS:
+        gamma = load_total(decays, end, 0)
     if RETENTION == retentions.ENTIRE:
         for j in range(0, TILES * NK):
             o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
@@ -104,6 +114,8 @@ def pull_back(
         o_v = (i_tile + j) * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         b_along = tl.zeros((BV,), tl.float32) + along
+        if CHANNELS:
+            gamma = tl.load(decays + end * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
         if RETENTION == retentions.ROWS:  # a row of A is a column here
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
@@ -125,7 +137,7 @@ def pull_back(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_state_streamed(
-    k, v, lr, decays, delta,
+    k, v, lr, decays, moves, delta,
     initial, initial_momentum, opened, readouts, opened_scales, position,
     states, duals, momenta, scales, errors, squares, checkpoints, final, final_momentum,
     cu_seqlens, first_slot, first_segment, segment_owner,
@@ -136,11 +148,12 @@ def linear_state_streamed(
     PART: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`linear_state` for one tile of values, or for all of them if the bias or the retention gate couples them.
 
-    Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum.
+    Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum. ``CHANNELS``: decays
+    go by channel, see linear_channel.py.
     """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -240,12 +253,14 @@ def linear_state_streamed(
             tl.debug_barrier()
 
         # A <- gamma_C A + b_C S - K' (dec U);  S <- pi_C S - K' (Theta_C U)
-        b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
         end = (tl.minimum(eos - t0, C) - 1) * H
-        gamma = load_total(decays, row, end)
+        if not CHANNELS:
+            b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, 1]
+            gamma = load_total(decays, row, end)
         if momenta is not None:
-            carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
-            b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+            pi, b_step = tl.load(moves + row + end), load_gate(moves + ROW, row, o_g, m_t)  # [C]
+            if not CHANNELS:
+                carry = tl.load(decays + CARRY * ROW + row + end)
         b_row = load_square(squares, row, o_g, m_t, COUPLED)
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
@@ -255,7 +270,12 @@ def linear_state_streamed(
             b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
             b_psi = biases.value(b_e, b_row, b_delta, BIAS, P0, P1, P2)
             b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
-            b_u = rounded(b_psi * (b_lr * b_to_end[:, None]), DTYPE)  # [C, BV]
+            if CHANNELS:
+                b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
+                gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                if momenta is not None:
+                    carry = tl.load(decays + (CARRY * ROW + row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+            b_u = rounded(b_psi * (b_lr * b_to_end), DTYPE)  # [C, BV]
             if momenta is not None:
                 b_us = rounded(b_psi * (b_lr * b_step[:, None]), DTYPE)  # [C, BV]
             for i_k in range(0, NK):
@@ -287,7 +307,7 @@ def linear_state_streamed(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_seq_streamed(
-    q, k, v, lr, decays, delta,
+    q, k, v, lr, decays, moves, delta,
     states, duals, momenta, scales, errors, squares, from_out, grad_out, grad_final, grad_final_momentum,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum, grad_delta, grad_lr,
     rows_lr, rows_delta, rows_kept, rows_step,
@@ -297,7 +317,7 @@ def linear_seq_streamed(
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`linear_seq` for one tile of values, or for all of them if the bias or the retention gate couples them.
 
@@ -356,11 +376,12 @@ def linear_seq_streamed(
 
         # dU = rho R - dec (K J) - Theta_C (K JS), and what a row of it sums to
         drho = 0.0
-        b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
+        if not CHANNELS:
+            b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, 1]
         if not CHANNEL_LR:
             b_lr = load_gate(lr, row, o_g, m_t)  # [C]
         if momenta is not None:
-            b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+            b_step = load_gate(moves + ROW, row, o_g, m_t)  # [C]
             b_stepped = tl.zeros((C,), tl.float32)
         b_square = load_square(squares, row, o_g, m_t, COUPLED)
         b_dlr = tl.zeros((C,), tl.float32)
@@ -383,12 +404,14 @@ def linear_seq_streamed(
                 b_kj += dot(b_k, rounded(b_j, DTYPE))
                 if momenta is not None:
                     b_km += dot(b_k, rounded(tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0), DTYPE))
+            if CHANNELS:
+                b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
             b_r = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
             if momenta is None:
-                b_kj *= b_to_end[:, None]
+                b_kj *= b_to_end
                 b_du = b_r * rho - b_kj  # [C, BV]
             else:
-                b_du = b_r * rho - b_kj * b_to_end[:, None] - b_km * b_step[:, None]
+                b_du = b_r * rho - b_kj * b_to_end - b_km * b_step[:, None]
             store(grad_v + row * Dv + o_tv, b_du, m_tv)
             b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
             b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
@@ -419,7 +442,7 @@ def linear_seq_streamed(
             b_kept *= b_lr
             b_along *= b_lr
             tl.store(rows_lr + tile_row + row + o_g, b_dlr, mask=m_t)
-        if decays is not None:
+        if rows_kept is not None:
             tl.store(rows_kept + tile_row + row + o_g, b_kept, mask=m_t)
         if momenta is not None:
             tl.store(rows_step + tile_row + row + o_g, b_stepped, mask=m_t)
@@ -428,12 +451,15 @@ def linear_seq_streamed(
         tl.debug_barrier()
 
         # dE = psi'(E) (eta dU);  dW = Q' (gamma dO) + K' dE;  J <- gamma_C J + phi' dW;  JS <- b_C J + pi_C JS + rho Q' (b dO)
-        b_gamma = load_gamma(decays, row, o_g, m_t, C)
         end = (tl.minimum(eos - t0, C) - 1) * H
-        gamma = load_total(decays, row, end)
+        if not CHANNELS:
+            b_gamma = load_gamma(decays, row, o_g, m_t, C)[:, None]  # [C, 1]
+            gamma = load_total(decays, row, end)
         if momenta is not None:
-            carry, pi = tl.load(decays + CARRY * ROW + row + end), tl.load(decays + PI * ROW + row + end)
-            b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)  # [C]
+            pi = tl.load(moves + row + end)
+            if not CHANNELS:
+                carry = tl.load(decays + CARRY * ROW + row + end)
+                b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)[:, None]  # [C, 1]
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
@@ -446,9 +472,15 @@ def linear_seq_streamed(
             if COUPLED:
                 b_de += biases.pull(b_square, b_delta, BIAS, P0) * b_along[:, None] * b_e
             b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
+            if CHANNELS:
+                b_gamma = load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
+                gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                if momenta is not None:
+                    b_carry = load_row_weights(decays + CARRY * ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
+                    carry = tl.load(decays + (CARRY * ROW + row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
             if momenta is not None:
-                b_dc = rounded(b_do * b_carry[:, None], DTYPE)  # [C, BV]
-            b_do = rounded(b_do * b_gamma[:, None], DTYPE)  # [C, BV]
+                b_dc = rounded(b_do * b_carry, DTYPE)  # [C, BV]
+            b_do = rounded(b_do * b_gamma, DTYPE)  # [C, BV]
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
@@ -486,7 +518,7 @@ def linear_seq_streamed(
         tl.debug_barrier()
         if COUPLING:
             pull_back(
-                states, duals, grad_states, grad_primal, grad_initial, place, state, i_c, i_tile, gamma, rho, drho, H,
-                Dk, Dv, BK, BV, TILES, RETENTION, R0, R1,
+                states, duals, grad_states, grad_primal, grad_initial, decays, row + end, place, state, i_c, i_tile, rho, drho, H,
+                Dk, Dv, BK, BV, TILES, RETENTION, R0, R1, CHANNELS,
             )  # fmt: skip
             tl.debug_barrier()

@@ -28,7 +28,7 @@ import torch
 import triton
 
 from ..biases import L2, Bias, DotProduct, Huber, Lp
-from ..retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, Retention
+from ..retention import KLRetention, L2Retention, LqRetention, Retention
 from ..validation import linear_call, mlp_call
 from . import configs, offline
 
@@ -40,7 +40,7 @@ __all__ = [
 TABLE = Path(__file__).with_name("resources.json")
 
 #: kernels that multiply no matrices
-GATES_ONLY = ("linear_decay", "linear_decay_grad", "momentum_weights", "momentum_grad")
+GATES_ONLY = ("linear_decay", "linear_decay_grad", "momentum_weights", "momentum_grad", "channel_decay", "channel_momentum", "channel_pre")
 
 #: bytes of shared memory that a program may have
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -62,11 +62,12 @@ class Specimen:
     retention: Retention = L2Retention()  # noqa: RUF009  immutable
     momentum: bool = False
     channel_lr: bool = False
+    channel_decay: bool = False
 
     def __str__(self) -> str:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
-        marks = [name for name in ("channel_delta", "channel_lr", "momentum", "final") if getattr(self, name)]
+        marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final") if getattr(self, name)]
         marks += ([self.retention.name] if self.retention.tag else []) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
 
@@ -92,8 +93,8 @@ class Specimen:
             make, arguments = mlp_call, arguments | norm | dict(ln_eps=1e-6, initial_state=initial)
         else:
             make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
-        lr = meta(b, t, h, self.value_dim) if self.channel_lr else gate
-        return offline.recorded(make(k, k, v, lr, gate if self.decays else None, **arguments), 4)
+        lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
+        return offline.recorded(make(k, k, v, lr, log_decay if self.decays else None, **arguments), 4)
 
 
 def step_launches() -> Iterator[tuple[str, offline.Launch]]:
@@ -147,12 +148,14 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(64, 64, 64, dtype=float32)
     yield Specimen(96, 80, 64, switch, dtype=float32)
     yield Specimen(256, 256, 128, dtype=float32)
-    yield Specimen(64, 64, 64, retention=ElasticNetRetention(0.05))
-    yield Specimen(64, 64, 64, retention=KLRetention())
+    yield Specimen(64, 64, 64, channel_lr=True)
+    yield Specimen(64, 64, 64, switch, retention=KLRetention(), momentum=True)
     yield Specimen(128, 128, 64, retention=LqRetention(), momentum=True)
-    yield Specimen(64, 64, 64, momentum=True, channel_lr=True)
     yield Specimen(128, 128, 128, retention=KLRetention(), momentum=True, final=True)
-    yield Specimen(64, 64, 64, retention=LqRetention(), momentum=True, dtype=float32)
+    yield Specimen(64, 64, 128, retention=LqRetention(), momentum=True, dtype=float32)
+    yield Specimen(128, 128, 128, retention=KLRetention(), channel_lr=True, channel_decay=True)
+    yield Specimen(64, 64, 64, momentum=True, channel_decay=True)
+    yield Specimen(128, 128, 128, momentum=True, channel_decay=True, dtype=float32)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
         yield Specimen(d, d, c, switch, hidden=hidden)
     yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)
@@ -203,7 +206,9 @@ def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) ->
 
 def key_of(specimen: str) -> configs.Key:
     s = SPECIMENS[specimen]
-    return configs.Key(s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled, s.hidden, s.retention.tag, s.momentum)
+    return configs.Key(
+        s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled, s.hidden, s.retention.tag, s.momentum, s.channel_decay
+    )
 
 
 def compile_job(job: Job) -> offline.Resources:

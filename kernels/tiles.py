@@ -17,8 +17,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOWEST = tl.constexpr(-110.0)
 #: log-decays are summed in units of 2^-10 and a rest, see `decay_parts`
 UNIT = tl.constexpr(1024.0)
-#: rows of `decays` that momentum_weights adds: b, pi, Theta_C
-CARRY, PI, STEP = (tl.constexpr(i) for i in range(2, 5))
+#: the row of `decays` that has b_t, where there is momentum
+CARRY = tl.constexpr(2)
 #: what a launch of `linear_state` walks: all chunks; the chunk that was open before; the whole ones; the one left open; a segment
 WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
@@ -137,6 +137,13 @@ def load_gamma(decays, row, o_g, m_t, C: tl.constexpr):
 
 
 @triton.jit
+def load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv: tl.constexpr):
+    """Weights by channel ``[C, BV]`` of a chunk's tokens, from one of the rows ``[B, T, H, Dv]``."""
+    o_tv = o_g[:, None] * Dv + o_v[None, :]
+    return tl.load(decays + row * Dv + o_tv, mask=m_t[:, None] & m_v[None, :], other=0.0)
+
+
+@triton.jit
 def load_total(decays, row, last):
     """``gamma_C``; ``last`` is the offset of the chunk's last token."""
     if decays is None:
@@ -161,15 +168,6 @@ def load_scale(scales, place):
         return 1.0
     else:
         return tl.load(scales + place)
-
-
-@triton.jit
-def pairs_of(pairs, place, C: tl.constexpr):
-    """A chunk and head's ``M [C, C]`` in ``pairs [slots, H, C, C]``; None without momentum."""
-    if pairs is None:
-        return None
-    else:
-        return pairs + place * C * C
 
 
 @triton.jit

@@ -49,8 +49,6 @@ class TritonBackend:
             return f"its MLP memory has L2Retention only, so far, got {call.retention}"
         if not linear and call.momentum is not None:
             return "its MLP memory has no momentum, so far"
-        if call.log_decay is not None and call.log_decay.dim() == 4:
-            return "it has no channel-wise log_decay [B, T, H, Dv], so far"
         heads = max(call.q.shape[-1], call.v.shape[-1])
         limit, sizes = (configs.MAX_HEAD, configs.CHUNK_SIZES) if linear else (configs.MAX_MLP_HEAD, configs.MLP_CHUNK_SIZES)
         if heads > limit:
