@@ -60,7 +60,7 @@ build: $(VENV)/.built  ## .venv and the C++ kernels, no more
 
 clean:  ## what was built and cached, less .venv
 	rm -rf build dist .pytest_cache .ruff_cache .benchmarks .hypothesis $(VENV)/.built
-	rm -f python/miras_kernels/_C*.so python/miras_kernels/_build_info.py
+	rm -f python/miras_kernels/_C*.so python/miras_kernels/_cuda.so python/miras_kernels/_build_info.py
 	find python kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## .venv as well

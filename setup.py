@@ -1,13 +1,17 @@
-"""Builds miras_kernels._C, the C++ kernels, with torch's BuildExtension (ninja). Everything else is in pyproject.toml.
+"""Builds miras_kernels._C, the C++ kernels, with torch's BuildExtension (ninja), and miras_kernels/_cuda.so, the CUDA C++ kernels,
+with nvcc (csrc/cuda/build.py). Everything else is in pyproject.toml.
 
-The package must also install where the kernels cannot be built: without a C++ compiler, or in pip's isolated build
+The package must also install where kernels cannot be built: without a C++ compiler, without nvcc, or in pip's isolated build
 environment, which has no torch (use `pip install --no-build-isolation .`). Then it installs without them and the reason is
-kept in miras_kernels/_build_info.py, which `backend="cpp"` quotes.
+kept in miras_kernels/_build_info.py, which `backend="cpp"` and `backend="cuda"` quote.
 
-    MIRAS_REQUIRE_CPP=1    a failed build is an error (developers, CI)
-    MIRAS_SKIP_CPP=1       do not build the kernels
+    MIRAS_REQUIRE_CPP=1    a failed build of the C++ kernels is an error (developers, CI)
+    MIRAS_SKIP_CPP=1       do not build the C++ kernels
+    MIRAS_CUDA=1           build the CUDA kernels even for a torch without CUDA; a failed build is an error
+    MIRAS_CUDA=0           do not build the CUDA kernels
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +25,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 REQUIRE_CPP = os.environ.get("MIRAS_REQUIRE_CPP", "0") not in ("", "0")
 SKIP_CPP = os.environ.get("MIRAS_SKIP_CPP", "0") not in ("", "0")
+CUDA = os.environ.get("MIRAS_CUDA", "")
 BUILD_INFO = "_build_info.py"
 
 SOURCES = [f"csrc/{name}{path.name}" for name in ("", "cpu/") for path in sorted((ROOT / "csrc" / name).glob("*.cpp"))]
@@ -33,10 +38,51 @@ def version() -> str:
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
 
 
-def write_build_info(package: Path, missing: str | None) -> None:
+def finish(package: Path, missing: str | None) -> None:
+    """Build the CUDA kernels, which need no torch, and write down what is missing; of the C++ kernels the caller knows it."""
     package.mkdir(parents=True, exist_ok=True)
-    text = f'"""Written by setup.py."""\n\n# Why the C++ kernels are not there; None if they are.\nCPP_MISSING = {missing!r}\n'
+    text = f"""\"\"\"Written by setup.py.\"\"\"
+
+# Why the C++ kernels are not there; None if they are.
+CPP_MISSING = {missing!r}
+# The CUDA kernels, likewise.
+CUDA_MISSING = {build_cuda(package / "_cuda.so")!r}
+"""
     (package / BUILD_INFO).write_text(text, encoding="utf-8")
+
+
+def build_cuda(library: Path) -> str | None:
+    """Build the CUDA kernels if they are wanted; the reason why they are not there, or None."""
+    spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "csrc" / "cuda" / "build.py")
+    nvcc = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nvcc)
+    missing = why_not_cuda(nvcc)
+    if missing is None:
+        try:
+            nvcc.build(library)
+            return None
+        except RuntimeError as error:
+            missing = f"compiling them failed when the package was installed: {error}"
+    library.unlink(missing_ok=True)
+    if CUDA == "1":
+        sys.exit(f"MIRAS_CUDA=1 is set, but {missing}")
+    return missing
+
+
+def why_not_cuda(nvcc) -> str | None:
+    """The reason why the CUDA kernels cannot be built here, or are not wanted."""
+    if CUDA == "0":
+        return "MIRAS_CUDA=0 was set when the package was installed"
+    if nvcc.nvcc() is None:
+        return "there was no nvcc, neither in CUDA_HOME nor on the PATH, when the package was installed"
+    if CUDA != "1":
+        try:
+            import torch
+        except ImportError:
+            return "there was no torch when the package was installed (MIRAS_CUDA=1 builds them all the same)"
+        if torch.version.cuda is None:
+            return "torch had no CUDA when the package was installed (MIRAS_CUDA=1 builds them all the same)"
+    return None
 
 
 def why_not() -> str | None:
@@ -62,7 +108,7 @@ class BuildPython(build_py):
     def run(self):
         super().run()
         editable = getattr(self, "editable_mode", False)
-        write_build_info(ROOT / "python" / "miras_kernels" if editable else Path(self.build_lib) / "miras_kernels", MISSING)
+        finish(ROOT / "python" / "miras_kernels" if editable else Path(self.build_lib) / "miras_kernels", MISSING)
 
 
 MISSING = why_not()
@@ -91,13 +137,19 @@ else:
             except (Exception, SystemExit) as error:
                 if REQUIRE_CPP:
                     raise
-                in_source = self.inplace or getattr(self, "editable_mode", False)
-                package = (ROOT / "python" if in_source else Path(self.build_lib)) / "miras_kernels"
+                package = self.package()
                 for stale in package.glob("_C.*.so"):
                     stale.unlink()
                 missing = f"compiling it failed when the package was installed: {self.first_error() or error}"
-                write_build_info(package, missing)
+                finish(package, missing)
                 print(f"miras-kernels: installing without the C++ kernels: {missing}", file=sys.stderr)
+            else:
+                finish(self.package(), None)
+
+        def package(self) -> Path:
+            """Where the package lies that the kernels are built for."""
+            in_source = self.inplace or getattr(self, "editable_mode", False)
+            return (ROOT / "python" if in_source else Path(self.build_lib)) / "miras_kernels"
 
         def first_error(self) -> str | None:
             """What the compiler says first, asked once more."""

@@ -11,12 +11,14 @@ sequence would race. ``advance``, launched after the step, moves positions (and 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..decode import thresholds
 from . import configs, launch
 from . import retention as retentions
 from .tiles import only_if
@@ -108,13 +110,13 @@ def advance(log_decay, sums, position, T, H, C: tl.constexpr, BH: tl.constexpr):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """How calls of one kind are launched. Keeps nothing of the call but numbers, and a threshold that was given as one."""
+    """How calls of one kind are launched. Keeps nothing of the call but numbers."""
 
     key: configs.Key
     config: configs.Config
     sizes: dict
     constants: dict
-    delta: Tensor | None
+    threshold: Callable[[float], Tensor]  # delta as a tensor where it is given as a number
 
     @staticmethod
     def of(call) -> Step:
@@ -134,11 +136,11 @@ class Step:
         p, r = (*bias.parameters, 0.0, 0.0, 0.0)[:3], (*gate.parameters, 0.0, 0.0)[:2]
         constants = dict(BIAS=bias.tag, P0=p[0], P1=p[1], P2=p[2], RETENTION=gate.tag, R0=r[0], R1=r[1])
         constants |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled)
-        return Step(key, config, sizes, constants, None if call.delta is None else call.delta.contiguous())
+        return Step(key, config, sizes, constants, thresholds(call))
 
     def launch(self, kernel, units: int, buffers, q, k, v, lr, log_decay, delta, momentum, out, **arguments) -> None:
         """Run a step kernel with ``units`` programs a head, then ``advance``."""
-        delta = delta if delta is None or isinstance(delta, Tensor) else self.delta
+        delta = self.threshold(delta) if isinstance(delta, float) else delta
         gates = dict(lr=lr, log_decay=log_decay, delta=delta, momentum=momentum)
         gates = {name: None if x is None else x.contiguous() for name, x in gates.items()}
         tokens = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in dict(q=q, k=k, v=v, out=out).items()}

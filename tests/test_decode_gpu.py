@@ -49,24 +49,37 @@ def placed(state: mk.MemoryState, call_log_decay: torch.Tensor | None) -> mk.Mem
 
 
 @torch.no_grad()
-def steps(case: Case, backend: str, cuts: list[int], dtype=torch.float32, device: str = DEVICE, margin: float = 2e-6) -> Outcome:
-    """A decoder in ``dtype`` reads the tokens from ``cuts[0]`` to ``cuts[-1]``, a run between two cuts at a time."""
-    inputs = case.draw(dtype, "cpu", margin)
+def steps(case: Case, backend: str, cuts: list[int], dtype=torch.float32, device: str = DEVICE, nudge: int = 0) -> Outcome:
+    """A decoder in ``dtype`` reads the tokens from ``cuts[0]`` to ``cuts[-1]``, a run between two cuts at a time.
+
+    ``nudge``: not 0: the tokens are moved by about a rounding, one way or the other.
+    """
+    inputs = case.draw(dtype)
     exact = inputs.to(torch.float64).arguments()
     memory = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
     until = lambda t: {**exact, **cut(exact, 0, t)}
     wanted_out, wanted = memory(**until(cuts[-1]), backend="reference")
     _, prompt = memory(**until(cuts[0]), backend="reference")
     arguments = inputs.to(dtype, device).arguments()
+    if nudge:
+        generator = torch.Generator().manual_seed(nudge)
+        for name in "qkv":
+            moves = torch.randint(-1, 2, arguments[name].shape, generator=generator).to(device)
+            arguments[name] = arguments[name] * (1 + torch.finfo(dtype).eps * moves).to(dtype)
     reader = decoder(case, arguments, prompt.to(device, dtype=torch.float32), backend)
     outs = [reader.step(**cut(arguments, a, b)) for a, b in itertools.pairwise(cuts)]
     return Outcome(torch.cat(outs, 1).cpu(), reader.state().to("cpu"), wanted_out[:, cuts[0] :], placed(wanted, exact["log_decay"]))
 
 
 def assert_as_good_as_eager(case: Case, backend: str, cuts: list[int], dtype=torch.float32, device: str = DEVICE, slack=2.0**-20) -> None:
-    """Within three times the error of the definition of a step, in eager PyTorch with the same inputs, and a few roundings."""
+    """Within three times the error of the definition of a step, in eager PyTorch with the same inputs, and a few roundings.
+
+    Of an MLP whose gate makes its rows alike (LayerNorm then divides by next to nothing) that error is a matter of luck: take the worst
+    of a few inputs that are one rounding apart.
+    """
     found = steps(case, backend, cuts, dtype, device).errors()
-    usual = steps(case, "reference", cuts, dtype, "cpu").errors()
+    tries = range(3 if case.memory == "mlp" and case.retention.tag in (2, 4) else 1)
+    usual = [max(x) for x in zip(*(steps(case, "reference", cuts, dtype, "cpu", nudge).errors() for nudge in tries), strict=True)]
     assert all(x <= 3 * y + slack for x, y in zip(found, usual, strict=True)), (found, usual)
 
 

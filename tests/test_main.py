@@ -110,8 +110,10 @@ def test_triton_is_interpreted(capsys, monkeypatch):
     main(["explain"])
     printed = capsys.readouterr().out
     assert "triton     can serve it" + SLOWLY in printed and '"auto" takes triton' not in printed
-    main(["explain", "--momentum"])
-    assert lines(capsys)["triton"] == "cannot: it has no momentum, so far"
+    main(["explain", "--chunk", "24"])
+    assert lines(capsys)["triton"] == "cannot: chunk_size must be one of 16, 32, 64, 128, got 24"
+    main(["explain", "--chunk", "24", "--no-grad", "--tokens", "1"])
+    assert lines(capsys)["triton"] == "can serve it" + SLOWLY
 
 
 def test_triton_has_a_gpu(capsys, monkeypatch):
@@ -121,6 +123,20 @@ def test_triton_has_a_gpu(capsys, monkeypatch):
     assert "  triton     can serve it" in printed and printed[-1] == '"auto" takes triton'
     main(["explain", "--device", "cpu"])
     assert lines(capsys)["triton"] == "cannot: it does not run on cpu tensors"
+
+
+def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
+    """It decodes, and says so of a call that is no decoding; where it is missing it says why."""
+    backend = dispatch.BACKENDS["cuda"]
+    monkeypatch.setattr(backend, "path", tmp_path / "_cuda.so")
+    main(["info"])
+    assert lines(capsys)["cuda"].startswith("cannot run: the kernels are not built: ")
+    monkeypatch.setattr(type(backend), "unavailable", lambda self: None)
+    main(["explain", "--device", "cuda", "--no-grad"])
+    assert lines(capsys)["cuda"] == "cannot: it only decodes: calls of at most 4 tokens, got 128"
+    main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
+    printed = capsys.readouterr().out.splitlines()
+    assert "forward, T = 1" in printed[0] and "  cuda       can serve it" in printed and printed[-1] == '"auto" takes cuda'
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])

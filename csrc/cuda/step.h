@@ -148,7 +148,7 @@ __device__ inline float block_sum(float x) {
 // ---------------------------------------------------------------------------------------------------------- biases and gates
 
 // psi of one channel; `square` is |e|^2 of the row
-__device__ inline float psi(const Step& p, float e, float square, float delta) {
+MIRAS_FN float psi(const Step& p, float e, float square, float delta) {
   return with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) { return bias.value(e, bias.row(square, delta)); });
 }
 
@@ -164,7 +164,7 @@ __device__ inline float row_term(const Step& p, float a, float max) { return KLR
 __device__ inline float row_factor(const Step& p, float total) { return KLRetention(p.retention_params).factor(total); }
 
 // phi(a), from the row's largest element and the factor of its row or matrix, where the gate couples
-__device__ inline float phi(const Step& p, float a, float max, float factor) {
+MIRAS_FN float phi(const Step& p, float a, float max, float factor) {
   return with_retention(RetentionTag(p.retention), p.retention_params, [&](auto gate) {
     using Gate = decltype(gate);
     if constexpr (Gate::kCoupling == Coupling::row) return factor * gate.weight(a, max);

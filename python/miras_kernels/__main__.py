@@ -139,6 +139,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", choices=("scalar", "channel"), default="scalar")
     parser.add_argument("--momentum", action="store_true")
     parser.add_argument("--no-grad", action="store_true", help="forward alone")
+    parser.add_argument("--tokens", type=_positive, help="T (default: two chunks); with --no-grad and one or a few, decoding")
 
 
 class _Elsewhere(torch.Tensor):
@@ -151,7 +152,7 @@ class _Elsewhere(torch.Tensor):
 def _example(args: argparse.Namespace) -> dict[str, str | None]:
     """:func:`miras_kernels.explain` of a call like the one described, with tensors that hold no numbers."""
     b, h, d, dv = 1, 1, args.dim, args.value_dim or args.dim
-    t, hidden = 2 * args.chunk, 4 * args.dim
+    t, hidden = args.tokens or 2 * args.chunk, 4 * args.dim
     dtype = getattr(torch, args.dtype)
     wide = torch.float64 if args.dtype == "float64" else torch.float32
 
@@ -183,7 +184,7 @@ def explain_command(args: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         print(f"no backend: the call itself is wrong: {error}", file=sys.stderr)
         return 2
-    direction = "forward" if args.no_grad else "forward and backward"
+    direction = ("forward" if args.no_grad else "forward and backward") + (f", T = {args.tokens}" if args.tokens else "")
     title = f"{args.memory} memory, {args.bias}, {args.retention}, {args.dtype} on {args.device}, {direction}"
     _print_rows(title, [(name, _can("can serve it", name) if reason is None else f"cannot: {reason}") for name, reason in reasons.items()])
     print(f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}')

@@ -16,6 +16,7 @@ from .reference.inputs import Call
 
 __all__ = ["CudaBackend", "Step"]
 
+LIBRARY = Path(__file__).with_name("_cuda.so")
 #: as MirasTokenType has them
 TOKEN_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -66,10 +67,10 @@ class CudaBackend:
     #: of a linear memory, of an MLP memory
     MAX_HEAD, MAX_MLP_HEAD = 256, 128
     MAX_HIDDEN = 1024
-    #: tokens of a call that steps still suit: each reads and writes the state
-    MAX_TOKENS = 16
+    #: tokens of a call that are read one by one
+    STEPS = 4
 
-    def __init__(self, path: Path = Path(__file__).with_name("_cuda.so"), device: str = "cuda"):
+    def __init__(self, path: Path = LIBRARY, device: str = "cuda"):
         self.path, self.device = path, device
 
     def unavailable(self) -> str | None:
@@ -108,8 +109,8 @@ class CudaBackend:
             return "it only decodes: it has no gradients"
         if call.cu_seqlens is not None:
             return "it only decodes: it takes no packed sequences"
-        if call.q.shape[1] > self.MAX_TOKENS:
-            return f"it only decodes: calls of at most {self.MAX_TOKENS} tokens, got {call.q.shape[1]}"
+        if call.q.shape[1] > self.STEPS:
+            return f"it only decodes: calls of at most {self.STEPS} tokens, got {call.q.shape[1]}"
         return self.refuses_steps(call)
 
     def refuses_steps(self, call: Call) -> str | None:
@@ -126,6 +127,8 @@ class CudaBackend:
 
     def stepper(self, call: Call) -> Callable:
         """``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``: fills a struct and launches; waits for nothing."""
+        from .decode import thresholds
+
         launch = getattr(self._loaded[0], f"miras_{call.memory}_step")
         n, t, h = call.q.shape[:3]
         constant = dict(
@@ -133,12 +136,12 @@ class CudaBackend:
             K=call.q.shape[-1] if call.memory == "linear" else call.state.dual[0].shape[-1], V=call.v.shape[-1], C=call.chunk_size,
         )  # fmt: skip
         bias, gate = (ctypes.c_float * 3)(*call.bias.parameters), (ctypes.c_float * 2)(*call.retention.parameters)
-        threshold = _gate(call.delta)  # where it is given as a number
+        threshold = thresholds(call)
         norm = () if call.memory == "linear" else (_gate(call.ln_weight), _gate(call.ln_bias))
         addresses, eps = dict(zip(("ln_weight", "ln_bias"), map(Tensor.data_ptr, norm), strict=False)), call.ln_eps or 0.0
 
         def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
-            delta = delta if delta is None or isinstance(delta, Tensor) else threshold
+            delta = threshold(delta) if isinstance(delta, float) else delta
             tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out)]
             gates = [_gate(x) for x in (lr, log_decay, delta, momentum)]
             x = buffers
@@ -159,16 +162,9 @@ class CudaBackend:
         return run
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Reads a short input as a decoder would that is made for it."""
-        from .decode import Decoder
+        from . import decode
 
-        norm = {} if call.memory == "linear" else dict(ln_weight=call.ln_weight, ln_bias=call.ln_bias, ln_eps=call.ln_eps)
-        channel_wise = call.log_decay is not None and call.log_decay.dim() == 4
-        settings = dict(chunk_size=call.chunk_size, bias=call.bias, retention=call.retention, channel_wise_decay=channel_wise)
-        decoder, out = Decoder(call.state, **settings, **norm, backend=self.name), torch.empty_like(call.v)
-        run = self.stepper(call)
-        run(decoder.buffers, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, out)
-        return out, decoder.state().tensors(), []
+        return *decode.forward(call, self.name), []
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         return []

@@ -8,6 +8,7 @@ can be captured in a CUDA graph.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from . import dispatch
 from .biases import L2, Bias
+from .reference.inputs import Call
 from .retention import L2Retention, LqRetention, Retention
 from .state import MemoryState, OpenChunk
 from .validation import linear_call, mlp_call
 
-__all__ = ["Buffers", "Decoder", "buffers_for"]
+__all__ = ["Buffers", "Decoder", "buffers_for", "forward", "thresholds"]
 
 
 @dataclasses.dataclass
@@ -232,6 +234,23 @@ def _stacked(matrices: tuple[Tensor, ...]) -> Tensor:
 def _matrices(buffer: Tensor) -> tuple[Tensor, ...]:
     """The inverse of :func:`_stacked`: views of a copy."""
     return tuple(_oriented(x, i, buffer.shape[2]) for i, x in enumerate(buffer.clone().unbind(2)))
+
+
+def forward(call: Call, backend: str) -> tuple[Tensor, list[Tensor]]:
+    """A short call by the steps of a backend, on buffers made for it: its output and its final state's tensors."""
+    norm = {} if call.memory == "linear" else dict(ln_weight=call.ln_weight, ln_bias=call.ln_bias, ln_eps=call.ln_eps)
+    channel_wise = call.log_decay is not None and call.log_decay.dim() == 4
+    settings = dict(chunk_size=call.chunk_size, bias=call.bias, retention=call.retention, channel_wise_decay=channel_wise)
+    reader, out = Decoder(call.state, **settings, **norm, backend=backend), torch.empty_like(call.v)
+    run = dispatch.BACKENDS[backend].stepper(call)
+    run(reader.buffers, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, out)
+    return out, reader.state().tensors()
+
+
+def thresholds(call: Call) -> Callable[[float], Tensor]:
+    """delta as a tensor ``[N, T, H]``, for calls like this one that give it as a number: usually always the same."""
+    shape, device = call.q.shape[:3], call.q.device
+    return functools.lru_cache(maxsize=4)(lambda value: torch.full(shape, value, dtype=torch.float32, device=device))
 
 
 def buffers_for(state: MemoryState, chunk_size: int, retention: Retention, channel_wise_decay: bool) -> Buffers:

@@ -20,6 +20,8 @@ class TritonBackend:
     """Fused kernels for both memories, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
 
     name = "triton"
+    #: tokens of a call without gradients that are read one by one: a chunk's products would mostly multiply padding
+    STEPS = 4
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -37,6 +39,8 @@ class TritonBackend:
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         from miras_kernels.kernels import configs
 
+        if not differentiate and self._steps(call):
+            return self.refuses_steps(call)
         if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         linear = call.memory == "linear"
@@ -51,6 +55,10 @@ class TritonBackend:
         if differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
+
+    def _steps(self, call: Call) -> bool:
+        """Whether so few tokens are read one by one, if no backward will come."""
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS
 
     def refuses_steps(self, call: Call) -> str | None:
         from miras_kernels.kernels import configs
@@ -68,8 +76,11 @@ class TritonBackend:
         return steps.stepper(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        from miras_kernels import decode
         from miras_kernels.kernels import launch, linear_fwd, mlp_fwd
 
+        if checkpoint_every == 0 and self._steps(call):
+            return *decode.forward(call, self.name), []
         forward = (linear_fwd if call.memory == "linear" else mlp_fwd).forward
         out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
