@@ -12,11 +12,11 @@ import sys
 import pytest
 import torch
 import transformers
-from hf_tiny import ARCHITECTURES, LAYERS, MLP, ids, model, plain
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 import miras_kernels.hf as hf
+from hf_tiny import ARCHITECTURES, LAYERS, MLP, ids, model, plain
 from miras_kernels.hf import MemoryAttention, load, memory_config, replace_attention, report
 from miras_kernels.layers import PRESETS, Preset
 
@@ -81,7 +81,9 @@ def test_from_config_starts_as_replacing_does():
     host = model(preset="yaad", layers=[1])
     made = AutoModelForCausalLM.from_config(host.config)
     assert type(made) is type(host)
-    for kept, new in zip(host.model.layers[1].self_attn.memory.parameters(), made.model.layers[1].self_attn.memory.parameters(), strict=True):
+    for kept, new in zip(
+        host.model.layers[1].self_attn.memory.parameters(), made.model.layers[1].self_attn.memory.parameters(), strict=True
+    ):
         assert kept.shape == new.shape and torch.isfinite(new).all()
         assert abs(kept.float().std() - new.float().std()) <= 0.5 * kept.float().std()
     assert type(AutoModelForSequenceClassification.from_config(host.config)).__name__ == "MirasLlamaForSequenceClassification"

@@ -124,6 +124,6 @@ def check_cache(cache: object) -> None:
     if isinstance(cache, DynamicCache):
         return
     kind = "Cache" if isinstance(cache, Cache) else "object"
-    raise TypeError(f"past_key_values: a model with memories needs a DynamicCache (no cache_implementation), got the {kind} {type(cache).__name__}")
-
-
+    raise TypeError(
+        f"past_key_values: a model with memories needs a DynamicCache (no cache_implementation), got the {kind} {type(cache).__name__}"
+    )

@@ -41,7 +41,7 @@ _HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", 
 
 
 class Family(NamedTuple):
-    """The classes of one host: its configuration; that with memories, the base model with memories, and host's class -> class with memories."""
+    """The classes of one host: its configuration; then, with memories, configuration, base model, and those by the host's own."""
 
     host: type[PreTrainedConfig]
     config: type[PreTrainedConfig]
@@ -61,7 +61,8 @@ class MirasModelMixin:
     """What a model with memories does differently from its host.
 
     Parameters that a checkpoint lacks get the values that :meth:`MemoryBlock.reset_parameters
-    <miras_kernels.layers.MemoryBlock.reset_parameters>` draws (with the configuration's ``initializer_range``); those that it has stay as loaded.
+    <miras_kernels.layers.MemoryBlock.reset_parameters>` draws (with the configuration's ``initializer_range``); those that it has
+    stay as loaded.
     """
 
     _is_stateful = True  # transformers then refuses assisted generation and prompt lookup
@@ -163,7 +164,9 @@ def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, ind
         init_std=initializer_range(config),
         projections=not linearised,
         backend=backend,
-    ).to(next(layer.parameters()).device, base.dtype)  # fmt: skip  started in float32, so that the numbers drawn do not depend on the model's dtype
+    ).to(
+        next(layer.parameters()).device, base.dtype
+    )  # fmt: skip  started in float32, so that the numbers drawn do not depend on the model's dtype
     return MemoryAttention(block, index, layer.self_attn if linearised else None).train(layer.training)
 
 
@@ -193,9 +196,9 @@ def _family(module_name: str, base_name: str) -> Family:
     module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
     base = getattr(module, base_name)
     host = base.config_class
-    body = {"__module__": __name__, "__doc__": f":class:`transformers.{host.__name__}` with the field ``miras``, see :mod:`miras_kernels.hf`.",
-            "model_type": f"miras_{host.model_type}", "base_model_tp_plan": None, "miras": None,
-            "__annotations__": {"miras": dict | None}}  # fmt: skip
+    what = "with the field ``miras``, see :mod:`miras_kernels.hf.plan`"
+    body = {"__module__": __name__, "__doc__": f":class:`transformers.{host.__name__}` {what}.", "model_type": f"miras_{host.model_type}",
+            "base_model_tp_plan": None, "miras": None, "__annotations__": {"miras": dict | None}}  # fmt: skip
     config = type(f"Miras{host.__name__}", (MirasConfigMixin, host), body)
     stem = base_name.removesuffix("Model").removesuffix("Text")
     hosts = [base, *(getattr(module, stem + middle + head, None) for head in _HEADS for middle in ("", "Text"))]
