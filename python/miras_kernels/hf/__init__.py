@@ -25,7 +25,7 @@ real tokens. (Attention that is left has its host's habits: padding between toke
 
 **Training.** In training mode no cache is made unless asked for (``use_cache=True``). ``output_attentions`` is refused: a memory
 has none. What is new is ``...self_attn.memory.*`` (``modules_to_save=["memory"]`` in PEFT); with ``init="from_attention"`` LoRA finds
-q_proj, k_proj, v_proj and o_proj where they were.
+q_proj, k_proj, v_proj and o_proj where they were; name them (``target_modules``), PEFT has no default for these models.
 
 **Loading.** The classes are registered with AutoClasses when this package is imported. Tensors that a checkpoint lacks start as in
 :class:`~miras_kernels.layers.MemoryBlock`; the others stay as loaded. A saved model's ``model_type`` is ``miras_llama`` ..., so that

@@ -52,6 +52,15 @@ class Family(NamedTuple):
 class MirasConfigMixin:
     """A host's configuration with the field ``miras``."""
 
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """The host's ``save_pretrained``, and the file that ``trust_remote_code=True`` reads (a model saves it with its configuration)."""
+        self.auto_map = getattr(self, "auto_map", None) or {"AutoConfig": f"{_SHIM}.{type(self).__name__}"}
+        names = ", ".join(sorted({name.split(".")[1] for name in self.auto_map.values()}))
+        text = f'"""Needs the package miras-kernels."""\n\nfrom miras_kernels.hf import {names}  # noqa: F401\n'
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{_SHIM}.py").write_text(text, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs) -> None:
         """Nothing: a saved model names the installed classes, and carries no copy of their code."""
@@ -99,15 +108,10 @@ class MirasModelMixin:
                 raise NotImplementedError(f"{name}: a model with memories has no tensor-parallel plan; expected None, got {kwargs[name]!r}")
         return super().from_pretrained(*args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """The host's ``save_pretrained``, and the file that ``trust_remote_code=True`` reads."""
-        if is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            self.config.auto_map = auto_map(type(self))
-            names = ", ".join(sorted({name.split(".")[1] for name in self.config.auto_map.values()}))
-            text = f'"""Needs the package miras-kernels."""\n\nfrom miras_kernels.hf import {names}  # noqa: F401\n'
-            (Path(save_directory) / f"{_SHIM}.py").write_text(text, encoding="utf-8")
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """The host's ``save_pretrained``; the configuration then says which classes load the model."""
+        self.config.auto_map = auto_map(type(self))
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs) -> None:
@@ -209,7 +213,7 @@ def _family(module_name: str, base_name: str) -> Family:
 def auto_map(model: type[PreTrainedModel]) -> dict[str, str]:
     """What ``config.json`` tells AutoClasses that do not know the model."""
     classes = {"AutoConfig": model.config_class, "AutoModel": FAMILIES[model.config_class].base, auto_class(model): model}
-    return {name: f"{_SHIM}.{cls.__name__}" for name, cls in classes.items()}
+    return {name: f"{_SHIM}.{cls.__name__.removeprefix('FSDP')}" for name, cls in classes.items()}  # fully_shard renames classes
 
 
 def auto_class(model: type[PreTrainedModel]) -> str:

@@ -43,7 +43,8 @@ def replace_attention(
     it has been trained.* All new parameters are ``...self_attn.memory.*``; :func:`report` lists them.
 
     Args:
-        model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped.
+        model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped:
+            the whole model (of a base model that is part of another one, the other one would not know).
         preset: see :data:`miras_kernels.layers.PRESETS`.
         layers: indices of the decoder layers to replace; None or ``"all"`` for all. The others keep their attention.
         init: ``"new"``: the memory has projections of its own, and no position embedding. ``"from_attention"``: it takes over the layer's
@@ -143,7 +144,7 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(path)
     names = {cls.__name__: cls for family in FAMILIES.values() for cls in family.models.values()}
-    saved = (config.architectures or [None])[0]
+    saved = (config.architectures or ["no class"])[0]
     if saved not in names:
         raise ValueError(
             f"path: expected a model with memories (saved after replace_attention), got {saved} of type {config.model_type!r} in {path}"
