@@ -11,6 +11,7 @@ TORCH_FALLBACK ?= torch>=2.11
 RUFF           ?= ruff==0.17.5
 # Beside .venv, not in it. Its interpreter needs the numpy of its time.
 OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
+OLDEST_HF      ?= "transformers==5.4.*"
 # Processes that share the tests; `make test WORKERS=` runs them in one.
 WORKERS        ?= -n 2 --dist worksteal
 ARGS           ?=
@@ -23,7 +24,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-all bench lint format build clean distclean
+.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,7 +44,10 @@ test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled
 test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is supported
 	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" $(WORKERS) $(ARGS)
 
-test-all: test test-slow test-oldest  ## all of these
+test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
+
+test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
 bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --json out.json"
 	$(PY) bench/cpu.py $(ARGS)
@@ -99,6 +103,12 @@ $(VENV)/.built: $(CXX_SOURCES) $(VENV)/.installed
 $(VENV)/.oldest: | $(VENV)/.built
 	@echo "installing the oldest Triton that is supported, for the tests alone"
 	@$(PIP) install -qq --upgrade --target $(VENV)/oldest $(OLDEST_TRITON)
+	@touch $@
+
+# With what it depends on (PyTorch is not among that).
+$(VENV)/.oldest-hf: | $(VENV)/.built
+	@echo "installing the oldest transformers that is supported, for the tests alone"
+	@$(PIP) install -qq --upgrade --target $(VENV)/oldest-hf $(OLDEST_HF)
 	@touch $@
 
 $(VENV)/.lint: | $(VENV)/.python

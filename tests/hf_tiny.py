@@ -25,13 +25,14 @@ def plain(architecture="Llama", *, kind="ForCausalLM", dtype=torch.float32, atte
     """A model without memories, with SDPA where it can. Windows of attention are shorter than the texts; Qwen2's biases are not zero."""
     torch.manual_seed(seed)
     name = architecture + ("TextConfig" if architecture == "Gemma3" else "Config")
-    config = getattr(transformers, name)(**{
-        **dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-               head_dim=8, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-               attn_implementation=attention or ("eager" if architecture == "Gemma2" else "sdpa")),
-        **({"sliding_window": 6} if architecture in ("Mistral", "Gemma2", "Gemma3") else {}),
-        **options,
-    })  # fmt: skip
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        attn_implementation=attention or ("eager" if architecture == "Gemma2" else "sdpa"),
+    )  # fmt: skip
+    if architecture in ("Mistral", "Gemma2", "Gemma3"):
+        sizes["sliding_window"] = 6
+    config = getattr(transformers, name)(**{**sizes, **options})
     host = getattr(transformers, architecture + kind)(config)
     for parameter in [p for name, p in host.named_parameters() if name.endswith("bias")]:
         torch.nn.init.normal_(parameter)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import pickle
 
 import pytest
 import torch
 import transformers
-from hf_tiny import ARCHITECTURES, LENGTH, MLP, ROWS, VOCAB, assert_close, gradients, ids, model, plain
-from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import miras_kernels.hf as hf
+from hf_tiny import ARCHITECTURES, LENGTH, MLP, ROWS, VOCAB, assert_close, gradients, ids, model, plain
+from miras_kernels.biases import Bias
 from miras_kernels.hf import MemoryAttention, memory_config, replace_attention, report
 from miras_kernels.layers import PRESETS, MemoryBlock, Preset
 
@@ -23,13 +22,14 @@ from miras_kernels.layers import PRESETS, MemoryBlock, Preset
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("layers", [None, "all", [0, 2], range(1, 2)])
 def test_the_chosen_layers_are_replaced_and_train(architecture, layers):
-    plain, host = model(architecture, ()), model(architecture, layers)
+    before, host = plain(architecture), model(architecture, layers)
+    assert type(host).__name__ == f"Miras{type(before).__name__}" and isinstance(host, type(before))
     chosen = set(range(3)) if layers in (None, "all") else set(layers)
     for i, layer in enumerate(host.model.layers):
         assert isinstance(layer.self_attn, MemoryAttention) == (i in chosen)
         if i in chosen:
             assert (layer.self_attn.memory.num_heads, layer.self_attn.memory.head_dim) == (4, 8)
-    before, after = dict(plain.named_parameters()), dict(host.named_parameters())
+    before, after = dict(before.named_parameters()), dict(host.named_parameters())
     new = [n for n in after if n not in before]
     assert new and all(".self_attn.memory." in n for n in new)
     assert all(torch.equal(after[n], before[n]) for n in after if n in before)
@@ -38,7 +38,7 @@ def test_the_chosen_layers_are_replaced_and_train(architecture, layers):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "preset"), [*((name, "yaad_linear") for name in ARCHITECTURES), *(("Llama", name) for name in MLP)]
+    ("architecture", "preset"), [*((name, "yaad_linear") for name in ARCHITECTURES), ("Llama", "yaad"), ("Llama", "titans")]
 )
 def test_training_lowers_the_loss(architecture, preset):
     host = model(architecture, preset=preset).train()
@@ -86,6 +86,35 @@ def test_replacing_in_two_steps():
     assert torch.equal(host.eval().generate(ids(), max_new_tokens=4), host.generate(ids(), max_new_tokens=4, use_cache=False))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memories_made_from_attention(architecture):
+    """The projections are the attention layer's own modules; keys and values are repeated for their heads, and positions turn them."""
+    host = plain(architecture)
+    attention, names = host.model.layers[1].self_attn, dict(host.named_parameters()).keys()
+    old = dict(attention.named_children())
+    replace_attention(host, "l2", [1], init="from_attention", chunk_size=4)
+    layer = host.model.layers[1].self_attn
+    assert old and all(getattr(layer, n) is m for n, m in old.items())
+    assert names < dict(host.named_parameters()).keys() and layer.memory.q_proj is None
+    assert {n for n in dict(host.named_parameters()) if n not in names} == set(report(host).new)
+    x, angles = torch.randn(2, 5, 24), torch.randn(1, 5, 4).repeat(1, 1, 2)
+    projected = layer._project(x, (angles.cos(), angles.sin()))
+    q, k, v = projected.qkv.unflatten(-1, (3, 4, 8)).unbind(2)
+    norm = lambda name, t: getattr(layer, name)(t) if hasattr(layer, name) else t
+    assert_close(q, norm("q_norm", layer.q_proj(x).view(2, 5, 4, 8)))
+    for head in range(4):
+        assert_close(k[:, :, head], norm("k_norm", layer.k_proj(x).view(2, 5, 2, 8))[:, :, head // 2])
+        assert_close(v[:, :, head], layer.v_proj(x).view(2, 5, 2, 8)[:, :, head // 2])
+    modeling = __import__(type(attention).__module__, fromlist=["apply_rotary_pos_emb"])
+    turned = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), angles.cos(), angles.sin())
+    from miras_kernels.layers.block import _rotated
+
+    for ours, theirs in zip((q, k), turned, strict=True):
+        assert_close(_rotated(ours, projected.cos, projected.sin), theirs.transpose(1, 2))
+    for n, grad in gradients(host, input_ids=ids(), labels=ids()).items():
+        assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
+
+
 def test_initialisation_follows_the_seed_and_the_host():
     a, b = model(), model()
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
@@ -115,12 +144,14 @@ def test_other_models_of_the_class_are_unchanged():
 
 # ------------------------------------------------------------------------------------------------- masks and documents
 
+
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "init"), [(None, "new"), ("eager", "from_attention")])
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_padding_is_exact(architecture, layers, attention, rows):
-    host, mask = model(architecture, layers, attention=attention).eval(), torch.tensor(ROWS[rows])
+def test_padding_is_exact(architecture, layers, attention, init, rows):
+    wide = {"sliding_window": 64} if rows == "holes" else {}  # the attention that is left counts padding in its window
+    host, mask = model(architecture, layers, attention=attention, init=init, **wide).eval(), torch.tensor(ROWS[rows])
     logits = host(input_ids=ids(), attention_mask=mask).logits
     other = host(input_ids=torch.where(mask == 1, ids(), ids(seed=2)), attention_mask=mask).logits
     for i in range(2):
@@ -129,9 +160,10 @@ def test_padding_is_exact(architecture, layers, attention, rows):
         assert_close(other[i, real], logits[i, real])
 
 
+@pytest.mark.parametrize("init", ["new", "from_attention"])
 @pytest.mark.parametrize(("layers", "preset"), [(None, "yaad_linear"), ([1], "yaad_linear"), ([1], "yaad")])
-def test_gradients_under_padding_are_those_of_the_real_tokens(layers, preset):
-    host, mask = model("Qwen2", layers, preset=preset), torch.tensor(ROWS["mixed"])
+def test_gradients_under_padding_are_those_of_the_real_tokens(layers, preset, init):
+    host, mask = model("Qwen2", layers, preset=preset, init=init), torch.tensor(ROWS["mixed"])
     weight = torch.randn(2, LENGTH, VOCAB, generator=torch.Generator().manual_seed(3))
     (host(input_ids=ids(), attention_mask=mask).logits * weight)[mask == 1].sum().backward()
     padded = {n: p.grad.clone() for n, p in host.named_parameters()}
@@ -157,16 +189,17 @@ def test_four_dimensional_masks(form):
 @pytest.mark.parametrize(
     ("architecture", "preset"), [*((name, "yaad_linear") for name in ARCHITECTURES), ("Llama", "yaad"), ("Llama", "ttt_mlp")]
 )
-@pytest.mark.parametrize("layers", [None, [0, 2]])
-def test_packed_documents_are_separate(architecture, preset, layers):
-    host, lengths = model(architecture, layers, preset=preset).eval(), (5, 1, 7)
+@pytest.mark.parametrize(("layers", "init"), [(None, "new"), ([0, 2], "new"), (None, "from_attention"), ([1], "from_attention")])
+def test_packed_documents_are_separate(architecture, preset, layers, init):
+    host, lengths = model(architecture, layers, preset=preset, init=init).eval(), (5, 1, 7)
     packed = ids(1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     alone = torch.cat([host(input_ids=part).logits for part in packed.split(lengths, 1)], 1)
     assert_close(host(input_ids=packed, position_ids=positions).logits, alone)
     if layers is None:
         offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
-        assert_close(host(input_ids=packed, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits, alone)
+        where = {} if init == "new" else {"position_ids": positions}
+        assert_close(host(input_ids=packed, **where, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits, alone)
     twice = host(input_ids=packed.expand(2, -1), position_ids=positions).logits
     assert_close(twice, alone.expand(2, -1, -1))
 
@@ -192,6 +225,14 @@ def test_a_decoder_layer_by_itself_derives_the_mask():
 def meta_model():
     with torch.device("meta"):
         return model(layers=())
+
+
+class Strange(Bias):
+    """A rule that no configuration can name."""
+
+
+class Own(transformers.LlamaForCausalLM):
+    """Somebody's own class, of which there is no class with memories."""
 
 
 def other_pattern():
@@ -222,6 +263,25 @@ def other_pattern():
         (lambda: replace_attention(model(layers=()), layers=[1, 1]), ValueError, r"layers: expected every index once, got \[1, 1\]"),
         (lambda: replace_attention(model(layers=[1])), ValueError, "layers: layer 1 has been replaced already"),
         (lambda: replace_attention(model(layers=()), num_heads=0), ValueError, "num_heads: expected an integer >= 1, got 0"),
+        (lambda: replace_attention(plain(), init="copy"), ValueError, "init: expected one of 'new', 'from_attention', got 'copy'"),
+        (
+            lambda: replace_attention(plain(), init="from_attention", num_heads=2),
+            ValueError,
+            "num_heads: with init='from_attention' it is the attention layer's, expected None, got 2",
+        ),
+        (lambda: replace_attention(plain(), Preset(Strange(), "one", None, 4, "")), ValueError, "preset: its bias must be .* got Strange"),
+        (
+            lambda: replace_attention(plain("Gemma3", use_bidirectional_attention=True)),
+            ValueError,
+            "model: a memory reads causally; .* got one with bidirectional attention",
+        ),
+        (lambda: replace_attention(plain().model.layers[0]), TypeError, "model: expected a transformers model .*got LlamaDecoderLayer"),
+        (lambda: replace_attention(torch.compile(plain())), TypeError, "not compiled.*got OptimizedModule"),
+        (lambda: replace_attention(Own(plain().config)), TypeError, "with a head of transformers for text, got Own"),
+        (lambda: memory_config(transformers.GPT2Config()), TypeError, "config: expected .* LlamaConfig, .*got GPT2Config"),
+        (lambda: model(init="from_attention").model.layers[0].self_attn(torch.randn(1, 3, 24)), ValueError, "position_embeddings: .*None"),
+        (lambda: model()(input_ids=ids(), is_causal=False), ValueError, "is_causal: a memory reads causally"),
+        (lambda: model()(input_ids=ids(), encoder_hidden_states=ids()), ValueError, "encoder_hidden_states: .*expected None"),
         (lambda: replace_attention(model(layers=()), chunksize=2), TypeError, "unexpected keyword argument 'chunksize'"),
         (lambda: model()(input_ids=ids(), output_attentions=True), ValueError, "output_attentions: .*expected False, got True"),
         (lambda: model()(input_ids=ids(), attention_mask=torch.ones(2, 5)), ValueError, r"attention_mask: expected \[B, T\] with T = 13"),
@@ -241,5 +301,4 @@ def test_a_refused_call_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="layers"):
         replace_attention(host, layers=[0, 9])
     assert torch.equal(host(input_ids=ids()).logits, before)
-    host.save_pretrained  # noqa: B018  not replaced
-    assert "save_pretrained" not in vars(host)
+    assert type(host) is transformers.LlamaForCausalLM and not hasattr(host.config, "miras")

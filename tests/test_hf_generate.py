@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 import transformers
-from hf_tiny import ARCHITECTURES, LENGTH, ROWS, VOCAB, assert_close, ids, model, plain
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
+from hf_tiny import ARCHITECTURES, LENGTH, ROWS, VOCAB, assert_close, ids, model, plain
 from miras_kernels.hf import MemoryAttention, MemoryCacheLayer
 
 #: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks
@@ -45,7 +46,9 @@ def test_greedy_generation_follows_the_full_forward_with_and_without_padding(arc
 def test_generation_with_every_kind_of_memory(preset, layers, init):
     of = host("Qwen2", layers, preset=preset, init=init)
     for mask in (None, MASK):
-        cached = of.generate(ids(), attention_mask=mask, max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        cached = of.generate(
+            ids(), attention_mask=mask, max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
         whole = of.generate(
             ids(), attention_mask=mask, max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True, use_cache=False
         )
@@ -105,7 +108,7 @@ def test_turns_with_padding_anywhere(architecture, rows):
         wide = {"sliding_window": 64} if architecture == "Gemma3" else {}  # the attention that is left counts padding in its window
         of, cache, logits = host(architecture, [0, 1], init=init, **wide), DynamicCache(), []
         cuts = [0, 3, LENGTH, LENGTH + 5, LENGTH + 6, LENGTH + 7, LENGTH + 8]
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             logits.append(of(input_ids=text[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
         logits = torch.cat(logits, 1)
         for row in range(2):
@@ -205,7 +208,7 @@ def test_what_a_cache_can_do():
         layer.offload()
         layer.prefetch()
         layer.reset()
-        assert (layer.get_seq_length(), layer.nbytes, layer.batch_size) == (0, 0, -1)
+        assert (layer.get_seq_length(), layer.nbytes) == (0, 0) and not hasattr(layer, "batch_size")
     with pytest.raises(NotImplementedError, match="crop: a memory cannot take tokens back"):
         read(ids()).crop(-1)
     with pytest.raises(NotImplementedError, match="holds no keys and values"):
@@ -249,6 +252,10 @@ def foreign():
     return host(layers=[1])(input_ids=ids(2, 1), past_key_values=cache)
 
 
+def read():
+    return host()(input_ids=ids(), use_cache=True).past_key_values
+
+
 def packed(**options):
     return host()(input_ids=ids(), position_ids=torch.arange(LENGTH)[None] % 5, **options)
 
@@ -270,18 +277,18 @@ def packed(**options):
         ),
         (lookup, ValueError, "assisted generation is not supported with stateful models, such as MirasLlama"),
         (lambda: assistant("main"), ValueError, "assisted generation is not supported with stateful models, such as MirasLlama"),
-        (lambda: assistant("assistant"), (NotImplementedError, ValueError), "crop: a memory cannot take tokens back|rollback|crop"),
+        (lambda: assistant("assistant"), NotImplementedError, "crop: a memory cannot take tokens back"),
         (lambda: host().generate_batch([[1, 2]]), NotImplementedError, "generate_batch: .*no continuous batching"),
         (lambda: host().init_continuous_batching(), NotImplementedError, "no continuous batching"),
         (lambda: host()(input_ids=ids(), cache=object()), NotImplementedError, "cache: .*no continuous batching, got object"),
         (foreign, ValueError, "past_key_values: layer 1 .*expected its state or an empty cache, got keys and values of 13 tokens"),
         (lambda: packed(use_cache=True), ValueError, "use_cache: documents packed into a row leave no state"),
         (
-            lambda: host()(input_ids=ids(2, 1), attention_mask=torch.ones(2, 1), past_key_values=host()(ids(), use_cache=True).past_key_values),
+            lambda: host()(input_ids=ids(2, 1), attention_mask=torch.ones(2, 1), past_key_values=read()),
             ValueError,
             r"attention_mask: expected \[B, T\] with T = 14 \(13 in the cache and 1 new ones\), got \(2, 1\)",
         ),
-        (lambda: host()(input_ids=ids(3, 1), past_key_values=host()(ids(), use_cache=True).past_key_values), ValueError, "initial_state"),
+        (lambda: host()(input_ids=ids(3, 1), past_key_values=read()), ValueError, "initial_state"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_refused(call, kind, text):

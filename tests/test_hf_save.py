@@ -12,11 +12,11 @@ import sys
 import pytest
 import torch
 import transformers
-from hf_tiny import ARCHITECTURES, LAYERS, MLP, ids, model, plain
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 import miras_kernels.hf as hf
+from hf_tiny import ARCHITECTURES, LAYERS, MLP, ids, model, plain
 from miras_kernels.hf import MemoryAttention, load, memory_config, replace_attention, report
 from miras_kernels.layers import PRESETS, Preset
 
@@ -36,13 +36,15 @@ def assert_same(a, b):
 def test_saving_and_loading(architecture, init, tmp_path):
     host = model(architecture, [0, 2], init=init)
     host.save_pretrained(tmp_path)
-    for loaded in (load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path), type(host).from_pretrained(tmp_path)):
+    same = {"attn_implementation": host.config._attn_implementation}  # is not saved
+    for read in (load, AutoModelForCausalLM.from_pretrained, type(host).from_pretrained):
+        loaded = read(tmp_path, **same)
         assert_same(loaded, host)
-    base = AutoModel.from_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path, **same)
     assert_same(base, host.model)
     assert base.config.model_type == f"miras_{plain(architecture).config.model_type}"
     loaded.save_pretrained(tmp_path / "again")
-    assert_same(load(tmp_path / "again"), host)
+    assert_same(load(tmp_path / "again", **same), host)
     text = loaded.generate(ids(), max_new_tokens=4, do_sample=False)
     assert torch.equal(text, host.generate(ids(), max_new_tokens=4, do_sample=False))
 
@@ -81,7 +83,9 @@ def test_from_config_starts_as_replacing_does():
     host = model(preset="yaad", layers=[1])
     made = AutoModelForCausalLM.from_config(host.config)
     assert type(made) is type(host)
-    for kept, new in zip(host.model.layers[1].self_attn.memory.parameters(), made.model.layers[1].self_attn.memory.parameters(), strict=True):
+    for kept, new in zip(
+        host.model.layers[1].self_attn.memory.parameters(), made.model.layers[1].self_attn.memory.parameters(), strict=True
+    ):
         assert kept.shape == new.shape and torch.isfinite(new).all()
         assert abs(kept.float().std() - new.float().std()) <= 0.5 * kept.float().std()
     assert type(AutoModelForSequenceClassification.from_config(host.config)).__name__ == "MirasLlamaForSequenceClassification"
@@ -126,6 +130,17 @@ def test_one_missing_tensor_leaves_the_others_as_saved(lost, tmp_path):
     assert all(torch.equal(new[key], old[key]) for key in old if key != name)
     if lost == "gate_bias":
         assert torch.equal(new[name], model(preset="moneta", layers=[1]).state_dict()[name])
+
+
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+def test_weights_on_disk(init, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    host = model("Qwen2", [0, 2], init=init, preset="yaad").eval()
+    host.save_pretrained(tmp_path)
+    loaded = accelerate.disk_offload(load(tmp_path), str(tmp_path / "disk"), execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(loaded(input_ids=ids()).logits, host(input_ids=ids()).logits)
+    text = loaded.generate(ids(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(text, host.generate(ids(), max_new_tokens=4, do_sample=False))
 
 
 def test_a_state_dict_makes_the_round_trip():

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 import transformers
-from hf_tiny import ROWS, assert_close, gradients, ids, model
 from torch import distributed, nn
 
+from hf_tiny import ROWS, assert_close, gradients, ids, model
 from miras_kernels.hf import MemoryAttention, report
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -84,8 +84,8 @@ def test_training_through_a_cached_state():
     (host(input_ids=ids()).logits * weight).sum().backward()
     expected = {n: p.grad.clone() for n, p in host.named_parameters()}
     host.zero_grad()
-    first = host(input_ids=ids()[:, :6], use_cache=True)
-    second = host(input_ids=ids()[:, 6:], past_key_values=first.past_key_values)
+    first = host(input_ids=ids()[:, :8], use_cache=True)
+    second = host(input_ids=ids()[:, 8:], past_key_values=first.past_key_values)
     (torch.cat([first.logits, second.logits], 1) * weight).sum().backward()
     for n, p in host.named_parameters():
         assert_close(p.grad, expected[n])
@@ -98,7 +98,9 @@ def test_a_pretrained_model_is_linearised_step_by_step():
     assert {name.split("self_attn.")[1] for name in parts.copied} == {
         *(f"{p}_proj.weight" for p in "qkvo"), "q_norm.weight", "k_norm.weight"
     }  # fmt: skip
-    assert all(".self_attn.memory." in name for name in parts.new) and "copied: 12 tensors" in str(parts) and "new: 12 tensors" in str(parts)
+    assert (
+        all(".self_attn.memory." in name for name in parts.new) and "copied: 12 tensors" in str(parts) and "new: 12 tensors" in str(parts)
+    )
     for name, parameter in host.named_parameters():
         parameter.requires_grad_(name in parts.new)
     before = {n: p.clone() for n, p in host.named_parameters()}

@@ -14,20 +14,22 @@
 
 **From scratch.** :class:`MirasConfig` and :class:`MirasForCausalLM` are the paper's model, see :mod:`miras_kernels.hf.model`.
 
-**Generation.** The memories' state lies in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow; greedy search,
-sampling and beams, several sequences a prompt, chunked prefill and going on with a cache all give what reading the whole text again would. Static and
-quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping a cache are refused.
+**Generation.** The memories' state lies in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow. Greedy
+search, sampling, beams, several sequences a prompt, chunked prefill and going on with a cache all give what reading the whole text
+again would. Static and quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping
+a cache are refused.
 
 **Padding and packing.** A padded row's result is that of its real tokens alone, wherever the padding stands, and positions count
-real tokens. Documents packed by ``position_ids`` (without a mask) or ``cu_seq_lens_q`` are separate; they leave no cache.
+real tokens. (Attention that is left has its host's habits: padding between tokens counts in a sliding window.) Documents packed by
+``position_ids`` (without a mask) or ``cu_seq_lens_q`` are separate; they leave no cache.
 
-**Training.** In training mode no cache is made unless asked for (``use_cache=True``). ``output_attentions`` is refused: a memory has
-none. Weight names: what is new is ``...self_attn.memory.*`` (``modules_to_save=["memory"]`` in PEFT); with ``init="from_attention"`` LoRA finds
-q_proj, k_proj, v_proj and o_proj where they were.
+**Training.** In training mode no cache is made unless asked for (``use_cache=True``). ``output_attentions`` is refused: a memory
+has none. What is new is ``...self_attn.memory.*`` (``modules_to_save=["memory"]`` in PEFT); with ``init="from_attention"`` LoRA finds
+q_proj, k_proj, v_proj and o_proj where they were; name them (``target_modules``), PEFT has no default for these models.
 
 **Loading.** The classes are registered with AutoClasses when this package is imported. Tensors that a checkpoint lacks start as in
-:class:`~miras_kernels.layers.MemoryBlock`; the others stay as loaded. A saved model's ``model_type`` is ``miras_llama`` ..., so that no other class takes
-it for a plain one.
+:class:`~miras_kernels.layers.MemoryBlock`; the others stay as loaded. A saved model's ``model_type`` is ``miras_llama`` ..., so that
+no other class takes it for a plain one.
 """
 
 from . import classes
@@ -37,7 +39,7 @@ from .classes import *  # noqa: F403
 from .model import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasForTokenClassification, MirasModel
 from .replace import Report, load, memory_config, replace_attention, report
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "MemoryAttention",
     "MemoryCacheLayer",
     "MirasConfig",

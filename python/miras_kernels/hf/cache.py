@@ -53,8 +53,10 @@ class MemoryCacheLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Sequences, -1 before the first token."""
-        return -1 if self.state is None else self.state.conv.shape[0]
+        """Sequences; there is no such attribute before the first token."""
+        if self.state is None:
+            raise AttributeError("batch_size: nothing has been read yet")
+        return self.state.conv.shape[0]
 
     def get_seq_length(self) -> int:
         return self.length
@@ -65,7 +67,7 @@ class MemoryCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+    get_max_cache_shape = get_max_length  # as older versions call it
 
     def reset(self) -> None:
         self.state, self.length, self.is_initialized = None, 0, False
@@ -124,6 +126,6 @@ def check_cache(cache: object) -> None:
     if isinstance(cache, DynamicCache):
         return
     kind = "Cache" if isinstance(cache, Cache) else "object"
-    raise TypeError(f"past_key_values: a model with memories needs a DynamicCache (no cache_implementation), got the {kind} {type(cache).__name__}")
-
-
+    raise TypeError(
+        f"past_key_values: a model with memories needs a DynamicCache (no cache_implementation), got the {kind} {type(cache).__name__}"
+    )

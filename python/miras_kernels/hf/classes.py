@@ -41,7 +41,7 @@ _HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", 
 
 
 class Family(NamedTuple):
-    """The classes of one host: its configuration; that with memories, the base model with memories, and host's class -> class with memories."""
+    """The classes of one host: its configuration; then, with memories, configuration, base model, and those by the host's own."""
 
     host: type[PreTrainedConfig]
     config: type[PreTrainedConfig]
@@ -52,6 +52,15 @@ class Family(NamedTuple):
 class MirasConfigMixin:
     """A host's configuration with the field ``miras``."""
 
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """The host's ``save_pretrained``, and the file that ``trust_remote_code=True`` reads (a model saves it with its configuration)."""
+        self.auto_map = getattr(self, "auto_map", None) or {"AutoConfig": f"{_SHIM}.{type(self).__name__}"}
+        names = ", ".join(sorted({name.split(".")[1] for name in self.auto_map.values()}))
+        text = f'"""Needs the package miras-kernels."""\n\nfrom miras_kernels.hf import {names}  # noqa: F401\n'
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{_SHIM}.py").write_text(text, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs) -> None:
         """Nothing: a saved model names the installed classes, and carries no copy of their code."""
@@ -61,7 +70,8 @@ class MirasModelMixin:
     """What a model with memories does differently from its host.
 
     Parameters that a checkpoint lacks get the values that :meth:`MemoryBlock.reset_parameters
-    <miras_kernels.layers.MemoryBlock.reset_parameters>` draws (with the configuration's ``initializer_range``); those that it has stay as loaded.
+    <miras_kernels.layers.MemoryBlock.reset_parameters>` draws (with the configuration's ``initializer_range``); those that it has
+    stay as loaded.
     """
 
     _is_stateful = True  # transformers then refuses assisted generation and prompt lookup
@@ -98,15 +108,10 @@ class MirasModelMixin:
                 raise NotImplementedError(f"{name}: a model with memories has no tensor-parallel plan; expected None, got {kwargs[name]!r}")
         return super().from_pretrained(*args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """The host's ``save_pretrained``, and the file that ``trust_remote_code=True`` reads."""
-        if is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            self.config.auto_map = auto_map(type(self))
-            names = ", ".join(sorted({name.split(".")[1] for name in self.config.auto_map.values()}))
-            text = f'"""Needs the package miras-kernels."""\n\nfrom miras_kernels.hf import {names}  # noqa: F401\n'
-            (Path(save_directory) / f"{_SHIM}.py").write_text(text, encoding="utf-8")
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """The host's ``save_pretrained``; the configuration then says which classes load the model."""
+        self.config.auto_map = auto_map(type(self))
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs) -> None:
@@ -163,7 +168,9 @@ def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, ind
         init_std=initializer_range(config),
         projections=not linearised,
         backend=backend,
-    ).to(next(layer.parameters()).device, base.dtype)  # fmt: skip  started in float32, so that the numbers drawn do not depend on the model's dtype
+    ).to(
+        next(layer.parameters()).device, base.dtype
+    )  # fmt: skip  started in float32, so that the numbers drawn do not depend on the model's dtype
     return MemoryAttention(block, index, layer.self_attn if linearised else None).train(layer.training)
 
 
@@ -193,9 +200,9 @@ def _family(module_name: str, base_name: str) -> Family:
     module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
     base = getattr(module, base_name)
     host = base.config_class
-    body = {"__module__": __name__, "__doc__": f":class:`transformers.{host.__name__}` with the field ``miras``, see :mod:`miras_kernels.hf`.",
-            "model_type": f"miras_{host.model_type}", "base_model_tp_plan": None, "miras": None,
-            "__annotations__": {"miras": dict | None}}  # fmt: skip
+    what = "with the field ``miras``, see :mod:`miras_kernels.hf.plan`"
+    body = {"__module__": __name__, "__doc__": f":class:`transformers.{host.__name__}` {what}.", "model_type": f"miras_{host.model_type}",
+            "base_model_tp_plan": None, "miras": None, "__annotations__": {"miras": dict | None}}  # fmt: skip
     config = type(f"Miras{host.__name__}", (MirasConfigMixin, host), body)
     stem = base_name.removesuffix("Model").removesuffix("Text")
     hosts = [base, *(getattr(module, stem + middle + head, None) for head in _HEADS for middle in ("", "Text"))]
@@ -206,7 +213,7 @@ def _family(module_name: str, base_name: str) -> Family:
 def auto_map(model: type[PreTrainedModel]) -> dict[str, str]:
     """What ``config.json`` tells AutoClasses that do not know the model."""
     classes = {"AutoConfig": model.config_class, "AutoModel": FAMILIES[model.config_class].base, auto_class(model): model}
-    return {name: f"{_SHIM}.{cls.__name__}" for name, cls in classes.items()}
+    return {name: f"{_SHIM}.{cls.__name__.removeprefix('FSDP')}" for name, cls in classes.items()}  # fully_shard renames classes
 
 
 def auto_class(model: type[PreTrainedModel]) -> str:

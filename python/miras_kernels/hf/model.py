@@ -1,9 +1,10 @@
 """The paper's model as a transformers model, for training from scratch.
 
 A stack of decoder layers, each ``x + memory(norm(x))`` and then ``x + mlp(norm(x))``: the memory is a
-:class:`~miras_kernels.layers.MemoryBlock`, the MLP a SwiGLU, the norms are RMSNorm (Miras, arXiv 2504.13173, section 5.3). Some layers may be
-attention over a sliding window instead, with rotary positions: the hybrid of that paper. This is a Mistral model with memories,
-and shares all its code, so it trains, generates, saves and loads as those of :func:`~miras_kernels.hf.replace_attention` do ::
+:class:`~miras_kernels.layers.MemoryBlock`, the MLP a SwiGLU, the norms are RMSNorm (Miras, arXiv 2504.13173, section 5.3). Some
+layers may be attention over a sliding window instead, with rotary positions: the hybrid of that paper. This is a Mistral model
+with memories, and shares all its code, so it trains, generates, saves and loads as those of
+:func:`~miras_kernels.hf.replace_attention` do ::
 
     from transformers import AutoModelForCausalLM
     from miras_kernels.hf import MirasConfig, MirasForCausalLM

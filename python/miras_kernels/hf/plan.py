@@ -97,7 +97,9 @@ def indices(layers: object, count: int, taken: Iterable[int] = ()) -> tuple[int,
 
 def _row_to_json(name: str, row: object, table: dict) -> dict:
     if type(row) not in map(type, table.values()):
-        raise ValueError(f"preset: its {name} must be one of miras_kernels' own, to be written to a configuration; got {type(row).__name__}")
+        raise ValueError(
+            f"preset: its {name} must be one of miras_kernels' own, to be written to a configuration; got {type(row).__name__}"
+        )
     return {"type": type(row).__name__, **dataclasses.asdict(row)}
 
 

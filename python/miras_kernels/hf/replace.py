@@ -35,15 +35,16 @@ def replace_attention(
     """Replace the attention of a Llama, Mistral, Qwen2, Qwen3 or Gemma (1, 2, 3 text) model by memories, in place.
 
     The model becomes one of the class with memories (``LlamaForCausalLM`` a ``MirasLlamaForCausalLM``, with a configuration of its
-    own), which saves, loads, generates and trains as its host does. The layers that are not replaced keep their attention; other layers can be
-    replaced by a second call, with another preset.
+    own), which saves, loads, generates and trains as its host does. The layers that are not replaced keep their attention; other
+    layers can be replaced by a second call, with another preset.
 
     The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, started from
     torch's random generator with the model's ``initializer_range``. *Either way the model is no language model any more until
     it has been trained.* All new parameters are ``...self_attn.memory.*``; :func:`report` lists them.
 
     Args:
-        model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped.
+        model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped:
+            the whole model (of a base model that is part of another one, the other one would not know).
         preset: see :data:`miras_kernels.layers.PRESETS`.
         layers: indices of the decoder layers to replace; None or ``"all"`` for all. The others keep their attention.
         init: ``"new"``: the memory has projections of its own, and no position embedding. ``"from_attention"``: it takes over the layer's
@@ -67,8 +68,8 @@ def replace_attention(
     for i in plan.indices(layers, len(base.layers), taken):
         if next(base.layers[i].parameters()).device.type == "meta":
             raise ValueError(
-                f"model: layer {i} has no data (meta device); expected a model whose weights are loaded (or load them with from_pretrained of "
-                f"{family.base.__name__} or another class with memories and config=miras_kernels.hf.memory_config(...))"
+                f"model: layer {i} has no data (meta device); expected a model whose weights are loaded (or load them with "
+                f"from_pretrained of {family.base.__name__} or another class with memories and config=memory_config(...))"
             )
     old = model.config
     config = memory_config(
@@ -143,9 +144,11 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(path)
     names = {cls.__name__: cls for family in FAMILIES.values() for cls in family.models.values()}
-    saved = (config.architectures or [None])[0]
+    saved = (config.architectures or ["no class"])[0]
     if saved not in names:
-        raise ValueError(f"path: expected a model with memories (saved after replace_attention), got {saved} of type {config.model_type!r} in {path}")
+        raise ValueError(
+            f"path: expected a model with memories (saved after replace_attention), got {saved} of type {config.model_type!r} in {path}"
+        )
     return names[saved].from_pretrained(path, **kwargs)
 
 

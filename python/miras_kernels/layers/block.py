@@ -286,7 +286,9 @@ class MemoryBlock(nn.Module):
 
     def _check_projected(self, x: Tensor, projected: Projected | None) -> None:
         if (projected is None) != (self.q_proj is not None):
-            expected = "None (the block has projections of its own)" if projected is not None else "q, k and v (the block has no projections)"
+            expected = (
+                "None (the block has projections of its own)" if projected is not None else "q, k and v (the block has no projections)"
+            )
             raise ValueError(f"projected: expected {expected}, got {type(projected).__name__}")
         if projected is None:
             return
