@@ -126,6 +126,8 @@ def _specimens() -> Iterator[Specimen]:
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
         yield Specimen(d, d, c, switch, hidden=hidden)
     yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)
+    yield Specimen(64, 64, 64, retention=KLRetention(), momentum=True, hidden=256)
+    yield Specimen(128, 128, 32, retention=LqRetention(), momentum=True, final=True, hidden=256, dtype=torch.float16)
     yield Specimen(32, 32, 16, hidden=48, dtype=float32)
 
 
