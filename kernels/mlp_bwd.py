@@ -384,7 +384,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         )  # fmt: skip
         launch(
             mlp_seq, p, p.sequences, "hidden",
-            v=p.v, delta=p.delta, **p.layer_norm, duals=group.duals, sums=group.sums,
+            v=p.v, delta=p.delta, moves=weights.moves, **p.layer_norm, duals=group.duals, sums=group.sums,
             **{name: x for name, x in between._asdict().items() if name not in ("scores", "weights")}, row_sums=row_sums, grad_sum=grad_sum,
             grad_memory=grad_memory, grad_primal=grad_primal, grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
             grad_layer_norm=grad_layer_norm,

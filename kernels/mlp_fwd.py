@@ -43,9 +43,7 @@ from .tiles import (
     CARRY,
     HEAD,
     LENGTHS,
-    PI,
     SEGMENT,
-    STEP,
     TAIL,
     WHOLE,
     dot,
@@ -280,7 +278,7 @@ def put_out(
 
 @triton.jit
 def write(
-    k, lr, decays, memory, predicting, moving, p_z, p_gu, p_duals, p_momenta, stride_kt, ROW, row, H, t0, bos, eos, i_c,
+    k, lr, decays, moves, memory, predicting, moving, p_z, p_gu, p_duals, p_momenta, stride_kt, ROW, row, H, t0, bos, eos, i_c,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
     RETENTION: tl.constexpr,
 ):  # fmt: skip
@@ -296,8 +294,8 @@ def write(
     gamma = load_total(decays, row, last)
     b_u_end = rounded(b_gu.to(tl.float32) * b_end[:, None], DTYPE)
     if moving is not None:
-        b_step = load_gate(lr, row, o_g, m_t) * load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
-        carry, pi = load_total(decays + CARRY * ROW, row, last), load_total(decays + PI * ROW, row, last)
+        b_step = load_gate(lr, row, o_g, m_t) * load_gate(moves + ROW, row, o_g, m_t)  # [C]
+        carry, pi = load_total(decays + CARRY * ROW, row, last), load_total(moves, row, last)
         b_u_step = rounded(b_gu.to(tl.float32) * b_step[:, None], DTYPE)
     for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
         o_h = i * BH + lanes(BH, i_c, 7)
@@ -331,7 +329,7 @@ def write(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_chain(
-    q, k, v, lr, decays, delta, ln_weight, ln_bias,
+    q, k, v, lr, decays, moves, delta, ln_weight, ln_bias,
     memory, opened, readouts, opened_scales, position,
     hidden, updates, pairs, scores, checkpoints, states, duals, momenta, scales, sums, out,
     cu_seqlens, first_slot, first_segment,
@@ -429,7 +427,7 @@ def mlp_chain(
             put_out(p_q, ln_weight, ln_bias, p_u, out + row * D, stride_qt, H, t0, bos, eos, i_c, D, C, BD, EPS, PART)
             tl.debug_barrier()
         write(
-            p_k, lr, decays, memory, predicting, moving, p_z, p_gu, p_duals, p_momenta, stride_kt, ROW, row, H, t0, bos, eos, i_c,
+            p_k, lr, decays, moves, memory, predicting, moving, p_z, p_gu, p_duals, p_momenta, stride_kt, ROW, row, H, t0, bos, eos, i_c,
             D, Hd, C, BD, BH, DTYPE, PART, RETENTION,
         )  # fmt: skip
         tl.debug_barrier()
@@ -460,7 +458,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         opened = _opened(p) if part == HEAD.value else dict(opened=None, readouts=None, opened_scales=None)
         chunk, float32 = (p.sequences, p.heads, p.chunk_size), torch.float32
         _launch_chain(
-            p, p.sequences, part, decays=weights.decays, memory=memory, **opened,
+            p, p.sequences, part, decays=weights.decays, moves=weights.moves, memory=memory, **opened,
             hidden=p.empty(*chunk, p.hidden), updates=p.empty(*chunk, p.value_dim), sums=p.empty(*chunk, p.value_dim, dtype=float32),
             pairs=p.empty(*chunk, p.chunk_size, dtype=float32) if weights.pairs is None else weights.pairs,
             scores=p.empty(*chunk, p.chunk_size), states=p.empty(*memory.shape[:2], 2, *memory.shape[3:]) if p.key.retention else None,
@@ -496,8 +494,8 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, fir
         p.empty(chunks, p.heads, 2, dtype=float32) if p.key.retention == retentions.ENTIRE.value else None,
     )  # fmt: skip
     _launch_chain(
-        p, p.sequences * count, SEGMENT.value, decays=weights.decays, memory=memory, opened=None, readouts=None, opened_scales=None,
-        **group._asdict(), pairs=None, scores=None, checkpoints=None, out=None,
+        p, p.sequences * count, SEGMENT.value, decays=weights.decays, moves=weights.moves, memory=memory,
+        opened=None, readouts=None, opened_scales=None, **group._asdict(), pairs=None, scores=None, checkpoints=None, out=None,
         first_segment=segments.first, SEGMENTS=segments.per_sequence, EVERY=every, FIRST=first, GROUP=count,
     )  # fmt: skip
     return group

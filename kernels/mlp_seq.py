@@ -24,8 +24,6 @@ from .mlp_math import ROWS, gelu, gelu_curve, gelu_slope, lanes, layer_norm_vjp,
 from .tiles import (
     CARRY,
     LENGTHS,
-    PI,
-    STEP,
     dot,
     inside,
     load_delta,
@@ -61,7 +59,7 @@ def inner_products(p_memory, p_duals, p_moving, p_momenta, i_c, D: tl.constexpr,
 
 @triton.jit
 def ask_update(
-    k, lr, decays, p_memory, p_moving, p_w, p_z, p_ga, p_inner, p_sums, rows_lr, rows_kept, rows_step,
+    k, lr, decays, moves, p_memory, p_moving, p_w, p_z, p_ga, p_inner, p_sums, rows_lr, rows_kept, rows_step,
     stride_kt, ROW, row, H, t0, eos, i_c,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +74,7 @@ def ask_update(
     b_dlr = tl.zeros((C,), tl.float32)
     b_kept = tl.zeros((C,), tl.float32)
     if p_moving is not None:
-        b_step = load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+        b_step = load_gate(moves + ROW, row, o_g, m_t)  # [C]
         b_ajm = tl.zeros((C, BD), tl.float32)
         b_stepped = tl.zeros((C,), tl.float32)
     for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
@@ -121,7 +119,7 @@ def ask_update(
 
 @triton.jit
 def through_rows(
-    k, v, lr, decays, delta, ln_weight, ln_bias, p_u, p_sums, p_updates, p_norm, p_du,
+    k, v, lr, decays, moves, delta, ln_weight, ln_bias, p_u, p_sums, p_updates, p_norm, p_du,
     grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_kept, rows_step,
     stride_kt, stride_vt, ROW, row, H, t0, eos, i_c,
     D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr,
@@ -159,7 +157,7 @@ def through_rows(
             b_du1 -= b_ar
         else:
             b_am = tl.load(p_sums + 2 * C * D + p_rd, mask=m_d[None, :], other=0.0)  # A JS1
-            b_du1 -= b_ar * b_dec[:, None] + b_am * load_gate(decays + STEP * ROW, row, o_g, m_r)[:, None]
+            b_du1 -= b_ar * b_dec[:, None] + b_am * load_gate(moves + ROW, row, o_g, m_r)[:, None]
             b_rest = tl.load(rows_step + o_rg, mask=m_r, other=0.0)
             tl.store(rows_step + o_rg, b_eta * (b_rest - tl.sum(b_am * b_gu, 1)), mask=m_r)
         tl.store(rows_lr + o_rg, tl.load(rows_lr + o_rg, mask=m_r, other=0.0) + tl.sum(b_du1 * b_gu, 1), mask=m_r)
@@ -194,7 +192,7 @@ def through_rows(
 
 @triton.jit
 def ask_hidden(
-    lr, decays, p_memory, p_moving, p_w, p_z, p_ga, p_inner, p_hidden, p_gu, p_du, ROW, row, H, t0, eos, i_c,
+    lr, decays, moves, p_memory, p_moving, p_w, p_z, p_ga, p_inner, p_hidden, p_gu, p_du, ROW, row, H, t0, eos, i_c,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dZ in ``p_hidden``; returns ``<J1, W1'>``."""
@@ -205,7 +203,7 @@ def ask_hidden(
     b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
     b_u1_end = rounded(b_gu.to(tl.float32) * (b_lr * b_to_end)[:, None], DTYPE)  # [C, BD]
     if p_moving is not None:
-        b_step = b_lr * load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+        b_step = b_lr * load_gate(moves + ROW, row, o_g, m_t)  # [C]
         b_u1_step = rounded(b_gu.to(tl.float32) * b_step[:, None], DTYPE)  # [C, BD]
     b_du = tl.load(p_du + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
     product = 0.0
@@ -231,7 +229,7 @@ def ask_hidden(
 
 @triton.jit
 def carry_first(
-    decays, p_memory, p_moving, p_primal, p_z, p_zq, p_inner, p_gu, p_du, p_duq, rho, ROW, row, H, t0, eos, i_c,
+    decays, moves, p_memory, p_moving, p_primal, p_z, p_zq, p_inner, p_gu, p_du, p_duq, rho, ROW, row, H, t0, eos, i_c,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """J1 of the chunk before, or with a gate dW1 in ``p_primal``; JS1."""
@@ -245,7 +243,7 @@ def carry_first(
     b_gamma = load_gamma(decays, row, o_g, m_t, C)  # [C]
     b_duq = tl.load(p_duq + o_cd, mask=m_d[None, :], other=0.0).to(tl.float32)
     if p_moving is not None:
-        carry, pi = load_total(decays + CARRY * ROW, row, last), load_total(decays + PI * ROW, row, last)
+        carry, pi = load_total(decays + CARRY * ROW, row, last), load_total(moves, row, last)
         b_duq_carry = rounded(b_duq * (load_gate(decays + CARRY * ROW, row, o_g, m_t) * rho)[:, None], DTYPE)  # [C, BD]
     b_duq = rounded(b_duq * b_gamma[:, None], DTYPE)  # [C, BD]
     for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
@@ -272,7 +270,7 @@ def carry_first(
 
 @triton.jit
 def carry_second(
-    q, k, lr, decays, p_memory, p_moving, p_primal, p_w, p_z, p_ga, p_dz, p_dzq, p_scores, p_dv, grad_k, rho,
+    q, k, lr, decays, moves, p_memory, p_moving, p_primal, p_w, p_z, p_ga, p_dz, p_dzq, p_scores, p_dv, grad_k, rho,
     stride_qt, stride_kt, ROW, row, H, t0, eos, i_c,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
@@ -291,9 +289,9 @@ def carry_second(
         b_dk -= tl.load(p_dv + o_td, mask=m_td, other=0.0).to(tl.float32)  # dE = -dV
     b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
     if p_moving is not None:
-        carry, pi = load_total(decays + CARRY * ROW, row, last), load_total(decays + PI * ROW, row, last)
+        carry, pi = load_total(decays + CARRY * ROW, row, last), load_total(moves, row, last)
         b_q_carry = rounded(b_q.to(tl.float32) * (load_gate(decays + CARRY * ROW, row, o_g, m_t) * rho)[:, None], DTYPE)  # [C, BD]
-        b_step = b_lr * load_gate(decays + STEP * ROW, row, o_g, m_t)  # [C]
+        b_step = b_lr * load_gate(moves + ROW, row, o_g, m_t)  # [C]
     b_q = rounded(b_q.to(tl.float32) * load_gamma(decays, row, o_g, m_t, C)[:, None], DTYPE)
     product = 0.0
     for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
@@ -367,7 +365,7 @@ def pull_back(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_seq(
-    q, k, v, lr, decays, delta, ln_weight, ln_bias,
+    q, k, v, lr, decays, moves, delta, ln_weight, ln_bias,
     states, duals, momenta, scales, hidden, updates, sums, inner_grad, hidden_q, grad_sums, grad_scores, grad_norm, grad_scales,
     grad_hidden_q, from_hidden, from_updates, from_inner, row_sums, grad_sum,
     grad_memory, grad_primal, grad_k, grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_kept, rows_step, inner,
@@ -436,29 +434,29 @@ def mlp_seq(
                 tl.store(p_of_inner + SLOTS * H, product_carry)
                 tl.store(p_of_inner + 2 * SLOTS * H, product_pi)
         ask_update(
-            p_k, lr, decays, grad_memory, moving, p_w, p_z, p_ga, p_inner, row_sums, rows_lr, rows_kept, rows_step,
+            p_k, lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, row_sums, rows_lr, rows_kept, rows_step,
             stride_kt, ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
         through_rows(
-            p_k, p_v, lr, decays, delta, ln_weight, ln_bias, sums + of_tokens, row_sums, from_updates + of_tokens,
+            p_k, p_v, lr, decays, moves, delta, ln_weight, ln_bias, sums + of_tokens, row_sums, from_updates + of_tokens,
             grad_norm + place * 2 * D, grad_sum, grad_v + row * D, grad_delta + row * D if DELTA == 2 else None, grad_layer_norm,
             rows_lr, rows_delta, rows_kept, rows_step, stride_kt, stride_vt, ROW, row, H, t0, eos, i_c,
             D, C, BD, EPS, BIAS, P0, P1, P2, READS, COUPLED, DELTA,
         )  # fmt: skip
         tl.debug_barrier()
         product = ask_hidden(
-            lr, decays, grad_memory, moving, p_w, p_z, p_ga, p_inner, p_hidden, p_gu, grad_sum, ROW, row, H, t0, eos, i_c,
+            lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, p_hidden, p_gu, grad_sum, ROW, row, H, t0, eos, i_c,
             D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
         carry_first(
-            decays, grad_memory, moving, primal, p_z, hidden_q + of_chunk, p_inner, p_gu, grad_sum, grad_sums + of_tokens, rho1,
+            decays, moves, grad_memory, moving, primal, p_z, hidden_q + of_chunk, p_inner, p_gu, grad_sum, grad_sums + of_tokens, rho1,
             ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
         product += carry_second(
-            p_q, p_k, lr, decays, grad_memory + SIZE, moving2, primal2, p_w + SIZE, p_z, p_ga, p_hidden, grad_hidden_q + of_chunk,
+            p_q, p_k, lr, decays, moves, grad_memory + SIZE, moving2, primal2, p_w + SIZE, p_z, p_ga, p_hidden, grad_hidden_q + of_chunk,
             grad_scores + place * C * C, grad_v + row * D, grad_k + row * D, rho2, stride_qt, stride_kt, ROW, row, H, t0, eos, i_c,
             D, Hd, C, BD, BH, DTYPE, READS,
         )  # fmt: skip

@@ -45,6 +45,8 @@ QUICK = [case for case in SERVED if quick(case)]
 
 #: the MLP memory's
 MLP = [case for case in registry("mlp") if served(case)]
+#: on a CPU every gate once, and momentum with the three gates that take other paths through the kernels
+QUICK_MLP = [case for case in MLP if DEVICE == "cuda" or case.name not in ("mlp-l2-elastic-momentum", "mlp-l2-sigmoid-momentum")]
 
 
 def test_what_is_served():
@@ -55,6 +57,7 @@ def test_what_is_served():
         sizes = configs.CHUNK_SIZES if case.memory == "linear" else configs.MLP_CHUNK_SIZES
         assert case.chunk_size not in sizes, case
     assert {case.bias.tag for case in SERVED} == {case.bias.tag for case in MLP} == set(BIASES)
+    assert {case.retention.tag for case in SERVED} == {case.retention.tag for case in MLP} == set(GATES)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
@@ -63,7 +66,7 @@ def test_float32(case, poisoned):
     assert report.ok, report
 
 
-@pytest.mark.parametrize("case", MLP, ids=str)
+@pytest.mark.parametrize("case", QUICK_MLP, ids=str)
 def test_mlp_float32(case, poisoned):
     report = check(case, "triton", device=DEVICE)
     assert report.ok, report
@@ -75,6 +78,14 @@ def test_mlp_sixteen_bits(bias, dtype, poisoned):
     """Two chunks: rounding errors of an inner MLP grow with the sequence, the reference's as well."""
     case = Case("mlp16", memory="mlp", bias=bias, tokens=27, batch=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
     report = check(case, "triton", dtype, DEVICE)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+@pytest.mark.parametrize("gate", [mk.LqRetention(), mk.KLRetention(), mk.SigmoidRetention()], ids=lambda gate: gate.name)
+def test_mlp_gates_at_sixteen_bits(gate, momentum, poisoned):
+    case = Case("mlp16", memory="mlp", tokens=23, batch=1, heads=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
+    report = check(dataclasses.replace(case, retention=gate, momentum=momentum), "triton", torch.bfloat16, DEVICE)
     assert report.ok, report
 
 
@@ -152,12 +163,13 @@ def test_bitwise_repeatable(case):
         assert torch.equal(x, first[name]), name
 
 
-@pytest.mark.parametrize("every", [1, 3, 100])
-@pytest.mark.parametrize("memory", ["linear", "mlp"])
+@pytest.mark.parametrize(("memory", "every"), [(m, n) for m in ("linear", "mlp") for n in (1, 3, 100)] + [("mlp-lq-momentum", 3)])
 def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
+    memory, *gated = memory.split("-")
     if memory == "mlp":  # groups of one segment
         monkeypatch.setattr("miras_kernels.kernels.mlp_bwd.CROWD", 1)
     size = {"linear": {}, "mlp": {"value_dim": 16, "heads": 1}}[memory]
+    size |= {"retention": mk.LqRetention(), "momentum": True, "lengths": (50, 33)} if gated else {}
     case = Case("checkpoints", memory=memory, tokens=90, chunk_size=16, bias=mk.Huber("coordinate"), **size)
     inputs = case.draw(torch.float32, DEVICE)
     with mk.override(checkpoint_every=2):
@@ -184,6 +196,14 @@ CUTS = {  # a gate, with momentum or decays by channel, in a batch or packed
     "elastic-channels": dict(retention=mk.ElasticNetRetention(0.05), decay="channel", lr="channel"),
     "momentum-packed": dict(momentum=True, lengths=(5, 40, 17)),
     "sigmoid-channels-momentum": dict(retention=mk.SigmoidRetention(), decay="channel", momentum=True),
+}
+
+
+MLP_CUT = dict(memory="mlp", value_dim=16, decay="slight")
+CUTS |= {
+    "mlp-lq-momentum": dict(retention=mk.LqRetention(), momentum=True, **MLP_CUT),
+    "mlp-kl-packed": dict(retention=mk.KLRetention(), lengths=(5, 40, 17), **MLP_CUT),
+    "mlp-sigmoid-momentum-packed": dict(retention=mk.SigmoidRetention(), momentum=True, lengths=(5, 40, 17), **MLP_CUT),
 }
 
 
@@ -289,9 +309,10 @@ def test_what_only_this_backend_cannot_do_is_said():
     assert "chunk_size must be one of 16, 32, 64, 128, got 24" in refusal(chunk_size=24)
     assert "head dimensions are limited to 256, got 264" in refusal(key_dim=264)
     assert "head dimensions are limited to 256, got 257" in refusal(value_dim=257)
-    mlp = dict(memory="mlp", key_dim=16, value_dim=16, chunk_size=16)
-    assert "no momentum" in refusal(momentum=True, **mlp)
-    assert "L2Retention only" in refusal(retention=mk.KLRetention(), **mlp)
+    mlp = dict(memory="mlp", key_dim=16, value_dim=16)
+    assert "chunk_size must be one of 16, 32, 64, got 128" in refusal(chunk_size=128, **mlp)
+    assert "head dimensions are limited to 128, got 136" in refusal(memory="mlp", key_dim=136, value_dim=136)
+    assert "hidden sizes are limited to 1024, got 1025" in refusal(hidden=1025, **mlp)
 
 
 def test_the_other_backends_are_still_there():
@@ -387,6 +408,22 @@ def test_a_planted_bug_is_caught(name, monkeypatch):
     assert {r.name for r in report.rows if not r.ok} == {"grad_initial_dual_0" if name == "state" else f"grad_{name}"}
 
 
+@pytest.mark.parametrize("name", ["log_decay", "momentum", "state"])
+def test_a_planted_bug_is_caught_in_the_mlp(name, monkeypatch):
+    """The gradients that both matrices have shares in, and the last of the initial state: the momentum of W2."""
+    backward = triton_backend.backward
+
+    def wrong(*args):
+        grads = backward(*args)
+        grads[name] = [*grads[name][:-1], grads[name][-1] * 1.001] if name == "state" else grads[name] * 1.001
+        return grads
+
+    monkeypatch.setattr(triton_backend, "backward", wrong)
+    case = Case("planted", memory="mlp", key_dim=16, value_dim=16, tokens=20, heads=1, batch=1, momentum=True, seed=3)
+    report = check(case, "triton", device=DEVICE)
+    assert {r.name for r in report.rows if not r.ok} == {"grad_initial_momentum_1" if name == "state" else f"grad_{name}"}
+
+
 @pytest.mark.parametrize(("tag", "planted"), [(1, "rho * g"), (2, "w * g"), (3, "g"), (4, "g * sigmoid(a)")])
 def test_a_gate_without_its_derivative_is_caught(tag, planted, monkeypatch):
     """What phi's pull-back does to the gradient of the state is seen: here it loses a factor or a term."""
@@ -398,8 +435,10 @@ def test_a_gate_without_its_derivative_is_caught(tag, planted, monkeypatch):
         return eval(planted, {"g": g, "a": a, "w": w, "rho": rho, "sigmoid": retention.sigmoid})
 
     monkeypatch.setattr(retention, "pull", wrong)
-    report = check(Case("planted", tokens=33, heads=1, batch=1, retention=GATES[tag]), "triton", device=DEVICE)
-    assert "grad_initial_dual_0" in {r.name for r in report.rows if not r.ok}
+    case = Case("planted", tokens=33, heads=1, batch=1, retention=GATES[tag])
+    for planted_in in (case, dataclasses.replace(case, memory="mlp", tokens=17, value_dim=16)):
+        report = check(planted_in, "triton", device=DEVICE)
+        assert "grad_initial_dual_0" in {r.name for r in report.rows if not r.ok}, report
 
 
 GATED = {  # sizes of several tiles and blocks, decays to nothing, thresholds of 0, a number's delta
