@@ -192,9 +192,15 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "channel_decay": ((Config(32, 32, 4, 1), _always),),
     "channel_momentum": ((Config(32, 32, 1, 1), _always),),
     "channel_scores": ((Config(64, 64, 4, 2), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
-    "channel_output": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_output": (
+        (Config(32, 32, 4, 1, 255), lambda key: key.chunk_size <= 64),
+        (Config(16, 16, 8, 1, 255), lambda key: key.chunk_size == 128),
+    ),
     "channel_pre": ((Config(32, 32, 4, 1, 255), _always),),
-    "channel_decay_grad": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_decay_grad": (
+        (Config(32, 32, 4, 1, 255), lambda key: key.chunk_size <= 64 and not key.momentum),
+        (Config(16, 16, 8, 1, 255), lambda key: key.chunk_size == 128 or key.momentum),
+    ),
     "mlp_chain": (
         (Config(0, 16, 2, 1, 255), lambda key: key.chunk_size == 16),
         (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),
