@@ -15,7 +15,7 @@ from gpu_measure import first_call, first_line, interleave, release, summary, us
 from gpu_plan import BOTH, DIRECTIONS, Settings, concerns, shape_of
 from gpu_tensors import DTYPE, Tensors
 from harness import OverBudget
-from miras_kernels import L2, DotProduct, Huber, Lp
+from miras_kernels import L2, DotProduct, ElasticNetRetention, Huber, KLRetention, Lp, LqRetention, SigmoidRetention
 from miras_kernels.testing import Case, check
 
 Doing = Callable[[str], None]
@@ -85,10 +85,12 @@ def parity_cases(settings: Settings) -> list[tuple[Case, torch.dtype]]:
         sizes = dict(batch=2, tokens=2 * chunk + 5, heads=2, key_dim=dim, value_dim=dim, chunk_size=chunk) | changes
         dims = f"D{dim}" if sizes["value_dim"] == dim else f"D{dim}x{sizes['value_dim']}"
         dims += f" Hd{sizes['hidden']}" if sizes.get("memory") == "mlp" else ""
-        return Case(f"{bias.name} {dims} C{chunk} {str(dtype).removeprefix('torch.')}", bias=bias, **sizes), dtype
+        more = [sizes["retention"].name] if "retention" in sizes else []
+        more += [word for word, has in (("momentum", "momentum"), ("channel-wise", "lr")) if has in sizes]
+        return Case(" ".join([bias.name, dims, f"C{chunk}", str(dtype).removeprefix("torch."), *more]), bias=bias, **sizes), dtype
 
     coordinate, half, single = Huber("coordinate"), torch.float16, torch.float32
-    mlp = dict(memory="mlp", heads=1, decay="slight")
+    mlp, channel = dict(memory="mlp", heads=1, decay="slight"), dict(decay="channel", lr="channel", delta="channel")
     if settings.toy:
         toys = [case(coordinate, 16, 16, dtype, batch=1, heads=1, tokens=21) for dtype in (DTYPE, single)]
         return [*toys, case(coordinate, 16, 16, DTYPE, batch=1, tokens=21, hidden=64, **mlp)]
@@ -105,6 +107,11 @@ def parity_cases(settings: Settings) -> list[tuple[Case, torch.dtype]]:
         case(Huber("switch"), 64, 16, DTYPE, hidden=128, **mlp),
         case(L2(), 128, 32, half, hidden=256, **mlp),
         case(L2(), 64, 32, single, hidden=96, **mlp),
+        case(L2(), 128, 64, DTYPE, retention=LqRetention(), momentum=True),
+        case(coordinate, 64, 64, DTYPE, retention=KLRetention(), **channel),
+        case(L2(), 64, 64, DTYPE, hidden=256, retention=LqRetention(), momentum=True, **mlp),
+        case(coordinate, 64, 16, DTYPE, hidden=128, retention=ElasticNetRetention(0.05), **mlp),
+        case(L2(), 64, 32, single, retention=SigmoidRetention(), momentum=True, **channel),
         case(coordinate, 48, 64, DTYPE, value_dim=136, decay="none"),
     ]
 

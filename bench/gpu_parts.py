@@ -152,7 +152,7 @@ def sanitizer(run: Run, end: float) -> dict:
     tool = find_sanitizer(run.env)
     if tool is None:
         return {"results": [], "notes": ["compute-sanitizer not found"]}
-    every = [(memory, []) for memory in ("linear", "mlp")] + [("mlp" if concerns(k, "mlp") else "linear", [k]) for k in run.kernels]
+    every = [(memory, []) for memory in ("linear", "mlp")] + [("linear" if concerns(k, "linear") else "mlp", [k]) for k in run.kernels]
     checks = [(check, memory, kernels) for memory, kernels in every for check in ("memcheck", "racecheck")]
     results: list[dict] = []
     waiting = iter(checks)
