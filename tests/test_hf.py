@@ -196,10 +196,9 @@ def test_packed_documents_are_separate(architecture, preset, layers, init):
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     alone = torch.cat([host(input_ids=part).logits for part in packed.split(lengths, 1)], 1)
     assert_close(host(input_ids=packed, position_ids=positions).logits, alone)
-    if layers is None:
-        offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
-        where = {} if init == "new" else {"position_ids": positions}
-        assert_close(host(input_ids=packed, **where, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits, alone)
+    offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+    assert_close(host(input_ids=packed, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits, alone)
+    assert_close(host(input_ids=packed, attention_mask=torch.ones_like(packed), cu_seq_lens_q=offsets).logits, alone)
     twice = host(input_ids=packed.expand(2, -1), position_ids=positions).logits
     assert_close(twice, alone.expand(2, -1, -1))
 
@@ -280,6 +279,11 @@ def other_pattern():
         (lambda: replace_attention(Own(plain().config)), TypeError, "with a head of transformers for text, got Own"),
         (lambda: memory_config(transformers.GPT2Config()), TypeError, "config: expected .* LlamaConfig, .*got GPT2Config"),
         (lambda: model(init="from_attention").model.layers[0].self_attn(torch.randn(1, 3, 24)), ValueError, "position_embeddings: .*None"),
+        (
+            lambda: model()(input_ids=ids(1), attention_mask=torch.tensor(ROWS["left"][:1]), cu_seq_lens_q=torch.tensor([0, 5, 13])),
+            ValueError,
+            "cu_seq_lens_q: packed documents have no padding",
+        ),
         (lambda: model()(input_ids=ids(), is_causal=False), ValueError, "is_causal: a memory reads causally"),
         (lambda: model()(input_ids=ids(), encoder_hidden_states=ids()), ValueError, "encoder_hidden_states: .*expected None"),
         (lambda: replace_attention(model(layers=()), chunksize=2), TypeError, "unexpected keyword argument 'chunksize'"),

@@ -282,6 +282,7 @@ def packed(**options):
         (lambda: host().init_continuous_batching(), NotImplementedError, "no continuous batching"),
         (lambda: host()(input_ids=ids(), cache=object()), NotImplementedError, "cache: .*no continuous batching, got object"),
         (foreign, ValueError, "past_key_values: layer 1 .*expected its state or an empty cache, got keys and values of 13 tokens"),
+        (lambda: packed(past_key_values=DynamicCache()), ValueError, "use_cache: documents packed into a row leave no state"),
         (lambda: packed(use_cache=True), ValueError, "use_cache: documents packed into a row leave no state"),
         (
             lambda: host()(input_ids=ids(2, 1), attention_mask=torch.ones(2, 1), past_key_values=read()),

@@ -121,13 +121,15 @@ def describe_batch(model: nn.Module, kwargs: dict) -> dict:
     if kwargs.get("use_cache") is None and cache is None and model.training:
         kwargs["use_cache"] = False
     given, length, past = kwargs.get("attention_mask"), tokens.shape[1], 0 if cache is None else cache.get_seq_length()
-    mask, documents = _token_mask(given, length, past + length), None
-    if mask is None and cache is None:
-        documents = _documents(tokens, kwargs)
-        if documents is not None:
-            if kwargs.get("use_cache"):
-                raise ValueError(_PACKED_CACHE)
-            kwargs["use_cache"] = False
+    mask = _token_mask(given, length, past + length)
+    documents = _documents(tokens, kwargs, mask)
+    if documents is not None:
+        if cache is not None or kwargs.get("use_cache"):
+            raise ValueError(_PACKED_CACHE)
+        # Without a mask the attention that is left finds the documents in the positions.
+        kwargs["use_cache"], kwargs["attention_mask"], mask = False, None, None
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = _positions(documents, tokens)
     elif mask is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
     if mask is not None:
@@ -155,20 +157,29 @@ def _refuse(model: nn.Module, kwargs: dict) -> None:
         raise ValueError("output_attentions: a memory has no attention weights; expected False, got True")
 
 
-def _documents(tokens: Tensor, kwargs: dict) -> Tensor | None:
-    """``cu_seqlens`` of packed documents, by transformers' own rules: told by ``cu_seq_lens_q``, or seen in ``position_ids``
-    that do not go up by one (``transformers.masking_utils.find_packed_sequence_indices``)."""
+def _documents(tokens: Tensor, kwargs: dict, mask: Tensor | None) -> Tensor | None:
+    """``cu_seqlens`` of packed documents, by transformers' own rules: told by ``cu_seq_lens_q``, or (without a mask) seen in
+    ``position_ids`` that do not go up by one (``transformers.masking_utils.find_packed_sequence_indices``)."""
     rows, length = tokens.shape[:2]
     told, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if told is not None:
+        if mask is not None and not bool(mask.all()):
+            raise ValueError("cu_seq_lens_q: packed documents have no padding; expected no attention_mask, or one without zeros")
         return told
-    if position_ids is None:
+    if position_ids is None or mask is not None or length == 1:
         return None
     starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).expand(rows, length)
     if bool((starts.sum() == rows).item()):
         return None
     end = torch.tensor([rows * length], device=starts.device)
     return torch.cat([starts.flatten().nonzero().squeeze(1), end])
+
+
+def _positions(documents: Tensor, tokens: Tensor) -> Tensor:
+    """``[B, T]``, each token's place in its document."""
+    rows, length = tokens.shape[:2]
+    at, offsets = torch.arange(rows * length, device=tokens.device), documents.to(tokens.device, torch.int64)
+    return (at - offsets[torch.bucketize(at, offsets[1:], right=True)]).view(rows, length)
 
 
 def _token_mask(mask: object, tokens: int, seen: int) -> Tensor | None:

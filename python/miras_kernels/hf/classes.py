@@ -168,9 +168,9 @@ def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, ind
         init_std=initializer_range(config),
         projections=not linearised,
         backend=backend,
-    ).to(
-        next(layer.parameters()).device, base.dtype
-    )  # fmt: skip  started in float32, so that the numbers drawn do not depend on the model's dtype
+    )
+    # Cast only now: the numbers drawn do not depend on the model's dtype.
+    block = block.to(next(layer.parameters()).device, base.dtype)
     return MemoryAttention(block, index, layer.self_attn if linearised else None).train(layer.training)
 
 
