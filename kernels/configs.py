@@ -19,6 +19,7 @@ __all__ = [
     "Config", "Denial", "Key", "choose", "eligible", "force", "step", "stream",
 ]  # fmt: skip
 
+#: rows that a chunk is padded to; a linear memory's may have any number of tokens up to the last
 CHUNK_SIZES = (16, 32, 64, 128)
 MLP_CHUNK_SIZES = (16, 32, 64)
 #: tag of the gate that couples all of a matrix (retention.py)
@@ -57,7 +58,7 @@ class Key:
 
     key_dim: int
     value_dim: int
-    chunk_size: int
+    chunk_size: int  # padded
     itemsize: int
     coupled: bool
     hidden: int = 0
@@ -110,7 +111,7 @@ class Key:
 
 
 def padded(d: int) -> int:
-    """The power of two that a head dimension is padded to."""
+    """The power of two that a head dimension, or a chunk, is padded to."""
     return max(MIN_TILE, 1 << (d - 1).bit_length())
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import linear_channel
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, LOWEST, UNIT, only_if, owner_of, sequence_of
+from .tiles import CARRY, LENGTHS, LOWEST, UNIT, end_of, only_if, owner_of, sequence_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -32,7 +32,7 @@ def linear_decay(
     log_decay, position, decays,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    C: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """``decays [4, B, T, H]``: gamma_t, gamma_C / gamma_s, and the cumulative log-decays in two parts whose differences keep their digits.
 
@@ -47,9 +47,10 @@ def linear_decay(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
     if position is not None:
         t0 -= tl.load(position + i_n)
+    eos = end_of(t0, eos, C, TOKENS)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
     m_next = (t0 + o_c + 1 < eos) & (t0 + o_c + 1 >= bos) & (o_c < C - 1)
@@ -73,7 +74,7 @@ def momentum_weights(
     log_decay, momentum, position, decays, moves, pairs, steps,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    C: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """``decays [3, B, T, H]``: gamma_t, M_Cs, b_t; ``moves [2, B, T, H]``: pi_t, Theta_Cs; ``pairs, steps [slots, H, C, C]``: M, Theta.
 
@@ -86,9 +87,10 @@ def momentum_weights(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
     if position is not None:
         t0 -= tl.load(position + i_n)
+    eos = end_of(t0, eos, C, TOKENS)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_c = (t0 + o_c < eos) & (t0 + o_c >= bos)
     row = (i_b * T + t0) * H
@@ -135,7 +137,7 @@ def chunk_decays(p: Problem) -> Tensor | None:
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, C=p.chunk_size)
+    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, TOKENS=p.chunk_size, C=p.rows)
     launch(linear_decay, p, p.slots.count, None, **arguments, **p.tables())
     return decays
 
@@ -156,7 +158,7 @@ def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     """The weights of a call; ``backward`` adds what the gates' gradients read."""
     if p.momentum is None:
         return Weights(linear_channel.decays_by_channel(p) if p.key.channels else chunk_decays(p))
-    square, by_channel = (p.slots.count, p.heads, p.chunk_size, p.chunk_size), p.key.channels
+    square, by_channel = (p.slots.count, p.heads, p.rows, p.rows), p.key.channels
 
     def empty(wanted: bool, *shape: int) -> Tensor | None:
         return p.empty(*shape, dtype=torch.float32) if wanted else None
@@ -168,6 +170,6 @@ def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     launch(
         momentum_weights, p, p.slots.count, None,
         log_decay=None if by_channel else p.log_decay, momentum=p.momentum, position=p.position, **weights._asdict(),
-        ROW=p.row, C=p.chunk_size, **p.tables(),
+        ROW=p.row, TOKENS=p.chunk_size, C=p.rows, **p.tables(),
     )  # fmt: skip
     return weights._replace(decays=linear_channel.decays_by_channel(p, weights.moves)) if by_channel else weights

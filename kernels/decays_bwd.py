@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decays import Weights
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, dot, inside, load_scale, load_update, only_if, owner_of, rounded, sequence_of
+from .tiles import CARRY, LENGTHS, dot, end_of, inside, load_scale, load_update, only_if, owner_of, rounded, sequence_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -22,7 +22,7 @@ def linear_decay_grad(
     decays, rows_read, rows_pairs, rows_kept, inner, grad_log_decay,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS, READ_ROWS, KEPT_ROWS,
-    C: tl.constexpr, BC: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The four sums of d log alpha for one chunk and all heads."""
     BH: tl.constexpr = 16
@@ -33,7 +33,8 @@ def linear_decay_grad(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
+    eos = end_of(t0, eos, C, TOKENS)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H
     stride_row = i_slot * 0 + ROW  # int64
@@ -67,7 +68,7 @@ def momentum_pairs(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +82,8 @@ def momentum_pairs(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
+    eos = end_of(t0, eos, C, TOKENS)
     o_t = i_r * BC + tl.arange(0, BC)
     m_t = t0 + o_t < eos
     row = (i_b * T + t0) * H + i_h
@@ -120,7 +122,7 @@ def momentum_grad(
     grad_log_decay, grad_momentum,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
-    C: tl.constexpr, SUMMED: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """``d log alpha, d theta [B, T, H]`` of one chunk and all heads. With g for a gradient, token C the chunk's last, backwards from it:
 
@@ -140,7 +142,8 @@ def momentum_grad(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
+    eos = end_of(t0, eos, C, TOKENS)
     count = tl.minimum(eos - t0, C).to(tl.int32)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H
@@ -197,14 +200,14 @@ def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, ro
     launch(
         linear_decay_grad, p, p.slots.count, None,
         decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad, **p.tables(),
-        ROW=p.row, SLOTS=p.slots.count, READ_ROWS=len(rows_read), KEPT_ROWS=len(rows_kept), C=p.chunk_size, BC=block,
+        ROW=p.row, SLOTS=p.slots.count, READ_ROWS=len(rows_read), KEPT_ROWS=len(rows_kept), TOKENS=p.chunk_size, C=p.rows, BC=block,
     )  # fmt: skip
     return grad
 
 
 def pair_gradient(p: Problem, chain, grad_out: Tensor) -> Tensor:
     """gM ``[slots, H, C, C]`` float32 of the linear memory, without what the next chunk asks of its last row."""
-    grad = p.empty(p.slots.count, p.heads, p.chunk_size, p.chunk_size, dtype=torch.float32)
+    grad = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
     launch(
         momentum_pairs, p, p.slots.count * p.blocks, "head",
         q=p.q, k=p.k, v=p.v, lr=p.lr, delta=p.delta, errors=chain.errors, squares=chain.squares, scales=chain.scales,
@@ -232,6 +235,6 @@ def gate_gradients(
         log_decay=log_decay, momentum=p.momentum, **weights._asdict(), grad_pairs=grad_pairs,
         rows_read=rows_read, rows_kept=rows_kept, rows_step=rows_step, rows_carry=rows_carry, inner=inner,
         grad_log_decay=grads.get("log_decay"), grad_momentum=grads["momentum"],
-        **p.tables(), ROW=p.row, SLOTS=p.slots.count, C=p.chunk_size, SUMMED=by_channel,
+        **p.tables(), ROW=p.row, SLOTS=p.slots.count, TOKENS=p.chunk_size, C=p.rows, SUMMED=by_channel,
     )  # fmt: skip
     return grads

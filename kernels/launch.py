@@ -56,23 +56,24 @@ class Problem:
         self.sequences = self.dual.shape[0]
         self.chunk_size = call.chunk_size
         self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
+        self.rows = configs.padded(call.chunk_size)
         self.slots = self.pieces(call.chunk_size)
         self.row = self.batch * self.tokens * self.heads
         bias, gate = call.bias, call.retention
         delta = 0 if not bias.needs_delta else call.delta.dim() - 2
         self.key = configs.Key(
-            self.key_dim, self.value_dim, call.chunk_size, call.q.element_size(), bias.row_coupled, self.hidden,
+            self.key_dim, self.value_dim, self.rows, call.q.element_size(), bias.row_coupled, self.hidden,
             gate.tag, call.momentum is not None, call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
         self.architecture = _recorder[1] if _recorder else architecture(call.q.device)
         self.block = self.key.block_c
-        self.blocks = call.chunk_size // self.block
-        self.sizes = dict(C=call.chunk_size, DTYPE=DTYPES[call.q.dtype])
+        self.blocks = self.rows // self.block
+        self.sizes = dict(C=self.rows, DTYPE=DTYPES[call.q.dtype])
         if call.memory == "mlp":
             self.sizes |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
             self.layer_norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
         else:
-            self.sizes |= dict(Dk=self.key_dim, Dv=self.value_dim)
+            self.sizes |= dict(Dk=self.key_dim, Dv=self.value_dim, TOKENS=call.chunk_size)
         parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
         self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
         self.bias |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)

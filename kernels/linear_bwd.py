@@ -38,6 +38,7 @@ from .tiles import (
     CARRY,
     LENGTHS,
     dot,
+    end_of,
     inside,
     load_delta,
     load_error,
@@ -65,7 +66,7 @@ def linear_pre(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BV]`` of R: what the output alone asks of one chunk's updates."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -78,7 +79,8 @@ def linear_pre(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
+    eos = end_of(t0, eos, C, TOKENS)
     o_s, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
@@ -113,7 +115,7 @@ def linear_seq(
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +125,7 @@ def linear_seq(
     i_n = (tl.program_id(0) // NV).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    chunks = ((eos - bos + C - 1) // C).to(tl.int32)
+    chunks = ((eos - bos + TOKENS - 1) // TOKENS).to(tl.int32)
     slot = slot_of(i_n, first_slot, CHUNKS)
 
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -143,8 +145,9 @@ def linear_seq(
         b_j += tl.load(grad_final + state + o_vk, mask=m_kv, other=0.0)
     for i in range(0, chunks):
         i_c = chunks - 1 - i
-        t0 = bos + i_c * C
-        m_t = t0 + o_c < eos
+        t0 = bos + i_c * TOKENS
+        end = end_of(t0, eos, C, TOKENS)
+        m_t = t0 + o_c < end
         row = (i_b * T + t0) * H + i_h
         m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
 
@@ -185,7 +188,7 @@ def linear_seq(
                 tl.store(rows_delta + tile_row + row + o_g, tl.sum(b_dd, 1), mask=m_t)
 
         b_gamma = load_gamma(decays, row, o_g, m_t, C)
-        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
+        gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
         if READS:
             b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
@@ -200,7 +203,7 @@ def linear_epi(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +224,8 @@ def linear_epi(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
+    eos = end_of(t0, eos, C, TOKENS)
     o_r, o_k = i_r * BC + tl.arange(0, BC), i_k * BK + tl.arange(0, BK)
     m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
     m_rk = m_r[:, None] & m_k[None, :]

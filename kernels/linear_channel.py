@@ -34,6 +34,7 @@ from .tiles import (
     CARRY,
     LENGTHS,
     dot,
+    end_of,
     inside,
     load_gate,
     load_scale,
@@ -47,19 +48,19 @@ from .tiles import (
 
 
 @triton.jit
-def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, C: tl.constexpr):
-    """``(batch row, first token of a slot's chunk, bos, eos)``; an empty chunk for a spare slot."""
+def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS: tl.constexpr, C: tl.constexpr):
+    """``(batch row, first token of a slot's chunk, first one of its sequence, end of the chunk)``; an empty chunk for a spare slot."""
     i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
     if first_slot is not None:
         spare = i_n < 0
         i_n = tl.maximum(i_n, 0)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
     if position is not None:
         t0 -= tl.load(position + i_n)
     if first_slot is not None:
         t0 = tl.where(spare, eos, t0)
-    return i_b, t0, bos, eos
+    return i_b, t0, bos, end_of(t0, eos, C, TOKENS)
 
 
 @triton.jit
@@ -77,13 +78,13 @@ def channel_decay(
     log_decay, position, decays,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, C)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_v = inside(o_v, Dv, BV)[None, :]
     m_t = ((t0 + o_t < eos) & (t0 + o_t >= bos))[:, None] & m_v
@@ -100,13 +101,13 @@ def channel_momentum(
     log_decay, momentum, moves, position, decays,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, C)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
@@ -136,14 +137,14 @@ def channel_scores(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A block ``[BC, BC]`` of one chunk's ``Q K' [t, s]``."""
     NC: tl.constexpr = C // BC
     i_s, i_r = tl.program_id(0) % NC, tl.program_id(0) // NC % NC
     i_slot = (tl.program_id(0) // (NC * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, C)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_s = i_r * BC + tl.arange(0, BC), i_s * BC + tl.arange(0, BC)
     m_t, m_s = (t0 + o_t < eos) & (t0 + o_t >= bos), (t0 + o_s < eos) & (t0 + o_s >= bos)
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
@@ -165,7 +166,7 @@ def channel_output(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +174,7 @@ def channel_output(
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, C)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)
     m_tv = m_t[:, None] & m_v[None, :]
@@ -220,7 +221,7 @@ def channel_pre(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, SLOTS,
     stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +229,7 @@ def channel_pre(
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
-    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, C)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
@@ -260,7 +261,7 @@ def channel_decay_grad(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +269,7 @@ def channel_decay_grad(
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
-    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, C)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     m_sv = m_s[:, None] & m_v[None, :]
@@ -364,7 +365,7 @@ def decays_by_channel(p: Problem, moves: Tensor | None = None) -> Tensor:
 
 def chunk_scores(p: Problem) -> Tensor:
     """``Q K' [slots, H, C, C]`` float32."""
-    scores = p.empty(p.slots.count, p.heads, p.chunk_size, p.chunk_size, dtype=torch.float32)
+    scores = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
     launch(
         channel_scores, p, p.slots.count * p.blocks**2, "head",
         q=p.q, k=p.k, position=p.position, scores=scores, **p.tables(), **p.strides("q", "k"), **p.sizes, BC=p.block,

@@ -40,6 +40,7 @@ from .tiles import (
     TAIL,
     WHOLE,
     dot,
+    end_of,
     inside,
     load_delta,
     load_gamma,
@@ -69,7 +70,7 @@ def linear_state(
     T, H, CHUNKS, ROW, SEGMENTS, EVERY,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_in, stride_ih, stride_iv, stride_ik,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     PART: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
@@ -86,7 +87,7 @@ def linear_state(
             if i_n < 0:  # a spare slot
                 return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, C, PART)
+    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS, PART)
     slot = slot_of(i_n, first_slot, CHUNKS)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
 
@@ -102,8 +103,9 @@ def linear_state(
     b_s = tl.load(initial + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)  # [BK, BV]
 
     for i_c in range(first, last):
-        t0 = origin + i_c * C
-        m_t = t0 + o_c < eos
+        t0 = origin + i_c * TOKENS
+        end = end_of(t0, eos, C, TOKENS)
+        m_t = t0 + o_c < end
         if PART == HEAD:
             m_t = m_t & (t0 + o_c >= bos)
         row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
@@ -134,7 +136,7 @@ def linear_state(
             b_u *= load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]
         else:
             b_u *= (load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C))[:, None]  # [C, BV]
-        gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
+        gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_s = b_s * gamma - dot(tl.trans(b_k), rounded(b_u, DTYPE))
 
     if final is not None:
@@ -148,7 +150,7 @@ def linear_output(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -163,9 +165,10 @@ def linear_output(
         if i_n < 0:  # a spare slot
             return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    t0 = bos + i_c * TOKENS
     if position is not None:
         t0 -= tl.load(position + i_n)
+    eos = end_of(t0, eos, C, TOKENS)
 
     o_t, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)

@@ -31,6 +31,7 @@ from .tiles import (
     LENGTHS,
     SEGMENT,
     dot,
+    end_of,
     inside,
     load_delta,
     load_error,
@@ -144,7 +145,7 @@ def linear_state_streamed(
     T, H, CHUNKS, ROW, SEGMENTS, EVERY,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_in, stride_ih, stride_iv, stride_ik,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     PART: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
@@ -171,7 +172,7 @@ def linear_state_streamed(
             if i_n < 0:  # a spare slot
                 return
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, C, PART)
+    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS, PART)
     slot = slot_of(i_n, first_slot, CHUNKS)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
 
@@ -203,8 +204,9 @@ def linear_state_streamed(
     tl.debug_barrier()
 
     for i_c in range(first, last):
-        t0 = origin + i_c * C
-        m_t = t0 + o_c < eos
+        t0 = origin + i_c * TOKENS
+        end = end_of(t0, eos, C, TOKENS)
+        m_t = t0 + o_c < end
         if PART == HEAD:
             m_t = m_t & (t0 + o_c >= bos)
         row = (i_b * T + t0) * H + i_h
@@ -253,14 +255,14 @@ def linear_state_streamed(
             tl.debug_barrier()
 
         # A <- gamma_C A + b_C S - K' (dec U);  S <- pi_C S - K' (Theta_C U)
-        end = (tl.minimum(eos - t0, C) - 1) * H
+        o_last = (tl.minimum(end - t0, C) - 1) * H
         if not CHANNELS:
             b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, 1]
-            gamma = load_total(decays, row, end)
+            gamma = load_total(decays, row, o_last)
         if momenta is not None:
-            pi, b_step = tl.load(moves + row + end), load_gate(moves + ROW, row, o_g, m_t)  # [C]
+            pi, b_step = tl.load(moves + row + o_last), load_gate(moves + ROW, row, o_g, m_t)  # [C]
             if not CHANNELS:
-                carry = tl.load(decays + CARRY * ROW + row + end)
+                carry = tl.load(decays + CARRY * ROW + row + o_last)
         b_row = load_square(squares, row, o_g, m_t, COUPLED)
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
@@ -272,9 +274,9 @@ def linear_state_streamed(
             b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
             if CHANNELS:
                 b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
-                gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                gamma = tl.load(decays + (row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
                 if momenta is not None:
-                    carry = tl.load(decays + (CARRY * ROW + row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                    carry = tl.load(decays + (CARRY * ROW + row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
             b_u = rounded(b_psi * (b_lr * b_to_end), DTYPE)  # [C, BV]
             if momenta is not None:
                 b_us = rounded(b_psi * (b_lr * b_step[:, None]), DTYPE)  # [C, BV]
@@ -314,7 +316,7 @@ def linear_seq_streamed(
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
     RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
@@ -335,7 +337,7 @@ def linear_seq_streamed(
     i_n = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    chunks = ((eos - bos + C - 1) // C).to(tl.int32)
+    chunks = ((eos - bos + TOKENS - 1) // TOKENS).to(tl.int32)
     slot = slot_of(i_n, first_slot, CHUNKS)
 
     o_c = tl.arange(0, C)
@@ -366,8 +368,9 @@ def linear_seq_streamed(
 
     for i in range(0, chunks):
         i_c = chunks - 1 - i
-        t0 = bos + i_c * C
-        m_t = t0 + o_c < eos
+        t0 = bos + i_c * TOKENS
+        end = end_of(t0, eos, C, TOKENS)
+        m_t = t0 + o_c < end
         row = (i_b * T + t0) * H + i_h
         place = (slot + i_c) * H + i_h
         here = place * Dk * Dv
@@ -451,14 +454,14 @@ def linear_seq_streamed(
         tl.debug_barrier()
 
         # dE = psi'(E) (eta dU);  dW = Q' (gamma dO) + K' dE;  J <- gamma_C J + phi' dW;  JS <- b_C J + pi_C JS + rho Q' (b dO)
-        end = (tl.minimum(eos - t0, C) - 1) * H
+        o_last = (tl.minimum(end - t0, C) - 1) * H
         if not CHANNELS:
             b_gamma = load_gamma(decays, row, o_g, m_t, C)[:, None]  # [C, 1]
-            gamma = load_total(decays, row, end)
+            gamma = load_total(decays, row, o_last)
         if momenta is not None:
-            pi = tl.load(moves + row + end)
+            pi = tl.load(moves + row + o_last)
             if not CHANNELS:
-                carry = tl.load(decays + CARRY * ROW + row + end)
+                carry = tl.load(decays + CARRY * ROW + row + o_last)
                 b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)[:, None]  # [C, 1]
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
@@ -474,10 +477,10 @@ def linear_seq_streamed(
             b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
             if CHANNELS:
                 b_gamma = load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
-                gamma = tl.load(decays + (row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                gamma = tl.load(decays + (row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
                 if momenta is not None:
                     b_carry = load_row_weights(decays + CARRY * ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
-                    carry = tl.load(decays + (CARRY * ROW + row + end) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
+                    carry = tl.load(decays + (CARRY * ROW + row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
             if momenta is not None:
                 b_dc = rounded(b_do * b_carry, DTYPE)  # [C, BV]
             b_do = rounded(b_do * b_gamma, DTYPE)  # [C, BV]
@@ -518,7 +521,7 @@ def linear_seq_streamed(
         tl.debug_barrier()
         if COUPLING:
             pull_back(
-                states, duals, grad_states, grad_primal, grad_initial, decays, row + end, place, state, i_c, i_tile, rho, drho, H,
+                states, duals, grad_states, grad_primal, grad_initial, decays, row + o_last, place, state, i_c, i_tile, rho, drho, H,
                 Dk, Dv, BK, BV, TILES, RETENTION, R0, R1, CHANNELS,
             )  # fmt: skip
             tl.debug_barrier()

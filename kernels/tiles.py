@@ -55,13 +55,22 @@ def owner_of(i_s, first, owner, per_sequence):
 
 
 @triton.jit
-def part_of(i_n, i_segment, bos, eos, position, EVERY, C: tl.constexpr, PART: tl.constexpr):
+def end_of(t0, eos, C: tl.constexpr, TOKENS: tl.constexpr):
+    """Where the chunk that begins at ``t0`` ends, for kernels that take C rows at once: C where it has as many tokens, or fewer."""
+    if TOKENS == C:
+        return eos
+    else:
+        return tl.minimum(eos, t0 + TOKENS)
+
+
+@triton.jit
+def part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS: tl.constexpr, PART: tl.constexpr):
     """``(origin, first, last)``: token 0 of chunk 0 and the chunks to walk; a sequence that resumes inside a chunk begins after origin."""
     origin, resumes = bos, 0
     if position is not None:
         before = tl.load(position + i_n)
         origin, resumes = bos - before, (before > 0).to(tl.int32)
-    first, last, whole = 0, ((eos - origin + C - 1) // C).to(tl.int32), ((eos - origin) // C).to(tl.int32)
+    first, last, whole = 0, ((eos - origin + TOKENS - 1) // TOKENS).to(tl.int32), ((eos - origin) // TOKENS).to(tl.int32)
     if PART == HEAD:
         last = tl.minimum(last, resumes)
     elif PART == BODY:

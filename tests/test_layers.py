@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import miras_kernels as mk
 from miras_kernels import L2, Huber, KLRetention
 from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset, Projected
 
@@ -368,6 +369,23 @@ def test_a_block_equals_the_written_out_recurrence(name):
     for n, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
         assert expected_grad.abs().max() > 0, n
         assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_runs_on_kernels(name, monkeypatch):
+    """In the sizes that layers have, trained: the C++ kernels on a CPU, Triton's on a GPU, at the paper's chunk sizes."""
+    asked = {}
+
+    def explained(memory, q, *rest, **arguments):
+        tokens = [x.detach() for x in (q, *rest)]
+        asked.update(mk.explain(tokens[0].requires_grad_(), *tokens[1:], **{n: x for n, x in arguments.items() if n != "backend"}))
+        return memory(q, *rest, **arguments)
+
+    for memory in ("linear_memory", "mlp_memory"):
+        run = getattr(mk, memory)
+        monkeypatch.setattr(f"miras_kernels.layers.block.{memory}", lambda *args, run=run, **kwargs: explained(run, *args, **kwargs))
+    MemoryBlock(128, 2, preset=name)(torch.randn(1, 3, 128))
+    assert (asked["cpp"], asked["triton"]) == (None, None)
 
 
 def projected(module: MemoryBlock, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -45,13 +45,16 @@ class TritonBackend:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         linear = call.memory == "linear"
         heads = max(call.q.shape[-1], call.v.shape[-1])
-        limit, sizes = (configs.MAX_HEAD, configs.CHUNK_SIZES) if linear else (configs.MAX_MLP_HEAD, configs.MLP_CHUNK_SIZES)
+        limit = configs.MAX_HEAD if linear else configs.MAX_MLP_HEAD
         if heads > limit:
             return f"head dimensions are limited to {limit}, got {heads}"
         if not linear and call.state.dual[0].shape[-1] > configs.MAX_HIDDEN:
             return f"hidden sizes are limited to {configs.MAX_HIDDEN}, got {call.state.dual[0].shape[-1]}"
-        if call.chunk_size not in sizes:
-            return f"chunk_size must be one of {', '.join(map(str, sizes))}, got {call.chunk_size}"
+        if linear and call.chunk_size > configs.CHUNK_SIZES[-1]:
+            return f"chunk_size is limited to {configs.CHUNK_SIZES[-1]}, got {call.chunk_size}"
+        if not linear and call.chunk_size not in configs.MLP_CHUNK_SIZES:
+            sizes = ", ".join(map(str, configs.MLP_CHUNK_SIZES))
+            return f"chunk_size must be one of {sizes} for an MLP memory, got {call.chunk_size}"
         if differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
