@@ -173,6 +173,8 @@ struct BackwardTask {
   void carried_reads(int c, const ChunkStart& x);
   void gate_gradients(int64_t chunk, const ChunkStart& x);
   float rho_gradient(int c, const ChunkStart& x) const;
+  template <bool kChannels> void carried_gradient(int c);
+  template <bool kIdentity, bool kChannels> void primal_gradient(int c, ReadSoon soon);
   void state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon);
   void chunk_backward(int64_t chunk, const ChunkStart& x);
   void run();
@@ -332,36 +334,44 @@ void BackwardTask::gate_gradients(int64_t chunk, const ChunkStart& x) {
   if (p.dlog_decay) put(p.dlog_decay, channels, chunk, s.dlog);
 }
 
-// JS and J of the chunk's start over those of its end (transposed)
-void BackwardTask::state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon) {
+// JS = b_C J + pi_C JS + Q' (rho b dO), from J and JS of the chunk's end (transposed)
+template <bool kChannels> void BackwardTask::carried_gradient(int c) {
   const LinearGates& gates = s.gates;
-  if (momentum) {  // JS = b_C J + pi_C JS + Q' (rho b dO)
-    const Kept j_kept = gates.kept_carried(s.J, c);
-    sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-      Tile<R, N> y;
-      y.add(Cols{s.Q + i, dkp}, s.dO_b + j, dvp, 0, c);
-      y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_carried_end(c));
-      if (channels) y.add_scaled_cols(s.J + i * dvp + j, dvp, j_kept.scale + j);
-      else y.add_scaled(s.J + i * dvp + j, dvp, j_kept.scale);
-      y.store_to(s.JS + i * dvp + j, dvp);
-    });
-  }
-  // J = gamma_C J + Q' (gamma dO) + K' dE, or dW = Q' (gamma dO) + K' dE
-  const Kept kept = gates.kept(s.J, c);
-  const bool identity = retention.identity;
-  float* to = identity ? s.J : s.dW;
+  const Kept kept = gates.kept_carried(s.J, c);
+  sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    Tile<R, N> y;
+    y.add(Cols{s.Q + i, dkp}, s.dO_b + j, dvp, 0, c);
+    y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_carried_end(c));
+    if constexpr (kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, kept.scale + j);
+    else y.add_scaled(s.J + i * dvp + j, dvp, kept.scale);
+    y.store_to(s.JS + i * dvp + j, dvp);
+  });
+}
+
+// dW0 = Q' (gamma dO) + K' dE, or where W = A at once J = gamma_C J + dW0
+template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int c, ReadSoon soon) {
+  const Kept kept = s.gates.kept(s.J, c);
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Cols{s.Q + i, dkp}, s.dO_gamma + j, dvp, 0, c, soon);
     if (bias.predicts) y.add(Cols{s.K + i, dkp}, s.dE + j, dvp, 0, c);
-    if (identity && channels) y.add_scaled_cols(s.J + i * dvp + j, dvp, kept.scale + j);
-    else if (identity) y.add_scaled(s.J + i * dvp + j, dvp, kept.scale);
-    y.store_to(to + i * dvp + j, dvp);
+    if constexpr (kIdentity && kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, kept.scale + j);
+    else if constexpr (kIdentity) y.add_scaled(s.J + i * dvp + j, dvp, kept.scale);
+    y.store_to((kIdentity ? s.J : s.dW) + i * dvp + j, dvp);
   });
-  if (identity) return;
+}
+
+// JS and J of the chunk's start over those of its end
+void BackwardTask::state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon) {
+  if (momentum && channels) carried_gradient<true>(c);
+  else if (momentum) carried_gradient<false>(c);
+  if (retention.identity) return channels ? primal_gradient<true, true>(c, soon) : primal_gradient<true, false>(c, soon);
+
+  primal_gradient<false, false>(c, soon);
   retention.pull_back(shape(), x.A, x.W, x.rho, drho, s.dW);
+  const float* scale = s.gates.kept(s.J, c).scale;
   shape().each([&](index_t at, int j) MIRAS_LAMBDA {
-    const Vec gamma = channels ? load(kept.scale + j) : broadcast(*kept.scale);
+    const Vec gamma = channels ? load(scale + j) : broadcast(*scale);
     store(s.J + at, gamma * load(s.J + at) + load(s.dW + at));
   });
 }
