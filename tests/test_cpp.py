@@ -279,7 +279,7 @@ PLANTED = {
     "momentum": (Case("planted", tokens=48, retention=mk.KLRetention(), momentum=True), "momentum"),
     "lq": (Case("planted", tokens=48, retention=mk.LqRetention(1.5)), "retention"),
     "mlp": (Case("planted", tokens=48, **MLP), "log_decay"),
-    "mlp-momentum": (Case("planted", tokens=48, retention=mk.KLRetention(), momentum=True, **MLP), "momentum"),
+    "mlp-momentum": (Case("planted", tokens=48, retention=mk.ElasticNetRetention(0.05), momentum=True, **MLP), "momentum"),
     "mlp-lq": (Case("planted", tokens=48, retention=mk.LqRetention(1.5), **MLP), "retention"),
 }
 
