@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -134,7 +135,6 @@ def test_one_missing_tensor_leaves_the_others_as_saved(lost, tmp_path):
 
 @pytest.mark.parametrize("init", ["new", "from_attention"])
 def test_weights_on_disk(init, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
     host = model("Qwen2", [0, 2], init=init, preset="yaad").eval()
     host.save_pretrained(tmp_path)
     loaded = accelerate.disk_offload(load(tmp_path), str(tmp_path / "disk"), execution_device=torch.device("cpu"), offload_buffers=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import peft
 import pytest
 import torch
 import transformers
@@ -134,7 +135,6 @@ def trainer(host, folder, **options):
 
 @pytest.mark.filterwarnings("ignore")
 def test_trainer_trains_evaluates_saves_and_resumes(tmp_path):
-    pytest.importorskip("accelerate")
     make = lambda: model("Qwen2", [0, 2], init="from_attention")
     whole = trainer(make(), tmp_path / "whole", max_steps=4)
     before = whole.evaluate()["eval_loss"]
@@ -151,7 +151,6 @@ def test_trainer_trains_evaluates_saves_and_resumes(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_trainer_with_gradient_checkpointing_and_bfloat16(tmp_path):
-    pytest.importorskip("accelerate")
     run = trainer(model(), tmp_path, max_steps=2, gradient_checkpointing=True, bf16=True)
     assert run.train().training_loss > 0
 
@@ -161,7 +160,6 @@ def test_trainer_with_gradient_checkpointing_and_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("init", ["new", "from_attention"])
 def test_adapters_on_the_projections(init, tmp_path):
-    peft = pytest.importorskip("peft")
     base = model("Qwen2", [0, 2], init=init).eval()
     expected = base(input_ids=ids()).logits
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False,
@@ -186,7 +184,6 @@ def test_adapters_on_the_projections(init, tmp_path):
 
 
 def test_prefix_tuning_is_refused():
-    peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(
         model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_layers=3, num_attention_heads=2, token_dim=16)
     )
