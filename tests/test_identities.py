@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
-from miras_kernels import Huber
+from miras_kernels import Huber, dispatch
 from miras_kernels.testing import Case, evaluate, registry, relative_error
 from miras_kernels.testing.cases import BIASES
 from miras_kernels.testing.parity import ARITHMETIC
@@ -77,7 +77,10 @@ def test_pieces_are_the_whole(bias, bounds, backends, shape):
         assert close(a, b, shape)
 
 
-@pytest.mark.parametrize("case", [c for c in registry() if c.lengths is None and c.tokens == 37 and c.chunk_size == 16], ids=str)
+WHOLE = [c for c in registry() if c.lengths is None and c.tokens == 37 and c.chunk_size == 16]
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_pieces_are_the_whole_for_everything_the_reference_has(case):
     inputs = case.draw(torch.float64)
     with torch.no_grad():
@@ -86,6 +89,23 @@ def test_pieces_are_the_whole_for_everything_the_reference_has(case):
     assert relative_error(found, wanted) < 1e-9
     for a, b in zip(state.tensors(), end.tensors(), strict=True):
         assert relative_error(a, b) < 1e-9
+
+
+@pytest.mark.parametrize("backends", [("cpp",), ("cpp", "reference")], ids="+".join)
+@pytest.mark.parametrize("case", [c for c in WHOLE if c.retention.tag or c.momentum or "channel" in (c.lr, c.decay)], ids=str)
+def test_pieces_are_the_whole_with_every_gate(case, backends):
+    inputs = case.draw(torch.float32)
+    if dispatch.BACKENDS["cpp"].refuses(inputs.call(), False) is not None:
+        return  # test_cpp.py says which those may be
+    shape = SHAPES[case.memory]
+    with torch.no_grad():
+        wanted, end = run(inputs, "cpp")
+        for bounds in ([0, 5, 6, 32, 37], list(range(38))):
+            found, state = in_pieces(inputs, bounds, backends)
+            assert close(found, wanted, shape)
+            assert torch.equal(state.open_chunk.position, end.open_chunk.position)
+            for a, b in zip(state.tensors(), end.tensors(), strict=True):
+                assert close(a, b, shape)
 
 
 @pytest.mark.parametrize("bias", [mk.L2(), Huber("coordinate"), Huber("switch")], ids=lambda b: b.name)

@@ -149,13 +149,23 @@ static void momentum_scores(const Gates& gates, int c, int dk, A q, const float*
   });
 }
 
-// K W0'  [c x Dvp], from K transposed [Dk x Cp] and W0 transposed [Dk x Dvp]
-static void predict(int c, int dk, const float* kt, index_t cp, const float* w, int dvp, float* kw, ReadSoon soon) {
+// X W0'  [c x Dvp], from X [c x Dk] by rows or columns and W0 transposed [Dk x Dvp]
+template <class X> static void times_state(int c, int dk, X x, const float* w, int dvp, float* xw, ReadSoon soon = {}) {
   sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> x;
-    x.add(Cols{kt + i, cp}, w + j, dvp, 0, dk, soon);
-    x.store_to(kw + index_t(i) * dvp + j, dvp);
+    Tile<R, N> y;
+    y.add(x.at(i), w + j, dvp, 0, dk, soon);
+    y.store_to(xw + index_t(i) * dvp + j, dvp);
   });
+}
+
+// K W0'  [c x Dvp], from K transposed [Dk x Cp]
+static void predict(int c, int dk, const float* kt, index_t cp, const float* w, int dvp, float* kw, ReadSoon soon) {
+  times_state(c, dk, Cols{kt, cp}, w, dvp, kw, soon);
+}
+
+// x *= factor, n floats, a multiple of kPad
+static void scale(float factor, index_t n, float* x) {
+  for (index_t i = 0; i < n; i += kLanes) store(x + i, factor * load(x + i));
 }
 
 // A term of a state's advance: scale * state. The scale is left in memory (see Tile::add_scaled).
@@ -169,18 +179,22 @@ struct Kept {
 template <bool kPerColumn = false>
 static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Kept kept, float* next,
                     ReadSoon soon, Kept more = {}) {
-  sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> a;
-    const auto keep = [&](const Kept& x) MIRAS_LAMBDA {
-      const float* state = x.state + index_t(i) * dvp + j;
-      if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
-      else a.add_scaled(state, dvp, x.scale);
-    };
-    a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
-    keep(kept);
-    if (more.state) keep(more);
-    a.store_to(next + index_t(i) * dvp + j, dvp);
-  });
+  const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
+    sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+      Tile<R, N> a;
+      const auto keep = [&](const Kept& x) MIRAS_LAMBDA {
+        const float* state = x.state + index_t(i) * dvp + j;
+        if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
+        else a.add_scaled(state, dvp, x.scale);
+      };
+      a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
+      keep(kept);
+      if constexpr (kMore) keep(more);
+      a.store_to(next + index_t(i) * dvp + j, dvp);
+    });
+  };
+  if (more.state) run.template operator()<true>();
+  else run.template operator()<false>();
 }
 
 // What a chunk did depends on log alpha_r through every path that crosses token r: from a write s < r, or the state before
@@ -252,6 +266,15 @@ static float inner_product(const float* a, const float* b, index_t n) {
   Vec dot = zeros();
   for (index_t i = 0; i < n; i += kLanes) dot += load(a + i) * load(b + i);
   return sum(dot);
+}
+
+// The column sums of A o B  [Dvp], both [rows x Dvp]
+static void column_products(int rows, int dvp, const float* A, const float* B, float* sums) {
+  for (int j = 0; j < dvp; j += kLanes) {
+    Vec dot = zeros();
+    for (int i = 0; i < rows; ++i) dot += load(A + index_t(i) * dvp + j) * load(B + index_t(i) * dvp + j);
+    store(sums + j, dot);
+  }
 }
 
 // A gate of a chunk: [c], or, channel-wise, the task's channels [c x Dvp], padded with zeros

@@ -1,128 +1,257 @@
-// Forward of the linear memory, chunk by chunk (SPEC section 2):
+// Forward of the linear memory, chunk by chunk (SPEC section 2), W0 = phi(A_0) and rho the retention gate's, 1 for most:
 //
-//   E = K W0' - V    U = eta psi(E)    O = gamma * (Q W0') - (L o Q K') U    A_C = gamma_C A_0 - sum_s (gamma_C / gamma_s) U_s k_s'
+//   E = K W0' - V    U = eta psi(E)    O = gamma * (Q W0') - rho (L o Q K') U    A_C = gamma_C A_0 - sum_s (gamma_C / gamma_s) U_s k_s'
+//
+// and with momentum, M in L's place (see Gates):
+//
+//   O += rho b * (Q S_0')    A_C = gamma_C A_0 + b_C S_0 - sum_s M_Cs U_s k_s'    S_C = pi_C S_0 - sum_s Theta_Cs U_s k_s'
 //
 // A task is one head of one sequence, or a panel of its value rows.
 //
 //   c tokens of the chunk (C at most, Cp padded)   Dk key channels   Dv value channels of the task (Dvp padded)
-//   T after a name: transposed. States are held transposed: W [Dk x Dvp].
+//   T after a name: transposed. States are held transposed: A, S, W [Dk x Dvp].
 #pragma once
 
-#include "chunk.h"
+#include "channel_decay.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct ForwardScratch {
-  float *W, *W0;        // [Dk x Dvp]  current state; start of an open chunk
-  float *KT;            // [Dk x Cp]
-  float *Q;             // [C x Dkp]   only where q cannot be read in place
-  float *V, *O;         // [C x Dvp]   likewise
-  float *U, *U_end;     // [C x Dvp]   K W0' at first, then eta psi(E); U_end_s = (gamma_C / gamma_s) U_s
-  float *P;             // [C x Cp]    L o Q K'
-  float *last_row;      // [Cp]
-  float *delta;         // [C] or [C x Dvp]
-  float *spare;         // [Dv x Dkp]
-  Gates gates;
+  float *A, *A0;            // [Dk x Dvp]  current dual; that of an open chunk's start
+  float *W, *R;             // [Dk x Dvp]  primal; what an open chunk reads. Only where W = A does not hold
+  float *S;                 // [Dk x Dvp]  momentum
+  float *KT;                // [Dk x Cp]
+  float *Q;                 // [C x Dkp]   only where q cannot be read in place
+  float *V, *O;             // [C x Dvp]   where v and out cannot be used in place
+  float *U, *U_end;         // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
+  float *U_step;            // [C x Dvp]   Theta_Cs U_s
+  float *O_own;             // [C x Dvp]   rho b * (Q S_0'); where decays are channel-wise, also what is read of the chunk's own writes
+  float *P;                 // [C x Cp]    M o Q K', or Q K' where decays are channel-wise
+  float *last_rows;         // [2 x Cp]
+  float *delta;             // [C] or [C x Dvp]
+  float *open_log_decay;    // [1] or [Dvp], padded
+  float *spare;             // [Dv x Dkp]
+  LinearGates gates;
 
   MIRAS_FN ForwardScratch(Arena& a, const LinearForward& p) : gates(a, p) {
     const int cp = round_up(p.C, kPad), dkp = round_up(p.Dk, kPad), dvp = round_up(p.panel_width, kPad);
-    W = a.take(p.Dk, dvp), W0 = a.take(p.Dk, p.start ? dvp : 0);
+    const int primal = retention_traits(p.retention).identity ? 0 : dvp, carried = p.momentum ? dvp : 0;
+    A = a.take(p.Dk, dvp), A0 = a.take(p.Dk, p.start ? dvp : 0);
+    W = a.take(p.Dk, primal), R = a.take(p.Dk, p.start ? primal : 0);
+    S = a.take(p.Dk, carried);
     KT = a.take(p.Dk, cp);
-    Q = a.take(p.C, dkp), V = a.take(p.C, dvp), O = a.take(p.C, dvp);
+    Q = a.take(p.C, dkp);
+    V = a.take(p.C, dvp), O = a.take(p.C, dvp);
     U = a.take(p.C, dvp), U_end = a.take(p.C, dvp);
+    U_step = a.take(p.C, carried), O_own = a.take(p.C, p.decay_per_channel ? dvp : carried);
     P = a.take(p.C, cp);
-    last_row = a.take(1, cp), delta = a.take(p.C, dvp);
+    last_rows = a.take(2, cp), delta = a.take(p.C, dvp), open_log_decay = a.take(1, dvp);
     spare = a.take(dvp, dkp);
   }
 };
 
-static void forward_task(const LinearForward& p, const BiasTable& bias, const ForwardScratch& scratch, const Task& task) {
-  static_assert(L2Retention::kIdentity, "W = A below");
-  ForwardScratch s = scratch;
-  const int64_t n = task.n, h = task.h, b = p.batch(n), length = p.length(n);
-  const int dk = p.Dk, dvp = task.dvp, dkp = round_up(dk, kPad), cp = round_up(p.C, kPad);
+struct ForwardTask {
+  const LinearForward& p;
+  const BiasTable& bias;
+  const Retention& retention;
+  ForwardScratch s;
+  Task task;
+  int64_t n, h, b, length;
+  int dk, dkp, dvp, cp;
+  bool momentum;
 
-  fill_zero(s.P, int64_t(p.C) * cp);  // right of the diagonal it stays so
-  read_state(p.dual, n, h, task.first, task.dv, dk, s.W, dvp);
+  // Of the current chunk
+  int64_t token;
+  int c;
+  const float* open_start;  // the dual at its start where it was open before the call, else null
+  const float *W, *R;       // the primal for its predictions; what it reads
+  Rho rho;
 
-  // An open chunk: predictions are made at its start, reading and writing go on from the current state.
-  int position = p.position ? int(p.position[n]) : 0;
-  float open_log_decay = 0.0f;
-  const float* chunk_start = nullptr;
-  if (position > 0) {
-    if (p.open_log_decay) open_log_decay = p.open_log_decay[n * p.H + h];
-    read_state(p.start, n, h, task.first, task.dv, dk, s.W0, dvp);
-    chunk_start = s.W0;
+  MIRAS_FN ForwardTask(const LinearForward& params, const BiasTable& table, const Retention& gate, const ForwardScratch& scratch,
+                       int64_t i)
+      : p(params), bias(table), retention(gate), s(scratch), task(params, i), momentum(s.gates.momentum) {
+    n = task.n, h = task.h, b = p.batch(n), length = p.length(n);
+    dk = p.Dk, dkp = round_up(dk, kPad), dvp = task.dvp, cp = round_up(p.C, kPad);
   }
+
+  MIRAS_FN ChunkView keys(const TokenTensor& x) const { return {x, p.dtype, b, token, h, 0, dk}; }
+  MIRAS_FN ChunkView values(const TokenTensor& x) const { return {x, p.dtype, b, token, h, task.first, task.dv}; }
+  MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
+  void put(const StateTensor& to, const float* state) { write_state(to, n, h, task.first, task.dv, dk, state, dvp, s.spare); }
+
+  void read_open_chunk(int position);
+  void save(int64_t chunk) const;
+  void open_primal();
+  void write();
+  void read_within(Rows Q, WriteSoon soon);
+  void read_out(Rows Q, ReadSoon soon);
+  void advance_state(ReadSoon soon);
+  void pass_decays(bool closes);
+  void run();
+};
+
+// An open chunk: predictions are made at its start, reading and writing go on from the current state.
+void ForwardTask::read_open_chunk(int position) {
+  open_start = nullptr;
+  fill_zero(s.open_log_decay, round_up(s.gates.channel.on ? dvp : 1, kPad));
+  if (position == 0) return;
+  read_state(p.start, n, h, task.first, task.dv, dk, s.A0, dvp);
+  open_start = s.A0;
+  if (!p.open_log_decay) return;
+  const bool channels = s.gates.channel.on;
+  const float* from = p.open_log_decay + (channels ? (n * p.H + h) * p.Dv + task.first : n * p.H + h);
+  for (int j = 0; j < (channels ? task.dv : 1); ++j) s.open_log_decay[j] = from[j];
+}
+
+// A, then S, of a chunk's start for the backward
+void ForwardTask::save(int64_t chunk) const {
+  const int64_t slot = p.slot(n) + chunk / p.checkpoint_every, matrix = int64_t(dk) * p.Dv;
+  float* to = p.saved + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
+  copy_out(s.A, dvp, dk, task.dv, to, p.Dv);
+  if (momentum) copy_out(s.S, dvp, dk, task.dv, to + matrix, p.Dv);
+}
+
+// W = phi(A_0), rho. Token t of an open chunk, its pos-th so far, reads gamma_t R with R = gamma_pos W + rho (A_pos - gamma_pos A_0).
+void ForwardTask::open_primal() {
+  W = open_start ? open_start : s.A, R = s.A;
+  if (retention.identity) return;
+  rho = retention.primal(shape(), W, s.W);
+  W = R = s.W;
+  if (!open_start) return;
+  shape().each([&](index_t at, int j) MIRAS_LAMBDA {
+    const Vec gamma = exp_nonpositive(s.gates.channel.on ? load(s.open_log_decay + j) : broadcast(s.open_log_decay[0]));
+    store(s.R + at, gamma * load(s.W + at) + rho.value * (load(s.A + at) - gamma * load(open_start + at)));
+  });
+  R = s.R;
+}
+
+// U, U_end, U_step
+void ForwardTask::write() {
+  const LinearGates& gates = s.gates;
+  const ChunkView v = values(p.v);
+  BiasRows rows{c, dvp, p.bias_params, gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
+  if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
+  else v.read(c, s.V, dvp);
+  rows.delta = read_delta(p, task, b, token, c, s.delta);
+  if (bias.predicts) predict(c, dk, s.KT, cp, W, dvp, s.U, ReadSoon(keys(p.q), c));
+  bias.write(rows, s.U, gates.fades() && !gates.channel.on ? gates.to_end : nullptr, s.U_end);
+  if (gates.channel.on) weigh(c, dvp, gates.until_end(), s.U, s.U_end);
+  if (momentum) weigh_rows(c, dvp, gates.step_end, s.U, s.U_step);
+  if (!retention.scales_reads) return;
+  for (index_t i = 0; i < index_t(c) * dvp; i += kLanes) {
+    const Vec u = load(s.U + i);
+    if (!gates.fades()) store(s.U_end + i, u);
+    store(s.U + i, rho.value * u);
+  }
+}
+
+// P, and O_own where there is something to read besides gamma * (Q R') and P U
+void ForwardTask::read_within(Rows Q, WriteSoon soon) {
+  const LinearGates& gates = s.gates;
+  if (momentum) {
+    times_state(c, dk, Q, s.S, dvp, s.O_own);
+    weigh(c, dvp, gates.of_carried(), s.O_own, s.O_own);
+    if (retention.scales_reads) scale(rho.value, index_t(c) * dvp, s.O_own);
+  }
+  if (gates.channel.on) {
+    if (!momentum) fill_zero(s.O_own, int64_t(c) * dvp);
+    plain_scores(c, dk, Q, s.KT, cp, s.P, soon);
+    gates.channel.subtract_writes(c, s.P, s.U, momentum, s.O_own);
+  } else if (momentum) {
+    momentum_scores<false>(gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, nullptr, nullptr, nullptr, soon);
+  } else {
+    decayed_scores<false>(gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, nullptr, soon);
+  }
+}
+
+// O = gamma * (Q R') + O_own - P U
+void ForwardTask::read_out(Rows Q, ReadSoon soon) {
+  const LinearGates& gates = s.gates;
+  const ChunkView out = values(p.out);
+  const bool channels = gates.channel.on, own = channels || momentum;
+  float* O = out.in_place() ? out.at<float>() : s.O;
+  const index_t ldo = out.in_place() ? p.out.token : dvp;
+  sweep(c, dvp, [&]<int Height, int N>(int i, int j) MIRAS_LAMBDA {
+    Tile<Height, N> o;
+    o.add(Q.at(i), R + j, dvp, 0, dk, soon);
+    if (channels) o.multiply(gates.channel.gamma + index_t(i) * dvp + j, dvp);
+    else o.scale_rows(gates.gamma + i);
+    if (own) o.add_matrix(s.O_own + index_t(i) * dvp + j, dvp);
+    if (!channels) o.subtract(Rows{s.P + i * cp, cp}, s.U + j, dvp, 0, i + Height);
+    o.store_to(O + i * ldo + j, ldo);
+  });
+  if (!out.in_place()) out.write(c, s.O, dvp);
+}
+
+void ForwardTask::advance_state(ReadSoon soon) {
+  const LinearGates& gates = s.gates;
+  const float* u_end = gates.fades() || retention.scales_reads ? s.U_end : s.U;
+  gates.advance_dual(c, dk, s.KT, cp, u_end, dvp, s.A, s.S, s.A, soon);
+  gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S);
+}
+
+// The open chunk's log-decay after the chunk's tokens
+void ForwardTask::pass_decays(bool closes) {
+  const ChannelDecay& channel = s.gates.channel;
+  if (channel.on) {
+    for (int t = 0; t < c; ++t)
+      for (int j = 0; j < dvp; ++j) s.open_log_decay[j] += channel.log_decay[t * dvp + j];
+  } else if (s.gates.decays) {
+    for (int t = 0; t < c; ++t) s.open_log_decay[0] += s.gates.log_decay[t];
+  }
+  if (closes) fill_zero(s.open_log_decay, channel.on ? dvp : 1);
+}
+
+void ForwardTask::run() {
+  fill_zero(s.P, int64_t(p.C) * cp);  // right of the diagonal it stays so
+  read_state(p.dual, n, h, task.first, task.dv, dk, s.A, dvp);
+  if (momentum) read_state(p.carried, n, h, task.first, task.dv, dk, s.S, dvp);
+  int position = p.position ? int(p.position[n]) : 0;
+  read_open_chunk(position);
   bool start_written = false;
 
   int64_t chunk = 0;
   for (int64_t t = 0; t < length; ++chunk) {
-    const int c = int(length - t < p.C - position ? length - t : p.C - position);
+    const int64_t left = length - t;
+    c = int(left < p.C - position ? left : p.C - position);
+    token = p.begin(n) + t;
     const bool closes = position + c == p.C;
-    const int64_t token = p.begin(n) + t;
-    const ChunkView q{p.q, p.dtype, b, token, h, 0, dk}, k{p.k, p.dtype, b, token, h, 0, dk};
-    const ChunkView v{p.v, p.dtype, b, token, h, task.first, task.dv};
-    const ChunkView out{p.out, p.dtype, b, token, h, task.first, task.dv};
 
-    if (p.saved && chunk % p.checkpoint_every == 0) {
-      const int64_t slot = p.slot(n) + chunk / p.checkpoint_every;
-      copy_out(s.W, dvp, dk, task.dv, p.saved + (slot * p.H + h) * dk * p.Dv + task.first, p.Dv);
-    }
+    if (p.saved && chunk % p.checkpoint_every == 0) save(chunk);
     if (!closes && p.final_start) {  // this chunk stays open: hand on the state it began with
-      write_state(p.final_start, n, h, task.first, task.dv, dk, chunk_start ? chunk_start : s.W, dvp, s.spare);
+      put(p.final_start, open_start ? open_start : s.A);
       start_written = true;
     }
 
-    s.gates.read(p, b, token, h, c);
-    k.transpose_in(c, s.KT, cp);
-
+    s.gates.read(p, task, b, token, c);
+    keys(p.k).transpose_in(c, s.KT, cp);
     Rows Q{s.Q, dkp};
-    if (p.dtype == Dtype::f32) Q = {q.at<float>(), p.q.token};
-    else q.read(c, s.Q, dkp);
+    if (p.dtype == Dtype::f32) Q = {keys(p.q).at<float>(), p.q.token};
+    else keys(p.q).read(c, s.Q, dkp);
 
-    // E = K W0' - V,  U = eta psi(E)
-    BiasRows rows{c, dvp, p.bias_params, s.gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
-    if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
-    else v.read(c, s.V, dvp);
-    rows.delta = read_delta(p, task, b, token, c, s.delta);
-    if (bias.predicts) predict(c, dk, s.KT, cp, chunk_start ? chunk_start : s.W, dvp, s.U, ReadSoon(q, c));
-    bias.write(rows, s.U, s.gates.decays ? s.gates.to_end : nullptr, s.U_end);
-    const float* u_end = s.gates.decays ? s.U_end : s.U;
-
-    decayed_scores<false>(s.gates, c, dk, Q, s.KT, cp, s.last_row, s.P, nullptr, WriteSoon(out, c));
-
-    // O = gamma * (Q W') - P U
-    const int next = int(length - t - c < p.C ? length - t - c : p.C);
-    ReadSoon k_soon({p.k, p.dtype, b, token + c, h, 0, dk}, next);
+    const int next = int(left - c < p.C ? left - c : p.C);
+    const ReadSoon k_soon({p.k, p.dtype, b, token + c, h, 0, dk}, next);
     const ReadSoon v_soon({p.v, p.dtype, b, token + c, h, task.first, task.dv}, next);
-    float* O = out.in_place() ? out.at<float>() : s.O;
-    const index_t ldo = out.in_place() ? p.out.token : dvp;
-    sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-      Tile<R, N> o;
-      o.add(Q.at(i), s.W + j, dvp, 0, dk, k_soon);
-      o.scale_rows(s.gates.gamma + i);
-      o.subtract(Rows{s.P + i * cp, cp}, s.U + j, dvp, 0, i + R);
-      o.store_to(O + i * ldo + j, ldo);
-    });
-    if (!out.in_place()) out.write(c, s.O, dvp);
-
-    advance(c, dk, s.KT, cp, u_end, dvp, {s.W, s.gates.end(c)}, s.W, v_soon);
-
-    if (s.gates.decays) {
-      for (int i = 0; i < c; ++i) open_log_decay += s.gates.log_decay[i];
-    }
-    if (closes) open_log_decay = 0.0f;
+    open_primal();
+    write();
+    read_within(Q, WriteSoon(values(p.out), c));
+    read_out(Q, k_soon);
+    advance_state(v_soon);
+    pass_decays(closes);
     t += c;
-    position = 0, chunk_start = nullptr;
+    position = 0, open_start = nullptr;
   }
 
-  if (p.final_dual) write_state(p.final_dual, n, h, task.first, task.dv, dk, s.W, dvp, s.spare);
-  if (p.final_start && !start_written) {
-    const float* start = position > 0 ? chunk_start : s.W;  // nothing came in, or the end is a boundary
-    write_state(p.final_start, n, h, task.first, task.dv, dk, start, dvp, s.spare);
+  if (p.final_dual) put(p.final_dual, s.A);
+  if (p.final_carried) put(p.final_carried, s.S);
+  if (p.final_start && !start_written) put(p.final_start, open_start ? open_start : s.A);  // nothing came in, or the end is a boundary
+  if (!p.final_log_decay) return;
+  if (s.gates.channel.on) {
+    float* to = p.final_log_decay + (n * p.H + h) * p.Dv + task.first;
+    for (int j = 0; j < task.dv; ++j) to[j] = s.open_log_decay[j];
+  } else if (task.panel == 0) {
+    p.final_log_decay[n * p.H + h] = s.open_log_decay[0];
   }
-  if (p.final_log_decay && task.panel == 0) p.final_log_decay[n * p.H + h] = open_log_decay;
 }
 
 static void linear_forward(const LinearForward& p, int64_t first, int64_t last) {
@@ -130,9 +259,10 @@ static void linear_forward(const LinearForward& p, int64_t first, int64_t last) 
   Arena measure(nullptr);
   ForwardScratch(measure, p);
   Arena arena(thread_scratch(size_t(measure.used())));
-  ForwardScratch scratch(arena, p);
-  const BiasTable bias = bias_table(p.bias, p.bias_params);
-  for (int64_t i = first; i < last; ++i) forward_task(p, bias, scratch, Task(p, i));
+  const ForwardScratch scratch(arena, p);
+  const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
+  const Retention retention(p.retention, p.retention_params);
+  for (int64_t i = first; i < last; ++i) ForwardTask(p, bias, retention, scratch, i).run();
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

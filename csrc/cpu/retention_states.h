@@ -23,6 +23,7 @@ struct StateShape {
       for (int j = 0; j < ld; j += kLanes) f(i * ld + j, j);
   }
   MIRAS_FN Vec without_padding(Vec x, int j) const { return j + kLanes <= cols ? x : first_lanes(x, cols - j); }
+  MIRAS_FN Vec instead_of_padding(Vec x, int j, Vec other) const { return iota() < cols - j ? x : other; }
 };
 
 // rho of a chunk's start, and what its derivative needs (LqRetention::slope)
@@ -86,11 +87,11 @@ template <class Gate> struct RetentionKernels {
 
   MIRAS_INLINE void normalise_along(const Gate& gate, const StateShape& m, const float* A, float* W) {
     for (int i = 0; i < m.rows; ++i, A += m.ld, W += m.ld) {
-      float max = A[0];
-      for (int j = 0; j < m.ld; j += kLanes) max = largest(load(A + j), m.cols - j, max);
-      Vec total = zeros();
+      Vec max = broadcast(A[0]), total = zeros();
+      for (int j = 0; j < m.ld; j += kLanes) max = Math<Vec>::max(max, m.instead_of_padding(load(A + j), j, max));
+      max = broadcast(largest(max));
       for (int j = 0; j < m.ld; j += kLanes) {
-        const Vec e = m.without_padding(gate.weight(load(A + j), broadcast(max)), j);
+        const Vec e = m.without_padding(gate.weight(load(A + j), max), j);
         store(W + j, e);
         total += e;
       }

@@ -109,6 +109,10 @@ template <int R, int N> struct Tile {
     }
   }
 
+  MIRAS_FN void add_matrix(const float* x, index_t ld) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes); });
+  }
+
   // += scale * x; the scale is left in memory: in a register it would live through the products and displace a row of B
   MIRAS_FN void add_scaled(const float* x, index_t ld, const float* scale) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * broadcast(*scale); });

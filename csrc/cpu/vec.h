@@ -79,11 +79,6 @@ template <class T> MIRAS_INLINE void store_first(T* p, Vec x, int n) {
 
 // x in the first n lanes, zero in the rest
 MIRAS_INLINE Vec first_lanes(Vec x, int n) { return iota() < n ? x : zeros(); }
-// The largest of the first n lanes and of `so_far`
-MIRAS_INLINE float largest(Vec x, int n, float so_far) {
-  for (int i = 0; i < minimum(n, kLanes); ++i) so_far = x[i] > so_far ? x[i] : so_far;
-  return so_far;
-}
 
 // ---- shuffles with compile-time indices: 0..kLanes-1 from a, kLanes..2 kLanes-1 from b ----
 #if defined(__clang__)
@@ -113,11 +108,12 @@ MIRAS_INLINE Vec load_quads(const float* p, index_t ld) {
   x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 8 * ld), 2);
   return (Vec)_mm512_insertf32x4(x, _mm_loadu_ps(p + 12 * ld), 3);
 }
-MIRAS_INLINE float sum(Vec x) {
-  x += MIRAS_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  x += MIRAS_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  x += MIRAS_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  return x[0] + x[1];
+// All lanes with one operation, which takes vectors and floats
+template <class Operation> MIRAS_INLINE float fold(Vec x, Operation with) {
+  x = with(x, MIRAS_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = with(x, MIRAS_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = with(x, MIRAS_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return with(x[0], x[1]);
 }
 #elif MIRAS_LANES == 8
 MIRAS_INLINE Vec zip_low(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
@@ -127,10 +123,10 @@ MIRAS_INLINE Vec join_high(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 2, 3, 10, 
 MIRAS_INLINE Vec load_quads(const float* p, index_t ld) {
   return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * ld), 1);
 }
-MIRAS_INLINE float sum(Vec x) {
-  x += MIRAS_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-  x += MIRAS_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-  return x[0] + x[1];
+template <class Operation> MIRAS_INLINE float fold(Vec x, Operation with) {
+  x = with(x, MIRAS_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = with(x, MIRAS_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  return with(x[0], x[1]);
 }
 #else
 MIRAS_INLINE Vec zip_low(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 0, 4, 1, 5); }
@@ -138,8 +134,16 @@ MIRAS_INLINE Vec zip_high(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 2, 6, 3, 7)
 MIRAS_INLINE Vec join_low(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 0, 1, 4, 5); }
 MIRAS_INLINE Vec join_high(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 2, 3, 6, 7); }
 MIRAS_INLINE Vec load_quads(const float* p, index_t) { return load(p); }
-MIRAS_INLINE float sum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+template <class Operation> MIRAS_INLINE float fold(Vec x, Operation with) {
+  return with(with(x[0], x[2]), with(x[1], x[3]));
+}
 #endif
+MIRAS_INLINE float sum(Vec x) {
+  return fold(x, [](auto a, auto b) MIRAS_LAMBDA { return a + b; });
+}
+MIRAS_INLINE float largest(Vec x) {
+  return fold(x, [](auto a, auto b) MIRAS_LAMBDA { return a > b ? a : b; });
+}
 
 // Denormals flushed to zero while this lives: products of decays pass through their range, 20 times slower otherwise.
 struct FlushDenormals {

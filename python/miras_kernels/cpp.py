@@ -43,13 +43,10 @@ class CppBackend:
         reason = self._out_of_range(call)
         if reason is not None or (not differentiate and self._steps(call)):
             return reason
-        if not isinstance(call.retention, L2Retention):
-            return f"it has L2Retention only, so far, got {call.retention}"
-        if call.momentum is not None:
-            return "it has no momentum, so far"
-        for name in ("lr", "log_decay"):
-            if getattr(call, name) is not None and getattr(call, name).dim() == 4:
-                return f"it has no channel-wise {name} [B, T, H, Dv], so far"
+        if call.memory == "mlp" and not isinstance(call.retention, L2Retention):
+            return f"its MLP memory has L2Retention only, so far, got {call.retention}"
+        if call.memory == "mlp" and call.momentum is not None:
+            return "its MLP memory has no momentum, so far"
         if differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
