@@ -53,7 +53,9 @@ class Setting:
         self.function = miras_kernels.linear_memory if memory == "linear" else miras_kernels.mlp_memory
         self.backend = backend
         with torch.no_grad():
-            _, self.state = self.function(**{**self.arguments, **self.tokens(0, CHUNK + 8)}, backend=backend)
+            _, self.state = self.function(**{**self.arguments, **self.tokens(0, CHUNK + 7)}, backend=backend)
+            token = {**self.arguments, **self.tokens(CHUNK + 7, CHUNK + 8), "initial_state": self.state}
+            _, self.state = self.function(**token, backend=backend)  # a state as the call for one token leaves it
         self.token = self.tokens(CHUNK + 8, CHUNK + 9)
 
     def tokens(self, a: int, b: int) -> dict:

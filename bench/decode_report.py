@@ -127,5 +127,13 @@ def _targets(document: dict) -> str:
     for t in document["targets"]:
         cells = [t["measured"][str(n)] for n in document["threads"]]
         show = [f"{'-' if c['value'] is None else format(c['value'], '.3g')} {c['verdict']}" for c in cells]
-        rows.append([t["name"], t["case"], f"{'<=' if t['at_most'] else '>='} {t['least']:g}", "-" if t["goal"] is None else f"{t['goal']:g}", *show])
+        rows.append(
+            [
+                t["name"],
+                t["case"],
+                f"{'<=' if t['at_most'] else '>='} {t['least']:g}",
+                "-" if t["goal"] is None else f"{t['goal']:g}",
+                *show,
+            ]
+        )
     return table(["target", "size", "at least", "goal", *(f"{n} thread{'s' if n > 1 else ''}" for n in document["threads"])], rows)

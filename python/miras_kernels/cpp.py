@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class CppBackend:
     MAX_HEAD = 256
     MAX_HIDDEN = 1024
     MAX_CHUNK = 256
-    STEPS = 4
+    #: the most tokens of a call without gradients that are read one by one; with more, products of whole chunks are faster
+    STEPS: ClassVar[dict[str, int]] = {"linear": 8, "mlp": 4}
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -69,8 +71,8 @@ class CppBackend:
         return out, [*final, log_decay], [saved] if checkpoint_every else []
 
     def _steps(self, call: Call) -> bool:
-        """Whether so few tokens are read one by one: a chunk's products would mostly multiply padding."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS
+        """Whether a call without gradients has so few tokens that they are read one by one."""
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS[call.memory]
 
     def _forward_by_steps(self, call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
