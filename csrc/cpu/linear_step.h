@@ -29,14 +29,15 @@ struct LinearStepScratch {
   }
 };
 
-// y = W x and, if kTwo, y2 = W x2, from W' [rows x cols]
+// y = W x and, if kTwo, y2 = W x2, from W' [rows x cols], while a matrix that is needed next comes nearer
 template <bool kTwo>
-static void products(const float* W, int rows, int cols, const float* x, float* y, const float* x2, float* y2) {
-  each_columns(cols, [&](const auto& c) MIRAS_LAMBDA {
-    constexpr int N = std::remove_reference_t<decltype(c)>::kVectors;
+static void products(const float* W, int rows, int cols, const float* x, float* y, const float* x2, float* y2, const float* soon) {
+  each_columns(cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
+    constexpr int N = C::kVectors;
     Vec sum[N] = {}, sum2[N] = {};
     for (int d = 0; d < rows; ++d) {
       const float* row = W + index_t(d) * cols;
+      c.prefetch(soon + index_t(d) * cols);
       const Vec xd = broadcast(x[d]), x2d = kTwo ? broadcast(x2[d]) : zeros();
       MIRAS_UNROLL
       for (int n = 0; n < N; ++n) {
@@ -53,11 +54,11 @@ static void products(const float* W, int rows, int cols, const float* x, float* 
   });
 }
 
-// S <- theta S - k u',  A <- alpha A + S,  o = A' q, with a mirror map o = (A - gamma A_0)' q
+// S <- theta S - k u',  A <- alpha A + S,  o = A' q, with a mirror map o = (A - gamma A_0)' q; what is needed next comes nearer
 template <bool kMapped, bool kMomentum>
-static void write_and_read(const StepMatrix& m, const LinearStepScratch& s, float theta) {
-  each_columns(m.cols, [&](const auto& c) MIRAS_LAMBDA {
-    constexpr int N = std::remove_reference_t<decltype(c)>::kVectors;
+static void write_and_read(const StepMatrix& m, const LinearStepScratch& s, float theta, const float* soon) {
+  each_columns(m.cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
+    constexpr int N = C::kVectors;
     Vec u[N], alpha[N], gamma[N], o[N];
     MIRAS_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -67,6 +68,7 @@ static void write_and_read(const StepMatrix& m, const LinearStepScratch& s, floa
     const Vec keep = broadcast(theta);
     for (int d = 0; d < m.rows; ++d) {
       const index_t row = index_t(d) * m.cols;
+      c.prefetch(soon + row);
       const Vec k = broadcast(s.K[d]), q = broadcast(s.Q[d]);
       MIRAS_UNROLL
       for (int n = 0; n < N; ++n) {
@@ -94,7 +96,7 @@ MIRAS_INLINE void read_start(const LinearStepScratch& s, int dvp, float rho) {
 }
 
 static void linear_step_token(const LinearStep& p, const BiasTable& bias, const LinearStepScratch& s, const StepMatrix& m,
-                              const StepDecay& decay, const Task& task, int64_t t) {
+                              const StepDecay& decay, const Task& task, int64_t t, const float* soon) {
   const int64_t n = task.n, h = task.h;
   const int dk = p.Dk, dv = p.Dv, dvp = task.dvp;
   ChunkView{p.k, p.dtype, n, t, h, 0, dk}.read(1, s.K, 0);
@@ -102,19 +104,19 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   ChunkView{p.v, p.dtype, n, t, h, 0, dv}.read(1, s.V, 0);
 
   const float* W0 = m.predicting();
-  if (m.primal) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq);
-  else if (bias.predicts) products<false>(W0, dk, dv, s.K, s.U, nullptr, nullptr);
+  if (m.primal) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, m.dual);
+  else if (bias.predicts) products<false>(W0, dk, dv, s.K, s.U, nullptr, nullptr, m.dual);
   read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
   bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
 
   decay.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, p.log_decay.channel, dvp, m.primal);
   if (m.momentum) {
     const float theta = *address<float>(p.momentum, n, t, h);
-    if (m.primal) write_and_read<true, true>(m, s, theta);
-    else write_and_read<false, true>(m, s, theta);
+    if (m.primal) write_and_read<true, true>(m, s, theta, soon);
+    else write_and_read<false, true>(m, s, theta, soon);
   } else {
-    if (m.primal) write_and_read<true, false>(m, s, 0.0f);
-    else write_and_read<false, false>(m, s, 0.0f);
+    if (m.primal) write_and_read<true, false>(m, s, 0.0f, soon);
+    else write_and_read<false, false>(m, s, 0.0f, soon);
   }
   if (m.primal) read_start(s, dvp, m.read_scale());
   ChunkView{p.out, p.dtype, n, t, h, 0, dv}.write(1, s.O, 0);
@@ -139,7 +141,8 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
     if (position > 0 && p.state.unmapped) m.map(gate, s.spare);
     for (int64_t t = 0; t < p.T; ++t) {
       if (position == 0) m.open(gate, s.spare);
-      linear_step_token(p, bias, s, m, decay, task, t);
+      const float* soon = t + 1 < p.T ? m.dual : m.predicting() + int64_t(p.Dk) * p.Dv;  // what the next head predicts with
+      linear_step_token(p, bias, s, m, decay, task, t, soon);
       if (++position == p.C) position = 0, decay.close();
     }
   }

@@ -23,7 +23,7 @@ struct MlpStepScratch {
   float *U1, *Uq;              // [Dp]  eta gu; uq, and LN(uq) over it
   float *A, *slope;            // [Hdp]  gelu(z), gelu'(z)
   float *delta;                // [kPad]
-  float *alpha, *gamma;        // [Dp]
+  float *alpha, *gamma;        // [kPad], all the same
   float *gz, *aq;              // [kLanes]  eta gz and gelu(zq) of the units at hand
   float* sums;                 // [kLanes x kLanes]
   float* spare;                // [Hd x Dp]
@@ -35,11 +35,14 @@ struct MlpStepScratch {
     U1 = a.take(1, dp), Uq = a.take(1, dp);
     A = a.take(1, hdp), slope = a.take(1, hdp);
     delta = a.take(1, kPad);
-    alpha = a.take(1, dp), gamma = a.take(1, dp);
+    alpha = a.take(1, kPad), gamma = a.take(1, kPad);
     gz = a.take(1, kLanes), aq = a.take(1, kLanes), sums = a.take(kLanes, kLanes);
     spare = a.take(p.state.primal && dp != p.D ? p.Hd : 0, dp);
   }
 };
+
+// Rows are fetched so many units ahead: what the hardware foresees ends with a page.
+constexpr int kAhead = 16;
 
 // Sums along the rows of `parts` [kLanes x kLanes], the sum of row r in lane r.
 MIRAS_INLINE Vec row_sums(const float* parts) {
@@ -53,109 +56,122 @@ MIRAS_INLINE Vec row_sums(const float* parts) {
   return total;
 }
 
-// The sums of f(r) for r < units, in lane r; zero in the others
-template <class Function> MIRAS_FN Vec unit_sums(int units, float* sums, Function&& f) {
-  for (int r = 0; r < units; ++r) store(sums + r * kLanes, f(r));
-  for (int r = units; r < kLanes; ++r) store(sums + r * kLanes, zeros());
+// The sums along rows of `units` rows, cols wide, in a vector: those of f(columns), a function of r that gives a vector
+template <class Function> MIRAS_FN Vec unit_sums(int units, int cols, float* sums, Function&& f) {
+  for (int r = 0; r < kLanes; ++r) store(sums + r * kLanes, zeros());
+  each_columns(cols, [&](const auto c) MIRAS_LAMBDA {
+    const auto part = f(c);
+    for (int r = 0; r < units; ++r) store(sums + r * kLanes, load(sums + r * kLanes) + part(r));
+  });
   return row_sums(sums);
 }
 
+// What the columns of a piece see of a row of scratch, to stay in registers
+template <class C> struct Held {
+  Vec x[C::kVectors];
+  MIRAS_FN Held(const C& c, const float* row) {
+    MIRAS_UNROLL
+    for (int n = 0; n < C::kVectors; ++n) x[n] = c.padded(row, n);
+  }
+  MIRAS_FN Vec operator[](int n) const { return x[n]; }
+};
+
 // M_h . x of the first `units` rows of M
 MIRAS_INLINE Vec row_products(const float* M, int units, int cols, const float* x, float* sums) {
-  return unit_sums(units, sums, [&](int r) MIRAS_LAMBDA {
-    Vec total = zeros();
-    const float* row = M + index_t(r) * cols;
-    each_columns(cols, [&](const auto& c) MIRAS_LAMBDA {
-      constexpr int N = std::remove_reference_t<decltype(c)>::kVectors;
+  return unit_sums(units, cols, sums, [&]<class C>(const C c) MIRAS_LAMBDA {
+    return [=, held = Held<C>(c, x)](int r) MIRAS_LAMBDA {
+      const float* row = M + index_t(r) * cols;
+      c.prefetch(row + index_t(kAhead) * cols);
+      Vec total = zeros();
       MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) total += c.load(row, n) * c.padded(x, n);
-    });
-    return total;
+      for (int n = 0; n < C::kVectors; ++n) total += c.load(row, n) * held[n];
+      return total;
+    };
   });
 }
+
+// The scalars of a token's write and read
+struct MlpGates {
+  float theta, alpha, gamma;
+};
 
 // S <- theta S - weight x',  A <- alpha A + S of one vector of one row; what the read-out takes of it: A, or
 // gamma W_0 + rho (A - gamma A_0)
 template <bool kMapped, bool kMomentum, class C>
-MIRAS_INLINE Vec write_vector(const StepMatrix& m, index_t row, const C& c, int n, float theta, float weight, const float* x,
-                              const float* alpha, const float* gamma, float rho) {
-  Vec a = c.padded(alpha, n) * c.load(m.dual + row, n);
+MIRAS_INLINE Vec write_vector(const StepMatrix& m, index_t row, const C& c, int n, const MlpGates& gates, float weight, Vec x, float rho) {
+  Vec a = gates.alpha * c.load(m.dual + row, n);
   if constexpr (kMomentum) {
-    const Vec step = theta * c.load(m.momentum + row, n) - weight * c.padded(x, n);
+    const Vec step = gates.theta * c.load(m.momentum + row, n) - weight * x;
     c.store(m.momentum + row, n, step);
     a += step;
   } else {
-    a -= weight * c.padded(x, n);
+    a -= weight * x;
   }
   c.store(m.dual + row, n, a);
   if constexpr (!kMapped) return a;
-  const Vec g = c.padded(gamma, n);
-  return g * c.load(m.primal + row, n) + rho * (a - g * c.load(m.start + row, n));
+  return gates.gamma * c.load(m.primal + row, n) + rho * (a - gates.gamma * c.load(m.start + row, n));
 }
 
 // First pass: A and slope, and X = u
 static void predict_hidden(const StepMatrix& first, const StepMatrix& second, const MlpStepScratch& s) {
-  const float *S1 = first.predicting(), *S2 = second.predicting();
+  const float *S1 = first.predicting(), *S2 = second.predicting(), *A = s.A;
   const int d = first.cols, hd = first.rows;
   fill_zero(s.X, s.norm.dp);
   for (int i = 0; i < hd; i += kLanes) {
     const int units = minimum(kLanes, hd - i);
     const Gelu gelu(row_products(S2 + index_t(i) * d, units, d, s.K, s.sums));
     store(s.A + i, gelu.value()), store(s.slope + i, gelu.slope());
-    each_columns(d, [&](const auto& c) MIRAS_LAMBDA {
-      constexpr int N = std::remove_reference_t<decltype(c)>::kVectors;
-      Vec u[N];
-      MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) u[n] = c.padded(s.X, n);
+    each_columns(d, [&]<class C>(const C& c) MIRAS_LAMBDA {
+      Held<C> u(c, s.X);
       for (int r = 0; r < units; ++r) {
         const float* row = S1 + index_t(i + r) * d;
-        const Vec a = broadcast(s.A[i + r]);
+        c.prefetch(row + index_t(kAhead) * d);
         MIRAS_UNROLL
-        for (int n = 0; n < N; ++n) u[n] += a * c.load(row, n);
+        for (int n = 0; n < C::kVectors; ++n) u.x[n] += A[i + r] * c.load(row, n);
       }
       MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) c.pad(s.X, n, u[n]);
+      for (int n = 0; n < C::kVectors; ++n) c.pad(s.X, n, u[n]);
     });
   }
 }
 
 // Second pass: both matrices, and Uq
 template <bool kMapped, bool kMomentum>
-static void write_and_read_hidden(const StepMatrix& first, const StepMatrix& second, const MlpStepScratch& s, float eta, float theta) {
-  const float* S1 = first.predicting();
+static void write_and_read_hidden(const StepMatrix& first_, const StepMatrix& second_, const MlpStepScratch& s, float eta,
+                                  const MlpGates gates) {
+  // By value: vector stores may alias anything, so what is behind a reference would be loaded again after each of them.
+  const StepMatrix first = first_, second = second_;
+  const float *S1 = first.predicting(), *A = s.A, *gz = s.gz, *aq = s.aq;
   const int d = first.cols, hd = first.rows;
   const float rho1 = first.read_scale(), rho2 = second.read_scale();
   fill_zero(s.Uq, s.norm.dp);
   for (int i = 0; i < hd; i += kLanes) {
     const int units = minimum(kLanes, hd - i);
     store(s.gz, eta * (row_products(S1 + index_t(i) * d, units, d, s.Gu, s.sums) * load(s.slope + i)));
-    const Vec zq = unit_sums(units, s.sums, [&](int r) MIRAS_LAMBDA {
-      Vec total = zeros();
-      each_columns(d, [&](const auto& c) MIRAS_LAMBDA {
-        constexpr int N = std::remove_reference_t<decltype(c)>::kVectors;
+    const Vec zq = unit_sums(units, d, s.sums, [&]<class C>(const C c) MIRAS_LAMBDA {
+      return [=, k = Held<C>(c, s.K), q = Held<C>(c, s.Q)](int r) MIRAS_LAMBDA {
+        const index_t row = index_t(i + r) * d;
+        c.prefetch(second.dual + row + index_t(kAhead) * d);
+        Vec total = zeros();
         MIRAS_UNROLL
-        for (int n = 0; n < N; ++n) {
-          const Vec w = write_vector<kMapped, kMomentum>(second, index_t(i + r) * d, c, n, theta, s.gz[r], s.K, s.alpha, s.gamma, rho2);
-          total += w * c.padded(s.Q, n);
-        }
-      });
-      return total;
+        for (int n = 0; n < C::kVectors; ++n)
+          total += q[n] * write_vector<kMapped, kMomentum>(second, row, c, n, gates, gz[r], k[n], rho2);
+        return total;
+      };
     });
     store(s.aq, Gelu(zq).value());
-    each_columns(d, [&](const auto& c) MIRAS_LAMBDA {
-      constexpr int N = std::remove_reference_t<decltype(c)>::kVectors;
-      Vec u[N];
-      MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) u[n] = c.padded(s.Uq, n);
+    each_columns(d, [&]<class C>(const C c) MIRAS_LAMBDA {
+      const Held<C> u1(c, s.U1);
+      Held<C> u(c, s.Uq);
       for (int r = 0; r < units; ++r) {
+        const index_t row = index_t(i + r) * d;
+        c.prefetch(first.dual + row + index_t(kAhead) * d);
         MIRAS_UNROLL
-        for (int n = 0; n < N; ++n) {
-          const index_t row = index_t(i + r) * d;
-          u[n] += s.aq[r] * write_vector<kMapped, kMomentum>(first, row, c, n, theta, s.A[i + r], s.U1, s.alpha, s.gamma, rho1);
-        }
+        for (int n = 0; n < C::kVectors; ++n)
+          u.x[n] += aq[r] * write_vector<kMapped, kMomentum>(first, row, c, n, gates, A[i + r], u1[n], rho1);
       }
       MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) c.pad(s.Uq, n, u[n]);
+      for (int n = 0; n < C::kVectors; ++n) c.pad(s.Uq, n, u[n]);
     });
   }
 }
@@ -177,14 +193,14 @@ static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpSte
   s.norm.pull_back_weighted(1, s.X, &r, s.G, s.Gu);
   weigh_rows(1, dp, &eta, s.Gu, s.U1);
 
-  decay.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, 0, dp, first.primal);
+  decay.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, 0, kPad, first.primal);
+  const MlpGates gates{first.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f, *decay.alpha, *decay.gamma};
   if (first.momentum) {
-    const float theta = *address<float>(p.momentum, n, t, h);
-    if (first.primal) write_and_read_hidden<true, true>(first, second, s, eta, theta);
-    else write_and_read_hidden<false, true>(first, second, s, eta, theta);
+    if (first.primal) write_and_read_hidden<true, true>(first, second, s, eta, gates);
+    else write_and_read_hidden<false, true>(first, second, s, eta, gates);
   } else {
-    if (first.primal) write_and_read_hidden<true, false>(first, second, s, eta, 0.0f);
-    else write_and_read_hidden<false, false>(first, second, s, eta, 0.0f);
+    if (first.primal) write_and_read_hidden<true, false>(first, second, s, eta, gates);
+    else write_and_read_hidden<false, false>(first, second, s, eta, gates);
   }
   s.norm.normalise(1, s.Uq, &r);
   s.norm.affine(1, s.Uq, s.Q, s.O);

@@ -21,17 +21,21 @@ template <int N, bool kWhole> struct Columns {
     if constexpr (kWhole) MIRAS_LEVEL::store(row + first + n * kLanes, x);
     else store_first(row + first, x, left);
   }
+  MIRAS_FN void prefetch(const float* row) const {
+    MIRAS_UNROLL
+    for (int n = 0; n < N; ++n) __builtin_prefetch(row + first + n * kLanes);
+  }
   // Rows of scratch are padded.
   MIRAS_FN Vec padded(const float* row, int n) const { return MIRAS_LEVEL::load(row + first + n * kLanes); }
   MIRAS_FN void pad(float* row, int n, Vec x) const { MIRAS_LEVEL::store(row + first + n * kLanes, x); }
 };
 
-constexpr int kStepVectors = kLanes == 16 ? 4 : 2;  // what the registers hold of everything that runs along a row
-
-// f(columns) for pieces that cover V columns
+// f(columns) for pieces that cover V columns; what runs along a row is meant to stay in registers meanwhile
 template <class Function> MIRAS_FN void each_columns(int V, Function&& f) {
+  constexpr int kWide = kLanes == 16 ? 8 : 4;
   int j = 0;
-  for (; V - j >= kStepVectors * kLanes; j += kStepVectors * kLanes) f(Columns<kStepVectors, true>{j, 0});
+  for (; V - j >= kWide * kLanes; j += kWide * kLanes) f(Columns<kWide, true>{j, 0});
+  for (; V - j >= kWide / 2 * kLanes; j += kWide / 2 * kLanes) f(Columns<kWide / 2, true>{j, 0});
   for (; V - j >= kLanes; j += kLanes) f(Columns<1, true>{j, 0});
   if (j < V) f(Columns<1, false>{j, V - j});
 }

@@ -2,5 +2,6 @@
 
 from .cases import Case, Inputs, registry
 from .parity import Report, baseline, check, evaluate, operands, relative_error, truth
+from .steps import check_steps
 
-__all__ = ["Case", "Inputs", "Report", "baseline", "check", "evaluate", "operands", "registry", "relative_error", "truth"]
+__all__ = ["Case", "Inputs", "Report", "baseline", "check", "check_steps", "evaluate", "operands", "registry", "relative_error", "truth"]

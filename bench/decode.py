@@ -1,0 +1,301 @@
+"""Decoding on this CPU: a token's latency in both memories, right first, against what PyTorch offers and against attention's cache.
+
+    python bench/decode.py                     everything, markdown on stdout
+    python bench/decode.py --json out.json     and JSON
+    python bench/decode.py --quick             about a minute: one thread, short measurements, contexts up to 8k
+    python bench/decode.py --only linear,mlp   some studies; --list names them
+
+Contenders take turns as bench/cpu.py has them; bench/README.md says how to read the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import harness
+from decode_report import judge, report
+from harness import Watch, interleave, ratio, spread, timed
+
+MARK = "@result "
+CHUNK = 64
+#: batch, heads, head dimension; an MLP memory has four hidden units per channel
+SIZES = {"B1 H1 D64": (1, 1, 64), "B1 H8 D64": (1, 8, 64), "B8 H8 D64": (8, 8, 64), "B32 H8 D64": (32, 8, 64), "B8 H8 D128": (8, 8, 128)}
+TOY = (2, 2, 16)
+CONTEXTS = {"1k": 1024, "8k": 8192, "64k": 65536}
+#: attention's caches larger than this are left out
+CACHE_BYTES = 6 << 30
+
+
+class Setting:
+    """One memory of one size after a prompt, and the tokens that come."""
+
+    def __init__(self, memory: str, size: str, toy: bool, backend: str):
+        import torch
+
+        import miras_kernels
+        from miras_kernels.testing import Case
+
+        batch, heads, dim = TOY if toy else SIZES[size]
+        self.heads, self.dim, self.batch = heads, dim, batch
+        self.case = Case(
+            f"decode {memory} {size}", memory=memory, batch=batch, heads=heads, key_dim=dim, value_dim=dim, hidden=4 * dim,
+            tokens=CHUNK + 16, chunk_size=CHUNK, decay="slight",
+        )  # fmt: skip
+        self.arguments = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in self.case.draw(torch.float32).arguments().items()}
+        self.function = miras_kernels.linear_memory if memory == "linear" else miras_kernels.mlp_memory
+        self.backend = backend
+        with torch.no_grad():
+            _, self.state = self.function(**{**self.arguments, **self.tokens(0, CHUNK + 8)}, backend=backend)
+        self.token = self.tokens(CHUNK + 8, CHUNK + 9)
+
+    def tokens(self, a: int, b: int) -> dict:
+        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+        return {name: self.arguments[name][:, a:b].contiguous() for name in names if self.arguments[name] is not None}
+
+    def decoder(self, backend: str):
+        import miras_kernels
+
+        names = ("chunk_size", "bias", "retention", "ln_weight", "ln_bias", "ln_eps")
+        return miras_kernels.Decoder(self.state, **{n: self.arguments[n] for n in names if n in self.arguments}, backend=backend)
+
+
+def parity(setting: Setting, backend: str) -> dict:
+    """Steps across a chunk's end against the whole sequence in float64, with the tests' own budgets."""
+    from miras_kernels.testing import check_steps
+
+    worst = check_steps(setting.case, backend, cuts=range(CHUNK - 8, setting.case.tokens + 1)).worst
+    return {"ok": worst.ok, "error": worst.error, "budget": worst.budget, "tensor": worst.name}
+
+
+# -------------------------------------------------------------------------------------------------------- contenders
+
+
+def eager_steps(setting: Setting) -> Callable[[], object]:
+    """The same step in PyTorch, in place on the same buffers (``reference/step.py``)."""
+    reader = setting.decoder("reference")
+    return lambda: reader.step(**setting.token)
+
+
+def baddbmm(setting: Setting) -> Callable[[], object]:
+    """The bare products of a linear step, in place, all shapes prepared: no chunk that ends, no start that is copied."""
+    import torch
+
+    n, d = setting.batch * setting.heads, setting.dim
+    q, k, v = (setting.token[name].reshape(n, 1, d) for name in "qkv")
+    lr, log_decay = (setting.token[name].reshape(n, 1, 1) for name in ("lr", "log_decay"))
+    start, state = (setting.state.dual[0].transpose(-1, -2).reshape(n, d, d).contiguous() for _ in range(2))
+    u = torch.empty_like(v)
+
+    def run() -> torch.Tensor:
+        torch.baddbmm(v, k, start, beta=-1, out=u)
+        state.mul_(log_decay.exp()).baddbmm_(k.transpose(1, 2), u.mul_(lr), alpha=-1)
+        return torch.bmm(q, state)
+
+    return run
+
+
+def touch(*tensors) -> Callable[[], object]:
+    """Reads and writes them once."""
+
+    def run() -> None:
+        for x in tensors:
+            x.mul_(1.0)
+
+    return run
+
+
+def attention(setting: Setting, context: int) -> Callable[[], object]:
+    """Softmax attention of one token over a cache of so many, allocated before; the token's key and value are written to it."""
+    import torch
+
+    shape = (setting.batch, setting.heads, context, setting.dim)
+    keys, values = torch.randn(shape), torch.randn(shape)
+    q, k, v = (setting.token[name].transpose(1, 2).contiguous() for name in "qkv")
+
+    def run() -> torch.Tensor:
+        keys[:, :, -1:].copy_(k)
+        values[:, :, -1:].copy_(v)
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+
+    return run
+
+
+def study(memory: str, size: str, threads: int, settings: dict) -> Iterator[dict]:
+    """A token's latency: the decoder's step, the public function, eager PyTorch, the state read and written once."""
+    import torch
+
+    backend, toy = settings["backend"], settings["toy"]
+    setting = Setting(memory, size, toy, backend)
+    result = {"study": memory, "case": size, "threads": threads, "clock": harness.clock_for(threads)[0], "notes": []}
+    result["parity"] = parity(setting, backend)
+    if not result["parity"]["ok"]:
+        result["notes"].append("parity is red, not timed")
+        yield result
+        return
+    reader, clock = setting.decoder(backend), harness.clock_for(threads)[1]
+    runs = {
+        "step": lambda: reader.step(**setting.token),
+        "function": lambda: setting.function(**{**setting.arguments, **setting.token, "initial_state": setting.state}, backend=backend),
+        "eager": eager_steps(setting),
+        "touch": touch(torch.randn_like(reader.buffers.dual)),
+        "touch_all": touch(*(torch.randn_like(x) for x in (reader.buffers.dual, reader.buffers.start))),
+    }
+    if memory == "linear":
+        runs["baddbmm"] = baddbmm(setting)
+    with torch.no_grad(), Watch(threads) as watch:
+        times = interleave({name: timed(run, clock) for name, run in runs.items()}, settings["seconds"], settings["min_rounds"])
+    yield {**result, **_figures(times, "step", setting.batch), "watch": watch.report()}
+
+
+def study_linear(size: str, threads: int, settings: dict) -> Iterator[dict]:
+    """One token of the linear memory against eager PyTorch and the time to read and write its state."""
+    yield from study("linear", size, threads, settings)
+
+
+def study_mlp(size: str, threads: int, settings: dict) -> Iterator[dict]:
+    """One token of the MLP memory, likewise."""
+    yield from study("mlp", size, threads, settings)
+
+
+def study_attention(size: str, threads: int, settings: dict) -> Iterator[dict]:
+    """One token of both memories against softmax attention with a cache of 1k, 8k and 64k tokens."""
+    import torch
+
+    clock = harness.clock_for(threads)[1]
+    memories = {memory: Setting(memory, size, settings["toy"], settings["backend"]) for memory in ("linear", "mlp")}
+    gates = {memory: parity(setting, settings["backend"]) for memory, setting in memories.items()}
+    result = {"study": "attention", "case": size, "threads": threads, "clock": harness.clock_for(threads)[0], "notes": []}
+    result["parity"] = max(gates.values(), key=lambda gate: gate["error"] / gate["budget"])
+    if not result["parity"]["ok"]:
+        result["notes"].append("parity is red, not timed")
+        yield result
+        return
+    readers = {memory: setting.decoder(settings["backend"]) for memory, setting in memories.items()}
+    runs = {memory: lambda reader=readers[memory], token=memories[memory].token: reader.step(**token) for memory in memories}
+    some = memories["linear"]
+    for name, context in CONTEXTS.items():
+        context = context // 64 if settings["toy"] else context
+        size_of_cache = 2 * 4 * some.batch * some.heads * context * some.dim
+        if size_of_cache > min(CACHE_BYTES, settings["cache_bytes"]):
+            result["notes"].append(f"attention over {name} left out: its cache would take {size_of_cache / 2**30:.1f} GiB")
+            continue
+        runs[name] = attention(some, context)
+    with torch.no_grad(), Watch(threads) as watch:
+        times = interleave({name: timed(run, clock) for name, run in runs.items()}, settings["seconds"], settings["min_rounds"])
+    state = {m: sum(x.numel() * x.element_size() for x in r.buffers.tensors()) / 2**20 for m, r in readers.items()}
+    yield {**result, **_figures(times, "linear", some.batch), "state_mib": state, "watch": watch.report()}
+
+
+def _figures(times: dict[str, list[float]], base: str, batch: int) -> dict:
+    return {
+        "us": {name: {p: 1e6 * x for p, x in spread(t).items()} for name, t in times.items()},
+        "ratios": {name: ratio(t, times[base]) for name, t in times.items() if name != base},
+        "tokens_per_second": {name: batch / spread(t)["median"] for name, t in times.items() if not name.startswith("touch")},
+    }
+
+
+STUDIES = {"linear": study_linear, "mlp": study_mlp, "attention": study_attention}
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def start(study: str, size: str, threads: int, settings: dict) -> Iterator[dict]:
+    """One study in a fresh process; what it cannot do becomes a result with an error."""
+    spec = json.dumps({"study": study, "case": size, "threads": threads, "settings": settings})
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", spec]
+    process = subprocess.Popen(command, env=harness.environment(threads), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    with process:
+        for line in process.stdout:
+            if line.startswith(MARK):
+                yield json.loads(line[len(MARK) :])
+    if process.returncode:
+        error = f"the measuring process ended with status {process.returncode}"
+        gate = {"ok": False, "error": 0.0, "budget": 0.0}
+        yield {"study": study, "case": size, "threads": threads, "clock": "", "parity": gate, "error": error, "notes": [error]}
+
+
+def worker(text: str) -> None:
+    import torch
+
+    spec = json.loads(text)
+    torch.set_num_threads(spec["threads"])
+    for result in STUDIES[spec["study"]](spec["case"], spec["threads"], spec["settings"]):
+        print(MARK + json.dumps(result), flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there as well")
+    parser.add_argument("--quick", action="store_true", help="about a minute: one thread, short measurements, contexts up to 8k")
+    parser.add_argument("--only", metavar="STUDY,...", help=f"some of {', '.join(STUDIES)}")
+    parser.add_argument("--sizes", metavar="SIZE,...", help=f"some of {', '.join(SIZES)}")
+    parser.add_argument("--threads", metavar="N,...", help="thread counts (default 1,2; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="per interleaved measurement (default 5; 0.7 with --quick)")
+    parser.add_argument("--backend", default="cpp", choices=("cpp", "reference"), help="what to measure")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes: checks this program, measures nothing")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target's 'at least' is not met")
+    parser.add_argument("--list", action="store_true", help="name the studies and sizes")
+    parser.add_argument("--show", type=Path, metavar="PATH", help="print the report of an earlier run's JSON")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    for option, known in (("only", STUDIES), ("sizes", SIZES)):
+        names = tuple(known) if getattr(args, option) is None else tuple(x.strip() for x in getattr(args, option).split(","))
+        for name in names:
+            if name not in known:
+                parser.error(f"--{option}: unknown {name!r}: expected some of {', '.join(known)}")
+        setattr(args, option, names)
+    try:
+        args.threads = [int(n) for n in (args.threads or ("1" if args.quick else "1,2")).split(",")]
+    except ValueError:
+        parser.error(f"--threads: expected integers such as 1,2, got {args.threads!r}")
+    if min(args.threads) < 1:
+        parser.error(f"--threads: expected integers >= 1, got {args.threads}")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and report; 1 if a parity gate was red or a measuring process failed."""
+    args = parse(arguments)
+    if args.worker:
+        worker(args.worker)
+        return 0
+    if args.show:
+        print(report(json.loads(args.show.read_text())))
+        return 0
+    if args.list:
+        print("\n".join([*(f"{name:12s} {function.__doc__.splitlines()[0]}" for name, function in STUDIES.items()), *SIZES]))
+        return 0
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    settings = {
+        "backend": args.backend, "toy": args.toy, "min_rounds": 3 if args.quick else 9,
+        "seconds": args.seconds if args.seconds is not None else 0.7 if args.quick else 5.0,
+        "cache_bytes": min(available // 3, 1 << 29 if args.quick else CACHE_BYTES),
+    }  # fmt: skip
+    results, jobs = [], [(study, size, n) for n in args.threads for study in args.only for size in args.sizes]
+    for i, job in enumerate(jobs, 1):
+        print(f"[{i}/{len(jobs)}] {job[0]} {job[1]}, {job[2]} threads", file=sys.stderr, flush=True)
+        results += start(*job, settings)
+    document = {
+        "program": "bench/decode.py", "date": harness.today(), **harness.commit(), "machine": harness.machine(),
+        "versions": harness.versions("torch"), "settings": settings, "malloc": harness.MALLOC, "threads": args.threads,
+        "results": results, "targets": [] if args.toy else judge(results, args.threads),
+    }  # fmt: skip
+    print(report(document))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    red = any("error" in r or not r["parity"]["ok"] for r in results)
+    missed = any(m["verdict"] == "NOT met" for t in document["targets"] for m in t["measured"].values())
+    return int(red or (args.strict and missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

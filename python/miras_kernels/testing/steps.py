@@ -1,0 +1,95 @@
+"""Is a decoder right? Its outputs and state after a prompt against the float64 reference on the whole sequence."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..decode import Decoder
+from ..memory import linear_memory, mlp_memory
+from ..reference.inputs import Call
+from ..state import MemoryState
+from .cases import Case, Inputs
+from .parity import ARITHMETIC, FACTOR, ULPS, Report, Row, margin, operands, relative_error, sensitivity
+
+__all__ = ["check_steps", "cut", "decoder", "final", "read", "whole"]
+
+
+def function(case: Case):
+    return linear_memory if case.memory == "linear" else mlp_memory
+
+
+def cut(arguments: dict, a: int, b: int) -> dict:
+    """The per-token arguments of tokens ``a`` to ``b``."""
+    given = {name: x for name, x in arguments.items() if name in Call.PER_TOKEN and x is not None}
+    return {name: x[:, a:b] if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
+def decoder(case: Case, arguments: dict, state: MemoryState, backend: str) -> Decoder:
+    settings = ("chunk_size", "bias", "retention", "ln_weight", "ln_bias", "ln_eps")
+    given = {name: arguments[name] for name in settings if name in arguments}
+    return Decoder(state, **given, channel_wise_decay=case.decay.endswith("channel"), backend=backend)
+
+
+@torch.no_grad()
+def read(inputs: Inputs, backend: str, cuts: Sequence[int]) -> dict[str, Tensor]:
+    """Outputs and final state of a decoder: a prompt of ``cuts[0]`` tokens, which the reference reads, then steps between the cuts."""
+    case, arguments = inputs.case, inputs.arguments()
+    state = arguments["initial_state"]
+    if cuts[0]:
+        _, state = function(case)(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
+    elif not isinstance(state, MemoryState):
+        state = MemoryState(tuple(state) if isinstance(state, tuple) else (state,))
+    reader = decoder(case, arguments, state, backend)
+    outs = [reader.step(**cut(arguments, a, b)) for a, b in itertools.pairwise(cuts)]
+    return final(torch.cat(outs, 1), reader.state())
+
+
+@torch.no_grad()
+def whole(inputs: Inputs, prompt: int) -> dict[str, Tensor]:
+    """The same, of the whole sequence at once."""
+    out, state = function(inputs.case)(**inputs.arguments(), backend="reference")
+    return final(out[:, prompt:], state)
+
+
+def final(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
+    """By the names that :func:`evaluate` has for them."""
+    found = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
+    return found | {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
+
+
+def check_steps(
+    case: Case, backend: str = "auto", dtype: torch.dtype = torch.float32, cuts: Sequence[int] = (0, 1), found: dict | None = None
+) -> Report:
+    """Compare a decoder with float64, within the budgets of :func:`check`.
+
+    Args:
+        cuts: see :func:`read`; the last one is the number of tokens.
+        found: other results to compare, made from ``inputs_of(case, dtype)``.
+    """
+    inputs = inputs_of(case, backend, dtype)
+    found = read(inputs, backend, cuts) if found is None else found
+    wide = inputs.to(torch.float64)
+    exact, usual = whole(wide, cuts[0]), whole(wide.to(torch.float32), cuts[0])
+    moves = {}
+    if case.memory == "mlp":
+        moves = sensitivity(inputs, whole(wide, 0))
+    longest = max(case.tokens, case.chunk_size, case.key_dim, case.value_dim, case.hidden if case.memory == "mlp" else 0)
+    if exact.keys() != found.keys():
+        raise AssertionError(f"{case.name}: expected {list(exact)}, got {list(found)}")
+    rows = []
+    for name, value in exact.items():
+        expected = max(relative_error(usual[name], value), moves.get(name, 0.0))
+        rounding = torch.finfo(found[name].dtype).eps / 2
+        budget = FACTOR * expected + ARITHMETIC * (math.sqrt(longest) + ULPS) + rounding
+        rows.append(Row(name, relative_error(found[name], value), budget, expected))
+    return Report(case, dtype, tuple(rows))
+
+
+def inputs_of(case: Case, backend: str, dtype: torch.dtype) -> Inputs:
+    """The tensors that :func:`check_steps` draws."""
+    return case.draw(dtype, margin=margin(case, operands(backend, dtype)))
