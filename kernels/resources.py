@@ -226,15 +226,20 @@ def measure(todo: list[Job], processes: int = 2) -> Iterator[tuple[Job, offline.
 def spills_allowed(job: Job) -> float:
     """Bytes of spilled registers that are put up with, per thread.
 
-    None, but: 64 for the MLP memory, whose kernels have up to four passes a chunk and keep what is common to them (with Triton 3.6
-    and chunks of 64 its forward spills none); and any number where those kernels were not made to fit yet: beyond D = 64, in
-    float32, and on sm_80, where all products take operands from registers.
+    None, but: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (none in chunks
+    of 64 on sm_90); 128 on sm_80 for the backward chain of two matrices in float32; 64 for the MLP memory, whose kernels have up to
+    four passes a chunk and keep what is common to them (with Triton 3.6 and chunks of 64 its forward spills none); and any number where
+    those kernels were not made to fit yet: beyond D = 64, in float32, and on sm_80, where all products take operands from registers.
     """
     if not job.target.startswith("sm_"):
         return math.inf
+    specimen = SPECIMENS[job.specimen]
+    if job.kernel == "channel_decay_grad" and specimen.momentum:
+        return math.inf
+    if job.kernel == "linear_seq_streamed" and specimen.momentum and (job.target, specimen.dtype) == ("sm_80", torch.float32):
+        return 128
     if not job.kernel.startswith("mlp_"):
         return 0
-    specimen = SPECIMENS[job.specimen]
     if job.target == "sm_80" or specimen.key_dim > 64 or specimen.dtype == torch.float32:
         return math.inf
     return 64
