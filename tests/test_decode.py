@@ -41,7 +41,7 @@ SIZES = [
     Case("mlp-odd", **MLP | dict(key_dim=19, value_dim=19, hidden=37), retention=GATES[3], momentum=True),
     Case("mlp-tiny", **MLP | dict(key_dim=1, value_dim=1, hidden=3), bias=mk.Huber("coordinate"), batch=1),
     Case("mlp-common", **MLP | dict(key_dim=64, value_dim=64, hidden=256), batch=1, chunk_size=8),
-    Case("mlp-wide", **MLP | dict(key_dim=136, value_dim=136, hidden=40), retention=GATES[2], batch=1),
+    Case("mlp-wide", **MLP | dict(key_dim=136, value_dim=136, hidden=40), retention=GATES[3], batch=1),
     Case("mlp-chunk-1", **MLP, chunk_size=1),
     Case("mlp-chunk-1-lq", **MLP, chunk_size=1, retention=GATES[1]),
     Case("mlp-fused-float-delta", **MLP, bias=mk.RobustL2(), delta="float", layout="fused"),

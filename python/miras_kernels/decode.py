@@ -138,6 +138,10 @@ class Decoder:
         """Check arguments of new shapes, and choose who will take them: ``step(q, k, v, lr, log_decay, delta, momentum, out)``, which
         returns the output, or None, having done nothing, where arguments are not like these.
         """
+        channels = self.buffers.log_decay.dim() == 3
+        if channels if log_decay is None else isinstance(log_decay, Tensor) and log_decay.dim() == (3 if channels else 4):
+            wanted = "[N, T, H, Dv] (channel_wise_decay=True)" if channels else "[N, T, H]"
+            raise ValueError(f"log_decay: expected {wanted}, got {None if log_decay is None else f'shape {tuple(log_decay.shape)}'}")
         make = mlp_call if self.norm else linear_call
         call = make(
             q, k, v, lr, log_decay, delta=delta, momentum=momentum, initial_state=self.state(), output_final_state=True, cu_seqlens=None,
@@ -145,9 +149,6 @@ class Decoder:
         )  # fmt: skip
         if call.state.momentum is not None and self.buffers.momentum is None:
             raise ValueError("momentum: the decoder's state carries none, so expected None, got a tensor")
-        if log_decay is not None and log_decay.shape[2:] != self.buffers.log_decay.shape[1:]:
-            wanted = "[N, T, H, Dv] (channel_wise_decay=True)" if self.buffers.log_decay.dim() == 3 else "[N, T, H]"
-            raise ValueError(f"log_decay: expected {wanted}, got shape {tuple(log_decay.shape)}")
         if out is not None and not isinstance(out, Tensor):
             raise TypeError(f"out: expected a tensor or None, got {type(out).__name__}")
         if out is not None and (out.shape != v.shape or out.dtype != v.dtype or out.device != v.device):
@@ -180,14 +181,15 @@ class Decoder:
             x.momentum.zero_()
         x.position.zero_() if opened is None else x.position.copy_(opened.position)
         x.log_decay.zero_() if opened is None else x.log_decay.copy_(opened.log_decay)
-        starts = state.dual if opened is None else opened.start
         if x.start is not None:
-            x.start.copy_(_stacked(starts))
-        for i, start in enumerate(starts):
-            if x.primal is not None:
-                x.primal[:, :, i].copy_(_oriented(self.settings["retention"].phi(start), i, len(starts)))
+            x.start.copy_(_stacked(state.dual if opened is None else opened.start))
+        if x.primal is None:
+            return
+        retention = self.settings["retention"]
+        for i, start in enumerate(_matrices(x.start)):  # whose layout, and so whose order of summation, is always the same
+            x.primal[:, :, i].copy_(_oriented(retention.phi(start), i, x.start.shape[2]))
             if x.rho is not None:
-                x.rho[:, :, i].copy_(self.settings["retention"].rho(start)[..., 0, 0])
+                x.rho[:, :, i].copy_(retention.rho(start)[..., 0, 0])
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
