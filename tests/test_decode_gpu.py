@@ -13,10 +13,12 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import dispatch
+from miras_kernels.reference.inputs import Call
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.state import OpenChunk
-from miras_kernels.testing import Case, relative_error
-from test_decode import PAIRS, TOKENS, cut, decoder
+from miras_kernels.testing import Case, Inputs, check_steps, relative_error
+from miras_kernels.testing.steps import cut, decoder, final, function, inputs_of
+from test_decode import PAIRS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,69 +26,45 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLE = [case for i, case in enumerate(PAIRS) if DEVICE == "cuda" or case.memory == "linear" or i % 3 == 0]
 
 
-@dataclasses.dataclass
-class Outcome:
-    """Outputs and state of a few steps after a prompt, in float64, and what the reference says of the whole in float64."""
-
-    out: torch.Tensor
-    state: mk.MemoryState
-    wanted_out: torch.Tensor
-    wanted: mk.MemoryState
-
-    def errors(self) -> list[float]:
-        pairs = [(self.out, self.wanted_out), *zip(self.state.tensors(), self.wanted.tensors(), strict=True)]
-        assert torch.equal(self.state.open_chunk.position.cpu(), self.wanted.open_chunk.position.cpu())
-        return [float(relative_error(x.double(), y.double())) for x, y in pairs]
-
-
-def placed(state: mk.MemoryState, call_log_decay: torch.Tensor | None) -> mk.MemoryState:
+def placed(state: mk.MemoryState, log_decay: torch.Tensor | None) -> mk.MemoryState:
     """A state that says where its sequences stand in their chunks, even at a boundary."""
     if state.open_chunk is not None:
         return state
     n, h = state.dual[0].shape[:2]
-    sums = state.dual[0].new_zeros((n, h) if call_log_decay is None else (n, *call_log_decay.shape[2:]))
+    sums = state.dual[0].new_zeros((n, h) if log_decay is None else (n, *log_decay.shape[2:]))
     return dataclasses.replace(state, open_chunk=OpenChunk(torch.zeros(n, dtype=torch.int64, device=sums.device), state.dual, sums))
 
 
 @torch.no_grad()
-def steps(case: Case, backend: str, cuts: list[int], dtype=torch.float32, device: str = DEVICE, nudge: int = 0) -> Outcome:
-    """A decoder in ``dtype`` reads the tokens from ``cuts[0]`` to ``cuts[-1]``, a run between two cuts at a time.
-
-    ``nudge``: not 0: the tokens are moved by about a rounding, one way or the other.
-    """
-    inputs = case.draw(dtype)
-    exact = inputs.to(torch.float64).arguments()
-    memory = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
-    until = lambda t: {**exact, **cut(exact, 0, t)}
-    wanted_out, wanted = memory(**until(cuts[-1]), backend="reference")
-    _, prompt = memory(**until(cuts[0]), backend="reference")
-    arguments = inputs.to(dtype, device).arguments()
-    if nudge:
-        generator = torch.Generator().manual_seed(nudge)
-        for name in "qkv":
-            moves = torch.randint(-1, 2, arguments[name].shape, generator=generator).to(device)
-            arguments[name] = arguments[name] * (1 + torch.finfo(dtype).eps * moves).to(dtype)
-    reader = decoder(case, arguments, prompt.to(device, dtype=torch.float32), backend)
+def run(inputs: Inputs, backend: str, cuts: list[int]) -> tuple[torch.Tensor, mk.MemoryState]:
+    """Outputs and state of a decoder after a prompt of ``cuts[0]`` tokens, a run between two cuts at a time."""
+    arguments = inputs.arguments()
+    _, prompt = function(inputs.case)(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
+    reader = decoder(inputs.case, arguments, prompt, backend)
     outs = [reader.step(**cut(arguments, a, b)) for a, b in itertools.pairwise(cuts)]
-    return Outcome(torch.cat(outs, 1).cpu(), reader.state().to("cpu"), wanted_out[:, cuts[0] :], placed(wanted, exact["log_decay"]))
+    return torch.cat(outs, 1).cpu(), reader.state().to("cpu")
 
 
-def assert_as_good_as_eager(case: Case, backend: str, cuts: list[int], dtype=torch.float32, device: str = DEVICE, slack=2.0**-20) -> None:
-    """Within three times the error of the definition of a step, in eager PyTorch with the same inputs, and a few roundings.
-
-    Of an MLP whose gate makes its rows alike (LayerNorm then divides by next to nothing) that error is a matter of luck: take the worst
-    of a few inputs that are one rounding apart.
-    """
-    found = steps(case, backend, cuts, dtype, device).errors()
-    tries = range(3 if case.memory == "mlp" and case.retention.tag in (2, 4) else 1)
-    usual = [max(x) for x in zip(*(steps(case, "reference", cuts, dtype, "cpu", nudge).errors() for nudge in tries), strict=True)]
-    assert all(x <= 3 * y + slack for x, y in zip(found, usual, strict=True)), (found, usual)
+def assert_right(case: Case, backend: str, cuts: list[int], dtype: torch.dtype = torch.float32, device: str = DEVICE) -> None:
+    """Within the budgets of ``check_steps``; the open chunk as well."""
+    case = dataclasses.replace(case, tokens=cuts[-1])
+    inputs = inputs_of(case, backend, dtype)
+    out, state = run(inputs.to(dtype, device), backend, cuts)
+    report = check_steps(case, backend, dtype, cuts, found=final(out, state))
+    assert report.ok, report
+    exact = inputs.to(torch.float64).arguments()
+    with torch.no_grad():
+        wanted = placed(function(case)(**exact, backend="reference")[1], exact["log_decay"]).open_chunk
+    assert torch.equal(state.open_chunk.position, wanted.position)
+    assert relative_error(state.open_chunk.log_decay, wanted.log_decay) < 1e-6
+    loosest = max(row.budget for row in report.rows if row.name != "out")  # the start was a dual, some tokens ago
+    assert all(relative_error(x, y) <= 3 * loosest for x, y in zip(state.open_chunk.start, wanted.start, strict=True))
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_triton_steps(case, poisoned):
     """A run that ends a chunk of 16, and the token that begins the next."""
-    assert_as_good_as_eager(case, "triton", [14, 16, 17])
+    assert_right(case, "triton", [14, 16, 17])
 
 
 SHAPES = {
@@ -109,18 +87,15 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_triton_sizes(name, poisoned):
-    assert_as_good_as_eager(SHAPES[name], "triton", [15, 16, 17])
+    assert_right(SHAPES[name], "triton", [15, 16, 17])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
 def test_triton_sixteen_bits(memory, dtype, poisoned):
     """Tokens of 16 bits, a state of 32: only outputs are rounded."""
-    case = Case("sixteen", memory=memory, batch=1, heads=1, value_dim=16, hidden=20, momentum=True, retention=GATES[4])
-    outcome = steps(case, "triton", [15, 16, 17], dtype)
-    found, usual = outcome.errors(), steps(case, "reference", [15, 16, 17], dtype, "cpu").errors()
-    assert found[0] <= 1.1 * usual[0] < 2.0**-8
-    assert all(x <= 3 * y + 2.0**-20 for x, y in zip(found[1:], usual[1:], strict=True)), (found, usual)
+    case = Case("sixteen", memory=memory, batch=1, heads=1, value_dim=16, hidden=20, momentum=True, retention=GATES[3])
+    assert_right(case, "triton", [15, 16, 17], dtype)
 
 
 def standing_apart(backend: str, memory: str, device: str = DEVICE) -> None:
@@ -141,7 +116,7 @@ def standing_apart(backend: str, memory: str, device: str = DEVICE) -> None:
         own = lambda x, n, s: x[n : n + 1, 4 + n + s : 5 + n + s]  # the s-th token after sequence n's prompt
         together, alone = decoder(case, arguments, state, backend), [decoder(case, arguments, x, "reference") for x in prompts]
         for s in range(3):
-            pick = lambda n, s=s: {x: own(arguments[x], n, s) for x in TOKENS if arguments[x] is not None}
+            pick = lambda n, s=s: {x: own(arguments[x], n, s) for x in Call.PER_TOKEN if arguments[x] is not None}
             parts = [pick(n) for n in range(3)]
             found = together.step(**{x: torch.cat([part[x] for part in parts]) for x in parts[0]})
             wanted = torch.cat([reader.step(**part) for reader, part in zip(alone, parts, strict=True)])
@@ -194,7 +169,7 @@ def test_a_planted_bug_is_caught(monkeypatch):
 
         monkeypatch.setattr(type(backend), "stepper", wrong)
         with pytest.raises(AssertionError):
-            assert_as_good_as_eager(case, "triton", [14, 15])
+            assert_right(case, "triton", [14, 15])
 
 
 # ---------------------------------------------------------------------------------------------------------------- compiled
