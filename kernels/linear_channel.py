@@ -78,7 +78,7 @@ def channel_decay(
     log_decay, position, decays,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -101,7 +101,7 @@ def channel_momentum(
     log_decay, momentum, moves, position, decays,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
@@ -137,7 +137,8 @@ def channel_scores(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
+    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A block ``[BC, BC]`` of one chunk's ``Q K' [t, s]``."""
     NC: tl.constexpr = C // BC
@@ -166,7 +167,7 @@ def channel_output(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +222,7 @@ def channel_pre(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, SLOTS,
     stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +262,7 @@ def channel_decay_grad(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Dk: tl.constexpr, Dv: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip

@@ -85,7 +85,7 @@ REFUSED = [
     (lambda: linear(output_final_state=1), TypeError, "output_final_state: expected True or False, got 1"),
     (lambda: linear(backend="cudnn"), ValueError, "backend: expected one of 'auto', 'reference', 'cpp', 'triton', 'cuda', got 'cudnn'"),
     (lambda: linear(backend="cuda"), ValueError, "backend: 'cuda' cannot serve this call: "),
-    (lambda: linear(backend="triton", chunk_size=4), ValueError, "backend: 'triton' cannot serve this call: chunk_size must be one of 16, 32, 64, 128, got 4"),
+    (lambda: linear(backend="triton", chunk_size=200), ValueError, "backend: 'triton' cannot serve this call: chunk_size is limited to 128, got 200"),
     (lambda: linear(backend="cpp", chunk_size=257), ValueError, "chunk_size is limited to 256, got 257"),
     (lambda: linear(backend="cpp", v=ones(B, T, H, 257)), ValueError, "head dimensions are limited to 256, got 257"),
     (lambda: mlp(backend="cpp", initial_state=(ones(H, DK, 1025), ones(H, 1025, DK))), ValueError, "backend: 'cpp' cannot serve this call: hidden units are limited to 1024, got 1025"),

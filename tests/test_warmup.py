@@ -98,7 +98,7 @@ def test_unknown_names_are_errors(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--chunk-size 64,48", "k64 v64 chunk 48 bfloat16 l2: chunk_size must be one of 16, 32, 64, 128, got 48"),
+        ("--chunk-size 64,130", "k64 v64 chunk 130 bfloat16 l2: chunk_size is limited to 128, got 130"),
         ("--key-dim 64,512", "k512 v512 chunk 64 bfloat16 l2: head dimensions are limited to 256, got 512"),
         ("--value-dim 300", "k64 v300 chunk 64 bfloat16 l2: head dimensions are limited to 256, got 300"),
         ("--dtype float64", "it takes float32, bfloat16 or float16 inputs, got torch.float64"),
