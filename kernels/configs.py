@@ -127,9 +127,14 @@ def _wide_pair(key: Key) -> bool:
     return key.itemsize == 4 and key.momentum
 
 
+def _busy(key: Key) -> bool:
+    """Two matrices a chain, and weights of their own for every channel."""
+    return key.itemsize == 2 and key.momentum and key.channels
+
+
 def _tall(key: Key) -> bool:
-    """Long chunks, with two matrices a chain or weights of their own for every channel."""
-    return key.itemsize == 2 and key.chunk_size == 128 and (key.momentum or key.channels)
+    """Either of them in long chunks, or both."""
+    return _busy(key) or (key.itemsize == 2 and key.chunk_size == 128 and (key.momentum or key.channels))
 
 
 #: (configuration, whether it serves a key), the preferred one first; at most 8 for a kernel
@@ -143,8 +148,8 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_state_streamed": (
-        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2),
-        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4) and not _wide_pair(key)),
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _busy(key)),
+        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4 or _busy(key)) and not _wide_pair(key)),
         (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_output": (
@@ -192,9 +197,15 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "channel_decay": ((Config(32, 32, 4, 1), _always),),
     "channel_momentum": ((Config(32, 32, 1, 1), _always),),
     "channel_scores": ((Config(64, 64, 4, 2), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
-    "channel_output": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_output": (
+        (Config(32, 32, 4, 1, 255), lambda key: key.chunk_size <= 64),
+        (Config(16, 16, 8, 1, 255), lambda key: key.chunk_size == 128),
+    ),
     "channel_pre": ((Config(32, 32, 4, 1, 255), _always),),
-    "channel_decay_grad": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_decay_grad": (
+        (Config(32, 32, 4, 1, 255), lambda key: key.chunk_size <= 64 and not key.momentum),
+        (Config(16, 16, 8, 1, 255), lambda key: key.chunk_size == 128 or key.momentum),
+    ),
     "mlp_chain": (
         (Config(0, 16, 4, 1, 255), lambda key: key.chunk_size == 16),
         (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),

@@ -195,14 +195,21 @@ def measure(todo: list[Job], processes: int = 2) -> Iterator[tuple[Job, offline.
 def spills_allowed(job: Job) -> float:
     """Bytes of spilled registers that are put up with, per thread.
 
-    None, but for the MLP memory: 64 backward; and a bound only, forward and backward, in float32 and on sm_80: there products take their
-    operands from registers, which the tiles of chunks of 64 tokens alone nearly fill.
+    None, but: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (none in chunks
+    of 64 on sm_90); 128 on sm_80 for the backward chain of two matrices in float32; for the MLP memory 64 backward, and a bound only,
+    forward and backward, in float32 and on sm_80: there products take their operands from registers, which the tiles of chunks of 64
+    tokens alone nearly fill.
     """
     if not job.target.startswith("sm_"):
         return math.inf
+    specimen = SPECIMENS[job.specimen]
+    if job.kernel == "channel_decay_grad" and specimen.momentum:
+        return math.inf
+    if job.kernel == "linear_seq_streamed" and specimen.momentum and (job.target, specimen.dtype) == ("sm_80", torch.float32):
+        return 128
     if not job.kernel.startswith("mlp_"):
         return 0
-    if job.target == "sm_80" or SPECIMENS[job.specimen].dtype == torch.float32:
+    if job.target == "sm_80" or specimen.dtype == torch.float32:
         return 1024
     return 0 if job.kernel == "mlp_chain" else 64
 

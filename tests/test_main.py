@@ -110,8 +110,8 @@ def test_triton_is_interpreted(capsys, monkeypatch):
     main(["explain"])
     printed = capsys.readouterr().out
     assert "triton     can serve it" + SLOWLY in printed and '"auto" takes triton' not in printed
-    main(["explain", "--momentum"])
-    assert lines(capsys)["triton"] == "cannot: it has no momentum, so far"
+    main(["explain", "--chunk", "24"])
+    assert lines(capsys)["triton"] == "cannot: chunk_size must be one of 16, 32, 64, 128, got 24"
 
 
 def test_triton_has_a_gpu(capsys, monkeypatch):
