@@ -254,6 +254,11 @@ def fewer_layers():
     return hf.MirasLlamaForCausalLM(config)
 
 
+def test_public_names_say_what_they_are():
+    assert all(getattr(hf, name).__doc__ for name in hf.__all__) and len(set(hf.__all__)) == len(hf.__all__)
+    assert {f"Miras{name}ForCausalLM" for name in ARCHITECTURES} < set(hf.__all__)
+
+
 def test_attention_that_is_left_can_change_its_implementation():
     host = model(layers=[0, 1]).eval()
     before = host(input_ids=ids()).logits

@@ -131,9 +131,10 @@ def describe_batch(model: nn.Module, kwargs: dict) -> dict:
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = _positions(documents, tokens)
     elif mask is not None and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        before = given[:, :past].count_nonzero(1).unsqueeze(1) if past else 0
+        kwargs["position_ids"] = (before + mask.long().cumsum(1) - 1).clamp(min=0)
     if mask is not None:
-        mask = mask[:, past:].to(tokens.device).expand(tokens.shape[0], -1)
+        mask = mask.to(tokens.device).expand(tokens.shape[0], -1)
         carries_state = cache is not None or kwargs.get("use_cache") is not False
         if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or carries_state) and bool(mask.all()):
             mask = None
@@ -183,7 +184,7 @@ def _positions(documents: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _token_mask(mask: object, tokens: int, seen: int) -> Tensor | None:
-    """``[B, seen]`` bool from any mask a host makes or takes: None, 2-D over the ``seen`` tokens (those in the cache included), or,
+    """``[B, tokens]`` bool from any mask a host makes or takes: None, 2-D over the ``seen`` tokens (those in the cache included), or,
     without a past, 4-D boolean or additive (causal plus padding)."""
     if mask is None:
         return None
@@ -193,7 +194,7 @@ def _token_mask(mask: object, tokens: int, seen: int) -> Tensor | None:
         if mask.shape[1] != seen:
             past = "" if seen == tokens else f" ({seen - tokens} in the cache and {tokens} new ones)"
             raise ValueError(f"attention_mask: expected [B, T] with T = {seen}{past}, got {tuple(mask.shape)}")
-        return mask != 0
+        return mask[:, seen - tokens :] != 0
     if mask.dim() != 4 or tuple(mask.shape[-2:]) != (tokens, tokens) or seen != tokens:
         raise ValueError(f"attention_mask: expected [B, T] (or, without a cache, [B, 1, T, T]) with T = {seen}, got {tuple(mask.shape)}")
     if torch.compiler.is_compiling():
