@@ -137,16 +137,16 @@ else:
             except (Exception, SystemExit) as error:
                 if REQUIRE_CPP:
                     raise
-                package = self.package()
+                package = self.destination()
                 for stale in package.glob("_C.*.so"):
                     stale.unlink()
                 missing = f"compiling it failed when the package was installed: {self.first_error() or error}"
                 finish(package, missing)
                 print(f"miras-kernels: installing without the C++ kernels: {missing}", file=sys.stderr)
             else:
-                finish(self.package(), None)
+                finish(self.destination(), None)
 
-        def package(self) -> Path:
+        def destination(self) -> Path:
             """Where the package lies that the kernels are built for."""
             in_source = self.inplace or getattr(self, "editable_mode", False)
             return (ROOT / "python" if in_source else Path(self.build_lib)) / "miras_kernels"
