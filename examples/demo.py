@@ -3,7 +3,8 @@
     python examples/demo.py [--preset yaad] [--steps 200] [--seconds 165] [--seed 0] [--out examples/out]
 
 The text is Python's own help pages (``pydoc_data.topics``). Both models see the same batches in the same order, step by step
-in turn, with the same optimiser. At the end: a table, and a picture with both learning curves. Every number is measured here.
+in turn, with the same optimiser. At the end: a table, a picture with both learning curves, and what each model writes, byte by byte. Every
+number is measured here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 BEGAN = time.perf_counter()
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads do not spin: much faster where others use the cores too
@@ -39,6 +41,7 @@ PRESET = "yaad"  # the memory; "yaad_linear" trains faster where MLP memories ha
 LENGTH, BATCH = 256, 16  # bytes per sequence, sequences per step
 LAYERS, HEADS, HEAD_DIM, INTERMEDIATE = 3, 3, 32, 256
 LEARNING_RATE, WARMUP = 8e-3, 20
+PROMPT, WRITTEN = 100, 150  # bytes of the continuation that the demo ends with
 SPEED = dict(batch=4, tokens=256, heads=4, key_dim=64, value_dim=64, chunk_size=64)  # few chunks: compiling stays short
 
 
@@ -141,6 +144,54 @@ def train(contenders: list[Contender], data: torch.Tensor, valid: torch.Tensor, 
             bar.update()
     for c in contenders:
         c.curve += [(c.steps, c.bits_per_byte(some)), (c.steps, c.bits_per_byte(valid))]
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+class Continuation(NamedTuple):
+    """What a model wrote after a prompt, byte by byte, and what it had to remember for that."""
+
+    text: str
+    rate: float  # bytes per second
+    remembered: tuple[int, int]  # bytes of its cache after the prompt, and at the end
+
+
+def generate(contender: Contender, prompt: torch.Tensor, count: int, seed: int) -> Continuation:
+    """Sample ``count`` bytes, one at a time, from the state that the cache carries."""
+    model = contender.model.eval()
+    with torch.no_grad():
+        cache = model(prompt[None], use_cache=True).past_key_values
+        before = remembered(cache)
+        cache = model(prompt[None, :-1], use_cache=True).past_key_values  # generate() reads the prompt's last byte
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        ids = model.generate(
+            prompt[None], past_key_values=cache, max_new_tokens=count, do_sample=True, temperature=0.7, pad_token_id=0,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        rate = count / (time.perf_counter() - began)
+    model.train()
+    text = bytes(ids.sequences[0, len(prompt) :].tolist()).decode(errors="replace")
+    return Continuation(text, rate, (before, remembered(ids.past_key_values)))
+
+
+def remembered(cache) -> int:
+    """Bytes of a cache: the state of memories, or keys and values."""
+    sizes = (layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(sizes)
+
+
+def show(contenders: list[Contender], prompt: torch.Tensor, count: int, seed: int) -> str:
+    """What each contender makes of a prompt."""
+    found = [generate(c, prompt, count, seed) for c in contenders]
+    lines = ["", table([
+        [f"{count} bytes after a prompt of {len(prompt)}", *(c.name for c in contenders)],
+        ["generated, bytes per second", *(f"{x.rate:,.0f}" for x in found)],
+        ["remembered after the prompt, bytes", *(f"{x.remembered[0]:,}" for x in found)],
+        ["remembered at the end, bytes", *(f"{x.remembered[1]:,}" for x in found)],
+    ]), f"The prompt: {bytes(prompt.tolist()).decode(errors='replace')!r}"]  # fmt: skip
+    return "\n".join(lines + [f"{c.name} goes on: {x.text!r}" for c, x in zip(contenders, found, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------- the kernel
@@ -303,6 +354,7 @@ def main() -> None:
     picture = args.out / "learning_curves.png"
     draw(contenders, unigram, picture)
     print(report(args, contenders, unigram, parity, backend, found))
+    print(show(contenders, valid_text[:PROMPT], WRITTEN, args.seed))
     print(f"\nlearning curves: {picture}\n{time.perf_counter() - BEGAN:.0f} s in all")
     if not parity.ok:
         raise SystemExit(f"the kernels are wrong:\n{parity}")

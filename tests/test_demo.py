@@ -41,6 +41,10 @@ def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
     assert re.search(rf"{preset}, B4.*\n-+\nforward \+ backward, seconds", text)
     assert all(float(x) < 1e-4 for x in re.findall(r"(?:float64|worst gradient) +(\S+e-\d+)", text))
     assert "within the error budget of float32" in text
+    rows = re.search(r"bytes per second +([\d,]+) +([\d,]+)\n.* prompt, bytes +([\d,]+) +([\d,]+)\n.* end, bytes +([\d,]+) +([\d,]+)", text)
+    *rates, attention, memory, later, still = (int(x.replace(",", "")) for x in rows.groups())
+    assert all(rates) and later > 2 * attention and still == memory  # keys and values of every byte; a state that does not grow
+    assert f"{preset} goes on: " in text and "attention goes on: " in text
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
