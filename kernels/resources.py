@@ -230,8 +230,8 @@ def spills_allowed(job: Job) -> float:
 
     None, but: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (none in chunks
     of 64 on sm_90); 128 on sm_80 for the backward chain of two matrices in float32; for the MLP memory 64 backward, and a bound only,
-    forward and backward, in float32 and on sm_80: there products take their operands from registers, which the tiles of chunks of 64
-    tokens alone nearly fill.
+    forward and backward, in float32, on sm_80, and for chunks of fewer than 64 tokens with heads wider than 64: there products take their
+    operands from registers.
     """
     if not job.target.startswith("sm_"):
         return math.inf
@@ -242,8 +242,8 @@ def spills_allowed(job: Job) -> float:
         return 128
     if not job.kernel.startswith("mlp_"):
         return 0
-    if job.target == "sm_80" or specimen.dtype == torch.float32:
-        return 1024
+    if job.target == "sm_80" or specimen.dtype == torch.float32 or (specimen.key_dim > 64 and specimen.chunk_size < 64):
+        return 1536
     return 0 if job.kernel == "mlp_chain" else 64
 
 
