@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
-from miras_kernels import dispatch
+from miras_kernels import autograd, dispatch, validation
 from miras_kernels.biases import TABLE as BIASES
 from miras_kernels.reference.inputs import Call
 from miras_kernels.retention import TABLE as GATES
@@ -360,6 +360,25 @@ def test_a_state_is_a_value(shape):
             assert all(torch.equal(x, y) for x, y in zip(state.tensors(), before, strict=True))
             assert not {x.data_ptr() for x in state.tensors()} & {x.data_ptr() for x in after.tensors()}
             state = after
+
+
+@pytest.mark.parametrize("shape", [{}, MLP | dict(batch=1, heads=1)], ids=["linear", "mlp"])
+def test_the_operator_gives_a_state_of_its_own(shape):
+    """What torch.compile calls for a few tokens: contiguous tensors, as its fake promises, none of which shares memory with another."""
+    case = Case("operator", initial="dual", **shape)
+    arguments = case.draw(torch.float32).arguments()
+    with torch.no_grad():
+        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
+        short = {**arguments, **cut(arguments, 13, 14), "initial_state": state}
+        wanted, after = steps.function(case)(**short, backend="cpp")
+        make = validation.linear_call if case.memory == "linear" else validation.mlp_call
+        tokens = [short.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
+        operands = (*autograd._flatten(make(*tokens, **short)), "cpp", 0)
+        torch.library.opcheck(torch.ops.miras_kernels.memory, operands, test_utils=("test_schema", "test_faketensor"))
+        out, final, _ = torch.ops.miras_kernels.memory(*operands)
+    assert torch.equal(out, wanted)
+    assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(final, after.tensors(), strict=True))
+    assert len({x.untyped_storage().data_ptr() for x in final}) == len(final)
 
 
 def test_every_bias_and_gate_is_among_the_cases():

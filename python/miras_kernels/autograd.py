@@ -213,7 +213,14 @@ _ARGUMENTS = (
 
 @torch.library.custom_op("miras_kernels::memory", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor[], Tensor[])")
 def _memory(*arguments):
-    return _forward(_call(*arguments[:-2]), *arguments[-2:])
+    out, final, saved = _forward(_call(*arguments[:-2]), *arguments[-2:])
+    return out, [_own(x) for x in final], saved
+
+
+def _own(x: Tensor) -> Tensor:
+    """A contiguous tensor that shares its memory with no other, as an operator's outputs must be: a state may come as views."""
+    whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 @_memory.register_fake
