@@ -176,8 +176,11 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_seq_streamed": (
-        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _tall(key)),
-        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4) and not _tall(key) and not _wide_pair(key)),
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and key.chunk_size <= 64 and not _tall(key)),
+        (
+            Config(32, 32, 8, 1, 255),
+            lambda key: (key.coupled or key.itemsize == 4 or key.chunk_size == 128) and not _tall(key) and not _wide_pair(key),
+        ),
         (Config(16, 32, 8, 1, 255), _tall),
         (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
@@ -191,7 +194,7 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay_grad": ((Config(16, 16, 4, 1, 255), _always),),
     "momentum_weights": ((Config(16, 16, 4, 1), _always),),
     "momentum_pairs": (
-        (Config(32, 32, 4, 2), lambda key: key.itemsize == 2),
+        (Config(32, 32, 4, 2, 255), lambda key: key.itemsize == 2),
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "momentum_grad": ((Config(16, 16, 4, 1), _always),),
