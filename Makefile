@@ -14,6 +14,8 @@ OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
 OLDEST_HF      ?= "transformers==5.4.*"
 # Processes that share the tests; `make test WORKERS=` runs them in one.
 WORKERS        ?= -n 2 --dist worksteal
+# ... each with one thread of its own, but where a test asks for more: threads that spin while they wait would take the cores from each other.
+ONE_THREAD     := OMP_NUM_THREADS=1
 ARGS           ?=
 # The demo's memory, e.g. PRESET=yaad; its own default if empty.
 PRESET         ?=
@@ -36,16 +38,16 @@ demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a 
 	$(PY) examples/demo.py $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 test: $(VENV)/.built  ## the tests, without the slow ones
-	$(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every kind of chip
 	$(PY) -m pytest tests -q -m slow $(ARGS)
 
 test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is supported
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" -k "compile or float32" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" -k "compile or float32" $(WORKERS) $(ARGS)
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
 
 test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 

@@ -69,7 +69,7 @@ TOGETHER = [
         "mlp-kl-momentum-packed", bias=mk.RobustL2(), retention=mk.KLRetention(4.0), momentum=True, lengths=(1, 16, 30, 5), **MLP, seed=25
     ),
     Case("mlp-kl-odd", bias=mk.DotProduct(), retention=mk.KLRetention(), initial="shared", **ODD, seed=26),
-    Case("mlp-kl-momentum-common", retention=mk.KLRetention(), momentum=True, **COMMON, chunk_size=16, seed=27),
+    Case("mlp-lq-momentum-common", retention=mk.LqRetention(), momentum=True, **COMMON, chunk_size=16, seed=27),
     Case("mlp-elastic-momentum-no-decay", bias=mk.L1(), retention=mk.ElasticNetRetention(0.1), momentum=True, decay="none", **ODD, seed=28),
     Case("mlp-sigmoid-packed", bias=mk.Huber(), retention=mk.SigmoidRetention(), lengths=(7, 33, 1), layout="fused", **MLP, seed=29),
     Case("mlp-sigmoid-momentum-chunk-1", retention=mk.SigmoidRetention(), momentum=True, **{**MLP, "chunk_size": 1, "tokens": 9}, seed=30),
@@ -95,11 +95,9 @@ def test_what_is_served():
 def test_float32(case, poisoned):
     report = check(case, "cpp")
     assert report.ok, report
-    # d log_decay cancels under strong decays, LayerNorm where W1's entries are alike: there the budget follows the conditioning
-    strong = case.decay in ("strong", "extreme") or isinstance(case, Forgetful)
-    alike = case.memory == "mlp" and case.retention.name in ("kl", "sigmoid")
-    if not strong and not alike:
-        assert all(row.error <= LIMITS[case.memory][row.name.startswith("grad")] for row in report.rows), report
+    for row in report.rows:  # but where rounding alone does a quarter of it: d log_decay under strong decays, LayerNorm of equal rows
+        limit = LIMITS[case.memory][row.name.startswith("grad")]
+        assert row.error <= limit or row.usual > limit / 4, report
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
