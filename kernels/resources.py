@@ -154,6 +154,7 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(128, 128, 128, retention=KLRetention(), momentum=True, final=True)
     yield Specimen(64, 64, 128, retention=LqRetention(), momentum=True, dtype=float32)
     yield Specimen(128, 128, 128, retention=KLRetention(), channel_lr=True, channel_decay=True)
+    yield Specimen(64, 64, 64, channel_decay=True)
     yield Specimen(64, 64, 64, momentum=True, channel_decay=True)
     yield Specimen(128, 128, 128, momentum=True, channel_decay=True, dtype=float32)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
