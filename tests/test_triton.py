@@ -113,7 +113,9 @@ def test_states_in_registers(case, poisoned):
 #: a threshold given as a number cannot be moved away from the errors, so there 16 bits may take another side of a kink than 64
 SETTLED = [case for case in QUICK if not (case.bias.needs_delta and case.delta == "float")]
 SETTLED.sort(key=lambda case: case not in PLAIN)
-SIXTEEN_BITS = [(case, dtype) for i, case in enumerate(SETTLED) for dtype in [(torch.bfloat16, None, None, torch.float16, None, None)[i % 6]] if dtype]
+SIXTEEN_BITS = [
+    (case, dtype) for i, case in enumerate(SETTLED) for dtype in [(torch.bfloat16, None, None, torch.float16, None, None)[i % 6]] if dtype
+]
 
 
 @pytest.mark.parametrize(("case", "dtype"), SIXTEEN_BITS, ids=str)
