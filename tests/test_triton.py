@@ -15,7 +15,7 @@ from miras_kernels import dispatch
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, baseline, check, evaluate, operands, registry, relative_error, truth
 from miras_kernels.testing.cases import BIASES
-from miras_kernels.testing.parity import margin
+from miras_kernels.testing.parity import judge, margin
 
 triton_backend = dispatch.BACKENDS["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +79,9 @@ def test_mlp_sixteen_bits(bias, dtype, poisoned):
 @pytest.mark.parametrize("gate", [mk.LqRetention(), mk.KLRetention(), mk.SigmoidRetention()], ids=lambda gate: gate.name)
 def test_mlp_gates_at_sixteen_bits(gate, momentum, poisoned):
     case = Case("mlp16", memory="mlp", tokens=23, batch=1, heads=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
-    report = check(dataclasses.replace(case, retention=gate, momentum=momentum), "triton", torch.bfloat16, DEVICE)
+    # LayerNorm of an MLP of two softmaxes: bfloat16 would leave no digit that could be compared
+    dtype = torch.float16 if gate.tag == "kl" else torch.bfloat16
+    report = check(dataclasses.replace(case, retention=gate, momentum=momentum), "triton", dtype, DEVICE)
     assert report.ok, report
 
 
@@ -183,8 +185,7 @@ def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
 def test_a_cut_anywhere(memory, bias, lengths, dtype):
     """Pieces, each with the state that the last one returned, give the whole: at a boundary, inside a chunk, inside the same chunk."""
     size = {"linear": {}, "mlp": {"value_dim": 16, "heads": 1, "decay": "slight"}}[memory]
-    case = Case("cut", memory=memory, bias=bias, tokens=62, chunk_size=16, batch=2, lengths=lengths, **size)
-    assert_pieces_make_the_whole(case, dtype, 1e-5 if dtype == torch.float32 else 2e-2)
+    assert_pieces_make_the_whole(Case("cut", memory=memory, bias=bias, tokens=62, batch=2, lengths=lengths, **size), dtype)
 
 
 CUTS = {  # a gate, with momentum or decays by channel, in a batch or packed
@@ -207,25 +208,23 @@ CUTS |= {
 @pytest.mark.parametrize("name", CUTS)
 def test_a_cut_anywhere_under_a_gate(name):
     """Predictions of the resumed chunk are those of its start, its read-out mixes phi(start) with what has been written since."""
-    # an MLP of two softmaxes has nearly the same value in all channels, of which LayerNorm leaves the differences: the reference
-    # itself errs by 4e-5 there in float32
-    same = 1e-3 if name == "mlp-kl-packed" else 1e-5
-    assert_pieces_make_the_whole(Case("cut", tokens=62, batch=1, heads=1, chunk_size=16, **CUTS[name]), torch.float32, same)
+    assert_pieces_make_the_whole(Case("cut", tokens=62, batch=1, heads=1, **CUTS[name]), torch.float32)
 
 
-def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype, same: float) -> None:
+def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype) -> None:
+    """Held to the budget of the whole; what is carried over a cut and no result is held to that of the final state."""
     lengths, run = case.lengths, mk.linear_memory if case.memory == "linear" else mk.mlp_memory
-    arguments = case.draw(dtype, DEVICE).arguments()
+    inputs = case.draw(dtype, DEVICE, margin(case, operands("triton", dtype)))
+    arguments = inputs.arguments()
     detach = lambda x: x.detach() if isinstance(x, torch.Tensor | mk.MemoryState) else tuple(map(detach, x)) if isinstance(x, tuple) else x
     arguments = {name: detach(x) for name, x in arguments.items()}
     whole, final = run(**arguments, backend="triton")
     tokens = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
     first = [0, *(torch.tensor(lengths).cumsum(0).tolist() if lengths else [62])]
-    bounds = [(0, 2), (2, 5), (5, 5)] if lengths else [(0, 16), (16, 26), (26, 30), (30, 62)]
     if lengths:  # every sequence in two pieces
         pieces = [[range(a, a + 3) for a in first[:-1]], [range(a + 3, b) for a, b in itertools.pairwise(first)]]
     else:
-        pieces = [[range(a, b)] for a, b in bounds]
+        pieces = [[range(a, b)] for a, b in [(0, 16), (16, 26), (26, 30), (30, 62)]]
     state, outs = arguments["initial_state"], torch.empty_like(whole)
     for piece in pieces:
         rows = torch.tensor([t for part in piece for t in part], device=DEVICE)
@@ -233,12 +232,16 @@ def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype, same: float) ->
         packed = torch.tensor([0, *(len(x) for x in piece)], device=DEVICE).cumsum(0) if lengths else None
         out, state = run(**{**arguments, **part, "initial_state": state, "cu_seqlens": packed}, backend="triton")
         outs[:, rows] = out
-    assert relative_error(outs, whole) < same
-    assert all(relative_error(x, y) < same for x, y in zip(state.matrices(), final.matrices(), strict=True))
+    reached = {"out": outs} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
+    reached |= {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
+    report = judge(inputs, reached, operands("triton", dtype), draws=3)
+    assert report.ok, report
     if final.open_chunk is not None:
+        budget = {row.name: row.budget for row in report.rows}
         assert torch.equal(state.open_chunk.position, final.open_chunk.position)
-        assert all(relative_error(x, y) < same for x, y in zip(state.open_chunk.start, final.open_chunk.start, strict=True))
-        assert relative_error(state.open_chunk.log_decay, final.open_chunk.log_decay) < 1e-5
+        for i, (x, y) in enumerate(zip(state.open_chunk.start, final.open_chunk.start, strict=True)):
+            assert relative_error(x, y) < 2 * budget[f"final_dual_{i}"]
+        assert relative_error(state.open_chunk.log_decay, final.open_chunk.log_decay) < case.chunk_size * 2.0**-24
 
 
 def test_sequences_at_different_places_in_their_chunks():
