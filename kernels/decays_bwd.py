@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decays import Weights
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, dot, end_of, inside, load_scale, load_update, only_if, owner_of, rounded, sequence_of
+from .tiles import CARRY, LENGTHS, chunk_of, dot, inside, load_scale, load_update, only_if, rounded
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -28,13 +28,10 @@ def linear_decay_grad(
     BH: tl.constexpr = 16
     NC: tl.constexpr = C // BC
     i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H
     stride_row = i_slot * 0 + ROW  # int64
@@ -78,13 +75,10 @@ def momentum_pairs(
     i_r = tl.program_id(0) % NC
     i_slot = (tl.program_id(0) // NC).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     o_t = i_r * BC + tl.arange(0, BC)
     m_t = t0 + o_t < eos
     row = (i_b * T + t0) * H + i_h
@@ -138,13 +132,10 @@ def momentum_grad(
     """
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     count = tl.minimum(eos - t0, C).to(tl.int32)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H

@@ -37,6 +37,7 @@ from .linear_stream import linear_seq_streamed
 from .tiles import (
     CARRY,
     LENGTHS,
+    chunk_of,
     dot,
     end_of,
     inside,
@@ -51,7 +52,6 @@ from .tiles import (
     load_to_end,
     load_total,
     load_update,
-    owner_of,
     pair_decay,
     rounded,
     sequence_of,
@@ -75,13 +75,10 @@ def linear_pre(
     i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
     i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     o_s, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
@@ -221,13 +218,10 @@ def linear_epi(
     i_k, i_r = tl.program_id(0) % NK, tl.program_id(0) // NK % NC
     i_slot = (tl.program_id(0) // (NK * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     o_r, o_k = i_r * BC + tl.arange(0, BC), i_k * BK + tl.arange(0, BK)
     m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
     m_rk = m_r[:, None] & m_k[None, :]

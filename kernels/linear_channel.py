@@ -30,37 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Problem, launch, tiles
-from .tiles import (
-    CARRY,
-    LENGTHS,
-    dot,
-    end_of,
-    inside,
-    load_gate,
-    load_scale,
-    load_update,
-    only_if,
-    owner_of,
-    rounded,
-    sequence_of,
-    store,
-)
-
-
-@triton.jit
-def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS: tl.constexpr, C: tl.constexpr):
-    """``(batch row, first token of a slot's chunk, first one of its sequence, end of the chunk)``; an empty chunk for a spare slot."""
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
-    if first_slot is not None:
-        spare = i_n < 0
-        i_n = tl.maximum(i_n, 0)
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    if position is not None:
-        t0 -= tl.load(position + i_n)
-    if first_slot is not None:
-        t0 = tl.where(spare, eos, t0)
-    return i_b, t0, bos, end_of(t0, eos, C, TOKENS)
+from .tiles import CARRY, LENGTHS, chunk_of, dot, inside, load_gate, load_scale, load_update, only_if, rounded, store
 
 
 @triton.jit

@@ -39,6 +39,7 @@ from .tiles import (
     SEGMENT,
     TAIL,
     WHOLE,
+    chunk_of,
     dot,
     end_of,
     inside,
@@ -161,15 +162,10 @@ def linear_output(
     i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
     i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    if position is not None:
-        t0 -= tl.load(position + i_n)
-    eos = end_of(t0, eos, C, TOKENS)
 
     o_t, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)

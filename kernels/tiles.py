@@ -46,12 +46,28 @@ def slot_of(i_n, first, per_sequence):
 
 @triton.jit
 def owner_of(i_s, first, owner, per_sequence):
-    """``(sequence, index within it)`` of a slot; the sequence is N for a slot that nobody uses."""
+    """``(sequence, index within it)`` of a slot; the sequence is -1 for a spare slot, which nobody uses."""
     if first is None:
         return i_s // per_sequence, i_s % per_sequence
     else:
         i_n = tl.load(owner + i_s)
         return i_n, i_s - tl.load(first + i_n)
+
+
+@triton.jit
+def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS: tl.constexpr, C: tl.constexpr):
+    """``(batch row, first token of a slot's chunk, first one of its sequence, end of the chunk)``; an empty chunk for a spare slot."""
+    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    if first_slot is not None:
+        spare = i_n < 0
+        i_n = tl.maximum(i_n, 0)
+    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
+    t0 = bos + i_c * TOKENS
+    if position is not None:
+        t0 -= tl.load(position + i_n)
+    if first_slot is not None:
+        t0 = tl.where(spare, eos, t0)
+    return i_b, t0, bos, end_of(t0, eos, C, TOKENS)
 
 
 @triton.jit
