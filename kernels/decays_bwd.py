@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decays import Weights
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, chunk_of, dot, inside, load_scale, load_update, only_if, rounded
+from .tiles import CARRY, LENGTHS, chunk_of, dot, inside, load_scale, load_tile, load_update, only_if, pair_products, rounded
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -90,18 +90,12 @@ def momentum_pairs(
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
-        b_p = tl.zeros((BC, BC), tl.float32)  # Q K' [t, s]
-        for i_k in range(0, (Dk + BK - 1) // BK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = inside(o_k, Dk, BK)
-            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_p += dot(b_q, tl.trans(b_k))
+        b_p = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)  # Q K' [t, s]
         b_dp = tl.zeros((BC, BC), tl.float32)  # dO U' [t, s]
         for i_v in range(0, (Dv + BV - 1) // BV):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
-            b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
             b_u = load_update(
                 v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
                 Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,

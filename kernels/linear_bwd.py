@@ -49,10 +49,12 @@ from .tiles import (
     load_row_weights,
     load_scale,
     load_square,
+    load_tile,
     load_to_end,
     load_total,
     load_update,
     pair_decay,
+    pair_products,
     rounded,
     sequence_of,
     slot_of,
@@ -92,15 +94,9 @@ def linear_pre(
     for i_t in range(i_r, NC):
         o_t = i_t * BC + tl.arange(0, BC)
         m_t = t0 + o_t < eos
-        b_p = tl.zeros((BC, BC), tl.float32)  # [s, t]
-        for i_k in range(0, (Dk + BK - 1) // BK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = inside(o_k, Dk, BK)
-            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_p += dot(b_k, tl.trans(b_q))
+        b_p = pair_products(k, stride_kt, o_s, m_s, q, stride_qt, o_t, m_t, BC, Dk, BK)  # [s, t]
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
-        b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+        b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
         b_r -= dot(rounded(b_p, DTYPE), b_do)
     store(from_out + row * Dv + o_s[:, None] * (H * Dv) + o_v[None, :], b_r, m_s[:, None] & m_v[None, :])
 
@@ -147,12 +143,12 @@ def linear_seq(
         end = end_of(t0, eos, C, TOKENS)
         m_t = t0 + o_c < end
         row = (i_b * T + t0) * H + i_h
-        m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
 
         b_jr = rounded(b_j, DTYPE)
         store(grad_states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_jr, m_kv)
-        b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-        b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
+        b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_q = load_tile(q + t0 * stride_qt, stride_qt, o_c, o_k, m_t, m_k)  # [C, BK]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
         b_kj = dot(b_k, b_jr) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
         b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
@@ -248,7 +244,7 @@ def linear_epi(
     for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
-        b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+        b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
         if CHANNELS:
             b_do = load_row_weights(decays, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
             b_do = rounded(b_do, DTYPE)
@@ -256,7 +252,7 @@ def linear_epi(
         b_dq += dot(b_do, rounded(b_w, DTYPE))
     if not CHANNELS:
         b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
-    b_q = tl.load(q + o_r[:, None] * stride_qt + o_k[None, :], mask=m_rk, other=0.0)  # [BC, BK]
+    b_q = load_tile(q, stride_qt, o_r, o_k, m_r, m_k)  # [BC, BK]
     b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
     if rows_read is not None:
         tl.store(rows_read + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_r)
@@ -265,7 +261,7 @@ def linear_epi(
         for i_v in range(0, NV):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
-            b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
             b_m = tl.load(momenta + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
             if CHANNELS:
                 b_do = load_row_weights(decays + CARRY * ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
@@ -287,7 +283,7 @@ def linear_epi(
             for i_v in range(0, NV):
                 o_v = i_v * BV + tl.arange(0, BV)
                 m_v = inside(o_v, Dv, BV)
-                b_do = tl.load(grad_out + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+                b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
                 b_u = load_update(
                     v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
                     Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
@@ -296,7 +292,7 @@ def linear_epi(
             b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
         if scales is not None:
             b_ds *= rho
-        b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+        b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [BC, BK]
         if PAIRS:  # pairs of a read after token s and a write up to it
             b_pairs = b_ds * dot(b_q, tl.trans(b_k))
             b_crossing = tl.where(o_r[:, None] > o_s[None, :], tl.cumsum(b_pairs, 1) + b_before[:, None], 0.0)
@@ -338,7 +334,7 @@ def linear_epi(
         if READS or (inner is not None and duals is None):
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if READS:
-            b_dv = tl.load(grad_v + o_r[:, None] * (H * Dv) + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_dv = load_tile(grad_v, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
             b_dk -= dot(b_dv, rounded(b_w, DTYPE))  # dE = -dV
         if inner is not None:
             if duals is not None:
@@ -364,12 +360,12 @@ def linear_epi(
                     v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
                     Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
                 )  # [BC, BV]  # fmt: skip
-                b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+                b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
                 b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
             b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
         if scales is not None:
             b_ds *= rho
-        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
         b_dk += dot(rounded(b_ds, DTYPE), b_q)
     store(grad_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
 

@@ -30,7 +30,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Problem, launch, tiles
-from .tiles import CARRY, LENGTHS, chunk_of, dot, inside, load_gate, load_scale, load_update, only_if, rounded, store
+from .tiles import (
+    CARRY,
+    LENGTHS,
+    chunk_of,
+    dot,
+    inside,
+    load_gate,
+    load_scale,
+    load_tile,
+    load_update,
+    only_if,
+    pair_products,
+    rounded,
+    store,
+)
 
 
 @triton.jit
@@ -120,13 +134,7 @@ def channel_scores(
     m_t, m_s = (t0 + o_t < eos) & (t0 + o_t >= bos), (t0 + o_s < eos) & (t0 + o_s >= bos)
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    b_x = tl.zeros((BC, BC), tl.float32)
-    for i_k in range(0, (Dk + BK - 1) // BK):
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_k = inside(o_k, Dk, BK)
-        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-        b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-        b_x += dot(b_q, tl.trans(b_k))
+    b_x = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)
     tl.store(scores + (i_slot * H + i_h) * C * C + o_t[:, None] * C + o_s[None, :], b_x)
 
 
@@ -164,7 +172,7 @@ def channel_output(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [C, BK]
         o_kv, m_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
         b_o += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
         if momenta is not None:
@@ -262,10 +270,10 @@ def channel_decay_grad(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        m_sk, m_kv = m_s[:, None] & m_k[None, :], m_k[:, None] & m_v[None, :]
+        m_kv = m_k[:, None] & m_v[None, :]
         o_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-        b_q = tl.load(q + o_s[:, None] * stride_qt + o_k[None, :], mask=m_sk, other=0.0)  # [C, BK]
-        b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_sk, other=0.0)  # [C, BK]
+        b_q = load_tile(q, stride_qt, o_s, o_k, m_s, m_k)  # [C, BK]
+        b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [C, BK]
         b_j = tl.load(grad_states + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
         b_read += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
         b_kept += dot(b_k, rounded(b_j, DTYPE))

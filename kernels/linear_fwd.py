@@ -48,12 +48,14 @@ from .tiles import (
     load_gate,
     load_lr,
     load_scale,
+    load_tile,
     load_to_end,
     load_total,
     load_update,
     only_if,
     owner_of,
     pair_decay,
+    pair_products,
     part_of,
     rounded,
     sequence_of,
@@ -110,7 +112,7 @@ def linear_state(
         if PART == HEAD:
             m_t = m_t & (t0 + o_c >= bos)
         row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
-        m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
 
         b_w = rounded(b_s, DTYPE)
         store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_w, m_kv)
@@ -118,8 +120,8 @@ def linear_state(
             kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
             tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
 
-        b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
-        b_v = tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0)  # [C, BV]
+        b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_v = load_tile(v + t0 * stride_vt, stride_vt, o_c, o_v, m_t, m_v)  # [C, BV]
         if READS:
             if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
                 b_w = rounded(tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0), DTYPE)
@@ -183,8 +185,8 @@ def linear_output(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-        b_w = tl.load(states + o_k[:, None] * Dv + o_v[None, :], mask=m_k[:, None] & m_v[None, :], other=0.0)  # [BK, BV]
+        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
+        b_w = load_tile(states, Dv, o_k, o_v, m_k, m_v)  # [BK, BV]
         b_o += dot(b_q, rounded(b_w, DTYPE))
     b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]
     if momenta is not None:
@@ -192,20 +194,14 @@ def linear_output(
         for i_k in range(0, (Dk + BK - 1) // BK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = inside(o_k, Dk, BK)
-            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
+            b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
             p_s = momenta + place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
             b_carried += dot(b_q, rounded(tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0), DTYPE))
         b_o += b_carried * (load_gate(decays + CARRY * ROW, row, o_t * H, m_t) * rho)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = (t0 + o_s < eos) & (t0 + o_s >= bos)
-        b_p = tl.zeros((BC, BC), tl.float32)  # [t, s]
-        for i_k in range(0, (Dk + BK - 1) // BK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = inside(o_k, Dk, BK)
-            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_p += dot(b_q, tl.trans(b_k))
+        b_p = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)  # [t, s]
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[:, None], o_s[None, :], m_t[:, None], m_s[None, :])
         if scales is not None:
             b_p *= rho

@@ -41,6 +41,7 @@ from .tiles import (
     load_row_weights,
     load_scale,
     load_square,
+    load_tile,
     load_to_end,
     load_total,
     only_if,
@@ -235,13 +236,12 @@ def linear_state_streamed(
                 o_v = (i_tile + j) * BV + tl.arange(0, BV)
                 m_v = inside(o_v, Dv, BV)
                 m_tv = m_t[:, None] & m_v[None, :]
-                b_e = -tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
+                b_e = -load_tile(v + t0 * stride_vt, stride_vt, o_c, o_v, m_t, m_v).to(tl.float32)
                 for i_k in range(0, NK):
                     o_k = i_k * BK + tl.arange(0, BK)
                     m_k = inside(o_k, Dk, BK)
                     m_kv = m_k[:, None] & m_v[None, :]
-                    p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
-                    b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+                    b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                     if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
                         b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
                     else:
@@ -284,8 +284,7 @@ def linear_state_streamed(
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
-                p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
-                b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+                b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                 b_s = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if checkpoints is not None:
                     kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
@@ -400,8 +399,7 @@ def linear_seq_streamed(
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
-                p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
-                b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+                b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
                 b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 b_kj += dot(b_k, rounded(b_j, DTYPE))
@@ -487,8 +485,8 @@ def linear_seq_streamed(
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
-                m_tk, m_kv = m_t[:, None] & m_k[None, :], m_k[:, None] & m_v[None, :]
-                b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
+                m_kv = m_k[:, None] & m_v[None, :]
+                b_q = load_tile(q + t0 * stride_qt, stride_qt, o_c, o_k, m_t, m_k)  # [C, BK]
                 o_kv, o_vk = o_k[:, None] * Dv + o_v[None, :], o_v[None, :] * Dk + o_k[:, None]
                 b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if momenta is not None:
@@ -504,7 +502,7 @@ def linear_seq_streamed(
                 else:
                     b_g = dot(tl.trans(b_q), b_do)  # [BK, BV]
                 if READS:
-                    b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
+                    b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                     if RETENTION == retentions.L2:
                         b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
                     else:

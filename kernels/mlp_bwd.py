@@ -32,19 +32,7 @@ from .launch import Problem, launch
 from .mlp_fwd import apart, recompute, together
 from .mlp_math import crossing, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
 from .mlp_seq import mlp_seq
-from .tiles import (
-    CARRY,
-    LENGTHS,
-    dot,
-    inside,
-    load_gamma,
-    load_gate,
-    pair_decay,
-    rounded,
-    sequence_of,
-    slot_of,
-    store,
-)
+from .tiles import CARRY, LENGTHS, dot, inside, load_gamma, load_gate, load_tile, pair_decay, rounded, sequence_of, slot_of, store
 
 #: chunks x heads of a group, at least: several for every multiprocessor of the largest chips
 CROWD = 1024
@@ -92,9 +80,9 @@ def mlp_readout(
 
     o_c, o_d = lanes(C, i_c, 0), lanes(BD, i_c, 0)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
-    m_td, o_cc = m_t[:, None] & m_d[None, :], o_c[:, None] * C + o_c[None, :]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    o_cc = o_c[:, None] * C + o_c[None, :]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     if pairs is not None:
         b_decay = tl.load(pairs + slot * C * C + o_cc)  # [t, s]
     else:
@@ -106,7 +94,7 @@ def mlp_readout(
     o_c, o_d = lanes(C, i_c, 1), lanes(BD, i_c, 1)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     o_g = o_c * H
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_p = tl.load(scores + o_c[:, None] * C + o_c[None, :])  # [t, s]
     b_gu = tl.load(updates + o_c[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)  # [C, BD]
     b_lr, b_gamma = load_gate(lr, row, o_g, m_t), load_gamma(decays, row, o_g, m_t, C)  # [C]
@@ -142,8 +130,7 @@ def mlp_readout(
 
     o_c, o_d = lanes(C, i_c, 2), lanes(BD, i_c, 2)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
-    m_td, o_g = m_t[:, None] & m_d[None, :], o_c * H
-    o_cd, o_cc = o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
+    o_g, o_cd, o_cc = o_c * H, o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
     b_gu = tl.load(updates + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
     b_u1 = rounded(b_gu.to(tl.float32) * load_gate(lr, row, o_g, m_t)[:, None], DTYPE)  # [C, BD]
     b_decay = tl.load(weights + o_cc)  # [t, s]
@@ -154,7 +141,7 @@ def mlp_readout(
     store(scores + o_cc, b_scores * b_decay * rho1 if scales is not None else b_scores * b_decay, None)
     b_xq, b_inverse = normalised(b_uq * load_gamma(decays, row, o_g, m_t, C)[:, None] + b_own * rho1, m_d, D, EPS)
 
-    b_do = tl.load(grad_out + row * D + o_g[:, None] * D + o_d[None, :], mask=m_td, other=0.0).to(tl.float32)  # [C, BD]
+    b_do = load_tile(grad_out + row * D, D, o_g, o_d, m_t, m_d).to(tl.float32)  # [C, BD]
     tl.store(grad_norm + place * 2 * D + o_d, tl.sum(b_do * b_xq, 0), mask=m_d)
     tl.store(grad_norm + place * 2 * D + D + o_d, tl.sum(b_do, 0), mask=m_d)
     b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0)[None, :]
@@ -219,8 +206,8 @@ def mlp_pre(
     b_du = tl.load(grad_sums + place * C * D + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD], dUq
     b_p1 = tl.load(scores + o_cc_transposed)  # [s, t]
     store(from_updates + place * C * D + o_cd, -dot(b_p1, b_du), m_d[None, :])  # R1
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_p = dot(b_k, tl.trans(b_q)) * tl.load(weights + o_cc_transposed)  # [s, t]
     if scales is not None:
         b_p *= rho2
@@ -274,8 +261,8 @@ def mlp_pre(
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     m_td, o_g = m_t[:, None] & m_d[None, :], o_c * H
     o_td, o_cc = o_g[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_dq *= load_gamma(decays, row, o_g, m_t, C)[:, None]
     if rows_read is not None:
         tl.store(rows_read + row + o_g, b_read + tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_t)

@@ -51,6 +51,7 @@ from .tiles import (
     load_delta,
     load_gamma,
     load_gate,
+    load_tile,
     load_to_end,
     load_total,
     pair_decay,
@@ -134,9 +135,9 @@ def weigh(
     """L (with momentum it is there: M) and ``L o Q K'`` of a chunk, for the read."""
     o_c, o_d = lanes(C, i_c, 1), lanes(BD, i_c, 1)
     m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
-    m_td, o_cc = m_t[:, None] & m_d[None, :], o_c[:, None] * C + o_c[None, :]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    o_cc = o_c[:, None] * C + o_c[None, :]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     if MOMENTUM:
         b_pairs = tl.load(p_pairs + o_cc)  # [t, s]
     else:
@@ -154,7 +155,7 @@ def predict(
     SIZE: tl.constexpr = Hd * D
     o_c, o_d = lanes(C, i_c, 2), lanes(BD, i_c, 2)
     m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_u = tl.zeros((C, BD), tl.float32)
     for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
         o_h = i * BH + lanes(BH, i_c, 2)
@@ -188,9 +189,9 @@ def inner_gradient(
         m_r = of_chunk(t0 + o_r, bos, eos, PART)
         m_rd, o_rd, o_g = m_r[:, None] & m_d[None, :], o_r[:, None] * D + o_d[None, :], o_r * H
         b_x, b_inverse = normalised(tl.load(p_u + o_rd, mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
-        b_e = -tl.load(v + o_r[:, None] * stride_vt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [ROWS, BD]
+        b_e = -load_tile(v, stride_vt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
         if READS:
-            b_k = tl.load(k + o_r[:, None] * stride_kt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [ROWS, BD]
+            b_k = load_tile(k, stride_kt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
             b_e = tl.where(m_rd, b_e + b_k + b_x * b_weight + b_bias, 0.0)
         b_square = 0.0
         if COUPLED:
@@ -214,7 +215,7 @@ def read(
     b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
     b_lr = load_gate(lr, row, o_g, m_t)  # [C]
     b_gamma = load_gamma(decays, row, o_g, m_t, C)  # [C]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_p = tl.load(p_scores + o_cc)  # [t, s]
     if moving is not None:
         b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)  # [C]
@@ -270,10 +271,10 @@ def put_out(
     b_bias = tl.load(ln_bias + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
     for i in tl.range(0, C // ROWS, disable_licm=True):
         o_r = i * ROWS + lanes(ROWS, i_c, 6)
-        m_rd = of_chunk(t0 + o_r, bos, eos, PART)[:, None] & m_d[None, :]
+        m_r = of_chunk(t0 + o_r, bos, eos, PART)
         b_x, _ = normalised(tl.load(p_u + o_r[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
-        b_q = tl.load(q + o_r[:, None] * stride_qt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [ROWS, BD]
-        store(out + o_r[:, None] * (H * D) + o_d[None, :], b_q + b_x * b_weight + b_bias, m_rd)
+        b_q = load_tile(q, stride_qt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
+        store(out + o_r[:, None] * (H * D) + o_d[None, :], b_q + b_x * b_weight + b_bias, m_r[:, None] & m_d[None, :])
 
 
 @triton.jit
@@ -288,7 +289,7 @@ def write(
     m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
     o_g = o_c * H
     b_gu = tl.load(p_gu + o_c[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_end = load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
     last = (tl.minimum(eos - t0, C) - 1) * H
     gamma = load_total(decays, row, last)

@@ -29,6 +29,7 @@ from .tiles import (
     load_delta,
     load_gamma,
     load_gate,
+    load_tile,
     load_to_end,
     load_total,
     rounded,
@@ -68,7 +69,7 @@ def ask_update(
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     o_g = o_c * H
     b_lr, b_to_end = load_gate(lr, row, o_g, m_t), load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_aj = tl.zeros((C, BD), tl.float32)
     b_dgu = tl.zeros((C, BD), tl.float32)
     b_dlr = tl.zeros((C,), tl.float32)
@@ -139,9 +140,9 @@ def through_rows(
         m_rd, p_rd, o_g = m_r[:, None] & m_d[None, :], o_r[:, None] * D + o_d[None, :], o_r * H
         o_rg, o_rd = row + o_g, o_r[:, None] * (H * D) + o_d[None, :]
         b_x, b_inverse = normalised(tl.load(p_u + p_rd, mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
-        b_e = -tl.load(v + o_r[:, None] * stride_vt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [ROWS, BD]
+        b_e = -load_tile(v, stride_vt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
         if READS:
-            b_kr = tl.load(k + o_r[:, None] * stride_kt + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
+            b_kr = load_tile(k, stride_kt, o_r, o_d, m_r, m_d).to(tl.float32)
             b_e = tl.where(m_rd, b_e + b_kr + b_x * b_weight + b_bias, 0.0)
         b_square = 0.0
         if COUPLED:
@@ -282,12 +283,12 @@ def carry_second(
     last = (tl.minimum(eos - t0, C) - 1) * H
     gamma = load_total(decays, row, last)
     b_lr, b_to_end = load_gate(lr, row, o_g, m_t), load_to_end(decays, ROW, row, o_g, m_t, C)  # [C]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_n = tl.load(p_scores + o_c[None, :] * C + o_c[:, None])  # [s, t]
     b_dk = dot(b_n, b_q)  # [C, BD]
     if READS:
         b_dk -= tl.load(p_dv + o_td, mask=m_td, other=0.0).to(tl.float32)  # dE = -dV
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     if p_moving is not None:
         carry, pi = load_total(decays + CARRY * ROW, row, last), load_total(moves, row, last)
         b_q_carry = rounded(b_q.to(tl.float32) * (load_gate(decays + CARRY * ROW, row, o_g, m_t) * rho)[:, None], DTYPE)  # [C, BD]

@@ -147,6 +147,27 @@ def only_if(condition, mask):
 
 
 @triton.jit
+def load_tile(x, stride, o_r, o_c, m_r, m_c):
+    """Rows ``o_r`` and columns ``o_c`` of a matrix whose rows are ``stride`` apart; 0 beyond the masks."""
+    return tl.load(x + o_r[:, None] * stride + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def pair_products(
+    x, stride_x, o_x, m_x, y, stride_y, o_y, m_y, BC: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``X Y' [BC, BC]``, float32, of rows of two matrices with ``D`` columns, ``BLOCK`` of them at a time."""
+    b_xy = tl.zeros((BC, BC), tl.float32)
+    for i in range(0, (D + BLOCK - 1) // BLOCK):
+        o_d = i * BLOCK + tl.arange(0, BLOCK)
+        m_d = inside(o_d, D, BLOCK)
+        b_x = load_tile(x, stride_x, o_x, o_d, m_x, m_d)  # [BC, BLOCK]
+        b_y = load_tile(y, stride_y, o_y, o_d, m_y, m_d)  # [BC, BLOCK]
+        b_xy += dot(b_x, tl.trans(b_y))
+    return b_xy
+
+
+@triton.jit
 def load_gate(gate, row, o_g, m_t):
     """A chunk's gate as float32; 0 beyond the sequence (no step)."""
     return tl.load(gate + row + o_g, mask=m_t, other=0.0).to(tl.float32)
