@@ -23,8 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear_channel
+from .chunks import chunk_of
+from .gates import CARRY, LOWEST, UNIT
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, LOWEST, UNIT, chunk_of, only_if
+from .tiles import LENGTHS, only_if
 
 
 @triton.jit(do_not_specialize=LENGTHS)

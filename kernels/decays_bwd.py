@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import chunk_of
 from .decays import Weights
+from .gates import CARRY, load_scale, load_update
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, chunk_of, dot, inside, load_scale, load_tile, load_update, only_if, pair_products, rounded
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded
 
 
 @triton.jit(do_not_specialize=LENGTHS)

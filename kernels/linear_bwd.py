@@ -29,18 +29,11 @@ from torch import Tensor
 
 from . import bias as biases
 from . import linear_channel
+from .chunks import chunk_of, end_of, sequence_of, slot_of
 from .decays import Weights, chunk_weights
 from .decays_bwd import decay_gradient, gate_gradients, pair_gradient
-from .launch import Problem, launch, tiles
-from .linear_fwd import recompute
-from .linear_stream import linear_seq_streamed
-from .tiles import (
+from .gates import (
     CARRY,
-    LENGTHS,
-    chunk_of,
-    dot,
-    end_of,
-    inside,
     load_delta,
     load_error,
     load_gamma,
@@ -49,17 +42,15 @@ from .tiles import (
     load_row_weights,
     load_scale,
     load_square,
-    load_tile,
     load_to_end,
     load_total,
     load_update,
     pair_decay,
-    pair_products,
-    rounded,
-    sequence_of,
-    slot_of,
-    store,
 )
+from .launch import Problem, launch, tiles
+from .linear_fwd import recompute
+from .linear_stream import linear_seq_streamed
+from .tiles import LENGTHS, dot, inside, load_tile, pair_products, rounded, store
 
 
 @triton.jit(do_not_specialize=LENGTHS)

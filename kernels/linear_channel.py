@@ -29,22 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import chunk_of
+from .gates import CARRY, load_gate, load_scale, load_update
 from .launch import Problem, launch, tiles
-from .tiles import (
-    CARRY,
-    LENGTHS,
-    chunk_of,
-    dot,
-    inside,
-    load_gate,
-    load_scale,
-    load_tile,
-    load_update,
-    only_if,
-    pair_products,
-    rounded,
-    store,
-)
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, store
 
 
 @triton.jit

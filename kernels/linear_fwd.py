@@ -28,40 +28,12 @@ from torch import Tensor
 from . import bias as biases
 from . import linear_channel
 from . import retention as retentions
+from .chunks import BODY, HEAD, SEGMENT, TAIL, WHOLE, chunk_of, end_of, of_chunk, slot_of, stretch_of
 from .decays import Weights, chunk_weights
+from .gates import CARRY, load_delta, load_gamma, load_gate, load_lr, load_scale, load_to_end, load_total, load_update, pair_decay
 from .launch import Problem, launch
 from .linear_stream import linear_state_streamed
-from .tiles import (
-    BODY,
-    CARRY,
-    HEAD,
-    LENGTHS,
-    SEGMENT,
-    TAIL,
-    WHOLE,
-    chunk_of,
-    dot,
-    end_of,
-    inside,
-    load_delta,
-    load_gamma,
-    load_gate,
-    load_lr,
-    load_scale,
-    load_tile,
-    load_to_end,
-    load_total,
-    load_update,
-    only_if,
-    owner_of,
-    pair_decay,
-    pair_products,
-    part_of,
-    rounded,
-    sequence_of,
-    slot_of,
-    store,
-)
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, store
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -83,14 +55,9 @@ def linear_state(
     i_v = tl.program_id(0) % NV
     i_s = (tl.program_id(0) // NV).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_segment = i_s, i_s * 0
-    if PART == SEGMENT:
-        i_n, i_segment = owner_of(i_s, first_segment, segment_owner, SEGMENTS)
-        if first_segment is not None:
-            if i_n < 0:  # a spare slot
-                return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS, PART)
+    i_n, i_b, bos, eos, origin, first, last = stretch_of(
+        i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS, PART
+    )
     slot = slot_of(i_n, first_slot, CHUNKS)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
 
@@ -108,9 +75,7 @@ def linear_state(
     for i_c in range(first, last):
         t0 = origin + i_c * TOKENS
         end = end_of(t0, eos, C, TOKENS)
-        m_t = t0 + o_c < end
-        if PART == HEAD:
-            m_t = m_t & (t0 + o_c >= bos)
+        m_t = of_chunk(t0 + o_c, bos, end, PART)
         row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
         m_tv = m_t[:, None] & m_v[None, :]
 

@@ -26,13 +26,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import retention as retentions
+from .chunks import sequence_of, slot_of
 from .decays import chunk_weights
 from .decays_bwd import decay_gradient, gate_gradients
+from .gates import CARRY, load_gamma, load_gate, pair_decay
 from .launch import Problem, launch
 from .mlp_fwd import apart, recompute, together
 from .mlp_math import crossing, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
 from .mlp_seq import mlp_seq
-from .tiles import CARRY, LENGTHS, dot, inside, load_gamma, load_gate, load_tile, pair_decay, rounded, sequence_of, slot_of, store
+from .tiles import LENGTHS, dot, inside, load_tile, rounded, store
 
 #: chunks x heads of a group, at least: several for every multiprocessor of the largest chips
 CROWD = 1024

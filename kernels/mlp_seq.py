@@ -20,23 +20,10 @@ import triton.language as tl
 
 from . import bias as biases
 from . import retention as retentions
+from .chunks import sequence_of, slot_of
+from .gates import CARRY, load_delta, load_gamma, load_gate, load_to_end, load_total
 from .mlp_math import ROWS, gelu, gelu_curve, gelu_slope, lanes, layer_norm_vjp, normalised, row_mean
-from .tiles import (
-    CARRY,
-    LENGTHS,
-    dot,
-    inside,
-    load_delta,
-    load_gamma,
-    load_gate,
-    load_tile,
-    load_to_end,
-    load_total,
-    rounded,
-    sequence_of,
-    slot_of,
-    store,
-)
+from .tiles import LENGTHS, dot, inside, load_tile, rounded, store
 
 
 @triton.jit
