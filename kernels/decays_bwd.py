@@ -1,6 +1,6 @@
 """Gradients of log-decay and momentum from sums that the other kernels leave, parallel over chunks.
 
-linear_decay_grad   d log alpha without momentum: four sums over pairs of a read and a write (linear_bwd.py has the equation)
+linear_decay_grad   d log alpha without momentum: four sums over pairs of a read and a write (linear.py has the equation)
 momentum_pairs      gM_ts = -rho (q_t . k_s) (dO_t . U_s), what the reads ask of M (linear memory)
 momentum_grad       with momentum d log alpha and d theta, by the recursion of decays.py backwards
 """

@@ -340,17 +340,21 @@ def chunk_scores(p: Problem) -> Tensor:
     return scores
 
 
-def output(p: Problem, weights, chain, out: Tensor) -> None:
+def output(p: Problem, weights, chain) -> Tensor:
+    """``[B, T, H, Dv]``."""
+    out = p.per_token(p.value_dim)
     launch(
         channel_output, p, p.slots.count, "value",
         q=p.q, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "steps"), delta=p.delta, position=p.position,
         **chain.only("states", "errors", "squares", "momenta", "scales"), scores=chunk_scores(p), out=out,
         **p.tables(), ROW=p.row, **p.strides("q", "v"), **p.sizes, **p.bias,
     )  # fmt: skip
+    return out
 
 
-def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor, from_out: Tensor) -> Tensor:
-    """R to ``from_out [B, T, H, Dv]``; returns dX ``[slots, H, C, C]`` float32, less rho."""
+def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, less rho."""
+    from_out = p.per_token(p.value_dim)
     grad_scores = p.empty(tiles("channel_pre", p, "value"), *scores.shape, dtype=torch.float32)
     launch(
         channel_pre, p, p.slots.count, "value",
@@ -358,7 +362,7 @@ def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor, from_out: 
         scores=scores, grad_out=grad_out, from_out=from_out, grad_scores=grad_scores, SLOTS=p.slots.count,
         **p.tables(), **p.strides("v"), **p.sizes, **p.bias,
     )  # fmt: skip
-    return grad_scores.sum(0)
+    return from_out, grad_scores.sum(0)
 
 
 def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:

@@ -36,9 +36,9 @@ from . import bias as biases
 from . import retention as retentions
 from .chunks import BODY, HEAD, SEGMENT, TAIL, WHOLE, of_chunk, part_of, sequence_of, slot_of
 from .decays import Weights, chunk_weights
+from .final_state import Final, open_chunk_end
 from .gates import CARRY, load_delta, load_gamma, load_gate, load_to_end, load_total, pair_decay
 from .launch import Problem, launch
-from .linear_fwd import Final, open_chunk_end
 from .mlp_math import ROWS, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
 from .tiles import LENGTHS, dot, inside, load_tile, rounded, store
 
