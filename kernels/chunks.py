@@ -52,6 +52,14 @@ def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TO
 
 
 @triton.jit
+def of_group(place, cu_seqlens, T, FIRST, GROUP, C: tl.constexpr):
+    """``(sequence, chunk, batch row, first token of the chunk, end of the sequence)`` of a place in a group of chunks (mlp.py)."""
+    i_n, i_c = place // GROUP, (FIRST + place % GROUP).to(tl.int32)
+    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
+    return i_n, i_c, i_b, bos + i_c * C, eos
+
+
+@triton.jit
 def end_of(t0, eos, C: tl.constexpr, TOKENS: tl.constexpr):
     """Where the chunk that begins at ``t0`` ends, for kernels that take C rows at once: C where it has as many tokens, or fewer."""
     if TOKENS == C:

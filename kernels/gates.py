@@ -63,6 +63,12 @@ def load_scale(scales, place):
 
 
 @triton.jit
+def load_scales(scales, place):
+    """rho of both matrices of an MLP."""
+    return load_scale(scales, place * 2), load_scale(scales, place * 2 + 1)
+
+
+@triton.jit
 def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, m_later, m_earlier):
     """Weight of the write of s in the state of t, 0 for s > t: ``L_ts = gamma_t / gamma_s``, with momentum M_ts from the chunk's ``pairs``.
 
