@@ -23,8 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear_channel
+from .chunks import chunk_of
+from .gates import CARRY, LOWEST, UNIT
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, LOWEST, UNIT, end_of, only_if, owner_of, sequence_of
+from .tiles import LENGTHS, only_if
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -42,15 +44,10 @@ def linear_decay(
     """
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    if position is not None:
-        t0 -= tl.load(position + i_n)
-    eos = end_of(t0, eos, C, TOKENS)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
     m_next = (t0 + o_c + 1 < eos) & (t0 + o_c + 1 >= bos) & (o_c < C - 1)
@@ -82,15 +79,10 @@ def momentum_weights(
     """
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    if position is not None:
-        t0 -= tl.load(position + i_n)
-    eos = end_of(t0, eos, C, TOKENS)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_c = (t0 + o_c < eos) & (t0 + o_c >= bos)
     row = (i_b * T + t0) * H

@@ -1,6 +1,6 @@
 """Gradients of log-decay and momentum from sums that the other kernels leave, parallel over chunks.
 
-linear_decay_grad   d log alpha without momentum: four sums over pairs of a read and a write (linear_bwd.py has the equation)
+linear_decay_grad   d log alpha without momentum: four sums over pairs of a read and a write (linear.py has the equation)
 momentum_pairs      gM_ts = -rho (q_t . k_s) (dO_t . U_s), what the reads ask of M (linear memory)
 momentum_grad       with momentum d log alpha and d theta, by the recursion of decays.py backwards
 """
@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import chunk_of
 from .decays import Weights
+from .gates import CARRY, load_scale, load_update
 from .launch import Problem, launch
-from .tiles import CARRY, LENGTHS, dot, end_of, inside, load_scale, load_update, only_if, owner_of, rounded, sequence_of
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -28,13 +30,10 @@ def linear_decay_grad(
     BH: tl.constexpr = 16
     NC: tl.constexpr = C // BC
     i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H
     stride_row = i_slot * 0 + ROW  # int64
@@ -78,13 +77,10 @@ def momentum_pairs(
     i_r = tl.program_id(0) % NC
     i_slot = (tl.program_id(0) // NC).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     o_t = i_r * BC + tl.arange(0, BC)
     m_t = t0 + o_t < eos
     row = (i_b * T + t0) * H + i_h
@@ -96,18 +92,12 @@ def momentum_pairs(
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
-        b_p = tl.zeros((BC, BC), tl.float32)  # Q K' [t, s]
-        for i_k in range(0, (Dk + BK - 1) // BK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = inside(o_k, Dk, BK)
-            b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-            b_p += dot(b_q, tl.trans(b_k))
+        b_p = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)  # Q K' [t, s]
         b_dp = tl.zeros((BC, BC), tl.float32)  # dO U' [t, s]
         for i_v in range(0, (Dv + BV - 1) // BV):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
-            b_do = tl.load(grad_out + o_t[:, None] * (H * Dv) + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)  # [BC, BV]
+            b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
             b_u = load_update(
                 v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
                 Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
@@ -138,13 +128,10 @@ def momentum_grad(
     """
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if i_n < 0:  # a spare slot
+        if t0 >= eos:  # a spare slot
             return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    eos = end_of(t0, eos, C, TOKENS)
     count = tl.minimum(eos - t0, C).to(tl.int32)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H

@@ -29,38 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import chunk_of
+from .gates import CARRY, load_gate, load_scale, load_update
 from .launch import Problem, launch, tiles
-from .tiles import (
-    CARRY,
-    LENGTHS,
-    dot,
-    end_of,
-    inside,
-    load_gate,
-    load_scale,
-    load_update,
-    only_if,
-    owner_of,
-    rounded,
-    sequence_of,
-    store,
-)
-
-
-@triton.jit
-def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS: tl.constexpr, C: tl.constexpr):
-    """``(batch row, first token of a slot's chunk, first one of its sequence, end of the chunk)``; an empty chunk for a spare slot."""
-    i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
-    if first_slot is not None:
-        spare = i_n < 0
-        i_n = tl.maximum(i_n, 0)
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * TOKENS
-    if position is not None:
-        t0 -= tl.load(position + i_n)
-    if first_slot is not None:
-        t0 = tl.where(spare, eos, t0)
-    return i_b, t0, bos, end_of(t0, eos, C, TOKENS)
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, store
 
 
 @triton.jit
@@ -150,13 +122,7 @@ def channel_scores(
     m_t, m_s = (t0 + o_t < eos) & (t0 + o_t >= bos), (t0 + o_s < eos) & (t0 + o_s >= bos)
     q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
     k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    b_x = tl.zeros((BC, BC), tl.float32)
-    for i_k in range(0, (Dk + BK - 1) // BK):
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_k = inside(o_k, Dk, BK)
-        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-        b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_s[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
-        b_x += dot(b_q, tl.trans(b_k))
+    b_x = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)
     tl.store(scores + (i_slot * H + i_h) * C * C + o_t[:, None] * C + o_s[None, :], b_x)
 
 
@@ -194,7 +160,7 @@ def channel_output(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        b_q = tl.load(q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [C, BK]
         o_kv, m_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
         b_o += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
         if momenta is not None:
@@ -292,10 +258,10 @@ def channel_decay_grad(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        m_sk, m_kv = m_s[:, None] & m_k[None, :], m_k[:, None] & m_v[None, :]
+        m_kv = m_k[:, None] & m_v[None, :]
         o_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-        b_q = tl.load(q + o_s[:, None] * stride_qt + o_k[None, :], mask=m_sk, other=0.0)  # [C, BK]
-        b_k = tl.load(k + o_s[:, None] * stride_kt + o_k[None, :], mask=m_sk, other=0.0)  # [C, BK]
+        b_q = load_tile(q, stride_qt, o_s, o_k, m_s, m_k)  # [C, BK]
+        b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [C, BK]
         b_j = tl.load(grad_states + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
         b_read += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
         b_kept += dot(b_k, rounded(b_j, DTYPE))
@@ -374,17 +340,21 @@ def chunk_scores(p: Problem) -> Tensor:
     return scores
 
 
-def output(p: Problem, weights, chain, out: Tensor) -> None:
+def output(p: Problem, weights, chain) -> Tensor:
+    """``[B, T, H, Dv]``."""
+    out = p.per_token(p.value_dim)
     launch(
         channel_output, p, p.slots.count, "value",
         q=p.q, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "steps"), delta=p.delta, position=p.position,
         **chain.only("states", "errors", "squares", "momenta", "scales"), scores=chunk_scores(p), out=out,
         **p.tables(), ROW=p.row, **p.strides("q", "v"), **p.sizes, **p.bias,
     )  # fmt: skip
+    return out
 
 
-def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor, from_out: Tensor) -> Tensor:
-    """R to ``from_out [B, T, H, Dv]``; returns dX ``[slots, H, C, C]`` float32, less rho."""
+def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, less rho."""
+    from_out = p.per_token(p.value_dim)
     grad_scores = p.empty(tiles("channel_pre", p, "value"), *scores.shape, dtype=torch.float32)
     launch(
         channel_pre, p, p.slots.count, "value",
@@ -392,7 +362,7 @@ def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor, from_out: 
         scores=scores, grad_out=grad_out, from_out=from_out, grad_scores=grad_scores, SLOTS=p.slots.count,
         **p.tables(), **p.strides("v"), **p.sizes, **p.bias,
     )  # fmt: skip
-    return grad_scores.sum(0)
+    return from_out, grad_scores.sum(0)
 
 
 def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:

@@ -1,11 +1,9 @@
-"""The two sequential stages of the linear memory for states that no program can hold in its registers.
+"""The two chains of the linear memory for states that no program can hold in its registers.
 
-`linear_state` and `linear_seq` (linear_fwd.py, linear_bwd.py) keep a tile of all keys on the chip. Where that does not fit, in float32,
-beyond 128 keys, or for a bias that couples a wide row of E, these two compute the same from states that stay in memory (in practice in
-the L2 cache): every chunk's state is read tile by tile from its slot and written to the next chunk's slot, so no address is ever written
-twice. A bias that couples a row is served by one program for all values, in two passes: first all of E and its row norms, then the
-update. `states` and `grad_states` are float32 here.
-
+`linear_state` and `linear_seq` (linear_chain.py) keep a tile of all keys on the chip. Where that does not fit (float32, more than 128 keys,
+a bias that couples a wide row of E), these two compute the same from states that stay in memory, in practice in the L2 cache: a chunk's
+state is read tile by tile from its slot and written to the next chunk's, so no address is written twice. A bias that couples a row is
+served by one program for all values, in two passes: all of E and its row norms, then the update. `states` and `grad_states` are float32.
 They also serve what has more than one matrix. Under a retention gate (phi, rho) the chain carries the dual A and predicts with
 W = phi(A); with momentum it carries S beside it:
 
@@ -25,14 +23,9 @@ import triton.language as tl
 
 from . import bias as biases
 from . import retention as retentions
-from .tiles import (
+from .chunks import HEAD, end_of, of_chunk, sequence_of, slot_of, stretch_of
+from .gates import (
     CARRY,
-    HEAD,
-    LENGTHS,
-    SEGMENT,
-    dot,
-    end_of,
-    inside,
     load_delta,
     load_error,
     load_gamma,
@@ -43,97 +36,9 @@ from .tiles import (
     load_square,
     load_to_end,
     load_total,
-    only_if,
-    owner_of,
-    part_of,
-    rounded,
-    sequence_of,
-    slot_of,
-    store,
 )
-
-
-@triton.jit
-def mirror(
-    duals, states, scales, place, i_tile,
-    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
-):  # fmt: skip
-    """``W = phi(A)`` of a program's tiles of one chunk and head, rounded to the operands' dtype; and rho, of a gate that has one."""
-    NK: tl.constexpr = (Dk + BK - 1) // BK
-    PAD: tl.constexpr = retentions.BOTTOM if RETENTION == retentions.ROWS else 0.0
-    here = place * Dk * Dv
-    total = retentions.floor(RETENTION, R0, R1)
-    if RETENTION == retentions.ENTIRE:
-        for j in range(0, TILES * NK):
-            o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
-            m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
-            b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
-            total += tl.sum(retentions.term(b_a, 0.0, RETENTION, R0, R1))
-        tl.store(scales + place, retentions.scale(total, RETENTION, R0, R1))
-    for j in range(0, TILES):
-        o_v = (i_tile + j) * BV + tl.arange(0, BV)
-        m_v = inside(o_v, Dv, BV)
-        b_shift, b_total = tl.full((BV,), retentions.BOTTOM, tl.float32), tl.zeros((BV,), tl.float32) + total
-        if RETENTION == retentions.ROWS:  # a row of A is a column here
-            for i_k in range(0, NK):
-                o_k = i_k * BK + tl.arange(0, BK)
-                m_kv = inside(o_k, Dk, BK)[:, None] & m_v[None, :]
-                b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=PAD)  # [BK, BV]
-                b_max = tl.maximum(b_shift, tl.max(b_a, 0))
-                b_total = b_total * tl.exp(b_shift - b_max) + tl.sum(retentions.term(b_a, b_max[None, :], RETENTION, R0, R1), 0)
-                b_shift = b_max
-        for i_k in range(0, NK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
-            b_a = tl.load(duals + here + o_kv, mask=m_kv, other=PAD)  # [BK, BV]
-            store(states + here + o_kv, retentions.primal(b_a, b_shift[None, :], b_total[None, :], RETENTION, R0, R1), m_kv)
-
-
-@triton.jit
-def pull_back(
-    states, duals, grad_states, grad_primal, grad_initial, decays, end, place, state, i_c, i_tile, rho, drho, H,
-    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """``J <- gamma_C J + phi' dW + drho d rho / dA`` of a program's tiles, for a gate that couples entries: the sums first, then J."""
-    NK: tl.constexpr = (Dk + BK - 1) // BK
-    here = place * Dk * Dv
-    there = here - H * Dk * Dv
-    along = drho
-    if not CHANNELS:
-        gamma = load_total(decays, end, 0)
-    if RETENTION == retentions.ENTIRE:
-        for j in range(0, TILES * NK):
-            o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
-            o_kv = o_k[:, None] * Dv + o_v[None, :]
-            m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
-            b_g = tl.load(grad_primal + state + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-            b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-            along += tl.sum(retentions.along(b_g, b_a, b_a, RETENTION))
-    for j in range(0, TILES):
-        o_v = (i_tile + j) * BV + tl.arange(0, BV)
-        m_v = inside(o_v, Dv, BV)
-        b_along = tl.zeros((BV,), tl.float32) + along
-        if CHANNELS:
-            gamma = tl.load(decays + end * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
-        if RETENTION == retentions.ROWS:  # a row of A is a column here
-            for i_k in range(0, NK):
-                o_k = i_k * BK + tl.arange(0, BK)
-                o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
-                b_g = tl.load(grad_primal + state + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-                b_w = tl.load(states + here + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
-                b_along += tl.sum(retentions.along(b_g, b_w, b_w, RETENTION), 0)
-        for i_k in range(0, NK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
-            b_g = tl.load(grad_primal + state + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-            b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-            b_w = tl.load(states + here + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
-            b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0) * gamma
-            b_j += retentions.pull(b_g, b_a, b_w, b_along[None, :], rho, RETENTION, R0, R1)
-            tl.store(grad_states + there + o_kv, b_j, mask=only_if(i_c > 0, m_kv))
-            tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=only_if(i_c == 0, m_kv))
+from .linear_mirror import hand_on, mirror, pull_back, reopen, tile_of
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, rounded, store
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -165,14 +70,9 @@ def linear_state_streamed(
     i_tile = (tl.program_id(0) % PROGRAMS) * TILES
     i_s = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_segment = i_s, i_s * 0
-    if PART == SEGMENT:
-        i_n, i_segment = owner_of(i_s, first_segment, segment_owner, SEGMENTS)
-        if first_segment is not None:
-            if i_n < 0:  # a spare slot
-                return
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS, PART)
+    i_n, i_b, bos, eos, origin, first, last = stretch_of(
+        i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS, PART
+    )
     slot = slot_of(i_n, first_slot, CHUNKS)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
 
@@ -187,28 +87,21 @@ def linear_state_streamed(
     if duals is None:
         duals = states
 
+    at_first = ((slot + first) * H + i_h) * Dk * Dv
     for j in range(0, TILES * NK):
-        o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
-        o_kv = o_k[:, None] * Dv + o_v[None, :]
-        m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
-        b_s = tl.load(initial + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)
-        at_first = ((slot + first) * H + i_h) * Dk * Dv + o_kv
-        tl.store(duals + at_first, b_s, mask=only_if(first < last, m_kv))
-        if final is not None:
-            tl.store(final + state + o_kv, b_s, mask=only_if(first >= last, m_kv))
+        o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
+        o_kv, o_initial = o_k[:, None] * Dv + o_v[None, :], o_k[:, None] * stride_ik + o_v[None, :] * stride_iv
+        b_s = tl.load(initial + o_initial, mask=m_kv, other=0.0)  # [BK, BV]
+        hand_on(duals, at_first + o_kv, final, state + o_kv, first < last, b_s, m_kv)
         if momenta is not None:
-            b_m = tl.load(initial_momentum + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)
-            tl.store(momenta + at_first, b_m, mask=only_if(first < last, m_kv))
-            if final is not None:
-                tl.store(final_momentum + state + o_kv, b_m, mask=only_if(first >= last, m_kv))
+            b_m = tl.load(initial_momentum + o_initial, mask=m_kv, other=0.0)  # [BK, BV]
+            hand_on(momenta, at_first + o_kv, final_momentum, state + o_kv, first < last, b_m, m_kv)
     tl.debug_barrier()
 
     for i_c in range(first, last):
         t0 = origin + i_c * TOKENS
         end = end_of(t0, eos, C, TOKENS)
-        m_t = t0 + o_c < end
-        if PART == HEAD:
-            m_t = m_t & (t0 + o_c >= bos)
+        m_t = of_chunk(t0 + o_c, bos, end, PART)
         row = (i_b * T + t0) * H + i_h
         place = (slot + i_c) * H + i_h
         here = place * Dk * Dv
@@ -217,13 +110,7 @@ def linear_state_streamed(
         # W = phi(A)
         if RETENTION != retentions.L2:
             if PART == HEAD:
-                for j in range(0, TILES * NK):
-                    o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
-                    m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
-                    b_w = tl.load(readouts + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
-                    store(states + here + o_k[:, None] * Dv + o_v[None, :], b_w, m_kv)
-                if scales is not None:
-                    tl.store(scales + place, tl.load(opened_scales + i_n * H + i_h))
+                reopen(readouts, opened_scales, states, scales, place, i_n * H + i_h, i_tile, Dk, Dv, BK, BV, TILES)
             else:
                 mirror(duals, states, scales, place, i_tile, Dk, Dv, BK, BV, TILES, RETENTION, R0, R1)
             tl.debug_barrier()
@@ -235,13 +122,12 @@ def linear_state_streamed(
                 o_v = (i_tile + j) * BV + tl.arange(0, BV)
                 m_v = inside(o_v, Dv, BV)
                 m_tv = m_t[:, None] & m_v[None, :]
-                b_e = -tl.load(v + t0 * stride_vt + o_c[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
+                b_e = -load_tile(v + t0 * stride_vt, stride_vt, o_c, o_v, m_t, m_v).to(tl.float32)
                 for i_k in range(0, NK):
                     o_k = i_k * BK + tl.arange(0, BK)
                     m_k = inside(o_k, Dk, BK)
                     m_kv = m_k[:, None] & m_v[None, :]
-                    p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
-                    b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+                    b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                     if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
                         b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
                     else:
@@ -284,8 +170,7 @@ def linear_state_streamed(
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
-                p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
-                b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+                b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                 b_s = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if checkpoints is not None:
                     kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
@@ -298,12 +183,8 @@ def linear_state_streamed(
                         tl.store(kept + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
                     b_s = b_s * gamma + b_m * carry - dot(tl.trans(b_k), b_u)
                     b_m = b_m * pi - dot(tl.trans(b_k), b_us)
-                    tl.store(momenta + there + o_kv, b_m, mask=only_if(i_c + 1 < last, m_kv))
-                    if final is not None:
-                        tl.store(final_momentum + state + o_kv, b_m, mask=only_if(i_c + 1 == last, m_kv))
-                tl.store(duals + there + o_kv, b_s, mask=only_if(i_c + 1 < last, m_kv))
-                if final is not None:
-                    tl.store(final + state + o_kv, b_s, mask=only_if(i_c + 1 == last, m_kv))
+                    hand_on(momenta, there + o_kv, final_momentum, state + o_kv, i_c + 1 < last, b_m, m_kv)
+                hand_on(duals, there + o_kv, final, state + o_kv, i_c + 1 < last, b_s, m_kv)
         tl.debug_barrier()
 
 
@@ -348,22 +229,19 @@ def linear_seq_streamed(
     state = (i_n * H + i_h) * Dk * Dv
     tile_row = i_p.to(tl.int64) * ROW
 
+    at_last = ((slot + chunks - 1) * H + i_h) * Dk * Dv
     for j in range(0, TILES * NK):
-        o_k, o_v = (j % NK) * BK + tl.arange(0, BK), (i_tile + j // NK) * BV + tl.arange(0, BV)
-        m_kv = inside(o_k, Dk, BK)[:, None] & inside(o_v, Dv, BV)[None, :]
+        o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
+        o_kv, o_vk = o_k[:, None] * Dv + o_v[None, :], o_v[None, :] * Dk + o_k[:, None]
         b_j = tl.zeros((BK, BV), tl.float32)
         if grad_final is not None:
-            b_j += tl.load(grad_final + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
-        p_j = grad_states + ((slot + chunks - 1) * H + i_h) * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-        tl.store(p_j, b_j, mask=only_if(chunks > 0, m_kv))
-        tl.store(grad_initial + state + o_v[None, :] * Dk + o_k[:, None], b_j, mask=only_if(chunks == 0, m_kv))
+            b_j += tl.load(grad_final + state + o_vk, mask=m_kv, other=0.0)
+        hand_on(grad_states, at_last + o_kv, grad_initial, state + o_vk, chunks > 0, b_j, m_kv)
         if momenta is not None:
             b_m = tl.zeros((BK, BV), tl.float32)
             if grad_final is not None:
-                b_m += tl.load(grad_final_momentum + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
-            p_m = grad_momenta + ((slot + chunks - 1) * H + i_h) * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-            tl.store(p_m, b_m, mask=only_if(chunks > 0, m_kv))
-            tl.store(grad_initial_momentum + state + o_v[None, :] * Dk + o_k[:, None], b_m, mask=only_if(chunks == 0, m_kv))
+                b_m += tl.load(grad_final_momentum + state + o_vk, mask=m_kv, other=0.0)
+            hand_on(grad_momenta, at_last + o_kv, grad_initial_momentum, state + o_vk, chunks > 0, b_m, m_kv)
     tl.debug_barrier()
 
     for i in range(0, chunks):
@@ -400,8 +278,7 @@ def linear_seq_streamed(
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
-                p_k = k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :]
-                b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [C, BK]
+                b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
                 b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 b_kj += dot(b_k, rounded(b_j, DTYPE))
@@ -437,10 +314,7 @@ def linear_seq_streamed(
                 else:
                     b_dd_row += tl.sum(b_dd, 1)
             if COUPLED:
-                if CHANNEL_LR:
-                    b_along += tl.sum(b_du * b_eta * b_e, 1)
-                else:
-                    b_along += tl.sum(b_du * b_e, 1)
+                b_along += tl.sum((b_du * b_eta if CHANNEL_LR else b_du) * b_e, 1)
         if not CHANNEL_LR:
             b_kept *= b_lr
             b_along *= b_lr
@@ -487,8 +361,8 @@ def linear_seq_streamed(
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
-                m_tk, m_kv = m_t[:, None] & m_k[None, :], m_k[:, None] & m_v[None, :]
-                b_q = tl.load(q + t0 * stride_qt + o_c[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
+                m_kv = m_k[:, None] & m_v[None, :]
+                b_q = load_tile(q + t0 * stride_qt, stride_qt, o_c, o_k, m_t, m_k)  # [C, BK]
                 o_kv, o_vk = o_k[:, None] * Dv + o_v[None, :], o_v[None, :] * Dk + o_k[:, None]
                 b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if momenta is not None:
@@ -496,15 +370,14 @@ def linear_seq_streamed(
                     if scales is not None:
                         drho += tl.sum(b_read * tl.load(momenta + here + o_kv, mask=m_kv, other=0.0))
                     b_m = b_j * carry + tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0) * pi + b_read * rho
-                    tl.store(grad_momenta + there + o_kv, b_m, mask=only_if(i_c > 0, m_kv))
-                    tl.store(grad_initial_momentum + state + o_vk, b_m, mask=only_if(i_c == 0, m_kv))
+                    hand_on(grad_momenta, there + o_kv, grad_initial_momentum, state + o_vk, i_c > 0, b_m, m_kv)
                 b_j *= gamma
                 if RETENTION == retentions.L2:
                     b_j += dot(tl.trans(b_q), b_do)
                 else:
                     b_g = dot(tl.trans(b_q), b_do)  # [BK, BV]
                 if READS:
-                    b_k = tl.load(k + t0 * stride_kt + o_c[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)  # [C, BK]
+                    b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                     if RETENTION == retentions.L2:
                         b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
                     else:
@@ -515,8 +388,7 @@ def linear_seq_streamed(
                     if RETENTION != retentions.L2:
                         b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                         b_j += retentions.pull(b_g, b_a, b_a, 0.0, rho, RETENTION, R0, R1)
-                    tl.store(grad_states + there + o_kv, b_j, mask=only_if(i_c > 0, m_kv))
-                    tl.store(grad_initial + state + o_vk, b_j, mask=only_if(i_c == 0, m_kv))
+                    hand_on(grad_states, there + o_kv, grad_initial, state + o_vk, i_c > 0, b_j, m_kv)
             store(grad_v + row * Dv + o_tv, -b_de, m_tv)
         tl.debug_barrier()
         if COUPLING:

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from .tiles import HEAD
-
 TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
 #: tokens that go through LayerNorm at once
@@ -19,15 +17,6 @@ def lanes(N: tl.constexpr, i_c, STAGE: tl.constexpr):
     and masks that two stages or two chunks have in common are kept from one to the other, and registers spill.
     """
     return tl.arange(0, N) + (i_c >> (30 - STAGE)) * 1024
-
-
-@triton.jit
-def of_chunk(o_t, bos, eos, PART: tl.constexpr):
-    """Which tokens belong to the sequence; a chunk that was open before has some that do not."""
-    if PART == HEAD:
-        return (o_t < eos) & (o_t >= bos)
-    else:
-        return o_t < eos
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..decode import buffers_for
-from . import configs, launch, linear_bwd, linear_fwd, mlp_bwd, mlp_fwd, steps
+from . import configs, launch, linear, mlp, steps
 
 __all__ = ["TARGETS", "Resources", "compile_launch", "recorded", "recorded_step"]
 
@@ -62,9 +62,9 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         p, matrices = launch.Problem(call), [torch.empty_like(x) for x in call.state.matrices()]
-        forward, backward = (linear_fwd, linear_bwd) if call.memory == "linear" else (mlp_fwd, mlp_bwd)
-        _, _, checkpoints = forward.forward(p, every, call.output_final_state, call.output_final_state)
-        backward.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
+        memory = linear if call.memory == "linear" else mlp
+        _, _, checkpoints = memory.forward(p, every, call.output_final_state, call.output_final_state)
+        memory.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
     return found
 
 

@@ -165,7 +165,7 @@ def test_bitwise_repeatable(case):
 def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
     memory, *gated = memory.split("-")
     if memory == "mlp":  # groups of one segment
-        monkeypatch.setattr("miras_kernels.kernels.mlp_bwd.CROWD", 1)
+        monkeypatch.setattr("miras_kernels.kernels.mlp.CROWD", 1)
     size = {"linear": {}, "mlp": {"value_dim": 16, "heads": 1}}[memory]
     size |= {"retention": mk.LqRetention(), "momentum": True, "lengths": (50, 33)} if gated else {}
     case = Case("checkpoints", memory=memory, tokens=90, chunk_size=16, bias=mk.Huber("coordinate"), **size)

@@ -80,11 +80,11 @@ class TritonBackend:
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         from miras_kernels import decode
-        from miras_kernels.kernels import launch, linear_fwd, mlp_fwd
+        from miras_kernels.kernels import launch, linear, mlp
 
         if checkpoint_every == 0 and self._steps(call):
             return *decode.forward(call, self.name), []
-        forward = (linear_fwd if call.memory == "linear" else mlp_fwd).forward
+        forward = (linear if call.memory == "linear" else mlp).forward
         out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
@@ -92,9 +92,9 @@ class TritonBackend:
         return kept_states_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-        from miras_kernels.kernels import launch, linear_bwd, mlp_bwd
+        from miras_kernels.kernels import launch, linear, mlp
 
-        backward = (linear_bwd if call.memory == "linear" else mlp_bwd).backward
+        backward = (linear if call.memory == "linear" else mlp).backward
         return backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state)
 
 

@@ -245,9 +245,9 @@ def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
 
 def _name(given) -> str:
     """A kernel's name; the chain's also says what it walks, since it is launched for several things."""
-    from .kernels import tiles
+    from .kernels import chunks
 
-    parts = {getattr(tiles, part).value: part.lower() for part in ("WHOLE", "HEAD", "BODY", "TAIL", "SEGMENT")}
+    parts = {getattr(chunks, part).value: part.lower() for part in ("WHOLE", "HEAD", "BODY", "TAIL", "SEGMENT")}
     return " ".join([given.kernel.__name__, *([parts[given.arguments["PART"]]] if "PART" in given.arguments else [])])
 
 

@@ -1,53 +1,123 @@
-"""The MLP memory backward (SPEC section 5). J1, J2 are the gradients of the state that a chunk leaves; ``P = L o (Q K')``.
+"""What the MLP memory reads: the read-out of a chunk, stages of `mlp_chain`, and its backward, two kernels that are parallel over chunks.
 
-    mlp_readout   the read-out again;  dUq = LN-vjp(w dO; Uq);  N1 = -L o (dUq U1')                         parallel over chunks
-    mlp_pre       dAq = gamma (dUq S1') + N1 A;  dZq = gelu'(Zq) dAq;  N2 = -L o (dZq U2');
-                  dQ = dO + gamma (dZq W2) + N2 K;  RA = N1' Aq;  R1 = -(L o Aq A')' dUq;  R2 = -P' dZq      parallel over chunks
-    mlp_seq       J1, J2, dK, dV and the rest, the last chunk first (mlp_seq.py)
+    P = L o Q K'                                                                              weigh
+    Zq = gamma (Q W2') - P (eta Gz);  Aq = gelu(Zq);  Uq = gamma (Aq S1) - (L o Aq A') U1     read
+    O = Q + LN(Uq)                                                                            put_out
 
-with ``U1 = eta Gu, U2 = eta Gz`` as in mlp_fwd.py. The chunks are taken in groups of segments between kept states, the last group first:
-`mlp_chain` runs a group's segments again, all at once, then these three. A group has as many chunks as fill a chip, so the memory between
-the kernels does not grow with the sequence. What passes between them is in the dtype of the operands, except where it is normalised.
+    the same again;  dUq = LN-vjp(w dO; Uq);  N1 = -L o (dUq U1')                             mlp_readout
+    dAq = gamma (dUq S1') + N1 A;  dZq = gelu'(Zq) dAq;  N2 = -L o (dZq U2');                 mlp_pre
+    dQ = dO + gamma (dZq W2) + N2 K;  RA = N1' Aq;  R1 = -(L o Aq A')' dUq;  R2 = -P' dZq
 
-With momentum L becomes M, and Uq, Zq gain ``b (Aq S1)`` and ``b (Q S2)`` of the carried momenta; a gate's rho scales these and what L
-or M multiplies, and is part of N1, N2, R1 and R2. Its gradient is ``sum(own writes o dUq)``, those of both matrices.
-
-Without momentum gradients of log-decays are summed over pairs as in linear_bwd.py, of both matrices. With momentum both matrices' shares of
-gM and gb are added up for decays_bwd.py. Of LayerNorm's parameters every head of every sequence keeps its own sum.
+with ``U1 = eta Gu, U2 = eta Gz``. With momentum L becomes M, and Zq, Uq gain ``b (Q M2')`` and ``b (Aq M1')`` of the carried momenta;
+a gate's rho scales these and what L or M multiplies, and is part of N1, N2, R1 and R2. Its gradient is ``sum(own writes o dUq)``, those
+of both matrices.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import retention as retentions
-from .decays import chunk_weights
-from .decays_bwd import decay_gradient, gate_gradients
-from .launch import Problem, launch
-from .mlp_fwd import apart, recompute, together
-from .mlp_math import crossing, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
-from .mlp_seq import mlp_seq
-from .tiles import (
-    CARRY,
-    LENGTHS,
-    dot,
-    inside,
-    load_gamma,
-    load_gate,
-    pair_decay,
-    rounded,
-    sequence_of,
-    slot_of,
-    store,
-)
+from .chunks import HEAD, of_chunk, of_group, slot_of
+from .gates import CARRY, load_gamma, load_gate, load_scales, pair_decay
+from .mlp_math import ROWS, crossing, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
+from .tiles import LENGTHS, dot, inside, load_tile, rounded, store
 
-#: chunks x heads of a group, at least: several for every multiprocessor of the largest chips
-CROWD = 1024
+
+@triton.jit
+def weigh(
+    q, k, decays, p_pairs, p_scores, stride_qt, stride_kt, ROW, row, H, t0, bos, eos, i_c,
+    D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PART: tl.constexpr, MOMENTUM: tl.constexpr,
+):  # fmt: skip
+    """L (with momentum it is there: M) and ``L o Q K'`` of a chunk, for the read."""
+    o_c, o_d = lanes(C, i_c, 1), lanes(BD, i_c, 1)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    o_cc = o_c[:, None] * C + o_c[None, :]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
+    if MOMENTUM:
+        b_pairs = tl.load(p_pairs + o_cc)  # [t, s]
+    else:
+        b_pairs = pair_decay(decays, None, ROW, row, H, C, o_c[:, None], o_c[None, :], m_t[:, None], m_t[None, :])  # [t, s]
+        tl.store(p_pairs + o_cc, b_pairs)
+    store(p_scores + o_cc, dot(b_q, tl.trans(b_k)) * b_pairs, None)
+
+
+@triton.jit
+def read(
+    q, lr, decays, reading, predicting, moving, rho1, rho2,
+    p_z, p_gu, p_pairs, p_scores, p_u, stride_qt, ROW, row, H, t0, bos, eos, i_c,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
+    RETENTION: tl.constexpr,
+):  # fmt: skip
+    """Uq, in the place of U. ``reading`` is what a token reads before writes of its chunk, ``predicting`` where gradients are taken."""
+    o_c, o_d = lanes(C, i_c, 4), lanes(BD, i_c, 4)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    o_g, o_cd, o_cc = o_c * H, o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
+    b_gu = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
+    b_lr = load_gate(lr, row, o_g, m_t)  # [C]
+    b_gamma = load_gamma(decays, row, o_g, m_t, C)  # [C]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_p = tl.load(p_scores + o_cc)  # [t, s]
+    if moving is not None:
+        b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)  # [C]
+        b_carried = tl.zeros((C, BD), tl.float32)
+    b_uq = tl.zeros((C, BD), tl.float32)
+    b_scores = tl.zeros((C, C), tl.float32)  # Aq A'
+    for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
+        o_h = i * BH + lanes(BH, i_c, 4)
+        m_h = inside(o_h, Hd, BH)
+        o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
+        b_z = tl.load(p_z + o_c[:, None] * Hd + o_h[None, :], mask=m_h[None, :], other=0.0).to(tl.float32)  # [C, BH]
+        b_back = rounded(tl.load(predicting + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
+        b_gz = rounded(dot(b_gu, tl.trans(b_back)) * gelu_slope(b_z) * b_lr[:, None], DTYPE)  # [C, BH]
+        b_w2 = rounded(tl.load(reading + Hd * D + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
+        b_own = dot(b_p, b_gz)  # [C, BH], what the chunk has written so far, up to its sign
+        if moving is not None:
+            b_m2 = rounded(tl.load(moving + Hd * D + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
+            b_own -= dot(b_q, tl.trans(b_m2)) * b_carry[:, None]
+        if RETENTION == retentions.ENTIRE:
+            b_own *= rho2
+        b_zq = dot(b_q, tl.trans(b_w2)) * b_gamma[:, None] - b_own
+        b_aq = rounded(gelu(b_zq), DTYPE)
+        if PART == HEAD:
+            b_back = rounded(tl.load(reading + o_hd, mask=m_hd, other=0.0), DTYPE)
+        b_uq += dot(b_aq, b_back)
+        if moving is not None:
+            b_carried += dot(b_aq, rounded(tl.load(moving + o_hd, mask=m_hd, other=0.0), DTYPE))
+        b_scores += dot(b_aq, tl.trans(rounded(gelu(b_z), DTYPE)))
+    tl.debug_barrier()
+    o_c, o_d = lanes(C, i_c, 5), lanes(BD, i_c, 5)
+    m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
+    o_g, o_cd = o_c * H, o_c[:, None] * D + o_d[None, :]
+    b_scores *= tl.load(p_pairs + o_c[:, None] * C + o_c[None, :])
+    b_u1 = tl.load(p_gu + o_cd, mask=m_d[None, :], other=0.0).to(tl.float32) * load_gate(lr, row, o_g, m_t)[:, None]  # [C, BD]
+    b_own = dot(rounded(b_scores, DTYPE), rounded(b_u1, DTYPE))
+    if moving is not None:
+        b_own -= b_carried * load_gate(decays + CARRY * ROW, row, o_g, m_t)[:, None]
+    if RETENTION == retentions.ENTIRE:
+        b_own *= rho1
+    b_uq = b_uq * load_gamma(decays, row, o_g, m_t, C)[:, None] - b_own
+    tl.store(p_u + o_cd, b_uq, mask=m_d[None, :])
+
+
+@triton.jit
+def put_out(
+    q, ln_weight, ln_bias, p_u, out, stride_qt, H, t0, bos, eos, i_c,
+    D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """``O = Q + LN(U)``, ``ROWS`` tokens at a time."""
+    o_d = lanes(BD, i_c, 6)
+    m_d = inside(o_d, D, BD)
+    b_weight = tl.load(ln_weight + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
+    b_bias = tl.load(ln_bias + o_d, mask=m_d, other=0.0)[None, :]  # [1, BD]
+    for i in tl.range(0, C // ROWS, disable_licm=True):
+        o_r = i * ROWS + lanes(ROWS, i_c, 6)
+        m_r = of_chunk(t0 + o_r, bos, eos, PART)
+        b_x, _ = normalised(tl.load(p_u + o_r[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
+        b_q = load_tile(q, stride_qt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
+        store(out + o_r[:, None] * (H * D) + o_d[None, :], b_q + b_x * b_weight + b_bias, m_r[:, None] & m_d[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -67,9 +137,7 @@ def mlp_readout(
     SIZE: tl.constexpr = Hd * D
     place = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c = place // GROUP, (FIRST + place % GROUP).to(tl.int32)
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    i_n, i_c, i_b, t0, eos = of_group(place, cu_seqlens, T, FIRST, GROUP, C)
     if t0 >= eos:
         return
     place = place * H + i_h
@@ -86,15 +154,13 @@ def mlp_readout(
     hidden_q += place * C * Hd
     scores += place * C * C
     weights += place * C * C
-    rho1, rho2 = 1.0, 1.0
-    if scales is not None:
-        rho1, rho2 = tl.load(scales + place * 2), tl.load(scales + place * 2 + 1)
+    rho1, rho2 = load_scales(scales, place)
 
     o_c, o_d = lanes(C, i_c, 0), lanes(BD, i_c, 0)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
-    m_td, o_cc = m_t[:, None] & m_d[None, :], o_c[:, None] * C + o_c[None, :]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    o_cc = o_c[:, None] * C + o_c[None, :]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     if pairs is not None:
         b_decay = tl.load(pairs + slot * C * C + o_cc)  # [t, s]
     else:
@@ -106,7 +172,7 @@ def mlp_readout(
     o_c, o_d = lanes(C, i_c, 1), lanes(BD, i_c, 1)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     o_g = o_c * H
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_p = tl.load(scores + o_c[:, None] * C + o_c[None, :])  # [t, s]
     b_gu = tl.load(updates + o_c[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)  # [C, BD]
     b_lr, b_gamma = load_gate(lr, row, o_g, m_t), load_gamma(decays, row, o_g, m_t, C)  # [C]
@@ -142,8 +208,7 @@ def mlp_readout(
 
     o_c, o_d = lanes(C, i_c, 2), lanes(BD, i_c, 2)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
-    m_td, o_g = m_t[:, None] & m_d[None, :], o_c * H
-    o_cd, o_cc = o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
+    o_g, o_cd, o_cc = o_c * H, o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
     b_gu = tl.load(updates + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD]
     b_u1 = rounded(b_gu.to(tl.float32) * load_gate(lr, row, o_g, m_t)[:, None], DTYPE)  # [C, BD]
     b_decay = tl.load(weights + o_cc)  # [t, s]
@@ -154,7 +219,7 @@ def mlp_readout(
     store(scores + o_cc, b_scores * b_decay * rho1 if scales is not None else b_scores * b_decay, None)
     b_xq, b_inverse = normalised(b_uq * load_gamma(decays, row, o_g, m_t, C)[:, None] + b_own * rho1, m_d, D, EPS)
 
-    b_do = tl.load(grad_out + row * D + o_g[:, None] * D + o_d[None, :], mask=m_td, other=0.0).to(tl.float32)  # [C, BD]
+    b_do = load_tile(grad_out + row * D, D, o_g, o_d, m_t, m_d).to(tl.float32)  # [C, BD]
     tl.store(grad_norm + place * 2 * D + o_d, tl.sum(b_do * b_xq, 0), mask=m_d)
     tl.store(grad_norm + place * 2 * D + D + o_d, tl.sum(b_do, 0), mask=m_d)
     b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0)[None, :]
@@ -190,9 +255,7 @@ def mlp_pre(
     SIZE: tl.constexpr = Hd * D
     place = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c = place // GROUP, (FIRST + place % GROUP).to(tl.int32)
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
+    i_n, i_c, i_b, t0, eos = of_group(place, cu_seqlens, T, FIRST, GROUP, C)
     if t0 >= eos:
         return
     place = place * H + i_h
@@ -206,10 +269,8 @@ def mlp_pre(
     scores += place * C * C
     grad_scores += place * C * C
     weights += place * C * C
-    of_chunk = place * C * Hd
-    rho1, rho2 = 1.0, 1.0
-    if scales is not None:
-        rho1, rho2 = tl.load(scales + place * 2), tl.load(scales + place * 2 + 1)
+    at_hidden = place * C * Hd
+    rho1, rho2 = load_scales(scales, place)
 
     # R1 and P'
     o_c, o_d = lanes(C, i_c, 0), lanes(BD, i_c, 0)
@@ -219,8 +280,8 @@ def mlp_pre(
     b_du = tl.load(grad_sums + place * C * D + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD], dUq
     b_p1 = tl.load(scores + o_cc_transposed)  # [s, t]
     store(from_updates + place * C * D + o_cd, -dot(b_p1, b_du), m_d[None, :])  # R1
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_p = dot(b_k, tl.trans(b_q)) * tl.load(weights + o_cc_transposed)  # [s, t]
     if scales is not None:
         b_p *= rho2
@@ -248,7 +309,7 @@ def mlp_pre(
         o_h = i * BH + lanes(BH, i_c, 1)
         m_h = inside(o_h, Hd, BH)
         o_hd, m_hd = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-        o_ch = of_chunk + o_c[:, None] * Hd + o_h[None, :]
+        o_ch = at_hidden + o_c[:, None] * Hd + o_h[None, :]
         b_s1 = tl.load(states + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
         b_zq = tl.load(hidden_q + o_ch, mask=m_h[None, :], other=0.0).to(tl.float32)  # [C, BH]
         b_z = tl.load(hidden + o_ch, mask=m_h[None, :], other=0.0).to(tl.float32)  # [C, BH]
@@ -274,8 +335,8 @@ def mlp_pre(
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     m_td, o_g = m_t[:, None] & m_d[None, :], o_c * H
     o_td, o_cc = o_g[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_d[None, :], mask=m_td, other=0.0)  # [C, BD]
+    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_dq *= load_gamma(decays, row, o_g, m_t, C)[:, None]
     if rows_read is not None:
         tl.store(rows_read + row + o_g, b_read + tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_t)
@@ -303,102 +364,3 @@ def mlp_pre(
     b_dq += dot(rounded(b_n2, DTYPE), b_k)
     b_do = tl.load(grad_out + row * D + o_td, mask=m_td, other=0.0).to(tl.float32)  # [C, BD]
     store(grad_q + row * D + o_td, b_do + b_dq, m_td)
-
-
-# --------------------------------------------------------------------------------------------------------------- launcher
-
-
-class Between(NamedTuple):
-    """What the three kernels hand to each other, for every chunk of a group and head."""
-
-    inner_grad: Tensor  # [chunks, H, C, Hd]   Ga
-    hidden_q: Tensor  # [chunks, H, C, Hd]   Zq
-    grad_hidden_q: Tensor  # [chunks, H, C, Hd]   dZq
-    from_hidden: Tensor  # [chunks, H, C, Hd]   RA, then dZ
-    from_inner: Tensor  # [chunks, H, C, Hd]   R2, then dGz
-    from_updates: Tensor  # [chunks, H, C, D]   R1
-    grad_sums: Tensor  # [chunks, H, C, D]   dUq
-    scores: Tensor  # [chunks, H, C, C]   rho1 L o Aq A', then P'
-    grad_scores: Tensor  # [chunks, H, C, C]   N1, then N2
-    weights: Tensor  # [chunks, H, C, C] float32   L, with momentum M
-    grad_norm: Tensor  # [chunks, H, 2, D] float32   shares of dw, db
-    grad_scales: Tensor | None  # [chunks, H, 2] float32   d rho
-
-    @staticmethod
-    def of(p: Problem, chunks: int) -> Between:
-        wide = [p.empty(chunks, p.heads, p.chunk_size, p.hidden) for _ in range(5)]
-        narrow = [p.empty(chunks, p.heads, p.chunk_size, p.value_dim) for _ in range(2)]
-        square = [p.empty(chunks, p.heads, p.chunk_size, p.chunk_size, dtype=x) for x in (None, None, torch.float32)]
-        scaled = p.key.retention == retentions.ENTIRE.value
-        rest = [p.empty(chunks, p.heads, *x, dtype=torch.float32) if x else None for x in ((2, p.value_dim), (2,) if scaled else None)]
-        return Between(*wide, *narrow, *square, *rest)
-
-    def only(self, *names: str) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in names}
-
-
-def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-    """Gradients by argument name, ``state`` for the initial matrices: ``[N, H, D, Hd]`` and ``[N, H, Hd, D]``, then their momenta."""
-    weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
-    decays, moving = weights.decays, p.key.momentum
-    float32, decaying, per_token = torch.float32, p.log_decay is not None, p.bias["DELTA"] == 1
-
-    def rows(count: int, wanted: bool = True) -> Tensor | None:
-        return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
-
-    rows_lr, rows_delta, rows_kept = rows(1), rows(1, per_token), rows(1, decaying or moving)
-    rows_read, rows_pairs = rows(1, decaying), rows(2, decaying and not moving)
-    rows_carry, rows_step = rows(1, moving), rows(1, moving)
-    grad_pairs = p.empty(p.slots.count, p.heads, p.chunk_size, p.chunk_size, dtype=float32) if moving else None
-    inner = p.empty(3 if moving else 1, p.slots.count, p.heads, dtype=float32) if decaying or moving else None
-    grad_q, grad_k, grad_v = (p.per_token(p.value_dim) for _ in range(3))
-    grad_delta = p.per_token(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
-    grad_memory = together(tuple(grad_state) or tuple(torch.zeros_like(x) for x in p.call.state.matrices()))
-    grad_primal = torch.empty_like(grad_memory[:, :, :2]) if p.key.retention else None
-    grad_layer_norm = p.empty(p.sequences, p.heads, 2, p.value_dim, dtype=float32).zero_()
-    row_sums = p.empty(p.sequences, p.heads, 3 if moving else 2, p.chunk_size, p.value_dim, dtype=float32)
-    grad_sum = p.empty(p.sequences, p.heads, p.chunk_size, p.value_dim)
-
-    longest = -(-p.tokens // (p.chunk_size * every))  # segments of a sequence, at most
-    count = min(longest, -(-CROWD // (every * p.sequences * p.heads)))
-    between = Between.of(p, p.sequences * count * every)
-    for first in reversed(range(0, longest, count)):
-        group = recompute(p, weights, checkpoints, every, first, count)
-        common = dict(q=p.q, k=p.k, lr=p.lr, decays=decays, cu_seqlens=p.cu_seqlens, first_slot=p.slots.first, CHUNKS=p.slots.per_sequence)
-        common |= dict(ROW=p.row, FIRST=first * every, GROUP=count * every, **p.strides("q", "k"))
-        common |= dict(states=group.states, momenta=group.momenta, scales=group.scales, hidden=group.hidden, updates=group.updates)
-        sizes = {name: x for name, x in p.sizes.items() if name != "EPS"}
-        chunks = p.sequences * count * every
-        shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **between.only("grad_scales"))
-        launch(
-            mlp_readout, p, chunks, "hidden",
-            ln_weight=p.layer_norm["ln_weight"], grad_out=grad_out, pairs=weights.pairs,
-            **between.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "grad_norm", "weights"),
-            rows_pairs=None if rows_pairs is None else rows_pairs[0], **shares, **common, **p.sizes,
-        )  # fmt: skip
-        launch(
-            mlp_pre, p, chunks, "hidden",
-            grad_out=grad_out, **between.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "weights"),
-            **between.only("grad_hidden_q", "from_hidden", "from_updates", "from_inner"), grad_q=grad_q,
-            rows_read=rows_read, rows_pairs=None if rows_pairs is None else rows_pairs[1], **shares, **common, **sizes,
-        )  # fmt: skip
-        launch(
-            mlp_seq, p, p.sequences, "hidden",
-            v=p.v, delta=p.delta, moves=weights.moves, **p.layer_norm, duals=group.duals, sums=group.sums,
-            **{name: x for name, x in between._asdict().items() if name not in ("scores", "weights")}, row_sums=row_sums, grad_sum=grad_sum,
-            grad_memory=grad_memory, grad_primal=grad_primal, grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
-            grad_layer_norm=grad_layer_norm,
-            rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept, rows_step=rows_step, inner=inner, SLOTS=p.slots.count, **common,
-            **p.strides("v"), **p.sizes, **p.bias, **p.retention, MOMENTUM=moving,
-        )  # fmt: skip
-
-    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr[0], "state": list(apart(grad_memory))}
-    grads["ln_weight"], grads["ln_bias"] = grad_layer_norm.sum(0).unbind(1)
-    if moving:
-        added = {"rows_read": None if rows_read is None else rows_read[0], "rows_kept": rows_kept[0]}
-        grads |= gate_gradients(p, weights, grad_pairs, rows_step=rows_step[0], rows_carry=rows_carry[0], inner=inner, **added)
-    elif decaying:
-        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_kept, inner, p.chunk_size)
-    if p.delta is not None:
-        grads["delta"] = rows_delta[0] if per_token else grad_delta
-    return grads
