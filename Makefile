@@ -9,6 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check --no-input
 TORCH          ?= torch==2.13.0
 TORCH_FALLBACK ?= torch>=2.11
 RUFF           ?= ruff==0.17.5
+MYPY           ?= mypy==2.4.1
 # Beside .venv, not in it. Its interpreter needs the numpy of its time.
 OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
 OLDEST_HF      ?= "transformers==5.4.*"
@@ -26,7 +27,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint format build clean distclean
+.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint types format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,6 +62,9 @@ lint: $(VENV)/.lint  ## ruff, as CI runs it
 format: $(VENV)/.lint  ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+types: $(VENV)/.types  ## mypy over what users call, see pyproject.toml
+	$(PY) -m mypy
 
 build: $(VENV)/.built  ## .venv and the C++ kernels, no more
 
@@ -111,6 +115,10 @@ $(VENV)/.oldest: | $(VENV)/.built
 $(VENV)/.oldest-hf: | $(VENV)/.built
 	@echo "installing the oldest transformers that is supported, for the tests alone"
 	@$(PIP) install -qq --upgrade --target $(VENV)/oldest-hf $(OLDEST_HF)
+	@touch $@
+
+$(VENV)/.types: | $(VENV)/.torch
+	@$(PIP) install -qq "$(MYPY)"
 	@touch $@
 
 $(VENV)/.lint: | $(VENV)/.python
