@@ -18,6 +18,8 @@ WORKERS        ?= -n 2 --dist worksteal
 # ... each with one thread of its own, but where a test asks for more: threads that spin while they wait would take the cores from each other.
 ONE_THREAD     := OMP_NUM_THREADS=1
 ARGS           ?=
+# How long `make fuzz` tries each backend.
+SECONDS        ?= 120
 # The demo's memory, e.g. PRESET=yaad; its own default if empty.
 PRESET         ?=
 
@@ -27,7 +29,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint types format build clean distclean
+.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint types sanitize fuzz format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +52,10 @@ test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
 
+# What is to be found in seconds is found by `make test`; this looks longer. Backends side by side, a core each.
+fuzz: $(VENV)/.built  ## random calls against the reference, SECONDS=120 for each backend
+	printf '%s\n' cpp triton | xargs -P 2 -I {} env $(ONE_THREAD) TRITON_INTERPRET=1 $(PY) -m miras_kernels fuzz --backend {} --seconds $(SECONDS) $(ARGS)
+
 test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
 bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --json out.json"
@@ -62,6 +68,9 @@ lint: $(VENV)/.lint  ## ruff, as CI runs it
 format: $(VENV)/.lint  ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+sanitize: $(VENV)/.sanitized  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PY) tests/sanitize.py
 
 types: $(VENV)/.types  ## mypy over what users call, see pyproject.toml
 	$(PY) -m mypy
@@ -104,6 +113,11 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.tools
 
 $(VENV)/.built: $(CXX_SOURCES) $(VENV)/.installed
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.sanitized: $(CXX_SOURCES) setup.py | $(VENV)/.built
+	@echo "building the C++ kernels for the sanitizers (some minutes the first time)"
+	@MIRAS_SANITIZE=1 MIRAS_CUDA=0 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext
 	@touch $@
 
 $(VENV)/.oldest: | $(VENV)/.built

@@ -273,7 +273,9 @@ def examples(backend: str | None = None):
     def build(draw) -> Example:
         one_of = lambda *values: draw(st.sampled_from(values))
         memory = one_of("linear", "mlp")
-        linear = memory == "linear"
+        linear, dtype = memory == "linear", one_of("float32", "bfloat16", *(("float16",) if backend == "triton" else ()))
+        # a number cannot be moved away from the errors that it meets, so products of 16 bits may take another side of a kink than 64
+        number = ("float",) if backend is None or operands(backend, DTYPES[dtype]) == torch.float32 else ()
         lengths = draw(st.one_of(st.none(), st.lists(st.integers(1, most // 3), min_size=1, max_size=4).map(tuple)))
         # the softmax of one entry and LayerNorm of one or two channels have gradients of exactly 0, where rounding leaves something
         key_dim, per_channel = draw(st.integers(2 if linear else 6, 40)), ("channel",) if linear else ()
@@ -283,11 +285,11 @@ def examples(backend: str | None = None):
             heads=draw(st.integers(1, 3)), key_dim=key_dim, value_dim=draw(st.integers(1, 40)) if linear else key_dim,
             hidden=draw(st.integers(6, 48)), chunk_size=draw(chunk_sizes), momentum=draw(st.booleans()),
             decay=one_of("scalar", "none", "slight", *(("strong", "extreme", "channel", "extreme_channel") if linear else ())),
-            delta=one_of("token", *per_channel), lr=one_of("scalar", *per_channel),
+            delta=one_of("token", *number, *per_channel), lr=one_of("scalar", *per_channel),
             initial=one_of("dual", "shared", *(("none",) if linear else ())),
             layout=one_of("contiguous", "fused", "heads_first"), keys=one_of("unit", "zero", "repeated", "huge"),
         )  # fmt: skip
-        return Example(case, one_of("float32", "bfloat16"), one_of(*ROUTES, "causality"), draw(st.integers(0, most)))
+        return Example(case, dtype, one_of(*ROUTES, "causality"), draw(st.integers(0, most)))
 
     return build()
 
