@@ -9,6 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check --no-input
 TORCH          ?= torch==2.13.0
 TORCH_FALLBACK ?= torch>=2.11
 RUFF           ?= ruff==0.17.5
+MYPY           ?= mypy==2.4.1
 # Beside .venv, not in it. Its interpreter needs the numpy of its time.
 OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
 OLDEST_HF      ?= "transformers==5.4.*"
@@ -17,6 +18,8 @@ WORKERS        ?= -n 2 --dist worksteal
 # ... each with one thread of its own, but where a test asks for more: threads that spin while they wait would take the cores from each other.
 ONE_THREAD     := OMP_NUM_THREADS=1
 ARGS           ?=
+# How long `make fuzz` tries each backend.
+SECONDS        ?= 120
 # The demo's memory, e.g. PRESET=yaad; its own default if empty.
 PRESET         ?=
 
@@ -26,7 +29,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint format build clean distclean
+.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint types sanitize fuzz format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +52,10 @@ test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
 
+# What is to be found in seconds is found by `make test`; this looks longer. Backends side by side, a core each.
+fuzz: $(VENV)/.built  ## random calls against the reference, SECONDS=120 for each backend
+	printf '%s\n' cpp triton | xargs -P 2 -I {} env $(ONE_THREAD) TRITON_INTERPRET=1 $(PY) -m miras_kernels fuzz --backend {} --seconds $(SECONDS) $(ARGS)
+
 test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
 bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --json out.json"
@@ -61,6 +68,12 @@ lint: $(VENV)/.lint  ## ruff, as CI runs it
 format: $(VENV)/.lint  ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+sanitize: $(VENV)/.sanitized  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PY) tests/sanitize.py
+
+types: $(VENV)/.types  ## mypy over what users call, see pyproject.toml
+	$(PY) -m mypy
 
 build: $(VENV)/.built  ## .venv and the C++ kernels, no more
 
@@ -102,6 +115,11 @@ $(VENV)/.built: $(CXX_SOURCES) $(VENV)/.installed
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
 	@touch $@
 
+$(VENV)/.sanitized: $(CXX_SOURCES) setup.py | $(VENV)/.built
+	@echo "building the C++ kernels for the sanitizers (some minutes the first time)"
+	@MIRAS_SANITIZE=1 MIRAS_CUDA=0 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext
+	@touch $@
+
 $(VENV)/.oldest: | $(VENV)/.built
 	@echo "installing the oldest Triton that is supported, for the tests alone"
 	@$(PIP) install -qq --upgrade --target $(VENV)/oldest $(OLDEST_TRITON)
@@ -111,6 +129,10 @@ $(VENV)/.oldest: | $(VENV)/.built
 $(VENV)/.oldest-hf: | $(VENV)/.built
 	@echo "installing the oldest transformers that is supported, for the tests alone"
 	@$(PIP) install -qq --upgrade --target $(VENV)/oldest-hf $(OLDEST_HF)
+	@touch $@
+
+$(VENV)/.types: | $(VENV)/.torch
+	@$(PIP) install -qq "$(MYPY)"
 	@touch $@
 
 $(VENV)/.lint: | $(VENV)/.python

@@ -7,6 +7,7 @@ kept in miras_kernels/_build_info.py, which `backend="cpp"` and `backend="cuda"`
 
     MIRAS_REQUIRE_CPP=1    a failed build of the C++ kernels is an error (developers, CI)
     MIRAS_SKIP_CPP=1       do not build the C++ kernels
+    MIRAS_SANITIZE=1       build them for tests/sanitize.py under AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize alone
     MIRAS_CUDA=1           build the CUDA kernels even for a torch without CUDA; a failed build is an error
     MIRAS_CUDA=0           do not build the CUDA kernels
 """
@@ -25,12 +26,16 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 REQUIRE_CPP = os.environ.get("MIRAS_REQUIRE_CPP", "0") not in ("", "0")
 SKIP_CPP = os.environ.get("MIRAS_SKIP_CPP", "0") not in ("", "0")
+SANITIZE = os.environ.get("MIRAS_SANITIZE", "0") not in ("", "0")
 CUDA = os.environ.get("MIRAS_CUDA", "")
 BUILD_INFO = "_build_info.py"
 
 SOURCES = [f"csrc/{name}{path.name}" for name in ("", "cpu/") for path in sorted((ROOT / "csrc" / name).glob("*.cpp"))]
 # No -march: the kernels carry their own instruction sets and choose at run time. -O2 is as fast as -O3 here, in half the time.
-COMPILE = ["-O2", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]
+COMPILE, LINK = ["-O2", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden"], ["-fopenmp", "-s"]
+if SANITIZE:  # a null pointer needs no check, reading it is a report of AddressSanitizer's; vptr would need the types of other libraries
+    INSTRUMENT = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr", "-fno-sanitize-recover=all"]
+    COMPILE, LINK = ["-O1", "-g1", *COMPILE[2:], *INSTRUMENT], [*LINK[:1], *INSTRUMENT]
 
 
 def version() -> str:
@@ -129,7 +134,9 @@ else:
             super().finalize_options()
             # One lasting place for objects, so that ninja rebuilds only what changed, under pip too.
             python = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.build_temp = str(ROOT / "build" / f"cpp-{self.plat_name}-{python}")
+            self.build_temp = str(ROOT / "build" / f"{'sanitize' if SANITIZE else 'cpp'}-{self.plat_name}-{python}")
+            if SANITIZE:
+                self.build_lib, self.inplace = str(ROOT / "build" / "sanitize"), False
 
         def run(self):
             try:
@@ -171,7 +178,7 @@ else:
             depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": COMPILE},
-            extra_link_args=["-fopenmp", "-s"],
+            extra_link_args=LINK,
         )
     )
 

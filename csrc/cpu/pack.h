@@ -18,7 +18,9 @@ class Arena {
   MIRAS_FN float* take(int64_t rows, int64_t ld) {
     const int64_t at = used_;
     used_ += (rows * ld + kPad - 1) / kPad * kPad + kSkew;
-    return base_ ? base_ + at : nullptr;
+    if (!base_) return nullptr;
+    allow(base_ + at, size_t(rows * ld));
+    return base_ + at;
   }
   MIRAS_FN int64_t used() const { return used_; }
 

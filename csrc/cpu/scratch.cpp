@@ -24,6 +24,7 @@ float* thread_scratch(std::size_t floats) {
     if (!block.data) throw std::bad_alloc();
     block.size = bytes / sizeof(float);
   }
+  forbid(block.data, block.size);
   return block.data;
 }
 

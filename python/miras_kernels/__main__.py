@@ -286,7 +286,9 @@ def fuzz_command(args: argparse.Namespace) -> int:
             print(f"  {count} times: {reason}")
         if outcome.failure is not None:
             example, complaint = outcome.failure
-            print(f"WRONG: {complaint}\nrepeat with:\n  python -m miras_kernels fuzz --backend {name} --replay '{example.encode()}'")
+            setting = "TRITON_INTERPRET=1 " if name == "triton" else ""  # examples are CPU tensors
+            command = f"{setting}python -m miras_kernels fuzz --backend {name} --replay '{example.encode()}'"
+            print(f"WRONG: {complaint}\nrepeat with:\n  {command}")
             return 1
     return 0
 

@@ -51,11 +51,10 @@ def _run_reference(call: Call) -> tuple[Tensor, MemoryState | None]:
     dtype = call.state.dual[0].dtype
     with torch.autocast(call.q.device.type, enabled=False):
         out, state = chunkwise.run(call.replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype)))
+    out = out.to(call.v.dtype)
     if not call.output_final_state:
-        state = None
-    elif not _ends_open(call):
-        state = MemoryState(state.dual, state.momentum)
-    return out.to(call.v.dtype), state
+        return out, None
+    return out, state if _ends_open(call) else MemoryState(state.dual, state.momentum)
 
 
 # ------------------------------------------------------------------------------------------------------ final states
@@ -177,7 +176,7 @@ def _gradients(ctx, backward, grad_out: Tensor | None, grad_final: list[Tensor |
     else:
         grad_state = [torch.zeros_like(x) if g is None else g for g, x in zip(grad_state, matrices, strict=True)]
     grads = list(backward(arguments, saved, torch.zeros_like(call.v) if grad_out is None else grad_out, grad_state))
-    result = [None] * len(arguments)
+    result: list = [None] * len(arguments)
     for name in _present(call):
         result[DIFFERENTIABLE.index(name)] = grads.pop(0)
     result[STATE] = grads + [None] * (ctx.state_tensors - len(grads))
@@ -235,8 +234,8 @@ def _memory_fake(*arguments):
     mutates_args=(),
     schema=f"({_ARGUMENTS}, Tensor[] saved, Tensor grad_out, Tensor[] grad_state) -> Tensor[]",
 )
-def _memory_backward(*arguments):
-    *arguments, backend, checkpoint_every, saved, grad_out, grad_state = arguments
+def _memory_backward(*everything):
+    *arguments, backend, checkpoint_every, saved, grad_out, grad_state = everything
     return _backward(_call(*arguments), backend, checkpoint_every, saved, grad_out, grad_state)
 
 

@@ -68,6 +68,8 @@ class Bias:
     row_coupled: ClassVar[bool] = False
     #: whether psi reads the prediction at all (the dot product does not)
     reads_memory: ClassVar[bool] = True
+    #: tag and parameters in one string, of an instance; no field, as it follows from them
+    code: ClassVar[str]
 
     def __post_init__(self) -> None:
         self._check()
@@ -202,11 +204,11 @@ class Lp(_ErrorBias):
             raise ValueError(f"Lp: p < 2 needs a sharpness (psi' is unbounded at e = 0), got p={self.p:g}, sharpness=None")
 
     @property
-    def name(self):
+    def name(self):  # type: ignore[override]
         return "lp" if self.sharpness is None else "lp_smooth"
 
     @property
-    def tag(self):
+    def tag(self):  # type: ignore[override]
         return 3 if self.sharpness is None else 4
 
     @property
@@ -252,11 +254,11 @@ class Huber(_ErrorBias):
         object.__setattr__(self, "sharpness", _number(self, "sharpness", self.sharpness, 0.0))
 
     @property
-    def name(self):
+    def name(self):  # type: ignore[override]
         return f"huber_{self.kind}"
 
     @property
-    def tag(self):
+    def tag(self):  # type: ignore[override]
         return 5 + self.KINDS.index(self.kind)
 
     @property
@@ -264,11 +266,11 @@ class Huber(_ErrorBias):
         return (self.sharpness,) if self.kind == "switch" else ()
 
     @property
-    def row_coupled(self):
+    def row_coupled(self):  # type: ignore[override]
         return self.kind != "coordinate"
 
     @property
-    def delta_per_channel(self):
+    def delta_per_channel(self):  # type: ignore[override]
         return self.kind == "coordinate"
 
     def loss(self, pred, v, delta):

@@ -35,6 +35,9 @@ class Backend(Protocol):
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         """Why it cannot serve this call, or None."""
 
+    def stepper(self, call: Call) -> Callable:
+        """See :func:`stepper`; asked only where it has a method ``refuses_steps(call)`` that says None."""
+
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """``(out, final state tensors in MemoryState order, saved)``; ``checkpoint_every == 0``: no backward will come."""
 

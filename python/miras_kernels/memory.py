@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -143,7 +145,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | Non
     defaults = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
                     output_final_state=False, cu_seqlens=None)  # fmt: skip
     arguments.pop("backend", None)
-    make = linear_call
+    make: Callable[..., Call] = linear_call
     if "ln_weight" in arguments:
         make, defaults = mlp_call, {**defaults, "ln_bias": None, "ln_eps": 1e-6}
     call = make(*_autocast(q, k, v), lr, log_decay, **{**defaults, **arguments})

@@ -36,6 +36,8 @@ class Retention:
 
     name: ClassVar[str] = ""
     tag: ClassVar[int] = -1
+    #: tag and parameters in one string, of an instance; no field, as it follows from them
+    code: ClassVar[str]
 
     def __post_init__(self) -> None:
         self._check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,16 +69,21 @@ class MemoryState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         """Apply ``function`` to every tensor, the integer positions included (index the batch, move, detach ...)."""
-        state = self.replace_tensors([function(t) for t in self.tensors()])
-        if self.open_chunk is None:
-            return state
-        position = function(self.open_chunk.position)
-        return dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=position))
+        return self._mapped(function, function)
 
     def detach(self) -> MemoryState:
         """The same numbers without a gradient history: truncated back-propagation through time."""
         return self.map(torch.Tensor.detach)
 
-    def to(self, *args, **kwargs) -> MemoryState:
-        """Move to a device; a dtype, if given, applies to the floating-point tensors only."""
-        return self.map(lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(*args, **{**kwargs, "dtype": t.dtype}))
+    def to(self, *args: Any, **kwargs: Any) -> MemoryState:
+        """Move to a device, as :meth:`torch.Tensor.to` does; a dtype, if given, applies to the floating-point tensors only."""
+        device = self.dual[0].to(*args, **kwargs).device
+        how = {name: x for name, x in kwargs.items() if name in ("copy", "non_blocking")}
+        return self._mapped(lambda t: t.to(*args, **kwargs), lambda position: position.to(device, **how))
+
+    def _mapped(self, of_numbers: Callable[[Tensor], Tensor], of_positions: Callable[[Tensor], Tensor]) -> MemoryState:
+        state = self.replace_tensors([of_numbers(t) for t in self.tensors()])
+        if state.open_chunk is None:
+            return state
+        position = of_positions(state.open_chunk.position)
+        return dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=position))

@@ -95,7 +95,7 @@ def _is_tensor(name: str, x: object, q: Tensor | None = None) -> Tensor:
 
 def _tensor(name: str, x: object, q: Tensor, shapes: tuple[tuple[int, ...], ...], words: str) -> Tensor:
     """A floating-point tensor of one of ``shapes``, in the dtype of the arithmetic."""
-    _is_tensor(name, x, q)
+    x = _is_tensor(name, x, q)
     if tuple(x.shape) not in shapes:
         allowed = " or ".join(str(s) for s in shapes)
         raise ValueError(f"{name}: expected shape {words} = {allowed}, got {tuple(x.shape)}")
@@ -104,7 +104,7 @@ def _tensor(name: str, x: object, q: Tensor, shapes: tuple[tuple[int, ...], ...]
     return x.to(_arithmetic(q))
 
 
-def _tokens(q: object, k: object, v: object) -> tuple[int, int, int, int]:
+def _tokens(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _is_tensor(name, x, None if name == "q" else q)
         if x.dim() != 4:
@@ -117,7 +117,8 @@ def _tokens(q: object, k: object, v: object) -> tuple[int, int, int, int]:
         raise ValueError(f"k: expected the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v: expected shape [B, T, H, Dv] = {tuple(q.shape[:3])} + (Dv,), got {tuple(v.shape)}")
-    return tuple(q.shape)
+    b, t, h, d = q.shape
+    return b, t, h, d
 
 
 def _settings(bias: object, retention: object, chunk_size: object, output_final_state: object) -> None:

@@ -7,11 +7,12 @@ on the model between two calls, so that a layer computed again for its gradient 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from ..layers import MemoryBlock, Projected
 from .cache import check_cache, memory_layer
@@ -41,6 +42,14 @@ class MemoryAttention(nn.Module):
         layer_idx: the layer's place in the model and its cache.
         attention: the layer that is linearised.
     """
+
+    # the attention layer's, where there is one
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    q_norm: Any
+    k_norm: Any
 
     def __init__(self, memory: MemoryBlock, layer_idx: int, attention: nn.Module | None = None):
         super().__init__()
@@ -107,7 +116,7 @@ _PACKED_CACHE = (
 )
 
 
-def describe_batch(model: nn.Module, kwargs: dict) -> dict:
+def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
     """The keyword arguments of the base model's own forward: refuses what memories cannot serve, and adds ``memory_batch``.
 
     Positions are those of the real tokens if a padding mask ``[B, past + T]`` comes without ``position_ids``, and in training no
@@ -130,7 +139,7 @@ def describe_batch(model: nn.Module, kwargs: dict) -> dict:
         kwargs["use_cache"], kwargs["attention_mask"], mask = False, None, None
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = _positions(documents, tokens)
-    elif mask is not None and kwargs.get("position_ids") is None:
+    elif given is not None and mask is not None and kwargs.get("position_ids") is None:
         before = given[:, :past].count_nonzero(1).unsqueeze(1) if past else 0
         kwargs["position_ids"] = (before + mask.long().cumsum(1) - 1).clamp(min=0)
     if mask is not None:
@@ -144,7 +153,7 @@ def describe_batch(model: nn.Module, kwargs: dict) -> dict:
     return {**kwargs, "memory_batch": Batch(mask, documents)}
 
 
-def _refuse(model: nn.Module, kwargs: dict) -> None:
+def _refuse(model: PreTrainedModel, kwargs: dict) -> None:
     if kwargs.get("past_key_values") is not None:
         check_cache(kwargs["past_key_values"])
     if kwargs.get("cache") is not None:

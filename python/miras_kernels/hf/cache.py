@@ -100,7 +100,7 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.state = self.state.map(function)
 
 
-def memory_layer(cache: object, index: int) -> MemoryCacheLayer:
+def memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
     """The memory's layer of a model's cache, put there if the cache is new.
 
     Raises:

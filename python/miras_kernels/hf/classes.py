@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
@@ -49,7 +49,13 @@ class Family(NamedTuple):
     models: dict[type[PreTrainedModel], type[PreTrainedModel]]
 
 
-class MirasConfigMixin:
+if TYPE_CHECKING:  # what the mixins below find in the classes that they are mixed into
+    from transformers import PreTrainedModel as _OfHost
+else:
+    _OfHost = object
+
+
+class MirasConfigMixin(_OfHost):
     """A host's configuration with the field ``miras``."""
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
@@ -66,7 +72,7 @@ class MirasConfigMixin:
         """Nothing: a saved model names the installed classes, and carries no copy of their code."""
 
 
-class MirasModelMixin:
+class MirasModelMixin(_OfHost):
     """What a model with memories does differently from its host.
 
     Parameters that a checkpoint lacks get the values that :meth:`MemoryBlock.reset_parameters

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from .. import biases, retention
 from ..layers import Preset
@@ -21,7 +22,7 @@ __all__ = ["INITS", "VERSION", "Memories", "indices", "read", "write"]
 
 VERSION = 1
 INITS = ("new", "from_attention")
-_TABLES = {"bias": biases.TABLE, "retention": retention.TABLE}
+_TABLES: dict[str, dict] = {"bias": biases.TABLE, "retention": retention.TABLE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def indices(layers: object, count: int, taken: Iterable[int] = ()) -> tuple[int,
     return chosen
 
 
-def _row_to_json(name: str, row: object, table: dict) -> dict:
+def _row_to_json(name: str, row: Any, table: dict) -> dict:
     if type(row) not in map(type, table.values()):
         raise ValueError(
             f"preset: its {name} must be one of miras_kernels' own, to be written to a configuration; got {type(row).__name__}"
@@ -103,7 +104,7 @@ def _row_to_json(name: str, row: object, table: dict) -> dict:
     return {"type": type(row).__name__, **dataclasses.asdict(row)}
 
 
-def _row_from_json(data: dict, table: dict) -> object:
+def _row_from_json(data: dict, table: dict) -> Any:
     kinds = {type(row).__name__: type(row) for row in table.values()}
     data = dict(data)
     return kinds[data.pop("type")](**data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,8 @@ class Projected(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Projected:
         """Apply ``function`` to every tensor."""
-        return Projected(*(None if x is None else function(x) for x in self))
+        turn = (None, None) if self.cos is None or self.sin is None else (function(self.cos), function(self.sin))
+        return Projected(function(self.qkv), *turn)
 
 
 class MemoryBlock(nn.Module):
@@ -133,6 +134,20 @@ class MemoryBlock(nn.Module):
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
+    # None where a preset, or a block without projections, has none
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    gate_down: Any
+    gate_up: Any
+    gate_bias: Any
+    decay_rate: Any
+    w1: Any
+    w2: Any
+    ln_weight: Any
+    ln_bias: Any
+
     def __init__(
         self,
         hidden_size: int,
@@ -162,7 +177,7 @@ class MemoryBlock(nn.Module):
         self.preset = resolve(preset, chunk_size)
         self.hidden_size, self.num_heads, self.head_dim = (hidden_size, num_heads, head_dim or hidden_size // num_heads)
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
-        inner, where = (self.num_heads * self.head_dim, {"device": device, "dtype": dtype})
+        inner, where = self.num_heads * self.head_dim, dict[str, Any](device=device, dtype=dtype)
         self.q_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
         self.k_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
         self.v_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
@@ -176,7 +191,7 @@ class MemoryBlock(nn.Module):
         self.gate_bias = nn.Parameter(torch.empty(gates, **where)) if gates else None
         self.decay_rate = nn.Parameter(torch.empty(num_heads, **where)) if self.preset.decay == "dt" else None
         self.w1 = self.w2 = self.ln_weight = self.ln_bias = None
-        if self.preset.memory == "mlp":
+        if self.preset.expansion is not None:
             hidden = self.preset.expansion * self.head_dim
             self.w1 = nn.Parameter(torch.empty(num_heads, self.head_dim, hidden, **where))
             self.w2 = nn.Parameter(torch.empty(num_heads, hidden, self.head_dim, **where))
@@ -204,7 +219,7 @@ class MemoryBlock(nn.Module):
         if self.w1 is not None:
             weight = ((1 + value**2) / self.head_dim) ** 0.5  # the root mean square of v - k
             nn.init.normal_(self.w1, std=2**0.5 * weight)
-            nn.init.normal_(self.w2, std=2**0.5 * weight * (1 + self.preset.expansion**-0.5))
+            nn.init.normal_(self.w2, std=2**0.5 * weight * (1 + (self.head_dim / self.w1.shape[-1]) ** 0.5))
             for dual in (self.w1, self.w2):
                 _suit(self.preset.retention, dual)
             nn.init.constant_(self.ln_weight, weight)
@@ -307,11 +322,12 @@ class MemoryBlock(nn.Module):
         if len(rows) == 0:
             return x.new_zeros(*mask.shape, self.hidden_size if self.o_proj is not None else len(self.conv_weight) // 3), before
         pack = lambda t: t.flatten(0, 1)[at].unsqueeze(0)
-        start = before if every else before.map(lambda t: t[rows])
+        start = before if every or before is None else before.map(lambda t: t[rows])
         offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
         out, state = self._run(pack(x), projected and projected.map(pack), offsets, start, True)
         out = out.new_zeros(mask.numel(), out.shape[-1]).index_copy(0, at, out.squeeze(0))
-        return out.unflatten(0, mask.shape), state if every else _overwritten(before, rows, state)
+        out = out.unflatten(0, mask.shape)
+        return out, state if before is None or state is None or every else _overwritten(before, rows, state)
 
     def _run(
         self, x: Tensor, projected: Projected | None, cu_seqlens: Tensor | None, initial_state: BlockState | None, output_final_state: bool
@@ -319,9 +335,10 @@ class MemoryBlock(nn.Module):
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1) if projected is None else projected.qkv
         mixed, conv = self._convolve(qkv, None if initial_state is None else initial_state.conv, cu_seqlens)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        if projected is not None and projected.cos is not None:
+        if projected is not None and projected.cos is not None and projected.sin is not None:
             q, k = (_rotated(t, projected.cos, projected.sin) for t in (q, k))
-        recall, start, scale = linear_memory, None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
+        recall: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
+        start, scale = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
         if self.w1 is not None:
             recall = functools.partial(mlp_memory, ln_weight=self.ln_weight, ln_bias=self.ln_bias)
             start, scale = (self.w1, self.w2), 1
@@ -333,9 +350,9 @@ class MemoryBlock(nn.Module):
         o = _wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))
-        return out if self.o_proj is None else self.o_proj(out), BlockState(memory, conv) if output_final_state else None
+        return out if self.o_proj is None else self.o_proj(out), None if memory is None else BlockState(memory, conv)
 
-    def gates(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
+    def gates(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """``lr``, ``log_decay``, ``delta`` and ``momentum [B, T, H]`` of the memory, those that it has, in float32 (float64 for float64).
 
         Autocast does not apply: a decay close to 1 has no room in bfloat16.
@@ -404,10 +421,11 @@ def _opened(state: MemoryState) -> MemoryState:
 
 def _overwritten(state: BlockState, rows: Tensor, other: BlockState) -> BlockState:
     """``state`` with the sequences ``rows`` replaced by those of ``other``."""
-    memory, news = _opened(state.memory), _opened(other.memory)
     write = lambda old, new: old.index_copy(0, rows, new.to(old.dtype))
+    olds, news = _opened(state.memory), _opened(other.memory)
+    memory = olds.replace_tensors([write(*pair) for pair in zip(olds.tensors(), news.tensors(), strict=True)])
+    assert memory.open_chunk is not None and news.open_chunk is not None
     position = write(memory.open_chunk.position, news.open_chunk.position)
-    memory = memory.replace_tensors([write(*pair) for pair in zip(memory.tensors(), news.tensors(), strict=True)])
     memory = dataclasses.replace(memory, open_chunk=dataclasses.replace(memory.open_chunk, position=position))
     return BlockState(memory, write(state.conv, other.conv))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Inputs:
     def arguments(self) -> dict:
         """Keyword arguments for ``linear_memory`` or ``mlp_memory``, less the backend."""
         case = self.case
-        arguments = {name: self.tensors.get(name) for name in LEAVES[:7]}
+        arguments: dict[str, Any] = {name: self.tensors.get(name) for name in LEAVES[:7]}
         if case.delta == "float":
             arguments["delta"] = case.delta_scale
         if case.memory == "mlp":
@@ -214,7 +215,7 @@ class Case:
         grad_out = normal(b, t, h, dv)
         if not self.momentum:
             return Inputs(self, tensors, duals, grad_out, grad_duals)
-        carried = tuple(0.1 * normal(*lead, *s) / math.sqrt(s[1]) for s in shapes) if self.initial == "dual" else ()
+        carried = tuple(0.1 * normal(*lead, *s) / math.sqrt(s[1]) for s in shapes) if lead and self.initial == "dual" else ()
         grad_momenta = tuple(normal(self.sequences, h, *s) for s in shapes)
         return Inputs(self, tensors, duals, grad_out, grad_duals, carried, grad_momenta)
 
@@ -236,11 +237,11 @@ class Case:
     def _settled(self, inputs: Inputs, margin: float) -> Inputs:
         """The same inputs with thresholds moved away from the errors that they meet."""
         delta = inputs.tensors["delta"]
-        probe = _Probe(self.bias, torch.cat([torch.zeros(1, dtype=delta.dtype), delta.detach().flatten()]), margin)
+        thresholds = torch.cat([torch.zeros(1, dtype=delta.dtype), delta.detach().flatten()])
         ids = torch.arange(1, delta.numel() + 1, dtype=delta.dtype).reshape(delta.shape)  # padding will be 0
         with torch.no_grad():
-            chunkwise.run(inputs.call().replace(bias=probe, delta=ids))
-        settled = probe.thresholds[1:].reshape(delta.shape).requires_grad_()
+            chunkwise.run(inputs.call().replace(bias=_Probe(self.bias, thresholds, margin), delta=ids))
+        settled = thresholds[1:].reshape(delta.shape).requires_grad_()
         return dataclasses.replace(inputs, tensors=inputs.tensors | {"delta": settled})
 
     def _kink_distance(self, inputs: Inputs) -> float:
@@ -256,8 +257,13 @@ class _Probe(Bias):
     In the second role it is given ``thresholds`` and, as delta, the places of a token's thresholds among them.
     """
 
-    def __init__(self, bias: Huber, thresholds: Tensor | None = None, margin: float = 0.0):
-        for name, value in dict(bias=bias, thresholds=thresholds, margin=margin, distances=[]).items():
+    bias: Any  # a Huber
+    thresholds: Tensor | None
+    margin: float
+    distances: list[float]
+
+    def __init__(self, bias: Bias, thresholds: Tensor | None = None, margin: float = 0.0):
+        for name, value in dict[str, Any](bias=bias, thresholds=thresholds, margin=margin, distances=[]).items():
             object.__setattr__(self, name, value)
 
     def psi(self, pred, v, delta):
@@ -311,7 +317,7 @@ def _linear() -> list[Case]:
         "many-heads": (3, 33, 5, 16, 16, 16),
     }
     for i, (name, (b, t, h, dk, dv, c)) in enumerate(sizes.items(), 40):
-        shape = dict(batch=b, tokens=t, heads=h, key_dim=dk, value_dim=dv, chunk_size=c)
+        shape = dict[str, Any](batch=b, tokens=t, heads=h, key_dim=dk, value_dim=dv, chunk_size=c)
         cases += [Case(f"linear-{name}-{_word(bias)}", bias=bias, seed=i, **shape) for bias in (L2(), huber, switch)]
     for i, bias in enumerate((L2(), huber, norm, Lp(3.0)), 60):
         word = _word(bias)
@@ -331,7 +337,7 @@ def _linear() -> list[Case]:
         Case("linear-l2-long", tokens=1000, batch=1, chunk_size=32, seed=73),
         Case("linear-l2-packed-shared", lengths=(7, 41, 16), initial="shared", seed=74),
     ]
-    channel = dict(decay="channel", lr="channel", delta="channel")
+    channel = dict[str, Any](decay="channel", lr="channel", delta="channel")
     cases += [
         Case("linear-huber_coordinate-channel-wise", bias=huber, **channel, seed=90),
         Case("linear-l2-channel-wise-momentum", **channel, momentum=True, seed=91),
@@ -348,7 +354,7 @@ def _linear() -> list[Case]:
 
 
 def _mlp() -> list[Case]:
-    shape = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
+    shape = dict[str, Any](memory="mlp", key_dim=16, value_dim=16, hidden=24)
     cases = [Case(f"mlp-{_word(bias)}", bias=bias, seed=i, **shape) for i, bias in enumerate(BIASES.values(), 100)]
     cases += _pairs(
         "mlp", 300,
@@ -375,7 +381,7 @@ def _mlp() -> list[Case]:
         "tiny": (1, 11, 1, 1, 3, 4),
     }
     for i, (name, (b, t, h, d, hidden, c)) in enumerate(sizes.items(), 160):
-        shape = dict(memory="mlp", batch=b, tokens=t, heads=h, key_dim=d, value_dim=d, hidden=hidden, chunk_size=c)
+        shape = dict[str, Any](memory="mlp", batch=b, tokens=t, heads=h, key_dim=d, value_dim=d, hidden=hidden, chunk_size=c)
         cases.append(Case(f"mlp-huber_coordinate-{name}", bias=Huber("coordinate"), seed=i, **shape))
     return cases
 
@@ -385,7 +391,7 @@ def _pairs(memory: str, seed: int, **factors: list) -> list[Case]:
     names = list(factors)
     together = itertools.combinations(range(len(names)), 2)
     open_pairs = {(i, a, j, b) for i, j in together for a in range(len(factors[names[i]])) for b in range(len(factors[names[j]]))}
-    cases = []
+    cases: list[Case] = []
     while open_pairs:
         chosen: dict[int, int] = dict(zip(*[iter(min(open_pairs))] * 2, strict=True))
         for i in range(len(names)):
@@ -393,7 +399,7 @@ def _pairs(memory: str, seed: int, **factors: list) -> list[Case]:
                 continue
             count = len(factors[names[i]])
             news = [sum((*min((i, a), y), *max((i, a), y)) in open_pairs for y in chosen.items()) for a in range(count)]
-            chosen[i] = max(range(count), key=lambda a, i=i, count=count, news=news: (news[a], (a + len(cases)) % count))
+            chosen[i] = max((news[a], (a + len(cases)) % count, a) for a in range(count))[-1]
         row = sorted(chosen.items())
         open_pairs -= {(*x, *y) for x, y in itertools.combinations(row, 2)}
         properties = {names[i]: factors[names[i]][a] for i, a in row}
