@@ -11,7 +11,7 @@
 // so that, for an incoming y:  dE = slope y + pull (e.y) e,   d delta = sum slope_delta y.
 // psi(0) = 0 for all of them: zero padding stays zero.
 //
-// Adding a bias: a functor here, a line in `with_bias`, a row in biases.py and kernels/bias.py.
+// Adding a bias: docs/adding-a-bias.md.
 #pragma once
 
 #include "params.h"

@@ -11,7 +11,7 @@
 //
 // so that the sums are the caller's. rho = 1 but for Coupling::matrix.
 //
-// Adding a gate: a functor here, a line in `with_retention`, a row in retention.py and kernels/retention.py.
+// Adding a gate: docs/adding-a-gate.md.
 #pragma once
 
 #include "bias.h"

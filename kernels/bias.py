@@ -1,7 +1,7 @@
 """Attentional biases on the device: psi(e), the gradient of the inner loss in the prediction, and its derivatives.
 
-Value and derivatives of a bias stand side by side, chosen by the constexpr integer ``BIAS``: the tags, the parameters
-``P0, P1, P2`` and the equations are those of ``python/miras_kernels/biases.py`` and ``csrc/bias.h``. The kernels know no bias:
+Value and derivatives of a bias stand side by side, chosen by the constexpr integer ``BIAS``: the names and numbers of the tags, the
+parameters ``P0, P1, P2`` and the equations are those of ``python/miras_kernels/biases.py`` and ``csrc/bias.h``. The kernels know no bias:
 
     value(e, square, delta)         psi(e)
     slope(e, square, delta)         the diagonal part of d psi / d e
@@ -12,7 +12,7 @@ so that, for an incoming y:  dE = slope y + pull (e . y) e,  d delta = sum slope
 ``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (only read by biases that couple it); ``delta [C, 1]`` or
 ``[C, BV]``. psi(0) = 0 for all of them: padding stays zero.
 
-Adding a bias: its tag and a branch in each of the functions that it needs.
+Adding a bias: docs/adding-a-bias.md.
 """
 
 import triton
@@ -27,19 +27,6 @@ HUBER_COORDINATE = tl.constexpr(5)
 HUBER_NORM = tl.constexpr(6)
 HUBER_SWITCH = tl.constexpr(7)
 ROBUST_L2 = tl.constexpr(8)
-
-#: the tags by the names that biases.py and csrc/bias.h use
-TAGS = {
-    "dot": 0,
-    "l2": 1,
-    "l1": 2,
-    "lp": 3,
-    "lp_smooth": 4,
-    "huber_coordinate": 5,
-    "huber_norm": 6,
-    "huber_switch": 7,
-    "robust_l2": 8,
-}
 
 
 @triton.jit

@@ -15,7 +15,7 @@ couples: every entry by itself, the rows of A (``ROWS``), or the whole matrix (`
 gradient d rho belongs to ``along`` as well: dA = pull(G, A, W, sum along + d rho, rho). Sums may have any shape that broadcasts against the
 tiles; which axis of a tile is a row is the kernel's affair. phi(0) need not be 0: padding is masked wherever W is summed or kept.
 
-Adding a gate: its tag and a branch in each of the functions that it needs.
+Adding a gate: docs/adding-a-gate.md.
 """
 
 import triton
@@ -28,9 +28,6 @@ LQ = tl.constexpr(1)
 KL = tl.constexpr(2)
 ELASTIC = tl.constexpr(3)
 SIGMOID = tl.constexpr(4)
-
-#: the tags by the names that retention.py has
-TAGS = {"l2": 0, "lq": 1, "kl": 2, "elastic": 3, "sigmoid": 4}
 
 #: the gates that couple the rows of A, and those that couple all of it
 ROWS = tl.constexpr(2)

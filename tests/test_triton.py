@@ -385,12 +385,10 @@ def test_names_and_tags_agree():
     """biases.py, kernels/bias.py and csrc/bias.h are one table in three places; so are the retention gates."""
     from miras_kernels.kernels import bias, retention
 
-    assert {row.name: tag for tag, row in GATES.items()} == retention.TAGS
-    for name, tag in retention.TAGS.items():
-        assert getattr(retention, name.upper()).value == tag
-    assert {row.name: tag for tag, row in BIASES.items()} == bias.TAGS
-    for name, tag in bias.TAGS.items():
-        assert getattr(bias, {"dot": "DOT"}.get(name, name.upper())).value == tag
+    for module, table in ((bias, BIASES), (retention, GATES)):
+        assert {row.name: getattr(module, row.name.upper()).value for row in table.values()} == {
+            row.name: tag for tag, row in table.items()
+        }
 
 
 # ----------------------------------------------------------------------------------------------------------- planted bugs
