@@ -148,19 +148,54 @@ ROUND = [
 @pytest.mark.parametrize("case", ROUND, ids=str)
 def test_state_and_load_are_inverse(case, backend):
     arguments, reader = prepared(case, backend)
+    reader.step(**cut(arguments, 13, 15))
     state, places = reader.state(), [x.data_ptr() for x in reader.buffers.tensors()]
-    first = [reader.step(**cut(arguments, t, t + 1)) for t in range(13, 20)]
+    on = reader.step(**cut(arguments, 15, 20))
     other = decoder(case, arguments, state, backend)
-    assert all(torch.equal(reader_out, other.step(**cut(arguments, t, t + 1))) for t, reader_out in zip(range(13, 20), first, strict=True))
+    again = other.state()
+    for x, y in zip(again.tensors(), state.tensors(), strict=True):
+        assert relative_error(x, y) < 1e-6
+    assert torch.equal(again.open_chunk.position, state.open_chunk.position)
     reader.load(state)
     assert [x.data_ptr() for x in reader.buffers.tensors()] == places
-    for t, out in zip(range(13, 20), first, strict=True):
-        assert torch.equal(reader.step(**cut(arguments, t, t + 1)), out)
+    for t in range(15, 20):
+        out = reader.step(**cut(arguments, t, t + 1))
+        assert torch.equal(other.step(**cut(arguments, t, t + 1)), out)
+        assert relative_error(out, on[:, t - 15 : t - 14]) < 1e-5
     for x, y in zip(reader.state().tensors(), other.state().tensors(), strict=True):
         assert torch.equal(x, y)
     with torch.no_grad():  # a decoder's state is any function's
         rest = steps.function(case)(**{**arguments, **cut(arguments, 20, 37), "initial_state": reader.state()}, backend="reference")[0]
     assert relative_error(rest, reader.step(**cut(arguments, 20, 37))) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("case", [case for case in ROUND if case.chunk_size > 1], ids=str)
+def test_matrices_are_written_when_a_chunk_closes(case, backend):
+    arguments, reader = prepared(case, backend)
+    matrices = lambda: [x.clone() for x in (reader.buffers.start, reader.buffers.carried, reader.buffers.momentum) if x is not None]
+    before = matrices()
+    reader.step(**cut(arguments, 13, 15))
+    assert all(torch.equal(x, y) for x, y in zip(matrices(), before, strict=True))
+    reader.step(**cut(arguments, 15, 16))
+    assert not torch.equal(reader.buffers.start, before[0])
+    assert torch.equal(reader.buffers.start, reader.buffers.matrices()[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("case", [case for case in ROUND if case.chunk_size > 1], ids=str)
+def test_rows_of_tokens_to_come_mean_nothing(case, backend):
+    arguments, reader = prepared(case, backend)
+    _, other = prepared(case, backend)
+    for r in (reader, other):
+        r.step(**cut(arguments, 13, 18))  # two tokens into the next chunk
+    x = other.buffers
+    x.left[..., 2:, :], x.right[..., 2:, :], x.kept[:, :, 4:] = 3.0, -5.0, 7.0
+    if x.moved is not None:
+        x.moved[:, :, 4:] = 11.0
+    for a, b in zip(reader.state().tensors(), other.state().tensors(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(reader.step(**cut(arguments, 18, 37)), other.step(**cut(arguments, 18, 37)))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

@@ -28,29 +28,72 @@ __all__ = ["Buffers", "Decoder", "buffers_for", "forward", "thresholds"]
 class Buffers:
     """A state as steps keep it, for ``N`` sequences; every tensor contiguous, float32 (float64 for float64 inputs) but ``position``.
 
-    ``m`` matrices: 1 of a linear memory, ``K x V = Dk x Dv``; 2 of an MLP, ``K x V = Hd x D``: W1 transposed and W2.
+    A step writes no matrix until a chunk closes: what the open chunk's tokens wrote is kept as factors of rank one,
+
+        ``A = gamma A_0 + kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) o right_i)'``
+        ``S = moved_1 S_0 + sum_i moved_(2+i) left_i right_i'``
+
+    ``m`` matrices: 1 of a linear memory, ``K x V = Dk x Dv``; 2 of an MLP, ``K x V = Hd x D``: W1 transposed and W2. ``C`` is the chunk
+    size, ``w`` 1, or ``Dv`` for a channel-wise decay. Token ``i`` of the open chunk has row ``i`` of the factors and row ``2 + i`` of their
+    weights; rows from ``position`` (``2 + position``) on mean nothing, but are finite.
 
     Attributes:
-        dual: ``[N, H, m, K, V]``, A after the last token.
-        start: the same, at the start of the chunk that is open; None where every token is a chunk and phi the identity. Stale where
-            ``position`` is 0.
-        primal: the same, phi of ``start``; None for ``L2Retention``. Stale where ``position`` is 0.
-        rho: ``[N, H, m]``, of ``start``; None but for gates that have one. Stale where ``position`` is 0.
-        momentum: like ``dual``, S after the last token; None without momentum.
-        log_decay: ``[N, H]``, or ``[N, H, Dv]`` for a channel-wise decay: the sum of the open chunk's, 0 where ``position`` is 0.
-        position: ``[N]`` int64, tokens of the open chunk that each sequence has read.
+        start: ``[N, H, m, K, V]``, A_0, the dual at the start of the open chunk; where ``position`` is 0 A itself.
+        primal: the same, phi of ``start``; None for ``L2Retention``.
+        rho: ``[N, H, m]``, of ``start``; None but for gates that have one.
+        carried: like ``start``, D: what had been written to the open chunk when the state was loaded. None where every token is a chunk.
+        momentum: like ``start``, S_0, at the chunk's start, or when the state was loaded; None without momentum.
+        left: ``[N, H, m, C, K]``, a factor of each token's write: of a linear memory k, of an MLP gelu(z) for W1 and for W2 minus the
+            step size times the gradient in z.
+        right: ``[N, H, m, C, V]``, the other: of a linear memory minus the step size times psi(e), of an MLP minus the step size times the
+            gradient in u for W1, and k for W2.
+        kept: ``[N, H, 2 + C, w]``, weights in A: row 0 of ``carried``, row 1 of ``momentum``, the rest of the tokens' writes.
+            Rows 0 and 1 are 0 where ``position`` is 0.
+        moved: ``[N, H, 2 + C]``, weights in S of the same, row 0 always 0, row 1 1 where ``position`` is 0; None without momentum.
+        log_decay: log gamma, ``[N, H]``, or ``[N, H, Dv]`` for a channel-wise decay: the open chunk's sum, 0 where ``position`` is 0.
+        position: ``[N]`` int64, tokens of the open chunk that each sequence has read, less than C.
     """
 
-    dual: Tensor
-    start: Tensor | None
+    start: Tensor
     primal: Tensor | None
     rho: Tensor | None
+    carried: Tensor | None
     momentum: Tensor | None
+    left: Tensor
+    right: Tensor
+    kept: Tensor
+    moved: Tensor | None
     log_decay: Tensor
     position: Tensor
 
     def tensors(self) -> list[Tensor]:
         return [x for x in vars(self).values() if x is not None]
+
+    def gamma(self) -> Tensor:
+        """Against matrices: ``[N, H, 1, 1, w]``."""
+        return self.log_decay.exp().reshape(*self.log_decay.shape[:2], 1, 1, -1)
+
+    def matrices(self) -> tuple[Tensor, Tensor | None]:
+        """``(A, S)`` after the last token, like ``start``: new tensors."""
+        written = torch.arange(self.kept.shape[2], device=self.position.device) < 2 + self.position[:, None]  # [N, 2 + C]
+        kept = torch.where(written[:, None, :, None], self.kept, 0.0)
+        dual = self.gamma() * self.start + self.left.mT @ (kept[:, :, None, 2:] * self.right)
+        if self.carried is not None:
+            dual += kept[:, :, 0, None, None] * self.carried
+        if self.momentum is None:
+            return dual, None
+        dual += kept[:, :, 1, None, None] * self.momentum
+        moved = torch.where(written[:, None], self.moved, 0.0)[..., None]
+        return dual, moved[:, :, 1, None, None] * self.momentum + self.left.mT @ (moved[:, :, None, 2:] * self.right)
+
+    def map(self, retention: Retention) -> None:
+        """Primal and rho of the start."""
+        if self.primal is None:
+            return
+        for i, start in enumerate(_matrices(self.start.clone())):  # whose layout, and so whose order of summation, is always the same
+            self.primal[:, :, i].copy_(_oriented(retention.phi(start), i, self.start.shape[2]))
+            if self.rho is not None:
+                self.rho[:, :, i].copy_(retention.rho(start)[..., 0, 0])
 
 
 class Decoder:
@@ -130,7 +173,7 @@ class Decoder:
     def _widened(self, q, k, v, *gates_and_out) -> tuple:
         """The arguments with gates in the dtype of the arithmetic."""
         *gates, out = gates_and_out
-        dtype = self.buffers.dual.dtype
+        dtype = self.buffers.start.dtype
         wide = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else float(x) if type(x) is int else x
         return q, k, v, *map(wide, gates), out
 
@@ -160,36 +203,34 @@ class Decoder:
             return run.bind(self.buffers)
         return _Checked(run, self.buffers, (q, k, v, lr, log_decay, delta, momentum, out))
 
+    @torch.no_grad()
     def state(self) -> MemoryState:
         """The state as a value: a copy."""
         x = self.buffers
-        at_boundary = (x.position == 0)[:, None, None, None]
-        starts = x.dual if x.start is None else torch.where(at_boundary[..., None], x.dual, x.start)
+        dual, momentum = x.matrices()
         return MemoryState(
-            _matrices(x.dual), None if x.momentum is None else _matrices(x.momentum),
-            OpenChunk(x.position.clone(), _matrices(starts), x.log_decay.clone()),
+            _matrices(dual), None if momentum is None else _matrices(momentum),
+            OpenChunk(x.position.clone(), _matrices(x.start.clone()), x.log_decay.clone()),
         )  # fmt: skip
 
     @torch.no_grad()
     def load(self, state: MemoryState) -> None:
         """Go on from another state of the same sizes; the buffers stay where they are."""
-        x, opened = self.buffers, state.open_chunk
-        x.dual.copy_(_stacked(state.dual))
-        if x.momentum is not None and state.momentum is not None:
-            x.momentum.copy_(_stacked(state.momentum))
-        elif x.momentum is not None:
-            x.momentum.zero_()
-        x.position.zero_() if opened is None else x.position.copy_(opened.position)
-        x.log_decay.zero_() if opened is None else x.log_decay.copy_(opened.log_decay)
-        if x.start is not None:
-            x.start.copy_(_stacked(state.dual if opened is None else opened.start))
-        if x.primal is None:
-            return
-        retention = self.settings["retention"]
-        for i, start in enumerate(_matrices(x.start)):  # whose layout, and so whose order of summation, is always the same
-            x.primal[:, :, i].copy_(_oriented(retention.phi(start), i, x.start.shape[2]))
-            if x.rho is not None:
-                x.rho[:, :, i].copy_(retention.rho(start)[..., 0, 0])
+        x, opened, dual = self.buffers, state.open_chunk, _stacked(state.dual)
+        for tensor in (x.left, x.right, x.kept, x.log_decay, x.position):
+            tensor.zero_()
+        if x.momentum is not None:
+            x.momentum.zero_() if state.momentum is None else x.momentum.copy_(_stacked(state.momentum))
+            x.moved.zero_()[:, :, 1] = 1.0
+        x.start.copy_(dual)
+        if opened is not None and x.carried is not None:
+            x.position.copy_(opened.position)
+            x.log_decay.copy_(opened.log_decay)
+            inside = (x.position > 0)[:, None, None]
+            x.start.copy_(torch.where(inside[..., None, None], _stacked(opened.start), dual))
+            x.carried.copy_(torch.where(inside[..., None, None], dual - x.gamma() * x.start, 0.0))
+            x.kept[:, :, 0] = inside.to(x.kept.dtype)
+        x.map(self.settings["retention"])
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
@@ -234,8 +275,8 @@ def _stacked(matrices: tuple[Tensor, ...]) -> Tensor:
 
 
 def _matrices(buffer: Tensor) -> tuple[Tensor, ...]:
-    """The inverse of :func:`_stacked`: views of a copy."""
-    return tuple(_oriented(x, i, buffer.shape[2]) for i, x in enumerate(buffer.clone().unbind(2)))
+    """The inverse of :func:`_stacked`: views."""
+    return tuple(_oriented(x, i, buffer.shape[2]) for i, x in enumerate(buffer.unbind(2)))
 
 
 def forward(call: Call, backend: str) -> tuple[Tensor, list[Tensor]]:
@@ -257,11 +298,14 @@ def thresholds(call: Call) -> Callable[[float], Tensor]:
 
 def buffers_for(state: MemoryState, chunk_size: int, retention: Retention, channel_wise_decay: bool) -> Buffers:
     """Room for a state of these sizes."""
-    dual = torch.empty_like(_stacked(state.dual))
-    like = lambda wanted: torch.empty_like(dual) if wanted else None
-    mapped, (n, h, m) = not isinstance(retention, L2Retention), dual.shape[:3]
+    start = torch.empty_like(_stacked(state.dual))
+    n, h, m, rows, columns = start.shape
+    like = lambda wanted: torch.zeros_like(start) if wanted else None
+    room = lambda *shape: start.new_zeros(n, h, *shape)
+    moves, width = state.momentum is not None, [columns] if channel_wise_decay else []
     return Buffers(
-        dual, like(chunk_size > 1 or mapped), like(mapped),
-        dual.new_empty(n, h, m) if isinstance(retention, LqRetention) else None, like(state.momentum is not None),
-        dual.new_zeros(n, h, *([dual.shape[-1]] if channel_wise_decay else [])), torch.zeros(n, dtype=torch.int64, device=dual.device),
+        start, primal=like(not isinstance(retention, L2Retention)), rho=room(m) if isinstance(retention, LqRetention) else None,
+        carried=like(chunk_size > 1), momentum=like(moves), left=room(m, chunk_size, rows), right=room(m, chunk_size, columns),
+        kept=room(2 + chunk_size, *(width or [1])), moved=room(2 + chunk_size) if moves else None,
+        log_decay=room(*width), position=torch.zeros(n, dtype=torch.int64, device=start.device),
     )  # fmt: skip
