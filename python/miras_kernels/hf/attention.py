@@ -19,6 +19,8 @@ from .cache import check_cache, memory_layer
 
 __all__ = ["Batch", "MemoryAttention", "describe_batch"]
 
+#: the keyword argument by which a mask ``[B, T]`` of the tokens themselves reaches the base model beside one made for attention
+MASK = "memory_mask"
 #: what a memory takes over from an attention layer: projections, and the norms of queries and keys that some have
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
@@ -85,12 +87,12 @@ class MemoryAttention(nn.Module):
             )  # fmt: skip
             out = out.unflatten(1, hidden_states.shape[:2]).squeeze(0)
         else:
+            before = None if cache is None else cache.before(tokens, memory_batch.mask is not None)
             out, state = self.memory(
-                hidden_states, memory_batch.mask, initial_state=None if cache is None else cache.state,
-                output_final_state=cache is not None, projected=projected,
-            )  # fmt: skip
+                hidden_states, memory_batch.mask, initial_state=before, output_final_state=cache is not None, projected=projected
+            )
             if cache is not None:
-                cache.advance(state, tokens)
+                cache.advance(self.memory, state, tokens)
         return out if projected is None else self.o_proj(out), None
 
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Projected | None:
@@ -129,8 +131,13 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
         return kwargs  # the host complains
     if kwargs.get("use_cache") is None and cache is None and model.training:
         kwargs["use_cache"] = False
-    given, length, past = kwargs.get("attention_mask"), tokens.shape[1], 0 if cache is None else cache.get_seq_length()
-    mask = _token_mask(given, length, past + length)
+    given, length = kwargs.get("attention_mask"), tokens.shape[1]
+    if MASK in kwargs:
+        mask, past = kwargs.pop(MASK), 0
+        mask = None if mask is None else mask != 0
+    else:
+        past = _past(cache, given, length)
+        mask = _token_mask(given, length, past + length)
     documents = _documents(tokens, kwargs, mask)
     if documents is not None:
         if cache is not None or kwargs.get("use_cache"):
@@ -151,6 +158,30 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
         # No layer reads the mask: one that is already four-dimensional is handed on as it is, and none is made.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return {**kwargs, "memory_batch": Batch(mask, documents)}
+
+
+def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iteration: bool) -> dict:
+    """What ``generate`` hands to a forward, and where it has made a mask for attention of ``attention_mask [B, past + T]`` already (for
+    static caches), that of the T tokens as well: None if none is padding, as no token is that it wrote itself.
+    """
+    if inputs.get("attention_mask") is attention_mask or (attention_mask is not None and attention_mask.dim() != 2):
+        return inputs
+    tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    mask, length = None, tokens.shape[1]
+    if attention_mask is not None and (is_first_iteration or length > 1):
+        mask = attention_mask[:, attention_mask.shape[1] - length :]
+        mask = None if bool((mask != 0).all()) else mask
+    return {**inputs, MASK: mask}
+
+
+def _past(cache: object | None, given: object, tokens: int) -> int:
+    """How many tokens the cache has read, where a mask asks for it."""
+    if cache is None or given is None:
+        return 0
+    past = cache.get_seq_length()
+    if torch.compiler.is_compiling() and isinstance(past, Tensor):  # a static cache counts on its device: the mask is believed
+        return given.shape[1] - tokens if isinstance(given, Tensor) and given.dim() == 2 else 0
+    return int(past)
 
 
 def _refuse(model: PreTrainedModel, kwargs: dict) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
-from ..layers import BlockState
+from ..layers import BlockDecoder, BlockState, MemoryBlock
 
-__all__ = ["MemoryCacheLayer", "memory_layer"]
+__all__ = ["MemoryCacheLayer", "StaticMemoryCacheLayer", "memory_layer"]
 
 
 class MemoryCacheLayer(CacheLayerMixin):
@@ -34,8 +35,12 @@ class MemoryCacheLayer(CacheLayerMixin):
         self.state: BlockState | None = None
         self.length = 0
 
-    def advance(self, state: BlockState, tokens: int) -> None:
-        """Take the state after ``tokens`` more tokens."""
+    def before(self, tokens: int, padded: bool) -> BlockState | None:
+        """What a block begins with that is to read ``tokens`` more."""
+        return self.state
+
+    def advance(self, block: MemoryBlock, state: BlockState, tokens: int) -> None:
+        """Take the block's state after ``tokens`` more tokens."""
         self.state, self.length, self.is_initialized = state, self.length + tokens, True
 
     @property
@@ -100,11 +105,88 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.state = self.state.map(function)
 
 
+class StaticMemoryCacheLayer(MemoryCacheLayer):
+    """The same in a static cache: single tokens are read in place, and what holds the state stays where it is.
+
+    So a compiled step finds it at the same addresses, in every call of ``generate`` that uses the cache again. There are no gradients.
+
+    Args:
+        max_cache_len: tokens that the attention layers around it have room for; a memory has no bound.
+
+    Attributes:
+        decoder: the state of B sequences, None before the first token.
+        length: tokens read, a tensor (so that nothing is compiled anew when it grows).
+    """
+
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int):
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.decoder: BlockDecoder | None = None
+
+    def before(self, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
+        if not self.is_initialized:
+            return None
+        return self.decoder if tokens == 1 and not padded else self.decoder.state()
+
+    def advance(self, block: MemoryBlock, state: BlockState | BlockDecoder, tokens: int) -> None:
+        if self.decoder is None:
+            self.decoder, self.length = BlockDecoder(block, state), torch.zeros((), dtype=torch.int64, device=state.conv.device)
+            if not torch.compiler.is_compiling():
+                for x in (*self.decoder.tensors(), self.length):
+                    torch._dynamo.mark_static_address(x)
+        elif state is not self.decoder:
+            self.decoder.load(state)
+        self.length.add_(tokens)
+        self.is_initialized = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return 0 if self.decoder is None else sum(x.nbytes for x in self.decoder.tensors())
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; there is no such attribute before the first token."""
+        if self.decoder is None:
+            raise AttributeError("batch_size: nothing has been read yet")
+        return self.decoder.conv.shape[0]
+
+    max_batch_size = batch_size  # as older versions call it
+
+    def get_seq_length(self) -> Tensor | int:
+        return self.length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Nothing has been read; the buffers stay where they are."""
+        self.is_initialized = False
+        if self.decoder is not None:
+            self.length.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            self.decoder.reorder(beam_idx.to(self.decoder.conv.device))
+
+    def batch_repeat_interleave(self, *args) -> None:
+        raise NotImplementedError("a static cache has room for the sequences that it was begun with, no more and no fewer")
+
+    batch_select_indices = batch_repeat_interleave
+
+
 def memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
     """The memory's layer of a model's cache, put there if the cache is new.
 
     Raises:
-        TypeError, ValueError: the cache has no room for a memory (static, quantized ...), or holds keys and values at this layer.
+        TypeError, ValueError: the cache has no room for a memory (quantized ...), or holds keys and values at this layer.
     """
     check_cache(cache)
     while len(cache.layers) <= index:
@@ -117,15 +199,24 @@ def memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
             f"past_key_values: layer {index} of the model is a memory; expected its state or an empty cache, got keys and values of "
             f"{layer.get_seq_length()} tokens (of another model, or of prefix tuning)"
         )
-    cache.layers[index] = MemoryCacheLayer()
+    static = isinstance(cache, StaticCache)
+    # What one layer has room for may be a window only.
+    cache.layers[index] = StaticMemoryCacheLayer(max(x.max_cache_len for x in cache.layers)) if static else MemoryCacheLayer()
     return cache.layers[index]
 
 
 def check_cache(cache: object) -> None:
-    """Refuse what is no growing cache: the layers of a static one are laid out for attention."""
+    """Refuse what holds anything but layers of its own for every decoder layer, quantized keys and values, say.
+
+    A static cache carries no gradients: a step is read in place.
+    """
+    if isinstance(cache, StaticCache):
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "past_key_values: a StaticCache of a model with memories carries no gradients; expected torch.no_grad() or a DynamicCache"
+            )
+        return
     if isinstance(cache, DynamicCache):
         return
     kind = "Cache" if isinstance(cache, Cache) else "object"
-    raise TypeError(
-        f"past_key_values: a model with memories needs a DynamicCache (no cache_implementation), got the {kind} {type(cache).__name__}"
-    )
+    raise TypeError(f"past_key_values: a model with memories needs a DynamicCache or a StaticCache, got the {kind} {type(cache).__name__}")

@@ -12,18 +12,19 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
 from ..layers import MemoryBlock
 from . import plan
-from .attention import MemoryAttention, describe_batch
+from .attention import MemoryAttention, describe_batch, mask_of_tokens
 from .plan import Memories
 
 #: the modules of transformers.models whose decoder layers call ``self_attn`` as :class:`MemoryAttention` is called, and their base models
@@ -183,8 +184,13 @@ def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, ind
 # ------------------------------------------------------------------------------------------------- making the classes
 
 
+def _positional(method: Callable) -> list[str]:
+    """The names of a method's arguments that may be given by their place."""
+    return [name for name, p in inspect.signature(method).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+
 def _forward(host: type[PreTrainedModel]):
-    names = [name for name, p in inspect.signature(host.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    names = _positional(host.forward)
 
     @functools.wraps(host.forward)
     def forward(self, *args, **kwargs):
@@ -193,12 +199,26 @@ def _forward(host: type[PreTrainedModel]):
     return forward
 
 
+def _prepare_inputs(host: type[PreTrainedModel]):
+    original = host.prepare_inputs_for_generation
+    names = _positional(original)
+
+    @functools.wraps(original)  # generate looks at the names of the arguments
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return mask_of_tokens(original(self, **given), given.get("attention_mask"), given.get("is_first_iteration", False))
+
+    return prepare_inputs_for_generation
+
+
 def _model_class(host: type[PreTrainedModel], config: type[PreTrainedConfig], is_base: bool) -> type[PreTrainedModel]:
     what = "whose attention is replaced by memories, in the layers that ``config.miras`` names"
     body = {"__module__": __name__, "__doc__": f":class:`transformers.{host.__name__}` {what}.", "config_class": config,
             "__annotations__": {"config": config}}  # fmt: skip
     if is_base:
         body["forward"] = _forward(host)
+    if issubclass(host, GenerationMixin):
+        body["prepare_inputs_for_generation"] = _prepare_inputs(host)
     return type(f"Miras{host.__name__}", (MirasModelMixin, host), body)
 
 

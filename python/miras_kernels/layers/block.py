@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,34 +14,14 @@ from ..memory import linear_memory, mlp_memory
 from ..retention import KLRetention, LqRetention, Retention
 from ..state import MemoryState, OpenChunk
 from .presets import Preset, resolve
+from .state import BlockDecoder, BlockState
 
-__all__ = ["BlockState", "MemoryBlock", "Projected"]
+__all__ = ["MemoryBlock", "Projected"]
 
 _SPAN = 10.0  # tokens after which the fastest head of a linear memory has forgotten a factor e at the start
 _SPREAD = 100.0  # the slowest head's span over the fastest's
 _MOMENTUM = 0.999  # upper end: below 1 after rounding too
 _LOGITS = 1.25  # standard deviation of the logits of a softmax at the start
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockState:
-    """What a :class:`MemoryBlock` carries from one token to the next, for N sequences. A value: never written into.
-
-    Attributes:
-        memory: the state of the memory.
-        conv: ``[N, conv_width - 1, 3 * num_heads * head_dim]``, the last inputs of the convolution.
-    """
-
-    memory: MemoryState
-    conv: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> BlockState:
-        """Apply ``function`` to every tensor (index the batch, move, detach ...)."""
-        return BlockState(self.memory.map(function), function(self.conv))
-
-    def detach(self) -> BlockState:
-        """The same numbers without a gradient history."""
-        return self.map(torch.Tensor.detach)
 
 
 class Projected(NamedTuple):
@@ -244,10 +223,10 @@ class MemoryBlock(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
-        initial_state: BlockState | None = None,
+        initial_state: BlockState | BlockDecoder | None = None,
         output_final_state: bool = False,
         projected: Projected | None = None,
-    ) -> tuple[Tensor, BlockState | None]:
+    ) -> tuple[Tensor, BlockState | BlockDecoder | None]:
         """Read a batch of sequences.
 
         Padding is exact: a row's result is that of its real tokens alone, wherever the padding stands (left, right, or in
@@ -259,7 +238,8 @@ class MemoryBlock(nn.Module):
             hidden_states: ``[B, T, D]``, any floating dtype.
             attention_mask: ``[B, T]``, nonzero at real tokens. None: no padding.
             cu_seqlens: ``[N + 1]``, packs N sequences into B = 1, see :func:`~miras_kernels.linear_memory`.
-            initial_state: of the B (or N) sequences; a sequence may be cut anywhere.
+            initial_state: of the B (or N) sequences; a sequence may be cut anywhere. A :class:`BlockDecoder` is written in place, and takes
+                neither a mask nor packed sequences.
             output_final_state: whether to return the state after each sequence's last real token; a row without one keeps its state.
             projected: for a block made with ``projections=False``.
 
@@ -269,8 +249,12 @@ class MemoryBlock(nn.Module):
         x = hidden_states
         if x.dim() != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: expected shape [B, T, D] with D = {self.hidden_size}, got {tuple(x.shape)}")
-        if initial_state is not None and not isinstance(initial_state, BlockState):
-            raise TypeError(f"initial_state: expected a BlockState, got {type(initial_state).__name__}")
+        if initial_state is not None and not isinstance(initial_state, BlockState | BlockDecoder):
+            raise TypeError(f"initial_state: expected a BlockState or a BlockDecoder, got {type(initial_state).__name__}")
+        if isinstance(initial_state, BlockDecoder):
+            for name, given in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
+                if given is not None:
+                    raise ValueError(f"{name}: a BlockDecoder reads every row whole; expected None, got {type(given).__name__}")
         self._check_projected(x, projected)
         if attention_mask is None:
             return self._run(x, projected, cu_seqlens, initial_state, output_final_state)
@@ -330,27 +314,36 @@ class MemoryBlock(nn.Module):
         return out, state if before is None or state is None or every else _overwritten(before, rows, state)
 
     def _run(
-        self, x: Tensor, projected: Projected | None, cu_seqlens: Tensor | None, initial_state: BlockState | None, output_final_state: bool
-    ) -> tuple[Tensor, BlockState | None]:
+        self,
+        x: Tensor,
+        projected: Projected | None,
+        cu_seqlens: Tensor | None,
+        initial_state: BlockState | BlockDecoder | None,
+        output_final_state: bool,
+    ) -> tuple[Tensor, BlockState | BlockDecoder | None]:
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1) if projected is None else projected.qkv
         mixed, conv = self._convolve(qkv, None if initial_state is None else initial_state.conv, cu_seqlens)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if projected is not None and projected.cos is not None and projected.sin is not None:
             q, k = (_rotated(t, projected.cos, projected.sin) for t in (q, k))
         recall: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
-        start, scale = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
+        start, scale, norm = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1, {}
         if self.w1 is not None:
-            recall = functools.partial(mlp_memory, ln_weight=self.ln_weight, ln_bias=self.ln_bias)
-            start, scale = (self.w1, self.w2), 1
-        o, memory = recall(
-            _unit(q), _unit(k), v, **self.gates(x), bias=self.preset.bias, retention=self.preset.retention,
-            chunk_size=self.preset.chunk_size, initial_state=start if initial_state is None else initial_state.memory,
-            output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+            recall, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
+        tokens = dict(q=_unit(q), k=_unit(k), v=v, **self.gates(x), **norm)
+        if isinstance(initial_state, BlockDecoder):
+            o, final = initial_state.read(tokens, conv), initial_state
+        else:
+            o, memory = recall(
+                **tokens, bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size,
+                initial_state=start if initial_state is None else initial_state.memory, output_final_state=output_final_state,
+                cu_seqlens=cu_seqlens, backend=self.backend,
+            )  # fmt: skip
+            final = BlockState(memory, conv)
         o = _wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))
-        return out if self.o_proj is None else self.o_proj(out), None if memory is None else BlockState(memory, conv)
+        return out if self.o_proj is None else self.o_proj(out), final if output_final_state else None
 
     def gates(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """``lr``, ``log_decay``, ``delta`` and ``momentum [B, T, H]`` of the memory, those that it has, in float32 (float64 for float64).
