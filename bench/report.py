@@ -102,9 +102,9 @@ def _mlp_targets() -> list[Target]:
 
 
 def judge(results: Sequence[dict], threads: Sequence[int], avx512: bool) -> list[dict]:
-    """Every target with what was measured, per thread count. Doubtful measurements are told, not judged."""
-    rows = []
-    for target in targets():
+    """Every target of the studies that ran with what was measured, per thread count. Doubtful measurements are told, not judged."""
+    rows, asked = [], {r["study"] for r in results}
+    for target in (t for t in targets() if t.study in asked):
         row = {"name": target.name, "case": target.case, "at_most": target.at_most, "least": target.least, "goal": target.goal}
         row["measured"] = {}
         for n in threads:

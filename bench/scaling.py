@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import harness
-from contenders import BOTH, Settings, agreement, kernel, make_case, parity
+from contenders import BOTH, Settings, agreement, kernel, make_case, parity, parity_of
 from harness import timed
 from studies import measure, memory_of, peak
 
@@ -55,7 +55,7 @@ def study_long(name: str, threads: int, settings: Settings) -> Iterator[dict]:
 
 def _heads(shape: str, threads: int, settings: Settings) -> dict:
     sizes = {name: n for name, n in HEADS.items() if n <= 4 or not settings.toy}
-    inputs = draw(shape, settings, 48 if settings.toy else 4096, max(sizes.values()))
+    inputs = draw(shape, settings, 48 if settings.toy else 1024, max(sizes.values()))
     return _measure(shape, "heads", sizes, {name: part(inputs, "heads", 0, n) for name, n in sizes.items()}, threads, settings)
 
 
@@ -85,7 +85,7 @@ def _measure(shape: str, axis: str, sizes: dict[str, int], inputs: dict, threads
     """The kernel at all sizes of an axis, taking turns. The smallest is held to float64, the others to pieces of that size."""
     runs = {name: kernel(x, settings.backend, BOTH) for name, x in inputs.items()}
     smallest = next(iter(sizes))
-    gates = {smallest: parity(inputs[smallest].case, settings.backend)}
+    gates = {smallest: parity_of(inputs[smallest], settings.backend)}
     if gates[smallest]["ok"]:
         for name in list(sizes)[1:]:
             pieces = in_pieces(inputs[name], settings.backend, axis, sizes[smallest])
@@ -154,20 +154,23 @@ def draw(shape: str, settings: Settings, tokens: int, heads: int):
 def part(inputs, axis: str, start: int, end: int):
     """Some tokens or some heads of inputs, as leaves of their own that share their memory."""
     own = lambda x: x.detach().requires_grad_()
-    tensors, duals, grad_out = _cut(inputs.tensors, inputs.duals, inputs.grad_out, axis, start, end)
-    case = dataclasses.replace(inputs.case, **{axis: end - start})
-    return dataclasses.replace(
-        inputs, case=case, tensors={name: own(x) for name, x in tensors.items()}, duals=tuple(map(own, duals)), grad_out=grad_out
-    )
+    views = cut(inputs, axis, start, end)
+    return dataclasses.replace(views, tensors={name: own(x) for name, x in views.tensors.items()}, duals=tuple(map(own, views.duals)))
 
 
-def _cut(tensors: dict, duals: Sequence, grad_out, axis: str, start: int, end: int) -> tuple[dict, tuple, object]:
+def cut(inputs, axis: str, start: int, end: int):
+    """Views of some tokens or some heads of inputs."""
     along = lambda x, dim: x.narrow(dim, start, end - start)
-    norms = ("ln_weight", "ln_bias")  # [H, D]; all else [B, T, H, ...]
+    norms = ("ln_weight", "ln_bias")  # [H, D]; the other tensors are [B, T, H, ...], states [N, H, ...]
+    case = dataclasses.replace(inputs.case, **{axis: end - start})
     if axis == "tokens":
-        return {n: x if n in norms else along(x, 1) for n, x in tensors.items()}, tuple(duals), along(grad_out, 1)
-    cut = {n: along(x, 0 if n in norms else 2) for n, x in tensors.items()}
-    return cut, tuple(along(x, 1) for x in duals), along(grad_out, 2)
+        tensors = {name: x if name in norms else along(x, 1) for name, x in inputs.tensors.items()}
+        return dataclasses.replace(inputs, case=case, tensors=tensors, grad_out=along(inputs.grad_out, 1))
+    return dataclasses.replace(
+        inputs, case=case, tensors={name: along(x, 0 if name in norms else 2) for name, x in inputs.tensors.items()},
+        duals=tuple(along(x, 1) for x in inputs.duals), grad_out=along(inputs.grad_out, 2),
+        grad_duals=tuple(along(x, 1) for x in inputs.grad_duals),
+    )  # fmt: skip
 
 
 def in_pieces(inputs, backend: str, axis: str, size: int) -> tuple:
@@ -179,8 +182,7 @@ def in_pieces(inputs, backend: str, axis: str, size: int) -> tuple:
     function = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
     leaves, outputs, state = inputs.leaves(), [], None
     for start in range(0, getattr(inputs.case, axis), size):
-        tensors, duals, _ = _cut(inputs.tensors, inputs.duals, inputs.grad_out, axis, start, start + size)
-        given = dataclasses.replace(inputs, tensors=tensors, duals=duals).arguments() | {"backend": backend}
+        given = cut(inputs, axis, start, start + size).arguments() | {"backend": backend}
         if axis == "tokens" and state is not None:
             given["initial_state"] = state
         out, state = function(**given)
