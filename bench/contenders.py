@@ -45,7 +45,7 @@ MLP_TOY = {**TOY, "memory": "mlp", "value_dim": 16, "hidden": 32}
 
 
 def make_case(shape: str, settings: Settings, **changes):
-    """The registry's kind of case in one of the benchmark's shapes.
+    """The registry's kind of case in one of the benchmark's shapes, or the registry's case of that name.
 
     L2 for a linear memory, coordinate-wise Huber for an MLP: that one decays but slightly, since LayerNorm blows up the steps of a
     memory that shrinks, and after a thousand tokens float32 and float64 would share no digit.
@@ -53,10 +53,19 @@ def make_case(shape: str, settings: Settings, **changes):
     from miras_kernels import Huber
     from miras_kernels.testing import Case
 
+    if shape not in SHAPES:
+        return dataclasses.replace(registered()[shape], **changes)
     mlp = shape in MLP_SHAPES
     size = (MLP_TOY if mlp else TOY) if settings.toy else SHAPES[shape]
     kind = {"bias": Huber("coordinate"), "decay": "slight"} if mlp else {"initial": "none"}
     return Case(f"bench {shape}", **(kind | size | changes))
+
+
+def registered() -> dict:
+    """The tests' own cases by name. They are short: for a look at one that is slow, not for figures to report."""
+    from miras_kernels.testing import registry
+
+    return {case.name: case for case in registry()}
 
 
 #: what a recurrence may have: nothing (L2Retention, no momentum, scalar gates), a retention gate of the table, momentum, or a gate
@@ -94,6 +103,19 @@ def flops(case) -> dict[str, int]:
             backward += 14 * c * dk * dv + c * (c + 1) * (2 * dk + 3 * dv)
     heads = case.batch * case.heads
     return {FORWARD: heads * forward, BOTH: heads * (forward + backward)}
+
+
+def work(inputs) -> dict[str, dict[str, int]]:
+    """For both directions what a call has to do at least: ``flops``, and ``bytes`` when inputs are read and results written once.
+
+    The backward reads the inputs again: a model has thousands of other tensors in between.
+    """
+    case = inputs.case
+    parts = [case] if case.lengths is None else [dataclasses.replace(case, batch=1, tokens=n, lengths=None) for n in case.lengths]
+    size = lambda *tensors: sum(x.numel() * x.element_size() for x in tensors)
+    read, out = size(*inputs.leaves().values()), size(inputs.grad_out)
+    moved = {FORWARD: read + out, BOTH: 3 * read + 2 * out}
+    return {d: {"flops": sum(flops(part)[d] for part in parts), "bytes": moved[d]} for d in DIRECTIONS}
 
 
 # -------------------------------------------------------------------------------------------------------- contenders
@@ -232,7 +254,20 @@ def parity(case, backend: str, dtype=None) -> dict:
 
     from miras_kernels.testing import check
 
-    report = check(case, backend, dtype or torch.float32)
+    return gate(check(case, backend, dtype or torch.float32))
+
+
+def parity_of(inputs, backend: str) -> dict:
+    """The gate for float32 inputs that are not as the case draws them."""
+    from miras_kernels.testing import evaluate, operands
+    from miras_kernels.testing.parity import judge
+
+    draws = 3 if inputs.case.memory == "mlp" else 0
+    return gate(judge(inputs, evaluate(inputs, backend), operands(backend, inputs.grad_out.dtype), draws))
+
+
+def gate(report) -> dict:
+    """What the results have of a :class:`miras_kernels.testing.Report`."""
     errors = {row.name: row.error for row in report.rows}
     worst = report.worst
     return {

@@ -5,7 +5,7 @@
     python bench/decode.py --quick             about a minute: one thread, short measurements, contexts up to 8k
     python bench/decode.py --only linear,mlp   some studies; --list names them
 
-Contenders take turns as bench/cpu.py has them; bench/README.md says how to read the numbers.
+Contenders take turns as bench/cpu.py has them; docs/benchmarks.md says how to read the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness
+import process
+import program
 from decode_report import judge, report
 from harness import Watch, interleave, ratio, spread, timed
 
-MARK = "@result "
 CHUNK = 64
 #: batch, heads, head dimension; an MLP memory has four hidden units per channel
 SIZES = {"B1 H1 D64": (1, 1, 64), "B1 H8 D64": (1, 8, 64), "B8 H8 D64": (8, 8, 64), "B32 H8 D64": (32, 8, 64), "B8 H8 D128": (8, 8, 128)}
@@ -211,55 +211,19 @@ STUDIES = {"linear": study_linear, "mlp": study_mlp, "attention": study_attentio
 
 def start(study: str, size: str, threads: int, settings: dict) -> Iterator[dict]:
     """One study in a fresh process; what it cannot do becomes a result with an error."""
-    spec = json.dumps({"study": study, "case": size, "threads": threads, "settings": settings})
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", spec]
-    process = subprocess.Popen(command, env=harness.environment(threads), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    with process:
-        for line in process.stdout:
-            if line.startswith(MARK):
-                yield json.loads(line[len(MARK) :])
-    if process.returncode:
-        error = f"the measuring process ended with status {process.returncode}"
+    for result in process.start("decode.py", {"study": study, "case": size, "threads": threads, "settings": settings}):
         gate = {"ok": False, "error": 0.0, "budget": 0.0}
-        yield {"study": study, "case": size, "threads": threads, "clock": "", "parity": gate, "error": error, "notes": [error]}
-
-
-def worker(text: str) -> None:
-    import torch
-
-    spec = json.loads(text)
-    torch.set_num_threads(spec["threads"])
-    for result in STUDIES[spec["study"]](spec["case"], spec["threads"], spec["settings"]):
-        print(MARK + json.dumps(result), flush=True)
+        yield result | ({"clock": "", "parity": gate} if "error" in result else {})
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there as well")
-    parser.add_argument("--quick", action="store_true", help="about a minute: one thread, short measurements, contexts up to 8k")
-    parser.add_argument("--only", metavar="STUDY,...", help=f"some of {', '.join(STUDIES)}")
+    summary, quick = __doc__.split("\n", 1)[0], "short measurements, contexts up to 8k"
+    parser = program.cpu_parser(summary, tuple(STUDIES), quick=quick, seconds="5; 0.7 with --quick")
     parser.add_argument("--sizes", metavar="SIZE,...", help=f"some of {', '.join(SIZES)}")
-    parser.add_argument("--threads", metavar="N,...", help="thread counts (default 1,2; 1 with --quick)")
-    parser.add_argument("--seconds", type=float, help="per interleaved measurement (default 5; 0.7 with --quick)")
-    parser.add_argument("--backend", default="cpp", choices=("cpp", "reference"), help="what to measure")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes: checks this program, measures nothing")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target's 'at least' is not met")
-    parser.add_argument("--list", action="store_true", help="name the studies and sizes")
-    parser.add_argument("--show", type=Path, metavar="PATH", help="print the report of an earlier run's JSON")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    for option, known in (("only", STUDIES), ("sizes", SIZES)):
-        names = tuple(known) if getattr(args, option) is None else tuple(x.strip() for x in getattr(args, option).split(","))
-        for name in names:
-            if name not in known:
-                parser.error(f"--{option}: unknown {name!r}: expected some of {', '.join(known)}")
-        setattr(args, option, names)
-    try:
-        args.threads = [int(n) for n in (args.threads or ("1" if args.quick else "1,2")).split(",")]
-    except ValueError:
-        parser.error(f"--threads: expected integers such as 1,2, got {args.threads!r}")
-    if min(args.threads) < 1:
-        parser.error(f"--threads: expected integers >= 1, got {args.threads}")
+    args.only = program.names(parser, "--only", args.only, tuple(STUDIES), tuple(STUDIES))
+    args.sizes = program.names(parser, "--sizes", args.sizes, tuple(SIZES), tuple(SIZES))
+    args.threads = program.thread_counts(parser, args)
     return args
 
 
@@ -267,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report; 1 if a parity gate was red or a measuring process failed."""
     args = parse(arguments)
     if args.worker:
-        worker(args.worker)
+        spec = process.read(args.worker)
+        process.tell(STUDIES[spec["study"]](spec["case"], spec["threads"], spec["settings"]))
         return 0
     if args.show:
         print(report(json.loads(args.show.read_text())))
@@ -292,11 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     print(report(document))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    red = any("error" in r or not r["parity"]["ok"] for r in results)
-    missed = any(m["verdict"] == "NOT met" for t in document["targets"] for m in t["measured"].values())
-    return int(red or (args.strict and missed))
+        program.write_json(document, args.json)
+    return program.status(document, any("error" in r or not r["parity"]["ok"] for r in results), args.strict)
 
 
 if __name__ == "__main__":

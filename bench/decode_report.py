@@ -74,7 +74,7 @@ def report(document: dict) -> str:
         "# Decoding on the CPU", "",
         f"{m['cpu']}, {m['cores']} cores; " + ", ".join(f"{name} {v}" for name, v in document["versions"].items() if v),
         f"{document['date']}, commit {(document['commit'] or 'none')[:12]}{modified}.",
-        "Microseconds a token, median of rounds; one thread: CPU time, more: wall time. `bench/README.md` tells how to read this.",
+        "Microseconds a token, median of rounds; one thread: CPU time, more: wall time. `docs/benchmarks.md` tells how to read this.",
     ]  # fmt: skip
     for name, title in (("linear", "The linear memory"), ("mlp", "The MLP memory"), ("attention", "Against attention with its cache")):
         results = [r for r in document["results"] if r["study"] == name]

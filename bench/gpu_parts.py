@@ -161,11 +161,11 @@ def sanitizer(run: Run, end: float) -> dict:
     def work() -> None:
         while True:
             with lock:
-                todo = next(waiting, None)
-            if todo is None:
+                item = next(waiting, None)
+            if item is None:
                 return
-            check, memory, kernels = todo
-            results.append({"tool": check, "memory": memory, "kernels": kernels, **_sanitize(tool, *todo, run, end)})
+            check, memory, kernels = item
+            results.append({"tool": check, "memory": memory, "kernels": kernels, **_sanitize(tool, *item, run, end)})
 
     threads = [threading.Thread(target=work) for _ in range(min(4, run.jobs))]
     for thread in threads:

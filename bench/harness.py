@@ -37,10 +37,10 @@ Clock = Callable[[], float]
 Sampler = Callable[[int], float]
 
 
-def environment(threads: int, *, malloc: bool = True, capability: str | None = None) -> dict[str, str]:
-    """The environment of a measuring process."""
+def environment(threads: int, *, root: Path = ROOT, malloc: bool = True, capability: str | None = None) -> dict[str, str]:
+    """The environment of a measuring process, which imports the package of the source tree ``root``."""
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "python"), env.get("PYTHONPATH")]))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root / "python"), env.get("PYTHONPATH")]))
     if malloc:
         env["GLIBC_TUNABLES"] = MALLOC
     if capability is not None:
@@ -143,6 +143,9 @@ class Watch:
     Attributes:
         others: cores' worth of work done by other processes (and stolen by the host), None where /proc/stat is missing.
         speedup: of ``threads`` threads over one on a large matrix product, before and after the block; None for one thread.
+
+    Args:
+        helpers: processes that work for this one within the block, and are no others.
     """
 
     #: more foreign work than this is told beside the result
@@ -150,23 +153,27 @@ class Watch:
     #: share of the ideal speed-up below which the threads shared cores
     SHARE = 0.9
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, helpers: Sequence[int] = ()):
         self.threads = threads
+        self.helpers = helpers
         self.others: float | None = None
         self.speedup: tuple[float, float] | None = None
 
     def __enter__(self) -> Watch:
         self._before = _thread_speedup(self.threads)
-        self._start = (time.perf_counter(), _busy(), time.process_time())
+        self._start = (time.perf_counter(), _busy(), self._own())
         return self
 
     def __exit__(self, *_: object) -> None:
         began, busy, own = self._start
         elapsed = time.perf_counter() - began
         if busy is not None and elapsed > 0:
-            self.others = max(0.0, (_busy() - busy) - (time.process_time() - own)) / elapsed
+            self.others = max(0.0, (_busy() - busy) - (self._own() - own)) / elapsed
         if self.threads > 1:
             self.speedup = (self._before, _thread_speedup(self.threads))
+
+    def _own(self) -> float:
+        return time.process_time() + sum(map(_worked, self.helpers))
 
     def flags(self) -> list[str]:
         """What makes the numbers doubtful, in words."""
@@ -190,6 +197,15 @@ def _busy() -> float | None:
         return None
     user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields)
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _worked(process: int) -> float:
+    """CPU seconds of another process so far; 0 where that cannot be told."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _thread_speedup(threads: int) -> float:
@@ -225,6 +241,18 @@ def matrix_product() -> Callable[[], object]:
     return lambda: torch.mm(a, b, out=out)
 
 
+#: of the copied tensor: more than the caches of most machines
+COPY_BYTES = 128 << 20
+
+
+def memory_copy() -> Callable[[], object]:
+    """The other yardstick, of the memory: a copy, which reads and writes so many bytes."""
+    import torch
+
+    source, target = torch.ones(COPY_BYTES // 4), torch.zeros(COPY_BYTES // 4)
+    return lambda: target.copy_(source)
+
+
 def resident(name: str) -> float:
     """A memory figure of this process, ``VmRSS`` (now) or ``VmHWM`` (the most so far), in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -244,6 +272,15 @@ def reset_peak() -> bool:
     except (AttributeError, OSError):
         return False
     return True
+
+
+def peak_rise(run: Callable[[], object]) -> float | None:
+    """How many MiB a call raises the resident memory at its highest; None where the system does not tell."""
+    if not reset_peak():
+        return None
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
 
 
 # ----------------------------------------------------------------------------------------------------------- reports

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import harness
+from base import NO_DIFFERENCE
 from contenders import BOTH, DIRECTIONS, FORWARD, LINEAR_SHAPES, MLP_SHAPES, MOMENTUM, PLAIN, RECURRENCE_SHAPES, RETENTIONS
 from harness import OTHERS, Watch, table
+from scaling import SCALING_SHAPES
 
 # ----------------------------------------------------------------------------------------------------------- targets
 
@@ -76,6 +78,10 @@ def targets() -> list[Target]:
         for name, limit in [(name, 1.5) for name in RETENTIONS] + [(MOMENTUM, 1.6)]:
             path = ("ratios", name, "median")
             found.append(Target(f"{BOTH}, {name} / {PLAIN}", shape, "recurrence", BOTH, path, limit, None, at_most=True))
+    for shape in SCALING_SHAPES:
+        case = f"{shape}, tokens"
+        found.append(Target("time as a power of the tokens", case, "scaling", BOTH, ("fit", "time"), 1.05, None, at_most=True))
+        found.append(Target("saved for the backward / promised", case, "scaling", BOTH, ("saved_over_promised",), 1.0, None, at_most=True))
     return found + _mlp_targets()
 
 
@@ -96,9 +102,9 @@ def _mlp_targets() -> list[Target]:
 
 
 def judge(results: Sequence[dict], threads: Sequence[int], avx512: bool) -> list[dict]:
-    """Every target with what was measured, per thread count. Doubtful measurements are told, not judged."""
-    rows = []
-    for target in targets():
+    """Every target of the studies that ran with what was measured, per thread count. Doubtful measurements are told, not judged."""
+    rows, asked = [], {r["study"] for r in results}
+    for target in (t for t in targets() if t.study in asked):
         row = {"name": target.name, "case": target.case, "at_most": target.at_most, "least": target.least, "goal": target.goal}
         row["measured"] = {}
         for n in threads:
@@ -146,13 +152,15 @@ def report(document: dict) -> str:
         f"{m['cpu']}, {m['cores']} cores; kernels: {document['capability'] and document['capability']['used']}; "
         + ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version),
         f"{document['date']}, commit {(document['commit'] or 'none')[:12]}{modified}. Ratios: median [10th, 90th percentile] of rounds.",
-        "1 thread: process CPU time. More threads: wall time. `bench/README.md` tells how to read this.",
+        "1 thread: process CPU time. More threads: wall time. `docs/benchmarks.md` tells how to read this.",
     ]
     for name, section in _SECTIONS:
         results = [r for r in document["results"] if r["study"] == name]
         text = section(results)
         if text:
             lines += ["", text]
+    if document.get("base"):
+        lines += ["", _base_section(document["base"], document["results"])]
     notes = _notes(document["results"])
     if document["targets"]:
         lines += ["", "## Targets", "", _target_table(document)]
@@ -225,14 +233,15 @@ def _comparison(title: str, columns: dict[str, str], results: Sequence[dict]) ->
         if "ms" in r:
             took = "" if r.get("compile_seconds") is None else f" ({r['compile_seconds']:.0f} s)"
             row += [f"{r['ms']['kernel']['median']:.2f}", f"{r['gflops']:.0f}", f"{r['share_of_mm']['median']:.2f} of {r['mm_gflops']:.0f}"]
+            row += [f"{r['share_of_roofline']['median']:.2f} at {r['gbytes']:.1f} of {r['copy_gbytes']:.0f} GB/s" if "gbytes" in r else "-"]
             row += [_times(r["ratios"].get(name), 1) + (took if name == "compile" else "") for name in columns.values()]
         else:
-            row += ["-"] * (3 + len(columns))
+            row += ["-"] * (4 + len(columns))
         rows.append(row)
     if not rows:
         return ""
-    header = ["shape", "direction", "threads", "error/budget", "ms", "GFLOP/s", "of torch.mm", *columns]
-    return f"## {title}\n\n" + table(header, rows)
+    header = ["shape", "direction", "threads", "error/budget", "ms", "GFLOP/s", "of torch.mm", "of the roofline", *columns]
+    return f"## {title}\n\n" + _filled_table(header, rows, "of the roofline")
 
 
 def _variant_section(title: str) -> Callable[[Sequence[dict]], str]:
@@ -251,11 +260,65 @@ def _variant_section(title: str) -> Callable[[Sequence[dict]], str]:
         if not rows:
             return ""
         header = ["shape", "direction", "threads", "what", "error/budget", "ms", "time against the first", "saved MiB"]
-        if all(row[-1] == "-" for row in rows):
-            header, rows = header[:-1], [row[:-1] for row in rows]
-        return f"## {title}\n\n" + table(header, rows)
+        return f"## {title}\n\n" + _filled_table(header, rows, "saved MiB")
 
     return section
+
+
+def _filled_table(header: Sequence[str], rows: Sequence[Sequence[str]], *optional: str) -> str:
+    """A table without those optional columns that nobody has anything in."""
+    kept = [i for i, name in enumerate(header) if name not in optional or any(row[i] != "-" for row in rows)]
+    return table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _scaling_section(results: Sequence[dict]) -> str:
+    """Against linear: 1 is a time in proportion to tokens or heads, or in inverse proportion to threads."""
+    rows, fits, memory = [], [], ("peak_mib", "saved_mib", "promised_mib")
+    for r in results:
+        least = min(r["sizes"].values())
+        for name, size in r["sizes"].items():
+            ideal = least / size if r["axis"] == "threads" else size / least
+            row = [r["case"], name, str(r["threads"]), _gate(r["parity"].get(name, {})), "-", "-", "-"]
+            if name in r.get("ms", {}):
+                row[4] = f"{r['ms'][name]['median']:.2f}"
+                row[5] = "1" if size == least else _times({key: x / ideal for key, x in r["ratios"][name].items()})
+            if f"mm {name}" in r.get("ms", {}):
+                row[6] = f"{r['ms'][f'mm {name}']['median'] / r['ms'][f'mm {least}']['median'] / ideal:.2f}x"
+            rows.append(row + [f"{r[key][name]:.1f}" if name in r.get(key, {}) else "-" for key in memory])
+        fits += [f"- {r['case']}: {what} grows as {r['axis']}^{power:.2f}" for what, power in r.get("fit", {}).items() if power]
+    if not rows:
+        return ""
+    header = [
+        "shape, axis",
+        "size",
+        "threads",
+        "error/budget",
+        "ms",
+        "against linear",
+        "torch.mm, so",
+        *(f"{key[:-4]} MiB" for key in memory),
+    ]
+    text = _filled_table(header, rows, *header[6:])
+    return "\n".join(["## Scaling, forward and backward", "", text, *(["", *fits] if fits else [])])
+
+
+def _base_section(base: dict, results: Sequence[dict]) -> str:
+    """This tree against another commit; ratios are times of the other process over that of this tree."""
+    span = lambda x: f"{x['median']:.3f}x [{x['low']:.3f}, {x['high']:.3f}]"
+    rows = []
+    for r in results:
+        row = [r["case"], r["direction"], str(r["threads"]), *(_gate(r["parity"].get(side, {})) for side in ("this", "base"))]
+        if "verdict" in r:
+            row += [f"{r['ms'][side]:.2f}" for side in ("this", "base")] + [span(r["ratios"][side]) for side in ("base", "again")]
+            row.append(f"{NO_DIFFERENCE}: not distinguishable" if r["verdict"] == NO_DIFFERENCE else f"this tree is {r['verdict']}")
+        else:
+            row += ["-"] * 5
+        rows.append(row)
+    header = ["shape", "direction", "threads", "this: error", "base: error", "this ms", "base ms", "base / this", "this / this", "verdict"]
+    launches = max((r.get("launches", 0) for r in results), default=0)
+    title = f"## This tree against {base['ref']} ({base['commit'][:12]})"
+    told = f"Medians of {launches} launches [least, most]; this / this is the same code in another process."
+    return "\n\n".join([title, told, table(header, rows)])
 
 
 def _memory_section(results: Sequence[dict]) -> str:
@@ -283,4 +346,5 @@ _SECTIONS = (
     ("checkpoint", _variant_section("Saving every n-th chunk's state")),
     ("dtype", _variant_section("Input types")),
     ("memory", _memory_section),
+    ("scaling", _scaling_section),
 )

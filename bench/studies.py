@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import harness
 from contenders import (
     BOTH,
     DIRECTIONS,
-    MLP_SHAPES,
     PLAIN,
     Settings,
     agreement,
     compiled,
     derived,
     eager,
-    flops,
     kernel,
     make_case,
     parity,
@@ -28,13 +26,18 @@ from contenders import (
     recurrences,
     refusal,
     titans,
+    work,
 )
-from harness import MM_FLOPS, Watch, interleave, ratio, spread, timed
+from harness import COPY_BYTES, MM_FLOPS, Watch, interleave, ratio, spread, timed
+from process import Server, start
 
-MARK = "@result "
+#: contenders that show what the machine does: arithmetic and memory
+YARDSTICKS = ("mm", "copy")
 
 
-def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, settings: Settings, work: int | None = None) -> dict:
+def measure(
+    head: dict, samplers: dict, base: str, gates: dict, threads: int, settings: Settings, work: dict | None = None, helpers=()
+) -> dict:
     """Time the contenders whose gate is green, in one interleaved run; without a green base nothing is timed.
 
     Args:
@@ -42,7 +45,9 @@ def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, se
         samplers: contenders by name, see :func:`harness.interleave`.
         base: the contender to which ratios refer: ``ratios[x] = time of x / time of base``.
         gates: parity by contender; one without a gate of its own is not checked here.
-        work: floating-point operations of one call of ``base``; adds GFLOP/s and the share of ``torch.mm``.
+        work: what one call of ``base`` has to do, of :func:`contenders.work`, where ``mm`` and ``copy`` are among the contenders: adds
+            GFLOP/s, GB/s and the shares of what these two yardsticks reach.
+        helpers: processes in which contenders run.
     """
     result = {**head, "threads": threads, "clock": harness.clock_for(threads)[0], "parity": gates, "notes": []}
     red = [name for name, gate in gates.items() if not gate["ok"]]
@@ -51,17 +56,32 @@ def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, se
     if not gates.get(base, {"ok": False})["ok"]:
         return result
     samplers = {name: sampler for name, sampler in samplers.items() if name not in red}
-    with Watch(threads) as watch:
+    with Watch(threads, helpers) as watch:
         times = interleave(samplers, settings.seconds, settings.min_rounds)
     milliseconds = {name: [1e3 * t for t in ts] for name, ts in times.items()}
     result["rounds"] = len(times[base])
     result["ms"] = {name: spread(ts) for name, ts in milliseconds.items()}
-    result["ratios"] = {name: ratio(ts, times[base]) for name, ts in times.items() if name not in (base, "mm")}
+    result["ratios"] = {name: ratio(ts, times[base]) for name, ts in times.items() if name not in (base, *YARDSTICKS)}
     if work is not None:
-        result["gflops"] = work / spread(times[base])["median"] / 1e9
-        result["mm_gflops"] = MM_FLOPS / spread(times["mm"])["median"] / 1e9
-        result["share_of_mm"] = spread([work / MM_FLOPS * mm / t for mm, t in zip(times["mm"], times[base], strict=True)])
+        result |= _shares(work, times, base)
     return {**result, "watch": watch.report()}
+
+
+def _shares(work: dict, times: dict[str, list[float]], base: str) -> dict:
+    """What a contender does in a second, and its share of what the machine did in the same rounds.
+
+    The roofline is the time that nobody can undercut: the operations at the speed of ``torch.mm`` or the bytes at that of the copy,
+    whichever takes longer.
+    """
+    took, mm, copy = (spread(times[name])["median"] for name in (base, *YARDSTICKS))
+    rounds = list(zip(*(times[name] for name in (base, *YARDSTICKS)), strict=True))
+    arithmetic, memory = work["flops"] / MM_FLOPS, work["bytes"] / (2 * COPY_BYTES)
+    return {
+        "work": work, "gflops": work["flops"] / took / 1e9, "mm_gflops": MM_FLOPS / mm / 1e9,
+        "gbytes": work["bytes"] / took / 1e9, "copy_gbytes": 2 * COPY_BYTES / copy / 1e9,
+        "share_of_mm": spread([arithmetic * mm / t for t, mm, _ in rounds]),
+        "share_of_roofline": spread([max(arithmetic * mm, memory * copy) / t for t, mm, copy in rounds]),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- studies
@@ -70,10 +90,13 @@ def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, se
 
 def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """The kernel against eager PyTorch, torch.compile and the hand-derived backward, or (MLP) titans-pytorch."""
+    from miras_kernels import reference
+
     clock = harness.clock_for(threads)[1]
     case = make_case(shape, settings)
     gates = {"kernel": parity(case, settings.backend)}
     inputs = case.draw(_float32())
+    covered = reference.derived.covers(inputs.call())
     for direction in DIRECTIONS:
         head = {"study": "shapes", "case": shape, "direction": direction}
         if not gates["kernel"]["ok"]:
@@ -83,7 +106,7 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
             "kernel": kernel(inputs, settings.backend, direction),
             "eager": eager(inputs, direction),
         }
-        if case.memory == "linear":
+        if covered:
             runs["derived"] = derived(inputs, direction)
         notes, seconds = [], None
         if settings.compile_seconds:
@@ -110,8 +133,9 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
                     notes.append("titans: the same sizes, another recurrence; its results are not compared")
                 except ImportError as error:
                     notes.append(f"titans-pytorch cannot be imported: {error}")
-        samplers = {name: timed(run, clock) for name, run in {**runs, "mm": harness.matrix_product()}.items()}
-        result = measure(head, samplers, "kernel", gates, threads, settings, flops(case)[direction])
+        runs |= {"mm": harness.matrix_product(), "copy": harness.memory_copy()}
+        samplers = {name: timed(run, clock) for name, run in runs.items()}
+        result = measure(head, samplers, "kernel", gates, threads, settings, work(inputs)[direction])
         yield {**result, "notes": result["notes"] + notes, "compile_seconds": seconds}
 
 
@@ -228,39 +252,46 @@ MEMORY_CONTENDERS = ("kernel", "eager", "derived")
 
 def study_memory(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """How far one forward and backward raises the resident memory of a fresh process, per contender."""
-    peaks, saved, notes, gate = {}, {}, [], None
-    for contender in MEMORY_CONTENDERS if shape not in MLP_SHAPES else MEMORY_CONTENDERS[:2]:
-        spec = {"study": "peak", "case": f"{shape}|{contender}", "threads": threads, "settings": dataclasses.asdict(settings)}
-        (result,) = list(start(spec, harness.environment(threads, malloc=False)))
-        gate = result.get("parity", gate)
-        peaks[contender], saved[contender] = result.get("peak_mib"), result.get("saved_mib")
-        notes += result["notes"]
+    from miras_kernels import reference
+
+    tiny = make_case(shape, dataclasses.replace(settings, toy=True)).draw(_float32())
+    names = MEMORY_CONTENDERS if reference.derived.covers(tiny.call()) else MEMORY_CONTENDERS[:2]
+    found = {name: peak("peak", f"{shape}|{name}", threads, settings) for name in names}
+    peaks, saved = ({name: result.get(key) for name, result in found.items()} for key in ("peak_mib", "saved_mib"))
     share = peaks["kernel"] / peaks["eager"] if peaks["kernel"] and peaks["eager"] else None
-    yield {"study": "memory", "case": shape, "direction": BOTH, "threads": threads, "parity": {"kernel": gate}, "peak_mib": peaks,
-           "peak_share": share, "saved_mib": saved, "notes": notes}  # fmt: skip
+    yield {"study": "memory", "case": shape, "direction": BOTH, "threads": threads, "parity": {"kernel": found["kernel"].get("parity")},
+           "peak_mib": peaks, "peak_share": share, "saved_mib": saved,
+           "notes": [note for result in found.values() for note in result["notes"]]}  # fmt: skip
+
+
+def peak(study: str, name: str, threads: int, settings: Settings) -> dict:
+    """What a study that measures memory says, in a process with default malloc settings."""
+    spec = {"study": study, "case": name, "threads": threads, "settings": dataclasses.asdict(settings)}
+    (result,) = start("cpu.py", spec, harness.environment(threads, malloc=False))
+    return result
 
 
 def study_peak(name: str, threads: int, settings: Settings) -> Iterator[dict]:
     """One contender of :func:`study_memory`."""
     shape, contender = name.split("|")
-    case, result = make_case(shape, settings), {"study": "peak", "case": name, "notes": []}
+    tiny, result = make_case(shape, dataclasses.replace(settings, toy=True)), {"study": "peak", "case": name, "notes": []}
     if contender == "kernel":
-        result["parity"] = {**parity(make_case(shape, dataclasses.replace(settings, toy=True)), settings.backend), "toy": True}
+        result["parity"] = {**parity(tiny, settings.backend), "toy": True}
         if not result["parity"]["ok"]:
             yield {**result, "notes": ["kernel: parity is red, memory not measured"]}
             return
     make = {"kernel": lambda i: kernel(i, settings.backend, BOTH), "eager": lambda i: eager(i, BOTH), "derived": lambda i: derived(i, BOTH)}
-    make[contender](make_case(shape, dataclasses.replace(settings, toy=True)).draw(_float32()))()  # loads what loads once
-    inputs = case.draw(_float32())
-    run = make[contender](inputs)
-    if not harness.reset_peak():
-        yield {**result, "notes": [f"{contender}: this system does not allow the peak to be reset"]}
-        return
-    before = harness.resident("VmRSS")
-    run()
-    result["peak_mib"] = harness.resident("VmHWM") - before
-    result["saved_mib"] = None if contender == "derived" else saved_bytes(run, inputs) / 2**20
-    yield result
+    yield result | memory_of(make[contender], tiny.draw(_float32()), make_case(shape, settings).draw(_float32()), contender)
+
+
+def memory_of(make: Callable, small, inputs, name: str) -> dict:
+    """Peak and saved MiB of ``make(inputs)``, a call. One of ``make(small)`` comes before: it loads what loads once."""
+    make(small)()
+    run = make(inputs)
+    peak_mib = harness.peak_rise(run)
+    notes = [] if peak_mib is not None else [f"{name}: this system does not allow the peak to be reset"]
+    saved = None if name == "derived" else saved_bytes(run, inputs) / 2**20
+    return {"peak_mib": peak_mib, "saved_mib": saved, "notes": notes}
 
 
 def study_capability(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -269,51 +300,30 @@ def study_capability(shape: str, threads: int, settings: Settings) -> Iterator[d
 
     levels = dispatch.BACKENDS["cpp"].extension.cpu_capabilities()
     spec = {"study": "serve", "case": shape, "threads": threads, "settings": dataclasses.asdict(settings)}
-    servers = {level: Server(spec, harness.environment(threads, capability=level)) for level in levels}
-    try:
-        gates = {level: server.answer() for level, server in servers.items()}
+    with contextlib.ExitStack() as stack:
+        enter = lambda level: stack.enter_context(Server(spec, harness.environment(threads, capability=level)))
+        servers = {level: enter(level) for level in levels}
+        gates = {level: server.ask("parity") for level, server in servers.items()}
+        helpers = [server.process.pid for server in servers.values()]
         for direction in DIRECTIONS:
             samplers = {level: server.sampler(direction) for level, server in servers.items()}
             head = {"study": "capability", "case": shape, "direction": direction}
-            yield measure(head, samplers, levels[0], gates, threads, settings)
-    finally:
-        for server in servers.values():
-            server.close()
-
-
-class Server:
-    """A process that holds a case and times calls when it is asked to."""
-
-    def __init__(self, spec: dict, env: dict[str, str]):
-        self.process = subprocess.Popen(_command(spec), env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def answer(self):
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line[len(MARK) :])
-        raise RuntimeError("a measuring process ended early")
-
-    def sampler(self, direction: str) -> harness.Sampler:
-        def sample(count: int) -> float:
-            print(json.dumps([direction, count]), file=self.process.stdin, flush=True)
-            return self.answer()
-
-        return sample
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+            yield measure(head, samplers, levels[0], gates, threads, settings, helpers=helpers)
 
 
 def study_serve(shape: str, threads: int, settings: Settings) -> Iterator[object]:
-    """The other end of :class:`Server`."""
+    """The other end of :class:`process.Server`: parity, a digest of the inputs, or the time of so many calls."""
     case, clock = make_case(shape, settings), harness.clock_for(threads)[1]
-    yield parity(case, settings.backend)
     inputs = case.draw(_float32())
     samplers = {direction: timed(kernel(inputs, settings.backend, direction), clock) for direction in DIRECTIONS}
     for line in sys.stdin:
-        direction, count = json.loads(line)
-        yield samplers[direction](count)
+        what, count = json.loads(line)
+        if what == "parity":
+            yield parity(case, settings.backend)
+        elif what == "inputs":
+            yield hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in inputs.leaves().values())).hexdigest()
+        else:
+            yield samplers[what](count)
 
 
 def study_probe(_: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -332,24 +342,3 @@ def study_probe(_: str, threads: int, settings: Settings) -> Iterator[dict]:
 NAMES = ("shapes", "bias", "recurrence", "capability", "decay", "checkpoint", "dtype", "memory")
 STUDIES = {name: globals()[f"study_{name}"] for name in NAMES}
 HELPERS = {"peak": study_peak, "serve": study_serve, "probe": study_probe}
-
-
-# -------------------------------------------------------------------------------------------------------- processes
-
-
-def _command(spec: dict) -> list[str]:
-    return [sys.executable, str(Path(__file__).resolve().with_name("cpu.py")), "--worker", json.dumps(spec)]
-
-
-def start(spec: dict, env: dict[str, str] | None = None) -> Iterator[dict]:
-    """Run one study in a fresh process and yield its results; what it cannot do becomes a result with an error."""
-    env = env or harness.environment(spec["threads"])
-    process = subprocess.Popen(_command(spec), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    with process:
-        for line in process.stdout:
-            if line.startswith(MARK):
-                yield json.loads(line[len(MARK) :])
-    if process.returncode:
-        yield {"study": spec["study"], "case": spec["case"], "threads": spec["threads"], "direction": "", "parity": {},
-               "error": f"the measuring process ended with status {process.returncode}",
-               "notes": [f"the measuring process ended with status {process.returncode}"]}  # fmt: skip

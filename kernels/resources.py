@@ -220,10 +220,10 @@ def compile_job(job: Job) -> offline.Resources:
     return offline.compile_launch(launches[job.place], job.target)
 
 
-def measure(todo: list[Job], processes: int = 2) -> Iterator[tuple[Job, offline.Resources]]:
+def measure(wanted: list[Job], processes: int = 2) -> Iterator[tuple[Job, offline.Resources]]:
     """Compile in fresh processes: Triton decides about its interpreter once, when it is imported."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from zip(todo, pool.map(compile_job, todo, chunksize=4), strict=True)
+        yield from zip(wanted, pool.map(compile_job, wanted, chunksize=4), strict=True)
 
 
 def spills_allowed(job: Job) -> float:
@@ -286,19 +286,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains this; prints, writes nothing")
     parser.add_argument("--targets", default=",".join(offline.TARGETS), metavar="TARGET,...")
     args = parser.parse_args(arguments)
-    todo = jobs(args.targets.split(","), QUICK if args.quick else tuple(SPECIMENS))
-    todo = [job for job in todo if not args.only or args.only in str(job)]
+    wanted = jobs(args.targets.split(","), QUICK if args.quick else tuple(SPECIMENS))
+    wanted = [job for job in wanted if not args.only or args.only in str(job)]
     if args.cover:
-        todo = list({(job.target, job.kernel, job.config): job for job in reversed(todo)}.values())
+        wanted = list({(job.target, job.kernel, job.config): job for job in reversed(wanted)}.values())
     figures, wrong, known = {}, [], read().get(table_key())
     if args.check and known is None:
         print(f"the table has no Triton {table_key()}: only spills, shared memory and tensor cores are judged")
-    for job, found in measure(todo):
+    for job, found in measure(wanted):
         figures[str(job)] = list(dataclasses.astuple(found))
         wrong += problems(job, found)
         if args.check and known is not None and known.get(str(job), figures[str(job)]) != figures[str(job)]:
             wrong.append(f"{job}: {figures[str(job)]}, the table has {known.get(str(job))}")
-        print(f"{len(figures)}/{len(todo)} {job} {figures[str(job)]}", flush=True)
+        print(f"{len(figures)}/{len(wanted)} {job} {figures[str(job)]}", flush=True)
     if not (args.check or args.only or args.quick):
         write(figures)
     print("\n".join(wrong) or "nothing spills, all fits")

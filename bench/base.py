@@ -1,0 +1,179 @@
+"""``cpu.py --base REF``: this source tree against another commit of it, both right first, taking turns in one run.
+
+Two processes that run the same code differ by a percent or more for as long as they live: their memory lies elsewhere. So each
+side is launched several times, and every launch has a third process, of this tree again: how far that one is from the first is
+what the same code differs by. A difference is told only where no launch disagrees about its sign and the least of them is larger than
+anything that the same code showed; docs/benchmarks.md says how rarely that happens by chance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import harness
+from contenders import DIRECTIONS, Settings
+from harness import ROOT, Watch, interleave, ratio, spread
+from process import Server
+
+LAUNCHES = 5
+#: fewer launches tell no difference
+FEWEST = 4
+#: a difference below this is none: where code and data happen to lie is worth as much
+RESOLUTION = 0.01
+#: the processes of a launch: the other commit, this tree, and this tree again
+SIDES = ("base", "this", "again")
+
+NO_DIFFERENCE = "no difference"
+
+
+class Unusable(Exception):
+    """The other commit cannot be had or built; says why."""
+
+
+# ------------------------------------------------------------------------------------------------------- the other commit
+
+
+@contextlib.contextmanager
+def prepared(ref: str, backend: str) -> Iterator[tuple[dict, dict]]:
+    """The other commit in a temporary git worktree, built: what the report says of it, and options of :func:`study_base`.
+
+    Raises:
+        Unusable: no such commit, or it does not build.
+    """
+    commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", error=f"--base: expected a commit, got {ref!r}")
+    with tempfile.TemporaryDirectory(prefix="miras-base-") as folder:
+        root = Path(folder) / "tree"
+        _git("worktree", "add", "--detach", "--quiet", str(root), commit, error=f"--base: git cannot check out {ref!r}")
+        try:
+            if backend == "cpp":
+                build(root, commit)
+            yield {"ref": ref, "commit": commit}, {"root": str(root)}
+        finally:
+            _git("worktree", "remove", "--force", str(root), error="--base: the temporary worktree cannot be removed")
+
+
+def build(root: Path, commit: str) -> None:
+    """Build the C++ kernels of the other tree; where its sources are this tree's, this tree's extension is the same thing."""
+    extensions = list((ROOT / "python" / "miras_kernels").glob("_C.*.so"))
+    if len(extensions) == 1 and _same_sources(commit, extensions[0]):
+        print("its C++ sources are those of this tree: no need to build them", file=sys.stderr)
+        for built in (extensions[0], extensions[0].with_name("_build_info.py")):
+            shutil.copy2(built, root / built.relative_to(ROOT))
+        return
+    print("building its C++ kernels, about a minute", file=sys.stderr, flush=True)
+    env = dict(os.environ, MIRAS_REQUIRE_CPP="1", MIRAS_CUDA="0")
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])  # ninja lies there
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, check=False, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise Unusable(f"--base: building {commit[:12]} failed:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-20:]))
+
+
+def _same_sources(commit: str, extension: Path) -> bool:
+    """Whether what this tree's extension was built from is what the commit has."""
+    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    if any(path.stat().st_mtime > extension.stat().st_mtime for path in sources):
+        return False
+    changed = _git("diff", "--name-only", commit, "--", "csrc", "setup.py", error="--base: git diff failed")
+    return not changed + _git("ls-files", "--others", "--exclude-standard", "--", "csrc", error="--base: git ls-files failed")
+
+
+def _git(*arguments: str, error: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise Unusable(f"{error} {done.stderr.strip()}".strip())
+    return done.stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------------- the comparison
+
+
+def study_base(shape: str, threads: int, settings: Settings, root: str, launches: int) -> Iterator[dict]:
+    """Calls of the public function of both trees."""
+    found: dict[str, list[dict]] = {direction: [] for direction in DIRECTIONS}
+    gates, notes, failure = {}, [], {}
+    for launch in range(launches):
+        try:
+            with contextlib.ExitStack() as stack:
+                servers = launched(stack, shape, threads, settings, root)
+                if launch == 0:
+                    gates = {side: servers[side].ask("parity") for side in SIDES[:2]}
+                    if servers["base"].ask("inputs") != servers["this"].ask("inputs"):
+                        notes.append("the two draw other inputs for this case: times are compared all the same")
+                red = [f"{side}: parity is red, nothing is timed ({gate['worst']})" for side, gate in gates.items() if not gate["ok"]]
+                if red:
+                    notes += red
+                    break
+                for direction in DIRECTIONS:
+                    found[direction].append(_taking_turns(servers, direction, threads, settings, launches))
+        except RuntimeError as error:  # a process that ended: the other commit may have another interface
+            failure = {"error": f"launch {launch + 1} of {launches}: {error}; what it said is on stderr"}
+            notes.append(failure["error"])
+            break
+    for direction, seen in found.items():
+        head = {"study": "base", "case": shape, "direction": direction, "threads": threads, "clock": harness.clock_for(threads)[0]}
+        yield {**head, "parity": gates, "notes": notes, **failure, **(summed_up(seen) if seen else {})}
+
+
+def launched(stack: contextlib.ExitStack, shape: str, threads: int, settings: Settings, root: str) -> dict[str, Server]:
+    """A process for each of :data:`SIDES`, ended with the stack."""
+    servers = {}
+    for side in SIDES:
+        tree = Path(root) if side == "base" else ROOT
+        spec = {"study": "serve", "case": shape, "threads": threads, "settings": dataclasses.asdict(settings), "root": str(tree)}
+        servers[side] = stack.enter_context(Server(spec, harness.environment(threads, root=tree)))
+    return servers
+
+
+def _taking_turns(servers: dict[str, Server], direction: str, threads: int, settings: Settings, launches: int) -> dict:
+    """One launch: medians of its rounds."""
+    samplers = {side: server.sampler(direction) for side, server in servers.items()}
+    with Watch(threads, [server.process.pid for server in servers.values()]) as watch:
+        times = interleave(samplers, settings.seconds / launches, settings.min_rounds)
+    return {
+        "ms": {side: 1e3 * spread(seconds)["median"] for side, seconds in times.items()},
+        "ratios": {side: ratio(times[side], times["this"])["median"] for side in ("base", "again")},
+        "watch": watch.report(),
+    }
+
+
+def summed_up(launches: Sequence[dict]) -> dict:
+    """Medians over launches with their extremes, and the verdict."""
+    ratios = {side: [launch["ratios"][side] for launch in launches] for side in ("base", "again")}
+    flags = sorted({flag for launch in launches for flag in launch["watch"]["flags"]})
+    loads = [launch["watch"]["other_load_cores"] for launch in launches if launch["watch"]["other_load_cores"] is not None]
+    return {
+        "launches": len(launches),
+        "ms": {side: statistics.median(launch["ms"][side] for launch in launches) for side in SIDES},
+        "ratios": {side: {"median": statistics.median(x), "low": min(x), "high": max(x)} for side, x in ratios.items()},
+        "verdict": verdict(ratios["base"], ratios["again"]),
+        "same_code": math.expm1(max(abs(math.log(x)) for x in ratios["again"])),
+        "watch": {"other_load_cores": max(loads, default=None), "thread_speedup": None, "flags": flags},
+    }
+
+
+def verdict(base: Sequence[float], again: Sequence[float]) -> str:
+    """What the launches show of this tree: "faster", "slower" or "no difference".
+
+    Args:
+        base: time of the other commit over that of this tree, a launch each.
+        again: time of this tree's second process over that of its first, likewise.
+    """
+    distances, same_code = [math.log(x) for x in base], max(abs(math.log(x)) for x in again)
+    agreed = all(x > 0 for x in distances) or all(x < 0 for x in distances)
+    if len(base) < FEWEST or not agreed or min(map(abs, distances)) <= max(same_code, math.log1p(RESOLUTION)):
+        return NO_DIFFERENCE
+    return "faster" if distances[0] > 0 else "slower"
+
+
+STUDIES = {"base": study_base}
