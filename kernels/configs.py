@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 __all__ = [
     "CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MAX_HIDDEN", "MAX_MLP_HEAD", "MLP_CHUNK_SIZES", "RULES",
-    "Config", "Denial", "Key", "choose", "eligible", "force", "step", "stream",
+    "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
 ]  # fmt: skip
 
 #: rows that a chunk is padded to; a linear memory's may have any number of tokens up to the last
@@ -97,6 +97,11 @@ class Key:
     def blocks(self, config: Config) -> tuple[int, int]:
         """Tile sizes along values and keys: never wider than the padded head dimension."""
         return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
+
+    @property
+    def part(self) -> int:
+        """Hidden units of an MLP that a program of a decoding step takes: a tile of 4096 entries of either matrix."""
+        return min(max(MIN_TILE, 4096 // self.padded_v), padded(self.hidden))
 
     def block_hidden(self, config: Config) -> int:
         """Hidden units of an MLP that are taken at once."""
@@ -217,23 +222,22 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "mlp_readout": ((Config(0, 32, 8, 1, 255), lambda key: key.itemsize == 2 and key.padded_v <= 64), (Config(0, 16, 8, 1, 255), _always)),
     "mlp_pre": ((Config(0, 32, 8, 1, 255), lambda key: key.itemsize == 2 and key.padded_v <= 64), (Config(0, 16, 8, 1, 255), _always)),
     "mlp_seq": ((Config(0, 16, 8, 1, 255), _always),),
+    "linear_predict": ((Config(32, 0, 4, 1), lambda key: key.padded_k <= 128), (Config(32, 0, 8, 1), lambda key: key.padded_k > 128)),
+    "linear_write": (
+        (Config(32, 0, 8, 1, 255), lambda key: key.padded_k <= 128),
+        (Config(16, 0, 8, 1, 255), lambda key: key.padded_k > 128),
+    ),
+    "mlp_predict": ((Config(0, 0, 8, 1), _always),),
+    "mlp_write": ((Config(0, 0, 8, 1, 255), _always),),
+    "mlp_finish": ((Config(0, 0, 8, 1, 255), _always),),
 }
+#: the kernels of decoding steps
+STEPS = ("linear_predict", "linear_write", "mlp_predict", "mlp_write", "mlp_finish")
+#: rows of a chunk's factors that they take at once
+STEP_ROWS = 16
 
 #: every configuration of every kernel
 KERNELS: dict[str, tuple[Config, ...]] = {kernel: tuple(config for config, _ in rules) for kernel, rules in RULES.items()}
-
-
-def step(key: Key) -> Config:
-    """The configuration of a decoding step: 8 to 64 registers of a thread for a tile of each matrix.
-
-    A head's values are shared out among programs, all keys to each, unless a bias or a gate couples them; one program takes all hidden
-    units of an MLP, ``block_k`` at a time.
-    """
-    if key.hidden:
-        return Config(0, max(MIN_TILE, (4096 if key.retention else 8192) // key.padded_v), 16, 1)
-    if key.entire:
-        return Config(max(MIN_TILE, min(64, 8192 // key.padded_k)), 0, 8, 1)
-    return Config(16, 0, 4, 1)
 
 
 class Denial(NamedTuple):

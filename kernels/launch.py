@@ -65,7 +65,7 @@ class Problem:
             self.key_dim, self.value_dim, self.rows, call.q.element_size(), bias.row_coupled, self.hidden,
             gate.tag, call.momentum is not None, call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
-        self.architecture = _recorder[1] if _recorder else architecture(call.q.device)
+        self.architecture = architecture_of(call.q.device)
         self.block = self.key.block_c
         self.blocks = self.rows // self.block
         self.sizes = dict(C=self.rows, DTYPE=DTYPES[call.q.dtype])
@@ -133,6 +133,11 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def architecture_of(device: torch.device) -> str:
+    """The architecture that launches are meant for: the device's, or that of a recording."""
+    return _recorder[1] if _recorder else architecture(device)
 
 
 #: set by `recording`: what receives launches instead of the device, and the architecture they are meant for

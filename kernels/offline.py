@@ -68,9 +68,10 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
     return found
 
 
-def recorded_step(call, channel_wise_decay: bool, architecture: str = "") -> list[Launch]:
+def recorded_step(call, architecture: str = "") -> list[Launch]:
     """The launches of a decoding step with the tokens of a call, likewise."""
-    found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channel_wise_decay)
+    channels = call.log_decay is not None and call.log_decay.dim() == 4
+    found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channels)
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         run = steps.stepper(call)
         run(x, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, torch.empty_like(call.v))

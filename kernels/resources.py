@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import sys
@@ -33,14 +32,16 @@ from ..validation import linear_call, mlp_call
 from . import configs, offline
 
 __all__ = [
-    "LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problems", "read", "spills_allowed", "step_launches",
-    "table_key",
+    "LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problems", "read", "spills_allowed", "table_key",
 ]  # fmt: skip
 
 TABLE = Path(__file__).with_name("resources.json")
 
-#: kernels that multiply no matrices
-GATES_ONLY = ("linear_decay", "linear_decay_grad", "momentum_weights", "momentum_grad", "channel_decay", "channel_momentum", "channel_pre")
+#: kernels that have nothing for tensor cores to multiply: gates' and decoding's
+NO_PRODUCTS = (
+    "linear_decay", "linear_decay_grad", "momentum_weights", "momentum_grad", "channel_decay", "channel_momentum", "channel_pre",
+    *configs.STEPS,
+)  # fmt: skip
 
 #: bytes of shared memory that a program may have
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -63,17 +64,18 @@ class Specimen:
     momentum: bool = False
     channel_lr: bool = False
     channel_decay: bool = False
+    steps: bool = False  # decoding a token instead
 
     def __str__(self) -> str:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
-        marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final") if getattr(self, name)]
+        marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "steps") if getattr(self, name)]
         marks += ([self.retention.name] if self.retention.tag else []) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
 
     def launches(self) -> list[offline.Launch]:
-        """What a forward and backward of it launch."""
-        b, t, h = (1 if self.final else 2), 4096, 16
+        """What a forward and backward of it launch, or a step."""
+        b, t, h = (4, 1, 16) if self.steps else (1 if self.final else 2, 4096, 16)
 
         def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -86,7 +88,7 @@ class Specimen:
         n, d = (4 if self.final else b), self.key_dim
         arguments = dict(
             bias=self.bias, retention=self.retention, delta=delta, momentum=gate if self.momentum else None, chunk_size=self.chunk_size,
-            output_final_state=self.final, cu_seqlens=meta(5, dtype=torch.int64) if self.final else None,
+            output_final_state=self.final or self.steps, cu_seqlens=meta(5, dtype=torch.int64) if self.final else None,
         )  # fmt: skip
         if self.hidden:
             initial, norm = (meta(n, h, d, self.hidden), meta(n, h, self.hidden, d)), dict(ln_weight=meta(h, d), ln_bias=meta(h, d))
@@ -94,36 +96,8 @@ class Specimen:
         else:
             make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
         lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
-        return offline.recorded(make(k, k, v, lr, log_decay if self.decays else None, **arguments), 4)
-
-
-def step_launches() -> Iterator[tuple[str, offline.Launch]]:
-    """What decoding steps launch, by a name: heads of 64 and 128 channels, the plainest memory and those with the most to hold."""
-    laden = [(Huber("switch"), KLRetention()), (Lp(3.0, sharpness=10.0), LqRetention()), (Huber("coordinate"), KLRetention())]
-    for d, hidden in itertools.product((64, 128), (0, 256)):
-        for bias, gate in [(L2(), L2Retention()), *laden]:
-            channel_wise = not hidden and isinstance(gate, KLRetention)
-            name = f"D{d}" + (f"-H{hidden}" if hidden else "") + f"-{bias.name}-{gate.name}"
-            for given in offline.recorded_step(_step_call(d, hidden, bias, gate, channel_wise), channel_wise):
-                yield name, given
-
-
-def _step_call(d: int, hidden: int, bias: Bias, gate: Retention, channel_wise: bool):
-    """One token of several sequences, with momentum unless the gate is the plainest."""
-    n, h, plain = 4, 16, isinstance(gate, L2Retention)
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, each, wide = meta(n, 1, h, d, dtype=torch.bfloat16), meta(n, 1, h), meta(n, 1, h, *([d] if channel_wise else []))
-    arguments = dict(
-        bias=bias, retention=gate, delta=each if bias.needs_delta else None, momentum=None if plain else each, chunk_size=64,
-        output_final_state=True, cu_seqlens=None,
-    )  # fmt: skip
-    if not hidden:
-        return linear_call(x, x, x, wide, wide, initial_state=meta(n, h, d, d), **arguments)
-    norm = dict(ln_weight=meta(h, d), ln_bias=meta(h, d), ln_eps=1e-6)
-    return mlp_call(x, x, x, each, each, initial_state=(meta(n, h, d, hidden), meta(n, h, hidden, d)), **arguments, **norm)
+        call = make(k, k, v, lr, log_decay if self.decays else None, **arguments)
+        return offline.recorded_step(call) if self.steps else offline.recorded(call, 4)
 
 
 def _specimens() -> Iterator[Specimen]:
@@ -163,6 +137,15 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(64, 64, 64, retention=KLRetention(), momentum=True, hidden=256)
     yield Specimen(128, 128, 32, retention=LqRetention(), momentum=True, final=True, hidden=256, dtype=torch.float16)
     yield Specimen(32, 32, 16, hidden=48, dtype=float32)
+    # steps: those with the most to hold come first
+    for d, hidden in ((128, 0), (64, 256), (128, 1024)):
+        yield Specimen(d, d, 64, switch, hidden=hidden, retention=KLRetention(), momentum=True, steps=True)
+    yield Specimen(256, 256, 64, channel_lr=True, channel_decay=True, retention=KLRetention(), momentum=True, steps=True)
+    for d, hidden in ((128, 0), (128, 256)):
+        yield Specimen(d, d, 64, smooth, hidden=hidden, retention=LqRetention(), momentum=True, steps=True)
+    for d, hidden in ((64, 0), (256, 0), (64, 256)):
+        yield Specimen(d, d, 64, L2(), hidden=hidden, steps=True)
+    yield Specimen(64, 64, 1, L2(), decays=False, steps=True)
 
 
 SPECIMENS: dict[str, Specimen] = {str(x): x for x in _specimens()}
@@ -186,7 +169,7 @@ class Job:
     @property
     def multiplies(self) -> bool:
         """Whether its matrix products have operands for tensor cores."""
-        return self.kernel not in GATES_ONLY and SPECIMENS[self.specimen].dtype != torch.float32
+        return self.kernel not in NO_PRODUCTS and SPECIMENS[self.specimen].dtype != torch.float32
 
 
 def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) -> list[Job]:
@@ -241,7 +224,7 @@ def spills_allowed(job: Job) -> float:
         return math.inf
     if job.kernel == "linear_seq_streamed" and specimen.momentum and (job.target, specimen.dtype) == ("sm_80", torch.float32):
         return 128
-    if not job.kernel.startswith("mlp_"):
+    if not job.kernel.startswith("mlp_") or job.kernel in configs.STEPS:
         return 0
     if job.target == "sm_80" or specimen.dtype == torch.float32 or (specimen.key_dim > 64 and specimen.chunk_size < 64):
         return 1536

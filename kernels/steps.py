@@ -1,17 +1,19 @@
-"""What the decoding steps of both memories share: where a sequence stands in its chunk, its primal, and the launches.
+"""What the decoding steps of both memories share: the weights of what a chunk has written, its end, and the launches.
 
-A step reads ``T`` tokens, usually one, into the matrices of :class:`~miras_kernels.decode.Buffers`, in place; it is defined by
-``python/miras_kernels/reference/step.py``. There is nothing to multiply but a matrix by a vector: a step takes the time of reading and
-writing the state, so its arithmetic is elementwise products and sums in float32, without tensor cores.
+A step reads a token into :class:`~miras_kernels.decode.Buffers`; it is defined by ``python/miras_kernels/reference/step.py``. There is
+nothing to multiply but a matrix by a vector, so a token takes the time of reading what it needs: ``phi(A_0)`` once, for k and q together,
+and the factors of the open chunk's tokens. Its arithmetic is elementwise products and sums in float32, without tensor cores. The token
+that ends its chunk writes the matrices; whether it does is read on the device, where each sequence stands somewhere else in its chunk.
 
-Each sequence stands somewhere else in its chunk. Every program reads that from ``position`` and none writes it: the programs of a
-sequence would race. ``advance``, launched after the step, moves positions (and the sums of log-decays, where heads share theirs) on.
+A token takes two or three launches, each shared out among programs that may run in any order: what one of them writes another
+launch reads. The first launch moves ``position`` on, which nobody else reads in it; to the later ones the token's row is the one before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,13 +23,13 @@ from torch import Tensor
 from ..decode import thresholds
 from . import configs, launch
 from . import retention as retentions
-from .tiles import only_if
+from .tiles import dot
 
 
 @triton.jit
-def vector(x, row, o, m, stride: tl.constexpr = 1):
+def vector(x, row, o, m):
     """A token's vector as float32, 0 outside the mask."""
-    return tl.load(x + row + o * stride, mask=m, other=0.0).to(tl.float32)
+    return tl.load(x + row + o, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -37,6 +39,83 @@ def gate_of(gate, row, o, m, D: tl.constexpr, CHANNEL: tl.constexpr):
         return vector(gate, row * D, o, m)
     else:
         return tl.load(gate + row).to(tl.float32)
+
+
+@triton.jit
+def move_on(position, C: tl.constexpr):
+    """One token more of a sequence's chunk. The barrier: every thread reads before one writes, here and wherever a place is rewritten."""
+    before = tl.load(position)
+    tl.debug_barrier()
+    tl.store(position, (before + 1) % C)
+
+
+@triton.jit
+def row_of(position, C: tl.constexpr):
+    """The token's place in its chunk, after ``position`` has moved on."""
+    return ((tl.load(position) + C - 1) % C).to(tl.int32)
+
+
+# ----------------------------------------------------------------------------------------- weights of what a chunk has written
+
+
+@triton.jit
+def channels_of(o_v, m_v, CHANNEL: tl.constexpr):
+    """The columns of ``kept`` for values ``o_v``: those of its own for a channel-wise decay, else the one that all share."""
+    if CHANNEL:
+        return o_v, m_v
+    else:
+        return tl.arange(0, 1), tl.full((1,), True, tl.int1)
+
+
+@triton.jit
+def decay_of(log_decay, sums, row, o_w, m_w, W: tl.constexpr):
+    """``(alpha, log gamma) [BW]`` of a token: its decay, and the chunk's up to it."""
+    b_open = tl.load(sums + o_w, mask=m_w, other=0.0)
+    b_decay = b_open * 0.0
+    if log_decay is not None:
+        b_decay = vector(log_decay, row * W, o_w, m_w)
+    return tl.exp(b_decay), b_open + b_decay
+
+
+@triton.jit
+def first_weights(kept, moved, o_w, m_w, alpha, theta, W: tl.constexpr):
+    """``(kept_0 [BW], kept_1 [BW], moved_1)`` after the token: ``moved <- theta moved; kept <- alpha kept + moved``."""
+    b_kept0 = alpha * tl.load(kept + o_w, mask=m_w, other=0.0)
+    b_kept1, moved_1 = alpha * 0.0, 0.0
+    if moved is not None:
+        moved_1 = theta * tl.load(moved + 1)
+        b_kept1 = alpha * tl.load(kept + W + o_w, mask=m_w, other=0.0) + moved_1
+    return b_kept0, b_kept1, moved_1
+
+
+@triton.jit
+def store_first_weights(kept, moved, o_w, m_w, b_kept0, b_kept1, moved_1, W: tl.constexpr):
+    tl.store(kept + o_w, b_kept0, mask=m_w)
+    tl.store(kept + W + o_w, b_kept1, mask=m_w)
+    if moved is not None:
+        tl.store(moved, 0.0)
+        tl.store(moved + 1, moved_1)
+
+
+@triton.jit
+def row_weights(kept, moved, o_r, m_r, o_w, m_w, alpha, theta, W: tl.constexpr):
+    """``(kept [BR, BW], moved [BR])`` of tokens before this one, after it."""
+    b_kept = alpha[None, :] * tl.load(kept + (2 + o_r)[:, None] * W + o_w[None, :], mask=m_r[:, None] & m_w[None, :], other=0.0)
+    b_moved = tl.full((o_r.shape[0],), 0.0, tl.float32)
+    if moved is not None:
+        b_moved = theta * tl.load(moved + 2 + o_r, mask=m_r, other=0.0)
+        b_kept += b_moved[:, None]
+    return b_kept, b_moved
+
+
+@triton.jit
+def store_row_weights(kept, moved, o_r, m_r, o_w, m_w, b_kept, b_moved, W: tl.constexpr):
+    tl.store(kept + (2 + o_r)[:, None] * W + o_w[None, :], b_kept, mask=m_r[:, None] & m_w[None, :])
+    if moved is not None:
+        tl.store(moved + 2 + o_r, b_moved, mask=m_r)
+
+
+# ------------------------------------------------------------------------------------------------------------ a chunk's end
 
 
 @triton.jit
@@ -52,60 +131,57 @@ def mapped(b_a, m, shift, total, AXIS: tl.constexpr, RETENTION: tl.constexpr, R0
 
 
 @triton.jit
-def begin(
-    b_a, start, primal, o, m, fresh, shift, total, AXIS: tl.constexpr, RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr
+def end_tile(
+    start, carried, momentum, left, right, kept, moved, sums, row, o_k, m_k, o_v, m_v, o_w, m_w,
+    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """``(A_0, W_0)`` of the chunk that a token belongs to, for a tile of the dual; its first token (``fresh``) finds and keeps them."""
-    b_start, b_w = b_a, b_a
-    if start is not None:
-        b_start = tl.where(fresh, b_a, tl.load(start + o, mask=only_if(fresh == 0, m), other=0.0))
-        tl.store(start + o, b_a, mask=only_if(fresh, m))
-        b_w = b_start
-    if RETENTION != retentions.L2:
-        b_w = tl.load(primal + o, mask=only_if(fresh == 0, m), other=0.0)
-        if fresh:
-            b_w = mapped(b_a, m, shift, total, AXIS, RETENTION, R0, R1)
-            tl.store(primal + o, b_w, mask=m)
-    return b_start, b_w
-
-
-@triton.jit
-def read_matrix(b_a, b_start, b_w, gamma, rho, RETENTION: tl.constexpr):
-    """What a token reads: ``gamma W_0 + rho D`` with D = A - gamma A_0, what the chunk has written; the dual itself without a gate."""
-    if RETENTION == retentions.L2:
-        return b_a
-    else:
-        return gamma * b_w + rho * (b_a - gamma * b_start)
-
-
-@triton.jit
-def moved(b_a, b_s, carried, o, m, theta, alpha):
-    """A after the token's write ``b_s``: ``S <- theta S + b_s`` where there is momentum, ``A <- alpha A + S``."""
+    """A tile of the matrices at the end of a chunk, by the weights after its last token: starts A and S of the next one. Returns A's."""
+    o, m = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
+    b_gamma = tl.exp(tl.load(sums + o_w, mask=m_w, other=0.0))
+    b_a = b_gamma[None, :] * tl.load(start + o, mask=m, other=0.0)
     if carried is not None:
-        b_s += theta * tl.load(carried + o, mask=m, other=0.0)
-        tl.store(carried + o, b_s, mask=m)
-    return alpha * b_a + b_s
+        b_kept0 = tl.load(kept + o_w, mask=m_w, other=0.0)
+        if tl.max(b_kept0, 0) > 0.0:
+            b_a += b_kept0[None, :] * tl.load(carried + o, mask=m, other=0.0)
+    if momentum is not None:
+        b_s = tl.load(momentum + o, mask=m, other=0.0)
+        b_a += tl.load(kept + W + o_w, mask=m_w, other=0.0)[None, :] * b_s
+        b_s *= tl.load(moved + 1)
+    for r in tl.range(0, row + 1, BR, disable_licm=True):
+        o_r = r + tl.arange(0, BR)
+        m_r = o_r <= row
+        b_left = tl.load(left + o_r[None, :] * K + o_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0)  # [BK, BR]
+        b_right = tl.load(right + o_r[:, None] * V + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BR, BV]
+        b_kept = tl.load(kept + (2 + o_r)[:, None] * W + o_w[None, :], mask=m_r[:, None] & m_w[None, :], other=0.0)
+        b_a += dot(b_left, b_kept * b_right)
+        if momentum is not None:
+            b_s += dot(b_left, tl.load(moved + 2 + o_r, mask=m_r, other=0.0)[:, None] * b_right)
+    tl.store(start + o, b_a, mask=m)
+    if momentum is not None:
+        tl.store(momentum + o, b_s, mask=m)
+    return b_a
 
 
-@triton.jit(do_not_specialize=("T",))
-def advance(log_decay, sums, position, T, H, C: tl.constexpr, BH: tl.constexpr):
-    """Positions after T tokens and, unless channels have their own, the open chunk's sums of log-decays ``[N, H]``; one sequence."""
-    i_n = tl.program_id(0).to(tl.int64)
-    o_h = tl.arange(0, BH)
-    m_h = o_h < H
-    before = tl.load(position + i_n)
-    if sums is not None:
-        b_sum = tl.load(sums + i_n * H + o_h, mask=m_h, other=0.0)
-        for t in tl.range(0, T):
-            if log_decay is not None:
-                b_sum += vector(log_decay, (i_n * T + t) * H, o_h, m_h)
-            b_sum = tl.where((before + t + 1) % C == 0, 0.0, b_sum)
-        tl.store(sums + i_n * H + o_h, b_sum, mask=m_h)
-    tl.debug_barrier()
-    tl.store(position + i_n, (before + T) % C)
+@triton.jit
+def begin_weights(kept, moved, sums, o_w, m_w, W: tl.constexpr):
+    """Rows 0 and 1 and log gamma as a chunk's first token finds them."""
+    tl.store(sums + o_w, o_w * 0.0, mask=m_w)
+    tl.store(kept + o_w, o_w * 0.0, mask=m_w)
+    tl.store(kept + W + o_w, o_w * 0.0, mask=m_w)
+    if moved is not None:
+        tl.store(moved + 1, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- launcher
+
+
+class Launch(NamedTuple):
+    """One of the launches of a step: programs a head, and the constants of its configuration."""
+
+    kernel: triton.runtime.JITFunction
+    programs: int
+    config: configs.Config
+    blocks: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,58 +189,53 @@ class Step:
     """How calls of one kind are launched. Keeps nothing of the call but numbers."""
 
     key: configs.Key
-    config: configs.Config
-    sizes: dict
+    launches: tuple[Launch, ...]
     constants: dict
     threshold: Callable[[float], Tensor]  # delta as a tensor where it is given as a number
 
     @staticmethod
-    def of(call) -> Step:
+    def of(call, kernels: dict) -> Step:
+        """Kernels in their order, each with what it cuts a head along: ``"value"``, ``"hidden"`` or, not at all, ``"head"``."""
         bias, gate = call.bias, call.retention
-        hidden = call.state.dual[0].shape[-1] if call.memory == "mlp" else 0
         key = configs.Key(
-            call.q.shape[-1], call.v.shape[-1], call.chunk_size, call.q.element_size(), bias.row_coupled, hidden,
-            gate.tag, call.momentum is not None,
+            call.q.shape[-1], call.v.shape[-1], call.chunk_size, call.q.element_size(), bias.row_coupled,
+            call.state.dual[0].shape[-1] if call.memory == "mlp" else 0, gate.tag, call.momentum is not None,
+            call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
-        config = configs.step(key)
-        sizes = dict(C=call.chunk_size)
-        if hidden:
-            sizes |= dict(D=key.key_dim, Hd=hidden, BD=key.padded_v, BH=key.block_hidden(config), EPS=call.ln_eps)
-        else:
-            block_v, block_k = key.blocks(config)
-            sizes |= dict(Dk=key.key_dim, Dv=key.value_dim, BV=block_v, BK=block_k, ENTIRE=key.entire)
+        architecture, launches = launch.architecture_of(call.q.device), []
+        for kernel, along in kernels.items():
+            config = configs.choose(kernel.__name__, key, architecture)
+            block_v, _ = key.blocks(config)
+            programs = {"value": -(-key.value_dim // block_v), "hidden": -(-key.hidden // key.part), "head": 1}[along]
+            launches.append(Launch(kernel, programs, config, dict(BV=block_v)))
         p, r = (*bias.parameters, 0.0, 0.0, 0.0)[:3], (*gate.parameters, 0.0, 0.0)[:2]
-        constants = dict(BIAS=bias.tag, P0=p[0], P1=p[1], P2=p[2], RETENTION=gate.tag, R0=r[0], R1=r[1])
-        constants |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled)
-        return Step(key, config, sizes, constants, thresholds(call))
+        constants = dict(BIAS=bias.tag, P0=p[0], P1=p[1], P2=p[2], RETENTION=gate.tag, R0=r[0], R1=r[1], C=call.chunk_size)
+        constants |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, BR=configs.STEP_ROWS, BD=key.padded_v)
+        if key.hidden:
+            constants |= dict(D=key.key_dim, Hd=key.hidden, BH=key.part, EPS=call.ln_eps)
+        else:
+            constants |= dict(Dk=key.key_dim, Dv=key.value_dim, BK=key.padded_k)
+        return Step(key, tuple(launches), constants, thresholds(call))
 
-    def launch(self, kernel, units: int, buffers, q, k, v, lr, log_decay, delta, momentum, out, **arguments) -> None:
-        """Run a step kernel with ``units`` programs a head, then ``advance``."""
+    def launch(self, buffers, q, k, v, lr, log_decay, delta, momentum, out, **arguments) -> None:
+        """Run the kernels for one token after the other; each gets those of the arguments that it names."""
         delta = self.threshold(delta) if isinstance(delta, float) else delta
-        gates = dict(lr=lr, log_decay=log_decay, delta=delta, momentum=momentum)
+        gates = dict(lr=lr, log_decay=log_decay, delta=delta, theta=momentum)
         gates = {name: None if x is None else x.contiguous() for name, x in gates.items()}
         tokens = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in dict(q=q, k=k, v=v, out=out).items()}
         strides = {f"stride_{n[0]}{axis}": x.stride(i) for n, x in tokens.items() for i, axis in enumerate("bth")}
-        (n, t, h), device = q.shape[:3], q.device
-        arguments |= self.sizes | self.constants | tokens | gates | strides
-        launch.start(
-            kernel, (n * units, h), self.config, device,
-            dict(
-                dual=buffers.dual, start=buffers.start, primal=buffers.primal, rho=buffers.rho, carried=buffers.momentum,
-                sums=buffers.log_decay, position=buffers.position, T=t, H=h, DELTA=0 if delta is None else delta.dim() - 2, **arguments,
-            ),
+        (n, count, h), x = q.shape[:3], buffers
+        arguments |= self.constants | tokens | gates | strides | dict(
+            start=x.start, primal=x.primal, rho=x.rho, carried=x.carried, momentum=x.momentum, left=x.left, right=x.right,
+            kept=x.kept, moved=x.moved, sums=x.log_decay, position=x.position, predicting=x.start if x.primal is None else x.primal,
+            T=count, H=h, DELTA=0 if delta is None else delta.dim() - 2,
         )  # fmt: skip
+        for t in range(count):
+            for kernel, programs, config, blocks in self.launches:
+                given = arguments | blocks | dict(t=t)
+                launch.start(kernel, (n * programs, h), config, q.device, {name: given[name] for name in kernel.arg_names})
         if tokens["out"] is not out:
             out.copy_(tokens["out"])
-        if self.key.chunk_size > 1:  # else every sequence stands at a boundary before and after
-            shared = buffers.log_decay.dim() == 2
-            launch.start(
-                advance, (n,), configs.Config(0, 0, 1, 1), device,
-                dict(
-                    log_decay=gates["log_decay"] if shared else None, sums=buffers.log_decay if shared else None, position=buffers.position,
-                    T=t, H=h, C=self.key.chunk_size, BH=triton.next_power_of_2(h),
-                ),
-            )  # fmt: skip
 
 
 def stepper(call):
