@@ -34,11 +34,12 @@ SLOW = ("linear-many-heads", "linear-l2-long", "linear-chunk-1")
 
 
 def quick(cases: list[Case], every: int) -> list[Case]:
-    """All on a GPU; in the interpreter every so many of those that meet pairs of properties, and what is not slow."""
+    """All on a GPU; in the interpreter what is not slow, and of those that meet pairs of properties every so many of each gate."""
     if DEVICE == "cuda":
         return cases
     pairs = [case for case in cases if "-pairs-" in case.name]
-    return [case for case in cases if case not in pairs and not case.name.startswith(SLOW)] + pairs[::every]
+    alone = [case for case in cases if case not in pairs and not case.name.startswith(SLOW)]
+    return alone + [case for tag in GATES for case in [case for case in pairs if case.retention.tag == tag][::every]]
 
 
 QUICK, QUICK_MLP = quick(SERVED, 3), quick(MLP, 4)
