@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shlex
 import time
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 import miras_kernels as mk
+from miras_kernels import dispatch
+from miras_kernels.__main__ import main
 from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case, registry
 from miras_kernels.testing.fuzzing import ROUTES, Example, Failure, fuzz, run_example
@@ -110,3 +114,20 @@ def test_every_route_leads_to_the_same_results(route, changes):
 def test_what_cannot_be_replayed(text):
     with pytest.raises(ValueError, match="replay: expected what a failing run printed"):
         Example.decode(text)
+
+
+def test_what_is_printed_repeats_the_failure(monkeypatch, capsys):
+    """One command line: wrong while the bug is there, right without it."""
+    backend = dispatch.BACKENDS["cpp"]
+    forward = backend.forward
+    monkeypatch.setattr("miras_kernels.testing.fuzzing.fuzz", functools.partial(fuzz, shrink_seconds=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "forward", lambda call, every: forward(call.replace(lr=call.lr * 1.01), every))
+        assert main(["fuzz", "--backend", "cpp", "--seconds", "30"]) == 1
+        printed = capsys.readouterr().out.splitlines()
+        words = shlex.split(printed[printed.index("repeat with:") + 1])
+        assert words[:3] == ["python", "-m", "miras_kernels"]
+        assert main(words[3:]) == 1
+        assert "cpp: WRONG: " in capsys.readouterr().out
+    assert main(words[3:]) == 0
+    assert capsys.readouterr().out == "cpp: right\n"
