@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shlex
+import time
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
 import miras_kernels as mk
+from miras_kernels import dispatch
+from miras_kernels.__main__ import main
 from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case, registry
 from miras_kernels.testing.fuzzing import ROUTES, Example, Failure, fuzz, run_example
@@ -66,8 +71,10 @@ PLANTED = (wrong_tail_mask, missing_decay_in_a_gradient, off_by_one, stale_initi
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda f: f.__name__)
 def test_a_planted_bug_is_found_within_a_minute(bug):
-    outcome = fuzz(bug, seconds=60, seed=0, shrink_seconds=5)
+    began = time.process_time()  # of a core, however many others want it
+    outcome = fuzz(bug, seconds=600, seed=0, shrink_seconds=5)
     assert outcome.failure is not None, outcome.tried
+    assert time.process_time() - began < 60
     example, complaint = outcome.failure
     assert complaint
     with pytest.raises(Failure):  # what it printed repeats it
@@ -87,11 +94,17 @@ def test_nothing_is_wrong(backend):
 
 def test_the_same_seed_tries_the_same(monkeypatch):
     tried = []
+
+    def twenty(example: Example, run: str) -> None:
+        tried[-1].append(example.encode())
+        if len(tried[-1]) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("miras_kernels.testing.fuzzing.run_example", twenty)
     for seed in (3, 3, 4):
-        seen = []
-        monkeypatch.setattr("miras_kernels.testing.fuzzing.run_example", lambda example, run, seen=seen: seen.append(example.encode()))
-        fuzz("reference", seconds=0.5, seed=seed)
-        tried.append(seen[:20])
+        tried.append([])
+        with pytest.raises(KeyboardInterrupt):
+            fuzz("reference", seconds=600, seed=seed)
     assert tried[0] == tried[1] != tried[2]
 
 
@@ -107,3 +120,20 @@ def test_every_route_leads_to_the_same_results(route, changes):
 def test_what_cannot_be_replayed(text):
     with pytest.raises(ValueError, match="replay: expected what a failing run printed"):
         Example.decode(text)
+
+
+def test_what_is_printed_repeats_the_failure(monkeypatch, capsys):
+    """One command line: wrong while the bug is there, right without it."""
+    backend = dispatch.BACKENDS["cpp"]
+    forward = backend.forward
+    monkeypatch.setattr("miras_kernels.testing.fuzzing.fuzz", functools.partial(fuzz, shrink_seconds=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "forward", lambda call, every: forward(call.replace(lr=call.lr * 1.01), every))
+        assert main(["fuzz", "--backend", "cpp", "--seconds", "30"]) == 1
+        printed = capsys.readouterr().out.splitlines()
+        words = shlex.split(printed[printed.index("repeat with:") + 1])
+        assert words[:3] == ["python", "-m", "miras_kernels"]
+        assert main(words[3:]) == 1
+        assert "cpp: WRONG: " in capsys.readouterr().out
+    assert main(words[3:]) == 0
+    assert capsys.readouterr().out == "cpp: right\n"
