@@ -46,7 +46,7 @@ def measure(
         samplers: contenders by name, see :func:`harness.interleave`.
         base: the contender to which ratios refer: ``ratios[x] = time of x / time of base``.
         gates: parity by contender; one without a gate of its own is not checked here.
-        work: what one call of ``base`` has to do, of :func:`contenders.least_work`, where ``mm`` and ``copy`` are among the contenders: adds
+        work: what a call of ``base`` has to do, of :func:`contenders.least_work`; with ``mm`` and ``copy`` among the contenders it adds
             GFLOP/s, GB/s and the shares of what these two yardsticks reach.
         helpers: processes in which contenders run.
     """
