@@ -59,7 +59,7 @@ fuzz: $(VENV)/.built  ## random calls against the reference, SECONDS=120 for eac
 
 test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
-bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --json out.json"
+bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --plots out" or ARGS="--base HEAD" (docs/benchmarks.md)
 	$(PY) bench/cpu.py $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff, as CI runs it

@@ -105,7 +105,7 @@ def flops(case) -> dict[str, int]:
     return {FORWARD: heads * forward, BOTH: heads * (forward + backward)}
 
 
-def work(inputs) -> dict[str, dict[str, int]]:
+def least_work(inputs) -> dict[str, dict[str, int]]:
     """For both directions what a call has to do at least: ``flops``, and ``bytes`` when inputs are read and results written once.
 
     The backward reads the inputs again: a model has thousands of other tensors in between.
@@ -204,6 +204,13 @@ def derived(inputs, direction: str) -> Callable[[], tuple]:
         return tuple(grads[name] for name in names)
 
     return forward if direction == FORWARD else both
+
+
+def is_derived(inputs) -> bool:
+    """Whether :func:`derived` covers a case; it gives no gradients of initial states."""
+    from miras_kernels.reference import derived as reference
+
+    return reference.covers(inputs.call()) and not inputs.duals
 
 
 def titans(inputs, direction: str) -> Callable[[], tuple]:

@@ -65,8 +65,8 @@ def _some(shapes: Sequence[str], preferred: Sequence[str]) -> list[str]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    lines = __doc__.split("\n", 1)[0]
-    parser = program.cpu_parser(lines, tuple(STUDIES), quick="no torch.compile, fewer cases", seconds="8; 1 with --quick")
+    summary_line = __doc__.split("\n", 1)[0]
+    parser = program.cpu_parser(summary_line, tuple(STUDIES), quick="no torch.compile, fewer cases", seconds="8; 1 with --quick")
     parser.add_argument("--shapes", metavar="SHAPE,...", help=f"some of {', '.join(SHAPES)}, or of the tests' cases")
     parser.add_argument("--compile-seconds", type=float, help="torch.compile is given up after this long (default 300; 0 leaves it out)")
     parser.add_argument("--base", metavar="REF", help="instead of the studies, compare with this commit, which is built elsewhere")
@@ -145,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json:
         program.write_json(document, args.json)
     _draw(document, args.plots)
-    return program.status(document, any("error" in r or not all(g["ok"] for g in r["parity"].values()) for r in results), args.strict)
+    red = any("error" in r or not all(gate and gate.get("ok") for gate in r["parity"].values()) for r in results)
+    return program.status(document, red, args.strict)
 
 
 def _draw(document: dict, folder: Path | None) -> None:

@@ -217,8 +217,8 @@ def start(study: str, size: str, threads: int, settings: dict) -> Iterator[dict]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary, quick = __doc__.split("\n", 1)[0], "short measurements, contexts up to 8k"
-    parser = program.cpu_parser(summary, tuple(STUDIES), quick=quick, seconds="5; 0.7 with --quick")
+    summary_line, quick = __doc__.split("\n", 1)[0], "short measurements, contexts up to 8k"
+    parser = program.cpu_parser(summary_line, tuple(STUDIES), quick=quick, seconds="5; 0.7 with --quick")
     parser.add_argument("--sizes", metavar="SIZE,...", help=f"some of {', '.join(SIZES)}")
     args = parser.parse_args(arguments)
     args.only = program.names(parser, "--only", args.only, tuple(STUDIES), tuple(STUDIES))

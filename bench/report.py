@@ -288,16 +288,8 @@ def _scaling_section(results: Sequence[dict]) -> str:
         fits += [f"- {r['case']}: {what} grows as {r['axis']}^{power:.2f}" for what, power in r.get("fit", {}).items() if power]
     if not rows:
         return ""
-    header = [
-        "shape, axis",
-        "size",
-        "threads",
-        "error/budget",
-        "ms",
-        "against linear",
-        "torch.mm, so",
-        *(f"{key[:-4]} MiB" for key in memory),
-    ]
+    columns = [f"{key.removesuffix('_mib')} MiB" for key in memory]
+    header = ["shape, axis", "size", "threads", "error/budget", "ms", "against linear", "torch.mm, so", *columns]
     text = _filled_table(header, rows, *header[6:])
     return "\n".join(["## Scaling, forward and backward", "", text, *(["", *fits] if fits else [])])
 

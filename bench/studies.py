@@ -19,14 +19,15 @@ from contenders import (
     compiled,
     derived,
     eager,
+    is_derived,
     kernel,
+    least_work,
     make_case,
     parity,
     recurrence,
     recurrences,
     refusal,
     titans,
-    work,
 )
 from harness import COPY_BYTES, MM_FLOPS, Watch, interleave, ratio, spread, timed
 from process import Server, start
@@ -45,7 +46,7 @@ def measure(
         samplers: contenders by name, see :func:`harness.interleave`.
         base: the contender to which ratios refer: ``ratios[x] = time of x / time of base``.
         gates: parity by contender; one without a gate of its own is not checked here.
-        work: what one call of ``base`` has to do, of :func:`contenders.work`, where ``mm`` and ``copy`` are among the contenders: adds
+        work: what a call of ``base`` has to do, of :func:`contenders.least_work`; with ``mm`` and ``copy`` among the contenders it adds
             GFLOP/s, GB/s and the shares of what these two yardsticks reach.
         helpers: processes in which contenders run.
     """
@@ -90,13 +91,10 @@ def _shares(work: dict, times: dict[str, list[float]], base: str) -> dict:
 
 def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """The kernel against eager PyTorch, torch.compile and the hand-derived backward, or (MLP) titans-pytorch."""
-    from miras_kernels import reference
-
     clock = harness.clock_for(threads)[1]
     case = make_case(shape, settings)
     gates = {"kernel": parity(case, settings.backend)}
     inputs = case.draw(_float32())
-    covered = reference.derived.covers(inputs.call())
     for direction in DIRECTIONS:
         head = {"study": "shapes", "case": shape, "direction": direction}
         if not gates["kernel"]["ok"]:
@@ -106,7 +104,7 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
             "kernel": kernel(inputs, settings.backend, direction),
             "eager": eager(inputs, direction),
         }
-        if covered:
+        if is_derived(inputs):
             runs["derived"] = derived(inputs, direction)
         notes, seconds = [], None
         if settings.compile_seconds:
@@ -135,7 +133,7 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
                     notes.append(f"titans-pytorch cannot be imported: {error}")
         runs |= {"mm": harness.matrix_product(), "copy": harness.memory_copy()}
         samplers = {name: timed(run, clock) for name, run in runs.items()}
-        result = measure(head, samplers, "kernel", gates, threads, settings, work(inputs)[direction])
+        result = measure(head, samplers, "kernel", gates, threads, settings, least_work(inputs)[direction])
         yield {**result, "notes": result["notes"] + notes, "compile_seconds": seconds}
 
 
@@ -252,10 +250,8 @@ MEMORY_CONTENDERS = ("kernel", "eager", "derived")
 
 def study_memory(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """How far one forward and backward raises the resident memory of a fresh process, per contender."""
-    from miras_kernels import reference
-
     tiny = make_case(shape, dataclasses.replace(settings, toy=True)).draw(_float32())
-    names = MEMORY_CONTENDERS if reference.derived.covers(tiny.call()) else MEMORY_CONTENDERS[:2]
+    names = MEMORY_CONTENDERS if is_derived(tiny) else MEMORY_CONTENDERS[:2]
     found = {name: peak("peak", f"{shape}|{name}", threads, settings) for name in names}
     peaks, saved = ({name: result.get(key) for name, result in found.items()} for key in ("peak_mib", "saved_mib"))
     share = peaks["kernel"] / peaks["eager"] if peaks["kernel"] and peaks["eager"] else None

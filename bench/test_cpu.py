@@ -5,6 +5,8 @@ For quick comparisons between two states of the code. The report with parity gat
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ import contenders
 from miras_kernels import dispatch
 from miras_kernels.biases import L2, Huber, Lp
 from miras_kernels.testing import check
+
+pytestmark = pytest.mark.benchmark(timer=time.process_time)  # one thread: see docs/benchmarks.md
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(dispatch.unavailable(name) is not None, reason=str(dispatch.unavailable(name))))

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,11 @@ def test_document(tmp_path):
         assert (result["study"], result["case"], result["direction"]) == ("shapes", "D64 C64", direction)
         assert (result["threads"], result["clock"]) == (1, "cpu")
         assert result["parity"]["kernel"]["ok"]
-        assert set(result["ms"]) == {"kernel", "eager", "derived", "mm"}
+        assert set(result["ms"]) == {"kernel", "eager", "derived", "mm", "copy"}
         assert set(result["ratios"]) == {"eager", "derived"}
         assert all(x["p10"] <= x["median"] <= x["p90"] and x["p10"] > 0 for x in [*result["ms"].values(), *result["ratios"].values()])
         assert result["gflops"] > 0 and result["share_of_mm"]["median"] > 0
+        assert result["gbytes"] > 0 and result["share_of_roofline"]["median"] >= result["share_of_mm"]["median"]
         assert "torch.compile left out, as asked" in result["notes"]
     assert "## Against PyTorch" in done.stdout
 
@@ -98,7 +100,7 @@ def test_the_mlp_memory_is_compared_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "titans_pytorch", None)
     for result in studies.study_shapes("MLP D64 C16", 1, settings):
         assert result["parity"]["kernel"]["ok"]
-        assert set(result["ms"]) == {"kernel", "eager", "mm"}
+        assert set(result["ms"]) == {"kernel", "eager", "mm", "copy"}
         assert any(note.startswith("titans-pytorch cannot be imported") for note in result["notes"])
     assert "MLP D64 C16" in report._mlp_section([result]) and not report._shapes_section([result])
 
@@ -193,6 +195,26 @@ def test_flops():
     assert contenders.flops(mlp) == {contenders.FORWARD: forward, contenders.BOTH: 3 * forward}
 
 
+def test_work_and_shares():
+    inputs = contenders.make_case("D64 C64", SETTINGS, lengths=(30, 18)).draw(torch.float32)
+    work, h, dk, dv = contenders.least_work(inputs), 2, 16, 12
+    lone = lambda n: dataclasses.replace(inputs.case, batch=1, tokens=n, lengths=None)
+    assert work[contenders.FORWARD]["flops"] == sum(contenders.flops(lone(n))[contenders.FORWARD] for n in (30, 18))
+    read, out = 48 * h * (2 * dk + dv + 2) * 4, 48 * h * dv * 4  # q, k, v, step sizes, decays
+    assert [work[d]["bytes"] for d in contenders.DIRECTIONS] == [read + out, 3 * read + 2 * out]
+    times = {"kernel": [1.0] * 3, "mm": [0.5] * 3, "copy": [0.25] * 3}
+    bound = {"arithmetic": {"flops": harness.MM_FLOPS, "bytes": 0}, "memory": {"flops": 0, "bytes": 4 * harness.COPY_BYTES}}
+    shares = {name: studies._shares(work, times, "kernel")["share_of_roofline"]["median"] for name, work in bound.items()}
+    assert shares == {"arithmetic": 0.5, "memory": 0.5}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_case_of_the_tests_by_its_name():
+    for result in studies.study_shapes("linear-l2-packed-shared", 1, SETTINGS):
+        assert result["parity"]["kernel"]["ok"] and set(result["ms"]) == {"kernel", "eager", "mm", "copy"}
+    assert cpu.parse(["--shapes", "linear-l2-packed-shared,D64 C64"]).shapes == ("linear-l2-packed-shared", "D64 C64")
+
+
 def test_targets_are_judged():
     by_case = {"study": "shapes", "direction": contenders.FORWARD, "threads": 1, "parity": {}}
     speed = [{**by_case, "case": "D64 C64", "ratios": {"eager": {"median": 5.0}}}, {**by_case, "case": "D64 C16", "ratios": {}}]
@@ -203,6 +225,7 @@ def test_targets_are_judged():
     assert rows["forward against eager", "D64 C64"]["2"]["verdict"] == "not judged: see notes"
     assert rows["forward against eager", "D64 C16"]["1"] == {"value": None, "verdict": "not measured"}
     assert rows["forward, generic p / L2", "D64 C64"]["1"]["verdict"] == "NOT met"
+    assert {name for name, _ in rows if "plain" in name} == set()  # of studies that ran alone
     without = {(row["name"], row["case"]): row["measured"] for row in report.judge(speed, [1], avx512=False)}
     assert without["forward against eager", "D64 C64"]["1"]["verdict"] == "not judged: no AVX-512 here"
 
@@ -253,6 +276,17 @@ def test_bad_arguments(capsys, arguments, message):
         cpu.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_helpers_are_no_others():
+    burn = [sys.executable, "-c", "import time; print(1, flush=True); [0 for _ in iter(lambda: time.process_time() < 0.5, False)]; input()"]
+    with subprocess.Popen(burn, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        while (worked := harness._worked(process.pid)) < 0.4:
+            time.sleep(0.02)
+        process.communicate("\n")
+    assert worked < 1
+    assert harness._worked(process.pid) == 0  # it has ended
 
 
 def test_results_are_json_without_infinities(tmp_path):
