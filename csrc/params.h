@@ -170,18 +170,27 @@ struct MlpBackward : MlpParams {
 // ---- steps: a few tokens read into a state in place ----
 
 // The buffers of python/miras_kernels/decode.py, contiguous. A head's m matrices [K, V] are W' [Dk, Dv] of a linear memory, W1'
-// and W2 [Hd, D] of an MLP.
+// and W2 [Hd, D] of an MLP. With R = C rows of factors
+//
+//   A = gamma A_0 + kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) o right_i)'    S = moved_1 S_0 + sum_i moved_(2+i) left_i right_i'
 struct StepBuffers {
-  float* dual = nullptr;        // [N, H, m, K, V]
-  float* start = nullptr;       // likewise; optional
+  float* start = nullptr;       // [N, H, m, K, V]  A_0
   float* primal = nullptr;      // likewise; optional: phi of start
-  float* momentum = nullptr;    // likewise; optional
   float* rho = nullptr;         // [N, H, m]; optional
-  float* log_decay = nullptr;   // [N, H, decay_width]
+  float* carried = nullptr;     // [N, H, m, K, V]  D; optional
+  float* momentum = nullptr;    // likewise, S_0; optional
+  float* left = nullptr;        // [N, H, m, R, K]
+  float* right = nullptr;       // [N, H, m, R, V]
+  float* kept = nullptr;        // [N, H, 2 + R, width]
+  float* moved = nullptr;       // [N, H, 2 + R]; optional
+  float* log_decay = nullptr;   // [N, H, width]  log gamma
   int64_t* position = nullptr;  // [N]; read by tasks, advanced once all are done
-  int decay_width = 1;          // 1, or Dv
+  int width = 1;                // 1, or Dv
+  int rows = 1;                 // R
 
-  bool unmapped = false;  // primal and rho of open chunks have not been computed yet
+  // A state as a value: `carried` and `start` hold its dual and, of an open chunk, its start; the dual and the momentum after the
+  // tokens take the places of `carried` and `momentum`. Nothing else has been set, and R = min(T, C) is enough.
+  bool by_value = false;
 };
 
 struct LinearStep : LinearParams {

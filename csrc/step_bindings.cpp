@@ -62,8 +62,9 @@ void fill_norm(MlpStep& p, Norm& norm) {
 
 // ---- buffers ----
 
+// As python/miras_kernels/decode.py has them; undefined where there are none
 struct Buffers {
-  Tensor dual, start, primal, rho, momentum, log_decay, position;  // undefined where there are none
+  Tensor start, primal, rho, carried, momentum, left, right, kept, moved, log_decay, position;
 };
 
 template <class Memory> void fill_buffers(typename Memory::Params& p, const Buffers& x) {
@@ -73,25 +74,33 @@ template <class Memory> void fill_buffers(typename Memory::Params& p, const Buff
     require(is_float(t) && t.sizes() == shape && t.is_contiguous(), what);
     return t.data_ptr<float>();
   };
-  const std::array<int64_t, 5> matrices{p.N, p.H, Memory::kMatrices, K, V};
-  p.state.dual = numbers(x.dual, matrices, "dual must be float32 [N, H, m, K, V]");
-  p.state.start = numbers(x.start, matrices, "start must be like dual");
-  p.state.primal = numbers(x.primal, matrices, "primal must be like dual");
-  p.state.momentum = p.momentum ? numbers(x.momentum, matrices, "momentum must be like dual") : nullptr;
-  p.state.rho = numbers(x.rho, {p.N, p.H, Memory::kMatrices}, "rho must be float32 [N, H, m]");
+  StepBuffers& state = p.state;
+  const int64_t m = Memory::kMatrices, rows = state.by_value ? std::min<int64_t>(p.T, p.C) : p.C;
+  const std::array<int64_t, 5> matrices{p.N, p.H, m, K, V};
+  state.start = numbers(x.start, matrices, "start must be float32 [N, H, m, K, V]");
+  state.primal = numbers(x.primal, matrices, "primal must be like start");
+  state.carried = numbers(x.carried, matrices, "carried must be like start");
+  state.momentum = numbers(x.momentum, matrices, "momentum must be like start");
+  state.rho = numbers(x.rho, {p.N, p.H, m}, "rho must be float32 [N, H, m]");
   const RetentionTraits gate = retention_traits(p.retention);
-  require(p.state.dual && (p.state.start || (p.C == 1 && gate.identity)), "the state has no room for a chunk's start");
-  require(bool(p.state.primal) == !gate.identity && bool(p.state.rho) == (gate.coupling == Coupling::matrix),
+  require(state.start && (state.carried || p.C == 1), "the state has no room for what is carried into a chunk");
+  require(bool(state.primal) == !gate.identity && bool(state.rho) == (gate.coupling == Coupling::matrix),
           "primal or rho do not suit the retention gate");
-  require(bool(p.momentum) == bool(p.state.momentum), "momentum needs a state with momentum");
 
   const bool channels = x.log_decay.dim() == 3;
-  p.state.decay_width = channels ? int(V) : 1;
-  p.state.log_decay = channels ? numbers(x.log_decay, {p.N, p.H, V}, "log_decay must be float32 [N, H] or [N, H, Dv]")
-                               : numbers(x.log_decay, {p.N, p.H}, "log_decay must be float32 [N, H] or [N, H, Dv]");
+  const char* decays = "log_decay must be float32 [N, H] or [N, H, Dv]";
+  state.log_decay = channels ? numbers(x.log_decay, {p.N, p.H, V}, decays) : numbers(x.log_decay, {p.N, p.H}, decays);
   require(!p.log_decay || p.decay_per_channel == channels, "decays do not suit the state's log_decay");
+  state.width = channels ? int(V) : 1, state.rows = int(rows);
+
+  state.left = numbers(x.left, {p.N, p.H, m, rows, K}, "left must be float32 [N, H, m, C, K]");
+  state.right = numbers(x.right, {p.N, p.H, m, rows, V}, "right must be float32 [N, H, m, C, V]");
+  state.kept = numbers(x.kept, {p.N, p.H, 2 + rows, state.width}, "kept must be float32 [N, H, 2 + C, 1 or Dv]");
+  state.moved = numbers(x.moved, {p.N, p.H, 2 + rows}, "moved must be float32 [N, H, 2 + C]");
+  require(state.left && state.right && state.kept, "the state has no room for factors");
+  require(bool(p.momentum) == bool(state.momentum) && bool(p.momentum) == bool(state.moved), "momentum needs a state with momentum");
   require(x.position.scalar_type() == at::kLong && has_shape(x.position, {p.N}) && x.position.is_contiguous(), "bad position");
-  p.state.position = x.position.data_ptr<int64_t>();
+  state.position = x.position.data_ptr<int64_t>();
 }
 
 template <class Memory> void run(const typename Memory::Params& p, const cpu::Kernels& kernels) {
@@ -148,19 +157,16 @@ template <class Memory> class Stepper {
  public:
   Stepper(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
           const OptionalTensor& delta, const OptionalTensor& momentum, bool check_values,
-          const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const Tensor& dual,
-          const OptionalTensor& start, const OptionalTensor& primal, const OptionalTensor& rho, const OptionalTensor& carried,
-          const Tensor& open_log_decay, const Tensor& position, const Code& bias, const Code& retention, int64_t chunk_size)
-      : kernels_(cpu::kernels()),
-        norm_{ln_weight, ln_bias, ln_eps},
-        buffers_{dual, start.value_or(Tensor()), primal.value_or(Tensor()), rho.value_or(Tensor()), carried.value_or(Tensor()),
-                 open_log_decay, position},
-        q_(q), k_(k), v_(v), lr_(lr), log_decay_(log_decay), delta_(delta), momentum_(momentum),
-        check_values_(check_values) {
+          const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const Buffers& buffers,
+          const Code& bias, const Code& retention, int64_t chunk_size)
+      : kernels_(cpu::kernels()), norm_{ln_weight, ln_bias, ln_eps}, buffers_(buffers), q_(q), k_(k), v_(v), lr_(lr),
+        log_decay_(log_decay), delta_(delta), momentum_(momentum), check_values_(check_values) {
     fill_tokens(p_, q, k, v, lr, log_decay, delta, momentum, {}, bias, retention, chunk_size, 0);
-    require(dual.dim() == 5, "dual must be float32 [N, H, m, K, V]");
-    Memory::fill(p_, dual.size(3), dual.size(4));
-    require(dual.size(4) == v.size(3) && (Memory::kMatrices == 2 ? dual.size(4) : dual.size(3)) == q.size(3), "dual does not fit q and v");
+    const Tensor& start = buffers.start;
+    require(start.dim() == 5, "start must be float32 [N, H, m, K, V]");
+    Memory::fill(p_, start.size(3), start.size(4));
+    require(start.size(4) == v.size(3) && (Memory::kMatrices == 2 ? start.size(4) : start.size(3)) == q.size(3),
+            "start does not fit q and v");
     fill_norm(p_, norm_);
     fill_buffers<Memory>(p_, buffers_);
   }
@@ -211,16 +217,24 @@ template <class Memory> class Stepper {
   bool check_values_;
 };
 
+Buffers buffers_of(const py::object& x) {
+  const auto find = [&x](const char* name) { return x.attr(name).cast<OptionalTensor>().value_or(Tensor()); };
+  return {find("start"), find("primal"), find("rho"), find("carried"), find("momentum"), find("left"),
+          find("right"), find("kept"), find("moved"), find("log_decay"), find("position")};
+}
+
 template <class Memory> void bind_stepper(py::module_& m, const char* name) {
   using namespace pybind11::literals;
+  const auto make = [](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
+                       const OptionalTensor& delta, const OptionalTensor& momentum, bool check_values,
+                       const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const py::object& buffers,
+                       const Code& bias, const Code& retention, int64_t chunk_size) {
+    return std::make_unique<Stepper<Memory>>(q, k, v, lr, log_decay, delta, momentum, check_values, ln_weight, ln_bias, ln_eps,
+                                             buffers_of(buffers), bias, retention, chunk_size);
+  };
   py::class_<Stepper<Memory>>(m, name)
-      .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, bool, const OptionalTensor&, const OptionalTensor&, double,
-                    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                    const Tensor&, const Tensor&, const Code&, const Code&, int64_t>(),
-           "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "check_values"_a, "ln_weight"_a,
-           "ln_bias"_a, "ln_eps"_a, "dual"_a, "start"_a, "primal"_a, "rho"_a, "carried"_a, "open_log_decay"_a, "position"_a,
-           "bias"_a, "retention"_a, "chunk_size"_a)
+      .def(py::init(make), "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "check_values"_a, "ln_weight"_a,
+           "ln_bias"_a, "ln_eps"_a, "buffers"_a, "bias"_a, "retention"_a, "chunk_size"_a)
       .def("__call__", &Stepper<Memory>::step);
 }
 
@@ -261,41 +275,35 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
   Norm norm{ln_weight, ln_bias, ln_eps};
   fill_norm(p, norm);
 
-  const std::array<int64_t, 5> shape{p.N, p.H, Memory::kMatrices, rows, cols};
+  const int64_t m = Memory::kMatrices, room = std::min<int64_t>(p.T, p.C);
+  const std::array<int64_t, 5> shape{p.N, p.H, m, rows, cols};
   const RetentionTraits gate = retention_traits(p.retention);
   Buffers x;
-  x.dual = new_float(shape);
-  copy_into(x.dual, dual);
+  x.start = new_float(shape), x.carried = new_float(shape);
+  copy_into(x.carried, dual);
   if (!gate.identity) x.primal = new_float(shape);
-  if (gate.coupling == Coupling::matrix) x.rho = new_float({p.N, p.H, Memory::kMatrices});
+  if (gate.coupling == Coupling::matrix) x.rho = new_float({p.N, p.H, m});
+  x.left = new_float({p.N, p.H, m, room, rows}), x.right = new_float({p.N, p.H, m, room, cols});
+  x.kept = new_float({p.N, p.H, 2 + room, p.decay_per_channel ? cols : 1});
   if (momentum) {
-    x.momentum = new_float(shape);
+    x.momentum = new_float(shape), x.moved = new_float({p.N, p.H, 2 + room});
     copy_into(x.momentum, carried);
   }
-  if (p.C > 1 || !gate.identity) x.start = new_float(shape);
-  const Shape decays = open_decay_shape(p, cols);
   x.position = at::zeros({p.N}, at::TensorOptions().dtype(at::kLong));
   if (position) {
     positions(p, *position);
     x.position.copy_(*position);
-    if (x.start.defined()) copy_into(x.start, start);
+    copy_into(x.start, start);
     x.log_decay = open_decays(p, *open_log_decay, cols).clone();
   } else {
-    x.log_decay = at::zeros(decays, at::TensorOptions().dtype(at::kFloat));
+    x.log_decay = at::zeros(open_decay_shape(p, cols), at::TensorOptions().dtype(at::kFloat));
   }
+  p.state.by_value = true;
   fill_buffers<Memory>(p, x);
-  p.state.unmapped = true;
   const Tensor out = new_like(v.sizes(), v);
   p.out = tokens(out);
   run<Memory>(p, cpu::kernels());
-
-  // Where a sequence stopped at a boundary its start is the dual.
-  const int64_t* at = x.position.const_data_ptr<int64_t>();
-  if (!x.start.defined()) x.start = x.dual.clone();
-  else
-    for (int64_t n = 0; n < p.N; ++n)
-      if (at[n] == 0) x.start.select(0, n).copy_(x.dual.select(0, n));
-  return {out, matrices_of(x.dual), matrices_of(x.momentum), matrices_of(x.start), x.log_decay};
+  return {out, matrices_of(x.carried), matrices_of(x.momentum), matrices_of(x.start), x.log_decay};
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Tokens of the linear memory one after the other, on a decoder's buffers (SPEC section 2), S = W' [Dk x Dv]:
+// Tokens of the linear memory one after the other, on a decoder's buffers (SPEC section 2), W' [Dk x Dv]:
 //
-//   e = W_0 k - v    u = eta psi(e)    S <- theta S - k u'    A <- alpha A + S    o = gamma W_0 q + rho (A - gamma A_0) q
+//   e = W_0 k - v    u = eta psi(e)    left, right = k, -u
+//   o = gamma W_0 q + rho (kept_0 D q + kept_1 S_0 q + sum_i (left_i . q) kept_(2+i) o right_i)
 //
-// (without momentum S = -k u', without a mirror map o = A q). A task is one head of one sequence: one pass over the matrix that
-// predicts, one over A.
+// A task is one head of one sequence: one pass over W_0, for k and q together, and one over the open chunk's factors.
 #pragma once
 
 #include "step.h"
@@ -11,92 +11,60 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct LinearStepScratch {
-  float *K, *Q;         // [Dkp]
-  float *V, *U;         // [Dvp]  U: W_0 k at first, then eta psi(e)
-  float *Wq, *O;        // [Dvp]
-  float *eta, *delta;   // [Dvp]
-  float *alpha, *gamma; // [Dvp]
-  float* spare;         // [Dk x Dvp]
+  float *K, *Q;          // [Dkp]
+  float *V, *U;          // [Dvp]  U: W_0 k at first, then eta psi(e)
+  float *Wq, *O, *more;  // [Dvp]
+  float *eta, *delta;    // [Dvp]
+  float *alpha, *gamma;  // [Dvp]
+  float* scores;         // [R]
+  float* sums;           // [2 x kLanes x kLanes]
+  StepSpare spare;
 
-  MIRAS_FN LinearStepScratch(Arena& a, const LinearStep& p) {
-    const int dkp = round_up(p.Dk, kPad), dvp = round_up(p.Dv, kPad);
-    K = a.take(1, dkp), Q = a.take(1, dkp);
-    V = a.take(1, dvp), U = a.take(1, dvp);
-    Wq = a.take(1, dvp), O = a.take(1, dvp);
-    eta = a.take(1, dvp), delta = a.take(1, dvp);
-    alpha = a.take(1, dvp), gamma = a.take(1, dvp);
-    spare = a.take(p.state.primal && dvp != p.Dv ? p.Dk : 0, dvp);
-  }
+  MIRAS_FN LinearStepScratch(Arena& a, const LinearStep& p) : LinearStepScratch(a, p, round_up(p.Dk, kPad), round_up(p.Dv, kPad)) {}
+
+ private:
+  MIRAS_FN LinearStepScratch(Arena& a, const LinearStep& p, int dkp, int dvp)
+      : K(a.take(1, dkp)), Q(a.take(1, dkp)), V(a.take(1, dvp)), U(a.take(1, dvp)), Wq(a.take(1, dvp)), O(a.take(1, dvp)),
+        more(a.take(1, dvp)), eta(a.take(1, dvp)), delta(a.take(1, dvp)), alpha(a.take(1, dvp)), gamma(a.take(1, dvp)),
+        scores(a.take(1, round_up(p.state.rows, kPad))), sums(a.take(2 * kLanes, kLanes)), spare(a, p.state, p.Dk, p.Dv) {}
 };
 
-// y = W x and, if kTwo, y2 = W x2, from W' [rows x cols], while a matrix that is needed next comes nearer
-template <bool kTwo>
-static void products(const float* W, int rows, int cols, const float* x, float* y, const float* x2, float* y2, const float* soon) {
-  each_columns(cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
-    constexpr int N = C::kVectors;
-    Vec sum[N] = {}, sum2[N] = {};
-    for (int d = 0; d < rows; ++d) {
-      const float* row = W + index_t(d) * cols;
-      c.prefetch(soon + index_t(d) * cols);
-      const Vec xd = broadcast(x[d]), x2d = kTwo ? broadcast(x2[d]) : zeros();
-      MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) {
-        const Vec w = c.load(row, n);
-        sum[n] += xd * w;
-        if constexpr (kTwo) sum2[n] += x2d * w;
-      }
-    }
-    MIRAS_UNROLL
-    for (int n = 0; n < N; ++n) {
-      c.pad(y, n, sum[n]);
-      if constexpr (kTwo) c.pad(y2, n, sum2[n]);
-    }
-  });
-}
-
-// S <- theta S - k u',  A <- alpha A + S,  o = A' q, with a mirror map o = (A - gamma A_0)' q; what is needed next comes nearer
-template <bool kMapped, bool kMomentum>
-static void write_and_read(const StepMatrix& m, const LinearStepScratch& s, float theta, const float* soon) {
+// O = sum_i (left_i . q) kept_(2+i) o right_i over `count` tokens
+static void read_factors(const StepMatrix& m, const StepWeights& w, int count, const LinearStepScratch& s) {
+  const float* const kept = w.kept_by(2);
+  for (int i = 0; i < count; i += kLanes) {
+    const int n = minimum(kLanes, count - i);
+    const Vec dots = row_products<false>(m.left + index_t(i) * m.rows, n, m.rows, s.Q, nullptr, s.sums).x;
+    store(s.scores + i, w.width == 1 ? dots * load_first(kept + i, n) : dots);
+  }
+  if (w.width == 1) return products<false>(m.right, count, m.cols, s.scores, s.O);
   each_columns(m.cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
-    constexpr int N = C::kVectors;
-    Vec u[N], alpha[N], gamma[N], o[N];
-    MIRAS_UNROLL
-    for (int n = 0; n < N; ++n) {
-      u[n] = c.padded(s.U, n), alpha[n] = c.padded(s.alpha, n), o[n] = zeros();
-      if constexpr (kMapped) gamma[n] = c.padded(s.gamma, n);
-    }
-    const Vec keep = broadcast(theta);
-    for (int d = 0; d < m.rows; ++d) {
-      const index_t row = index_t(d) * m.cols;
-      c.prefetch(soon + row);
-      const Vec k = broadcast(s.K[d]), q = broadcast(s.Q[d]);
+    Vec sum[C::kVectors] = {};
+    for (int i = 0; i < count; ++i) {
+      const index_t row = index_t(i) * m.cols;
       MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) {
-        Vec a = alpha[n] * c.load(m.dual + row, n);
-        if constexpr (kMomentum) {
-          const Vec step = keep * c.load(m.momentum + row, n) - k * u[n];
-          c.store(m.momentum + row, n, step);
-          a += step;
-        } else {
-          a -= k * u[n];
-        }
-        c.store(m.dual + row, n, a);
-        if constexpr (kMapped) a -= gamma[n] * c.load(m.start + row, n);
-        o[n] += q * a;
-      }
+      for (int n = 0; n < C::kVectors; ++n) sum[n] += broadcast(s.scores[i]) * (c.load(kept + row, n) * c.load(m.right + row, n));
     }
     MIRAS_UNROLL
-    for (int n = 0; n < N; ++n) c.pad(s.O, n, o[n]);
+    for (int n = 0; n < C::kVectors; ++n) c.pad(s.O, n, sum[n]);
   });
 }
 
-// o = gamma (W_0 q) + rho o
-MIRAS_INLINE void read_start(const LinearStepScratch& s, int dvp, float rho) {
-  for (int j = 0; j < dvp; j += kLanes) store(s.O + j, load(s.gamma + j) * load(s.Wq + j) + broadcast(rho) * load(s.O + j));
+// O += weight o (M q)
+static void read_matrix(const float* M, const StepMatrix& m, const StepWeights& w, const float* weight, int dvp, const LinearStepScratch& s) {
+  products<false>(M, m.rows, m.cols, s.Q, s.more);
+  if (w.width == 1) {
+    for (int j = 0; j < dvp; j += kLanes) store(s.O + j, load(s.O + j) + *weight * load(s.more + j));
+    return;
+  }
+  each_columns(m.cols, [&](const auto& c) MIRAS_LAMBDA {
+    for (int n = 0; n < c.kVectors; ++n) c.pad(s.O, n, c.padded(s.O, n) + c.load(weight, n) * c.padded(s.more, n));
+  });
 }
 
+// Token t, with `row` tokens of the open chunk before it
 static void linear_step_token(const LinearStep& p, const BiasTable& bias, const LinearStepScratch& s, const StepMatrix& m,
-                              const StepDecay& decay, const Task& task, int64_t t, const float* soon) {
+                              const StepWeights& w, const Task& task, int64_t t, int row, const float* soon) {
   const int64_t n = task.n, h = task.h;
   const int dk = p.Dk, dv = p.Dv, dvp = task.dvp;
   ChunkView{p.k, p.dtype, n, t, h, 0, dk}.read(1, s.K, 0);
@@ -104,21 +72,23 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   ChunkView{p.v, p.dtype, n, t, h, 0, dv}.read(1, s.V, 0);
 
   const float* W0 = m.predicting();
-  if (m.primal) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, m.dual);
-  else if (bias.predicts) products<false>(W0, dk, dv, s.K, s.U, nullptr, nullptr, m.dual);
+  if (bias.predicts) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, soon);
+  else products<false>(W0, dk, dv, s.Q, s.Wq, nullptr, nullptr, soon);
   read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
   bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
 
-  decay.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, p.log_decay.channel, dvp, m.primal);
-  if (m.momentum) {
-    const float theta = *address<float>(p.momentum, n, t, h);
-    if (m.primal) write_and_read<true, true>(m, s, theta, soon);
-    else write_and_read<false, true>(m, s, theta, soon);
-  } else {
-    if (m.primal) write_and_read<true, false>(m, s, 0.0f, soon);
-    else write_and_read<false, false>(m, s, 0.0f, soon);
-  }
-  if (m.primal) read_start(s, dvp, m.read_scale());
+  const float* log_decay = p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr;
+  w.advance(log_decay, p.log_decay.channel, p.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f, row, dvp);
+  copy_out(s.K, 0, 1, dk, m.left + index_t(row) * dk, 0);
+  each_columns(dv, [&](const auto& c) MIRAS_LAMBDA {
+    for (int i = 0; i < c.kVectors; ++i) c.store(m.right + index_t(row) * dv, i, -c.padded(s.U, i));
+  });
+
+  read_factors(m, w, row + 1, s);
+  if (m.carried && w.keeps(0)) read_matrix(m.carried, m, w, w.kept_by(0), dvp, s);
+  if (m.momentum && w.keeps(1)) read_matrix(m.momentum, m, w, w.kept_by(1), dvp, s);
+  const Vec rho = broadcast(m.read_scale());
+  for (int j = 0; j < dvp; j += kLanes) store(s.O + j, load(w.gamma + j) * load(s.Wq + j) + rho * load(s.O + j));
   ChunkView{p.out, p.dtype, n, t, h, 0, dv}.write(1, s.O, 0);
 }
 
@@ -130,21 +100,23 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
   const LinearStepScratch s(arena, p);
   const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
   const Retention gate(p.retention, p.retention_params);
-  fill_zero(s.U, round_up(p.Dv, kPad));  // where nothing is predicted, or nothing is padded
-  fill_zero(s.alpha, round_up(p.Dv, kPad)), fill_zero(s.gamma, round_up(p.Dv, kPad));
+  const int dvp = round_up(p.Dv, kPad);
+  for (float* x : {s.U, s.Wq, s.O, s.more, s.alpha, s.gamma}) fill_zero(x, dvp);  // where nothing is predicted, or nothing is padded
 
   for (int64_t i = first; i < last; ++i) {
     const Task task(p, i);
-    const StepMatrix m(p.state, i, p.Dk, p.Dv, LastAxis::down);
-    const StepDecay decay{p.state.log_decay + i * p.state.decay_width, p.state.decay_width, s.alpha, s.gamma};
-    int position = int(p.state.position[task.n]);
-    if (position > 0 && p.state.unmapped) m.map(gate, s.spare);
+    const StepMatrix matrices[] = {{p.state, i, p.Dk, p.Dv, LastAxis::down}};
+    const StepMatrix& m = matrices[0];
+    const StepWeights w(p.state, i, s.alpha, s.gamma);
+    int position = int(p.state.position[task.n]), row = position;
+    if (p.state.by_value) begin_value(gate, matrices, w, s.spare, position > 0, dvp), row = 0;
     for (int64_t t = 0; t < p.T; ++t) {
-      if (position == 0) m.open(gate, s.spare);
-      const float* soon = t + 1 < p.T ? m.dual : m.predicting() + int64_t(p.Dk) * p.Dv;  // what the next head predicts with
-      linear_step_token(p, bias, s, m, decay, task, t, soon);
-      if (++position == p.C) position = 0, decay.close();
+      const float* soon = m.predicting() + (t + 1 < p.T ? 0 : m.size());  // what the next head predicts with
+      linear_step_token(p, bias, s, m, w, task, t, row, soon);
+      ++row;
+      if (++position == p.C) close_chunk(gate, matrices, w, s.spare, row), position = row = 0;
     }
+    if (p.state.by_value) end_value(matrices, w, s.spare, row);
   }
 }
 

@@ -3,12 +3,13 @@
 //
 //   z_h = S2_h . k    a_h = gelu(z_h)    u = sum_h a_h S1_h    e = k + LN(u) - v    gu = LN'(psi(e))    gz_h = (S1_h . gu) gelu'(z_h)
 //
-// and then, S2_h <- alpha S2_h - eta gz_h k' and S1_h <- alpha S1_h - eta a_h gu' (through the momenta where there are some):
+// What is written has the factors left, right = a, -eta gu of S1 and -eta gz, k of S2, weighed alike. Then
 //
-//   zq_h = R2_h . q    aq_h = gelu(zq_h)    uq = sum_h aq_h R1_h    o = q + LN(uq)       R = gamma W_0 + rho (A - gamma A_0)
+//   zq_h = R2_h . q    aq_h = gelu(zq_h)    uq = sum_h aq_h R1_h    o = q + LN(uq)
 //
-// (R = A without a mirror map). A task is one head of one sequence. Two passes over the hidden units, kLanes of them at a time:
-// what is a sum along a row becomes one vector with an element per unit.
+// with R = gamma W_0 + rho (kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) right_i)'), which nobody writes down. A task is one
+// head of one sequence. Two passes over the hidden units, kLanes of them at a time: what is a sum along a row becomes one vector
+// with an element per unit.
 #pragma once
 
 #include "layer_norm.h"
@@ -18,170 +19,103 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 struct MlpStepScratch {
   LayerNorm norm;
-  float *K, *Q, *V, *O;        // [Dp]
-  float *X, *E, *G, *Gu;       // [Dp]  LN(u) without its affine part; M(k), then its error; psi; gu
-  float *U1, *Uq;              // [Dp]  eta gu; uq, and LN(uq) over it
-  float *A, *slope;            // [Hdp]  gelu(z), gelu'(z)
-  float *delta;                // [kPad]
-  float *alpha, *gamma;        // [kPad], all the same
-  float *gz, *aq;              // [kLanes]  eta gz and gelu(zq) of the units at hand
-  float* sums;                 // [kLanes x kLanes]
-  float* spare;                // [Hd x Dp]
+  float *K, *Q, *V, *O;    // [Dp]
+  float *X, *E, *G, *Gu;   // [Dp]  LN(u) without its affine part; M(k), then its error; psi; gu
+  float *Uq, *more;        // [Dp]  uq, and LN(uq) over it
+  float *A, *slope, *Aq;   // [Hdp]  gelu(z), gelu'(z), gelu(zq)
+  float *Zq, *written;     // [Hdp]  W2 q; (R2 - gamma W_0) q / rho without the token's own write
+  float* delta;            // [kPad]
+  float *alpha, *gamma;    // [Dp], all the same
+  float* scores;           // [R]
+  float* sums;             // [2 x kLanes x kLanes]
+  StepSpare spare;
 
-  MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p) : norm(a, p) {
-    const int dp = norm.dp, hdp = round_up(p.Hd, kPad);
-    K = a.take(1, dp), Q = a.take(1, dp), V = a.take(1, dp), O = a.take(1, dp);
-    X = a.take(1, dp), E = a.take(1, dp), G = a.take(1, dp), Gu = a.take(1, dp);
-    U1 = a.take(1, dp), Uq = a.take(1, dp);
-    A = a.take(1, hdp), slope = a.take(1, hdp);
-    delta = a.take(1, kPad);
-    alpha = a.take(1, kPad), gamma = a.take(1, kPad);
-    gz = a.take(1, kLanes), aq = a.take(1, kLanes), sums = a.take(kLanes, kLanes);
-    spare = a.take(p.state.primal && dp != p.D ? p.Hd : 0, dp);
-  }
+  MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p) : MlpStepScratch(a, p, round_up(p.D, kPad), round_up(p.Hd, kPad)) {}
+
+ private:
+  MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p, int dp, int hdp)
+      : norm(a, p), K(a.take(1, dp)), Q(a.take(1, dp)), V(a.take(1, dp)), O(a.take(1, dp)), X(a.take(1, dp)), E(a.take(1, dp)),
+        G(a.take(1, dp)), Gu(a.take(1, dp)), Uq(a.take(1, dp)), more(a.take(1, dp)), A(a.take(1, hdp)), slope(a.take(1, hdp)),
+        Aq(a.take(1, hdp)), Zq(a.take(1, hdp)), written(a.take(1, hdp)), delta(a.take(1, kPad)), alpha(a.take(1, dp)),
+        gamma(a.take(1, dp)), scores(a.take(1, round_up(p.state.rows, kPad))), sums(a.take(2 * kLanes, kLanes)),
+        spare(a, p.state, p.Hd, p.D) {}
 };
 
-// Rows are fetched so many units ahead: what the hardware foresees ends with a page.
-constexpr int kAhead = 16;
-
-// Sums along the rows of `parts` [kLanes x kLanes], the sum of row r in lane r.
-MIRAS_INLINE Vec row_sums(const float* parts) {
-  Vec total = zeros();
-  MIRAS_UNROLL
-  for (int quad = 0; quad < kLanes; quad += 4) {
-    Vec x[4];
-    transpose_quads(parts + quad, kLanes, x);
-    total += (x[0] + x[1]) + (x[2] + x[3]);
-  }
-  return total;
+// y += factor x over n floats, a multiple of kPad
+static void add_multiple(float factor, const float* x, int n, float* y) {
+  for (int j = 0; j < n; j += kLanes) store(y + j, load(y + j) + factor * load(x + j));
 }
 
-// The sums along rows of `units` rows, cols wide, in a vector: those of f(columns), a function of r that gives a vector
-template <class Function> MIRAS_FN Vec unit_sums(int units, int cols, float* sums, Function&& f) {
-  for (int r = 0; r < kLanes; ++r) store(sums + r * kLanes, zeros());
-  each_columns(cols, [&](const auto c) MIRAS_LAMBDA {
-    const auto part = f(c);
-    for (int r = 0; r < units; ++r) store(sums + r * kLanes, load(sums + r * kLanes) + part(r));
-  });
-  return row_sums(sums);
+// scores_i = kept_(2+i) (factor_i . x) of `count` rows of factors
+static void score_rows(const float* factors, int count, int cols, const float* x, const StepWeights& w, const MlpStepScratch& s) {
+  for (int i = 0; i < count; i += kLanes) {
+    const int n = minimum(kLanes, count - i);
+    const Vec dots = row_products<false>(factors + index_t(i) * cols, n, cols, x, nullptr, s.sums).x;
+    store(s.scores + i, dots * load_first(w.kept_by(2) + i, n));
+  }
 }
 
-// What the columns of a piece see of a row of scratch, to stay in registers
-template <class C> struct Held {
-  Vec x[C::kVectors];
-  MIRAS_FN Held(const C& c, const float* row) {
-    MIRAS_UNROLL
-    for (int n = 0; n < C::kVectors; ++n) x[n] = c.padded(row, n);
-  }
-  MIRAS_FN Vec operator[](int n) const { return x[n]; }
-};
-
-// M_h . x of the first `units` rows of M
-MIRAS_INLINE Vec row_products(const float* M, int units, int cols, const float* x, float* sums) {
-  return unit_sums(units, cols, sums, [&]<class C>(const C c) MIRAS_LAMBDA {
-    return [=, held = Held<C>(c, x)](int r) MIRAS_LAMBDA {
+// y += sum_r x_r M_r over `rows` rows of M
+MIRAS_INLINE void add_rows(const float* M, int rows, int cols, const float* x, float* y) {
+  each_columns(cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
+    Held<C> sum(c, y);
+    for (int r = 0; r < rows; ++r) {
       const float* row = M + index_t(r) * cols;
       c.prefetch(row + index_t(kAhead) * cols);
-      Vec total = zeros();
       MIRAS_UNROLL
-      for (int n = 0; n < C::kVectors; ++n) total += c.load(row, n) * held[n];
-      return total;
-    };
+      for (int n = 0; n < C::kVectors; ++n) sum.x[n] += x[r] * c.load(row, n);
+    }
+    MIRAS_UNROLL
+    for (int n = 0; n < C::kVectors; ++n) c.pad(y, n, sum[n]);
   });
 }
 
-// The scalars of a token's write and read
-struct MlpGates {
-  float theta, alpha, gamma;
-};
-
-// S <- theta S - weight x',  A <- alpha A + S of one vector of one row; what the read-out takes of it: A, or
-// gamma W_0 + rho (A - gamma A_0)
-template <bool kMapped, bool kMomentum, class C>
-MIRAS_INLINE Vec write_vector(const StepMatrix& m, index_t row, const C& c, int n, const MlpGates& gates, float weight, Vec x, float rho) {
-  Vec a = gates.alpha * c.load(m.dual + row, n);
-  if constexpr (kMomentum) {
-    const Vec step = gates.theta * c.load(m.momentum + row, n) - weight * x;
-    c.store(m.momentum + row, n, step);
-    a += step;
-  } else {
-    a -= weight * x;
+// y += factor M x of a whole matrix
+static void add_product(float factor, const float* M, int rows, int cols, const float* x, float* y, float* sums) {
+  for (int i = 0; i < rows; i += kLanes) {
+    const Vec product = row_products<false>(M + index_t(i) * cols, minimum(kLanes, rows - i), cols, x, nullptr, sums).x;
+    store(y + i, load(y + i) + factor * product);
   }
-  c.store(m.dual + row, n, a);
-  if constexpr (!kMapped) return a;
-  return gates.gamma * c.load(m.primal + row, n) + rho * (a - gates.gamma * c.load(m.start + row, n));
 }
 
-// First pass: A and slope, and X = u
+// The first pass: A and slope, X = u and Zq
 static void predict_hidden(const StepMatrix& first, const StepMatrix& second, const MlpStepScratch& s) {
   const float *S1 = first.predicting(), *S2 = second.predicting(), *A = s.A;
   const int d = first.cols, hd = first.rows;
   fill_zero(s.X, s.norm.dp);
   for (int i = 0; i < hd; i += kLanes) {
     const int units = minimum(kLanes, hd - i);
-    const Gelu gelu(row_products(S2 + index_t(i) * d, units, d, s.K, s.sums));
-    store(s.A + i, gelu.value()), store(s.slope + i, gelu.slope());
-    each_columns(d, [&]<class C>(const C& c) MIRAS_LAMBDA {
-      Held<C> u(c, s.X);
-      for (int r = 0; r < units; ++r) {
-        const float* row = S1 + index_t(i + r) * d;
-        c.prefetch(row + index_t(kAhead) * d);
-        MIRAS_UNROLL
-        for (int n = 0; n < C::kVectors; ++n) u.x[n] += A[i + r] * c.load(row, n);
-      }
-      MIRAS_UNROLL
-      for (int n = 0; n < C::kVectors; ++n) c.pad(s.X, n, u[n]);
-    });
+    const RowProducts z = row_products<true>(S2 + index_t(i) * d, units, d, s.K, s.Q, s.sums);
+    const Gelu gelu(z.x);
+    store(s.A + i, gelu.value()), store(s.slope + i, gelu.slope()), store(s.Zq + i, z.x2);
+    add_rows(S1 + index_t(i) * d, units, d, A + i, s.X);
   }
 }
 
-// Second pass: both matrices, and Uq
-template <bool kMapped, bool kMomentum>
-static void write_and_read_hidden(const StepMatrix& first_, const StepMatrix& second_, const MlpStepScratch& s, float eta,
-                                  const MlpGates gates) {
-  // By value: vector stores may alias anything, so what is behind a reference would be loaded again after each of them.
-  const StepMatrix first = first_, second = second_;
-  const float *S1 = first.predicting(), *A = s.A, *gz = s.gz, *aq = s.aq;
+// The second pass: what the token writes to W2, Aq, and Uq = W1 aq. Of token `row` of the chunk, own_score weighs its own write.
+static void read_hidden(const StepMatrix& first, const StepMatrix& second, const MlpStepScratch& s, float eta, float gamma, int row,
+                        float own_score) {
+  const float* S1 = first.predicting();
   const int d = first.cols, hd = first.rows;
-  const float rho1 = first.read_scale(), rho2 = second.read_scale();
+  const float rho = second.read_scale();
+  float* const left = second.left + index_t(row) * hd;
   fill_zero(s.Uq, s.norm.dp);
   for (int i = 0; i < hd; i += kLanes) {
     const int units = minimum(kLanes, hd - i);
-    store(s.gz, eta * (row_products(S1 + index_t(i) * d, units, d, s.Gu, s.sums) * load(s.slope + i)));
-    const Vec zq = unit_sums(units, d, s.sums, [&]<class C>(const C c) MIRAS_LAMBDA {
-      return [=, k = Held<C>(c, s.K), q = Held<C>(c, s.Q)](int r) MIRAS_LAMBDA {
-        const index_t row = index_t(i + r) * d;
-        c.prefetch(second.dual + row + index_t(kAhead) * d);
-        Vec total = zeros();
-        MIRAS_UNROLL
-        for (int n = 0; n < C::kVectors; ++n)
-          total += q[n] * write_vector<kMapped, kMomentum>(second, row, c, n, gates, gz[r], k[n], rho2);
-        return total;
-      };
-    });
-    store(s.aq, Gelu(zq).value());
-    each_columns(d, [&]<class C>(const C c) MIRAS_LAMBDA {
-      const Held<C> u1(c, s.U1);
-      Held<C> u(c, s.Uq);
-      for (int r = 0; r < units; ++r) {
-        const index_t row = index_t(i + r) * d;
-        c.prefetch(first.dual + row + index_t(kAhead) * d);
-        MIRAS_UNROLL
-        for (int n = 0; n < C::kVectors; ++n)
-          u.x[n] += aq[r] * write_vector<kMapped, kMomentum>(first, row, c, n, gates, A[i + r], u1[n], rho1);
-      }
-      MIRAS_UNROLL
-      for (int n = 0; n < C::kVectors; ++n) c.pad(s.Uq, n, u[n]);
-    });
+    const Vec gz = row_products<false>(S1 + index_t(i) * d, units, d, s.Gu, nullptr, s.sums).x * load(s.slope + i);
+    store_first(left + i, -eta * gz, units);
+    const Vec zq = gamma * load(s.Zq + i) + rho * (load(s.written + i) - own_score * (eta * gz));
+    store(s.Aq + i, Gelu(zq).value());
+    add_rows(S1 + index_t(i) * d, units, d, s.Aq + i, s.Uq);
   }
 }
 
 static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpStepScratch& s, const StepMatrix& first,
-                           const StepMatrix& second, const StepDecay& decay, int64_t n, int64_t h, int64_t t) {
-  const int dp = s.norm.dp;
-  ChunkView{p.k, p.dtype, n, t, h, 0, p.D}.read(1, s.K, 0);
-  ChunkView{p.q, p.dtype, n, t, h, 0, p.D}.read(1, s.Q, 0);
-  ChunkView{p.v, p.dtype, n, t, h, 0, p.D}.read(1, s.V, 0);
+                           const StepMatrix& second, const StepWeights& w, int64_t n, int64_t h, int64_t t, int row) {
+  const int d = p.D, hd = p.Hd, dp = s.norm.dp;
+  ChunkView{p.k, p.dtype, n, t, h, 0, d}.read(1, s.K, 0);
+  ChunkView{p.q, p.dtype, n, t, h, 0, d}.read(1, s.Q, 0);
+  ChunkView{p.v, p.dtype, n, t, h, 0, d}.read(1, s.V, 0);
   const float eta = *address<float>(p.lr, n, t, h);
   if (p.delta) read_gate(p.delta, n, t, h, 1, s.delta);
 
@@ -191,20 +125,37 @@ static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpSte
   s.norm.affine(1, s.X, s.K, s.E);
   bias.grade({1, dp, p.bias_params, nullptr, p.delta ? s.delta : nullptr, false, s.V, 0}, s.E, s.G);
   s.norm.pull_back_weighted(1, s.X, &r, s.G, s.Gu);
-  weigh_rows(1, dp, &eta, s.Gu, s.U1);
 
-  decay.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, 0, kPad, first.primal);
-  const MlpGates gates{first.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f, *decay.alpha, *decay.gamma};
-  if (first.momentum) {
-    if (first.primal) write_and_read_hidden<true, true>(first, second, s, eta, gates);
-    else write_and_read_hidden<false, true>(first, second, s, eta, gates);
-  } else {
-    if (first.primal) write_and_read_hidden<true, false>(first, second, s, eta, gates);
-    else write_and_read_hidden<false, false>(first, second, s, eta, gates);
+  const float theta = p.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f;
+  w.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, 0, theta, row, dp);
+  const float gamma = *w.gamma, minus_eta = -eta;
+  weigh_rows(1, dp, &minus_eta, s.Gu, s.more);
+  copy_out(s.A, 0, 1, hd, first.left + index_t(row) * hd, 0);
+  copy_out(s.more, 0, 1, d, first.right + index_t(row) * d, 0);
+  copy_out(s.K, 0, 1, d, second.right + index_t(row) * d, 0);
+
+  // A matrix that the state holds beside its start, and its weight
+  const Kept older[] = {{first.carried, w.kept_by(0)}, {first.momentum, w.kept_by(1)}};
+  const float* const older_second[] = {second.carried, second.momentum};
+  score_rows(second.right, row + 1, d, s.Q, w, s);
+  products<false>(second.left, row, hd, s.scores, s.written);
+  for (int i = 0; i < 2; ++i)
+    if (older[i].state && *older[i].scale != 0.0f) add_product(*older[i].scale, older_second[i], hd, d, s.Q, s.written, s.sums);
+  read_hidden(first, second, s, eta, gamma, row, s.scores[row]);
+
+  score_rows(first.left, row + 1, hd, s.Aq, w, s);
+  float* const written = s.E;
+  products<false>(first.right, row + 1, d, s.scores, written);
+  for (const Kept& x : older) {
+    if (!x.state || *x.scale == 0.0f) continue;
+    products<false>(x.state, hd, d, s.Aq, s.more);
+    add_multiple(*x.scale, s.more, dp, written);
   }
+  scale(gamma, dp, s.Uq);
+  add_multiple(first.read_scale(), written, dp, s.Uq);
   s.norm.normalise(1, s.Uq, &r);
   s.norm.affine(1, s.Uq, s.Q, s.O);
-  ChunkView{p.out, p.dtype, n, t, h, 0, p.D}.write(1, s.O, 0);
+  ChunkView{p.out, p.dtype, n, t, h, 0, d}.write(1, s.O, 0);
 }
 
 static void mlp_step(const MlpStep& p, int64_t first, int64_t last) {
@@ -215,19 +166,21 @@ static void mlp_step(const MlpStep& p, int64_t first, int64_t last) {
   MlpStepScratch s(arena, p);
   const BiasTable bias = bias_table(p.bias, p.bias_params);
   const Retention gate(p.retention, p.retention_params);
+  for (float* x : {s.more, s.E}) fill_zero(x, s.norm.dp);  // the padding
 
   for (int64_t i = first; i < last; ++i) {
     const int64_t n = i / p.H, h = i % p.H;
     s.norm.read(p, h);
-    const StepMatrix W1(p.state, 2 * i, p.Hd, p.D, LastAxis::down), W2(p.state, 2 * i + 1, p.Hd, p.D, LastAxis::along);
-    const StepDecay decay{p.state.log_decay + i, 1, s.alpha, s.gamma};
-    int position = int(p.state.position[n]);
-    if (position > 0 && p.state.unmapped) W1.map(gate, s.spare), W2.map(gate, s.spare);
+    const StepMatrix matrices[] = {{p.state, 2 * i, p.Hd, p.D, LastAxis::down}, {p.state, 2 * i + 1, p.Hd, p.D, LastAxis::along}};
+    const StepWeights w(p.state, i, s.alpha, s.gamma);
+    int position = int(p.state.position[n]), row = position;
+    if (p.state.by_value) begin_value(gate, matrices, w, s.spare, position > 0, s.norm.dp), row = 0;
     for (int64_t t = 0; t < p.T; ++t) {
-      if (position == 0) W1.open(gate, s.spare), W2.open(gate, s.spare);
-      mlp_step_token(p, bias, s, W1, W2, decay, n, h, t);
-      if (++position == p.C) position = 0, decay.close();
+      mlp_step_token(p, bias, s, matrices[0], matrices[1], w, n, h, t, row);
+      ++row;
+      if (++position == p.C) close_chunk(gate, matrices, w, s.spare, row), position = row = 0;
     }
+    if (p.state.by_value) end_value(matrices, w, s.spare, row);
   }
 }
 

@@ -65,7 +65,7 @@ MIRAS_INLINE void store(uint16_t* p, Vec x) {
   *reinterpret_cast<HVecAtAnyAddress*>(p) = __builtin_convertvector(safe, HVec);
 }
 
-// ---- the first n < kLanes elements only; the rest reads as zero ----
+// ---- the first n <= kLanes elements only; the rest reads as zero ----
 template <class T> MIRAS_INLINE Vec load_first(const T* p, int n) {
   T lanes[kLanes] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
@@ -76,6 +76,14 @@ template <class T> MIRAS_INLINE void store_first(T* p, Vec x, int n) {
   store(lanes, x);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
+
+#if defined(__x86_64__) && MIRAS_LANES == 16
+MIRAS_INLINE Vec load_first(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+MIRAS_INLINE void store_first(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)x); }
+#elif defined(__x86_64__) && MIRAS_LANES == 8
+MIRAS_INLINE Vec load_first(const float* p, int n) { return (Vec)_mm256_maskload_ps(p, (__m256i)(iota() < n)); }
+MIRAS_INLINE void store_first(float* p, Vec x, int n) { _mm256_maskstore_ps(p, (__m256i)(iota() < n), (__m256)x); }
+#endif
 
 // x in the first n lanes, zero in the rest
 MIRAS_INLINE Vec first_lanes(Vec x, int n) { return iota() < n ? x : zeros(); }

@@ -121,11 +121,10 @@ class Steps:
 
         Returns the output, or None if an argument is not as in the call: then nothing has happened.
         """
-        call, x = self.call, buffers
+        call = self.call
         return self.make(
             call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, options.check_values is not False,
-            call.ln_weight, call.ln_bias, call.ln_eps, x.dual, x.start, x.primal, x.rho, x.momentum, x.log_decay, x.position,
-            *_rules(call), call.chunk_size,
+            call.ln_weight, call.ln_bias, call.ln_eps, buffers, *_rules(call), call.chunk_size,
         )  # fmt: skip
 
 
