@@ -1,236 +1,167 @@
-// Decoding steps of the linear memory: S = W' [Dk, Dv] in place.
+// Decoding steps of the linear memory: S = W' [Dk, Dv], a token at a time.
 //
-//     e = S_0' k - v;  u = eta psi(e)                      S_0 = phi(A_0) at the start of the chunk
-//     M <- theta M - k u';  A <- alpha A + M               (without momentum: A <- alpha A - k u')
-//     o = gamma S_0' q + rho (A' q - gamma A_0' q)         without a gate: o = A' q
+//     e = S_0' k - v;  u = eta psi(e)                                          S_0 = phi(A_0) at the start of the chunk
+//     moved <- theta moved;  kept <- alpha kept + moved                        of what the chunk wrote before; (k, -u) is kept with 1
+//     o = gamma S_0' q + rho (kept_0 D' q + kept_1 M_0' q + sum_i (k_i . q) kept_i o -u_i)
 //
-// A block takes all keys of a tile of kTile values. Its threads stand in rows of kLanes, each with kVec neighbouring values of every
-// kRowStep-th key. They hold their elements of A in registers while one pass over S_0 (and A_0) finds S_0' k, S_0' q and A_0' q at
-// once, so that S_0 is loaded once and A is loaded once and stored once.
-//
-// A bias that couples a row of the error, or a gate that couples the matrix, leaves one block to a head, which goes over its tiles
-// once more beforehand: for |e|^2, and at a chunk's start for the sum of the gate.
+// linear_predict takes the matrices' products with k and q: a block to a tile of kTile values, all keys of them. Its threads stand in
+// rows of kLanes, each with kVec neighbouring values of every kRowStep-th key. linear_write does the rest, a block to a head and a thread
+// to a value, and where the chunk closes writes A and M as the next one's start.
 #include "step.h"
 
 namespace miras::cuda {
 namespace {
 
-constexpr int kTile = 32, kMaxKeys = 256;
+constexpr int kTile = 32, kMaxHead = 256;
+static_assert(kMaxHead <= kThreads, "a thread to a value");
 
-template <int kVec, bool kGated, bool kMomentum> struct LinearStep {
-  static constexpr int kLanes = kTile / kVec, kRowStep = kThreads / kLanes, kRows = kMaxKeys / kRowStep;
+// [N, H, kProducts, V]
+enum { kPredicted, kRead, kCarried, kMomentum, kProducts };
 
-  const Step& p;
-  float *k, *q;                          // shared [Dk]: the token
-  float *partial, *u, *alpha, *columns;  // shared [kWarps][3][kTile], [kTile], [kTile], [3][kTile]
-  int n, h, row, lane_column;
-  int64_t head;  // of the head's first element in a matrix
-  float factor;  // rho of the chunk's start
-
-  // of the columns from v0 on
-  __device__ bool valid(int v0) const { return v0 + lane_column < p.V; }
-
-  // f(i, row, offset) for this thread's rows of the tile
-  template <class Function> __device__ void each(int v0, Function&& f) const {
-    if (!valid(v0)) return;
+template <int kVec> __global__ void __launch_bounds__(kThreads, 1) linear_predict(const Step p, int t, int tiles) {
+  constexpr int kLanes = kTile / kVec, kRowStep = kThreads / kLanes;
+  __shared__ float k[kMaxHead], q[kMaxHead], partial[kProducts][kWarps][kTile];
+  const int head = blockIdx.x / tiles, tile = blockIdx.x % tiles, n = head / p.H, h = head % p.H;
+  const int column = thread() % kLanes * kVec, v0 = tile * kTile, v = v0 + column;
+  for (int r = thread(); r < p.K; r += kThreads) {
+    k[r] = load_token(p.k, p.token_type, n, t, h, r);
+    q[r] = load_token(p.q, p.token_type, n, t, h, r);
+  }
+  __syncthreads();
+  Pack<kVec> sums[kProducts];
+  for (auto& x : sums) x = zero<kVec>();
+  if (v < p.V) {
+    const int64_t matrix = int64_t(head) * p.K * p.V + v;
+    const int width = p.decay_per_channel ? p.V : 1;
+    const bool carried = p.carried && any(load_channels<kVec>(p, p.kept + int64_t(head) * (2 + p.C) * width, v));
+    const float* const from = p.predicting();
+#pragma unroll 4
+    for (int r = thread() / kLanes; r < p.K; r += kRowStep) {
+      const int64_t at = matrix + int64_t(r) * p.V;
+      const Pack<kVec> w = load<kVec>(from + at);
+      for (int c = 0; c < kVec; ++c) sums[kPredicted][c] += w[c] * k[r], sums[kRead][c] += w[c] * q[r];
+      if (carried) {
+        const Pack<kVec> d = load<kVec>(p.carried + at);
+        for (int c = 0; c < kVec; ++c) sums[kCarried][c] += d[c] * q[r];
+      }
+      if (p.momentum) {
+        const Pack<kVec> s = load<kVec>(p.momentum + at);
+        for (int c = 0; c < kVec; ++c) sums[kMomentum][c] += s[c] * q[r];
+      }
+    }
+  }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int r = row + i * kRowStep;
-      if (r < p.K) f(i, r, head + int64_t(r) * p.V + v0 + lane_column);
+  for (int j = 0; j < kProducts; ++j)
+    for (int c = 0; c < kVec; ++c) {
+      const float sum = over_lanes(sums[j][c], kLanes, 32, Add{});
+      if (thread() % 32 < kLanes) partial[j][thread() / 32][column + c] = sum;
     }
+  __syncthreads();
+  const int j = thread() / kTile, c = thread() % kTile;
+  if (j < kProducts && v0 + c < p.V) {
+    float sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) sum += partial[j][w][c];
+    p.products[(int64_t(head) * kProducts + j) * p.V + v0 + c] = sum;
+  }
+  if (h == 0 && tile == 0 && thread() == 0) move_on(p, n);
+}
+
+template <int kVec> __global__ void __launch_bounds__(kThreads, 1) linear_write(const Step p, int t) {
+  __shared__ float q[kMaxHead], score[kRows], weight[kRows];
+  const int head = blockIdx.x, n = head / p.H, h = head % p.H, v = thread(), row = row_of(p, n);
+  const int64_t gate = p.gate_of(n, t, h);
+  const bool has = v < p.V, channels = p.decay_per_channel;
+  const int width = channels ? p.V : 1, mine = channels && has ? v : 0;  // column of `kept` and of `sums`
+  const float* const products = p.products + int64_t(head) * kProducts * p.V + (has ? v : 0);
+  float* const left = p.left + int64_t(head) * p.C * p.K;
+  float* const right = p.right + int64_t(head) * p.C * p.V;
+  float* const kept = p.kept + int64_t(head) * (2 + p.C) * width + mine;
+  float* const moved = p.moved ? p.moved + int64_t(head) * (2 + p.C) : nullptr;
+  float* const sum = p.sums + int64_t(head) * width + mine;
+  const bool owns = channels ? has : thread() == 0;  // writes `kept` and `sum`
+
+  // the token's write
+  const float k_of = v < p.K ? load_token(p.k, p.token_type, n, t, h, v) : 0.0f;
+  const float q_of = v < p.K ? load_token(p.q, p.token_type, n, t, h, v) : 0.0f;
+  q[thread()] = q_of;
+  const float kq = block_sum(k_of * q_of);
+  const float e = has ? (p.predicts ? products[kPredicted * p.V] : 0.0f) - load_token(p.v, p.token_type, n, t, h, v) : 0.0f;
+  const float square = p.couples_row ? block_sum(e * e) : 0.0f;
+  float u = 0.0f;
+  if (has) {
+    const float delta = p.delta ? load_gate(p.delta, p.delta_per_channel, gate, p.V, v) : 0.0f;
+    u = load_gate(p.lr, p.lr_per_channel, gate, p.V, v) * psi(p, e, square, delta);
   }
 
-  // The same one after the other, for what only the first token of a chunk does: f(offset, this thread's elements of A).
-  template <class Function> __device__ void each_of_start(int v0, Function&& f) const {
-    if (!valid(v0)) return;
-#pragma unroll 1
-    for (int r = row; r < p.K; r += kRowStep) {
-      const int64_t at = head + int64_t(r) * p.V + v0 + lane_column;
-      f(at, load<kVec>(p.dual + at));
+  // the weights after it, and what it reads of what the chunk wrote
+  const float log_alpha = p.log_decay ? load_gate(p.log_decay, channels, gate, p.V, mine) : 0.0f, alpha = expf(log_alpha);
+  const float theta = moved ? p.theta[gate] : 0.0f, open = *sum + log_alpha, moved_1 = moved ? theta * moved[1] : 0.0f;
+  const float kept_0 = alpha * kept[0], kept_1 = alpha * kept[width] + moved_1;
+  float read = -kq * u;
+  if (p.carried && has) read += kept_0 * products[kCarried * p.V];
+  if (moved && has) read += kept_1 * products[kMomentum * p.V];
+  __syncthreads();  // every thread has read them
+  if (owns) kept[0] = kept_0, kept[width] = kept_1, *sum = open;
+  if (moved && thread() == 0) moved[1] = moved_1;
+  for (int first = 0; first < row; first += kRows) {
+    const int count = min(kRows, row - first);
+    for (int i = thread() / 32; i < count; i += kWarps) {  // a warp to a row
+      float dot = 0.0f;
+      for (int r = thread() % 32; r < p.K; r += 32) dot += left[int64_t(first + i) * p.K + r] * q[r];
+      dot = warp_sum(dot);
+      if (thread() % 32 == 0) score[i] = dot;
     }
-  }
-
-  // kCount sums by columns over all rows: into columns[kCount][kTile], which every thread may read when it returns
-  template <int kCount, class Op> __device__ void over_rows(Pack<kVec> (&x)[kCount], Op op) const {
-    const int warp = thread() / 32;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) {
-        const float sum = over_lanes(x[j][c], kLanes, 32, op);
-        if (thread() % 32 < kLanes) partial[(warp * 3 + j) * kTile + lane_column + c] = sum;
-      }
-    __syncthreads();
-    if (thread() < kCount * kTile) {
-      const int j = thread() / kTile, c = thread() % kTile;
-      float sum = partial[j * kTile + c];
-      for (int w = 1; w < kWarps; ++w) sum = op(sum, partial[(w * 3 + j) * kTile + c]);
-      columns[j * kTile + c] = sum;
-    }
-    __syncthreads();
-  }
-
-  // rho of the whole matrix, which is a chunk's start
-  __device__ float scale() const {
-    float total = 0.0f;
-    for (int v0 = 0; v0 < p.V; v0 += kTile)
-      each_of_start(v0, [&](int64_t, const Pack<kVec>& a) {
-        for (int c = 0; c < kVec; ++c) total += matrix_term(p, a[c]);
-      });
-    return matrix_scale(p, block_sum(total));
-  }
-
-  // The first token of a chunk keeps its start, and finds its primal.
-  __device__ void begin(int v0) const {
-    Pack<kVec> max, of;
-    for (int c = 0; c < kVec; ++c) max[c] = 0.0f, of[c] = factor;
-    if (kGated && p.coupling == Coupling::row) {
-      Pack<kVec> x[1];
-      for (int c = 0; c < kVec; ++c) x[0][c] = -INFINITY;
-      each_of_start(v0, [&](int64_t, const Pack<kVec>& a) {
-        for (int c = 0; c < kVec; ++c) x[0][c] = fmaxf(x[0][c], a[c]);
-      });
-      over_rows(x, Max{});
-      for (int c = 0; c < kVec; ++c) max[c] = columns[lane_column + c], x[0][c] = 0.0f;
-      each_of_start(v0, [&](int64_t, const Pack<kVec>& a) {
-        for (int c = 0; c < kVec; ++c) x[0][c] += row_term(p, a[c], max[c]);
-      });
-      over_rows(x, Add{});
-      for (int c = 0; c < kVec; ++c) of[c] = row_factor(p, columns[lane_column + c]);
-    }
-    each_of_start(v0, [&](int64_t at, const Pack<kVec>& a) {
-      store<kVec>(p.start + at, a);
-      if constexpr (kGated) {
-        Pack<kVec> w;
-        for (int c = 0; c < kVec; ++c) w[c] = phi(p, a[c], max[c], of[c]);
-        store<kVec>(p.primal + at, w);
-      }
-    });
-  }
-
-  // columns: S_0' k; with a gate S_0' q and A_0' q, too. `a`: this thread's elements of A.
-  __device__ void predict(int v0, bool fresh, Pack<kVec> (&a)[kRows]) const {
-    if (fresh && p.start) begin(v0);
-    each(v0, [&](int i, int, int64_t at) { a[i] = load<kVec>(p.dual + at); });
-    Pack<kVec> sums[kGated ? 3 : 1];
-    for (auto& x : sums) x = zero<kVec>();
-    each(v0, [&](int i, int r, int64_t at) {
-      const float *from = kGated ? p.primal : p.start;
-      const Pack<kVec> w = from ? load<kVec>(from + at) : a[i];
-      for (int c = 0; c < kVec; ++c) sums[0][c] += w[c] * k[r];
-      if constexpr (kGated) {
-        const Pack<kVec> start = load<kVec>(p.start + at);
-        for (int c = 0; c < kVec; ++c) sums[1][c] += w[c] * q[r], sums[2][c] += start[c] * q[r];
-      }
-    });
-    over_rows(sums, Add{});
-  }
-
-  __device__ float error(int t, int v) const {
-    return (p.predicts ? columns[v % kTile] : 0.0f) - load_token(p.v, p.token_type, n, t, h, v);
-  }
-
-  // One token and tile.
-  __device__ void tile(int v0, int t, const Place& place, bool fresh, float square) {
-    Pack<kVec> a[kRows];
-    predict(v0, fresh, a);
-    const int v = v0 + thread();  // of the first warp
-    const int64_t gate = p.gate_of(n, t, h);
-    float gamma = 1.0f, base = 0.0f;
-    if (thread() < kTile && v < p.V) {
-      const float delta = p.delta ? load_gate(p.delta, p.delta_per_channel, gate, p.V, v) : 0.0f;
-      u[thread()] = load_gate(p.lr, p.lr_per_channel, gate, p.V, v) * psi(p, error(t, v), square, delta);
-      const float log_alpha = p.log_decay ? load_gate(p.log_decay, p.decay_per_channel, gate, p.V, v) : 0.0f;
-      alpha[thread()] = expf(log_alpha);
-      float open = place.open;
-      if (p.decay_per_channel) {
-        float* sum = p.sums + p.head_of(n, h) * p.V + v;
-        open = (place.fresh ? 0.0f : *sum) + log_alpha;
-        *sum = place.ends ? 0.0f : open;
-      }
-      if constexpr (kGated) {
-        gamma = expf(open);
-        base = gamma * (columns[kTile + thread()] - factor * columns[2 * kTile + thread()]);
-      }
+    if (thread() < count) {
+      const int i = 2 + first + thread();
+      float x = moved ? theta * moved[i] : 0.0f;
+      if (moved) moved[i] = x;
+      if (!channels) x += alpha * kept[i], kept[i] = x;
+      weight[thread()] = x;
     }
     __syncthreads();
-
-    const float theta = kMomentum ? p.momentum[gate] : 0.0f;
-    Pack<kVec> read[1] = {zero<kVec>()};
-    each(v0, [&](int i, int r, int64_t at) {
-      Pack<kVec> s = zero<kVec>();
-      if constexpr (kMomentum) s = load<kVec>(p.carried + at);
-      for (int c = 0; c < kVec; ++c) {
-        s[c] = theta * s[c] - k[r] * u[lane_column + c];
-        a[i][c] = alpha[lane_column + c] * a[i][c] + s[c];
-        read[0][c] += a[i][c] * q[r];
+    if (has) {
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        float w = weight[i];
+        if (channels) {
+          float* const at = kept + int64_t(2 + first + i) * width;
+          w += alpha * *at, *at = w;
+        }
+        read += score[i] * w * right[int64_t(first + i) * p.V + v];
       }
-      if constexpr (kMomentum) store<kVec>(p.carried + at, s);
-      store<kVec>(p.dual + at, a[i]);
-    });
-    over_rows(read, Add{});
-    if (thread() < kTile && v < p.V)
-      store_token(p.out, p.token_type, n, t, h, v, kGated ? base + factor * columns[thread()] : columns[thread()]);
-    __syncthreads();  // columns, u and alpha are the next tile's
-  }
-
-  // |e|^2 of a token, over all tiles
-  __device__ float error_square(int t, bool fresh) const {
-    float square = 0.0f;
-    for (int v0 = 0; v0 < p.V; v0 += kTile) {
-      Pack<kVec> a[kRows];
-      predict(v0, fresh, a);
-      if (thread() < kTile && v0 + thread() < p.V) {
-        const float e = error(t, v0 + thread());
-        square += e * e;
-      }
-      __syncthreads();
     }
-    return block_sum(square);
+    __syncthreads();  // score and weight are the next rows'
+  }
+  if (has) {
+    const float rho = p.rho ? p.rho[head] : 1.0f;
+    store_token(p.out, p.token_type, n, t, h, v, expf(open) * products[kRead * p.V] + rho * read);
   }
 
-  __device__ void run(int first, int last) {
-    Place place(p, n, h);
-    for (int t = 0; t < p.T; ++t) {
-      for (int r = thread(); r < p.K; r += kThreads) {
-        k[r] = load_token(p.k, p.token_type, n, t, h, r);
-        q[r] = load_token(p.q, p.token_type, n, t, h, r);
-      }
-      __syncthreads();
-      place.go(p, t, p.log_decay && !p.decay_per_channel ? p.log_decay[p.gate_of(n, t, h)] : 0.0f);
-      factor = 1.0f;
-      if (kGated && p.coupling == Coupling::matrix) {
-        float* rho = p.rho + p.head_of(n, h);
-        factor = place.fresh ? scale() : *rho;
-        if (place.fresh && thread() == 0) *rho = factor;
-      }
-      bool fresh = place.fresh;
-      float square = 0.0f;
-      if (p.couples_row) square = error_square(t, fresh), fresh = false;  // what begins has begun
-      for (int v0 = first; v0 < last; v0 += kTile) tile(v0, t, place, fresh, square);
-      __syncthreads();  // k, q and rho are the next token's
-    }
+  // keep the token
+  if (v < p.K) left[int64_t(row) * p.K + v] = k_of;
+  if (has) right[int64_t(row) * p.V + v] = -u;
+  if (owns) kept[int64_t(2 + row) * width] = 1.0f;
+  if (moved && thread() == 0) moved[2 + row] = 1.0f;
+  if (row + 1 < p.C) return;
+  __syncthreads();
+  const Matrix matrix(p, head, 0, 1);
+  end_chunk<kVec>(p, matrix, {kept - mine, moved, sum - mine}, 0, p.K);
+  if (p.primal) {
+    const float rho = map(p, matrix, true, 0, p.K);
+    if (p.rho && thread() == 0) p.rho[head] = rho;
   }
-};
-
-template <int kVec, bool kGated, bool kMomentum> __global__ void __launch_bounds__(kThreads, 1) linear_step(const Step p, int blocks_per_head) {
-  __shared__ float k[kMaxKeys], q[kMaxKeys], partial[kWarps * 3 * kTile], u[kTile], alpha[kTile], columns[3 * kTile];
-  using Kernel = LinearStep<kVec, kGated, kMomentum>;
-  const int head = blockIdx.x / blocks_per_head, part = blockIdx.x % blocks_per_head;
-  Kernel kernel = {
-      p,    k, q, partial, u, alpha, columns, head / p.H, head % p.H, thread() / Kernel::kLanes,
-      thread() % Kernel::kLanes * kVec, int64_t(head) * p.K * p.V, 1.0f};
-  const int first = part * kTile;
-  kernel.run(first, blocks_per_head == 1 ? p.V : first + kTile);
+  if (owns) kept[0] = kept[width] = *sum = 0.0f;
+  if (moved && thread() == 0) moved[1] = 1.0f;
 }
 
 template <int kVec> int launch_linear(const Step& p, cudaStream_t stream) {
-  const bool entire = p.couples_row || p.coupling == Coupling::matrix;
-  const int blocks_per_head = entire ? 1 : (p.V + kTile - 1) / kTile;
-  const int64_t blocks = int64_t(p.N) * p.H * blocks_per_head;
-  auto* const kernel = p.primal ? (p.carried ? linear_step<kVec, true, true> : linear_step<kVec, true, false>)
-                                : (p.carried ? linear_step<kVec, false, true> : linear_step<kVec, false, false>);
-  return launch(kernel, blocks, stream, p, blocks_per_head);
+  const int tiles = (p.V + kTile - 1) / kTile;
+  int error = cudaSuccess;
+  for (int t = 0; t < p.T && !error; ++t) {
+    error = launch(linear_predict<kVec>, int64_t(p.N) * p.H * tiles, stream, p, t, tiles);
+    if (!error) error = launch(linear_write<kVec>, int64_t(p.N) * p.H, stream, p, t);
+  }
+  return error;
 }
 
 }  // namespace
@@ -239,7 +170,6 @@ template <int kVec> int launch_linear(const Step& p, cudaStream_t stream) {
 extern "C" int miras_linear_step(const MirasStep* step, cudaStream_t stream) {
   using namespace miras::cuda;
   const Step p(*step);
-  if (p.K > kMaxKeys) return cudaErrorInvalidValue;
-  const int error = p.V % 4 ? launch_linear<1>(p, stream) : launch_linear<4>(p, stream);
-  return error ? error : launch_advance(p, stream);
+  if (p.K > kMaxHead || p.V > kMaxHead) return cudaErrorInvalidValue;
+  return p.V % 4 ? launch_linear<1>(p, stream) : launch_linear<4>(p, stream);
 }

@@ -1,21 +1,26 @@
-// Decoding steps of the MLP memory: S1 = W1' [Hd, D] and W2 [Hd, D] in place, one block a head.
+// Decoding steps of the MLP memory: S1 = W1' [Hd, D] and W2 [Hd, D], a token at a time.
 //
 //     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                   both matrices at the chunk's start
 //     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                            the inner gradients
-//     M1 <- theta M1 - a (eta gu)';  M2 <- theta M2 - (eta gz) k';  A1 <- alpha A1 + M1;  A2 <- alpha A2 + M2
-//     zq = gamma W_0 q + rho (A2 q - gamma A_0 q);  aq = gelu(zq)                           without a gate: zq = A2 q
-//     o = q + LN(R1' aq),   R1 = gamma S1_0 + rho (A1 - gamma A1_0)                         without a gate: R1 = A1
+//     moved <- theta moved;  kept <- alpha kept + moved                                     of what the chunk wrote before
+//     zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                        (a, -eta gu), (-eta gz, k) are kept with 1
+//     R x = gamma phi(A_0) x + rho (kept_0 D x + kept_1 M_0 x + sum_i left_i kept_i (right_i . x))    the other way round for R1'
+//
+// Hidden units are shared out, kUnits to a block, a part of each matrix; what needs all of them waits for the next launch:
+//
+//     mlp_predict   z and W2 q of its units, and its part of u
+//     mlp_write     gz of its units; keeps the factors; aq of its units, and its part of R1' aq but for the factors, and of a_i . aq for them
+//     mlp_finish    the output; where the chunk closes, its part of both matrices, which start the next one
 //
 // Threads stand in groups of kLanes, a group to a hidden unit: a row of both matrices. A thread has kVec neighbouring columns in each of
-// kStrips strips, of k, q and gu as of the rows. Two passes over the hidden units: predict, then write and read. A chunk's first token has
-// passes before them where the gate couples columns of S1 or a whole matrix. Between the passes the first warp takes the
-// D channels, so that LayerNorm needs no barrier.
+// kStrips strips, of k, q and gu as of the rows. The first warp takes the D channels, so that LayerNorm needs no barrier. A gate that
+// couples columns of S1 or a whole matrix leaves the end of a chunk to the block of the first part.
 #include "step.h"
 
 namespace miras::cuda {
 namespace {
 
-constexpr int kMaxChannels = 128, kMaxHidden = 1024, kChannels = kMaxChannels / 32;  // of a lane of the first warp
+constexpr int kMaxChannels = 128, kMaxHidden = 1024, kUnits = 64, kChannels = kMaxChannels / 32;  // of a lane of the first warp
 
 // x = (u - m(u)) / deviation over the D channels that a warp shares out, and what its derivative needs. Channel lane + 32 j is x[j].
 struct LayerNorm {
@@ -44,7 +49,8 @@ struct LayerNorm {
   }
 };
 
-template <int kVec, bool kGated, bool kMomentum> struct MlpStep {
+// What the three kernels share: which units of which head a block has, and rows of D channels.
+template <int kVec> struct Part {
   static constexpr int kLanes = kVec == 4 ? 16 : 32, kStride = kLanes * kVec, kStrips = kMaxChannels / kStride;
   static constexpr int kGroups = kThreads / kLanes;
   struct Row {
@@ -52,11 +58,29 @@ template <int kVec, bool kGated, bool kMomentum> struct MlpStep {
   };
 
   const Step& p;
-  float *z, *base, *channels, *partial;  // shared [Hd], [Hd], [D], [kWarps][D]
-  int n, h, group, lane_column;
-  int64_t first, second;  // of the head's matrices in [N, H, 2, Hd, D]
-  Row k, q;
-  float rho[2];
+  int t, parts, part, n, h, first, last;  // hidden units
+  int64_t head, matrix;                   // of S1 in [N, H, 2, Hd, D]; W2 is behind it
+  int group, lane_column;
+  float *channels, *partial;  // shared [D], [kWarps][kMaxChannels]
+
+  __device__ Part(const Step& p, int t, int parts, float* channels, float* partial)
+      : p(p), t(t), parts(parts), part(blockIdx.x % parts), first(part * kUnits), last(min(first + kUnits, p.K)),
+        head(blockIdx.x / parts), group(thread() / kLanes), lane_column(thread() % kLanes * kVec), channels(channels), partial(partial) {
+    n = int(head / p.H), h = int(head % p.H);
+    matrix = head * 2 * p.K * p.V;
+  }
+  __device__ int64_t size() const { return int64_t(p.K) * p.V; }
+  // in what passes between the launches: [N, H, 2, Hd], [N, H, 2, parts, D], [N, H, parts, C], [N, H, 2 (2 + C) + 1]
+  __device__ float* hidden(int i) const { return p.hidden + (head * 2 + i) * p.K; }
+  __device__ float* sums(int i, int of_part) const { return p.partial + ((head * 2 + i) * parts + of_part) * p.V; }
+  __device__ float* scores(int of_part) const { return p.scores + (head * parts + of_part) * p.C; }
+  __device__ Weights after() const {
+    const float* kept = p.after + head * (2 * (2 + p.C) + 1);
+    return {kept, kept + 2 + p.C, kept + 2 * (2 + p.C)};
+  }
+  // row `row` of factors of matrix i
+  __device__ float* left(int i, int row) const { return p.left + ((head * 2 + i) * p.C + row) * p.K; }
+  __device__ float* right(int i, int row) const { return p.right + ((head * 2 + i) * p.C + row) * p.V; }
 
   // f(strip, column)
   template <class Function> __device__ void each(Function&& f) const {
@@ -74,14 +98,23 @@ template <int kVec, bool kGated, bool kMomentum> struct MlpStep {
     each([&](int s, int column) { x.strip[s] = load<kVec>(from + column); });
     return x;
   }
-  __device__ void write(float* to, const Row& x) const {
-    each([&](int s, int column) { store<kVec>(to + column, x.strip[s]); });
+  __device__ Row token(const MirasTokens& from) const {
+    Row x = zeros();
+    each([&](int s, int column) {
+      for (int c = 0; c < kVec; ++c) x.strip[s][c] = load_token(from, p.token_type, n, t, h, column + c);
+    });
+    return x;
   }
-  // f(x, y) of the thread's elements of two rows; padding included
-  template <class Function> __device__ static void pairs(Row& x, const Row& y, Function&& f) {
+  // x += factor y
+  __device__ static void add(Row& x, float factor, const Row& y) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s)
-      for (int c = 0; c < kVec; ++c) f(x.strip[s].x[c], y.strip[s].x[c]);
+      for (int c = 0; c < kVec; ++c) x.strip[s][c] += factor * y.strip[s][c];
+  }
+  __device__ static void scale(Row& x, float factor) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+      for (int c = 0; c < kVec; ++c) x.strip[s][c] *= factor;
   }
   // x . y of a group
   __device__ static float dot(const Row& x, const Row& y) {
@@ -90,128 +123,53 @@ template <int kVec, bool kGated, bool kMomentum> struct MlpStep {
       for (int c = 0; c < kVec; ++c) sum += x.strip[s][c] * y.strip[s][c];
     return over_lanes(sum, 1, kLanes, Add{});
   }
-  // The rows of all groups to one in `channels`, which every thread may read when it returns.
-  template <class Op> __device__ void over_groups(const Row& x, Op op) const {
+  // the sum of the rows of all groups to `to`
+  __device__ void over_groups(const Row& x, float* to) const {
     float* mine = partial + thread() / 32 * kMaxChannels;
     for (int s = 0; s < kStrips; ++s)
       for (int c = 0; c < kVec; ++c) {
-        const float sum = over_lanes(x.strip[s][c], kLanes, 32, op);
+        const float sum = over_lanes(x.strip[s][c], kLanes, 32, Add{});
         if (thread() % 32 < kLanes) mine[lane_column + s * kStride + c] = sum;
       }
     __syncthreads();
     for (int d = thread(); d < p.V; d += kThreads) {
-      float sum = partial[d];
-      for (int w = 1; w < kWarps; ++w) sum = op(sum, partial[w * kMaxChannels + d]);
+      float sum = 0.0f;
+      for (int w = 0; w < kWarps; ++w) sum += partial[w * kMaxChannels + d];
+      to[d] = sum;
+    }
+  }
+  // channels: the sum of all parts' sums
+  __device__ void over_parts(int i) const {
+    for (int d = thread(); d < p.V; d += kThreads) {
+      float sum = 0.0f;
+      for (int of_part = 0; of_part < parts; ++of_part) sum += sums(i, of_part)[d];
       channels[d] = sum;
     }
     __syncthreads();
   }
-  // f(hidden unit, offset of its row) for every unit of this thread's group
+  // f(hidden unit, whether there is one, offset of its row), whole warps at a time: groups beyond the last unit take the first row along
   template <class Function> __device__ void units(Function&& f) const {
 #pragma unroll 1
-    for (int i = group; i < p.K; i += kGroups) f(i, int64_t(i) * p.V);
+    for (int i = first + group; i - group < last; i += kGroups) f(i, i < last, int64_t(i < last ? i : first) * p.V);
+  }
+  // f(d) of the first warp's j-th channel, 0 beyond the last
+  template <class Function> __device__ float channel(int j, Function&& f) const {
+    const int d = thread() + 32 * j;
+    return d < p.V ? f(d) : 0.0f;
+  }
+  // f(row of the factors, sum over `length` of x y) for rows before `count`, by one lane: a warp to a row
+  template <class Function> __device__ static void dots(const float* rows, int stride, int count, const float* x, int length, Function&& f) {
+    for (int i = thread() / 32; i < count; i += kWarps) {
+      float dot = 0.0f;
+      for (int c = thread() % 32; c < length; c += 32) dot += rows[int64_t(i) * stride + c] * x[c];
+      dot = warp_sum(dot);
+      if (thread() % 32 == 0) f(i, dot);
+    }
   }
 
-  // ------------------------------------------------------------------------------------------------- a chunk's first token
-
-  // rho of both matrices, which are a chunk's start
-  __device__ void scale() {
-    float total[2] = {0.0f, 0.0f};
-    units([&](int, int64_t at) {
-      each([&](int, int column) {
-        const Pack<kVec> a1 = load<kVec>(p.dual + first + at + column), a2 = load<kVec>(p.dual + second + at + column);
-        for (int c = 0; c < kVec; ++c) total[0] += matrix_term(p, a1[c]), total[1] += matrix_term(p, a2[c]);
-      });
-    });
-    rho[0] = matrix_scale(p, block_sum(total[0]));
-    rho[1] = matrix_scale(p, block_sum(total[1]));
-  }
-
-  // The largest element and the factor of every column of S1, a row of W1.
-  __device__ void normalise_columns(Row& max, Row& factor) const {
-    for (int s = 0; s < kStrips; ++s)
-      for (int c = 0; c < kVec; ++c) max.strip[s][c] = -INFINITY;
-    units([&](int, int64_t at) { pairs(max, read(p.dual + first + at), [](float& x, float a) { x = fmaxf(x, a); }); });
-    over_groups(max, Max{});
-    each([&](int s, int column) {
-      for (int c = 0; c < kVec; ++c) max.strip[s][c] = channels[column + c];
-    });
-    factor = zeros();
-    units([&](int, int64_t at) {
-      each([&](int s, int column) {
-        const Pack<kVec> a = load<kVec>(p.dual + first + at + column);
-        for (int c = 0; c < kVec; ++c) factor.strip[s][c] += row_term(p, a[c], max.strip[s][c]);
-      });
-    });
-    over_groups(factor, Add{});
-    each([&](int s, int column) {
-      for (int c = 0; c < kVec; ++c) factor.strip[s][c] = row_factor(p, channels[column + c]);
-    });
-  }
-
-  // the same of a row of W2
-  __device__ void normalise_row(const Row& a, float& max, float& factor) const {
-    max = -INFINITY;
-    each([&](int s, int) {
-      for (int c = 0; c < kVec; ++c) max = fmaxf(max, a.strip[s][c]);
-    });
-    max = over_lanes(max, 1, kLanes, Max{});
-    float sum = 0.0f;
-    each([&](int s, int) {
-      for (int c = 0; c < kVec; ++c) sum += row_term(p, a.strip[s][c], max);
-    });
-    factor = row_factor(p, over_lanes(sum, 1, kLanes, Add{}));
-  }
-
-  // Keeps a chunk's start, and finds its primal; rows of both matrices are shared out as ever.
-  __device__ void begin() const {
-    Row max, factor;
-    const bool rows = kGated && p.coupling == Coupling::row;
-    if (rows) normalise_columns(max, factor);
-    rounds([&](int, bool exists, int64_t at) {
-      const Row a1 = read(p.dual + first + at), a2 = read(p.dual + second + at);
-      float row_max = 0.0f, row_scale = rho[1];
-      if (rows) normalise_row(a2, row_max, row_scale);
-      if (!exists) return;
-      write(p.start + first + at, a1), write(p.start + second + at, a2);
-      if constexpr (kGated) {
-        Row w1 = zeros(), w2 = zeros();
-        each([&](int s, int) {
-          for (int c = 0; c < kVec; ++c) {
-            w1.strip[s][c] = phi(p, a1.strip[s][c], rows ? max.strip[s][c] : 0.0f, rows ? factor.strip[s][c] : rho[0]);
-            w2.strip[s][c] = phi(p, a2.strip[s][c], row_max, row_scale);
-          }
-        });
-        write(p.primal + first + at, w1), write(p.primal + second + at, w2);
-      }
-    });
-  }
-
-  // -------------------------------------------------------------------------------------------------------------- the passes
-
-  __device__ const float* predicting() const { return kGated ? p.primal : p.start ? p.start : p.dual; }
-
-  // channels: u. Keeps z, and with a gate what zq owes the chunk's start.
-  __device__ void predict(float gamma) const {
-    const float* from = predicting();
-    Row u = zeros();
-    rounds([&](int i, bool exists, int64_t at) {
-      const Row s1 = read(from + first + at), w2 = read(from + second + at);
-      const float zk = dot(w2, k);
-      if constexpr (kGated) {
-        const float owed = gamma * (dot(w2, q) - rho[1] * dot(read(p.start + second + at), q));
-        if (exists && lane_column == 0) base[i] = owed;
-      }
-      if (!exists) return;
-      if (lane_column == 0) z[i] = zk;
-      const float a = Gelu(zk).value();
-      pairs(u, s1, [&](float& sum, float w) { sum += a * w; });
-    });
-    over_groups(u, Add{});
-  }
-
-  // channels: eta gu, in place of u
-  __device__ void inner_gradient(int t, const float* weight, const float* bias) const {
+  // channels: gu, in place of u
+  __device__ void inner_gradient() const {
+    const float *weight = p.ln_weight + int64_t(h) * p.V, *bias = p.ln_bias + int64_t(h) * p.V;
     if (thread() < 32) {
       const int64_t gate = p.gate_of(n, t, h);
       float y[kChannels], e[kChannels], square = 0.0f;
@@ -234,120 +192,179 @@ template <int kVec, bool kGated, bool kMomentum> struct MlpStep {
     __syncthreads();
   }
 
-  // Moves one row of a matrix on by the write -rate y; `a` is its new dual.
-  __device__ Row moved(int64_t at, float alpha, float theta, float rate, const Row& y) const {
-    Row a = read(p.dual + at), s = zeros();
-    if constexpr (kMomentum) s = read(p.carried + at);
-    pairs(s, y, [&](float& x, float write) { x = theta * x - rate * write; });
-    pairs(a, s, [&](float& x, float write) { x = alpha * x + write; });
-    if constexpr (kMomentum) write(p.carried + at, s);
-    write(p.dual + at, a);
-    return a;
-  }
-
-  // channels: R1' aq
-  __device__ void write_and_read(float rate, float alpha, float theta, float gamma) const {
-    const float* from = predicting();
-    const Row gu = read(channels);
-    Row uq = zeros();
-    rounds([&](int i, bool exists, int64_t at) {
-      Row s1 = read(from + first + at);
-      const float back = dot(s1, gu);
-      const Gelu unit(exists ? z[i] : 0.0f);
-      Row a1 = zeros(), a2 = zeros();
-      if (exists) {
-        a1 = moved(first + at, alpha, theta, rate * unit.value(), gu);
-        a2 = moved(second + at, alpha, theta, rate * back * unit.slope(), k);
-      }
-      float zq = dot(a2, q);
-      if (!exists) return;
-      if constexpr (kGated) zq = base[i] + rho[1] * zq;
-      const float aq = Gelu(zq).value();
-      if constexpr (kGated) {  // a1 becomes a row of R1
-        pairs(a1, read(p.start + first + at), [&](float& a, float start) { a = rho[0] * (a - gamma * start); });
-        pairs(a1, s1, [&](float& a, float w) { a += gamma * w; });
-      }
-      pairs(uq, a1, [&](float& sum, float r) { sum += aq * r; });
-    });
-    over_groups(uq, Add{});
-  }
-
-  __device__ void give_out(int t, const float* weight, const float* bias) const {
-    if (thread() < 32) {
-      float u[kChannels];
-      for (int j = 0; j < kChannels; ++j) u[j] = channel(j, [&](int d) { return channels[d]; });
-      const LayerNorm norm(p.V, p.ln_eps, u);
-      for (int j = 0; j < kChannels; ++j)
-        channel(j, [&](int d) {
-          const float o = load_token(p.q, p.token_type, n, t, h, d) + (norm.x[j] * weight[d] + bias[d]);
-          store_token(p.out, p.token_type, n, t, h, d, o);
-          return o;
-        });
-    }
-    __syncthreads();  // channels, z and base are the next token's
-  }
-
-  __device__ void run() {
+  // q + LN of the channels
+  __device__ void give_out() const {
     const float *weight = p.ln_weight + int64_t(h) * p.V, *bias = p.ln_bias + int64_t(h) * p.V;
-    Place place(p, n, h);
-    for (int t = 0; t < p.T; ++t) {
-      const int64_t gate = p.gate_of(n, t, h);
-      const float log_alpha = p.log_decay ? p.log_decay[gate] : 0.0f;
-      place.go(p, t, log_alpha);
-      k = q = zeros();
-      each([&](int s, int column) {
-        for (int c = 0; c < kVec; ++c) {
-          k.strip[s][c] = load_token(p.k, p.token_type, n, t, h, column + c);
-          q.strip[s][c] = load_token(p.q, p.token_type, n, t, h, column + c);
-        }
+    if (thread() >= 32) return;
+    float u[kChannels];
+    for (int j = 0; j < kChannels; ++j) u[j] = channel(j, [&](int d) { return channels[d]; });
+    const LayerNorm norm(p.V, p.ln_eps, u);
+    for (int j = 0; j < kChannels; ++j)
+      channel(j, [&](int d) {
+        const float o = load_token(p.q, p.token_type, n, t, h, d) + (norm.x[j] * weight[d] + bias[d]);
+        store_token(p.out, p.token_type, n, t, h, d, o);
+        return o;
       });
-      rho[0] = rho[1] = 1.0f;
-      if (kGated && p.coupling == Coupling::matrix) {
-        float* kept = p.rho + 2 * p.head_of(n, h);
-        if (place.fresh) {
-          scale();
-          if (thread() == 0) kept[0] = rho[0], kept[1] = rho[1];
-        } else {
-          rho[0] = kept[0], rho[1] = kept[1];
-        }
-      }
-      if (place.fresh && p.start) begin();
-      const float gamma = expf(place.open);
-      predict(gamma);
-      inner_gradient(t, weight, bias);
-      write_and_read(p.lr[gate], expf(log_alpha), kMomentum ? p.momentum[gate] : 0.0f, gamma);
-      give_out(t, weight, bias);
-    }
-  }
-
- private:
-  // f(hidden unit, whether there is one, offset of its row), whole warps at a time: groups beyond the last unit take the first row along
-  template <class Function> __device__ void rounds(Function&& f) const {
-#pragma unroll 1
-    for (int i = group; i - group < p.K; i += kGroups) f(i, i < p.K, int64_t(i < p.K ? i : 0) * p.V);
-  }
-  // f(d) of the first warp's j-th channel, 0 beyond the last
-  template <class Function> __device__ float channel(int j, Function&& f) const {
-    const int d = thread() + 32 * j;
-    return d < p.V ? f(d) : 0.0f;
   }
 };
 
-template <int kVec, bool kGated, bool kMomentum> __global__ void __launch_bounds__(kThreads, 1) mlp_step(const Step p) {
-  __shared__ float z[kMaxHidden], base[kMaxHidden];
-  __shared__ __align__(16) float channels[kMaxChannels];
+template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_predict(const Step p, int t, int parts) {
   __shared__ float partial[kWarps * kMaxChannels];
-  using Kernel = MlpStep<kVec, kGated, kMomentum>;
-  const int64_t head = blockIdx.x, size = int64_t(p.K) * p.V;
-  Kernel kernel = {p, z, base, channels, partial, int(head / p.H), int(head % p.H), thread() / Kernel::kLanes,
-                   thread() % Kernel::kLanes * kVec, 2 * head * size, (2 * head + 1) * size, {}, {}, {}};
-  kernel.run();
+  const Part<kVec> x(p, t, parts, nullptr, partial);
+  using Row = typename Part<kVec>::Row;
+  const Row k = x.token(p.k), q = x.token(p.q);
+  const float* const from = p.predicting() + x.matrix;
+  Row u = x.zeros();
+  x.units([&](int i, bool exists, int64_t at) {
+    const Row s1 = x.read(from + at), w2 = x.read(from + x.size() + at);
+    const float z = x.dot(w2, k), zq = x.dot(w2, q);
+    if (!exists) return;
+    if (x.lane_column == 0) x.hidden(0)[i] = z, x.hidden(1)[i] = zq;
+    x.add(u, Gelu(z).value(), s1);
+  });
+  x.over_groups(u, x.sums(0, x.part));
+  if (x.h == 0 && x.part == 0 && thread() == 0) move_on(p, x.n);
+}
+
+template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(const Step p, int t, int parts) {
+  __shared__ float score[kRows], a[kUnits], aq[kUnits], written[kUnits], token[kMaxChannels], partial[kWarps * kMaxChannels];
+  __shared__ __align__(16) float channels[kMaxChannels];
+  const Part<kVec> x(p, t, parts, channels, partial);
+  using Row = typename Part<kVec>::Row;
+  const int row = row_of(p, x.n);
+  const int64_t gate = p.gate_of(x.n, t, x.h);
+  const Row k = x.token(p.k), q = x.token(p.q);
+  for (int d = thread(); d < p.V; d += kThreads) token[d] = load_token(p.q, p.token_type, x.n, t, x.h, d);
+  for (int i = thread(); i < kUnits; i += kThreads) written[i] = 0.0f;
+  x.over_parts(0);
+  x.inner_gradient();
+  const Row gu = x.read(channels);
+  const float rate = p.lr[gate], kq = x.dot(k, q);
+
+  // the weights after the token; what the chunk wrote makes of q
+  const float* const kept = p.kept + x.head * (2 + p.C);
+  const float* const moved = p.moved ? p.moved + x.head * (2 + p.C) : nullptr;
+  float* const after = const_cast<float*>(x.after().kept);
+  float* const moved_after = after + 2 + p.C;
+  const float log_alpha = p.log_decay ? p.log_decay[gate] : 0.0f, alpha = expf(log_alpha), open = p.sums[x.head] + log_alpha;
+  const float theta = moved ? p.theta[gate] : 0.0f, moved_1 = moved ? theta * moved[1] : 0.0f;
+  const float kept_0 = alpha * kept[0], kept_1 = alpha * kept[1] + moved_1, gamma = expf(open);
+  const bool writes = x.part == 0;  // what is the same in every part
+  if (writes && thread() == 0) {
+    after[0] = kept_0, after[1] = kept_1, after[2 + row] = 1.0f;
+    moved_after[0] = 0.0f, moved_after[1] = moved_1, moved_after[2 + row] = 1.0f;
+    after[2 * (2 + p.C)] = open;
+  }
+  for (int first = 0; first < row; first += kRows) {
+    const int count = min(kRows, row - first);
+    x.dots(x.right(1, first), p.V, count, token, p.V, [&](int i, float dot) {
+      const float s = moved ? theta * moved[2 + first + i] : 0.0f, w = alpha * kept[2 + first + i] + s;
+      if (writes) after[2 + first + i] = w, moved_after[2 + first + i] = s;
+      score[i] = w * dot;
+    });
+    __syncthreads();
+    if (x.first + thread() < x.last) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) sum += score[i] * x.left(1, first + i)[x.first + thread()];
+      written[thread()] += sum;
+    }
+    __syncthreads();
+  }
+
+  // keep the token, and read
+  const float rho_1 = p.rho ? p.rho[2 * x.head] : 1.0f, rho_2 = p.rho ? p.rho[2 * x.head + 1] : 1.0f;
+  const float* const from = p.predicting() + x.matrix;
+  Row uq = x.zeros();
+  x.units([&](int i, bool exists, int64_t at) {
+    Row r1 = x.read(from + at);
+    const Gelu unit(exists ? x.hidden(0)[i] : 0.0f);
+    const float u2 = -rate * x.dot(r1, gu) * unit.slope();
+    float wq = (exists ? written[i - x.first] : 0.0f) + u2 * kq;
+    x.scale(r1, gamma);
+    if (p.carried && kept_0 > 0.0f) {
+      wq += kept_0 * x.dot(x.read(p.carried + x.matrix + x.size() + at), q);
+      x.add(r1, rho_1 * kept_0, x.read(p.carried + x.matrix + at));
+    }
+    if (p.momentum) {
+      wq += kept_1 * x.dot(x.read(p.momentum + x.matrix + x.size() + at), q);
+      x.add(r1, rho_1 * kept_1, x.read(p.momentum + x.matrix + at));
+    }
+    if (!exists) return;
+    const float of_q = Gelu(gamma * x.hidden(1)[i] + rho_2 * wq).value();
+    if (x.lane_column == 0) {
+      a[i - x.first] = unit.value(), aq[i - x.first] = of_q;
+      x.left(0, row)[i] = unit.value(), x.left(1, row)[i] = u2;
+    }
+    x.add(uq, of_q, r1);
+  });
+  x.over_groups(uq, x.sums(1, x.part));
+  if (writes)
+    x.each([&](int s, int column) {
+      if (x.group != 0) return;
+      for (int c = 0; c < kVec; ++c) x.right(0, row)[column + c] = -rate * gu.strip[s][c], x.right(1, row)[column + c] = k.strip[s][c];
+    });
+  __syncthreads();
+  float* const scores = x.scores(x.part);
+  x.dots(x.left(0, 0) + x.first, p.K, row, aq, x.last - x.first, [&](int i, float dot) { scores[i] = dot; });
+  x.dots(a, 0, 1, aq, x.last - x.first, [&](int, float dot) { scores[row] = dot; });
+}
+
+template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_finish(const Step p, int t, int parts) {
+  __shared__ float score[kRows], channels[kMaxChannels];
+  const Part<kVec> x(p, t, parts, channels, nullptr);
+  const int row = row_of(p, x.n);
+  const bool closes = row + 1 == p.C;
+  const Weights after = x.after();
+  if (x.part == 0) {
+    const float rho_1 = p.rho ? p.rho[2 * x.head] : 1.0f;
+    x.over_parts(1);
+    for (int first = 0; first <= row; first += kRows) {
+      const int count = min(kRows, row + 1 - first);
+      if (thread() < count) {
+        float sum = 0.0f;
+        for (int of_part = 0; of_part < parts; ++of_part) sum += x.scores(of_part)[first + thread()];
+        score[thread()] = rho_1 * sum * after.kept[2 + first + thread()];
+      }
+      __syncthreads();
+      for (int d = thread(); d < p.V; d += kThreads) {
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) sum += score[i] * x.right(0, first + i)[d];
+        channels[d] += sum;
+      }
+      __syncthreads();
+    }
+    x.give_out();
+    for (int i = thread(); i < row + 3; i += kThreads) {
+      const bool begins = closes && i < 2;
+      p.kept[x.head * (2 + p.C) + i] = begins ? 0.0f : after.kept[i];
+      if (p.moved) p.moved[x.head * (2 + p.C) + i] = begins ? float(i) : after.moved[i];
+    }
+    if (thread() == 0) p.sums[x.head] = closes ? 0.0f : *after.sums;
+  }
+  const bool whole = p.coupling != Coupling::none;
+  if (!closes || (whole && x.part != 0)) return;
+  const int first = whole ? 0 : x.first, last = whole ? p.K : x.last;
+  for (int i = 0; i < 2; ++i) {
+    const Matrix matrix(p, x.head, i, 2);
+    end_chunk<kVec>(p, matrix, after, first, last);
+    if (!p.primal) continue;
+    const float rho = map(p, matrix, i == 0, first, last);
+    if (p.rho && thread() == 0) p.rho[2 * x.head + i] = rho;
+  }
 }
 
 template <int kVec> int launch_mlp(const Step& p, cudaStream_t stream) {
-  auto* const kernel = p.primal ? (p.carried ? mlp_step<kVec, true, true> : mlp_step<kVec, true, false>)
-                                : (p.carried ? mlp_step<kVec, false, true> : mlp_step<kVec, false, false>);
-  return launch(kernel, int64_t(p.N) * p.H, stream, p);
+  const int parts = (p.K + kUnits - 1) / kUnits;
+  const int64_t blocks = int64_t(p.N) * p.H * parts;
+  int error = cudaSuccess;
+  for (int t = 0; t < p.T && !error; ++t) {
+    error = launch(mlp_predict<kVec>, blocks, stream, p, t, parts);
+    if (!error) error = launch(mlp_write<kVec>, blocks, stream, p, t, parts);
+    if (!error) error = launch(mlp_finish<kVec>, blocks, stream, p, t, parts);
+  }
+  return error;
 }
 
 }  // namespace
@@ -357,6 +374,8 @@ extern "C" int miras_mlp_step(const MirasStep* step, cudaStream_t stream) {
   using namespace miras::cuda;
   const Step p(*step);
   if (p.V > kMaxChannels || p.K > kMaxHidden) return cudaErrorInvalidValue;
-  const int error = p.V % 4 ? launch_mlp<1>(p, stream) : launch_mlp<4>(p, stream);
-  return error ? error : launch_advance(p, stream);
+  return p.V % 4 ? launch_mlp<1>(p, stream) : launch_mlp<4>(p, stream);
 }
+
+// Hidden units of a part, by which the caller makes room for what passes between the launches.
+extern "C" int miras_mlp_units() { return miras::cuda::kUnits; }

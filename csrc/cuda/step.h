@@ -1,11 +1,11 @@
-// Decoding steps: T tokens, usually one, read into a state that is written in place. What both memories share.
+// Decoding steps: T tokens, usually one, read into decode.Buffers. What both memories share.
 //
-// A step is defined by python/miras_kernels/reference/step.py. It takes the time of reading and writing the state once: products of
-// a matrix and a vector, in float32, by threads that each own the same elements of every matrix from the first load to the last
-// store, so that nothing but sums passes between them.
+// A step is defined by python/miras_kernels/reference/step.py. A token takes the time of reading phi(A_0), once, for k and q together,
+// and the factors of the open chunk's tokens. The token that ends its chunk writes the matrices; whether it does is read on the device,
+// where each sequence stands somewhere else in its chunk.
 //
-// Each sequence stands somewhere else in its chunk. Blocks read that from `position` and do not write it: the blocks of a sequence
-// would race. `advance`, launched behind the step, moves the positions on, and the sums of log-decays that heads share.
+// A token takes two or three launches, each shared out among blocks that may run in any order: what one of them writes another launch
+// reads. The first launch moves `position` on, which nobody else reads in it; to the later ones the token's row is the one before.
 //
 // This interface knows no torch: miras_kernels/cuda_backend.py fills the struct and passes it by ctypes.
 #pragma once
@@ -26,15 +26,17 @@ struct MirasTokens {
   int64_t batch, token, head;
 };
 
-// Matrices are [N, H, m, K, V] float32, contiguous: m = 1 and K x V = Dk x Dv of a linear memory; m = 2, K x V = Hd x D of an MLP,
-// W1 transposed and W2. See decode.Buffers. Gates are float32, contiguous: [N, T, H], or [N, T, H, V] where `*_per_channel`.
+// The state is that of decode.Buffers, which says what its tensors are: matrices [N, H, m, K, V] float32, contiguous; m = 1 and
+// K x V = Dk x Dv of a linear memory; m = 2, K x V = Hd x D of an MLP, W1 transposed and W2. Gates are float32, contiguous: [N, T, H], or
+// [N, T, H, V] where `*_per_channel`. The last five are written by one launch and read by the next; see the kernels.
 struct MirasStep {
   MirasTokens q, k, v, out;
-  const float *lr, *log_decay, *delta, *momentum;  // all but lr may be null
-  float *dual, *start, *primal, *rho, *carried;    // all but dual may be null
-  float* sums;                                     // [N, H] or [N, H, V], the open chunk's log-decays
-  int64_t* position;                               // [N]
-  const float *ln_weight, *ln_bias;                // [H, D] of an MLP
+  const float *lr, *log_decay, *delta, *theta;                // all but lr may be null
+  float *start, *primal, *rho, *carried, *momentum;           // all but start may be null
+  float *left, *right, *kept, *moved, *sums;                  // moved may be null
+  int64_t* position;                                          // [N]
+  const float *ln_weight, *ln_bias;                           // [H, D] of an MLP
+  float *products, *hidden, *partial, *scores, *after;        // the first of a linear memory, the others of an MLP
   float ln_eps;
   float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
   int32_t bias, retention, token_type;
@@ -51,6 +53,7 @@ namespace miras::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kRows = 64;  // of a chunk's factors that a block takes at once
 
 __device__ inline int thread() { return int(threadIdx.x); }
 
@@ -65,6 +68,7 @@ struct Step : MirasStep {
     coupling = retention_traits(RetentionTag(retention)).coupling;
   }
   __device__ int64_t head_of(int n, int h) const { return int64_t(n) * H + h; }
+  __device__ const float* predicting() const { return primal ? primal : start; }
   // the place of a token's gate in [N, T, H]
   __device__ int64_t gate_of(int n, int t, int h) const { return (int64_t(n) * T + t) * H + h; }
 };
@@ -103,6 +107,12 @@ template <int kVec> __device__ inline Pack<kVec> zero() {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) a[i] = 0.0f;
   return a;
+}
+template <int kVec> __device__ inline bool any(const Pack<kVec>& a) {  // is not 0
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) found |= a[i] != 0.0f;
+  return found;
 }
 template <int kVec> __device__ inline Pack<kVec> load(const float* p) {
   if constexpr (kVec == 4) {
@@ -173,30 +183,146 @@ MIRAS_FN float phi(const Step& p, float a, float max, float factor) {
   });
 }
 
-// ------------------------------------------------------------------------------------------------------- where a token stands
+// ------------------------------------------------------------------------------------------------- where a token stands
 
-// One sequence's place in its chunk, and the log-decay its open chunk has summed up, where channels share it.
-struct Place {
-  int64_t before;  // tokens of the open chunk before this call's
-  float open;
-  bool fresh, ends;
+// one token more of a sequence's chunk
+__device__ inline void move_on(const Step& p, int n) { p.position[n] = (p.position[n] + 1) % p.C; }
+// the token's place in its chunk, after `position` has moved on
+__device__ inline int row_of(const Step& p, int n) { return int((p.position[n] + p.C - 1) % p.C); }
 
-  __device__ Place(const Step& p, int n, int h)
-      : before(p.position[n]), open(p.decay_per_channel ? 0.0f : p.sums[p.head_of(n, h)]), fresh(false), ends(false) {}
+// ---------------------------------------------------------------------------------------------------------- a chunk's end
 
-  // go to token t, whose log-decay is `log_alpha`
-  __device__ void go(const Step& p, int t, float log_alpha) {
-    fresh = (before + t) % p.C == 0;
-    ends = (before + t + 1) % p.C == 0;
-    open = (fresh ? 0.0f : open) + log_alpha;
+// One matrix of one head: row i of `left` and of `right` are the factors of what token i wrote.
+struct Matrix {
+  float *start, *primal, *carried, *momentum;
+  const float *left, *right;
+
+  // matrix i of the `count` of a head
+  __device__ Matrix(const Step& p, int64_t head, int i, int count) {
+    const int64_t at = (head * count + i) * p.K * p.V, factors = (head * count + i) * p.C;
+    start = p.start + at, left = p.left + factors * p.K, right = p.right + factors * p.V;
+    primal = p.primal ? p.primal + at : nullptr;
+    carried = p.carried ? p.carried + at : nullptr;
+    momentum = p.momentum ? p.momentum + at : nullptr;
   }
 };
 
-// One block a sequence: positions after T tokens and, unless channels have their own, the sums of log-decays.
-__global__ void __launch_bounds__(kThreads, 1) advance(const Step p);
+// The weights of what a head's chunk has written, after its last token.
+struct Weights {
+  const float *kept, *moved, *sums;  // moved is null without momentum
+};
 
-// Behind a step. Where every token is a chunk, every sequence stands at a boundary before and after.
-int launch_advance(const Step& p, cudaStream_t stream);
+// those of some columns, of a row of `kept` or of `sums`
+template <int kVec> __device__ inline Pack<kVec> load_channels(const Step& p, const float* of, int column) {
+  Pack<kVec> x;
+#pragma unroll
+  for (int c = 0; c < kVec; ++c) x[c] = of[p.decay_per_channel ? column + c : 0];
+  return x;
+}
+
+// Rows [first, last) of A and S at the end of a chunk, where the next one starts: a thread takes kDown rows of kVec columns at a time.
+template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, const Weights& weights, int first, int last) {
+  constexpr int kDown = 4;
+  const int across = p.V / kVec, width = p.decay_per_channel ? p.V : 1;
+  for (int item = thread(); item < across * ((last - first + kDown - 1) / kDown); item += kThreads) {
+    const int column = item % across * kVec, row = first + item / across * kDown, rows = min(kDown, last - row);
+    const auto channels = [&](const float* of) { return load_channels<kVec>(p, of, column); };
+    const Pack<kVec> open = channels(weights.sums), of_carried = channels(weights.kept), of_momentum = channels(weights.kept + width);
+    Pack<kVec> a[kDown], s[kDown];
+#pragma unroll
+    for (int j = 0; j < kDown; ++j) {
+      a[j] = s[j] = zero<kVec>();
+      if (j >= rows) continue;
+      const int64_t at = int64_t(row + j) * p.V + column;
+      a[j] = load<kVec>(x.start + at);
+      for (int c = 0; c < kVec; ++c) a[j][c] *= expf(open[c]);
+      if (x.carried && any(of_carried)) {
+        const Pack<kVec> d = load<kVec>(x.carried + at);
+        for (int c = 0; c < kVec; ++c) a[j][c] += of_carried[c] * d[c];
+      }
+      if (x.momentum) {
+        s[j] = load<kVec>(x.momentum + at);
+        for (int c = 0; c < kVec; ++c) a[j][c] += of_momentum[c] * s[j][c], s[j][c] *= weights.moved[1];
+      }
+    }
+#pragma unroll 2
+    for (int i = 0; i < p.C; ++i) {
+      const Pack<kVec> right = load<kVec>(x.right + int64_t(i) * p.V + column), kept = channels(weights.kept + int64_t(2 + i) * width);
+      const float moved = x.momentum ? weights.moved[2 + i] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kDown; ++j) {
+        const float left = x.left[int64_t(i) * p.K + min(row + j, last - 1)];
+        for (int c = 0; c < kVec; ++c) a[j][c] += left * (kept[c] * right[c]), s[j][c] += left * (moved * right[c]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kDown; ++j) {
+      if (j >= rows) continue;
+      const int64_t at = int64_t(row + j) * p.V + column;
+      store<kVec>(x.start + at, a[j]);
+      if (x.momentum) store<kVec>(x.momentum + at, s[j]);
+    }
+  }
+  __syncthreads();
+}
+
+// f(index) of the elements of rows [first, last), one after the other
+template <class Function> __device__ inline void each_element(const Step& p, int first, int last, Function&& f) {
+  for (int64_t i = int64_t(first) * p.V + thread(); i < int64_t(last) * p.V; i += kThreads) f(i);
+}
+
+// Of every column, over all rows, f(element) summed up by `op`: into columns[V], which every thread may read when it returns.
+template <class Op, class Function>
+__device__ inline void over_columns(const Step& p, const float* matrix, float* columns, float from, Op op, Function&& f) {
+  __shared__ float partial[kThreads];
+  const int groups = kThreads / p.V, column = thread() % p.V, group = thread() / p.V;
+  float found = from;
+  if (group < groups)
+    for (int r = group; r < p.K; r += groups) found = op(found, f(matrix[int64_t(r) * p.V + column], column));
+  partial[thread()] = found;
+  __syncthreads();
+  if (group == 0) {
+    for (int g = 1; g < groups; ++g) found = op(found, partial[g * p.V + column]);
+    columns[column] = found;
+  }
+  __syncthreads();
+}
+
+// The primal of rows [first, last) of a start, all of them where the gate couples more than a row of the buffer; `columns` say whether a
+// row of the memory's matrix is a column of it. Returns rho.
+__device__ inline float map(const Step& p, const Matrix& x, bool columns, int first, int last) {
+  if (p.coupling == Coupling::row && columns) {
+    __shared__ float max[kThreads], factor[kThreads];
+    over_columns(p, x.start, max, -INFINITY, Max{}, [](float a, int) { return a; });
+    over_columns(p, x.start, factor, 0.0f, Add{}, [&](float a, int column) { return row_term(p, a, max[column]); });
+    each_element(p, first, last, [&](int64_t i) {
+      const int column = int(i % p.V);
+      x.primal[i] = phi(p, x.start[i], max[column], row_factor(p, factor[column]));
+    });
+  } else if (p.coupling == Coupling::row) {  // a warp to a row
+    for (int r = first + thread() / 32; r < last; r += kWarps) {
+      const float* a = x.start + int64_t(r) * p.V;
+      float max = -INFINITY, sum = 0.0f;
+      for (int c = thread() % 32; c < p.V; c += 32) max = fmaxf(max, a[c]);
+      max = over_lanes(max, 1, 32, Max{});
+      for (int c = thread() % 32; c < p.V; c += 32) sum += row_term(p, a[c], max);
+      const float factor = row_factor(p, warp_sum(sum));
+      for (int c = thread() % 32; c < p.V; c += 32) x.primal[int64_t(r) * p.V + c] = phi(p, a[c], max, factor);
+    }
+  } else {
+    float rho = 1.0f;
+    if (p.coupling == Coupling::matrix) {
+      float total = 0.0f;
+      each_element(p, first, last, [&](int64_t i) { total += matrix_term(p, x.start[i]); });
+      rho = matrix_scale(p, block_sum(total));
+    }
+    each_element(p, first, last, [&](int64_t i) { x.primal[i] = phi(p, x.start[i], 0.0f, rho); });
+    return rho;
+  }
+  return 1.0f;
+}
+
+// ------------------------------------------------------------------------------------------------------------------ launches
 
 template <class... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {

@@ -35,11 +35,12 @@ class Step(ctypes.Structure):
     """MirasStep of csrc/cuda/step.h, which says what the fields are."""
 
     TOKENS = ("q", "k", "v", "out")
-    GATES = ("lr", "log_decay", "delta", "momentum")
-    MATRICES = ("dual", "start", "primal", "rho", "carried", "sums", "position")
+    GATES = ("lr", "log_decay", "delta", "theta")
+    STATE = ("start", "primal", "rho", "carried", "momentum", "left", "right", "kept", "moved", "sums", "position")
+    BETWEEN = ("products", "hidden", "partial", "scores", "after")
     _fields_ = [
         *((name, Tokens) for name in TOKENS),
-        *((name, ctypes.c_void_p) for name in (*GATES, *MATRICES, "ln_weight", "ln_bias")),
+        *((name, ctypes.c_void_p) for name in (*GATES, *STATE, "ln_weight", "ln_bias", *BETWEEN)),
         ("ln_eps", ctypes.c_float),
         ("bias_params", ctypes.c_float * 3),
         ("retention_params", ctypes.c_float * 2),
@@ -47,8 +48,8 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("lr_per_channel", "decay_per_channel", "delta_per_channel")),
     ]
     #: what miras_step_layout tells the offsets of, after the size of the whole
-    MARKS = ("q", "out", "lr", "dual", "sums", "position", "ln_weight", "ln_eps", "bias_params", "bias", "N", "lr_per_channel",
-             "delta_per_channel")  # fmt: skip
+    MARKS = ("q", "out", "lr", "start", "left", "sums", "position", "ln_weight", "products", "after", "ln_eps", "bias_params", "bias",
+             "N", "lr_per_channel", "delta_per_channel")  # fmt: skip
 
     @classmethod
     def layout(cls) -> list[int]:
@@ -136,20 +137,24 @@ class CudaBackend:
             K=call.q.shape[-1] if call.memory == "linear" else call.state.dual[0].shape[-1], V=call.v.shape[-1], C=call.chunk_size,
         )  # fmt: skip
         bias, gate = (ctypes.c_float * 3)(*call.bias.parameters), (ctypes.c_float * 2)(*call.retention.parameters)
-        threshold = thresholds(call)
-        norm = () if call.memory == "linear" else (_gate(call.ln_weight), _gate(call.ln_bias))
-        addresses, eps = dict(zip(("ln_weight", "ln_bias"), map(Tensor.data_ptr, norm), strict=False)), call.ln_eps or 0.0
+        threshold, parameters = thresholds(call), {}
+        if call.memory == "mlp":
+            parameters = dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias))
+        kept = parameters | self._between(call)
+        constant |= {name: x.data_ptr() for name, x in kept.items()}
+        constant |= dict(ln_eps=call.ln_eps or 0.0, bias_params=bias, retention_params=gate)
 
         def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
             delta = threshold(delta) if isinstance(delta, float) else delta
             tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out)]
             gates = [_gate(x) for x in (lr, log_decay, delta, momentum)]
             x = buffers
-            state = (x.dual, x.start, x.primal, x.rho, x.momentum, x.log_decay, x.position)
+            state = (
+                x.start, x.primal, x.rho, x.carried, x.momentum, x.left, x.right, x.kept, x.moved, x.log_decay, x.position,
+            )  # fmt: skip
             step = Step(
-                *map(Tokens.of, tokens), *map(_address, gates), *map(_address, state), ln_eps=eps, bias_params=bias,
-                retention_params=gate, lr_per_channel=lr.dim() == 4, decay_per_channel=x.log_decay.dim() == 3,
-                delta_per_channel=delta is not None and delta.dim() == 4, **addresses, **constant,
+                *map(Tokens.of, tokens), *map(_address, gates), *map(_address, state), lr_per_channel=lr.dim() == 4,
+                decay_per_channel=x.log_decay.dim() == 3, delta_per_channel=delta is not None and delta.dim() == 4, **constant,
             )  # fmt: skip
             with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
                 error = launch(ctypes.byref(step), torch.cuda.current_stream().cuda_stream if q.is_cuda else None)
@@ -158,8 +163,18 @@ class CudaBackend:
             if tokens[-1] is not out:
                 out.copy_(tokens[-1])
 
-        run.keeps = norm  # as long as their addresses
+        run.keeps = kept  # as long as their addresses
         return run
+
+    def _between(self, call: Call) -> dict[str, Tensor]:
+        """Room for what one launch of a step writes for the next."""
+        (n, _, h, d), chunk = call.v.shape, call.chunk_size
+        room = lambda *shape: torch.empty(n, h, *shape, dtype=torch.float32, device=call.q.device)
+        if call.memory == "linear":
+            return dict(products=room(4, d))
+        hidden = call.state.dual[0].shape[-1]
+        parts = -(-hidden // self._loaded[0].miras_mlp_units())
+        return dict(hidden=room(2, hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         from . import decode
