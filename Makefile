@@ -26,7 +26,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint format build clean distclean
+.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench study lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -53,6 +53,9 @@ test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
 bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --json out.json"
 	$(PY) bench/cpu.py $(ARGS)
+
+study: $(VENV)/.built  ## which attentional bias remembers what: measure, and write docs/which-bias.md (under ten minutes)
+	$(PY) -m miras_kernels study --json docs/which-bias.json --page docs/which-bias.md --plots docs/which-bias $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff, as CI runs it
 	$(PY) -m ruff check .
