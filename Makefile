@@ -29,7 +29,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench lint types sanitize sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench study lint types sanitize sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,6 +61,9 @@ test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
 bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --plots out" or ARGS="--base HEAD" (docs/benchmarks.md)
 	$(PY) bench/cpu.py $(ARGS)
+
+study: $(VENV)/.built  ## which attentional bias remembers what: measure, and write docs/which-bias.md (under ten minutes)
+	$(PY) -m miras_kernels study --json docs/which-bias.json --page docs/which-bias.md --plots docs/which-bias $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff, as CI runs it
 	$(PY) -m ruff check .
