@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, QuantizedCache
 
 from hf_tiny import ARCHITECTURES, LENGTH, ROWS, VOCAB, assert_close, ids, model, plain
 from miras_kernels.hf import MemoryAttention, MemoryCacheLayer
@@ -263,12 +263,6 @@ def packed(**options):
 @pytest.mark.parametrize(
     ("call", "kind", "text"),
     [
-        (lambda: host().generate(ids(), max_new_tokens=2, cache_implementation="static"), TypeError, "needs a DynamicCache .*StaticCache"),
-        (
-            lambda: host()(input_ids=ids(), past_key_values=StaticCache(config=plain().config, max_cache_len=20)),
-            TypeError,
-            "past_key_values: a model with memories needs a DynamicCache .*got the Cache StaticCache",
-        ),
         (lambda: host()(input_ids=ids(), past_key_values=((ids(), ids()),)), TypeError, "got the object tuple"),
         (
             lambda: host(layers=[1]).model.layers[1].self_attn(torch.randn(1, 3, 24), past_key_values=object()),

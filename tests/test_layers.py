@@ -638,7 +638,11 @@ def test_a_preset_of_ones_own():
             ValueError,
             "attention_mask: packed .* got both",
         ),
-        (lambda: block()(tokens(1, 5), initial_state=torch.zeros(1)), TypeError, "initial_state: expected a BlockState, got Tensor"),
+        (
+            lambda: block()(tokens(1, 5), initial_state=torch.zeros(1)),
+            TypeError,
+            "initial_state: expected a BlockState or a BlockDecoder, got Tensor",
+        ),
         (lambda: block(projections=False)(tokens(1, 5)), ValueError, r"projected: expected q, k and v .*got NoneType"),
         (lambda: block()(tokens(1, 5), projected=Projected(torch.zeros(1, 5, 72))), ValueError, "projected: expected None .*got Projected"),
         (

@@ -73,7 +73,9 @@ _SCHEMA += (
     ", Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? log_decay, Tensor? delta, Tensor? momentum, Tensor? ln_weight, "
     "Tensor? ln_bias, float ln_eps, str bias, str gate, SymInt chunk_size, str backend"
 )
-_operator = torch.library.custom_op("miras_kernels::step", _step, mutates_args=tuple(f"buffer_{name}" for name in _BUFFERS), schema=f"({_SCHEMA}) -> Tensor")
+_operator = torch.library.custom_op(
+    "miras_kernels::step", _step, mutates_args=tuple(f"buffer_{name}" for name in _BUFFERS), schema=f"({_SCHEMA}) -> Tensor"
+)
 
 
 @_operator.register_fake
