@@ -26,11 +26,11 @@ def tile_of(j, i_tile, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV:
 
 
 @triton.jit
-def hand_on(slots, o_next, end, o_end, more, b_x, m_kv):
-    """A tile of a matrix to the next chunk's slot or, where no ``more`` chunks come, to ``end``, if that is wanted."""
-    tl.store(slots + o_next, b_x, mask=only_if(more, m_kv))
+def hand_on(slot, o_slot, end, state, o_end, more, b_x, m_kv):
+    """A tile of a matrix to the next chunk's slot or, where no ``more`` chunks come, to ``end`` at ``state``, if that is wanted."""
+    tl.store(slot + o_slot, b_x, mask=only_if(more, m_kv))
     if end is not None:
-        tl.store(end + o_end, b_x, mask=only_if(more == 0, m_kv))
+        tl.store(end + state + o_end, b_x, mask=only_if(more == 0, m_kv))
 
 
 @triton.jit
@@ -125,4 +125,4 @@ def pull_back(
             b_w = tl.load(states + here + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
             b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0) * gamma
             b_j += retentions.pull(b_g, b_a, b_w, b_along[None, :], rho, RETENTION, R0, R1)
-            hand_on(grad_states, there + o_kv, grad_initial, state + o_v[None, :] * Dk + o_k[:, None], i_c > 0, b_j, m_kv)
+            hand_on(grad_states + there, o_kv, grad_initial, state, o_v[None, :] * Dk + o_k[:, None], i_c > 0, b_j, m_kv)

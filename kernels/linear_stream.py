@@ -92,10 +92,10 @@ def linear_state_streamed(
         o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
         o_kv, o_initial = o_k[:, None] * Dv + o_v[None, :], o_k[:, None] * stride_ik + o_v[None, :] * stride_iv
         b_s = tl.load(initial + o_initial, mask=m_kv, other=0.0)  # [BK, BV]
-        hand_on(duals, at_first + o_kv, final, state + o_kv, first < last, b_s, m_kv)
+        hand_on(duals + at_first, o_kv, final, state, o_kv, first < last, b_s, m_kv)
         if momenta is not None:
             b_m = tl.load(initial_momentum + o_initial, mask=m_kv, other=0.0)  # [BK, BV]
-            hand_on(momenta, at_first + o_kv, final_momentum, state + o_kv, first < last, b_m, m_kv)
+            hand_on(momenta + at_first, o_kv, final_momentum, state, o_kv, first < last, b_m, m_kv)
     tl.debug_barrier()
 
     for i_c in range(first, last):
@@ -183,8 +183,8 @@ def linear_state_streamed(
                         tl.store(kept + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
                     b_s = b_s * gamma + b_m * carry - dot(tl.trans(b_k), b_u)
                     b_m = b_m * pi - dot(tl.trans(b_k), b_us)
-                    hand_on(momenta, there + o_kv, final_momentum, state + o_kv, i_c + 1 < last, b_m, m_kv)
-                hand_on(duals, there + o_kv, final, state + o_kv, i_c + 1 < last, b_s, m_kv)
+                    hand_on(momenta + there, o_kv, final_momentum, state, o_kv, i_c + 1 < last, b_m, m_kv)
+                hand_on(duals + there, o_kv, final, state, o_kv, i_c + 1 < last, b_s, m_kv)
         tl.debug_barrier()
 
 
@@ -236,12 +236,12 @@ def linear_seq_streamed(
         b_j = tl.zeros((BK, BV), tl.float32)
         if grad_final is not None:
             b_j += tl.load(grad_final + state + o_vk, mask=m_kv, other=0.0)
-        hand_on(grad_states, at_last + o_kv, grad_initial, state + o_vk, chunks > 0, b_j, m_kv)
+        hand_on(grad_states + at_last, o_kv, grad_initial, state, o_vk, chunks > 0, b_j, m_kv)
         if momenta is not None:
             b_m = tl.zeros((BK, BV), tl.float32)
             if grad_final is not None:
                 b_m += tl.load(grad_final_momentum + state + o_vk, mask=m_kv, other=0.0)
-            hand_on(grad_momenta, at_last + o_kv, grad_initial_momentum, state + o_vk, chunks > 0, b_m, m_kv)
+            hand_on(grad_momenta + at_last, o_kv, grad_initial_momentum, state, o_vk, chunks > 0, b_m, m_kv)
     tl.debug_barrier()
 
     for i in range(0, chunks):
@@ -370,7 +370,7 @@ def linear_seq_streamed(
                     if scales is not None:
                         drho += tl.sum(b_read * tl.load(momenta + here + o_kv, mask=m_kv, other=0.0))
                     b_m = b_j * carry + tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0) * pi + b_read * rho
-                    hand_on(grad_momenta, there + o_kv, grad_initial_momentum, state + o_vk, i_c > 0, b_m, m_kv)
+                    hand_on(grad_momenta + there, o_kv, grad_initial_momentum, state, o_vk, i_c > 0, b_m, m_kv)
                 b_j *= gamma
                 if RETENTION == retentions.L2:
                     b_j += dot(tl.trans(b_q), b_do)
@@ -388,7 +388,7 @@ def linear_seq_streamed(
                     if RETENTION != retentions.L2:
                         b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                         b_j += retentions.pull(b_g, b_a, b_a, 0.0, rho, RETENTION, R0, R1)
-                    hand_on(grad_states, there + o_kv, grad_initial, state + o_vk, i_c > 0, b_j, m_kv)
+                    hand_on(grad_states + there, o_kv, grad_initial, state, o_vk, i_c > 0, b_j, m_kv)
             store(grad_v + row * Dv + o_tv, -b_de, m_tv)
         tl.debug_barrier()
         if COUPLING:

@@ -255,14 +255,11 @@ void ForwardTask::run() {
 }
 
 static void linear_forward(const LinearForward& p, int64_t first, int64_t last) {
-  FlushDenormals flush;
-  Arena measure(nullptr);
-  ForwardScratch(measure, p);
-  Arena arena(thread_scratch(size_t(measure.used())));
-  const ForwardScratch scratch(arena, p);
   const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
   const Retention retention(p.retention, p.retention_params);
-  for (int64_t i = first; i < last; ++i) ForwardTask(p, bias, retention, scratch, i).run();
+  with_scratch<ForwardScratch>(p, [&](const ForwardScratch& s) MIRAS_LAMBDA {
+    for (int64_t i = first; i < last; ++i) ForwardTask(p, bias, retention, s, i).run();
+  });
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

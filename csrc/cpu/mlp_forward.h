@@ -113,13 +113,10 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
 }
 
 static void mlp_forward(const MlpForward& p, int64_t first, int64_t last) {
-  FlushDenormals flush;
-  Arena measure(nullptr);
-  MlpForwardScratch(measure, p);
-  Arena arena(thread_scratch(size_t(measure.used())));
-  const MlpForwardScratch scratch(arena, p);
   const BiasTable bias = bias_table(p.bias, p.bias_params);
-  for (int64_t i = first; i < last; ++i) mlp_forward_task(p, bias, scratch, i);
+  with_scratch<MlpForwardScratch>(p, [&](const MlpForwardScratch& s) MIRAS_LAMBDA {
+    for (int64_t i = first; i < last; ++i) mlp_forward_task(p, bias, s, i);
+  });
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

@@ -30,6 +30,15 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// run(scratch), with room of the thread's own for a Scratch, which lays itself out in an Arena; denormals are zero meanwhile.
+template <class Scratch, class Params, class Run> static void with_scratch(const Params& p, Run run) {
+  FlushDenormals flush;
+  Arena measure(nullptr);
+  Scratch(measure, p);
+  Arena arena(thread_scratch(size_t(measure.used())));
+  run(Scratch(arena, p));
+}
+
 MIRAS_INLINE void fill_zero(float* x, int64_t n) { __builtin_memset(x, 0, size_t(n) * sizeof(float)); }
 
 // Four columns of kLanes rows: the loads put rows 0, 4, 8, ... side by side, what is left is 4 x 4 in every 128 bits.

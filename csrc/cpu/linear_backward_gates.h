@@ -1,0 +1,81 @@
+// Gradients of log alpha, theta and rho in the linear memory's backward (linear_backward.h), and all that goes through M where decays
+// are channel-wise.
+#pragma once
+
+#include "linear_backward_task.h"
+
+namespace miras::cpu::MIRAS_LEVEL {
+
+// dU, N, and d log alpha but for what goes through b
+void BackwardTask::channels_backward(int c, const ChunkStart& x) {
+  const ChannelDecay& channel = s.gates.channel;
+  const Rows Q{s.Q, dkp};
+  plain_scores(c, dk, Q, s.KT, cp, s.P, WriteSoon());
+  times_state(c, dk, Rows{s.K, dkp}, s.J, dvp, s.KJ);
+  times_state(c, dk, Q, x.W, dvp, s.QW);
+  fill_zero(s.dlog, int64_t(c) * dvp);
+  channel.backward(c, s.gates, {s.P, s.U, s.dO, s.KJ, s.KJS, s.dE, s.N, s.X, s.dlog, s.m, s.sums});
+  for (index_t i = 0; i < index_t(c) * dvp; i += kLanes) store(s.QW + i, load(s.QW + i) * load(s.dO_gamma + i));
+  const float* gamma = channel.gamma + index_t(c - 1) * dvp;
+  column_products(dk, dvp, s.J, x.A, s.columns);
+  for (int j = 0; j < dvp; j += kLanes) store(s.columns + j, load(gamma + j) * load(s.columns + j));
+  channel.read_gradient(c, s.QW, s.columns, s.dlog);
+}
+
+// rho b_t S_0' dO_t and gb, the gradient of b through the chunk's reads
+void BackwardTask::carried_reads(int c, const ChunkStart& x) {
+  weigh(c, dvp, s.gates.of_carried(), s.dO, s.dO_b);
+  transpose(x.S, dvp, dk, task.dv, s.S_plain, dkp);
+  if (channels) {
+    times_state(c, task.dv, Rows{s.dO_b, dvp}, s.S_plain, dkp, s.dQ_b);
+    times_state(c, dk, Rows{s.Q, dkp}, x.S, dvp, s.QS);
+    for (index_t i = 0; i < index_t(c) * dvp; i += kLanes) store(s.QS + i, load(s.QS + i) * load(s.dO + i));
+  } else {
+    times_state(c, task.dv, Rows{s.dO, dvp}, s.S_plain, dkp, s.dQ_b);
+    for (int t = 0; t < c; ++t) s.gb[t] = inner_product(s.Q + index_t(t) * dkp, s.dQ_b + index_t(t) * dkp, dkp);
+    weigh_rows(c, dkp, s.gates.b, s.dQ_b, s.dQ_b);
+  }
+}
+
+// d rho = sum_t dO_t . (b_t S_0 q_t - sum_s P_ts U_s); dO, and all that came of it, has the factor rho
+float BackwardTask::rho_gradient(int c, const ChunkStart& x) const {
+  double total = 0.0;
+  for (int t = 0; t < c; ++t) {
+    Vec row = zeros();
+    for (int j = 0; j <= t; j += kLanes) {
+      const index_t at = t * cp + j;
+      const Vec pairs = momentum || channels ? -load((channels ? s.P : s.QK) + at) * load(s.N + at) : load(s.X + at);
+      row += first_lanes(pairs, t + 1 - j);
+    }
+    total += sum(row);
+    if (momentum) total += channels ? inner_product(s.QS + index_t(t) * dvp, s.gates.channel.b + index_t(t) * dvp, dvp)
+                                    : s.gates.b[t] * s.gb[t];
+  }
+  return float(total / x.rho.value);
+}
+
+// d log alpha and d theta, while J and JS are still those of the chunk's end
+void BackwardTask::gate_gradients(int64_t chunk, const ChunkStart& x) {
+  const int c = tokens(chunk);
+  const LinearGates& gates = s.gates;
+  if (momentum) {
+    if (channels) {
+      column_products(dk, dvp, s.J, x.S, s.columns);
+      gates.channel.carried_gradient(c, s.QS, s.columns, s.gb, s.dlog);
+    } else {
+      const float through = *gates.end(c) * inner_product(s.J, x.A, state);
+      for (int t = 0; t < round_up(c, kPad); ++t) s.write_sums[t] = -s.write_sums[t];
+      s.gb[c - 1] += inner_product(s.J, x.S, state);
+      decay_gradient_with_momentum(gates, c, s.M, cp, s.write_sums, s.X, s.gb, s.read_sums, through, s.dlog);
+    }
+    const float* Theta = channels ? gates.channel.Theta : s.Theta;
+    momentum_gradient(gates, c, Theta, cp, s.X, s.gb, s.gTheta, inner_product(s.JS, x.S, state), s.dtheta);
+    put(p.dmomentum, false, chunk, s.dtheta);
+  } else if (gates.decays) {
+    const float through = *gates.end(c) * inner_product(s.J, x.A, state);
+    decay_gradient(c, s.X, cp, s.read_sums, s.write_sums, through, s.dlog);
+  }
+  if (p.dlog_decay) put(p.dlog_decay, channels, chunk, s.dlog);
+}
+
+}  // namespace miras::cpu::MIRAS_LEVEL

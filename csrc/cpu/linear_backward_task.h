@@ -1,0 +1,207 @@
+// A task of the linear memory's backward (linear_backward.h): what it holds, and its chunks forward once more.
+//
+// Every `checkpoint_every`-th chunk start was saved. A segment of chunks is first run forward from its start, keeping its
+// states, errors and inner gradients, then backward.
+//
+//   c tokens of the chunk (Cp padded)   Dk key channels (Dkp)   Dv value channels of the task (Dvp)
+//   T after a name: transposed. States are held transposed: A, S, W, J, JS [Dk x Dvp].
+#pragma once
+
+#include "channel_decay.h"
+
+namespace miras::cpu::MIRAS_LEVEL {
+
+struct BackwardScratch {
+  // Of a segment: [segment][Dk x Dvp], W and S only where they are needed; [segment][C x Dvp] twice; [segment] twice
+  float *A, *W, *S, *E, *G;
+  float *rho, *rho_slope;
+  float *J, *JS;                       // [Dk x Dvp]
+  float *dW;                           // [Dk x Dvp]  where W = A does not hold
+  float *W_plain, *J_plain;            // [Dv x Dkp]  not transposed
+  float *S_plain, *JS_plain;           // [Dv x Dkp]
+  float *KT;                           // [Dk x Cp]
+  float *K, *Q;                        // [C x Dkp]
+  float *V;                            // [C x Dvp]   where v cannot be read in place
+  float *dO, *dO_gamma, *dO_b;         // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
+  float *U, *U_end, *U_step;           // [C x Dvp]
+  float *UT;                           // [Dv x Cp]
+  float *P, *M, *N, *X;                // [C x Cp]    X with momentum: gM
+  float *QK, *Theta;                   // [C x Cp]    with momentum
+  float *dE;                           // [C x Dvp]   dU at first
+  float *KJ, *KJS, *QW, *QS;           // [C x Dvp]   products of K and Q with states; all but KJS where decays are channel-wise
+  float *dQ_b;                         // [C x Dkp]   rho b_t S_0' dO_t
+  float *dX;                           // [C x Dkp]   dQ, dK where they cannot be written in place
+  float *delta, *ddelta;               // [C] or [C x Dvp]
+  float *deta, *dlog;                  // [Cp] or [C x Dvp]
+  float *read_sums, *write_sums;       // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
+  float *gTheta, *gb, *dtheta;         // [Cp]
+  float *last_rows;                    // [2 x Cp]
+  float *columns;                      // [Dvp]
+  float *m, *sums;                     // of ChannelDecay::Backward
+  LinearGates gates;
+
+  MIRAS_FN BackwardScratch(Arena& a, const LinearBackward& p) : gates(a, p) {
+    const int cp = round_up(p.C, kPad), dkp = round_up(p.Dk, kPad), dvp = round_up(p.panel_width, kPad);
+    const bool momentum(p.momentum), channels = p.decay_per_channel;
+    const int primal = retention_traits(p.retention).identity ? 0 : dvp, carried = momentum ? dvp : 0, wide = channels ? dvp : 0;
+    const int64_t states = int64_t(p.segment) * p.Dk, tokens = int64_t(p.segment) * p.C;
+    A = a.take(states, dvp), W = a.take(states, primal), S = a.take(states, carried);
+    E = a.take(tokens, dvp), G = a.take(tokens, dvp);
+    rho = a.take(1, p.segment), rho_slope = a.take(1, p.segment);
+    J = a.take(p.Dk, dvp), JS = a.take(p.Dk, carried), dW = a.take(p.Dk, primal);
+    W_plain = a.take(p.panel_width, dkp), J_plain = a.take(p.panel_width, dkp);
+    S_plain = a.take(carried, dkp), JS_plain = a.take(carried, dkp);
+    KT = a.take(p.Dk, cp);
+    K = a.take(p.C, dkp), Q = a.take(p.C, dkp);
+    V = a.take(p.C, dvp);
+    dO = a.take(p.C, dvp), dO_gamma = a.take(p.C, dvp), dO_b = a.take(p.C, carried);
+    U = a.take(p.C, dvp), U_end = a.take(p.C, dvp), U_step = a.take(p.C, carried);
+    UT = a.take(p.panel_width, cp);
+    P = a.take(p.C, cp), M = a.take(p.C, cp), N = a.take(p.C, cp), X = a.take(p.C, cp);
+    QK = a.take(momentum ? p.C : 0, cp), Theta = a.take(momentum ? p.C : 0, cp);
+    dE = a.take(p.C, dvp);
+    KJ = a.take(p.C, wide), KJS = a.take(p.C, carried), QW = a.take(p.C, wide), QS = a.take(p.C, momentum ? wide : 0);
+    dQ_b = a.take(momentum ? p.C : 0, dkp), dX = a.take(p.C, dkp);
+    delta = a.take(p.C, dvp), ddelta = a.take(p.C, dvp);
+    deta = p.lr_per_channel ? a.take(p.C, dvp) : a.take(1, cp), dlog = channels ? a.take(p.C, dvp) : a.take(1, cp);
+    read_sums = a.take(1, cp), write_sums = a.take(1, cp);
+    gTheta = a.take(1, cp), gb = a.take(1, cp), dtheta = a.take(1, cp);
+    last_rows = a.take(2, cp), columns = a.take(1, dvp);
+    m = a.take(channels ? p.C : 0, kPad), sums = a.take(channels ? 2 * p.C : 0, kPad);
+  }
+};
+
+// What a chunk began with and computed there.
+struct ChunkStart {
+  float *A, *W, *S;  // W = A's memory where they are equal
+  float *E, *G;
+  Rho rho;
+};
+
+// One head of one sequence, or a panel of its value rows.
+struct BackwardTask {
+  const LinearBackward& p;
+  const BiasTable& bias;
+  const Retention& retention;
+  BackwardScratch s;
+  Task task;
+  int64_t n, h, b, length;
+  int dk, dkp, dvp, cp;
+  index_t state;  // floats of [Dk x Dvp]
+  bool momentum, channels;
+
+  MIRAS_FN BackwardTask(const LinearBackward& params, const BiasTable& table, const Retention& gate, const BackwardScratch& scratch,
+                        int64_t i)
+      : p(params), bias(table), retention(gate), s(scratch), task(params, i), momentum(s.gates.momentum), channels(s.gates.channel.on) {
+    n = task.n, h = task.h, b = p.batch(n), length = p.length(n);
+    dk = p.Dk, dkp = round_up(dk, kPad), dvp = task.dvp, cp = round_up(p.C, kPad);
+    state = index_t(dk) * dvp;
+  }
+
+  MIRAS_FN int tokens(int64_t chunk) const {
+    const int64_t left = length - chunk * p.C;
+    return int(left < p.C ? left : p.C);
+  }
+  MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
+  MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
+
+  MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t chunk) const {
+    return {x, dtype, b, token(chunk), h, 0, dk};
+  }
+  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t chunk) const {
+    return {x, p.dtype, b, token(chunk), h, task.first, task.dv};
+  }
+  // This panel's share of a gradient that all panels add to.
+  MIRAS_FN TokenTensor part(TokenTensor x, int64_t stride, Dtype dtype = Dtype::f32) const {
+    x.data = static_cast<char*>(x.data) + task.panel * stride * (dtype == Dtype::f32 ? 4 : 2);
+    return x;
+  }
+  // The gradient of a gate, [c] or the task's channels [c x Dvp]
+  void put(const TokenTensor& x, bool per_channel, int64_t chunk, const float* src) const {
+    const int c = tokens(chunk);
+    if (!per_channel) write_gate(part(x, p.gate_part), b, token(chunk), h, c, src);
+    else copy_out(src, dvp, c, task.dv, address<float>(x, b, token(chunk), h) + task.first, x.token);
+  }
+
+  MIRAS_FN ChunkStart start(int64_t i) const {
+    float* const A = s.A + i * state;
+    return {A, retention.identity ? A : s.W + i * state, s.S + i * state, s.E + i * p.C * dvp, s.G + i * p.C * dvp,
+            {s.rho[i], s.rho_slope[i]}};
+  }
+
+  BiasRows bias_rows(int64_t chunk) {
+    const int c = tokens(chunk);
+    const ChunkView v = values(p.v, chunk);
+    BiasRows rows{c, dvp, p.bias_params, s.gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
+    if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
+    rows.delta = read_delta(p, task, b, token(chunk), c, s.delta);
+    return rows;
+  }
+
+  // Gates and K transposed of a chunk.
+  void begin(int64_t chunk) {
+    s.gates.read(p, task, b, token(chunk), tokens(chunk));
+    keys(p.k, p.dtype, chunk).transpose_in(tokens(chunk), s.KT, cp);
+  }
+
+  void writes(int c, const float* g);
+  void rerun(int64_t first, int64_t last);
+  void scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon);
+  void writes_backward(int c, WriteSoon soon);
+  void channels_backward(int c, const ChunkStart& x);
+  void carried_reads(int c, const ChunkStart& x);
+  void gate_gradients(int64_t chunk, const ChunkStart& x);
+  float rho_gradient(int c, const ChunkStart& x) const;
+  template <bool kChannels> void carried_gradient(int c);
+  template <bool kIdentity, bool kChannels> void primal_gradient(int c, ReadSoon soon);
+  void state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon);
+  void chunk_backward(int64_t chunk, const ChunkStart& x);
+  void run();
+};
+
+// U = eta g,  U_end = to_end * U,  U_step = Theta_C * U
+void BackwardTask::writes(int c, const float* g) {
+  const LinearGates& gates = s.gates;
+  if (gates.channel_eta || channels) {
+    weigh(c, dvp, {gates.eta, gates.channel_eta}, g, s.U);
+    weigh(c, dvp, gates.until_end(), s.U, s.U_end);
+  } else {
+    for (int t = 0; t < c; ++t) {
+      const Vec eta = broadcast(gates.eta[t]), end = broadcast(gates.to_end[t]);
+      for (int j = 0; j < dvp; j += kLanes) {
+        const Vec u = eta * load(g + t * dvp + j);
+        store(s.U + t * dvp + j, u);
+        store(s.U_end + t * dvp + j, end * u);
+      }
+    }
+  }
+  if (momentum) weigh_rows(c, dvp, gates.step_end, s.U, s.U_step);
+}
+
+// Chunks [first, last) forward once more: states, errors, inner gradients.
+void BackwardTask::rerun(int64_t first, int64_t last) {
+  const int64_t slot = p.slot(n) + first / p.checkpoint_every, matrix = int64_t(dk) * p.Dv;
+  const float* from = p.saved + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
+  copy_in(from, p.Dv, dk, task.dv, s.A, dvp);
+  if (momentum) copy_in(from + matrix, p.Dv, dk, task.dv, s.S, dvp);
+  for (int64_t chunk = first; chunk < last; ++chunk) {
+    const int64_t i = chunk - first;
+    const int c = tokens(chunk);
+    const ChunkStart x = start(i);
+    if (!retention.identity) {
+      const Rho rho = retention.primal(shape(), x.A, x.W);
+      s.rho[i] = rho.value, s.rho_slope[i] = rho.slope;
+    }
+    begin(chunk);
+    if (bias.predicts) predict(c, dk, s.KT, cp, x.W, dvp, x.E, ReadSoon(values(p.v, chunk), c));
+    if (!values(p.v, chunk).in_place()) values(p.v, chunk).read(c, s.V, dvp);
+    bias.grade(bias_rows(chunk), x.E, x.G);
+    if (chunk + 1 == last) break;
+    writes(c, x.G);
+    const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1));
+    s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, dvp, x.A, x.S, x.A + state, k_soon);
+    s.gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);
+  }
+}
+
+}  // namespace miras::cpu::MIRAS_LEVEL

@@ -1,0 +1,130 @@
+// A task of the MLP memory's backward (mlp_backward.h): what it holds, and its chunks forward once more.
+//
+// Every `checkpoint_every`-th chunk start was saved. A segment of chunks is first run forward from its start, keeping its
+// states and what it computed with matrices at the chunks' starts, then backward. Sizes and layouts: mlp_chunk.h.
+#pragma once
+
+#include "mlp_chunk.h"
+
+namespace miras::cpu::MIRAS_LEVEL {
+
+struct MlpBackwardScratch {
+  MlpChunk chunk;
+  MlpStates states;                   // of a segment
+  float *ZT, *GaT, *X, *r;            // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
+  float *J[2], *JS[2];                // [Hd x Dp]  JS with momentum
+  float *dW;                          // [Hd x Dp]  where W is not A
+  float *dO;                          // [C x Dp]
+  float *dUq, *dUq_gamma, *Q_gamma;   // [C x Dp]  rows times gamma_t in the last two
+  float *dU1, *dGu, *dE, *dU, *dX;    // [C x Dp]  dE is dG at first; dX: dQ and dK
+  float *U1T, *dUqT, *dUT;            // [D x Cp]
+  float *dZqT, *dGaT;                 // [Hd x Cp]  gelu'(Zq) at first in dZqT
+  float *L, *M1, *M1T, *M2, *pairs;   // [C x Cp]  pairs: what log alpha has of reads of writes, with momentum what M has
+  float *Theta, *scores1, *scores2;   // [C x Cp]  with momentum: Theta, Aq A', Q K'
+  float *ones, *deta, *ddelta, *dlog;            // [Cp]
+  float *read_sums, *write_sums, *write2_sums;   // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
+  float *dcarry, *dstep, *dtheta;     // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
+  float *dots;                        // [Cp]
+  float *dweight, *dbias;             // [Dp]
+  float *spare;                       // [D x Hdp]
+
+  MIRAS_FN MlpBackwardScratch(Arena& a, const MlpBackward& p)
+      : chunk(a, p), states(a, p, chunk.retention, p.segment) {
+    const int64_t n = p.segment;
+    const int dp = chunk.dp, cp = chunk.cp, momentum = chunk.gates.momentum;
+    ZT = a.take(n * p.Hd, cp), GaT = a.take(n * p.Hd, cp);
+    X = a.take(n * p.C, dp), r = a.take(n, cp);
+    for (float*& x : J) x = a.take(p.Hd, dp);
+    for (float*& x : JS) x = a.take(momentum * p.Hd, dp);
+    dW = a.take(chunk.retention.identity ? 0 : p.Hd, dp);
+    dO = a.take(p.C, dp);
+    dUq = a.take(p.C, dp), dUq_gamma = a.take(p.C, dp), Q_gamma = a.take(p.C, dp);
+    dU1 = a.take(p.C, dp), dGu = a.take(p.C, dp), dE = a.take(p.C, dp), dU = a.take(p.C, dp), dX = a.take(p.C, dp);
+    U1T = a.take(p.D, cp), dUqT = a.take(p.D, cp), dUT = a.take(p.D, cp);
+    dZqT = a.take(p.Hd, cp), dGaT = a.take(p.Hd, cp);
+    L = a.take(p.C, cp), M1 = a.take(p.C, cp), M1T = a.take(p.C, cp), M2 = a.take(p.C, cp), pairs = a.take(p.C, cp);
+    Theta = a.take(momentum * p.C, cp), scores1 = a.take(momentum * p.C, cp), scores2 = a.take(momentum * p.C, cp);
+    ones = a.take(1, cp), deta = a.take(1, cp), ddelta = a.take(1, cp), dlog = a.take(1, cp);
+    read_sums = a.take(1, cp), write_sums = a.take(1, cp), write2_sums = a.take(1, cp);
+    dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dtheta = a.take(momentum, cp);
+    dots = a.take(momentum, cp);
+    dweight = a.take(1, dp), dbias = a.take(1, dp);
+    spare = a.take(p.D, round_up(p.Hd, kPad));
+  }
+};
+
+// One head of one sequence.
+struct MlpBackwardTask {
+  const MlpBackward& p;
+  const BiasTable& bias;
+  MlpBackwardScratch s;
+  MlpChunk& m;
+  int64_t n, h, b, length;
+  int d, dp, hd, cp;
+  index_t state, hidden, rows;  // floats of [Hd x Dp], [Hd x Cp], [C x Dp]
+  bool momentum;
+  float drho[2];
+
+  MIRAS_FN MlpBackwardTask(const MlpBackward& params, const BiasTable& table, const MlpBackwardScratch& scratch, int64_t task)
+      : p(params), bias(table), s(scratch), m(s.chunk) {
+    n = task / p.H, h = task % p.H, b = p.batch(n), length = p.length(n);
+    d = p.D, dp = m.dp, hd = p.Hd, cp = m.cp;
+    momentum = m.gates.momentum;
+    state = index_t(hd) * dp, hidden = index_t(hd) * cp, rows = index_t(p.C) * dp;
+  }
+
+  MIRAS_FN int tokens(int64_t chunk) const {
+    const int64_t left = length - chunk * p.C;
+    return int(left < p.C ? left : p.C);
+  }
+  MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
+  MIRAS_FN ChunkView view(const TokenTensor& x, int64_t chunk) const { return m.view(p, x, b, token(chunk), h); }
+
+  // Chunk i of a segment's part of MlpChunk lies in the segment's memory.
+  void choose(int64_t i) { m.X = s.X + i * rows, m.r = s.r + i * cp; }
+
+  void rerun(int64_t first, int64_t last);
+  void repeat(int64_t i, int c);
+  void read_backward(int c, const MlpState& start, WriteSoon soon);
+  void write_backward(int c, const MlpState& start, const float* slopeT, float* HT);
+  void inner_backward(int c);
+  void hidden_backward(int c, const MlpState& start, const float* slopeT, float* HT_dZT);
+  void token_gradients(int64_t chunk, const MlpState& start, const float* dZT);
+  void gate_gradients(int64_t chunk, const MlpState& start);
+  void state_gradients(int c, const MlpState& start, const float* dZT, ReadSoon soon);
+  void reads_of_carried(int c, const float* products, int i, const Rho& rho);
+  void chunk_backward(int64_t chunk, int64_t i);
+  void run();
+};
+
+// Chunks [first, last) forward once more.
+void MlpBackwardTask::rerun(int64_t first, int64_t last) {
+  SavedState(p, n, h, first).read(s.states.at(0));
+  for (int64_t chunk = first; chunk < last; ++chunk) {
+    const int64_t i = chunk - first;
+    const int c = tokens(chunk);
+    const MlpState start = s.states.at(i);
+    choose(i);
+    m.find_primal(start);
+    m.read(p, b, token(chunk), h, c);
+    m.write(p, bias, c, start, s.ZT + i * hidden, s.GaT + i * hidden, ReadSoon());
+    if (chunk + 1 == last) break;
+    m.advance_both(c, start, s.states.at(i + 1), ReadSoon(view(p.k, chunk + 1), tokens(chunk + 1)));
+  }
+}
+
+// What the rerun did not keep of chunk i; gelu'(Z) comes to lie over Z, gelu''(Z) o Ga over Ga.
+void MlpBackwardTask::repeat(int64_t i, int c) {
+  float *ZT = s.ZT + i * hidden, *GaT = s.GaT + i * hidden;
+  m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
+    const Gelu gelu(load(ZT + at));
+    const Vec slope = gelu.slope(), ga = load(GaT + at);
+    store(m.AT + at, gelu.value());
+    store(m.GzT + at, slope * ga);
+    store(ZT + at, slope);
+    store(GaT + at, gelu.curvature() * ga);
+  });
+  m.errors(p, bias, c);
+}
+
+}  // namespace miras::cpu::MIRAS_LEVEL
