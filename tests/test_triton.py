@@ -46,7 +46,7 @@ def quick(cases: list[Case], every: int) -> list[Case]:
     return [dataclasses.replace(case, **fewer(i, case)) if case.batch * case.heads >= 4 else case for i, case in enumerate(chosen)]
 
 
-QUICK, QUICK_MLP = quick(SERVED, 3), quick(MLP, 4)
+QUICK, QUICK_MLP = quick(SERVED, 3), quick(MLP, 5)
 #: those whose chains may lie in registers
 PLAIN = [case for case in QUICK if not (case.retention.tag or case.momentum or case.decay.endswith("channel"))]
 
