@@ -209,6 +209,9 @@ class Case:
         shapes = [(dv, dk)] if self.memory == "linear" else [(dv, self.hidden), (self.hidden, dv)]
         lead = {"dual": (self.sequences, h), "shared": (h,), "none": None}[self.initial]
         duals = () if lead is None else tuple(normal(*lead, *s) / math.sqrt(s[1]) for s in shapes)
+        if isinstance(self.retention, LqRetention):  # a step moves predictions by rho times as much
+            starts = duals or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+            tensors["lr"] /= max(1.0, *(self.retention.rho(x).max().item() for x in starts))
         if self.memory == "mlp":
             tensors |= {"ln_weight": uniform(0.5, 1.5, h, dv), "ln_bias": 0.1 * normal(h, dv)}
         grad_duals = tuple(normal(self.sequences, h, *s) for s in shapes)
