@@ -51,7 +51,7 @@ test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest tr
 
 test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
-bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --plots out" or ARGS="--base HEAD" (docs/benchmarks.md)
+bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --plots bench/out" or ARGS="--base HEAD" (docs/benchmarks.md)
 	$(PY) bench/cpu.py $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff, as CI runs it
