@@ -1,9 +1,9 @@
 """``cpu.py --base REF``: this source tree against another commit of it, both right first, taking turns in one run.
 
 Two processes that run the same code differ by a percent or more for as long as they live: their memory lies elsewhere. So each
-side is launched several times, and every launch has a third process, of this tree again: how far that one is from the first is
-what the same code differs by. A difference is told only where no launch disagrees about its sign and the least of them is larger than
-anything that the same code showed; docs/benchmarks.md says how rarely that happens by chance.
+side is launched several times, and every launch has a third process, of this tree again. A difference is told only where the other
+commit was slower than both of them in every launch, or faster than both: for code that is equally fast, one launch says so of a
+given side with a probability of 1/3, whatever the noise is like.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from contenders import DIRECTIONS, Settings
 from harness import ROOT, Watch, interleave, ratio, spread
 from process import Server
 
-LAUNCHES = 5
-#: fewer launches tell no difference
-FEWEST = 4
+#: told by chance: 2 / 3^7, less than once in a thousand
+LAUNCHES = 7
+#: fewer launches tell no difference: 2 / 3^5 is less than once in a hundred
+FEWEST = 5
 #: a difference below this is none: where code and data happen to lie is worth as much
 RESOLUTION = 0.01
 #: the processes of a launch: the other commit, this tree, and this tree again
@@ -169,11 +170,12 @@ def verdict(base: Sequence[float], again: Sequence[float]) -> str:
         base: time of the other commit over that of this tree, a launch each.
         again: time of this tree's second process over that of its first, likewise.
     """
-    distances, same_code = [math.log(x) for x in base], max(abs(math.log(x)) for x in again)
-    agreed = all(x > 0 for x in distances) or all(x < 0 for x in distances)
-    if len(base) < FEWEST or not agreed or min(map(abs, distances)) <= max(same_code, math.log1p(RESOLUTION)):
+    launches = list(zip(base, again, strict=True))
+    if len(launches) < FEWEST or abs(math.log(statistics.median(base))) < math.log1p(RESOLUTION):
         return NO_DIFFERENCE
-    return "faster" if distances[0] > 0 else "slower"
+    if all(other > max(1.0, twin) for other, twin in launches):
+        return "faster"
+    return "slower" if all(other < min(1.0, twin) for other, twin in launches) else NO_DIFFERENCE
 
 
 STUDIES = {"base": study_base}
