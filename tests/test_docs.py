@@ -17,7 +17,7 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/R
 )
 FENCE = re.compile(r"^(?P<mark><!-- fragment -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 #: linked, and not there before the pages are written
-UNWRITTEN = {"docs/which-bias.md", "docs/benchmarks.md"}
+UNWRITTEN = {"docs/which-bias.md"}
 FOLDERS = ("python", "kernels", "csrc", "tests", "bench", "examples", "docs")
 
 
