@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+import gpu_decode
 from contenders import kernel
 from gpu_measure import first_call, first_line, interleave, release, summary, usable
 from gpu_plan import BOTH, DIRECTIONS, Settings, concerns, shape_of
@@ -131,7 +132,8 @@ def parity(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
             os._exit(7)
         try:
             with launches(settings) as seen, forced(item["kernel"], item["label"], settings):
-                report = check(case, settings.backend, dtype, settings.device)
+                judge = gpu_decode.check if item["kernel"] in gpu_decode.step_kernels(settings) else check
+                report = judge(case, settings.backend, dtype, settings.device)
         except ValueError as error:  # of the configuration or of the backend, which a case may be too large for
             yield {**row, "status": "not for this case", "note": first_line(error)}
             continue
@@ -158,6 +160,9 @@ def parity(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
 def tuning(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
     """Every configuration of a kernel at a shape: times of the whole call, which differ by this kernel alone."""
     name, shape = item["kernel"], shape_of(item["shape"], settings)
+    if name in gpu_decode.step_kernels(settings):
+        yield _untimed(item, "a decoder launches it, with one configuration for these sizes")
+        return
     inputs = Tensors(shape, settings).inputs(shape.base)
     for direction in DIRECTIONS:  # the shorter call that launches it, so that its share of the time is larger
         run = kernel(inputs, settings.backend, direction)
@@ -166,8 +171,7 @@ def tuning(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
         if name in seen or not seen:
             break
     else:
-        yield {"shape": item["shape"], "kernel": name, "direction": BOTH, "ms": {}, "fastest": None, "chosen": None,
-               "chosen_over_fastest": None, "notes": ["the call does not launch this kernel"]}  # fmt: skip
+        yield _untimed(item, "the call does not launch this kernel")
         return
     runs, notes = {}, []
     for label in table(settings)[name]:
@@ -194,6 +198,11 @@ def tuning(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
     loss = ms[mine]["median"] / ms[fastest]["median"] if mine in ms else None
     yield {"shape": item["shape"], "kernel": name, "direction": direction, "ms": ms, "fastest": fastest, "chosen": mine,
            "chosen_over_fastest": loss, "notes": notes}  # fmt: skip
+
+
+def _untimed(item: dict, why: str) -> dict:
+    return {"shape": item["shape"], "kernel": item["kernel"], "direction": BOTH, "ms": {}, "fastest": None, "chosen": None,
+            "chosen_over_fastest": None, "notes": [why]}  # fmt: skip
 
 
 def _under(run: Callable, kernel_name: str, label: str, settings: Settings) -> Callable:

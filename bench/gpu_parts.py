@@ -20,6 +20,7 @@ from gpu_plan import (
     BOTH,
     COMPILED,
     COMPILED_AT,
+    DECODING,
     DIRECTIONS,
     EAGER,
     MLP_TARGET,
@@ -308,6 +309,21 @@ def _warm(run: Run, end: float, ours: list[tuple[str, str]]) -> dict:
     return {"seconds": time.time() - began, "notes": sorted(set(notes))}
 
 
+# ------------------------------------------------------------------------------------------------------------ decode
+
+
+def decode(run: Run, end: float) -> dict:
+    """Of a dry run one size of each memory."""
+    found: dict = {"results": [], "left_out": []}
+    for shape in list(DECODING)[: 2 if run.settings.toy else None]:
+        note(f"{shape} decode")
+        answer = run.ask({"task": "decode", "shape": shape}, end, 120.0)
+        found["results"] += answer.results if answer else []
+        if answer is None or answer.error:
+            found["left_out"].append(f"{shape} decode: {answer.error if answer else LATE}")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
@@ -343,6 +359,6 @@ def tuning(run: Run, end: float) -> dict:
 
 DO: dict[str, Callable[[Run, float], dict]] = {
     "environment": environment, "tests": tests, "parity": parity, "sanitizer": sanitizer, "ceilings": ceilings, "bench": bench,
-    "mlp": mlp, "recurrence": recurrence, "memory": memory, "tuning": tuning,
+    "mlp": mlp, "recurrence": recurrence, "decode": decode, "memory": memory, "tuning": tuning,
 }  # fmt: skip
 __all__ = ["BOTH", "DO", "Run"]

@@ -19,13 +19,14 @@ PARTS = {
     "bench": "the linear memory, forward and backward at every shape, against PyTorch and other libraries, in the same rounds",
     "mlp": "the same for the MLP memory",
     "recurrence": "retention gates, momentum and channel-wise gates against the plain recurrence, at one shape of each memory",
+    "decode": "a token of a decoder, launched by Python and from a CUDA graph: Triton's and CUDA C++'s steps against PyTorch's",
     "memory": "peak memory of the same calls, beyond their inputs",
     "tuning": "every configuration of every kernel timed at every shape: is the chosen one the fastest?",
 }
 
 #: of the time that is left, how much a part may take compared with those that still follow
 SHARES = {"environment": 3, "tests": 20, "parity": 28, "sanitizer": 9, "ceilings": 3, "bench": 30, "mlp": 20, "recurrence": 8,
-          "memory": 6, "tuning": 10}  # fmt: skip
+          "decode": 6, "memory": 6, "tuning": 10}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,19 @@ COMPILED_AT = {"linear": (SMALLEST, TARGET), "mlp": (MLP_SMALLEST,)}
 RECURRENCE_SHAPES = (TARGET, MLP_SMALLEST)
 
 
+#: memories that read a token: one sequence, and many
+DECODING = {
+    str(shape): shape
+    for batch in (1, 64)
+    for shape in (Shape(batch, 1, 16, 128), Shape(batch, 1, 16, 64, 64, 256))
+}  # fmt: skip
+
+
+def decoding(name: str, settings: Settings) -> Shape:
+    """A shape of DECODING by its name, likewise."""
+    return Shape(1, 1, 1, 16, 4, 32 if DECODING[name].hidden else 0) if settings.toy else DECODING[name]
+
+
 def shape_of(name: str, settings: Settings) -> Shape:
     """A shape by its name; a dry run has the same names on a toy."""
     if not settings.toy:
@@ -243,8 +257,8 @@ def floors_ms(shape: Shape, direction: str, bias: str, ceilings: dict) -> dict[s
 
 
 __all__ = [
-    "BASE", "BOTH", "COMPILED", "COMPILED_AT", "DIRECTIONS", "EAGER", "FORWARD", "MLP_BASE", "MLP_OURS", "MLP_SMALLEST", "MLP_TARGET",
-    "MOMENTUM", "NEEDS_DELTA", "OURS", "PARTS", "PLAIN", "RECURRENCE_SHAPES", "RETENTIONS", "SHAPES", "SMALLEST", "TARGET", "WARMED",
-    "Budget", "Settings", "Shape", "concerns", "contenders_at", "few_at", "floors_ms", "io_bytes", "is_ours", "recurrences", "shape_of",
-    "traffic_bytes",
+    "BASE", "BOTH", "COMPILED", "COMPILED_AT", "DECODING", "DIRECTIONS", "EAGER", "FORWARD", "MLP_BASE", "MLP_OURS", "MLP_SMALLEST",
+    "MLP_TARGET", "MOMENTUM", "NEEDS_DELTA", "OURS", "PARTS", "PLAIN", "RECURRENCE_SHAPES", "RETENTIONS", "SHAPES", "SMALLEST", "TARGET",
+    "WARMED", "Budget", "Settings", "Shape", "concerns", "contenders_at", "decoding", "few_at", "floors_ms", "io_bytes", "is_ours",
+    "recurrences", "shape_of", "traffic_bytes",
 ]  # fmt: skip

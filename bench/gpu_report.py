@@ -173,7 +173,7 @@ def _or_infinite(x: float | None) -> float:
 def is_red(document: dict) -> bool:
     """Whether something was wrong: a test, a configuration, a gate, or a part of this program."""
     parts = [part for part in document.values() if isinstance(part, dict)]
-    gates = [gate["ok"] for _, gate in _gates(document, *TIMED)]
+    gates = [gate["ok"] for _, gate in _gates(document, *TIMED, "decode")]
     statuses = [r["status"] for part in ("parity", "sanitizer") for r in _results(document, part)]
     return (
         any("error" in part for part in parts) or not all(gates) or any(s in ("wrong", "failed", "crashed", "undecided") for s in statuses)
@@ -189,7 +189,7 @@ def report(document: dict) -> str:
     lines = ["# miras-kernels on the GPU", "", *_head(document)]
     if document["settings"]["toy"]:
         lines += ["", "A dry run: the sizes are toys, and the times mean nothing."]
-    for section in (_target_section, _tests, _parity, _sanitizer, _ceilings, _bench, _kernels, _memory, _tuning, _notes):
+    for section in (_target_section, _tests, _parity, _sanitizer, _ceilings, _bench, _kernels, _decode, _memory, _tuning, _notes):
         text = section(document)
         if text:
             lines += ["", text]
@@ -309,6 +309,19 @@ def _kernels(document: dict) -> str:
     rows = [[r["shape"], r["direction"], name, kernel, f"{ms:.3f}"] for part in TIMED for r in _results(document, part)
             for name, kernels in r.get("kernels_ms", {}).items() for kernel, ms in kernels.items()]  # fmt: skip
     return "## Time by kernel\n\n" + table(["shape", "direction", "who", "kernel", "ms per call"], rows) if rows else ""
+
+
+def _decode(document: dict) -> str:
+    """Microseconds of a token."""
+    copy, rows = document.get("ceilings", {}).get("copy_bytes_per_s"), []
+    for r in _results(document, "decode"):
+        for name, ms in sorted(r["ms"].items(), key=lambda pair: pair[1]["median"]):
+            gate, micro = r["gates"].get(name.split(",")[0]), {key: 1e3 * x for key, x in ms.items()}
+            share = f"{100 * r['bytes'] / copy / (1e-3 * ms['median']):.0f} %" if copy and not document["settings"]["toy"] else "-"
+            error = f"{_number(gate['error'])}/{gate['budget']:.0e}" if gate else "-"
+            rows.append([r["shape"], name, _spread(micro, 1), _spread(r.get("ratios", {}).get(name), 2), share, error])
+    head = ["size", "who", "us a token", f"time / {EAGER}", "of the copy's rate", "worst error/budget"]
+    return "## Decoding, mean over a chunk\n\n" + table(head, rows) if rows else ""
 
 
 def _memory(document: dict) -> str:

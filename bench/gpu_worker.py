@@ -13,6 +13,7 @@ import torch
 
 import gpu_bench
 import gpu_configs
+import gpu_decode
 from contenders import BOTH, kernel
 from gpu_measure import first_line, release, usable
 from gpu_plan import Settings, Shape
@@ -86,6 +87,8 @@ def toy(item: dict, settings: Settings, doing: Doing) -> Iterator[dict]:
         call = kernel(Tensors(short(shape), settings).inputs(bias), settings.backend, BOTH)
         call()
         for name in item["kernels"]:
+            if name in gpu_decode.step_kernels(settings):
+                call = lambda: gpu_decode.one_by_one(shape, settings.backend, settings)()
             for label in table[name]:
                 try:
                     with gpu_configs.forced(name, label, settings):
@@ -106,6 +109,7 @@ def _small(memory: str, settings: Settings) -> Shape:
 TASKS = {
     "environment": environment, "ceilings": gpu_bench.ceilings, "first": gpu_bench.first, "warm": gpu_bench.warm,
     "bench": gpu_bench.bench, "memory": gpu_bench.memory, "parity": gpu_configs.parity, "tuning": gpu_configs.tuning, "toy": toy,
+    "decode": gpu_decode.decode,
 }  # fmt: skip
 
 

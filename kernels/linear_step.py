@@ -34,13 +34,13 @@ from .steps import (
     store_row_weights,
     vector,
 )
-from .tiles import inside, store
+from .tiles import LENGTHS, inside, store
 
 #: rows of ``products``: S_0' k, S_0' q, D' q, M_0' q
 PRODUCTS = tl.constexpr(4)
 
 
-@triton.jit(do_not_specialize=("t",))
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_predict(
     q, k, predicting, carried, momentum, kept, position, products,
     t, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
@@ -73,7 +73,7 @@ def linear_predict(
         move_on(position + i_n, C)
 
 
-@triton.jit(do_not_specialize=("t", "T"))
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_write(
     q, k, v, lr, log_decay, delta, theta, start, primal, rho, carried, momentum, left, right, kept, moved, sums, position, products, out,
     t, T, H,

@@ -40,7 +40,7 @@ from .steps import (
     store_row_weights,
     vector,
 )
-from .tiles import inside, store
+from .tiles import LENGTHS, inside, store
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def sum_of_parts(partial, o_d, m_d, PARTS: tl.constexpr, D: tl.constexpr, BP: tl
     return tl.sum(tl.load(partial + o_p[:, None] * D + o_d[None, :], mask=(o_p < PARTS)[:, None] & m_d[None, :], other=0.0), 0)
 
 
-@triton.jit(do_not_specialize=("t",))
+@triton.jit(do_not_specialize=LENGTHS)
 def mlp_predict(
     q, k, predicting, position, hidden, partial,
     t, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
@@ -77,7 +77,7 @@ def mlp_predict(
         move_on(position + i_n, C)
 
 
-@triton.jit(do_not_specialize=("t", "T"))
+@triton.jit(do_not_specialize=LENGTHS)
 def mlp_write(
     q, k, v, lr, log_decay, delta, theta, ln_weight, ln_bias,
     predicting, rho, carried, momentum, left, right, kept, moved, sums, position, hidden, partial, scores, after,
@@ -181,7 +181,7 @@ def mlp_write(
         tl.store(scores + o_r, tl.sum(b_left * b_aq[None, :], 1), mask=m_r)
 
 
-@triton.jit(do_not_specialize=("t",))
+@triton.jit(do_not_specialize=LENGTHS)
 def mlp_finish(
     q, ln_weight, ln_bias, start, primal, rho, carried, momentum, left, right, kept, moved, sums, position, partial, scores, after, out,
     t, H, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,

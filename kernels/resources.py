@@ -150,7 +150,10 @@ def _specimens() -> Iterator[Specimen]:
 
 SPECIMENS: dict[str, Specimen] = {str(x): x for x in _specimens()}
 #: the commonest calls: held by every run of the tests
-QUICK = ("D64-C64-huber_coordinate-bfloat16", "D128-C64-huber_coordinate-bfloat16", "D128-C64-huber_switch-bfloat16")
+QUICK = (
+    "D64-C64-huber_coordinate-bfloat16", "D128-C64-huber_coordinate-bfloat16", "D128-C64-huber_switch-bfloat16",
+    "D64-C64-l2-bfloat16-steps", "D64-C64-H256-huber_switch-bfloat16-momentum-steps-kl",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 #: arguments that change with the length of a sequence or the size of a batch: their values are compiled into no kernel
-LENGTHS = ("T", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "KEPT_ROWS", "FIRST", "GROUP")
+LENGTHS = ("T", "t", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "KEPT_ROWS", "FIRST", "GROUP")
 #: the interpreter has no bfloat16 arithmetic: there a bfloat16 operand is a float32 tile that holds bfloat16 numbers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

@@ -27,8 +27,9 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
 def test_the_commonest_calls():
     done = run("--check", "--quick")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    kernels = set(re.findall(r"(linear_\w+)\.\d", done.stdout))
+    kernels = set(re.findall(r"((?:linear|mlp)_\w+)\.\d", done.stdout))
     assert {"linear_state", "linear_output", "linear_pre", "linear_seq", "linear_epi", "linear_seq_streamed"} <= kernels
+    assert {"linear_predict", "linear_write", "mlp_predict", "mlp_write", "mlp_finish"} <= kernels
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert f" {target}:" in done.stdout
 

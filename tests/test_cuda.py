@@ -23,7 +23,7 @@ from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, relative_error
 from miras_kernels.testing.steps import cut, decoder
 from test_decode import PAIRS
-from test_decode_gpu import SHAPES, assert_right, run, standing_apart
+from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -87,6 +87,11 @@ def test_sizes(name, cuda, poisoned):
     on_cpu(SHAPES[name], cuts=[15, 16, 17])
 
 
+@pytest.mark.parametrize("memory", LONG)
+def test_chunks_of_many_tokens(memory, cuda, poisoned):
+    on_cpu(LONG[memory], cuts=[60, 68, 70, 71])
+
+
 LARGEST = [
     Case("largest", batch=1, heads=1, key_dim=256, value_dim=256, momentum=True, retention=GATES[2], seed=1),
     Case("largest-coupled", batch=1, heads=1, key_dim=255, value_dim=255, bias=mk.RobustL2(), retention=GATES[1], seed=2),
@@ -111,6 +116,15 @@ def test_sixteen_bits(memory, dtype, cuda):
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
 def test_sequences_stand_apart(memory, cuda):
     standing_apart("cuda", memory, "cpu")
+
+
+@pytest.mark.skipif(unavailable("cuda") != "", reason=f"cuda: {unavailable('cuda')}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype, poisoned):
+    """The library that was built, beyond the end of a chunk and into the next one."""
+    for case in (*SHAPES.values(), *LONG.values(), *LARGEST):
+        c = case.chunk_size
+        assert_right(case, "cuda", sorted({max(0, c - 3), c - 1, c, c + 2}), dtype, "cuda")
 
 
 ORDERS = ["wide", "coupled", "entire", "mlp", "mlp-gated", "mlp-entire"]
@@ -213,10 +227,9 @@ def test_every_field_is_marked_or_beside_a_marked_one():
 @pytest.mark.parametrize(
     ("source", "before", "after", "name", "cuts"),
     [
-        ("linear_step.cu", "read += score[i] * w", "read += 0.999f * score[i] * w", "wide", [14, 15]),
+        ("linear_step.cu", "read += score[i] * w", "read += 0.999f * score[i] * w", "wide", [12, 13, 15]),
         ("linear_step.cu", "kept[0] = kept[width] = *sum = 0.0f", "kept[0] = kept[width] = 0.0f", "coupled", [15, 16]),
-        ("mlp_step.cu", "sum += score[i] * x.left(1", "sum += 0.999f * score[i] * x.left(1", "mlp", [13, 14, 15]),
-        ("mlp_step.cu", "begins ? 0.0f : after.kept[i]", "after.kept[i]", "mlp", [14, 16]),
+        ("mlp_step.cu", "sum += score[i] * x.left(1", "sum += 0.9f * score[i] * x.left(1", "mlp", [12, 13, 15]),
     ],
 )
 def test_a_planted_bug_is_caught(source, before, after, name, cuts, objects, tmp_path, monkeypatch):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,8 +12,8 @@ import miras_kernels as mk
 from miras_kernels import dispatch
 from miras_kernels.reference.inputs import Call
 from miras_kernels.retention import TABLE as GATES
-from miras_kernels.state import OpenChunk
 from miras_kernels.testing import Case, Inputs, check_steps, relative_error
+from miras_kernels.testing.parity import ARITHMETIC, judge
 from miras_kernels.testing.steps import cut, decoder, final, function, inputs_of
 from test_decode import PAIRS
 
@@ -24,15 +21,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 #: what the interpreter reaches in seconds: every bias, every gate; with momentum, channel-wise and float thresholds
 SAMPLE = [case for i, case in enumerate(PAIRS) if DEVICE == "cuda" or case.memory == "linear" or i % 3 == 0]
-
-
-def placed(state: mk.MemoryState, log_decay: torch.Tensor | None) -> mk.MemoryState:
-    """A state that says where its sequences stand in their chunks, even at a boundary."""
-    if state.open_chunk is not None:
-        return state
-    n, h = state.dual[0].shape[:2]
-    sums = state.dual[0].new_zeros((n, h) if log_decay is None else (n, *log_decay.shape[2:]))
-    return dataclasses.replace(state, open_chunk=OpenChunk(torch.zeros(n, dtype=torch.int64, device=sums.device), state.dual, sums))
 
 
 @torch.no_grad()
@@ -45,20 +33,28 @@ def run(inputs: Inputs, backend: str, cuts: list[int]) -> tuple[torch.Tensor, mk
     return torch.cat(outs, 1).cpu(), reader.state().to("cpu")
 
 
+def before(inputs: Inputs, tokens: int) -> Inputs:
+    """A case's first tokens."""
+    tensors = {name: x[:, :tokens] if name in Call.PER_TOKEN else x for name, x in inputs.tensors.items()}
+    case = dataclasses.replace(inputs.case, tokens=tokens)
+    return dataclasses.replace(inputs, case=case, tensors=tensors, grad_out=inputs.grad_out[:, :tokens])
+
+
 def assert_right(case: Case, backend: str, cuts: list[int], dtype: torch.dtype = torch.float32, device: str = DEVICE) -> None:
-    """Within the budgets of ``check_steps``; the open chunk as well."""
+    """Within the budgets of ``check_steps``; the open chunk as well: it starts from the dual after the tokens before it."""
     case = dataclasses.replace(case, tokens=cuts[-1])
     inputs = inputs_of(case, backend, dtype)
     out, state = run(inputs.to(dtype, device), backend, cuts)
     report = check_steps(case, backend, dtype, cuts, found=final(out, state))
     assert report.ok, report
-    exact = inputs.to(torch.float64).arguments()
-    with torch.no_grad():
-        wanted = placed(function(case)(**exact, backend="reference")[1], exact["log_decay"]).open_chunk
-    assert torch.equal(state.open_chunk.position, wanted.position)
-    assert relative_error(state.open_chunk.log_decay, wanted.log_decay) < 1e-6
-    loosest = max(row.budget for row in report.rows if row.name != "out")  # the start was a dual, some tokens ago
-    assert all(relative_error(x, y) <= 3 * loosest for x, y in zip(state.open_chunk.start, wanted.start, strict=True))
+    opened, inside = state.open_chunk, cuts[-1] % case.chunk_size
+    starts = {f"final_dual_{i}": x for i, x in enumerate(opened.start)}
+    report = judge(before(inputs, cuts[-1] - inside), starts, torch.float32, draws=3 if case.memory == "mlp" else 0)
+    assert report.ok, report
+    assert opened.position.tolist() == [inside] * case.batch
+    exact = inputs.tensors.get("log_decay")
+    wanted = torch.zeros_like(opened.log_decay) if exact is None else exact[:, case.tokens - inside :].double().sum(1)
+    assert relative_error(opened.log_decay, wanted) <= case.chunk_size * ARITHMETIC  # all of one sign
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
@@ -76,7 +72,7 @@ SHAPES = {
     "threshold": Case("threshold", batch=1, heads=3, key_dim=8, value_dim=9, bias=mk.Huber("coordinate"), delta="float", seed=4),
     "every-token": Case("every-token", batch=2, heads=2, key_dim=8, value_dim=8, chunk_size=1, retention=GATES[3], seed=5),
     "fused": Case("fused", batch=1, heads=2, key_dim=8, value_dim=8, layout="fused", decay="extreme_channel", seed=6),
-    "mlp": Case("mlp", memory="mlp", batch=1, heads=1, key_dim=19, value_dim=19, hidden=300, bias=mk.Huber("switch"), seed=7),
+    "mlp": Case("mlp", memory="mlp", batch=1, heads=1, key_dim=19, value_dim=19, hidden=150, bias=mk.Huber("switch"), seed=7),
     "mlp-gated": Case(
         "mlp-gated", memory="mlp", batch=1, heads=1, key_dim=16, value_dim=16, hidden=300, retention=GATES[2], decay="extreme", seed=8
     ),
@@ -88,6 +84,21 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_triton_sizes(name, poisoned):
     assert_right(SHAPES[name], "triton", [15, 16, 17])
+
+
+LONG = {
+    memory: Case(
+        f"long-{memory}", memory=memory, batch=1, heads=1, key_dim=5, value_dim=5, hidden=20, chunk_size=70, momentum=True, decay="slight",
+        retention=GATES[2],
+    )
+    for memory in ("linear", "mlp")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", LONG)
+def test_triton_chunks_of_many_tokens(memory, poisoned):
+    """More factors than a kernel takes at once."""
+    assert_right(LONG[memory], "triton", [60, 68, 70, 71])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -109,7 +120,7 @@ def standing_apart(backend: str, memory: str, device: str = DEVICE) -> None:
         prompts = [
             read(**{**arguments, **cut(arguments, 0, 4 + n)}, backend="reference")[1].map(lambda x, n=n: x[n : n + 1]) for n in range(3)
         ]
-        prompts = [placed(state, arguments["log_decay"][:1]) for state in prompts]
+        prompts = [decoder(case, arguments, state, "reference").state() for state in prompts]  # says where it stands, even at a boundary
         tensors = [torch.cat(parts) for parts in zip(*(state.tensors() for state in prompts), strict=True)]
         state = prompts[0].replace_tensors(tensors)
         state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=torch.arange(3, device=device)))
@@ -172,24 +183,34 @@ def test_a_planted_bug_is_caught(monkeypatch):
             assert_right(case, "triton", [14, 15])
 
 
-# ---------------------------------------------------------------------------------------------------------------- compiled
+def unavailable(backend: str) -> str:
+    """Why a backend cannot be run on a GPU, or nothing."""
+    return "there is no GPU here" if DEVICE == "cpu" else dispatch.unavailable(backend) or ""
 
 
-COMPILE = """
-from miras_kernels.kernels import offline, resources
-for name, given in resources.step_launches():
-    for target in offline.TARGETS:
-        found = offline.compile_launch(given, target)
-        print(name, given.kernel.__name__, target, found.registers, found.spills)
-"""
+def on_a_gpu(backend: str):
+    """A test's parameter, skipped where the backend cannot run on a GPU."""
+    return pytest.param(backend, marks=pytest.mark.skipif(unavailable(backend) != "", reason=f"{backend}: {unavailable(backend)}"))
 
 
-@pytest.mark.slow
-def test_triton_steps_do_not_spill():
-    """Heads of 64 and 128 channels on every kind of chip."""
-    environment, command = {**os.environ, "TRITON_INTERPRET": "0"}, [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert {row[1] for row in rows} == {"linear_step", "mlp_step", "advance"} and len(rows) > 60
-    assert not [row for row in rows if row[-1] != "0"]
+@pytest.mark.parametrize("memory", LONG)
+@pytest.mark.parametrize("backend", [on_a_gpu("triton"), on_a_gpu("cuda")])
+def test_a_step_in_a_graph(memory, backend):
+    """Captured once inside a chunk and replayed beyond its end: bit for bit what steps give one by one."""
+    case = dataclasses.replace(LONG[memory], batch=2, heads=2, tokens=40, chunk_size=16)
+    arguments = case.draw(torch.float32, DEVICE).arguments()
+    with torch.no_grad():
+        _, state = function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")
+        single, graphed = (decoder(case, arguments, state, backend) for _ in range(2))
+        wanted = [single.step(**cut(arguments, t, t + 1)) for t in range(13, 34)]
+        token = {name: x.clone() for name, x in cut(arguments, 13, 14).items()}
+        graphed.step(**token)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = graphed.step(**token)
+        for t in range(14, 34):
+            for name, x in cut(arguments, t, t + 1).items():
+                token[name].copy_(x)
+            graph.replay()
+            assert torch.equal(out, wanted[t - 13])
+        assert all(torch.equal(x, y) for x, y in zip(graphed.state().tensors(), single.state().tensors(), strict=True))

@@ -45,19 +45,19 @@ def test_defaults_are_the_commonest_training_call(given):
     assert [(v.key_dim, v.value_dim) for v in variants] == sizes
     assert {v.bias for v in variants} == {mk.L2(), mk.Huber("switch")}
     assert variants[0] == variant()
-    assert all(v.decay and v.differentiate and not v.packed and not v.final_state for v in variants)
+    assert all(v.decay and v.differentiate and not v.packed and not v.final_state and not v.steps for v in variants)
 
 
 def test_lists_are_multiplied(given):
     command = "warmup --key-dim 32,64,32 --value-dim 16,128 --chunk-size 16,32 --dtype float32,float16 --bias l2,lp_smooth:1.5,4,l1:2"
-    command += " --no-decay --no-grad --packed --final-state --tokens 100 --heads 4,8 --target gfx942"
+    command += " --no-decay --no-grad --packed --final-state --steps --tokens 100 --heads 4,8 --target gfx942"
     main(command.split())
     [(variants, target)] = given
     assert target == "gfx942"
     biases = (mk.L2(), mk.Lp(1.5, sharpness=4.0), mk.L1(2.0))
     expected = itertools.product((torch.float32, torch.float16), (32, 64), (16, 128), (16, 32), biases)
     assert [(v.dtype, v.key_dim, v.value_dim, v.chunk_size, v.bias) for v in variants] == list(expected)
-    assert all(not v.decay and not v.differentiate and v.packed and v.final_state for v in variants)
+    assert all(not v.decay and not v.differentiate and v.packed and v.final_state and v.steps for v in variants)
     assert all((v.batch, v.tokens, v.heads) == (1, (100,), (4, 8)) for v in variants)
 
 
@@ -154,6 +154,7 @@ KINDS = [
     dict(final_state=True, bias=mk.Huber("switch")),
     dict(final_state=True, differentiate=False),
     dict(packed=True, final_state=True),
+    dict(differentiate=False, steps=True),
 ]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind) or "training")
 
@@ -184,6 +185,16 @@ def test_what_is_recorded_is_what_calls_launch(kind, monkeypatch):
     grads = [what[-1] for what in made if what[0] == "backward"]
     times = 1 if small.packed else 2  # the final state at a chunk's end and inside one
     assert grads == ([] if not small.differentiate else [1, 0] * times if small.final_state else [0])
+
+
+def test_steps_are_compiled():
+    """With and without decays, the kernels of a token; nothing of them where they are not asked for."""
+    for decay in (True, False):
+        kind = variant(decay=decay, steps=True)
+        names = [given.kernel.__name__ for given in warmup.launches(kind, kind.sizes()[0])]
+        assert names[-2:] == ["linear_predict", "linear_write"] and len(names) > 4
+        kind = variant(decay=decay)
+        assert "linear_predict" not in [given.kernel.__name__ for given in warmup.launches(kind, kind.sizes()[0])]
 
 
 def codes(kind: warmup.Variant) -> set:

@@ -232,6 +232,7 @@ def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-grad", action="store_true", help="calls without a backward")
     parser.add_argument("--packed", action="store_true", help="calls with cu_seqlens")
     parser.add_argument("--final-state", action="store_true", help="calls that return the final state")
+    parser.add_argument("--steps", action="store_true", help="a decoder's steps as well")
     parser.add_argument("--batch", type=_positive, default=1, help="B (default: 1, which serves all where T is as below)")
     parser.add_argument("--tokens", type=numbers, default=(2048,), metavar="N,...",
                         help="T (default: 2048; any serves all, if the number of heads is a multiple of 16)")  # fmt: skip
@@ -247,6 +248,7 @@ def warmup_command(args: argparse.Namespace) -> int:
         warmup.Variant(
             key_dim, value_dim or key_dim, chunk_size, dtype, bias, args.batch, args.tokens, args.heads,
             decay=not args.no_decay, differentiate=not args.no_grad, packed=args.packed, final_state=args.final_state,
+            steps=args.steps,
         )
         for dtype, key_dim, value_dim, chunk_size, bias in constants
     ]  # fmt: skip

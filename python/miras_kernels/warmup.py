@@ -13,9 +13,10 @@ at two more things: whether it is 1 and whether it is a multiple of 16. These in
 
 So a run with H = 16, the command's default, serves every T and B, every H that is a multiple of 16, and q, k and v in any memory
 order, if the head dimensions are multiples of 16. Other numbers of heads are served by warming up with them (``--heads 8``);
-then B T must be a multiple of 16 where H is not. What is never warmed: calls that resume from a state cut inside a chunk, thresholds
-per channel, and on AMD's GPUs tensors beyond 2 GiB; they compile when they come. So does code for another kind of GPU, another
-version of triton or of this package. A loop that also evaluates without gradients needs a second run with ``--no-grad``.
+then B T must be a multiple of 16 where H is not. With ``--steps`` a :class:`~miras_kernels.Decoder` finds its code, too, for any B and any
+number of tokens. What is never warmed: calls that resume from a state cut inside a chunk, thresholds per channel, and on AMD's GPUs tensors
+beyond 2 GiB; they compile when they come. So does code for another kind of GPU, another version of triton or of this package. A loop that
+also evaluates without gradients needs a second run with ``--no-grad``.
 
 Importing this module does not import triton.
 """
@@ -36,10 +37,12 @@ from torch import Tensor
 
 from . import dispatch, triton_backend
 from .biases import Bias
+from .decode import Decoder
 from .memory import linear_memory
 from .options import options
 from .reference.inputs import Call
 from .retention import L2Retention
+from .state import MemoryState
 from .validation import linear_call
 
 __all__ = ["TARGETS", "Variant", "refusal", "run", "unavailable"]
@@ -63,6 +66,7 @@ class Variant:
 
     Attributes:
         decay, differentiate, packed, final_state: whether there are log-decays; a backward; ``cu_seqlens``; a state returned.
+        steps: whether a decoder will read tokens likewise.
     """
 
     key_dim: int
@@ -77,6 +81,7 @@ class Variant:
     differentiate: bool = True
     packed: bool = False
     final_state: bool = False
+    steps: bool = False
 
     def __str__(self) -> str:
         parameters = ",".join(f"{x:g}" for x in self.bias.parameters)
@@ -86,7 +91,7 @@ class Variant:
     def others(self) -> str:
         """What a command's variants have in common."""
         words = ["forward and backward" if self.differentiate else "forward", "decay" if self.decay else "no decay"]
-        words += ["packed"] * self.packed + ["final state"] * self.final_state
+        words += ["packed"] * self.packed + ["final state"] * self.final_state + ["steps"] * self.steps
         several = lambda numbers: " and ".join(map(str, numbers))
         return f"{', '.join(words)}; B = {self.batch}, T = {several(self.tokens)}, H = {several(self.heads)}"
 
@@ -115,6 +120,16 @@ class Variant:
             n = min(sizes.sequences, t)
             given["cu_seqlens"] = torch.arange(n + 1, dtype=torch.int64, device=device) * t // n
         return given
+
+    def token(self, sizes: Sizes, device: str) -> dict:
+        """Arguments of :meth:`~miras_kernels.Decoder.step` for one of the sizes."""
+        given = dataclasses.replace(self, differentiate=False, packed=False).arguments(sizes._replace(tokens=1), device)
+        return {name: given[name] for name in ("q", "k", "v", "lr", "log_decay", "delta")}
+
+    def step(self, sizes: Sizes) -> Call:
+        """The validated call of a token, on tensors without storage; errors as of :meth:`call`."""
+        settings = dict(bias=self.bias, retention=L2Retention(), momentum=None, chunk_size=self.chunk_size)
+        return linear_call(**self.token(sizes, "meta"), **settings, initial_state=None, output_final_state=True, cu_seqlens=None)
 
     def call(self, sizes: Sizes) -> Call:
         """The validated call, on tensors without storage.
@@ -146,7 +161,8 @@ def refusal(variant: Variant) -> str | None:
             call = variant.call(sizes)
         except (TypeError, ValueError) as error:
             return str(error)
-        reason = dispatch.BACKENDS["triton"].refuses(call, variant.differentiate)
+        backend = dispatch.BACKENDS["triton"]
+        reason = backend.refuses(call, variant.differentiate) or (backend.refuses_steps(variant.step(sizes)) if variant.steps else None)
         if reason is not None:
             return reason
     return None
@@ -178,8 +194,12 @@ def counting() -> Iterator[Counts]:
 
 
 def make_calls(variant: Variant, device: str) -> None:
-    """Every call of a kind, forward and, if it has one, backward."""
+    """Every call of a kind, forward and, if it has one, backward; and a decoder's step."""
     for sizes in variant.sizes():
+        if variant.steps:
+            state = MemoryState((torch.zeros(variant.batch, sizes.heads, variant.value_dim, variant.key_dim, device=device),))
+            reader = Decoder(state, chunk_size=variant.chunk_size, bias=variant.bias, backend="triton")
+            reader.step(**variant.token(sizes, device))
         out, state = linear_memory(**variant.arguments(sizes, device), backend="triton")
         if variant.differentiate:
             results = [out, *(state.dual if sizes.state_grad else ())]
@@ -217,7 +237,7 @@ def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
         out, final, saved = backend.forward(call, every)
         if variant.differentiate:
             backend.backward(call, every, saved, torch.empty_like(out), [torch.empty_like(final[0])] if sizes.state_grad else [])
-    return found
+    return found + (offline.recorded_step(variant.step(sizes), target) if variant.steps else [])
 
 
 def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
