@@ -47,7 +47,7 @@ test-oldest: $(VENV)/.oldest  ## the Triton tests with the oldest Triton that is
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" -k "compile or float32" $(WORKERS) $(ARGS)
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_parallel.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
 
 test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
