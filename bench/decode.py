@@ -2,10 +2,11 @@
 
     python bench/decode.py                     everything, markdown on stdout
     python bench/decode.py --json out.json     and JSON
-    python bench/decode.py --quick             about a minute: one thread, short measurements, contexts up to 8k
+    python bench/decode.py --quick             a few minutes: one thread, short measurements, contexts up to 8k
     python bench/decode.py --only linear,mlp   some studies; --list names them
 
-Contenders take turns as bench/cpu.py has them; bench/README.md says how to read the numbers.
+Contenders take turns as bench/cpu.py has them; bench/README.md says how to read the numbers. A token's time is the mean over whole chunks:
+the tokens of a chunk do not cost the same.
 """
 
 from __future__ import annotations
@@ -80,6 +81,35 @@ def parity(setting: Setting, backend: str) -> dict:
 # -------------------------------------------------------------------------------------------------------- contenders
 
 
+def whole_chunks(run: Callable[[], object], clock: harness.Clock) -> harness.Sampler:
+    """A sampler of calls that read one token each: seconds a token, of whole chunks at least as many as the calls asked for."""
+    sample = timed(run, clock)
+    return lambda count: sample(-(-count // CHUNK) * CHUNK)
+
+
+def by_position(setting: Setting, backend: str, clock: harness.Clock, rounds: int) -> list[float]:
+    """Median seconds of a step at each place in its chunk; the last one closes it."""
+    reader = setting.decoder(backend)
+    times: list[list[float]] = [[] for _ in range(CHUNK)]
+    for _ in range(rounds * CHUNK):
+        place = int(reader.buffers.position[0])
+        began = clock()
+        reader.step(**setting.token)
+        times[place].append(clock() - began)
+    return [spread(x)["median"] for x in times]
+
+
+def function_steps(setting: Setting) -> Callable[[], object]:
+    """The public function, each call from the state that the one before it returned."""
+    state = setting.state
+
+    def run() -> None:
+        nonlocal state
+        _, state = setting.function(**{**setting.arguments, **setting.token, "initial_state": state}, backend=setting.backend)
+
+    return run
+
+
 def eager_steps(setting: Setting) -> Callable[[], object]:
     """The same step in PyTorch, in place on the same buffers (``reference/step.py``)."""
     reader = setting.decoder("reference")
@@ -104,14 +134,9 @@ def baddbmm(setting: Setting) -> Callable[[], object]:
     return run
 
 
-def touch(*tensors) -> Callable[[], object]:
-    """Reads and writes them once."""
-
-    def run() -> None:
-        for x in tensors:
-            x.mul_(1.0)
-
-    return run
+def touch(x) -> Callable[[], object]:
+    """Reads and writes it once."""
+    return lambda: x.mul_(1.0)
 
 
 def attention(setting: Setting, context: int) -> Callable[[], object]:
@@ -143,17 +168,15 @@ def study(memory: str, size: str, threads: int, settings: dict) -> Iterator[dict
         yield result
         return
     reader, clock = setting.decoder(backend), harness.clock_for(threads)[1]
-    runs = {
-        "step": lambda: reader.step(**setting.token),
-        "function": lambda: setting.function(**{**setting.arguments, **setting.token, "initial_state": setting.state}, backend=backend),
-        "eager": eager_steps(setting),
-        "touch": touch(torch.randn_like(reader.buffers.dual)),
-        "touch_all": touch(*(torch.randn_like(x) for x in (reader.buffers.dual, reader.buffers.start))),
-    }
+    tokens = {"step": lambda: reader.step(**setting.token), "function": function_steps(setting), "eager": eager_steps(setting)}
+    samplers = {name: whole_chunks(run, clock) for name, run in tokens.items()}
+    samplers["touch"] = timed(touch(torch.randn_like(reader.buffers.start)), clock)
     if memory == "linear":
-        runs["baddbmm"] = baddbmm(setting)
+        samplers["baddbmm"] = timed(baddbmm(setting), clock)
     with torch.no_grad(), Watch(threads) as watch:
-        times = interleave({name: timed(run, clock) for name, run in runs.items()}, settings["seconds"], settings["min_rounds"])
+        times = interleave(samplers, settings["seconds"], settings["min_rounds"])
+        places = by_position(setting, backend, clock, settings["min_rounds"])
+    result |= {"closing_us": 1e6 * places[-1], "slowest_us": 1e6 * max(places), "slowest_token": 1 + places.index(max(places))}
     yield {**result, **_figures(times, "step", setting.batch), "watch": watch.report()}
 
 
@@ -181,7 +204,8 @@ def study_attention(size: str, threads: int, settings: dict) -> Iterator[dict]:
         yield result
         return
     readers = {memory: setting.decoder(settings["backend"]) for memory, setting in memories.items()}
-    runs = {memory: lambda reader=readers[memory], token=memories[memory].token: reader.step(**token) for memory in memories}
+    reads = {memory: lambda reader=readers[memory], token=memories[memory].token: reader.step(**token) for memory in memories}
+    samplers = {memory: whole_chunks(read, clock) for memory, read in reads.items()}
     some = memories["linear"]
     for name, context in CONTEXTS.items():
         context = context // 64 if settings["toy"] else context
@@ -189,9 +213,9 @@ def study_attention(size: str, threads: int, settings: dict) -> Iterator[dict]:
         if size_of_cache > min(CACHE_BYTES, settings["cache_bytes"]):
             result["notes"].append(f"attention over {name} left out: its cache would take {size_of_cache / 2**30:.1f} GiB")
             continue
-        runs[name] = attention(some, context)
+        samplers[name] = timed(attention(some, context), clock)
     with torch.no_grad(), Watch(threads) as watch:
-        times = interleave({name: timed(run, clock) for name, run in runs.items()}, settings["seconds"], settings["min_rounds"])
+        times = interleave(samplers, settings["seconds"], settings["min_rounds"])
     state = {m: sum(x.numel() * x.element_size() for x in r.buffers.tensors()) / 2**20 for m, r in readers.items()}
     yield {**result, **_figures(times, "linear", some.batch), "state_mib": state, "watch": watch.report()}
 
@@ -236,7 +260,7 @@ def worker(text: str) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there as well")
-    parser.add_argument("--quick", action="store_true", help="about a minute: one thread, short measurements, contexts up to 8k")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: one thread, short measurements, contexts up to 8k")
     parser.add_argument("--only", metavar="STUDY,...", help=f"some of {', '.join(STUDIES)}")
     parser.add_argument("--sizes", metavar="SIZE,...", help=f"some of {', '.join(SIZES)}")
     parser.add_argument("--threads", metavar="N,...", help="thread counts (default 1,2; 1 with --quick)")

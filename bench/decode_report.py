@@ -42,7 +42,7 @@ TARGETS = (
     Target("linear memory, eager steps / step", "linear", "B8 H8 D64", "eager", "step", 6),
     Target("linear memory, step / W.mul_(1.0)", "linear", "B8 H8 D64", "step", "touch", 1.5, 1.0, at_most=True),
     Target("linear memory, eager steps / step", "linear", "B1 H1 D64", "eager", "step", 12),
-    *(Target("MLP memory, step / state read and written once", "mlp", size, "step", "touch_all", 2.0, at_most=True)
+    *(Target("MLP memory, step / state read and written once", "mlp", size, "step", "touch", 2.0, at_most=True)
       for size in ("B1 H1 D64", "B8 H8 D64")),
 )  # fmt: skip
 
@@ -74,7 +74,7 @@ def report(document: dict) -> str:
         "# Decoding on the CPU", "",
         f"{m['cpu']}, {m['cores']} cores; " + ", ".join(f"{name} {v}" for name, v in document["versions"].items() if v),
         f"{document['date']}, commit {(document['commit'] or 'none')[:12]}{modified}.",
-        "Microseconds a token, median of rounds; one thread: CPU time, more: wall time. `bench/README.md` tells how to read this.",
+        "Microseconds a token, over whole chunks, median of rounds; one thread: CPU time, more: wall time. `bench/README.md` explains.",
     ]  # fmt: skip
     for name, title in (("linear", "The linear memory"), ("mlp", "The MLP memory"), ("attention", "Against attention with its cache")):
         results = [r for r in document["results"] if r["study"] == name]
@@ -100,18 +100,27 @@ def _us(r: dict, name: str) -> str:
     return f"{r['us'][name]['median']:.1f}" if name in r.get("us", {}) else "-"
 
 
+def _places(r: dict) -> list[str]:
+    """The token that closes a chunk, and the slowest with its number."""
+    if "us" not in r:
+        return ["-", "-"]
+    return [f"{r['closing_us']:.1f}", f"{r['slowest_us']:.1f} (token {r['slowest_token']})"]
+
+
 def _times(r: dict, name: str) -> str:
     return f"{r['ratios'][name]['median']:.2f}x" if name in r.get("ratios", {}) else "-"
 
 
 def _memory(results: Sequence[dict]) -> str:
-    shown = {"eager": "eager / step", "baddbmm": "bare products / step", "touch": "W.mul_(1.0) / step", "touch_all": "all state / step"}
+    shown = {"eager": "eager / step", "baddbmm": "bare products / step", "touch": "W.mul_(1.0) / step"}
     rows = [
-        [r["case"], str(r["threads"]), _gate(r), _us(r, "step"), _us(r, "function"),
+        [r["case"], str(r["threads"]), _gate(r), _us(r, "step"), *_places(r), _us(r, "function"),
          f"{r['tokens_per_second']['step']:,.0f}" if "us" in r else "-", *(_times(r, name) for name in shown)]
         for r in results
     ]  # fmt: skip
-    return table(["size", "threads", "error/budget", "step us", "function us", "tokens/s", *shown.values()], rows)
+    return table(
+        ["size", "threads", "error/budget", "step us", "closing us", "slowest us", "function us", "tokens/s", *shown.values()], rows
+    )
 
 
 def _attention(results: Sequence[dict]) -> str:

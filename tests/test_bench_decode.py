@@ -51,7 +51,8 @@ def test_document(tmp_path):
         assert (result["study"], result["case"], result["threads"], result["clock"]) == (study, "B1 H8 D64", 1, "cpu")
         assert result["parity"]["ok"]
         assert all(0 < x["p10"] <= x["median"] <= x["p90"] for x in [*result["us"].values(), *result["ratios"].values()])
-    assert set(linear["us"]) == {"step", "function", "eager", "baddbmm", "touch", "touch_all"}
+    assert set(linear["us"]) == {"step", "function", "eager", "baddbmm", "touch"}
+    assert all(0 < r["closing_us"] <= r["slowest_us"] and 1 <= r["slowest_token"] <= decode.CHUNK for r in (linear, mlp))
     assert set(mlp["us"]) == set(linear["us"]) - {"baddbmm"}
     assert set(attention["us"]) == {"linear", "mlp", *decode_report.CONTEXTS}
     assert document["targets"] == []
@@ -70,6 +71,19 @@ def test_no_time_for_a_wrong_step(monkeypatch, study):
     assert "parity is red, not timed" in result["notes"]
 
 
+def test_times_are_of_whole_chunks():
+    tokens, now = [], [0.0]
+
+    def read():
+        tokens.append(len(tokens) % decode.CHUNK)
+        now[0] += 10.0 if tokens[-1] == decode.CHUNK - 1 else 1.0  # the token that closes a chunk takes longer
+
+    sample = decode.whole_chunks(read, lambda: now[0])
+    for count in (1, decode.CHUNK, decode.CHUNK + 1):
+        assert sample(count) == (decode.CHUNK + 9) / decode.CHUNK
+    assert len(tokens) == 4 * decode.CHUNK
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_cache_that_does_not_fit_is_left_out():
     (result,) = decode.study_attention("B1 H1 D64", 1, {**SETTINGS, "cache_bytes": 1 << 16})
@@ -78,7 +92,7 @@ def test_a_cache_that_does_not_fit_is_left_out():
 
 
 def test_targets_are_judged():
-    us = {"step": 10.0, "eager": 70.0, "touch": 8.0, "touch_all": 12.0}
+    us = {"step": 10.0, "eager": 70.0, "touch": 8.0}
     result = {"study": "linear", "case": "B8 H8 D64", "threads": 1, "us": {name: {"median": x} for name, x in us.items()}}
     doubtful = {**result, "threads": 2, "watch": {"flags": ["not 2 real cores"]}}
     rows = {(r["name"], r["case"]): r["measured"] for r in decode_report.judge([result, doubtful], [1, 2])}

@@ -33,6 +33,7 @@ SIZES = [
     Case("linear-chunk-1-momentum", chunk_size=1, momentum=True),
     *(Case(f"linear-chunk-1-{gate.name}", chunk_size=1, retention=gate, decay="strong", seed=i) for i, gate in GATES.items() if i),
     Case("linear-chunk-3-lq", chunk_size=3, retention=GATES[1], momentum=True),
+    Case("linear-long-chunk", key_dim=9, value_dim=11, chunk_size=50, tokens=110, retention=GATES[1], momentum=True, decay="channel"),
     Case("linear-extreme-channel-decay", decay="extreme_channel", tokens=60, retention=GATES[4]),
     Case("linear-float-delta", bias=mk.Huber("norm"), delta="float"),
     Case("linear-channel-delta", bias=mk.Huber("coordinate"), delta="channel", value_dim=21),
@@ -42,6 +43,7 @@ SIZES = [
     Case("mlp-tiny", **MLP | dict(key_dim=1, value_dim=1, hidden=3), bias=mk.Huber("coordinate"), batch=1),
     Case("mlp-common", **MLP | dict(key_dim=64, value_dim=64, hidden=256), batch=1, chunk_size=8),
     Case("mlp-wide", **MLP | dict(key_dim=136, value_dim=136, hidden=40), retention=GATES[3], batch=1),
+    Case("mlp-long-chunk", **MLP, chunk_size=50, tokens=110, retention=GATES[2], momentum=True),
     Case("mlp-chunk-1", **MLP, chunk_size=1),
     Case("mlp-chunk-1-lq", **MLP, chunk_size=1, retention=GATES[1]),
     Case("mlp-fused-float-delta", **MLP, bias=mk.RobustL2(), delta="float", layout="fused"),
@@ -212,6 +214,22 @@ def test_reorder(case, backend):
     swapped = {name: x[index] if isinstance(x, torch.Tensor) else x for name, x in tokens.items()}
     assert all(torch.equal(x, wanted) for x in reader.step(**swapped))
     assert len(places) == len(reader.buffers.tensors())
+
+
+@pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
+def test_a_long_chunk_keeps_few_factors(shape):
+    """The kernels add factors to what is carried once reading them would take longer than reading that."""
+    case = Case("few", **{**dict(key_dim=8, value_dim=8), **shape}, chunk_size=50, tokens=100)
+    arguments, reader = prepared(case, "cpp", 50)
+    x, most = reader.buffers, 0
+    for t in range(50, 99):
+        reader.step(**cut(arguments, t, t + 1))
+        weights = x.kept[:, :, 2 : 2 + t - 49]
+        assert torch.equal(weights[:, :, -1], torch.ones_like(weights[:, :, -1]))
+        most = max(most, int((weights != 0).sum(2).max()))
+    assert most == 8 + x.start[0, 0, 0].numel() // sum(x.start.shape[-2:])
+    assert (x.kept[:, :, 0] != 0).all()
+    assert check_steps(case, "cpp", cuts=[50, *range(51, 101)]).ok
 
 
 @pytest.mark.parametrize("case", [*ROUND, SIZES[5]], ids=str)

@@ -17,7 +17,6 @@ struct LinearStepScratch {
   float *eta, *delta;    // [Dvp]
   float *alpha, *gamma;  // [Dvp]
   float* scores;         // [R]
-  float* sums;           // [2 x kLanes x kLanes]
   StepSpare spare;
 
   MIRAS_FN LinearStepScratch(Arena& a, const LinearStep& p) : LinearStepScratch(a, p, round_up(p.Dk, kPad), round_up(p.Dv, kPad)) {}
@@ -26,24 +25,26 @@ struct LinearStepScratch {
   MIRAS_FN LinearStepScratch(Arena& a, const LinearStep& p, int dkp, int dvp)
       : K(a.take(1, dkp)), Q(a.take(1, dkp)), V(a.take(1, dvp)), U(a.take(1, dvp)), Wq(a.take(1, dvp)), O(a.take(1, dvp)),
         more(a.take(1, dvp)), eta(a.take(1, dvp)), delta(a.take(1, dvp)), alpha(a.take(1, dvp)), gamma(a.take(1, dvp)),
-        scores(a.take(1, round_up(p.state.rows, kPad))), sums(a.take(2 * kLanes, kLanes)), spare(a, p.state, p.Dk, p.Dv) {}
+        scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Dk, p.Dv) {}
 };
 
-// O = sum_i (left_i . q) kept_(2+i) o right_i over `count` tokens
-static void read_factors(const StepMatrix& m, const StepWeights& w, int count, const LinearStepScratch& s) {
-  const float* const kept = w.kept_by(2);
+// O = sum_i (left_i . q) kept_(2+i) o right_i
+static void read_factors(const StepMatrix& m, const StepWeights& w, TokenRange tokens, const LinearStepScratch& s, Soon soon) {
+  const float *left = m.left + index_t(tokens.first) * m.rows, *right = m.right + index_t(tokens.first) * m.cols;
+  const float* const kept = w.kept_by(2 + tokens.first);
+  const int count = tokens.count();
   for (int i = 0; i < count; i += kLanes) {
     const int n = minimum(kLanes, count - i);
-    const Vec dots = row_products<false>(m.left + index_t(i) * m.rows, n, m.rows, s.Q, nullptr, s.sums).x;
+    const Vec dots = row_products<false>(left + index_t(i) * m.rows, n, m.rows, s.Q, nullptr, right + index_t(i) * m.cols).x;
     store(s.scores + i, w.width == 1 ? dots * load_first(kept + i, n) : dots);
   }
-  if (w.width == 1) return products<false>(m.right, count, m.cols, s.scores, s.O);
+  if (w.width == 1) return products<false>(right, count, m.cols, s.scores, s.O, nullptr, nullptr, soon);
   each_columns(m.cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
     Vec sum[C::kVectors] = {};
     for (int i = 0; i < count; ++i) {
       const index_t row = index_t(i) * m.cols;
       MIRAS_UNROLL
-      for (int n = 0; n < C::kVectors; ++n) sum[n] += broadcast(s.scores[i]) * (c.load(kept + row, n) * c.load(m.right + row, n));
+      for (int n = 0; n < C::kVectors; ++n) sum[n] += broadcast(s.scores[i]) * (c.load(kept + row, n) * c.load(right + row, n));
     }
     MIRAS_UNROLL
     for (int n = 0; n < C::kVectors; ++n) c.pad(s.O, n, sum[n]);
@@ -51,7 +52,8 @@ static void read_factors(const StepMatrix& m, const StepWeights& w, int count, c
 }
 
 // O += weight o (M q)
-static void read_matrix(const float* M, const StepMatrix& m, const StepWeights& w, const float* weight, int dvp, const LinearStepScratch& s) {
+static void read_matrix(const float* M, const StepMatrix& m, const StepWeights& w, const float* weight, int dvp,
+                        const LinearStepScratch& s) {
   products<false>(M, m.rows, m.cols, s.Q, s.more);
   if (w.width == 1) {
     for (int j = 0; j < dvp; j += kLanes) store(s.O + j, load(s.O + j) + *weight * load(s.more + j));
@@ -62,33 +64,34 @@ static void read_matrix(const float* M, const StepMatrix& m, const StepWeights& 
   });
 }
 
-// Token t, with `row` tokens of the open chunk before it
+// Token t, after `before` in its chunk. What it reads of them does not wait for what it writes.
 static void linear_step_token(const LinearStep& p, const BiasTable& bias, const LinearStepScratch& s, const StepMatrix& m,
-                              const StepWeights& w, const Task& task, int64_t t, int row, const float* soon) {
+                              const StepWeights& w, const Task& task, int64_t t, TokenRange before, const float* soon) {
   const int64_t n = task.n, h = task.h;
   const int dk = p.Dk, dv = p.Dv, dvp = task.dvp;
   ChunkView{p.k, p.dtype, n, t, h, 0, dk}.read(1, s.K, 0);
   ChunkView{p.q, p.dtype, n, t, h, 0, dk}.read(1, s.Q, 0);
   ChunkView{p.v, p.dtype, n, t, h, 0, dv}.read(1, s.V, 0);
+  const float* log_decay = p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr;
+  w.advance(log_decay, p.log_decay.channel, p.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f, before.last, dvp);
 
   const float* W0 = m.predicting();
-  if (bias.predicts) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, soon);
-  else products<false>(W0, dk, dv, s.Q, s.Wq, nullptr, nullptr, soon);
-  read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
-  bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
-
-  const float* log_decay = p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr;
-  w.advance(log_decay, p.log_decay.channel, p.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f, row, dvp);
-  copy_out(s.K, 0, 1, dk, m.left + index_t(row) * dk, 0);
-  each_columns(dv, [&](const auto& c) MIRAS_LAMBDA {
-    for (int i = 0; i < c.kVectors; ++i) c.store(m.right + index_t(row) * dv, i, -c.padded(s.U, i));
-  });
-
-  read_factors(m, w, row + 1, s);
+  read_factors(m, w, before, s, {W0, dk});
   if (m.carried && w.keeps(0)) read_matrix(m.carried, m, w, w.kept_by(0), dvp, s);
   if (m.momentum && w.keeps(1)) read_matrix(m.momentum, m, w, w.kept_by(1), dvp, s);
-  const Vec rho = broadcast(m.read_scale());
-  for (int j = 0; j < dvp; j += kLanes) store(s.O + j, load(w.gamma + j) * load(s.Wq + j) + rho * load(s.O + j));
+
+  const Soon next{soon, before.count()};
+  if (bias.predicts) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, next);
+  else products<false>(W0, dk, dv, s.Q, s.Wq, nullptr, nullptr, next);
+  read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
+  bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
+  scale(-1.0f, dvp, s.U);
+  copy_out(s.K, 0, 1, dk, m.left + index_t(before.last) * dk, 0);
+  copy_out(s.U, 0, 1, dv, m.right + index_t(before.last) * dv, 0);
+
+  const Vec own = broadcast(inner_product(s.K, s.Q, round_up(dk, kPad))), rho = broadcast(m.read_scale());
+  for (int j = 0; j < dvp; j += kLanes)
+    store(s.O + j, load(w.gamma + j) * load(s.Wq + j) + rho * (load(s.O + j) + own * load(s.U + j)));
   ChunkView{p.out, p.dtype, n, t, h, 0, dv}.write(1, s.O, 0);
 }
 
@@ -103,20 +106,24 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
   const int dvp = round_up(p.Dv, kPad);
   for (float* x : {s.U, s.Wq, s.O, s.more, s.alpha, s.gamma}) fill_zero(x, dvp);  // where nothing is predicted, or nothing is padded
 
-  for (int64_t i = first; i < last; ++i) {
+  const HeadOrder order(p, p.state, first, last);
+  for (int64_t turn = first; turn < last; ++turn) {
+    const int64_t i = order.head(turn);
     const Task task(p, i);
     const StepMatrix matrices[] = {{p.state, i, p.Dk, p.Dv, LastAxis::down}};
     const StepMatrix& m = matrices[0];
     const StepWeights w(p.state, i, s.alpha, s.gamma);
     int position = int(p.state.position[task.n]), row = position;
     if (p.state.by_value) begin_value(gate, matrices, w, s.spare, position > 0, dvp), row = 0;
+    TokenRange tokens{0, row};
     for (int64_t t = 0; t < p.T; ++t) {
-      const float* soon = m.predicting() + (t + 1 < p.T ? 0 : m.size());  // what the next head predicts with
-      linear_step_token(p, bias, s, m, w, task, t, row, soon);
-      ++row;
-      if (++position == p.C) close_chunk(gate, matrices, w, s.spare, row), position = row = 0;
+      tokens = fold(matrices, w, s.spare, tokens.last);
+      const index_t to_next = t + 1 < p.T ? 0 : order.step * index_t(p.state.rows) * p.Dk;  // the next head's factors
+      linear_step_token(p, bias, s, m, w, task, t, tokens, m.left + to_next + index_t(tokens.first) * p.Dk);
+      ++tokens.last;
+      if (++position == p.C) close_chunk(gate, matrices, w, s.spare, tokens), position = 0, tokens = {0, 0};
     }
-    if (p.state.by_value) end_value(matrices, w, s.spare, row);
+    if (p.state.by_value) end_value(matrices, w, s.spare, tokens);
   }
 }
 

@@ -27,7 +27,6 @@ struct MlpStepScratch {
   float* delta;            // [kPad]
   float *alpha, *gamma;    // [Dp], all the same
   float* scores;           // [R]
-  float* sums;             // [2 x kLanes x kLanes]
   StepSpare spare;
 
   MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p) : MlpStepScratch(a, p, round_up(p.D, kPad), round_up(p.Hd, kPad)) {}
@@ -37,8 +36,7 @@ struct MlpStepScratch {
       : norm(a, p), K(a.take(1, dp)), Q(a.take(1, dp)), V(a.take(1, dp)), O(a.take(1, dp)), X(a.take(1, dp)), E(a.take(1, dp)),
         G(a.take(1, dp)), Gu(a.take(1, dp)), Uq(a.take(1, dp)), more(a.take(1, dp)), A(a.take(1, hdp)), slope(a.take(1, hdp)),
         Aq(a.take(1, hdp)), Zq(a.take(1, hdp)), written(a.take(1, hdp)), delta(a.take(1, kPad)), alpha(a.take(1, dp)),
-        gamma(a.take(1, dp)), scores(a.take(1, round_up(p.state.rows, kPad))), sums(a.take(2 * kLanes, kLanes)),
-        spare(a, p.state, p.Hd, p.D) {}
+        gamma(a.take(1, dp)), scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Hd, p.D) {}
 };
 
 // y += factor x over n floats, a multiple of kPad
@@ -46,12 +44,13 @@ static void add_multiple(float factor, const float* x, int n, float* y) {
   for (int j = 0; j < n; j += kLanes) store(y + j, load(y + j) + factor * load(x + j));
 }
 
-// scores_i = kept_(2+i) (factor_i . x) of `count` rows of factors
-static void score_rows(const float* factors, int count, int cols, const float* x, const StepWeights& w, const MlpStepScratch& s) {
-  for (int i = 0; i < count; i += kLanes) {
-    const int n = minimum(kLanes, count - i);
-    const Vec dots = row_products<false>(factors + index_t(i) * cols, n, cols, x, nullptr, s.sums).x;
-    store(s.scores + i, dots * load_first(w.kept_by(2) + i, n));
+// scores_i = kept_(2+i) (factor_i . x) of the tokens, from the first of them on
+static void score_tokens(const float* factors, TokenRange tokens, int cols, const float* x, const StepWeights& w, const MlpStepScratch& s) {
+  factors += index_t(tokens.first) * cols;
+  for (int i = 0; i < tokens.count(); i += kLanes) {
+    const int n = minimum(kLanes, tokens.count() - i);
+    const Vec dots = row_products<false>(factors + index_t(i) * cols, n, cols, x).x;
+    store(s.scores + i, dots * load_first(w.kept_by(2 + tokens.first) + i, n));
   }
 }
 
@@ -71,9 +70,9 @@ MIRAS_INLINE void add_rows(const float* M, int rows, int cols, const float* x, f
 }
 
 // y += factor M x of a whole matrix
-static void add_product(float factor, const float* M, int rows, int cols, const float* x, float* y, float* sums) {
+static void add_product(float factor, const float* M, int rows, int cols, const float* x, float* y) {
   for (int i = 0; i < rows; i += kLanes) {
-    const Vec product = row_products<false>(M + index_t(i) * cols, minimum(kLanes, rows - i), cols, x, nullptr, sums).x;
+    const Vec product = row_products<false>(M + index_t(i) * cols, minimum(kLanes, rows - i), cols, x).x;
     store(y + i, load(y + i) + factor * product);
   }
 }
@@ -85,7 +84,7 @@ static void predict_hidden(const StepMatrix& first, const StepMatrix& second, co
   fill_zero(s.X, s.norm.dp);
   for (int i = 0; i < hd; i += kLanes) {
     const int units = minimum(kLanes, hd - i);
-    const RowProducts z = row_products<true>(S2 + index_t(i) * d, units, d, s.K, s.Q, s.sums);
+    const RowProducts z = row_products<true>(S2 + index_t(i) * d, units, d, s.K, s.Q);
     const Gelu gelu(z.x);
     store(s.A + i, gelu.value()), store(s.slope + i, gelu.slope()), store(s.Zq + i, z.x2);
     add_rows(S1 + index_t(i) * d, units, d, A + i, s.X);
@@ -102,7 +101,7 @@ static void read_hidden(const StepMatrix& first, const StepMatrix& second, const
   fill_zero(s.Uq, s.norm.dp);
   for (int i = 0; i < hd; i += kLanes) {
     const int units = minimum(kLanes, hd - i);
-    const Vec gz = row_products<false>(S1 + index_t(i) * d, units, d, s.Gu, nullptr, s.sums).x * load(s.slope + i);
+    const Vec gz = row_products<false>(S1 + index_t(i) * d, units, d, s.Gu).x * load(s.slope + i);
     store_first(left + i, -eta * gz, units);
     const Vec zq = gamma * load(s.Zq + i) + rho * (load(s.written + i) - own_score * (eta * gz));
     store(s.Aq + i, Gelu(zq).value());
@@ -110,9 +109,10 @@ static void read_hidden(const StepMatrix& first, const StepMatrix& second, const
   }
 }
 
+// Token t, the last of `tokens` in its chunk
 static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpStepScratch& s, const StepMatrix& first,
-                           const StepMatrix& second, const StepWeights& w, int64_t n, int64_t h, int64_t t, int row) {
-  const int d = p.D, hd = p.Hd, dp = s.norm.dp;
+                           const StepMatrix& second, const StepWeights& w, int64_t n, int64_t h, int64_t t, TokenRange tokens) {
+  const int d = p.D, hd = p.Hd, dp = s.norm.dp, row = tokens.last - 1, before = tokens.count() - 1;
   ChunkView{p.k, p.dtype, n, t, h, 0, d}.read(1, s.K, 0);
   ChunkView{p.q, p.dtype, n, t, h, 0, d}.read(1, s.Q, 0);
   ChunkView{p.v, p.dtype, n, t, h, 0, d}.read(1, s.V, 0);
@@ -134,18 +134,18 @@ static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpSte
   copy_out(s.more, 0, 1, d, first.right + index_t(row) * d, 0);
   copy_out(s.K, 0, 1, d, second.right + index_t(row) * d, 0);
 
-  // A matrix that the state holds beside its start, and its weight
+  // What the state holds beside its start and factors, with weights
   const Kept older[] = {{first.carried, w.kept_by(0)}, {first.momentum, w.kept_by(1)}};
   const float* const older_second[] = {second.carried, second.momentum};
-  score_rows(second.right, row + 1, d, s.Q, w, s);
-  products<false>(second.left, row, hd, s.scores, s.written);
+  score_tokens(second.right, tokens, d, s.Q, w, s);
+  products<false>(second.left + index_t(tokens.first) * hd, before, hd, s.scores, s.written);
   for (int i = 0; i < 2; ++i)
-    if (older[i].state && *older[i].scale != 0.0f) add_product(*older[i].scale, older_second[i], hd, d, s.Q, s.written, s.sums);
-  read_hidden(first, second, s, eta, gamma, row, s.scores[row]);
+    if (older[i].state && *older[i].scale != 0.0f) add_product(*older[i].scale, older_second[i], hd, d, s.Q, s.written);
+  read_hidden(first, second, s, eta, gamma, row, s.scores[before]);
 
-  score_rows(first.left, row + 1, hd, s.Aq, w, s);
+  score_tokens(first.left, tokens, hd, s.Aq, w, s);
   float* const written = s.E;
-  products<false>(first.right, row + 1, d, s.scores, written);
+  products<false>(first.right + index_t(tokens.first) * d, tokens.count(), d, s.scores, written);
   for (const Kept& x : older) {
     if (!x.state || *x.scale == 0.0f) continue;
     products<false>(x.state, hd, d, s.Aq, s.more);
@@ -168,19 +168,21 @@ static void mlp_step(const MlpStep& p, int64_t first, int64_t last) {
   const Retention gate(p.retention, p.retention_params);
   for (float* x : {s.more, s.E}) fill_zero(x, s.norm.dp);  // the padding
 
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t n = i / p.H, h = i % p.H;
+  const HeadOrder order(p, p.state, first, last);
+  for (int64_t turn = first; turn < last; ++turn) {
+    const int64_t i = order.head(turn), n = i / p.H, h = i % p.H;
     s.norm.read(p, h);
     const StepMatrix matrices[] = {{p.state, 2 * i, p.Hd, p.D, LastAxis::down}, {p.state, 2 * i + 1, p.Hd, p.D, LastAxis::along}};
     const StepWeights w(p.state, i, s.alpha, s.gamma);
     int position = int(p.state.position[n]), row = position;
     if (p.state.by_value) begin_value(gate, matrices, w, s.spare, position > 0, s.norm.dp), row = 0;
+    TokenRange tokens{0, row};
     for (int64_t t = 0; t < p.T; ++t) {
-      mlp_step_token(p, bias, s, matrices[0], matrices[1], w, n, h, t, row);
-      ++row;
-      if (++position == p.C) close_chunk(gate, matrices, w, s.spare, row), position = row = 0;
+      tokens = fold(matrices, w, s.spare, tokens.last), ++tokens.last;
+      mlp_step_token(p, bias, s, matrices[0], matrices[1], w, n, h, t, tokens);
+      if (++position == p.C) close_chunk(gate, matrices, w, s.spare, tokens), position = 0, tokens = {0, 0};
     }
-    if (p.state.by_value) end_value(matrices, w, s.spare, row);
+    if (p.state.by_value) end_value(matrices, w, s.spare, tokens);
   }
 }
 

@@ -1,129 +1,28 @@
 // What steps of both memories share: a decoder's buffers, read and written where they are (SPEC section 2, one token after the
-// other). An open chunk's tokens are kept as factors of what they wrote, with weights; matrices are written when it closes:
+// other). An open chunk's tokens are kept as factors of what they wrote, with weights:
 //
 //   A = gamma A_0 + kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) o right_i)'    S = moved_1 S_0 + sum_i moved_(2+i) left_i right_i'
 //
-// A matrix [K x V] and factors [R x K], [R x V] have rows without padding. Scratch rows have it (Kp, Vp), zero.
+// Matrices are written when the chunk closes, and when there are so many factors that it is less to read D and fewer of them.
+//
+// A matrix [K x V] and factors [R x K], [R x V] have rows without padding. Scratch rows have it (Kp, Vp).
 #pragma once
 
-#include "chunk.h"
+#include "step_products.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// A piece of every row of a matrix: kVectors whole vectors from column `first` on, or the last `left` columns in one vector.
-template <int N, bool kWhole> struct Columns {
-  static constexpr int kVectors = N;
-  int first, left;
-
-  MIRAS_FN Vec load(const float* row, int n) const {
-    if constexpr (kWhole) return MIRAS_LEVEL::load(row + first + n * kLanes);
-    else return load_first(row + first, left);
-  }
-  MIRAS_FN void store(float* row, int n, Vec x) const {
-    if constexpr (kWhole) MIRAS_LEVEL::store(row + first + n * kLanes, x);
-    else store_first(row + first, x, left);
-  }
-  MIRAS_FN void prefetch(const float* row) const {
-    MIRAS_UNROLL
-    for (int n = 0; n < N; ++n) __builtin_prefetch(row + first + n * kLanes);
-  }
-  // Rows of scratch are padded.
-  MIRAS_FN Vec padded(const float* row, int n) const { return MIRAS_LEVEL::load(row + first + n * kLanes); }
-  MIRAS_FN void pad(float* row, int n, Vec x) const { MIRAS_LEVEL::store(row + first + n * kLanes, x); }
-};
-
-// f(columns) for pieces that cover V columns; what runs along a row is meant to stay in registers meanwhile
-template <class Function> MIRAS_FN void each_columns(int V, Function&& f) {
-  constexpr int kWide = kLanes == 16 ? 8 : 4;
-  int j = 0;
-  for (; V - j >= kWide * kLanes; j += kWide * kLanes) f(Columns<kWide, true>{j, 0});
-  for (; V - j >= kWide / 2 * kLanes; j += kWide / 2 * kLanes) f(Columns<kWide / 2, true>{j, 0});
-  for (; V - j >= kLanes; j += kLanes) f(Columns<1, true>{j, 0});
-  if (j < V) f(Columns<1, false>{j, V - j});
-}
-
-// What the columns of a piece see of a row of scratch, to stay in registers
-template <class C> struct Held {
-  Vec x[C::kVectors];
-  MIRAS_FN Held(const C& c, const float* row) {
-    MIRAS_UNROLL
-    for (int n = 0; n < C::kVectors; ++n) x[n] = c.padded(row, n);
-  }
-  MIRAS_FN Vec operator[](int n) const { return x[n]; }
-};
-
-// ---- products of a matrix with vectors ----
-
-// y = M' x and, if kTwo, y2 = M' x2, of M [rows x cols], while something of as many rows that is needed next comes nearer
-template <bool kTwo>
-static void products(const float* M, int rows, int cols, const float* x, float* y, const float* x2 = nullptr, float* y2 = nullptr,
-                     const float* soon = nullptr) {
-  each_columns(cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
-    constexpr int N = C::kVectors;
-    Vec sum[N] = {}, sum2[N] = {};
-    for (int d = 0; d < rows; ++d) {
-      const float* row = M + index_t(d) * cols;
-      if (soon) c.prefetch(soon + index_t(d) * cols);
-      const Vec xd = broadcast(x[d]), x2d = kTwo ? broadcast(x2[d]) : zeros();
-      MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) {
-        const Vec w = c.load(row, n);
-        sum[n] += xd * w;
-        if constexpr (kTwo) sum2[n] += x2d * w;
-      }
-    }
-    MIRAS_UNROLL
-    for (int n = 0; n < N; ++n) {
-      c.pad(y, n, sum[n]);
-      if constexpr (kTwo) c.pad(y2, n, sum2[n]);
-    }
-  });
-}
-
-// Rows are fetched so many ahead: what the hardware foresees ends with a page.
-constexpr int kAhead = 16;
-
-// Sums along the rows of `parts` [kLanes x kLanes], the sum of row r in lane r.
-MIRAS_INLINE Vec row_sums(const float* parts) {
-  Vec total = zeros();
-  MIRAS_UNROLL
-  for (int quad = 0; quad < kLanes; quad += 4) {
-    Vec x[4];
-    transpose_quads(parts + quad, kLanes, x);
-    total += (x[0] + x[1]) + (x[2] + x[3]);
-  }
-  return total;
-}
-
-// An element for each of the first `rows` <= kLanes rows of M: M x and, if kTwo, M x2. sums [2 x kLanes x kLanes]
-struct RowProducts {
-  Vec x, x2;
-};
-template <bool kTwo>
-MIRAS_INLINE RowProducts row_products(const float* M, int rows, int cols, const float* x, const float* x2, float* sums) {
-  float* const sums2 = sums + kLanes * kLanes;
-  each_columns(cols, [&]<class C>(const C c) MIRAS_LAMBDA {
-    const Held<C> held(c, x), held2(c, kTwo ? x2 : x);
-    const bool first = c.first == 0;
-    for (int r = 0; r < rows; ++r) {
-      const float* row = M + index_t(r) * cols;
-      c.prefetch(row + index_t(kAhead) * cols);
-      Vec sum = first ? zeros() : load(sums + r * kLanes), sum2 = first || !kTwo ? zeros() : load(sums2 + r * kLanes);
-      MIRAS_UNROLL
-      for (int n = 0; n < C::kVectors; ++n) {
-        const Vec w = c.load(row, n);
-        sum += w * held[n];
-        if constexpr (kTwo) sum2 += w * held2[n];
-      }
-      store(sums + r * kLanes, sum);
-      if constexpr (kTwo) store(sums2 + r * kLanes, sum2);
-    }
-  });
-  const IVec row = iota();  // the rest of the sums is of other calls
-  return {row < rows ? row_sums(sums) : zeros(), kTwo && row < rows ? row_sums(sums2) : zeros()};
-}
-
 // ---- where a head's state is ----
+
+// The order of a task's heads: forwards and backwards, by turns. Of a state larger than a cache the part that was read last is still
+// there for the next token; always in one order it would just have been replaced.
+struct HeadOrder {
+  int64_t first, last;
+  int step;  // 1 or -1
+  MIRAS_FN HeadOrder(const MemoryParams& p, const StepBuffers& x, int64_t first, int64_t last)
+      : first(first), last(last), step(first < last && x.position[first / p.H] % 2 ? -1 : 1) {}
+  MIRAS_FN int64_t head(int64_t turn) const { return step > 0 ? turn : first + last - 1 - turn; }
+};
 
 // One matrix of one head, and the factors of what the open chunk has written to it
 struct StepMatrix {
@@ -163,12 +62,14 @@ struct StepWeights {
       if (kept_by(row)[j] != 0.0f) return true;
     return false;
   }
-  // A weight [width] for Vp columns
-  MIRAS_FN void spread(const float* x, int vp, float* row) const {
-    if (width > 1) return copy_in(x, width, 1, width, row, vp);
-    for (int j = 0; j < vp; j += kLanes) store(row + j, broadcast(*x));
+  // How many of `count` tokens have weights of 0, before the first that has not
+  MIRAS_FN int folded(int count) const {
+    int i = 0;
+    if (width == 1)
+      while (i + kLanes <= count && largest(Math<Vec>::abs(load(kept + 2 + i))) == 0.0f) i += kLanes;
+    while (i < count && !keeps(2 + i)) ++i;
+    return i;
   }
-
   // Token `row` of the chunk, with log-decays x, `stride` apart, or null: S <- theta S + left right', A <- alpha A + S.
   void advance(const float* x, int64_t stride, float theta, int row, int vp) const {
     decay(x, stride, vp);
@@ -187,11 +88,15 @@ struct StepWeights {
     }
   }
 
-  // A chunk begins.
-  MIRAS_FN void reset() const {
-    for (int j = 0; j < 2 * width; ++j) kept[j] = 0.0f;
+  // D and S_0 are all that the state consists of beside its start: D with this weight, and S_0 not yet.
+  MIRAS_FN void restart(float carried) const {
+    for (int j = 0; j < width; ++j) kept[j] = carried, kept[width + j] = 0.0f;
     if (moved) moved[0] = 0.0f, moved[1] = 1.0f;
-    for (int j = 0; j < width; ++j) log_decay[j] = 0.0f;
+  }
+  // The weights of tokens first <= i < count become 0.
+  MIRAS_FN void drop(int first, int count) const {
+    fill_zero(kept + index_t(2 + first) * width, index_t(count - first) * width);
+    if (moved) fill_zero(moved + 2 + first, count - first);
   }
 
   // alpha, and gamma after it
@@ -237,39 +142,44 @@ struct StepSpare {
   }
 };
 
+// The tokens [first, last) of an open chunk
+struct TokenRange {
+  int first, last;
+  MIRAS_FN int count() const { return last - first; }
+};
+
 // A sum of matrices with weights of their columns and of what a chunk's tokens have written
 class StepSum {
  public:
   MIRAS_FN StepSum(const StepMatrix& m, const StepSpare& s) : m_(m), s_(s), vp_(round_up(m.cols, kPad)) {}
 
-  // scale [Vp]
-  MIRAS_FN void add(const float* matrix, const float* scale) {
+  // weight [width]
+  MIRAS_FN void add(const float* matrix, const float* weight, int width) {
     if (vp_ != m_.cols) copy_in(matrix, m_.cols, m_.rows, m_.cols, s_.matrix[terms_], vp_), matrix = s_.matrix[terms_];
-    matrix_[terms_] = matrix, scale_[terms_++] = scale;
-  }
-  MIRAS_FN void add(const float* matrix, const StepWeights& w, const float* weight, int width) {
-    if (width > 1) w.spread(weight, vp_, s_.scales[terms_]);
+    float* const scale = s_.scales[terms_];
+    if (width > 1) copy_in(weight, width, 1, width, scale, vp_);
     else
-      for (int j = 0; j < vp_; j += kLanes) store(s_.scales[terms_] + j, broadcast(*weight));
-    add(matrix, s_.scales[terms_]);
+      for (int j = 0; j < vp_; j += kLanes) store(scale + j, broadcast(*weight));
+    matrix_[terms_++] = matrix;
   }
 
-  // to = it all, with `count` tokens of weights [count x width]; `to` may be a matrix that has been added
-  void write(int count, const float* weights, int width, float* to) const {
+  // to = it all, with the tokens' weights [R x width]; `to` may be a matrix that has been added
+  void write(TokenRange tokens, const float* weights, int width, float* to) const {
     each_columns(m_.cols, [&](const auto& c) MIRAS_LAMBDA {
-      for (int i = 0; i < count; ++i) {
-        const float* const weight = weights + index_t(i) * width;
+      for (int i = 0; i < tokens.count(); ++i) {
+        const float *weight = weights + index_t(tokens.first + i) * width, *right = m_.right + index_t(tokens.first + i) * m_.cols;
         for (int n = 0; n < c.kVectors; ++n)
-          c.pad(s_.right + index_t(i) * vp_, n, c.load(m_.right + index_t(i) * m_.cols, n) * (width > 1 ? c.load(weight, n) : broadcast(*weight)));
+          c.pad(s_.right + index_t(i) * vp_, n, c.load(right, n) * (width > 1 ? c.load(weight, n) : broadcast(*weight)));
       }
     });
+    const float* left = m_.left + index_t(tokens.first) * m_.rows;
     float* const room = vp_ == m_.cols ? to : s_.matrix[0];
     sweep(m_.rows, vp_, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> a;
-      a.add(Cols{m_.left + i, m_.rows}, s_.right + j, vp_, 0, count);
+      a.add(Cols{left + i, m_.rows}, s_.right + j, vp_, 0, tokens.count());
       MIRAS_UNROLL
       for (int term = 0; term < 3; ++term)
-        if (term < terms_) a.add_scaled_cols(matrix_[term] + index_t(i) * vp_ + j, vp_, scale_[term] + j);
+        if (term < terms_) a.add_scaled_cols(matrix_[term] + index_t(i) * vp_ + j, vp_, s_.scales[term] + j);
       a.store_to(room + index_t(i) * vp_ + j, vp_);
     });
     if (room != to) copy_out(room, vp_, m_.rows, m_.cols, to, m_.cols);
@@ -279,20 +189,21 @@ class StepSum {
   const StepMatrix& m_;
   const StepSpare& s_;
   int vp_, terms_ = 0;
-  const float *matrix_[3], *scale_[3];
+  const float* matrix_[3];
 };
 
-// After `count` tokens of the chunk: A into `dual`, which may be the start or what is carried, and then S over the momentum.
-static void write_matrices(const StepMatrix& m, const StepWeights& w, const StepSpare& spare, int count, float* dual) {
+// A, or without the chunk's start what has been written since, into `to`, which may be one of the matrices; then S over S_0.
+static void write_matrices(const StepMatrix& m, const StepWeights& w, const StepSpare& spare, TokenRange tokens, bool with_start,
+                           float* to) {
   StepSum a(m, spare);
-  a.add(m.start, w.gamma);
-  if (m.carried && w.keeps(0)) a.add(m.carried, w, w.kept_by(0), w.width);
-  if (m.momentum && w.keeps(1)) a.add(m.momentum, w, w.kept_by(1), w.width);
-  a.write(count, w.kept_by(2), w.width, dual);
+  if (with_start) a.add(m.start, w.gamma, w.width);
+  if (m.carried && w.keeps(0)) a.add(m.carried, w.kept_by(0), w.width);
+  if (m.momentum && w.keeps(1)) a.add(m.momentum, w.kept_by(1), w.width);
+  a.write(tokens, w.kept_by(2), w.width, to);
   if (!m.momentum) return;
   StepSum s(m, spare);
-  s.add(m.momentum, w, w.moved + 1, 1);
-  s.write(count, w.moved + 2, 1, m.momentum);
+  s.add(m.momentum, w.moved + 1, 1);
+  s.write(tokens, w.moved + 2, 1, m.momentum);
 }
 
 // W_0 = phi(A_0), rho
@@ -310,22 +221,40 @@ static void map_start(const Retention& gate, const StepMatrix& m, const StepSpar
   if (m.rho) *m.rho = scale.value;
 }
 
-// A chunk has been read: the next one starts from the dual.
+// The tokens whose factors the next one, the chunk's `row`-th, has to read. Reading D takes as long as reading K V / (K + V) tokens'
+// factors, so that it pays to add them to D when there are a few more than that, and when there are a few if D is read anyway.
+constexpr int kFew = 8;
 template <int kMatrices>
-static void close_chunk(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, int count) {
-  for (const StepMatrix& m : matrices) {
-    write_matrices(m, w, spare, count, m.start);
-    map_start(gate, m, spare);
-  }
-  w.reset();
+static TokenRange fold(const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, int row) {
+  const StepMatrix& m = matrices[0];
+  const TokenRange tokens{w.folded(row), row};
+  const bool carries = m.carried && w.keeps(0);
+  if (tokens.count() < kFew + (carries ? 0 : m.rows * m.cols / (m.rows + m.cols))) return tokens;
+  for (const StepMatrix& each : matrices) write_matrices(each, w, spare, tokens, false, each.carried);
+  w.restart(1.0f);
+  w.drop(tokens.first, row);
+  return {row, row};
 }
 
-// A state as a value, with its dual in the place of what is carried: D = A - gamma A_0, or A_0 = A where no chunk is open.
+// A chunk has been read: the next one starts from the dual.
+template <int kMatrices>
+static void close_chunk(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
+                        TokenRange tokens) {
+  for (const StepMatrix& m : matrices) {
+    write_matrices(m, w, spare, tokens, true, m.start);
+    map_start(gate, m, spare);
+  }
+  w.restart(0.0f);
+  for (int j = 0; j < w.width; ++j) w.log_decay[j] = 0.0f;
+}
+
+// ---- a state as a value ----
+
+// Its dual lies in the place of what is carried: D = A - gamma A_0, or A_0 = A where no chunk is open.
 template <int kMatrices>
 static void begin_value(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
                         bool open, int vp) {
-  for (int j = 0; j < w.width; ++j) w.kept[j] = open ? 1.0f : 0.0f, w.kept[w.width + j] = 0.0f;
-  if (w.moved) w.moved[0] = 0.0f, w.moved[1] = 1.0f;
+  w.restart(open ? 1.0f : 0.0f);
   if (open) w.decay(nullptr, 0, vp);
   for (const StepMatrix& m : matrices) {
     if (!open) {
@@ -340,10 +269,12 @@ static void begin_value(const Retention& gate, const StepMatrix (&matrices)[kMat
     map_start(gate, m, spare);
   }
 }
+
+// And back.
 template <int kMatrices>
-static void end_value(const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, int count) {
+static void end_value(const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, TokenRange tokens) {
   for (const StepMatrix& m : matrices) {
-    if (count > 0) write_matrices(m, w, spare, count, m.carried);
+    if (tokens.last > 0) write_matrices(m, w, spare, tokens, true, m.carried);
     else __builtin_memcpy(m.carried, m.start, size_t(m.size()) * sizeof(float));
   }
 }

@@ -28,7 +28,7 @@ __all__ = ["Buffers", "Decoder", "buffers_for", "forward", "thresholds"]
 class Buffers:
     """A state as steps keep it, for ``N`` sequences; every tensor contiguous, float32 (float64 for float64 inputs) but ``position``.
 
-    A step writes no matrix until a chunk closes: what the open chunk's tokens wrote is kept as factors of rank one,
+    A step writes matrices when a chunk closes, and seldom else: what the open chunk's tokens wrote is kept as factors of rank one,
 
         ``A = gamma A_0 + kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) o right_i)'``
         ``S = moved_1 S_0 + sum_i moved_(2+i) left_i right_i'``
@@ -41,8 +41,9 @@ class Buffers:
         start: ``[N, H, m, K, V]``, A_0, the dual at the start of the open chunk; where ``position`` is 0 A itself.
         primal: the same, phi of ``start``; None for ``L2Retention``.
         rho: ``[N, H, m]``, of ``start``; None but for gates that have one.
-        carried: like ``start``, D: what had been written to the open chunk when the state was loaded. None where every token is a chunk.
-        momentum: like ``start``, S_0, at the chunk's start, or when the state was loaded; None without momentum.
+        carried: like ``start``, D: what had been written to the open chunk when the state was loaded, or of it what a step no longer keeps
+            as factors, whose weights are 0 then. None where every token is a chunk.
+        momentum: like ``start``, S_0: S at that time, or at the chunk's start; None without momentum.
         left: ``[N, H, m, C, K]``, a factor of each token's write: of a linear memory k, of an MLP gelu(z) for W1 and for W2 minus the
             step size times the gradient in z.
         right: ``[N, H, m, C, V]``, the other: of a linear memory minus the step size times psi(e), of an MLP minus the step size times the
