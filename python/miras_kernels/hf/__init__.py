@@ -18,11 +18,11 @@ it was, and one layer of the cache holds both the keys and values and the state.
 **From scratch.** :class:`MirasConfig` and :class:`MirasForCausalLM` are the paper's model, see :mod:`miras_kernels.hf.model`.
 
 **Generation.** The memories' state lies in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow. Greedy
-search, sampling, beams, several sequences a prompt, chunked prefill and going on with a cache all give what reading the whole text again would. Static caches (``cache_implementation="static"``, :class:`~transformers.StaticCache`) hold it in buffers
-of fixed addresses, which single tokens are read into in place: a compiled step is one graph, which is not compiled again (with
-``fullgraph=True`` too; compile the steps and not the prompt, as ``generate`` does: padding in a compiled prompt breaks the graph). They
-carry no gradients. Quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping a cache
-are refused.
+search, sampling, beams, several sequences a prompt, chunked prefill and going on with a cache all give what reading the whole text
+again would. Static caches (``cache_implementation="static"``, :class:`~transformers.StaticCache`) hold it in buffers of fixed
+addresses, and single tokens are read in place: a compiled step is one graph (``fullgraph=True``), which is not compiled again. Compile
+the steps and not the prompt, as ``generate`` does. Static caches carry no gradients. Quantized caches, assisted generation, prompt
+lookup, continuous batching (``generate_batch``) and cropping a cache are refused.
 
 **Padding and packing.** A padded row's result is that of its real tokens alone, wherever the padding stands, and positions count
 real tokens. (Attention that is left has its host's habits: padding between tokens counts in a sliding window.) Documents packed by
