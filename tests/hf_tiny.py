@@ -39,13 +39,13 @@ def plain(architecture="Llama", *, kind="ForCausalLM", dtype=torch.float32, atte
     return host.to(dtype)
 
 
-def model(architecture="Llama", layers=None, *, preset="yaad_linear", init="new", backend="auto", conv_width=4, gate_rank=16,
-          num_heads=None, chunk_size=4, **options):  # fmt: skip
+def model(architecture="Llama", layers=None, *, preset="yaad_linear", mode="replace", init="new", backend="auto", conv_width=4,
+          gate_rank=16, num_heads=None, chunk_size=4, **options):  # fmt: skip
     """The same with memories of chunk 4 (``layers=()``: without)."""
     host = plain(architecture, **options)
     if layers == ():
         return host
-    return replace_attention(host, preset, layers, init=init, chunk_size=chunk_size, backend=backend, conv_width=conv_width,
+    return replace_attention(host, preset, layers, mode=mode, init=init, chunk_size=chunk_size, backend=backend, conv_width=conv_width,
                              gate_rank=gate_rank, num_heads=num_heads)  # fmt: skip
 
 

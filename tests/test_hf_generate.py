@@ -56,6 +56,22 @@ def test_generation_with_every_kind_of_memory(preset, layers, init):
         assert_close(torch.stack(cached.logits), torch.stack(whole.logits))
 
 
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_padding_of_any_length_changes_no_memory(preset, init):
+    """Pads that are no multiple of a chunk, in a batch and in a batch of one; biased projections."""
+    of = host("Qwen2", [0, 2], preset=preset, init=init)
+    logits = of(input_ids=ids(), attention_mask=MASK).logits
+    for row, mask in enumerate(MASK):
+        text, real = ids()[row : row + 1], mask == 1
+        expected = of(input_ids=text[:, real]).logits[0]
+        assert_close(logits[row, real], expected)
+        assert_close(of(input_ids=text, attention_mask=mask[None]).logits[0, real], expected)
+        options = dict(max_new_tokens=6, do_sample=False)
+        padded, alone = of.generate(text, attention_mask=mask[None], **options), of.generate(text[:, real], **options)
+        assert torch.equal(padded[:, -6:], alone[:, -6:])
+
+
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize(
     "how",

@@ -8,9 +8,10 @@ import itertools
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from hf_tiny import LENGTH, ROWS, assert_close, ids, model
+from miras_kernels.hf import replace_attention
 from miras_kernels.hf.cache import StaticMemoryCacheLayer
 
 MASK = torch.tensor(ROWS["left"])
@@ -27,7 +28,8 @@ def cache_for(of, length=40) -> StaticCache:
 
 
 def addresses(cache: StaticCache) -> list[int]:
-    return [x.data_ptr() for layer in cache.layers if isinstance(layer, StaticMemoryCacheLayer) for x in layer.decoder.tensors()]
+    layers = [getattr(layer, "memory", layer) for layer in cache.layers]
+    return [x.data_ptr() for layer in layers if isinstance(layer, StaticMemoryCacheLayer) for x in layer.decoder.tensors()]
 
 
 @pytest.mark.parametrize("layers", [None, [1]])
@@ -92,6 +94,16 @@ def test_what_a_static_cache_can_do():
         layer.batch_repeat_interleave(2)
 
 
+@torch.no_grad()
+def test_the_buffers_are_in_float32():
+    of = host("Llama", [0], dtype=torch.bfloat16)
+    text = of.generate(ids(), max_new_tokens=5, do_sample=False, cache_implementation="static", return_dict_in_generate=True)
+    buffers = text.past_key_values.layers[0].decoder.memory.buffers.tensors()
+    assert {x.dtype for x in buffers if x.is_floating_point()} == {torch.float32} and text.sequences.shape == (2, LENGTH + 5)
+    embedded = host("Llama", [0]).generate(inputs_embeds=torch.randn(2, 5, 24), max_new_tokens=5, cache_implementation="static")
+    assert embedded.shape == (2, 5)
+
+
 def test_a_static_cache_has_no_gradients():
     of = host()
     with pytest.raises(ValueError, match=r"past_key_values: a StaticCache .* expected torch.no_grad\(\) or a DynamicCache"):
@@ -119,24 +131,33 @@ def counting():
     return backend
 
 
+def mixed():
+    """A memory beside attention, attention, and a memory in its place."""
+    return replace_attention(host("Llama", [0], mode="parallel"), "titans", [2], chunk_size=4).eval()
+
+
 @torch.no_grad()
-def test_a_compiled_step_is_one_graph():
-    of, text, graphs = host("Llama", [1], preset="titans"), ids(2, LENGTH + 20), counting()
-    compiled, cache = torch.compile(of, backend=graphs, fullgraph=True), cache_for(of)
+@pytest.mark.parametrize(
+    ("make", "kind", "graphs"), [(mixed, "static", 1), (lambda: host("Llama", [0], num_hidden_layers=2), "dynamic", 2)]
+)
+def test_a_compiled_step_is_not_compiled_again(make, kind, graphs):
+    """With a growing cache the second step is compiled for all lengths, as it is without memories."""
+    of, text, backend = make(), ids(2, LENGTH + 20), counting()
+    cache, compiled = cache_for(of) if kind == "static" else DynamicCache(), torch.compile(of, backend=backend, fullgraph=True)
     logits = [of(input_ids=text[:, :LENGTH], past_key_values=cache).logits]
     stay = addresses(cache)
     for t in range(LENGTH, LENGTH + 20):
         logits.append(compiled(input_ids=text[:, t : t + 1], position_ids=torch.tensor([[t]]), past_key_values=cache).logits)
-    assert graphs.count == 1 and addresses(cache) == stay
+    assert backend.count == graphs and addresses(cache) == stay and bool(stay) == (kind == "static")
     assert_close(torch.cat(logits, 1), of(input_ids=text).logits)
 
 
 def test_generate_compiles_one_graph():
-    of, graphs = host("Llama", [0, 2]), counting()
-    configuration = CompileConfig(backend=graphs, fullgraph=True, mode=None)
+    of, backend = host("Llama", [0, 2]), counting()
+    configuration = CompileConfig(backend=backend, fullgraph=True, mode=None)
     configuration._compile_all_devices = True  # on a CPU as on a GPU
     options = dict(max_new_tokens=20, do_sample=False)
     for mask in (MASK, None):
         static = of.generate(ids(), attention_mask=mask, **options, cache_implementation="static", compile_config=configuration)
         assert torch.equal(static, of.generate(ids(), attention_mask=mask, **options))
-    assert graphs.count == 1
+    assert backend.count == 1

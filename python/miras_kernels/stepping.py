@@ -42,15 +42,21 @@ def step(
     Arguments are not checked: gates are tensors in the dtype of the arithmetic. ``ln_weight`` and ``ln_bias`` are given with every
     step, since a layer's parameters may have moved or changed since the last one; the decoder's own are not looked at.
     """
+    gates = (lr, log_decay, delta, momentum)
+    run = _step if is_plain_eager([q, k, v]) else torch.ops.miras_kernels.step
+    with torch.no_grad():
+        return run(*_flatten(decoder, q, k, v, *gates, ln_weight, ln_bias, ln_eps))
+
+
+def _flatten(decoder: Decoder, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps) -> tuple:
+    """The operator's arguments."""
     dtype, settings = decoder.buffers.start.dtype, decoder.settings
     if ln_weight is not None:
         ln_weight, ln_bias = ln_weight.to(dtype), ln_bias.to(dtype)
-    run = _step if is_plain_eager([q, k, v]) else torch.ops.miras_kernels.step
-    with torch.no_grad():
-        return run(
-            *(getattr(decoder.buffers, name) for name in _BUFFERS), q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps,
-            settings["bias"].code, settings["retention"].code, settings["chunk_size"], decoder.backend,
-        )  # fmt: skip
+    return (
+        *(getattr(decoder.buffers, name) for name in _BUFFERS), q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps,
+        settings["bias"].code, settings["retention"].code, settings["chunk_size"], decoder.backend,
+    )  # fmt: skip
 
 
 def _step(*arguments) -> Tensor:

@@ -12,12 +12,17 @@
     model.save_pretrained(folder)
     model = load(folder)                                    # or AutoModelForCausalLM.from_pretrained(folder)
 
+With ``mode="parallel"`` attention stays and memories are added beside it, behind gates that are zero at the start: the model begins as what
+it was, and one layer of the cache holds both the keys and values and the state.
+
 **From scratch.** :class:`MirasConfig` and :class:`MirasForCausalLM` are the paper's model, see :mod:`miras_kernels.hf.model`.
 
 **Generation.** The memories' state lies in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow. Greedy
 search, sampling, beams, several sequences a prompt, chunked prefill and going on with a cache all give what reading the whole text
-again would. Static and quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping
-a cache are refused.
+again would. Static caches (``cache_implementation="static"``, :class:`~transformers.StaticCache`) hold it in buffers of fixed
+addresses, and single tokens are read in place: a compiled step is one graph (``fullgraph=True``), which is not compiled again. Compile
+the steps and not the prompt, as ``generate`` does. Static caches carry no gradients. Quantized caches, assisted generation, prompt
+lookup, continuous batching (``generate_batch``) and cropping a cache are refused.
 
 **Padding and packing.** A padded row's result is that of its real tokens alone, wherever the padding stands, and positions count
 real tokens. (Attention that is left has its host's habits: padding between tokens counts in a sliding window.) Documents packed by
@@ -25,7 +30,9 @@ real tokens. (Attention that is left has its host's habits: padding between toke
 
 **Training.** In training mode no cache is made unless asked for (``use_cache=True``). ``output_attentions`` is refused: a memory
 has none. What is new is ``...self_attn.memory.*`` (``modules_to_save=["memory"]`` in PEFT); with ``init="from_attention"`` LoRA finds
-q_proj, k_proj, v_proj and o_proj where they were; name them (``target_modules``), PEFT has no default for these models.
+q_proj, k_proj, v_proj and o_proj where they were. PEFT has no default for these models, and no place to register one: name them, as
+in ``target_modules=["q_proj", "v_proj"]`` (or ``"all-linear"``); beside attention a memory's own have the same last names, and
+``r".*self_attn\\.[qv]_proj"`` means those of attention alone.
 
 **Loading.** The classes are registered with AutoClasses when this package is imported. Tensors that a checkpoint lacks start as in
 :class:`~miras_kernels.layers.MemoryBlock`; the others stay as loaded. A saved model's ``model_type`` is ``miras_llama`` ..., so that

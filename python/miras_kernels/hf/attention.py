@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..layers import MemoryBlock, Projected
-from .cache import check_cache, memory_layer
+from .cache import MemoryCacheLayer, check_cache, memory_layer
 
-__all__ = ["Batch", "MemoryAttention", "describe_batch"]
+__all__ = ["Batch", "MemoryAttention", "ParallelAttention", "describe_batch", "mask_of_tokens"]
 
 #: the keyword argument by which a mask ``[B, T]`` of the tokens themselves reaches the base model beside one made for attention
 MASK = "memory_mask"
@@ -73,26 +73,9 @@ class MemoryAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """``hidden_states [B, T, D]`` to ``(out [B, T, D], None)``; a cache is read and advanced by T tokens. Other arguments are
         the host's business; without ``memory_batch`` (a layer called by itself) the mask is the one that the host made for attention."""
-        tokens = hidden_states.shape[1]
-        if memory_batch is None:
-            memory_batch = Batch(_token_mask(attention_mask, tokens, tokens), None)
-        cache = None if past_key_values is None else memory_layer(past_key_values, self.layer_idx)
         projected = self._project(hidden_states, position_embeddings)
-        if memory_batch.cu_seqlens is not None:
-            if cache is not None:
-                raise ValueError(_PACKED_CACHE)
-            pack = lambda x: x.flatten(0, 1).unsqueeze(0)
-            out, _ = self.memory(
-                pack(hidden_states), cu_seqlens=memory_batch.cu_seqlens, projected=projected and projected.map(pack)
-            )  # fmt: skip
-            out = out.unflatten(1, hidden_states.shape[:2]).squeeze(0)
-        else:
-            before = None if cache is None else cache.before(tokens, memory_batch.mask is not None)
-            out, state = self.memory(
-                hidden_states, memory_batch.mask, initial_state=before, output_final_state=cache is not None, projected=projected
-            )
-            if cache is not None:
-                cache.advance(self.memory, state, tokens)
+        cache = None if past_key_values is None else memory_layer(past_key_values, self.layer_idx)
+        out = _recall(self.memory, hidden_states, attention_mask, memory_batch, cache, projected)
         return out if projected is None else self.o_proj(out), None
 
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Projected | None:
@@ -108,6 +91,46 @@ class MemoryAttention(nn.Module):
         k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
         cos, sin = (t.expand(*x.shape[:2], -1) for t in position_embeddings)
         return Projected(torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1), cos, sin)
+
+
+class ParallelAttention:
+    """What makes a host's attention layer one with a memory beside it, its child ``memory``: their outputs are added.
+
+    The layer's own parameters keep their names. A :class:`~miras_kernels.layers.MemoryBlock` with an ``output_gate`` adds nothing at the
+    start. Arguments and result are those of the host's layer.
+    """
+
+    def forward(self, hidden_states: Tensor, *args, memory_batch: Batch | None = None, **kwargs):
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        cache = None if cache is None else memory_layer(cache, self.layer_idx, beside_attention=True)
+        recalled = _recall(self.memory, hidden_states, mask, memory_batch, cache, None)
+        out, weights = super().forward(hidden_states, *args, **kwargs)
+        return out + recalled, weights
+
+
+def _recall(
+    block: MemoryBlock,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    batch: Batch | None,
+    cache: MemoryCacheLayer | None,
+    projected: Projected | None,
+) -> Tensor:
+    """What a block answers to ``x [B, T, D]``; the cache is read and advanced by T tokens."""
+    tokens = x.shape[1]
+    if batch is None:
+        batch = Batch(_token_mask(attention_mask, tokens, tokens), None)
+    if batch.cu_seqlens is not None:
+        if cache is not None:
+            raise ValueError(_PACKED_CACHE)
+        pack = lambda x: x.flatten(0, 1).unsqueeze(0)
+        out, _ = block(pack(x), cu_seqlens=batch.cu_seqlens, projected=projected and projected.map(pack))
+        return out.unflatten(1, x.shape[:2]).squeeze(0)
+    before = None if cache is None else cache.before(tokens, batch.mask is not None)
+    out, state = block(x, batch.mask, initial_state=before, output_final_state=cache is not None, projected=projected)
+    if cache is not None:
+        cache.advance(block, state, tokens)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------- what a batch holds

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from ..layers import BlockDecoder, BlockState, MemoryBlock
 
-__all__ = ["MemoryCacheLayer", "StaticMemoryCacheLayer", "memory_layer"]
+__all__ = ["MemoryCacheLayer", "ParallelCacheLayer", "StaticMemoryCacheLayer", "memory_layer"]
 
 
 class MemoryCacheLayer(CacheLayerMixin):
@@ -182,8 +182,49 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
     batch_select_indices = batch_repeat_interleave
 
 
-def memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
-    """The memory's layer of a model's cache, put there if the cache is new.
+def _answered(name: str) -> Callable:
+    """A method that the layer of attention answers."""
+    return lambda self, *args, **kwargs: getattr(self.attention, name)(*args, **kwargs)
+
+
+def _done(name: str) -> Callable:
+    """A method that both layers follow."""
+
+    def method(self, *args, **kwargs) -> None:
+        getattr(self.memory, name)(*args, **kwargs)
+        getattr(self.attention, name)(*args, **kwargs)
+
+    return method
+
+
+class ParallelCacheLayer(CacheLayerMixin):
+    """The keys and values of an attention layer, and the state of the memory beside it.
+
+    What a cache asks of its layers the one of attention answers; what it does to them is done to both.
+    """
+
+    is_croppable = False
+    is_sliding = property(lambda self: self.attention.is_sliding)
+    is_compileable = property(lambda self: self.attention.is_compileable)
+
+    def __init__(self, attention: CacheLayerMixin, memory: MemoryCacheLayer):
+        self.attention, self.memory = attention, memory
+
+    def __getattr__(self, name: str):
+        if name == "attention":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.attention, name)
+
+    update, lazy_initialization = _answered("update"), _answered("lazy_initialization")
+    get_seq_length, get_mask_sizes = _answered("get_seq_length"), _answered("get_mask_sizes")
+    get_max_length, get_max_cache_shape = _answered("get_max_length"), _answered("get_max_cache_shape")
+    reset, reorder_cache, offload, prefetch = _done("reset"), _done("reorder_cache"), _done("offload"), _done("prefetch")
+    batch_repeat_interleave, batch_select_indices = _done("batch_repeat_interleave"), _done("batch_select_indices")
+    crop = MemoryCacheLayer.crop
+
+
+def memory_layer(cache: Cache, index: int, beside_attention: bool = False) -> MemoryCacheLayer:
+    """The memory's layer of a model's cache, put there if the cache is new, in the place of that of attention or beside it.
 
     Raises:
         TypeError, ValueError: the cache has no room for a memory (quantized ...), or holds keys and values at this layer.
@@ -192,8 +233,8 @@ def memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
     while len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
-    if isinstance(layer, MemoryCacheLayer):
-        return layer
+    if isinstance(layer, ParallelCacheLayer if beside_attention else MemoryCacheLayer):
+        return layer.memory if beside_attention else layer
     if layer.get_seq_length():
         raise ValueError(
             f"past_key_values: layer {index} of the model is a memory; expected its state or an empty cache, got keys and values of "
@@ -201,8 +242,9 @@ def memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
         )
     static = isinstance(cache, StaticCache)
     # What one layer has room for may be a window only.
-    cache.layers[index] = StaticMemoryCacheLayer(max(x.max_cache_len for x in cache.layers)) if static else MemoryCacheLayer()
-    return cache.layers[index]
+    memory = StaticMemoryCacheLayer(max(x.max_cache_len for x in cache.layers)) if static else MemoryCacheLayer()
+    cache.layers[index] = ParallelCacheLayer(layer, memory) if beside_attention else memory
+    return memory
 
 
 def check_cache(cache: object) -> None:

@@ -24,7 +24,7 @@ from transformers.utils import output_capturing
 
 from ..layers import MemoryBlock
 from . import plan
-from .attention import MemoryAttention, describe_batch, mask_of_tokens
+from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_of_tokens
 from .plan import Memories
 
 #: the modules of transformers.models whose decoder layers call ``self_attn`` as :class:`MemoryAttention` is called, and their base models
@@ -138,22 +138,28 @@ def initializer_range(config: PreTrainedConfig) -> float:
     return getattr(config, "initializer_range", None) or 0.02
 
 
-def build(base: PreTrainedModel, config: PreTrainedConfig, backend: str = "auto") -> dict[int, MemoryAttention]:
-    """The memories that ``config`` speaks of and ``base`` has not got yet, started."""
+def has_memory(layer: nn.Module) -> bool:
+    """Whether a decoder layer has a memory, in the place of attention or beside it."""
+    return isinstance(layer.self_attn, MemoryAttention | ParallelAttention)
+
+
+def build(base: PreTrainedModel, config: PreTrainedConfig, backend: str = "auto") -> dict[int, MemoryAttention | MemoryBlock]:
+    """The memories that ``config`` speaks of and ``base`` has not got yet, started; those beside attention are blocks."""
     for group in plan.read(config):
         plan.indices(group.layers, len(base.layers))
     return {
-        i: _layer(base, config, group, i, backend)
-        for group in plan.read(config)
-        for i in group.layers
-        if not isinstance(base.layers[i].self_attn, MemoryAttention)
+        i: _layer(base, config, group, i, backend) for group in plan.read(config) for i in group.layers if not has_memory(base.layers[i])
     }
 
 
-def install(base: PreTrainedModel, new: dict[int, MemoryAttention]) -> None:
-    """Put memories in the place of attention."""
-    for i, attention in new.items():
-        base.layers[i].self_attn = attention
+def install(base: PreTrainedModel, new: dict[int, MemoryAttention | MemoryBlock]) -> None:
+    """Put memories in the place of attention, or beside it."""
+    for i, memory in new.items():
+        if isinstance(memory, MemoryAttention):
+            base.layers[i].self_attn = memory
+        else:
+            attention = base.layers[i].self_attn
+            attention.__class__, attention.memory = PARALLEL[type(attention)], memory
 
 
 def adopt(model: PreTrainedModel, family: Family) -> None:
@@ -163,8 +169,10 @@ def adopt(model: PreTrainedModel, family: Family) -> None:
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs)
 
 
-def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, index: int, backend: str) -> MemoryAttention:
-    layer, linearised = base.layers[index], group.init == "from_attention"
+def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, index: int, backend: str) -> MemoryAttention | MemoryBlock:
+    layer, linearised, parallel = base.layers[index], group.init == "from_attention", group.mode == "parallel"
+    if parallel and type(layer.self_attn) not in PARALLEL:
+        raise TypeError(f"mode: 'parallel' needs the attention of the host's own class, got {type(layer.self_attn).__name__}")
     block = MemoryBlock(
         config.hidden_size,
         group.num_heads,
@@ -174,11 +182,12 @@ def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, ind
         gate_rank=group.gate_rank,
         init_std=initializer_range(config),
         projections=not linearised,
+        output_gate=parallel,
         backend=backend,
     )
     # Cast only now: the numbers drawn do not depend on the model's dtype.
-    block = block.to(next(layer.parameters()).device, base.dtype)
-    return MemoryAttention(block, index, layer.self_attn if linearised else None).train(layer.training)
+    block = block.to(next(layer.parameters()).device, base.dtype).train(layer.training)
+    return block if parallel else MemoryAttention(block, index, layer.self_attn if linearised else None).train(layer.training)
 
 
 # ------------------------------------------------------------------------------------------------- making the classes
@@ -231,6 +240,9 @@ def _family(module_name: str, base_name: str) -> Family:
             "base_model_tp_plan": None, "miras": None, "__annotations__": {"miras": dict | None}}  # fmt: skip
     config = type(f"Miras{host.__name__}", (MirasConfigMixin, host), body)
     stem = base_name.removesuffix("Model").removesuffix("Text")
+    attention = getattr(module, f"{stem}Attention")
+    body = {"__module__": __name__, "__doc__": f":class:`{attention.__name__}` of transformers with a memory beside it."}
+    PARALLEL[attention] = type(f"Miras{attention.__name__}", (ParallelAttention, attention), body)
     hosts = [base, *(getattr(module, stem + middle + head, None) for head in _HEADS for middle in ("", "Text"))]
     models = {cls: _model_class(cls, config, cls is base) for cls in hosts if cls is not None and cls.config_class is host}
     return Family(host, config, models[base], models)
@@ -257,7 +269,9 @@ def register(family: Family) -> None:
 
 #: a host's configuration, or one with memories -> the family
 FAMILIES: dict[type[PreTrainedConfig], Family] = {}
-#: the names of the classes made here
+#: a host's attention -> the same with a memory beside it
+PARALLEL: dict[type[nn.Module], type[nn.Module]] = {}
+#: the names of the public classes made here
 NAMES: list[str] = []
 for _names in HOSTS.items():
     _made = _family(*_names)
@@ -266,5 +280,6 @@ for _names in HOSTS.items():
     for _cls in (_made.config, *_made.models.values()):
         globals()[_cls.__name__] = _cls  # found by name: pickle, and imports
         NAMES.append(_cls.__name__)
+globals().update({_cls.__name__: _cls for _cls in PARALLEL.values()})
 
 __all__ = ["FAMILIES", "NAMES", "register", *NAMES]

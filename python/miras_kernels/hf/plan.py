@@ -3,8 +3,8 @@
 The field is JSON with a version, so that it survives ``config.json``; it holds the whole rule of a memory, not the name of
 a preset, so that a saved model stays what it is when a preset changes::
 
-    {"version": 1, "memories": [{"layers": [0, 2], "init": "new", "num_heads": 4, "head_dim": 64, "conv_width": 4, "gate_rank": 16,
-                                 "preset": {"bias": {"type": "Huber", "kind": "switch", "sharpness": 10.0}, "lr": "bounded", ...}}]}
+    {"version": 1, "memories": [{"layers": [0, 2], "mode": "replace", "init": "new", "num_heads": 4, "head_dim": 64, "conv_width": 4,
+                                 "gate_rank": 16, "preset": {"bias": {"type": "Huber", "kind": "switch", "sharpness": 10.0}, ...}}]}
 
 Where a memory runs (``backend``) is no part of the model and is not saved.
 """
@@ -18,10 +18,11 @@ from typing import Any
 from .. import biases, retention
 from ..layers import Preset
 
-__all__ = ["INITS", "VERSION", "Memories", "indices", "read", "write"]
+__all__ = ["INITS", "MODES", "VERSION", "Memories", "indices", "read", "write"]
 
 VERSION = 1
 INITS = ("new", "from_attention")
+MODES = ("replace", "parallel")
 _TABLES: dict[str, dict] = {"bias": biases.TABLE, "retention": retention.TABLE}
 
 
@@ -36,6 +37,7 @@ class Memories:
     conv_width: int = 4
     gate_rank: int = 16
     init: str = "new"
+    mode: str = "replace"
 
     def to_json(self) -> dict:
         """A JSON object, see the top of this file."""

@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..layers import Preset
 from ..layers.presets import resolve
 from . import plan
-from .attention import PROJECTIONS, MemoryAttention
-from .classes import FAMILIES, HOSTS, Family, adopt, build, install
+from .attention import PROJECTIONS, MemoryAttention, ParallelAttention
+from .classes import FAMILIES, HOSTS, Family, adopt, build, has_memory, install
 from .plan import Memories
 
 __all__ = ["Report", "load", "memory_config", "replace_attention", "report"]
@@ -24,6 +24,7 @@ def replace_attention(
     preset: str | Preset = "yaad_linear",
     layers: str | Iterable[int] | None = None,
     *,
+    mode: str = "replace",
     init: str = "new",
     num_heads: int | None = None,
     head_dim: int | None = None,
@@ -32,21 +33,23 @@ def replace_attention(
     gate_rank: int = 16,
     backend: str = "auto",
 ) -> PreTrainedModel:
-    """Replace the attention of a Llama, Mistral, Qwen2, Qwen3 or Gemma (1, 2, 3 text) model by memories, in place.
+    """Replace the attention of a Llama, Mistral, Qwen2, Qwen3 or Gemma (1, 2, 3 text) model by memories, in place, or add them to it.
 
     The model becomes one of the class with memories (``LlamaForCausalLM`` a ``MirasLlamaForCausalLM``, with a configuration of its
     own), which saves, loads, generates and trains as its host does. The layers that are not replaced keep their attention; other
     layers can be replaced by a second call, with another preset.
 
     The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, started from
-    torch's random generator with the model's ``initializer_range``. *Either way the model is no language model any more until
-    it has been trained.* All new parameters are ``...self_attn.memory.*``; :func:`report` lists them.
+    torch's random generator with the model's ``initializer_range``. *A model that has lost attention is no language model any more
+    until it has been trained.* All new parameters are ``...self_attn.memory.*``; :func:`report` lists them.
 
     Args:
         model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped:
             the whole model (of a base model that is part of another one, the other one would not know).
         preset: see :data:`miras_kernels.layers.PRESETS`.
         layers: indices of the decoder layers to replace; None or ``"all"`` for all. The others keep their attention.
+        mode: ``"replace"``; or ``"parallel"``: attention stays and a memory is added beside it, its output multiplied by a gate
+            (``memory.output_gate``, one number a channel) that is zero at the start: the model then computes bit for bit what it did.
         init: ``"new"``: the memory has projections of its own, and no position embedding. ``"from_attention"``: it takes over the layer's
             q_proj, k_proj, v_proj and o_proj (the same modules, under the same names; also the norms of queries and keys that Qwen3 and
             Gemma 3 have), grouped keys and values are repeated for their heads, rotary positions turn queries and keys as they
@@ -62,7 +65,7 @@ def replace_attention(
     """
     family = _family(model)
     base = model.base_model
-    taken = [i for i, layer in enumerate(base.layers) if isinstance(layer.self_attn, MemoryAttention)]
+    taken = [i for i, layer in enumerate(base.layers) if has_memory(layer)]
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("model: expected one without adapters (replace attention first, then add them), got one with adapters")
     for i in plan.indices(layers, len(base.layers), taken):
@@ -73,8 +76,8 @@ def replace_attention(
             )
     old = model.config
     config = memory_config(
-        old, preset, layers, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size, conv_width=conv_width,
-        gate_rank=gate_rank,
+        old, preset, layers, mode=mode, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size,
+        conv_width=conv_width, gate_rank=gate_rank,
     )  # fmt: skip
     new = build(base, config, backend)
     for module in model.modules():
@@ -92,6 +95,7 @@ def memory_config(
     preset: str | Preset = "yaad_linear",
     layers: str | Iterable[int] | None = None,
     *,
+    mode: str = "replace",
     init: str = "new",
     num_heads: int | None = None,
     head_dim: int | None = None,
@@ -121,8 +125,8 @@ def memory_config(
         raise ValueError("model: a memory reads causally; expected a model with causal attention, got one with bidirectional attention")
     before = plan.read(config)
     chosen = plan.indices(layers, config.num_hidden_layers, [i for group in before for i in group.layers])
-    heads, size = _heads(config, init, num_heads, head_dim)
-    group = Memories(chosen, resolve(preset, chunk_size), heads, size, conv_width, gate_rank, init)
+    heads, size = _heads(config, mode, init, num_heads, head_dim)
+    group = Memories(chosen, resolve(preset, chunk_size), heads, size, conv_width, gate_rank, init, mode)
     new = copy.deepcopy(config)
     new.__class__ = family.config
     new.miras = plan.write([*before, group])
@@ -154,10 +158,10 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Names of parameters in the layers that are memories.
+    """Names of parameters in the layers that have memories.
 
     Attributes:
-        copied: those taken over from attention.
+        copied: those that memories took over from attention.
         new: those of the memories.
         sizes: name -> number of values.
     """
@@ -186,8 +190,9 @@ def report(model: PreTrainedModel) -> Report:
     """
     copied, new = [], []
     for prefix, module in model.named_modules():
-        if isinstance(module, MemoryAttention):
+        if isinstance(module, MemoryAttention | ParallelAttention):
             new += [f"{prefix}.memory.{name}" for name, _ in module.memory.named_parameters()]
+        if isinstance(module, MemoryAttention):
             copied += [f"{prefix}.{name}" for name, _ in module.named_parameters() if name.split(".")[0] in PROJECTIONS]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     return Report(tuple(copied), tuple(new), {name: sizes[name] for name in [*copied, *new]})
@@ -206,9 +211,12 @@ def _family(model: object) -> Family:
     return family
 
 
-def _heads(config: PreTrainedConfig, init: str, num_heads: int | None, head_dim: int | None) -> tuple[int, int | None]:
-    if init not in plan.INITS:
-        raise ValueError(f"init: expected one of {', '.join(map(repr, plan.INITS))}, got {init!r}")
+def _heads(config: PreTrainedConfig, mode: str, init: str, num_heads: int | None, head_dim: int | None) -> tuple[int, int | None]:
+    for name, given, choices in (("mode", mode, plan.MODES), ("init", init, plan.INITS)):
+        if given not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {given!r}")
+    if mode == "parallel" and init != "new":
+        raise ValueError(f"init: with mode='parallel' attention keeps its projections, expected 'new', got {init!r}")
     own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if init == "from_attention":
         for name, given in (("num_heads", num_heads), ("head_dim", head_dim)):

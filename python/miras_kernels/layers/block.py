@@ -107,6 +107,7 @@ class MemoryBlock(nn.Module):
         projections: False leaves q_proj, k_proj, v_proj and o_proj to the caller (who has those of an attention layer, say): the
             block then reads :class:`Projected`, returns what o_proj would have read, ``[B, T, num_heads * head_dim]``, and its
             convolution starts as the identity.
+        output_gate: multiplies the output by a parameter ``[D]`` that is zero at the start: a layer beside another one begins as nothing.
         backend: of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
 
     Raises:
@@ -140,6 +141,7 @@ class MemoryBlock(nn.Module):
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
         projections: bool = True,
+        output_gate: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -151,6 +153,8 @@ class MemoryBlock(nn.Module):
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")
+        if output_gate and not projections:
+            raise ValueError("output_gate: a block without projections leaves its output to the caller; expected False, got True")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden_size} (or a head_dim), got {num_heads}")
         self.preset = resolve(preset, chunk_size)
@@ -162,6 +166,7 @@ class MemoryBlock(nn.Module):
         self.v_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
         self.g_proj = nn.Linear(hidden_size, inner, bias=False, **where)
         self.o_proj = nn.Linear(inner, hidden_size, bias=False, **where) if projections else None
+        self.output_gate = nn.Parameter(torch.empty(hidden_size, **where)) if output_gate else None
         self.conv_weight = nn.Parameter(torch.empty(3 * inner, conv_width, **where))
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim, **where))
         gates = len(self.preset.token_gates) * num_heads
@@ -190,6 +195,8 @@ class MemoryBlock(nn.Module):
         else:
             nn.init.uniform_(self.conv_weight, -(self.conv_width**-0.5), self.conv_width**-0.5)
         nn.init.ones_(self.norm_weight)
+        if self.output_gate is not None:
+            nn.init.zeros_(self.output_gate)
         if self.decay_rate is not None:
             nn.init.zeros_(self.decay_rate)
         # The norm of a value: rms inputs of 1, a convolution of variance 1/3, silu(x) ~ x / 2.
@@ -343,7 +350,8 @@ class MemoryBlock(nn.Module):
         o = _wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))
-        return out if self.o_proj is None else self.o_proj(out), final if output_final_state else None
+        out = out if self.o_proj is None else self.o_proj(out)
+        return out if self.output_gate is None else out * self.output_gate, final if output_final_state else None
 
     def gates(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """``lr``, ``log_decay``, ``delta`` and ``momentum [B, T, H]`` of the memory, those that it has, in float32 (float64 for float64).
