@@ -37,14 +37,6 @@ from miras_kernels import dispatch
 
 
 @pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def no_verdicts(monkeypatch):
     """Gates are asked anew."""
     monkeypatch.setattr(gpu_bench, "_verdicts", {})
