@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..memory import linear_memory, mlp_memory
 from ..state import MemoryState, OpenChunk
-from .functional import convolve, inverse_softplus, rotated, suit, unit, wide
+from .functional import convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
 from .presets import Preset, resolve
 
 __all__ = ["BlockState", "MemoryBlock", "Projected"]
@@ -260,7 +260,7 @@ class MemoryBlock(nn.Module):
             return self._run(x, projected, cu_seqlens, initial_state, output_final_state)
         if cu_seqlens is not None:
             raise ValueError("attention_mask: packed sequences (cu_seqlens) have no padding, got both")
-        mask = _token_mask(attention_mask, x)
+        mask = token_mask(attention_mask, x)
         if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
             return self._run(x, projected, None, initial_state, output_final_state)
         if output_final_state:
@@ -382,11 +382,3 @@ def _overwritten(state: BlockState, rows: Tensor, other: BlockState) -> BlockSta
     memory = memory.replace_tensors([write(*pair) for pair in zip(memory.tensors(), news.tensors(), strict=True)])
     memory = dataclasses.replace(memory, open_chunk=dataclasses.replace(memory.open_chunk, position=position))
     return BlockState(memory, write(state.conv, other.conv))
-
-
-def _token_mask(mask: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask: expected a tensor [B, T], got {type(mask).__name__}")
-    if tuple(mask.shape) != tuple(x.shape[:2]):
-        raise ValueError(f"attention_mask: expected shape [B, T] = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
-    return mask.to(device=x.device) != 0

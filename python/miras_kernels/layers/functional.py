@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..retention import KLRetention, LqRetention, Retention
 
-__all__ = ["convolve", "inverse_softplus", "rotated", "suit", "unit", "wide"]
+__all__ = ["convolve", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
 
 _LOGITS = 1.25  # standard deviation of the logits of a softmax at the start
 
@@ -51,6 +51,15 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x [B, T, H, D]`` turned by a rotary position embedding whose pairs lie half a head apart (Llama's layout)."""
     a, b = x.chunk(2, -1)
     return (x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
+
+
+def token_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask ``[B, T]`` of real tokens as booleans, where x is."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor [B, T], got {type(mask).__name__}")
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ValueError(f"attention_mask: expected shape [B, T] = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    return mask.to(device=x.device) != 0
 
 
 def wide(x: Tensor) -> Tensor:
