@@ -36,7 +36,9 @@ float* checked_saved(const MemoryParams& p, const Tensor& saved, int64_t matrice
   return saved.data_ptr<float>();
 }
 
+// A kernel over all tasks, without the interpreter's lock
 template <class Params> void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
+  pybind11::gil_scoped_release nogil;
   at::parallel_for(0, p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
 }
 
@@ -110,11 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
   const Tensor saved = new_saved(p, momentum ? 2 : 1, p.Dk, p.Dv);
   if (checkpoint_every > 0) p.saved = saved.data_ptr<float>();
 
-  const auto kernel = cpu::kernels().linear_forward;
-  {
-    pybind11::gil_scoped_release nogil;
-    run(kernel, p);
-  }
+  run(cpu::kernels().linear_forward, p);
   return {out, final_dual, final_carried, final_start, final_log_decay, saved};
 }
 
@@ -185,11 +183,7 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   OptionalTensor d_carried;
   if (momentum) d_carried = new_states(p.d_carried, p);
 
-  const auto kernel = cpu::kernels().linear_backward;
-  {
-    pybind11::gil_scoped_release nogil;
-    run(kernel, p);
-  }
+  run(cpu::kernels().linear_backward, p);
   return {sum_parts(dq, q.scalar_type()), sum_parts(dk, q.scalar_type()), dv, sum_gate(dlr), sum_gate(dlog_decay),
           sum_gate(ddelta), sum_gate(dmomentum), d_dual, d_carried};
 }
@@ -269,11 +263,7 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
   const Tensor saved = new_saved(p, momentum ? 4 : 2, p.Hd, p.D);
   if (checkpoint_every > 0) p.saved = saved.data_ptr<float>();
 
-  const auto kernel = cpu::kernels().mlp_forward;
-  {
-    pybind11::gil_scoped_release nogil;
-    run(kernel, p);
-  }
+  run(cpu::kernels().mlp_forward, p);
   return {out, final_dual, final_carried, final_start, final_log_decay, saved};
 }
 
@@ -317,11 +307,7 @@ mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   OptionalPair d_carried;
   if (momentum) d_carried = new_states(p.d_carried, p);
 
-  const auto kernel = cpu::kernels().mlp_backward;
-  {
-    pybind11::gil_scoped_release nogil;
-    run(kernel, p);
-  }
+  run(cpu::kernels().mlp_backward, p);
   return {dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, sum_parts(dln_weight, at::kFloat), sum_parts(dln_bias, at::kFloat),
           d_dual, d_carried};
 }

@@ -1,6 +1,6 @@
 """The chain of the linear memory (SPEC section 2): sequential in chunks, one program a tile of S, or of its gradient J.
 
-    linear_state   E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))                                 forward, first chunk first
+    linear_state   E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))                                     forward, first chunk first
     linear_seq     dU = R - dec (K J);  dE = psi'(E) (eta dU);  J <- gamma_C J + Q' (gamma dO) + K' dE    backward, last chunk first
 
 ``S = W' [Dk, Dv]``; decays.py has what the gates of a chunk amount to. A program holds its tile ``[BK, BV]`` in registers in float32,

@@ -125,7 +125,13 @@ def linear_pre(
     for i_t in range(i_r, NC):
         o_t = i_t * BC + tl.arange(0, BC)
         m_t = t0 + o_t < eos
-        b_p = pair_products(k, stride_kt, o_s, m_s, q, stride_qt, o_t, m_t, BC, Dk, BK)  # [s, t]
+        b_p = tl.zeros((BC, BC), tl.float32)  # [s, t]
+        for i_k in range(0, (Dk + BK - 1) // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = inside(o_k, Dk, BK)
+            b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
+            b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [BC, BK]
+            b_p += dot(b_k, tl.trans(b_q))
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
         b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
         b_r -= dot(rounded(b_p, DTYPE), b_do)

@@ -153,13 +153,13 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         group = recompute(p, weights, checkpoints, every, first, count)
         common = dict(q=p.q, k=p.k, lr=p.lr, decays=decays, cu_seqlens=p.cu_seqlens, first_slot=p.slots.first, CHUNKS=p.slots.per_sequence)
         common |= dict(ROW=p.row, FIRST=first * every, GROUP=count * every, **p.strides("q", "k"))
-        common |= dict(states=group.states, momenta=group.momenta, scales=group.scales, hidden=group.hidden, updates=group.updates)
+        common |= dict(states=group.states, momenta=group.momenta, scales=group.scales, hidden=group.hidden)
         sizes = {name: x for name, x in p.sizes.items() if name != "EPS"}
         chunks = p.sequences * count * every
         shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **between.only("grad_scales"))
         launch(
             mlp_readout, p, chunks, "hidden",
-            ln_weight=p.layer_norm["ln_weight"], grad_out=grad_out, pairs=weights.pairs,
+            ln_weight=p.layer_norm["ln_weight"], grad_out=grad_out, pairs=weights.pairs, updates=group.updates,
             **between.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "grad_norm", "weights"),
             rows_pairs=None if rows_pairs is None else rows_pairs[0], **shares, **common, **p.sizes,
         )  # fmt: skip
@@ -171,7 +171,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         )  # fmt: skip
         launch(
             mlp_seq, p, p.sequences, "hidden",
-            v=p.v, delta=p.delta, moves=weights.moves, **p.layer_norm, duals=group.duals, sums=group.sums,
+            v=p.v, delta=p.delta, moves=weights.moves, **p.layer_norm, duals=group.duals, updates=group.updates, sums=group.sums,
             **{name: x for name, x in between._asdict().items() if name not in ("scores", "weights")}, row_sums=row_sums, grad_sum=grad_sum,
             grad_memory=grad_memory, grad_primal=grad_primal, grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
             grad_layer_norm=grad_layer_norm,

@@ -244,7 +244,7 @@ def mlp_readout(
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_pre(
     q, k, lr, decays, grad_out,
-    states, momenta, scales, hidden, updates, inner_grad, hidden_q, grad_sums, scores, grad_scores, weights,
+    states, momenta, scales, hidden, inner_grad, hidden_q, grad_sums, scores, grad_scores, weights,
     grad_hidden_q, from_hidden, from_updates, from_inner, grad_q, rows_read, rows_pairs, grad_pairs, rows_carry, grad_scales,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW, FIRST, GROUP,

@@ -29,6 +29,15 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def one_thread():
+    """Torch computes with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request) -> str:
     """Each backend that this machine is meant to run."""

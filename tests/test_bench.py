@@ -25,14 +25,6 @@ contenders, cpu, harness, program, report, studies = map(
 SETTINGS = contenders.Settings(backend="reference", seconds=0.02, min_rounds=2, compile_seconds=0, toy=True)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run_bench(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCH / "cpu.py"), *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from miras_kernels import Decoder, dispatch
 
@@ -19,14 +18,6 @@ decode, decode_report = importlib.import_module("decode"), importlib.import_modu
 
 BACKEND = "reference" if dispatch.unavailable("cpp") else "cpp"
 SETTINGS = {"backend": BACKEND, "toy": True, "min_rounds": 2, "seconds": 0.02, "cache_bytes": 1 << 26}
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_document(tmp_path):

@@ -14,7 +14,7 @@ import miras_kernels as mk
 import vectors
 from miras_kernels import dispatch
 from miras_kernels.testing import Case, check, evaluate, registry, relative_error
-from miras_kernels.testing.cases import BIASES, GATES
+from miras_kernels.testing.case_list import BIASES, GATES
 
 
 class Forgetful(Case):

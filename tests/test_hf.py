@@ -107,10 +107,10 @@ def test_memories_made_from_attention(architecture):
         assert_close(v[:, :, head], layer.v_proj(x).view(2, 5, 2, 8)[:, :, head // 2])
     modeling = __import__(type(attention).__module__, fromlist=["apply_rotary_pos_emb"])
     turned = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), angles.cos(), angles.sin())
-    from miras_kernels.layers.block import _rotated
+    from miras_kernels.layers.functional import rotated
 
     for ours, theirs in zip((q, k), turned, strict=True):
-        assert_close(_rotated(ours, projected.cos, projected.sin), theirs.transpose(1, 2))
+        assert_close(rotated(ours, projected.cos, projected.sin), theirs.transpose(1, 2))
     for n, grad in gradients(host, input_ids=ids(), labels=ids()).items():
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
 

@@ -11,7 +11,7 @@ import torch
 import miras_kernels as mk
 from miras_kernels import Huber
 from miras_kernels.testing import Case, evaluate, registry, relative_error
-from miras_kernels.testing.cases import BIASES
+from miras_kernels.testing.case_list import BIASES
 from miras_kernels.testing.parity import ARITHMETIC, FACTOR
 
 TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")

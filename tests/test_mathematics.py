@@ -12,7 +12,7 @@ from torch import Tensor
 import miras_kernels as mk
 from miras_kernels.reference import definition
 from miras_kernels.testing import Case, evaluate, relative_error
-from miras_kernels.testing.cases import BIASES, GATES
+from miras_kernels.testing.case_list import BIASES, GATES
 
 # Two float64 computations of one function, as in test_reference.py.
 EXACT = 1e-9

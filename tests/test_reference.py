@@ -12,7 +12,7 @@ import miras_kernels as mk
 import vectors
 from miras_kernels.reference import chunkwise, definition, derived
 from miras_kernels.testing import Case, evaluate, registry, relative_error
-from miras_kernels.testing.cases import BIASES, GATES
+from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.validation import linear_call, mlp_call
 
 # Two float64 computations of one function: 2^-53 times condition and reduction lengths stays far below this.

@@ -14,7 +14,7 @@ import miras_kernels as mk
 from miras_kernels import dispatch
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, baseline, check, evaluate, operands, registry, relative_error, truth
-from miras_kernels.testing.cases import BIASES
+from miras_kernels.testing.case_list import BIASES
 from miras_kernels.testing.parity import judge, margin
 
 triton_backend = dispatch.BACKENDS["triton"]

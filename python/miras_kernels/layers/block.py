@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..memory import linear_memory, mlp_memory
-from ..retention import KLRetention, LqRetention, Retention
 from ..state import MemoryState, OpenChunk
+from .functional import convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
 from .presets import Preset, resolve
 from .state import BlockDecoder, BlockState
 
@@ -21,7 +21,6 @@ __all__ = ["MemoryBlock", "Projected"]
 _SPAN = 10.0  # tokens after which the fastest head of a linear memory has forgotten a factor e at the start
 _SPREAD = 100.0  # the slowest head's span over the fastest's
 _MOMENTUM = 0.999  # upper end: below 1 after rounding too
-_LOGITS = 1.25  # standard deviation of the logits of a softmax at the start
 
 
 class Projected(NamedTuple):
@@ -207,7 +206,7 @@ class MemoryBlock(nn.Module):
             nn.init.normal_(self.w1, std=2**0.5 * weight)
             nn.init.normal_(self.w2, std=2**0.5 * weight * (1 + (self.head_dim / self.w1.shape[-1]) ** 0.5))
             for dual in (self.w1, self.w2):
-                _suit(self.preset.retention, dual)
+                suit(self.preset.retention, dual)
             nn.init.constant_(self.ln_weight, weight)
             nn.init.zeros_(self.ln_bias)
             error = (2 * (1 + value**2)) ** 0.5
@@ -217,8 +216,8 @@ class MemoryBlock(nn.Module):
         nn.init.normal_(self.gate_up, std=init_std)
         at = torch.linspace(0, 1, self.num_heads, dtype=torch.float64) if self.num_heads > 1 else torch.full((1,), 0.5, dtype=torch.float64)
         spans = (_SPAN if self.w1 is None else self.preset.chunk_size * self.w1.shape[-1]) * _SPREAD**at
-        start = {"lr": torch.zeros_like(spans), "dt": _inverse_softplus(1 / spans), "log_decay": _inverse_softplus(1 / spans),
-                 "delta": _inverse_softplus(torch.full_like(spans, error)), "momentum": torch.zeros_like(spans)}  # fmt: skip
+        start = {"lr": torch.zeros_like(spans), "dt": inverse_softplus(1 / spans), "log_decay": inverse_softplus(1 / spans),
+                 "delta": inverse_softplus(torch.full_like(spans, error)), "momentum": torch.zeros_like(spans)}  # fmt: skip
         self.gate_bias.copy_(torch.cat([start[name] for name in self.preset.token_gates]))
 
     def extra_repr(self) -> str:
@@ -267,7 +266,7 @@ class MemoryBlock(nn.Module):
             return self._run(x, projected, cu_seqlens, initial_state, output_final_state)
         if cu_seqlens is not None:
             raise ValueError("attention_mask: packed sequences (cu_seqlens) have no padding, got both")
-        mask = _token_mask(attention_mask, x)
+        mask = token_mask(attention_mask, x)
         if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
             return self._run(x, projected, None, initial_state, output_final_state)
         if output_final_state:
@@ -329,15 +328,15 @@ class MemoryBlock(nn.Module):
         output_final_state: bool,
     ) -> tuple[Tensor, BlockState | BlockDecoder | None]:
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1) if projected is None else projected.qkv
-        mixed, conv = self._convolve(qkv, None if initial_state is None else initial_state.conv, cu_seqlens)
+        mixed, conv = convolve(qkv, self.conv_weight, None if initial_state is None else initial_state.conv, cu_seqlens)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if projected is not None and projected.cos is not None and projected.sin is not None:
-            q, k = (_rotated(t, projected.cos, projected.sin) for t in (q, k))
+            q, k = (rotated(t, projected.cos, projected.sin) for t in (q, k))
         recall: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
         start, scale, norm = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1, {}
         if self.w1 is not None:
             recall, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
-        tokens = dict(q=_unit(q), k=_unit(k), v=v, **self.gates(x), **norm)
+        tokens = dict(q=unit(q), k=unit(k), v=v, **self.gates(x), **norm)
         if isinstance(initial_state, BlockDecoder):
             o, final = initial_state.read(tokens, conv), initial_state
         else:
@@ -347,7 +346,7 @@ class MemoryBlock(nn.Module):
                 cu_seqlens=cu_seqlens, backend=self.backend,
             )  # fmt: skip
             final = BlockState(memory, conv)
-        o = _wide(o)
+        o = wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))
         out = out if self.o_proj is None else self.o_proj(out)
@@ -360,7 +359,7 @@ class MemoryBlock(nn.Module):
         """
         row, shape = self.preset, (*hidden_states.shape[:2], self.num_heads)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            x = _wide(hidden_states)
+            x = wide(hidden_states)
             raw = {}
             if row.token_gates:
                 projected = F.linear(F.linear(x, self.gate_down.to(x.dtype)), self.gate_up.to(x.dtype), self.gate_bias.to(x.dtype))
@@ -383,33 +382,6 @@ class MemoryBlock(nn.Module):
                 gates["lr"] = gates["lr"] * (1 - gates["momentum"])
         return gates
 
-    def _convolve(self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Depthwise causal convolution of ``x [B, T, channels]``, and the last ``conv_width - 1`` inputs of each sequence.
-
-        Every sequence is preceded by its context (zeros at its start); packed ones are first moved apart to make room for it.
-        """
-        before, tokens, channels = self.conv_width - 1, x.shape[1], x.shape[2]
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if context is None:
-            context = x.new_zeros(sequences, before, channels)
-        elif tuple(context.shape) != (sequences, before, channels):
-            raise ValueError(f"initial_state.conv: expected shape {(sequences, before, channels)}, got {tuple(context.shape)}")
-        context = context.to(x.dtype)
-        if cu_seqlens is None:
-            stream = torch.cat([context, x], 1)
-            if tokens == 0:
-                return x, stream
-            return _depthwise(stream, self.conv_weight), stream[:, tokens:]
-        offsets = cu_seqlens.to(torch.int64)
-        number = torch.arange(sequences, device=x.device)
-        of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence
-        at = torch.arange(tokens, device=x.device) + of_token * before  # [T], where the token's window begins
-        around = (offsets + F.pad(number, (0, 1)) * before)[:-1, None] + torch.arange(before, device=x.device)  # [N, before]
-        stream = x.new_zeros(tokens + sequences * before, channels)
-        stream = stream.index_copy(0, around.flatten(), context.flatten(0, 1)).index_copy(0, at + before, x.squeeze(0))
-        last = offsets[1:, None] + number[:, None] * before + torch.arange(before, device=x.device)
-        return _depthwise(stream.unsqueeze(0), self.conv_weight)[:, at], stream[last]
-
 
 def _opened(state: MemoryState) -> MemoryState:
     """The same state with an open chunk, which may have consumed no token yet."""
@@ -429,45 +401,3 @@ def _overwritten(state: BlockState, rows: Tensor, other: BlockState) -> BlockSta
     position = write(memory.open_chunk.position, news.open_chunk.position)
     memory = dataclasses.replace(memory, open_chunk=dataclasses.replace(memory.open_chunk, position=position))
     return BlockState(memory, write(state.conv, other.conv))
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x [B, T, H, D]`` turned by a rotary position embedding whose pairs lie half a head apart (Llama's layout)."""
-    a, b = x.chunk(2, -1)
-    return (x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
-
-
-def _token_mask(mask: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask: expected a tensor [B, T], got {type(mask).__name__}")
-    if tuple(mask.shape) != tuple(x.shape[:2]):
-        raise ValueError(f"attention_mask: expected shape [B, T] = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
-    return mask.to(device=x.device) != 0
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _unit(x: Tensor) -> Tensor:
-    """``x`` at norm <= 1 over the last axis; a zero vector stays zero, with a finite gradient."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def _suit(retention: Retention, dual: Tensor) -> None:
-    """Bring normal duals ``[H, rows, columns]`` to where a retention gate's primal varies most, in place."""
-    if isinstance(retention, LqRetention):  # |phi(A)|_q is largest at |A|_q = floor (q = 4)
-        dual *= retention.floor / dual.flatten(1).norm(retention.q, dim=1)[:, None, None]
-    elif isinstance(retention, KLRetention):  # neither uniform nor one-hot
-        dual *= _LOGITS / dual.std()
-
-
-def _inverse_softplus(y: Tensor) -> Tensor:
-    return y + torch.log(-torch.expm1(-y))
-
-
-def _depthwise(stream: Tensor, weight: Tensor) -> Tensor:
-    """``[B, T + width - 1, channels] -> [B, T, channels]``; as a 2-d convolution, the tokens' layout is already channels-last."""
-    image = stream.transpose(1, 2).unsqueeze(2)  # [B, channels, 1, tokens]
-    return F.conv2d(image, weight[:, None, None], groups=stream.shape[-1]).squeeze(2).transpose(1, 2)

@@ -1,6 +1,7 @@
 """Cases and error budgets: what the project's own tests, its benchmarks and its users' checks share."""
 
-from .cases import Case, Inputs, registry
+from .case_list import registry
+from .cases import Case, Inputs
 from .parity import Report, baseline, check, evaluate, operands, relative_error, truth
 from .steps import check_steps
 

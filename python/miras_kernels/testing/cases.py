@@ -1,4 +1,4 @@
-"""One registry of cases for tests, benchmarks and fuzzing.
+"""Cases for tests, benchmarks and fuzzing; case_list.py has the registry of them.
 
 A :class:`Case` describes a call; :meth:`Case.draw` makes its tensors, the same ones every time. The data are well
 conditioned: the step sizes keep the inner loop contracting whatever the bias' curvature, and where psi has a kink no error
@@ -8,23 +8,20 @@ lies so close to it that rounding could decide the side.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..biases import L2, Bias, Huber, Lp
-from ..biases import TABLE as BIASES
+from ..biases import L2, Bias, Huber
 from ..reference import chunkwise
 from ..reference.inputs import Call
-from ..retention import TABLE as GATES
-from ..retention import L2Retention, LqRetention, Retention
+from ..retention import L2Retention, Retention
 from ..state import MemoryState
 from ..validation import linear_call, mlp_call
 
-__all__ = ["Case", "Inputs", "registry"]
+__all__ = ["Case", "Inputs"]
 
 #: arguments a gradient is asked of, besides the initial matrices
 LEAVES = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "ln_weight", "ln_bias")
@@ -209,9 +206,8 @@ class Case:
         shapes = [(dv, dk)] if self.memory == "linear" else [(dv, self.hidden), (self.hidden, dv)]
         lead = {"dual": (self.sequences, h), "shared": (h,), "none": None}[self.initial]
         duals = () if lead is None else tuple(normal(*lead, *s) / math.sqrt(s[1]) for s in shapes)
-        if isinstance(self.retention, LqRetention):  # a step moves predictions by rho times as much
-            starts = duals or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-            tensors["lr"] /= max(1.0, *(self.retention.rho(x).max().item() for x in starts))
+        starts = duals or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        tensors["lr"] /= max(1.0, *(self.retention.rho(x).max().item() for x in starts))  # a step moves predictions by rho times as much
         if self.memory == "mlp":
             tensors |= {"ln_weight": uniform(0.5, 1.5, h, dv), "ln_bias": 0.1 * normal(h, dv)}
         grad_duals = tuple(normal(self.sequences, h, *s) for s in shapes)
@@ -289,127 +285,3 @@ class _Probe(Bias):
         cost = (middles - delta).abs() + 1e3 * (self.margin - halves).clamp_min(0)
         best = middles.gather(-1, cost.argmin(-1, keepdim=True))
         return torch.where((size - delta).abs().min(-1, keepdim=True).values < self.margin, best, delta)
-
-
-def registry(memory: str | None = None) -> list[Case]:
-    """All cases, or those of one memory. Names are unique and stable."""
-    cases = [*_linear(), *_mlp()]
-    return [case for case in cases if memory in (None, case.memory)]
-
-
-def _linear() -> list[Case]:
-    huber, norm, switch = Huber("coordinate"), Huber("norm"), Huber("switch")
-    biases = [*BIASES.values(), Lp(2.0), Lp(2.5), Lp(4.0), Lp(3.0, sharpness=10.0)]
-    cases = [Case(f"linear-{_word(bias)}", bias=bias, seed=i) for i, bias in enumerate(biases)]
-    # every bias over several chunk sizes, head sizes that are no multiple of anything, and no decay
-    cases += [
-        Case(f"linear-{_word(bias)}-odd", bias=bias, tokens=71, heads=3, key_dim=19, value_dim=33, chunk_size=7, decay="none", seed=i)
-        for i, bias in enumerate(BIASES.values(), 20)
-    ]
-    sizes = {  # name: (batch, tokens, heads, key_dim, value_dim, chunk_size)
-        "one-token": (1, 1, 1, 8, 8, 16),
-        "short": (2, 5, 2, 16, 16, 64),
-        "exact": (2, 64, 2, 32, 32, 32),
-        "chunk-1": (2, 19, 2, 16, 8, 1),
-        "chunk-3": (1, 25, 2, 8, 40, 3),
-        "tiny-heads": (1, 21, 2, 1, 1, 8),
-        "wide": (1, 70, 1, 128, 64, 64),
-        "tall": (1, 40, 1, 48, 136, 16),
-        "largest": (1, 260, 1, 256, 256, 256),
-        "common": (1, 130, 2, 64, 64, 64),
-        "many-heads": (3, 33, 5, 16, 16, 16),
-    }
-    for i, (name, (b, t, h, dk, dv, c)) in enumerate(sizes.items(), 40):
-        shape = dict[str, Any](batch=b, tokens=t, heads=h, key_dim=dk, value_dim=dv, chunk_size=c)
-        cases += [Case(f"linear-{name}-{_word(bias)}", bias=bias, seed=i, **shape) for bias in (L2(), huber, switch)]
-    for i, bias in enumerate((L2(), huber, norm, Lp(3.0)), 60):
-        word = _word(bias)
-        cases += [
-            Case(f"linear-{word}-strong-decay", bias=bias, decay="strong", tokens=80, chunk_size=32, seed=i),
-            Case(f"linear-{word}-extreme-decay", bias=bias, decay="extreme", tokens=80, chunk_size=32, seed=i),
-            Case(f"linear-{word}-packed", bias=bias, lengths=(1, 16, 30, 5, 33), seed=i),
-            Case(f"linear-{word}-shared-state", bias=bias, initial="shared", seed=i),
-            Case(f"linear-{word}-no-state", bias=bias, initial="none", seed=i),
-            Case(f"linear-{word}-fused", bias=bias, layout="fused", seed=i),
-            Case(f"linear-{word}-heads-first", bias=bias, layout="heads_first", seed=i),
-        ]
-    cases += [
-        Case("linear-huber_coordinate-float-delta", bias=huber, delta="float", seed=70),
-        Case("linear-huber_norm-float-delta", bias=norm, delta="float", seed=71),
-        Case("linear-huber_coordinate-channel-delta", bias=huber, delta="channel", seed=72),
-        Case("linear-l2-long", tokens=1000, batch=1, chunk_size=32, seed=73),
-        Case("linear-l2-packed-shared", lengths=(7, 41, 16), initial="shared", seed=74),
-    ]
-    channel = dict[str, Any](decay="channel", lr="channel", delta="channel")
-    cases += [
-        Case("linear-huber_coordinate-channel-wise", bias=huber, **channel, seed=90),
-        Case("linear-l2-channel-wise-momentum", **channel, momentum=True, seed=91),
-        Case("linear-l2-extreme-channel-decay", decay="extreme_channel", tokens=80, chunk_size=32, seed=92),
-        Case("linear-l2-extreme-channel-decay-momentum", decay="extreme_channel", momentum=True, tokens=40, seed=93),
-        Case("linear-l2-lq-p1.5", retention=LqRetention(1.5, 0.5), seed=94),
-        Case("linear-l2-lq-momentum-split", retention=GATES[1], momentum=True, batch=1, heads=1, value_dim=70, seed=95),
-    ]
-    return cases + _pairs(
-        "linear", 200,
-        bias=list(BIASES.values()), retention=list(GATES.values()), momentum=[False, True], decay=["scalar", "none", "channel", "strong"],
-        lr=["scalar", "channel"], delta=["token", "channel"], initial=["dual", "none", "shared"], lengths=[None, (20, 1, 16, 7)],
-    )  # fmt: skip
-
-
-def _mlp() -> list[Case]:
-    shape = dict[str, Any](memory="mlp", key_dim=16, value_dim=16, hidden=24)
-    cases = [Case(f"mlp-{_word(bias)}", bias=bias, seed=i, **shape) for i, bias in enumerate(BIASES.values(), 100)]
-    cases += _pairs(
-        "mlp", 300,
-        bias=list(BIASES.values()), retention=list(GATES.values()), momentum=[False, True], decay=["scalar", "none"],
-        initial=["dual", "shared"], lengths=[None, (20, 1, 16)], **{name: [x] for name, x in shape.items() if name != "memory"},
-    )  # fmt: skip
-    cases += [
-        Case("mlp-l2-no-decay", decay="none", seed=140, **shape),
-        Case("mlp-l2-packed", lengths=(1, 16, 30, 5), seed=141, **shape),
-        Case("mlp-l2-shared-state", initial="shared", seed=142, **shape),
-        Case("mlp-huber_norm-chunk-1", bias=Huber("norm"), chunk_size=1, tokens=9, seed=143, **shape),
-        Case("mlp-l2-extreme-decay", decay="extreme", seed=144, **shape),
-        Case("mlp-huber_coordinate-strong-decay", bias=Huber("coordinate"), decay="strong", tokens=80, chunk_size=32, seed=145, **shape),
-        Case("mlp-huber_switch-packed", bias=Huber("switch"), lengths=(7, 33, 1), seed=146, **shape),
-        Case("mlp-huber_coordinate-float-delta", bias=Huber("coordinate"), delta="float", layout="fused", seed=147, **shape),
-        Case("mlp-robust_l2-heads-first", bias=BIASES[8], layout="heads_first", initial="shared", seed=148, **shape),
-        Case("mlp-dot-no-decay", bias=BIASES[0], decay="none", seed=149, **shape),
-    ]
-    sizes = {  # name: (batch, tokens, heads, dim, hidden, chunk_size)
-        "one-token": (1, 1, 1, 16, 24, 16),
-        "odd": (1, 45, 2, 19, 37, 7),
-        "common": (1, 100, 1, 64, 256, 64),
-        "wide": (1, 40, 1, 128, 64, 32),
-        "tiny": (1, 11, 1, 1, 3, 4),
-    }
-    for i, (name, (b, t, h, d, hidden, c)) in enumerate(sizes.items(), 160):
-        shape = dict[str, Any](memory="mlp", batch=b, tokens=t, heads=h, key_dim=d, value_dim=d, hidden=hidden, chunk_size=c)
-        cases.append(Case(f"mlp-huber_coordinate-{name}", bias=Huber("coordinate"), seed=i, **shape))
-    return cases
-
-
-def _pairs(memory: str, seed: int, **factors: list) -> list[Case]:
-    """Cases in which every pair of two properties' values occurs, chosen greedily: the sparsest way through a product."""
-    names = list(factors)
-    together = itertools.combinations(range(len(names)), 2)
-    open_pairs = {(i, a, j, b) for i, j in together for a in range(len(factors[names[i]])) for b in range(len(factors[names[j]]))}
-    cases: list[Case] = []
-    while open_pairs:
-        chosen: dict[int, int] = dict(zip(*[iter(min(open_pairs))] * 2, strict=True))
-        for i in range(len(names)):
-            if i in chosen:
-                continue
-            count = len(factors[names[i]])
-            news = [sum((*min((i, a), y), *max((i, a), y)) in open_pairs for y in chosen.items()) for a in range(count)]
-            chosen[i] = max((news[a], (a + len(cases)) % count, a) for a in range(count))[-1]
-        row = sorted(chosen.items())
-        open_pairs -= {(*x, *y) for x, y in itertools.combinations(row, 2)}
-        properties = {names[i]: factors[names[i]][a] for i, a in row}
-        name = f"{memory}-{_word(properties['bias'])}-{properties['retention'].name}-pairs-{len(cases)}"
-        cases.append(Case(name, memory=memory, seed=seed + len(cases), **properties))
-    return cases
-
-
-def _word(bias: Bias) -> str:
-    return bias.name + (f"-p{bias.p:g}" if isinstance(bias, Lp) else "")

@@ -1,0 +1,85 @@
+"""Functions of tensors that a :class:`~miras_kernels.layers.MemoryBlock` is made of: of its tokens, and of its parameters at the start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..retention import KLRetention, LqRetention, Retention
+
+__all__ = ["convolve", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
+
+_LOGITS = 1.25  # standard deviation of the logits of a softmax at the start
+
+
+def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution of ``x [B, T, channels]`` by ``weight [channels, taps]``, and each sequence's last ``taps - 1`` inputs.
+
+    Every sequence is preceded by its context (zeros at its start); packed ones are first moved apart to make room for it.
+    """
+    before, tokens, channels = weight.shape[1] - 1, x.shape[1], x.shape[2]
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if context is None:
+        context = x.new_zeros(sequences, before, channels)
+    elif tuple(context.shape) != (sequences, before, channels):
+        raise ValueError(f"initial_state.conv: expected shape {(sequences, before, channels)}, got {tuple(context.shape)}")
+    context = context.to(x.dtype)
+    if cu_seqlens is None:
+        stream = torch.cat([context, x], 1)
+        if tokens == 0:
+            return x, stream
+        return _depthwise(stream, weight), stream[:, tokens:]
+    offsets = cu_seqlens.to(torch.int64)
+    number = torch.arange(sequences, device=x.device)
+    of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence
+    at = torch.arange(tokens, device=x.device) + of_token * before  # [T], where the token's window begins
+    around = (offsets + F.pad(number, (0, 1)) * before)[:-1, None] + torch.arange(before, device=x.device)  # [N, before]
+    stream = x.new_zeros(tokens + sequences * before, channels)
+    stream = stream.index_copy(0, around.flatten(), context.flatten(0, 1)).index_copy(0, at + before, x.squeeze(0))
+    last = offsets[1:, None] + number[:, None] * before + torch.arange(before, device=x.device)
+    return _depthwise(stream.unsqueeze(0), weight)[:, at], stream[last]
+
+
+def _depthwise(stream: Tensor, weight: Tensor) -> Tensor:
+    """``[B, T + width - 1, channels] -> [B, T, channels]``; as a 2-d convolution, the tokens' layout is already channels-last."""
+    image = stream.transpose(1, 2).unsqueeze(2)  # [B, channels, 1, tokens]
+    return F.conv2d(image, weight[:, None, None], groups=stream.shape[-1]).squeeze(2).transpose(1, 2)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x [B, T, H, D]`` turned by a rotary position embedding whose pairs lie half a head apart (Llama's layout)."""
+    a, b = x.chunk(2, -1)
+    return (x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
+
+
+def token_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask ``[B, T]`` of real tokens as booleans, where x is."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor [B, T], got {type(mask).__name__}")
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ValueError(f"attention_mask: expected shape [B, T] = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    return mask.to(device=x.device) != 0
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 or better."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x`` at norm <= 1 over the last axis; a zero vector stays zero, with a finite gradient."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def suit(retention: Retention, dual: Tensor) -> None:
+    """Bring normal duals ``[H, rows, columns]`` to where a retention gate's primal varies most, in place."""
+    if isinstance(retention, LqRetention):  # |phi(A)|_q is largest at |A|_q = floor (q = 4)
+        dual *= retention.floor / dual.flatten(1).norm(retention.q, dim=1)[:, None, None]
+    elif isinstance(retention, KLRetention):  # neither uniform nor one-hot
+        dual *= _LOGITS / dual.std()
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    return y + torch.log(-torch.expm1(-y))
