@@ -2,8 +2,9 @@
 
     make sanitize
 
-Every case runs at every instruction set level of this machine, in float32 or bfloat16, by one thread or by three. Any report ends the run with an error. A thread's scratch is one allocation for all calls; in this build every array in it is
-guarded by itself and begins as NaN (csrc/cpu/scratch.h), so results must be finite. First, planted errors must be reported.
+Every case runs at every instruction set level of this machine, in float32 or bfloat16, by one thread or by three. Any report ends the
+run with an error. A thread's scratch is one allocation for all calls; in this build every array in it is guarded by itself and begins
+as NaN (csrc/cpu/scratch.h), so results must be finite. First, planted errors must be reported.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ def environment(**changes: str) -> dict[str, str]:
 
     Leaks are not looked for: the interpreter and torch keep what they have to the end of the process.
     """
-    libraries = [
-        subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")
-    ]
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        found = subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(found).is_absolute():
+            sys.exit(f"sanitize: expected {' '.join(COMPILER)} to have {name}, it has none")
+        libraries.append(found)
     options = "detect_leaks=0:halt_on_error=1:abort_on_error=0:exitcode=99"
     return {
         **os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
