@@ -86,7 +86,7 @@ tools: $(VENV)/.lint $(VENV)/.types $(VENV)/.oldest $(VENV)/.oldest-hf
 sanitized: $(VENV)/.sanitized
 
 clean:  ## what was built and cached, less .venv
-	rm -rf build dist .pytest_cache .ruff_cache .benchmarks .hypothesis $(VENV)/.built
+	rm -rf build dist .pytest_cache .ruff_cache .benchmarks .hypothesis $(VENV)/.built $(VENV)/.sanitized
 	rm -f python/miras_kernels/_C*.so python/miras_kernels/_cuda.so python/miras_kernels/_build_info.py
 	find python kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -2,9 +2,9 @@
 
     make sanitize
 
-Each case runs at one of the instruction set levels that this machine has, alternately in float32 and bfloat16, by one thread and by
-three. Any report ends the run with an error. A thread's scratch is one allocation for all calls; in this build every array in it is
-guarded by itself and begins as NaN (csrc/cpu/scratch.h), so results must be finite. First, planted errors must be reported.
+Every case runs at every instruction set level of this machine, in float32 or bfloat16, by one thread or by three. Any report ends the
+run with an error. A thread's scratch is one allocation for all calls; in this build every array in it is guarded by itself and begins
+as NaN (csrc/cpu/scratch.h), so results must be finite. First, planted errors must be reported.
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ def environment(**changes: str) -> dict[str, str]:
 
     Leaks are not looked for: the interpreter and torch keep what they have to the end of the process.
     """
-    libraries = [
-        subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")
-    ]
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        found = subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(found).is_absolute():
+            sys.exit(f"sanitize: expected {' '.join(COMPILER)} to have {name}, it has none")
+        libraries.append(found)
     options = "detect_leaks=0:halt_on_error=1:abort_on_error=0:exitcode=99"
     return {
         **os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
@@ -150,7 +152,7 @@ def main() -> int:
     planted()
     program = "import torch; from miras_kernels import _C; print(*_C.cpu_capabilities())"
     levels = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    jobs = [(levels[i % len(levels)], i, 2 * len(levels)) for i in range(2 * len(levels))]
+    jobs = [(level, half, 2) for level in levels for half in range(2)]
     with ThreadPoolExecutor(2) as pool:
         right = list(pool.map(lambda job: checked(*job), jobs))
     print(f"sanitize: {'no report' if all(right) else 'WRONG'}, {time.monotonic() - began:.0f} s")
