@@ -21,6 +21,7 @@ from .tasks import DIM, Stream
 __all__ = ["TABLE", "Contestant", "read", "score"]
 
 EXPANSION = 4  # hidden channels of an MLP memory per channel, as in the paper
+STATE = {"linear": DIM * DIM, "mlp": 2 * EXPANSION * DIM * DIM}  # numbers that a memory remembers
 HUGE = 10.0  # relative errors are cut here: a memory that diverged is no worse than another one that did
 FLOORS = (0.03, 0.1, 0.3, 1.0)  # of LqRetention, for a linear memory
 MASSES = (4.0, 16.0, 64.0, 256.0)  # of KLRetention, for a linear memory
@@ -56,14 +57,12 @@ class Contestant:
         name: as tables and sentences show it.
         kind: "linear", "mlp", or "reader" for one that keeps every pair.
         axes: what is searched, names in :data:`AXES`.
-        state: numbers that are remembered, of a stream of T pairs.
         bias, retention: of a memory.
     """
 
     name: str
     kind: str
     axes: tuple[str, ...]
-    state: Callable[[int], int]
     bias: Bias | None = None
     retention: type[Retention] = L2Retention
 
@@ -75,13 +74,11 @@ class Contestant:
 def _memory(bias: Bias, decay: bool, kind: str = "linear", retention: type[Retention] = L2Retention) -> Contestant:
     name = " + ".join([("MLP " if kind == "mlp" else "") + NAMES[bias.name], *GATES[retention], *(["decay"] if decay else [])])
     axes = ["step"] + ["forget"] * decay + ["delta"] * bias.needs_delta + ["size"] * (kind == "linear" and retention is not L2Retention)
-    state = DIM * DIM if kind == "linear" else 2 * EXPANSION * DIM * DIM
-    return Contestant(name, kind, tuple(axes), lambda _: state, bias, retention)
+    return Contestant(name, kind, tuple(axes), bias, retention)
 
 
 def _rows() -> list[Contestant]:
     biases = (DotProduct(), L2(), L1(), Lp(3.0), Huber("coordinate"), Huber("norm"), Huber("switch"), RobustL2())
-    every_pair = lambda tokens: 2 * DIM * tokens
     return [
         *(_memory(bias, decay) for decay in (False, True) for bias in biases),
         _memory(L2(), True, retention=LqRetention),
@@ -92,10 +89,10 @@ def _rows() -> list[Contestant]:
         _memory(Huber("switch"), True, "mlp"),  # Yaad
         _memory(Lp(3.0, sharpness=10.0), True, "mlp", LqRetention),  # Moneta
         _memory(L2(), True, "mlp", KLRetention),  # Memora
-        Contestant("softmax attention", "reader", ("temperature",), every_pair),
-        Contestant("softmax attention + decay", "reader", ("temperature", "forget"), every_pair),
-        Contestant("hard attention", "reader", (), every_pair),
-        Contestant("ridge regression", "reader", ("ridge",), every_pair),
+        Contestant("softmax attention", "reader", ("temperature",)),
+        Contestant("softmax attention + decay", "reader", ("temperature", "forget")),
+        Contestant("hard attention", "reader", ()),
+        Contestant("ridge regression", "reader", ("ridge",)),
     ]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import statistics
+from collections.abc import Iterable
 
 from . import contestants, tasks
 from .mqar import Run
@@ -16,6 +17,9 @@ __all__ = ["Document"]
 
 FORMAT = 1
 THOUSAND = 1000  # errors and accuracies are stored in thousandths
+
+
+_rows = ",\n".join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +37,16 @@ class Document:
     runs: list[Run]
 
     def dump(self) -> str:
-        """JSON with one cell or run a line."""
-        whole = lambda values: [round(THOUSAND * x) for x in values]
-        cells = [dataclasses.asdict(c) | {"error": whole(c.error), "accuracy": whole(c.accuracy)} for c in self.cells]
-        runs = [dataclasses.asdict(r) | {"accuracy": {n: round(THOUSAND * x) for n, x in r.accuracy.items()}} for r in self.runs]
-        line = functools.partial(json.dumps, separators=(",", ":"))
-        lists = [f'"{name}": [\n' + ",\n".join(map(line, rows)) + "\n]" for name, rows in (("cells", cells), ("runs", runs))]
-        return ",\n".join([f'{{"format": {FORMAT}', f'"about": {json.dumps(self.about)}', *lists]) + "}\n"
+        """JSON: a line for each contestant at each level of a task, and for each trained model."""
+        line, whole = functools.partial(json.dumps, separators=(",", ":")), lambda values: [round(THOUSAND * x) for x in values]
+        places: dict[tuple, list[str]] = {}
+        for c in self.cells:
+            row = f"{line(c.contestant)}:{line([whole(c.error), whole(c.accuracy), c.chosen])}"
+            places.setdefault((c.task, c.level), []).append(row)
+        cells = [f'{{"task":{line(t)},"level":{line(x)},"rows":{{\n{_rows(rows)}\n}}}}' for (t, x), rows in places.items()]
+        runs = [line(dataclasses.asdict(r) | {"accuracy": {n: round(THOUSAND * x) for n, x in r.accuracy.items()}}) for r in self.runs]
+        lists = [f'"{name}":[\n{_rows(rows)}\n]' for name, rows in (("recall", cells), ("trained", runs))]
+        return _rows([f'{{"format":{FORMAT}', f'"about":{json.dumps(self.about)}', *lists]) + "}\n"
 
     @classmethod
     def load(cls, text: str) -> Document:
@@ -52,8 +59,12 @@ class Document:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"expected the JSON of a study, format {FORMAT}, got {text[:40]!r}")
         parts = lambda values: [x / THOUSAND for x in values]
-        cells = [Cell(**c | {"error": parts(c["error"]), "accuracy": parts(c["accuracy"])}) for c in found["cells"]]
-        runs = [Run(**r | {"accuracy": {int(n): x / THOUSAND for n, x in r["accuracy"].items()}}) for r in found["runs"]]
+        cells = [
+            Cell(place["task"], place["level"], name, parts(error), parts(accuracy), chosen)
+            for place in found["recall"]
+            for name, (error, accuracy, chosen) in place["rows"].items()
+        ]
+        runs = [Run(**r | {"accuracy": {int(n): x / THOUSAND for n, x in r["accuracy"].items()}}) for r in found["trained"]]
         return cls(found["about"], cells, runs)
 
     # ---------------------------------------------------------------------------------------------- the recall tasks
@@ -91,12 +102,15 @@ class Document:
         pair = (self.values(task, level, name, metric) for name in (first, second))
         return compare(*pair, less_is_better=metric == "error")
 
-    def leaders(self, task: str, level: float, metric: str, names: list[str] | None = None) -> list[str]:
-        """The best contestant by its median, and those that are level with it, in the order of their medians."""
-        names = self.memories if names is None else names
+    def ranked(self, task: str, level: float, metric: str, names: Iterable[str]) -> list[str]:
+        """Contestants by their medians, the best one first."""
         sign = 1 if metric == "error" else -1
-        order = sorted(names, key=lambda name: sign * self.median(task, level, name, metric))
-        return [name for name in order if name == order[0] or self.compare(task, level, name, order[0], metric).outcome == "tie"]
+        return sorted(names, key=lambda name: sign * self.median(task, level, name, metric))
+
+    def leaders(self, task: str, level: float, metric: str) -> list[str]:
+        """The best memory by its median, and those that are level with it, in the order of their medians."""
+        best, *others = self.ranked(task, level, metric, self.memories)
+        return [best, *(name for name in others if self.compare(task, level, name, best, metric).outcome == "tie")]
 
     # --------------------------------------------------------------------------------------------- the trained models
 
@@ -114,5 +128,5 @@ class Document:
 
     def trained_leaders(self, pairs: int) -> list[str]:
         """The trained memory of the greatest median accuracy, and those that are level with it."""
-        order = sorted(self.trained, key=lambda name: -statistics.median(self.trained_values(name, pairs)))
-        return [name for name in order if name == order[0] or self.trained_compare(name, order[0], pairs).outcome == "tie"]
+        best, *others = sorted(self.trained, key=lambda name: -statistics.median(self.trained_values(name, pairs)))
+        return [best, *(name for name in others if self.trained_compare(name, best, pairs).outcome == "tie")]

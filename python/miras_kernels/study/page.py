@@ -26,7 +26,7 @@ CLAIMS: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]], ...
      tuple((f"L2{d}", f"dot product{d}") for d in _DECAYS)),
     ("Forgetting manages a memory that is too small", "Miras, 3", ("drift", "stream"),
      tuple((f"{bias} + decay", bias) for bias in ("dot product", "L2", "L1", "L3"))),
-    ("A deeper memory stores more", "Titans, arXiv 2501.00663", ("load",), (("MLP L2 + decay", "L2 + decay"),)),
+    ("A deeper memory stores more (here from a random start)", "Titans, arXiv 2501.00663", ("load",), (("MLP L2 + decay", "L2 + decay"),)),
 )  # fmt: skip
 
 _METHOD = """\
@@ -37,7 +37,8 @@ answer "nothing", and its relative error can exceed 1 where its accuracy is fine
 The readers keep every pair: softmax attention (with and without a decay by age), hard attention (the newest of the nearest
 keys), and ridge regression, the best matrix for all pairs at once.
 
-- **Relative error**: distance of the answers from the right values, over the size of these; answering nothing has 1.
+- **Relative error**: distance of the answers from the right values, over the size of these; answering nothing has 1. Errors are
+  cut at {huge:g}, which stands for a memory that diverged.
 - **Accuracy**: the share of answers to which, among the candidates, the right value is the nearest by angle.
 - **Tuning**: everybody's step size, decay, threshold or temperature is searched with the same budget, {points} choices spread
   over the ranges and {more} around the best so far, for each level of each task and for each of the two measures, on {tuning}
@@ -52,7 +53,8 @@ Two layers of `MemoryBlock` (width {width}, one head of {head} channels, chunks 
 sequences of {pairs} pairs out of {symbols} keys and {symbols} values, then asked for {asked} pairs. All biases have the same gates and
 the same {rates} learning rates to choose from, on another seed than the {repeats} that are reported. Median [least, greatest]
 accuracy; chance is {chance:.2f}. With {repeats} seeds two memories are told apart only if one is ahead on every seed (coverage
-{coverage:.0%}), by at least {material} in the median.
+{coverage:.0%}), by at least {material} in the median; a memory that varies much can then be level with the best where a steadier one
+of a greater median is not. Few steps of training: how fast a memory is learned to be used is in these numbers too.
 """
 
 
@@ -77,9 +79,8 @@ def _dot_bullets(document: Document) -> list[str]:
         total = sum(map(len, document.levels.values()))
         count = sum(map(len, found.values()))
         where = f": {'; '.join(said)}" if said else ""
-        lines.append(
-            f"- By {word}, a matrix with the dot product is level with the best memory at {count} of {plural(total, 'task level')}{where}."
-        )
+        places = f"{count} of {plural(total, 'task level')}{where}"
+        lines.append(f"- By {word}, a matrix with the dot product is level with the best memory at {places}.")
     return lines
 
 
@@ -98,6 +99,10 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
 
 
+def _bold(text: str, so: bool) -> str:
+    return f"**{text}**" if so else text
+
+
 def _overview(document: Document, metric: str) -> str:
     """Medians at the hardest level of every task; leaders in bold."""
     hardest = {task: some[-1] for task, some in document.levels.items()}
@@ -105,7 +110,7 @@ def _overview(document: Document, metric: str) -> str:
     rows = []
     for name in document.names:
         medians = {task: f"{document.median(task, level, name, metric):.2f}" for task, level in hardest.items()}
-        rows.append([name, phrases.kind(name), *(f"**{x}**" if name in leaders[task] else x for task, x in medians.items())])
+        rows.append([name, phrases.kind(name), *(_bold(x, name in leaders[task]) for task, x in medians.items())])
     return _table(["", "memory", *(f"{task}, {tasks.TABLE[task].level(level)}" for task, level in hardest.items())], rows)
 
 
@@ -114,17 +119,13 @@ def _task_section(document: Document, task: str) -> str:
     lines = [f"### {row.title}", "", f"{row.about[0].upper()}{row.about[1:]}.", "", phrases.task_sentences(document, task), ""]
     for metric, (word, _) in METRICS.items():
         leaders = {level: document.leaders(task, level, metric) for level in measured}
-        cell = lambda name, level, m=metric, led=leaders: (
-            f"**{shown(document.values(task, level, name, m))}**" if name in led[level] else shown(document.values(task, level, name, m))
-        )
-        body = _table([word, *map(row.level, measured)], [[name, *(cell(name, x) for x in measured)] for name in document.names])
-        lines += [
-            f"<details><summary>{word[0].upper()}{word[1:]} of everybody; leading memories in bold</summary>",
-            "",
-            body,
-            "",
-            "</details>",
-        ]
+        rows = []
+        for name in document.names:
+            values = {level: document.values(task, level, name, metric) for level in measured}
+            rows.append([name, *(_bold(shown(x), name in leaders[level]) for level, x in values.items())])
+        summary = f"{word[0].upper()}{word[1:]} of everybody; leading memories in bold"
+        body = _table([word, *map(row.level, measured)], rows)
+        lines += [f"<details><summary>{summary}</summary>", "", body, "", "</details>"]
     return "\n".join(lines)
 
 
@@ -156,7 +157,7 @@ def _trained(document: Document) -> str:
         for pairs in mqar.ASKED:
             values = document.trained_values(name, pairs)
             cell = f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
-            cells.append(f"**{cell}**" if name in leaders[pairs] else cell)
+            cells.append(_bold(cell, name in leaders[pairs]))
         rows.append([name, *cells, f"{next(r.rate for r in document.runs if r.memory == name):g}"])
     sentences = "\n".join(f"- {phrases.trained_sentences(document, pairs)}" for pairs in mqar.ASKED)
     return "\n".join([text, _table(["memory", *(f"{n} pairs" for n in mqar.ASKED), "learning rate"], rows), "", sentences])
@@ -164,7 +165,7 @@ def _trained(document: Document) -> str:
 
 def render(document: Document, figures: str | None = None) -> str:
     """The whole page; ``figures`` is the folder of the plots, seen from the page."""
-    about, linear, mlp = document.about, contestants.TABLE["L2"], contestants.TABLE["MLP L2 + decay"]
+    about, state = document.about, contestants.STATE
     _, coverage = interval_rank(about["repeats"])
     later = 2 * (about["points"] // 4) * len(recall.BOXES)
     image = lambda name, text: [] if figures is None else [f"![{text}]({figures}/{name}.png)", ""]
@@ -179,8 +180,10 @@ def render(document: Document, figures: str | None = None) -> str:
         "language models, whose streams may have other difficulties.", "",
         _claims(document), "",
         "## How it was measured", "",
-        _METHOD.format(dim=tasks.DIM, matrix=linear.state(0), mlp=mlp.state(0), points=about["points"], more=later, tuning=about["tuning"],
-                       repeats=about["repeats"], coverage=coverage, material=MATERIAL),
+        _METHOD.format(
+            dim=tasks.DIM, huge=contestants.HUGE, matrix=state["linear"], mlp=state["mlp"], points=about["points"], more=later,
+            tuning=about["tuning"], repeats=about["repeats"], coverage=coverage, material=MATERIAL,
+        ),
         "## Everybody at the hardest level", "", "Medians; leading memories, and those level with them, in bold.", "",
     ]  # fmt: skip
     for metric, (word, _) in METRICS.items():

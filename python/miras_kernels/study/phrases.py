@@ -79,8 +79,7 @@ def judgement(counts: dict[str, int]) -> str:
 
 def dot(document: Document, task: str, level: float, metric: str) -> str:
     """The dot product with or without decay, whichever has the better median."""
-    sign = 1 if metric == "error" else -1
-    return min((n for n in DOT if n in document.names), key=lambda n: sign * document.median(task, level, n, metric))
+    return document.ranked(task, level, metric, DOT)[0]
 
 
 def dot_stands(document: Document, task: str, metric: str) -> list[float]:
@@ -90,11 +89,9 @@ def dot_stands(document: Document, task: str, metric: str) -> list[float]:
 
 def reader_outcomes(document: Document, task: str, metric: str) -> dict[str, int]:
     """The best memory against the better of the two softmax attentions, by level."""
-    sign, found = 1 if metric == "error" else -1, []
+    found = []
     for level in document.levels[task]:
-        attention = min(
-            (n for n in document.names if n.startswith("softmax")), key=lambda n: sign * document.median(task, level, n, metric)
-        )
+        attention = document.ranked(task, level, metric, (name for name in document.names if name.startswith("softmax")))[0]
         found.append(document.compare(task, level, document.leaders(task, level, metric)[0], attention, metric))
     return count_outcomes(found)
 
@@ -107,8 +104,8 @@ def leading(document: Document, task: str, metric: str) -> str:
     if len(always) == len(document.memories):
         return "every memory"
     if len(always) > MANY:
-        dot = "with" if set(DOT) & set(always) else "without"
-        return f"{len(always)} of {len(document.memories)} memories, {dot} the dot product among them"
+        among = "with" if set(DOT) & set(always) else "without"
+        return f"{len(always)} of {len(document.memories)} memories, {among} the dot product among them"
     return f"**{grouped(always, document.names)}**"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from PIL import Image  # comes with matplotlib
 
 from . import contestants, mqar, tasks
 from .document import Document
@@ -22,7 +24,7 @@ LINES = {
     "Huber norm + decay": "tab:green", "robust L2 + decay": "tab:purple", "MLP L2 + decay": "tab:brown",
     "softmax attention + decay": "grey",
 }  # fmt: skip
-METADATA = {"Software": None}  # the same picture, whatever drew it
+COLOURS = 256  # of a palette: half of the bytes
 
 
 def draw(document: Document, folder: Path) -> list[Path]:
@@ -33,9 +35,15 @@ def draw(document: Document, folder: Path) -> list[Path]:
     for name, picture in pictures.items():
         figure = picture(document)
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=75, metadata=METADATA)
+        _save(figure, written[-1])
         plt.close(figure)
     return written
+
+
+def _save(figure, path: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=75)
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(path, optimize=True)
 
 
 def _recall(document: Document):

@@ -28,36 +28,33 @@ class Plan:
     Attributes:
         budget, training: how much each contestant and each trained memory gets.
         levels: of each task, counted from the hard end; None for all.
-        memories: that are trained.
+        tasks, memories: recall tasks, and memories that are trained.
     """
 
     budget: recall.Budget
     training: mqar.Training
     levels: int | None = None
+    tasks: tuple[str, ...] = tuple(tasks.TABLE)
     memories: tuple[str, ...] = tuple(mqar.MEMORIES)
 
     def jobs(self) -> list[tuple[str, ...]]:
         """What can be measured alone; what takes longest comes first, so that processes end together."""
         trained = [("trained", name) for name in sorted(self.memories, key=lambda name: mqar.MEMORIES[name].memory == "linear")]
         hard = slice(None) if self.levels is None else slice(-self.levels, None)
-        return trained + [("recall", task.name, level) for task in tasks.TABLE.values() for level in task.levels[hard]]
+        return trained + [("recall", name, level) for name in self.tasks for level in tasks.TABLE[name].levels[hard]]
 
 
 FULL = Plan(recall.Budget(points=48, tuning=8, repeats=16), mqar.Training(steps=300, repeats=5))
 QUICK = Plan(recall.Budget(points=4, tuning=2, repeats=4), mqar.Training(steps=2, repeats=2), levels=1, memories=("dot product", "L2"))
 
 
-def _do(plan: Plan, seed: int, job: tuple) -> tuple[list, float]:
-    """One job's results, and the CPU time that it took."""
+def _do(arguments: tuple[Plan, int, tuple]) -> tuple[tuple, list, float]:
+    """A job, its results, and the CPU time that it took."""
+    plan, seed, job = arguments
     began = time.process_time()
-    if job[0] == "trained":
-        return mqar.run(job[1], plan.training, seed), time.process_time() - began
-    found = recall.measure(*job[1:], list(contestants.TABLE), plan.budget, seed)
-    return found, time.process_time() - began
-
-
-def _call(arguments: tuple) -> tuple[tuple, list, float]:
-    return arguments[-1], *_do(*arguments)
+    kind, *what = job
+    found = mqar.run(*what, plan.training, seed) if kind == "trained" else recall.measure(*what, list(contestants.TABLE), plan.budget, seed)
+    return job, found, time.process_time() - began
 
 
 def measure(plan: Plan, seed: int, workers: int) -> Document:
@@ -68,7 +65,7 @@ def measure(plan: Plan, seed: int, workers: int) -> Document:
     torch.set_num_threads(1)
     pool = None if workers == 1 else multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,))
     try:
-        for job, results, took in map(_call, calls) if pool is None else pool.imap_unordered(_call, calls):
+        for job, results, took in map(_do, calls) if pool is None else pool.imap_unordered(_do, calls):
             found[job] = results
             seconds += took
             print(f"study: {len(found)} of {len(jobs)}: {' '.join(map(str, job))}, {took:.1f} s of CPU time", file=sys.stderr, flush=True)

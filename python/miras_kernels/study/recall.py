@@ -36,7 +36,7 @@ class Cell:
 
     Attributes:
         error, accuracy: of every repeat; each with the choices that were best for it.
-        chosen: these choices, by metric and axis.
+        chosen: those for the error, by axis.
     """
 
     task: str
@@ -44,7 +44,7 @@ class Cell:
     contestant: str
     error: list[float]
     accuracy: list[float]
-    chosen: dict[str, dict[str, float]]
+    chosen: dict[str, float]
 
 
 def seeds(seed: int, budget: Budget) -> tuple[list[int], list[int]]:
@@ -63,8 +63,7 @@ def measure(task: str, level: float, names: Sequence[str], budget: Budget, seed:
 def _measure(task: str, level: float, contestant: contestants.Contestant, budget: Budget, tuning: tuple, reporting: tuple) -> Cell:
     best = _search(contestant, budget, *tuning)
     scores = contestants.score(contestants.read(contestant, best, *reporting), reporting[0])
-    choices = contestant.choices(best)
-    chosen = {metric: {axis: float(f"{x[i]:.3g}") for axis, x in choices.items()} for i, metric in enumerate(METRICS)}
+    chosen = {axis: float(f"{x[0]:.3g}") for axis, x in contestant.choices(best).items()}
     values = {metric: [round(x, 3) for x in scores[metric][i].tolist()] for i, metric in enumerate(METRICS)}
     return Cell(task, level, contestant.name, **values, chosen=chosen)
 
