@@ -35,7 +35,8 @@ SOURCES = [f"csrc/{name}{path.name}" for name in ("", "cpu/") for path in sorted
 COMPILE, LINK = ["-O2", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden"], ["-fopenmp", "-s"]
 if SANITIZE:  # a null pointer needs no check, reading it is a report of AddressSanitizer's; vptr would need the types of other libraries
     INSTRUMENT = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr", "-fno-sanitize-recover=all"]
-    COMPILE, LINK = ["-O1", "-g1", *COMPILE[2:], *INSTRUMENT], [*LINK[:1], *INSTRUMENT]
+    CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]  # checks are calls: a quarter less to compile
+    COMPILE, LINK = ["-O1", "-g1", *COMPILE[2:], *INSTRUMENT, *CALLS], [*LINK[:1], *INSTRUMENT]
 
 
 def version() -> str:

@@ -35,15 +35,19 @@ def quick(cases: list[Case], every: int) -> list[Case]:
     """All on a GPU; in the interpreter what is not slow, and of those that meet pairs of properties every so many of each gate.
 
     There programs run one after the other, one for every head of every sequence, and of as many as there are four say no more than
-    two: one sequence or one head is left out.
+    two: one sequence or one head is left out. Nor do more than five chunks and a part of one say more.
     """
     if DEVICE == "cuda":
         return cases
     pairs = [case for case in cases if "-pairs-" in case.name]
     chosen = [case for case in cases if case not in pairs and not case.name.startswith(SLOW)]
     chosen += [case for tag in GATES for case in [case for case in pairs if case.retention.tag == tag][::every]]
-    fewer = lambda i, case: dict(heads=1) if i % 2 or case.lengths else dict(batch=1)
-    return [dataclasses.replace(case, **fewer(i, case)) if case.batch * case.heads >= 4 else case for i, case in enumerate(chosen)]
+    return [smaller(case, i) for i, case in enumerate(chosen)]
+
+
+def smaller(case: Case, i: int) -> Case:
+    fewer = {} if case.batch * case.heads < 4 else dict(heads=1) if i % 2 or case.lengths else dict(batch=1)
+    return dataclasses.replace(case, tokens=min(case.tokens, 5 * case.chunk_size + 2), **fewer)
 
 
 QUICK, QUICK_MLP = quick(SERVED, 3), quick(MLP, 5)
