@@ -110,6 +110,11 @@ def test_a_static_cache_has_no_gradients():
         of(input_ids=ids(), past_key_values=cache_for(of))
 
 
+def test_packed_documents_are_refused_in_generate_too():
+    with pytest.raises(ValueError, match="use_cache: documents packed into a row leave no state"):
+        host().generate(ids(), position_ids=torch.arange(LENGTH)[None] % 5, max_new_tokens=2, cache_implementation="static")
+
+
 def test_a_window_is_not_the_length_of_the_cache():
     """Before attention over the whole text that is left, a memory in the place of attention over a window must not say its size."""
     of = host("Gemma3", [0], layer_types=["sliding_attention", "sliding_attention", "full_attention"])

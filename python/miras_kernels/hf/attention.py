@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from ..layers import MemoryBlock, Projected
 from .cache import MemoryCacheLayer, check_cache, memory_layer
@@ -155,13 +155,12 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
     if kwargs.get("use_cache") is None and cache is None and model.training:
         kwargs["use_cache"] = False
     given, length = kwargs.get("attention_mask"), tokens.shape[1]
-    if MASK in kwargs:
-        mask, past = kwargs.pop(MASK), 0
-        mask = None if mask is None else mask != 0
+    if MASK in kwargs:  # generate has asked already
+        mask, documents, past = kwargs.pop(MASK), None, 0
     else:
         past = _past(cache, given, length)
         mask = _token_mask(given, length, past + length)
-    documents = _documents(tokens, kwargs, mask)
+        documents = _documents(tokens, kwargs, mask)
     if documents is not None:
         if cache is not None or kwargs.get("use_cache"):
             raise ValueError(_PACKED_CACHE)
@@ -184,16 +183,20 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
 
 
 def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iteration: bool) -> dict:
-    """What ``generate`` hands to a forward, and where it has made a mask for attention of ``attention_mask [B, past + T]`` already (for
-    static caches), that of the T tokens as well: None if none is padding, as no token is that it wrote itself.
+    """What ``generate`` hands to a forward; for a static cache, where it has made a mask for attention of ``attention_mask [B, past + T]``
+    already, that of the T tokens as well: bool, or None if none is padding (no token is that it wrote itself).
+
+    This runs outside of what is compiled, so all looks at values are here.
     """
-    if inputs.get("attention_mask") is attention_mask or (attention_mask is not None and attention_mask.dim() != 2):
+    if not isinstance(inputs.get("past_key_values"), StaticCache) or (attention_mask is not None and attention_mask.dim() != 2):
         return inputs
     tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
     mask, length = None, tokens.shape[1]
     if attention_mask is not None and (is_first_iteration or length > 1):
-        mask = attention_mask[:, attention_mask.shape[1] - length :]
-        mask = None if bool((mask != 0).all()) else mask
+        mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
+        mask = None if bool(mask.all()) else mask
+    if _documents(tokens, inputs, mask) is not None:
+        raise ValueError(_PACKED_CACHE)
     return {**inputs, MASK: mask}
 
 
