@@ -46,6 +46,7 @@ MEMORIES: dict[str, Preset] = {
     "MLP L2": PRESETS["l2_mlp"],
     "MLP Huber switch (Yaad)": PRESETS["yaad"],
     "MLP L3 + Lq (Moneta)": PRESETS["moneta"],
+    "MLP L2 + KL (Memora)": PRESETS["memora"],
 }
 
 

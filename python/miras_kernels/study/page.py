@@ -54,7 +54,7 @@ sequences of {pairs} pairs out of {symbols} keys and {symbols} values, then aske
 the same {rates} learning rates to choose from, on another seed than the {repeats} that are reported. Median [least, greatest]
 accuracy; chance is {chance:.2f}. With {repeats} seeds two memories are told apart only if one is ahead on every seed (coverage
 {coverage:.0%}), by at least {material} in the median; a memory that varies much can then be level with the best where a steadier one
-of a greater median is not. Few steps of training: how fast a memory is learned to be used is in these numbers too.
+of a greater median is not.
 """
 
 
@@ -91,6 +91,7 @@ def in_short(document: Document) -> str:
     if document.trained:
         lines += ["", "Trained on multi-query recall:", ""]
         lines += [f"- {phrases.trained_sentences(document, pairs)}" for pairs in mqar.ASKED]
+        lines.append(f"- {phrases.unlearned(document)}")
     return "\n".join(lines)
 
 
@@ -159,8 +160,8 @@ def _trained(document: Document) -> str:
             cell = f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
             cells.append(_bold(cell, name in leaders[pairs]))
         rows.append([name, *cells, f"{next(r.rate for r in document.runs if r.memory == name):g}"])
-    sentences = "\n".join(f"- {phrases.trained_sentences(document, pairs)}" for pairs in mqar.ASKED)
-    return "\n".join([text, _table(["memory", *(f"{n} pairs" for n in mqar.ASKED), "learning rate"], rows), "", sentences])
+    table = _table(["memory", *(f"{n} pairs" for n in mqar.ASKED), "learning rate"], rows)
+    return "\n".join([text, phrases.unlearned(document), "", table])
 
 
 def render(document: Document, figures: str | None = None) -> str:

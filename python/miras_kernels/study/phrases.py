@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from . import contestants, tasks
+from . import contestants, mqar, tasks
 from .document import Document
 from .verdicts import Verdict, spread
 
@@ -13,6 +13,7 @@ from .verdicts import Verdict, spread
 METRICS = {"error": ("relative error", "least"), "accuracy": ("accuracy", "greatest")}
 DOT = ("dot product", "dot product + decay")
 DECAY = " + decay"
+LEARNED = 0.5  # a trained memory of less accuracy on its own task has not learned it
 MANY = 9  # more names than that are not a list but a number
 
 
@@ -175,6 +176,18 @@ def trained_sentences(document: Document, pairs: int) -> str:
     behind = [name for name in document.trained if name not in leaders]
     text += f"; level with it: {listed(others)}" if others else "; no other is level with it"
     return text + (f"; behind: {listed(behind)}." if behind else ".")
+
+
+def unlearned(document: Document) -> str:
+    """Which memories had not learned the task that they were trained on: they say little about what a bias remembers."""
+    some = [name for name in document.trained if statistics.median(document.trained_values(name, mqar.PAIRS)) < LEARNED]
+    if not some:
+        return f"Every memory learned the task: at {mqar.PAIRS} pairs its median accuracy is at least {LEARNED:g}."
+    steps = document.about["training_steps"]
+    return (
+        f"Not learned within {steps} steps (median accuracy below {LEARNED:g} at the {mqar.PAIRS} pairs of training): {listed(some)}. "
+        "Their numbers tell how slowly a model learns to use the memory, not what it holds."
+    )
 
 
 def kind(name: str) -> str:

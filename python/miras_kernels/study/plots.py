@@ -92,5 +92,5 @@ def _trained(document: Document):
     axis.axhline(1 / mqar.SYMBOLS, color="black", linewidth=0.5, linestyle=":")
     axis.set_xticks(range(len(document.trained)), document.trained, rotation=25, ha="right", fontsize=8)
     axis.set(ylabel="accuracy", ylim=(0, 1.02), title=f"Trained on {mqar.PAIRS} pairs; lines are medians, dots seeds")
-    axis.legend(frameon=False, ncols=len(mqar.ASKED), fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.05))
+    figure.legend(loc="outside lower center", frameon=False, ncols=len(mqar.ASKED), fontsize=8)
     return figure
