@@ -16,7 +16,6 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/R
     (ROOT / "docs").glob("*.md")
 )
 FENCE = re.compile(r"^(?P<mark><!-- fragment -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
-#: linked, and not there before the pages are written
 FOLDERS = ("python", "kernels", "csrc", "tests", "bench", "examples", "docs")
 
 
