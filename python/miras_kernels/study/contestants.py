@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..biases import L1, L2, Bias, DotProduct, Huber, Lp, RobustL2
-from ..layers.block import _suit
+from ..layers.functional import suit
 from ..memory import linear_memory, mlp_memory
 from ..retention import KLRetention, L2Retention, LqRetention, Retention
 from .tasks import DIM, Stream
@@ -149,7 +149,7 @@ def _start(retention: Retention, seeds: list[int]) -> dict:
     w1 = torch.stack([torch.randn(DIM, EXPANSION * DIM, generator=g) for g in draws]) * (2**0.5 * weight)
     w2 = torch.stack([torch.randn(EXPANSION * DIM, DIM, generator=g) for g in draws]) * (2**0.5 * weight * (1 + EXPANSION**-0.5))
     for dual in (w1, w2):
-        _suit(retention, dual)
+        suit(retention, dual)
     norm = torch.full((len(seeds), DIM), weight)
     return dict(initial_state=(w1, w2), ln_weight=norm, ln_bias=torch.zeros_like(norm))
 
