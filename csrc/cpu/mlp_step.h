@@ -60,7 +60,6 @@ MIRAS_INLINE void add_rows(const float* M, int rows, int cols, const float* x, f
     Held<C> sum(c, y);
     for (int r = 0; r < rows; ++r) {
       const float* row = M + index_t(r) * cols;
-      c.prefetch(row + index_t(kAhead) * cols);
       MIRAS_UNROLL
       for (int n = 0; n < C::kVectors; ++n) sum.x[n] += x[r] * c.load(row, n);
     }

@@ -86,9 +86,6 @@ static void products(const float* M, int rows, int cols, const float* x, float* 
   });
 }
 
-// Rows are fetched so many ahead: what the hardware foresees ends with a page.
-constexpr int kAhead = 16;
-
 // Four vectors' sums over every fourth lane: in lane 4 i + j that of x_j, of what it has in lanes 4 i to 4 i + 3
 MIRAS_INLINE Vec quad_sums(const Vec (&x)[4]) {
   const Vec first = zip_low(x[0], x[1]) + zip_high(x[0], x[1]), second = zip_low(x[2], x[3]) + zip_high(x[2], x[3]);
@@ -111,30 +108,30 @@ MIRAS_INLINE Vec block_sums(const Vec (&x)[kLanes / 4]) {
 #endif
 }
 
-// An element for each of the first `rows` <= kLanes rows of M and zeros after them: M x and, if kTwo, M x2. Rows from `soon` on come
-// nearer meanwhile.
+// An element for each of the first `rows` <= kLanes rows of M and zeros after them: M x and, if kTwo, M x2. As many rows from `soon`
+// on come nearer meanwhile, if it is given; those of M itself the hardware foresees.
 struct RowProducts {
   Vec x, x2;
 };
 template <bool kTwo>
-static RowProducts row_products(const float* M, int rows, int cols, const float* x, const float* x2, const float* soon) {
+static RowProducts row_products(const float* M, int rows, int cols, const float* x, const float* x2 = nullptr,
+                                const float* soon = nullptr) {
   RowProducts y{zeros(), zeros()};
   each_columns(cols, [&]<class C>(const C c) MIRAS_LAMBDA {
     const Held<C> held(c, x), held2(c, kTwo ? x2 : x);
     Vec four[kLanes / 4] = {}, four2[kLanes / 4] = {};
-    const float *row = M, *next = soon;
+    const float* row = M;
     for (int i = 0; i < rows; i += 4) {
       Vec sum[4] = {}, sum2[4] = {};
       MIRAS_UNROLL
       for (int j = 0; j < 4; ++j) {
-        c.prefetch(next);
+        if (soon) c.prefetch(soon + index_t(i + j) * cols);
         MIRAS_UNROLL
         for (int n = 0; n < C::kVectors; ++n) {
           const Vec w = c.load(row, n);
           sum[j] += w * held[n];
           if constexpr (kTwo) sum2[j] += w * held2[n];
         }
-        next += cols;
         if (i + j + 1 < rows) row += cols;  // else the last row once more
       }
       four[i / 4] = quad_sums(sum);
@@ -144,10 +141,6 @@ static RowProducts row_products(const float* M, int rows, int cols, const float*
     if constexpr (kTwo) y.x2 += block_sums(four2);
   });
   return {first_lanes(y.x, rows), first_lanes(y.x2, rows)};
-}
-template <bool kTwo>
-MIRAS_INLINE RowProducts row_products(const float* M, int rows, int cols, const float* x, const float* x2 = nullptr) {
-  return row_products<kTwo>(M, rows, cols, x, x2, M + index_t(kAhead) * cols);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL
