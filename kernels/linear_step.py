@@ -132,21 +132,25 @@ def linear_write(
         b_read += b_kept0 * tl.load(p + 2 * Dv, mask=m_v, other=0.0)
     if momentum is not None:
         b_read += b_kept1 * tl.load(p + 3 * Dv, mask=m_v, other=0.0)
+    for r in tl.range(0, row, BR, disable_licm=True):
+        o_r = r + tl.arange(0, BR)
+        m_r = o_r < row
+        b_kept, _ = row_weights(kept, moved, o_r, m_r, o_w, m_w, alpha, momentum_gate, W)  # [BR, BW]
+        b_left = tl.load(left + o_r[:, None] * Dk + o_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
+        b_right = tl.load(right + o_r[:, None] * Dv + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BR, BD]
+        b_read += tl.sum(tl.sum(b_left * b_q[None, :], 1)[:, None] * b_kept * b_right, 0)
+    b_out = tl.exp(b_open) * tl.load(p + Dv, mask=m_v, other=0.0) + scale * b_read
+    store(out + i_n * stride_ob + t * stride_ot + i_h * stride_oh + o_v, b_out, m_v)
+
+    # keep the weights and the token
     tl.debug_barrier()
     store_first_weights(kept, moved, o_w, m_w, b_kept0, b_kept1, moved_1, W)
     for r in tl.range(0, row, BR, disable_licm=True):
         o_r = r + tl.arange(0, BR)
         m_r = o_r < row
         b_kept, b_moved = row_weights(kept, moved, o_r, m_r, o_w, m_w, alpha, momentum_gate, W)  # [BR, BW], [BR]
-        b_left = tl.load(left + o_r[:, None] * Dk + o_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
-        b_right = tl.load(right + o_r[:, None] * Dv + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BR, BD]
-        b_read += tl.sum(tl.sum(b_left * b_q[None, :], 1)[:, None] * b_kept * b_right, 0)
         tl.debug_barrier()
         store_row_weights(kept, moved, o_r, m_r, o_w, m_w, b_kept, b_moved, W)
-    b_out = tl.exp(b_open) * tl.load(p + Dv, mask=m_v, other=0.0) + scale * b_read
-    store(out + i_n * stride_ob + t * stride_ot + i_h * stride_oh + o_v, b_out, m_v)
-
-    # keep the token
     tl.store(left + row * Dk + o_k, b_k, mask=m_k)
     tl.store(right + row * Dv + o_v, -b_u, mask=m_v)
     tl.store(kept + (2 + row) * W + o_w, o_w * 0.0 + 1.0, mask=m_w)

@@ -229,7 +229,7 @@ def test_every_field_is_marked_or_beside_a_marked_one():
     [
         ("linear_step.cu", "read += score[i] * w", "read += 0.999f * score[i] * w", "wide", [12, 13, 15]),
         ("linear_step.cu", "kept[0] = kept[width] = *sum = 0.0f", "kept[0] = kept[width] = 0.0f", "coupled", [15, 16]),
-        ("mlp_step.cu", "sum += score[i] * x.left(1", "sum += 0.9f * score[i] * x.left(1", "mlp", [12, 13, 15]),
+        ("mlp_step.cu", "sum += score[i] * left", "sum += 0.9f * score[i] * left", "mlp", [12, 13, 15]),
     ],
 )
 def test_a_planted_bug_is_caught(source, before, after, name, cuts, objects, tmp_path, monkeypatch):

@@ -105,12 +105,7 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) linear_write(
   if (moved && thread() == 0) moved[1] = moved_1;
   for (int first = 0; first < row; first += kRows) {
     const int count = min(kRows, row - first);
-    for (int i = thread() / 32; i < count; i += kWarps) {  // a warp to a row
-      float dot = 0.0f;
-      for (int r = thread() % 32; r < p.K; r += 32) dot += left[int64_t(first + i) * p.K + r] * q[r];
-      dot = warp_sum(dot);
-      if (thread() % 32 == 0) score[i] = dot;
-    }
+    row_dots(left + int64_t(first) * p.K, p.K, count, q, p.K, [&](int i, float dot) { score[i] = dot; });
     if (thread() < count) {
       const int i = 2 + first + thread();
       float x = moved ? theta * moved[i] : 0.0f;
@@ -120,15 +115,17 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) linear_write(
     }
     __syncthreads();
     if (has) {
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) {
-        float w = weight[i];
-        if (channels) {
-          float* const at = kept + int64_t(2 + first + i) * width;
-          w += alpha * *at, *at = w;
-        }
-        read += score[i] * w * right[int64_t(first + i) * p.V + v];
-      }
+      struct Row {
+        float right, kept;
+      };
+      const auto load_row = [&](int i) {
+        return Row{right[int64_t(first + i) * p.V + v], channels ? kept[int64_t(2 + first + i) * width] : 0.0f};
+      };
+      loaded_together(count, load_row, [&](int i, const Row& x) {
+        const float w = weight[i] + alpha * x.kept;
+        if (channels) kept[int64_t(2 + first + i) * width] = w;
+        read += score[i] * w * x.right;
+      });
     }
     __syncthreads();  // score and weight are the next rows'
   }

@@ -157,16 +157,6 @@ template <int kVec> struct Part {
     const int d = thread() + 32 * j;
     return d < p.V ? f(d) : 0.0f;
   }
-  // f(row of the factors, sum over `length` of x y) for rows before `count`, by one lane: a warp to a row
-  template <class Function> __device__ static void dots(const float* rows, int stride, int count, const float* x, int length, Function&& f) {
-    for (int i = thread() / 32; i < count; i += kWarps) {
-      float dot = 0.0f;
-      for (int c = thread() % 32; c < length; c += 32) dot += rows[int64_t(i) * stride + c] * x[c];
-      dot = warp_sum(dot);
-      if (thread() % 32 == 0) f(i, dot);
-    }
-  }
-
   // channels: gu, in place of u
   __device__ void inner_gradient() const {
     const float *weight = p.ln_weight + int64_t(h) * p.V, *bias = p.ln_bias + int64_t(h) * p.V;
@@ -257,7 +247,7 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
   }
   for (int first = 0; first < row; first += kRows) {
     const int count = min(kRows, row - first);
-    x.dots(x.right(1, first), p.V, count, token, p.V, [&](int i, float dot) {
+    row_dots(x.right(1, first), p.V, count, token, p.V, [&](int i, float dot) {
       const float s = moved ? theta * moved[2 + first + i] : 0.0f, w = alpha * kept[2 + first + i] + s;
       if (writes) after[2 + first + i] = w, moved_after[2 + first + i] = s;
       score[i] = w * dot;
@@ -265,8 +255,8 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
     __syncthreads();
     if (x.first + thread() < x.last) {
       float sum = 0.0f;
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) sum += score[i] * x.left(1, first + i)[x.first + thread()];
+      const auto load_left = [&](int i) { return x.left(1, first + i)[x.first + thread()]; };
+      loaded_together(count, load_left, [&](int i, float left) { sum += score[i] * left; });
       written[thread()] += sum;
     }
     __syncthreads();
@@ -306,8 +296,8 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
     });
   __syncthreads();
   float* const scores = x.scores(x.part);
-  x.dots(x.left(0, 0) + x.first, p.K, row, aq, x.last - x.first, [&](int i, float dot) { scores[i] = dot; });
-  x.dots(a, 0, 1, aq, x.last - x.first, [&](int, float dot) { scores[row] = dot; });
+  row_dots(x.left(0, 0) + x.first, p.K, row, aq, x.last - x.first, [&](int i, float dot) { scores[i] = dot; });
+  row_dots(a, 0, 1, aq, x.last - x.first, [&](int, float dot) { scores[row] = dot; });
 }
 
 template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_finish(const Step p, int t, int parts) {
@@ -329,8 +319,7 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_finish(co
       __syncthreads();
       for (int d = thread(); d < p.V; d += kThreads) {
         float sum = 0.0f;
-#pragma unroll 4
-        for (int i = 0; i < count; ++i) sum += score[i] * x.right(0, first + i)[d];
+        loaded_together(count, [&](int i) { return x.right(0, first + i)[d]; }, [&](int i, float right) { sum += score[i] * right; });
         channels[d] += sum;
       }
       __syncthreads();

@@ -143,6 +143,36 @@ template <class Op> __device__ inline float over_lanes(float x, int low, int hig
 }
 __device__ inline float warp_sum(float x) { return over_lanes(x, 1, 32, Add{}); }
 
+// f(row, sum over `length` of row . x) for rows before `count`, by one lane: a warp to some rows, which it loads together
+template <class Function>
+__device__ inline void row_dots(const float* rows, int stride, int count, const float* x, int length, Function&& f) {
+  constexpr int kTogether = 4;
+  for (int first = thread() / 32 * kTogether; first < count; first += kWarps * kTogether) {
+    float dot[kTogether] = {};
+    for (int c = thread() % 32; c < length; c += 32)
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) dot[i] += rows[int64_t(min(first + i, count - 1)) * stride + c] * x[c];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const float sum = warp_sum(dot[i]);
+      if (thread() % 32 == 0 && first + i < count) f(first + i, sum);
+    }
+  }
+}
+
+// use(i, load(i)) for i before `count`, many loads on their way at once
+template <class Load, class Use> __device__ inline void loaded_together(int count, Load&& load, Use&& use) {
+  constexpr int kTogether = 16;
+  for (int first = 0; first < count; first += kTogether) {
+    decltype(load(0)) x[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) x[i] = load(min(first + i, count - 1));
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i < count) use(first + i, x[i]);
+  }
+}
+
 // over the block; every thread gets it
 __device__ inline float block_sum(float x) {
   __shared__ float warps[kWarps];
