@@ -170,17 +170,29 @@ def report(document: dict) -> str:
 
 
 def summary(document: dict) -> str:
-    """The comparison with PyTorch and the targets, as the README shows them."""
+    """The comparison with PyTorch, and how many targets were met, as the README shows them."""
     m, shapes = document["machine"], [r for r in document["results"] if r["study"] == "shapes"]
     used, date = document["capability"]["used"], document["date"][:10]
     lines = [
         f"{m['cpu']}, {m['cores']} cores, {used}; torch {document['versions']['torch']}; {date}. Ratios are medians of one run in which",
         "all contenders took turns, after each had passed the parity gate: CPU time for one thread, wall time for more.",
         "",
-        *(line for text in (_shapes_section(shapes), _mlp_section(shapes)) if text for line in (text.split("\n\n", 1)[1], "")),
-        _target_table(document),
+        *(line for text in (_shapes_section(shapes), _mlp_section(shapes)) if text for line in (text.removeprefix("## "), "")),
+        _target_line(document),
     ]
     return "\n".join(lines)
+
+
+def _target_line(document: dict) -> str:
+    """How many figures meet their target, and which miss it; what was not measured or is doubtful does not count."""
+    judged = [(t, n, m) for t in document["targets"] for n, m in t["measured"].items() if m["verdict"] in ("goal", "met", "NOT met")]
+    missed = [
+        f"{t['name']}, {t['case']}, {n} thread{'s' if n != '1' else ''} ({m['value']:.3g}, asked {t['least']:g})"
+        for t, n, m in judged
+        if m["verdict"] == "NOT met"
+    ]
+    told = f" Not met: {'; '.join(missed)}." if missed else ""
+    return f"{len(judged) - len(missed)} of {len(judged)} figures that have a target meet it.{told} `bench/cpu.py --show` lists them all."
 
 
 def _notes(results: Sequence[dict]) -> list[str]:
