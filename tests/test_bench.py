@@ -300,8 +300,8 @@ def test_the_summary_names_what_missed_its_target():
     first = document["targets"][0]
     first["measured"] = {"1": {"value": 0.25, "verdict": "NOT met"}, "2": {"value": 9.0, "verdict": "not judged: see notes"}}
     document["targets"] = [first, {**first, "measured": {"1": {"value": 9.0, "verdict": "goal"}}}]
-    told = f"1 of 2 figures that have a target meet it. Not met: {first['name']}, {first['case']}, 1 thread (0.25, asked {first['least']:g})."
-    assert told in report.summary(document)
+    missed = f"{first['name']}, {first['case']}, 1 thread (0.25, asked {first['least']:g})"
+    assert f"1 of 2 figures that have a target meet it. Not met: {missed}." in report.summary(document)
 
 
 def test_the_readme_shows_what_a_result_file_holds():
