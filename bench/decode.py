@@ -23,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 import process
 import program
+from decode_model import CONTEXTS, MODEL_CASE, study_model
 from decode_report import judge, report
-from harness import Watch, interleave, ratio, spread, timed
+from harness import Watch, figures, interleave, spread, timed, whole_chunks
 
-CHUNK = 64
-#: batch, heads, head dimension; an MLP memory has four hidden units per channel
-SIZES = {"B1 H1 D64": (1, 1, 64), "B1 H8 D64": (1, 8, 64), "B8 H8 D64": (8, 8, 64), "B32 H8 D64": (32, 8, 64), "B8 H8 D128": (8, 8, 128)}
-TOY = (2, 2, 16)
-CONTEXTS = {"1k": 1024, "8k": 8192, "64k": 65536}
+#: batch, heads, head dimension, chunk size (that of the presets, but for one); an MLP memory has four hidden units per channel
+SIZES = {
+    "B1 H1 D64": (1, 1, 64, 16), "B1 H8 D64": (1, 8, 64, 16), "B8 H8 D64": (8, 8, 64, 16), "B8 H8 D64 C64": (8, 8, 64, 64),
+    "B32 H8 D64": (32, 8, 64, 16), "B8 H8 D128": (8, 8, 128, 16),
+}  # fmt: skip
+TOY = (2, 2, 16, 16)
 #: attention's caches larger than this are left out
 CACHE_BYTES = 6 << 30
 
@@ -44,20 +46,20 @@ class Setting:
         import miras_kernels
         from miras_kernels.testing import Case
 
-        batch, heads, dim = TOY if toy else SIZES[size]
+        batch, heads, dim, self.chunk = TOY if toy else SIZES[size]
         self.heads, self.dim, self.batch = heads, dim, batch
         self.case = Case(
             f"decode {memory} {size}", memory=memory, batch=batch, heads=heads, key_dim=dim, value_dim=dim, hidden=4 * dim,
-            tokens=CHUNK + 16, chunk_size=CHUNK, decay="slight",
+            tokens=self.chunk + 16, chunk_size=self.chunk, decay="slight",
         )  # fmt: skip
         self.arguments = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in self.case.draw(torch.float32).arguments().items()}
         self.function = miras_kernels.linear_memory if memory == "linear" else miras_kernels.mlp_memory
         self.backend = backend
         with torch.no_grad():
-            _, self.state = self.function(**{**self.arguments, **self.tokens(0, CHUNK + 7)}, backend=backend)
-            token = {**self.arguments, **self.tokens(CHUNK + 7, CHUNK + 8), "initial_state": self.state}
+            _, self.state = self.function(**{**self.arguments, **self.tokens(0, self.chunk + 7)}, backend=backend)
+            token = {**self.arguments, **self.tokens(self.chunk + 7, self.chunk + 8), "initial_state": self.state}
             _, self.state = self.function(**token, backend=backend)  # a state as the call for one token leaves it
-        self.token = self.tokens(CHUNK + 8, CHUNK + 9)
+        self.token = self.tokens(self.chunk + 8, self.chunk + 9)
 
     def tokens(self, a: int, b: int) -> dict:
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
@@ -74,24 +76,18 @@ def parity(setting: Setting, backend: str) -> dict:
     """Steps across a chunk's end against the whole sequence in float64, with the tests' own budgets."""
     from miras_kernels.testing import check_steps
 
-    worst = check_steps(setting.case, backend, cuts=range(CHUNK - 8, setting.case.tokens + 1)).worst
+    worst = check_steps(setting.case, backend, cuts=range(setting.chunk - 8, setting.case.tokens + 1)).worst
     return {"ok": worst.ok, "error": worst.error, "budget": worst.budget, "tensor": worst.name}
 
 
 # -------------------------------------------------------------------------------------------------------- contenders
 
 
-def whole_chunks(run: Callable[[], object], clock: harness.Clock) -> harness.Sampler:
-    """A sampler of calls that read one token each: seconds a token, of whole chunks at least as many as the calls asked for."""
-    sample = timed(run, clock)
-    return lambda count: sample(-(-count // CHUNK) * CHUNK)
-
-
 def by_position(setting: Setting, backend: str, clock: harness.Clock, rounds: int) -> list[float]:
     """Median seconds of a step at each place in its chunk; the last one closes it."""
     reader = setting.decoder(backend)
-    times: list[list[float]] = [[] for _ in range(CHUNK)]
-    for _ in range(rounds * CHUNK):
+    times: list[list[float]] = [[] for _ in range(setting.chunk)]
+    for _ in range(rounds * setting.chunk):
         place = int(reader.buffers.position[0])
         began = clock()
         reader.step(**setting.token)
@@ -169,7 +165,7 @@ def study(memory: str, size: str, threads: int, settings: dict) -> Iterator[dict
         return
     reader, clock = setting.decoder(backend), harness.clock_for(threads)[1]
     tokens = {"step": lambda: reader.step(**setting.token), "function": function_steps(setting), "eager": eager_steps(setting)}
-    samplers = {name: whole_chunks(run, clock) for name, run in tokens.items()}
+    samplers = {name: whole_chunks(run, clock, setting.chunk) for name, run in tokens.items()}
     samplers["touch"] = timed(touch(torch.randn_like(reader.buffers.start)), clock)
     if memory == "linear":
         samplers["baddbmm"] = timed(baddbmm(setting), clock)
@@ -177,7 +173,7 @@ def study(memory: str, size: str, threads: int, settings: dict) -> Iterator[dict
         times = interleave(samplers, settings["seconds"], settings["min_rounds"])
         places = by_position(setting, backend, clock, settings["min_rounds"])
     result |= {"closing_us": 1e6 * places[-1], "slowest_us": 1e6 * max(places), "slowest_token": 1 + places.index(max(places))}
-    yield {**result, **_figures(times, "step", setting.batch), "watch": watch.report()}
+    yield {**result, **figures(times, "step", setting.batch), "watch": watch.report()}
 
 
 def study_linear(size: str, threads: int, settings: dict) -> Iterator[dict]:
@@ -205,7 +201,7 @@ def study_attention(size: str, threads: int, settings: dict) -> Iterator[dict]:
         return
     readers = {memory: setting.decoder(settings["backend"]) for memory, setting in memories.items()}
     reads = {memory: lambda reader=readers[memory], token=memories[memory].token: reader.step(**token) for memory in memories}
-    samplers = {memory: whole_chunks(read, clock) for memory, read in reads.items()}
+    samplers = {memory: whole_chunks(read, clock, memories[memory].chunk) for memory, read in reads.items()}
     some = memories["linear"]
     for name, context in CONTEXTS.items():
         context = context // 64 if settings["toy"] else context
@@ -217,18 +213,10 @@ def study_attention(size: str, threads: int, settings: dict) -> Iterator[dict]:
     with torch.no_grad(), Watch(threads) as watch:
         times = interleave(samplers, settings["seconds"], settings["min_rounds"])
     state = {m: sum(x.numel() * x.element_size() for x in r.buffers.tensors()) / 2**20 for m, r in readers.items()}
-    yield {**result, **_figures(times, "linear", some.batch), "state_mib": state, "watch": watch.report()}
+    yield {**result, **figures(times, "linear", some.batch), "state_mib": state, "watch": watch.report()}
 
 
-def _figures(times: dict[str, list[float]], base: str, batch: int) -> dict:
-    return {
-        "us": {name: {p: 1e6 * x for p, x in spread(t).items()} for name, t in times.items()},
-        "ratios": {name: ratio(t, times[base]) for name, t in times.items() if name != base},
-        "tokens_per_second": {name: batch / spread(t)["median"] for name, t in times.items() if not name.startswith("touch")},
-    }
-
-
-STUDIES = {"linear": study_linear, "mlp": study_mlp, "attention": study_attention}
+STUDIES = {"linear": study_linear, "mlp": study_mlp, "attention": study_attention, "model": study_model}
 
 # -------------------------------------------------------------------------------------------------------------- main
 
@@ -270,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": args.seconds if args.seconds is not None else 0.7 if args.quick else 5.0,
         "cache_bytes": min(available // 3, 1 << 29 if args.quick else CACHE_BYTES),
     }  # fmt: skip
-    results, jobs = [], [(study, size, n) for n in args.threads for study in args.only for size in args.sizes]
+    sizes = {"model": [MODEL_CASE]}  # the model has a size of its own
+    results, jobs = [], [(study, size, n) for n in args.threads for study in args.only for size in sizes.get(study, args.sizes)]
     for i, job in enumerate(jobs, 1):
         print(f"[{i}/{len(jobs)}] {job[0]} {job[1]}, {job[2]} threads", file=sys.stderr, flush=True)
         results += start(*job, settings)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from decode_model import CONTEXTS, MODEL_CASE, MODELS
 from harness import table
-
-CONTEXTS = ("1k", "8k", "64k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,8 @@ TARGETS = (
     Target("linear memory, eager steps / step", "linear", "B1 H1 D64", "eager", "step", 12),
     *(Target("MLP memory, step / state read and written once", "mlp", size, "step", "touch", 2.0, at_most=True)
       for size in ("B1 H1 D64", "B8 H8 D64")),
+    *(Target(f"a model's token after 64k / after 1k, {memory}", "model", MODEL_CASE, f"{memory} 64k", f"{memory} 1k", 1.1, at_most=True)
+      for memory, preset in MODELS.items() if preset),
 )  # fmt: skip
 
 
@@ -76,10 +77,10 @@ def report(document: dict) -> str:
         f"{document['date']}, commit {(document['commit'] or 'none')[:12]}{modified}.",
         "Microseconds a token, over whole chunks, median of rounds; one thread: CPU time, more: wall time. `docs/benchmarks.md` explains.",
     ]  # fmt: skip
-    for name, title in (("linear", "The linear memory"), ("mlp", "The MLP memory"), ("attention", "Against attention with its cache")):
+    for name, title, section in _SECTIONS:
         results = [r for r in document["results"] if r["study"] == name]
         if results:
-            lines += ["", f"## {title}", "", (_attention if name == "attention" else _memory)(results)]
+            lines += ["", f"## {title}", "", section(results)]
     if document["targets"]:
         lines += ["", "## Targets", "", _targets(document)]
     notes = [
@@ -129,6 +130,25 @@ def _attention(results: Sequence[dict]) -> str:
         state = f"{r['state_mib']['linear']:.2f} / {r['state_mib']['mlp']:.2f}" if "state_mib" in r else "-"
         rows.append([r["case"], str(r["threads"]), _us(r, "linear"), _us(r, "mlp"), *(_us(r, c) for c in CONTEXTS), state])
     return table(["size", "threads", "linear us", "mlp us", *(f"attention {c} us" for c in CONTEXTS), "states MiB"], rows)
+
+
+def _model(results: Sequence[dict]) -> str:
+    rows = []
+    for r in results:
+        for name, preset in MODELS.items():
+            labels = [f"{name} {context}" for context in CONTEXTS]
+            sizes = [f"{r['cache_bytes'][x] / 2**20:.2f}" if "cache_bytes" in r else "-" for x in labels]
+            rows.append([preset or "attention", str(r["threads"]), _gate(r), *(_us(r, x) for x in labels), *sizes])
+    columns = [f"{what} {context}" for what in ("us after", "MiB after") for context in CONTEXTS]
+    return table(["layers", "threads", "error/budget", *columns], rows)
+
+
+_SECTIONS = (
+    ("linear", "The linear memory", _memory),
+    ("mlp", "The MLP memory", _memory),
+    ("attention", "Against attention with its cache", _attention),
+    ("model", "A whole model: " + MODEL_CASE, _model),
+)
 
 
 def _targets(document: dict) -> str:

@@ -68,6 +68,12 @@ def timed(run: Callable[[], object], clock: Clock) -> Sampler:
     return sample
 
 
+def whole_chunks(run: Callable[[], object], clock: Clock, chunk: int) -> Sampler:
+    """A sampler of calls that read one token each: seconds a token, of whole chunks at least as many as the calls asked for."""
+    sample = timed(run, clock)
+    return lambda count: sample(-(-count // chunk) * chunk)
+
+
 def interleave(samplers: dict[str, Sampler], seconds: float, min_rounds: int) -> dict[str, list[float]]:
     """Seconds per call of every contender, one number per round, all lists of one length.
 
@@ -187,6 +193,15 @@ class Watch:
 
     def report(self) -> dict:
         return {"other_load_cores": self.others, "thread_speedup": self.speedup, "flags": self.flags()}
+
+
+def figures(times: dict[str, list[float]], base: str, batch: int) -> dict:
+    """What is written down of steps that read a token of ``batch`` sequences; ratios are to ``base``."""
+    return {
+        "us": {name: {p: 1e6 * x for p, x in spread(t).items()} for name, t in times.items()},
+        "ratios": {name: ratio(t, times[base]) for name, t in times.items() if name != base},
+        "tokens_per_second": {name: batch / spread(t)["median"] for name, t in times.items() if not name.startswith("touch")},
+    }
 
 
 def _busy() -> float | None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from miras_kernels import Decoder, dispatch
+from miras_kernels.layers import block
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
-decode, decode_report = importlib.import_module("decode"), importlib.import_module("decode_report")
+decode, decode_model, decode_report, harness = (importlib.import_module(x) for x in ("decode", "decode_model", "decode_report", "harness"))
 
 BACKEND = "reference" if dispatch.unavailable("cpp") else "cpp"
 SETTINGS = {"backend": BACKEND, "toy": True, "min_rounds": 2, "seconds": 0.02, "cache_bytes": 1 << 26}
@@ -37,17 +38,24 @@ def test_document(tmp_path):
     done = subprocess.run([*command, "--json", str(path)], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     document = json.loads(path.read_text())
-    linear, mlp, attention = document["results"]
-    for result, study in ((linear, "linear"), (mlp, "mlp"), (attention, "attention")):
-        assert (result["study"], result["case"], result["threads"], result["clock"]) == (study, "B1 H8 D64", 1, "cpu")
+    linear, mlp, attention, model = document["results"]
+    for result, study in ((linear, "linear"), (mlp, "mlp"), (attention, "attention"), (model, "model")):
+        case = decode.MODEL_CASE if study == "model" else "B1 H8 D64"
+        assert (result["study"], result["case"], result["threads"], result["clock"]) == (study, case, 1, "cpu")
         assert result["parity"]["ok"]
         assert all(0 < x["p10"] <= x["median"] <= x["p90"] for x in [*result["us"].values(), *result["ratios"].values()])
     assert set(linear["us"]) == {"step", "function", "eager", "baddbmm", "touch"}
-    assert all(0 < r["closing_us"] <= r["slowest_us"] and 1 <= r["slowest_token"] <= decode.CHUNK for r in (linear, mlp))
+    assert all(0 < r["closing_us"] <= r["slowest_us"] and 1 <= r["slowest_token"] <= decode.TOY[-1] for r in (linear, mlp))
     assert set(mlp["us"]) == set(linear["us"]) - {"baddbmm"}
     assert set(attention["us"]) == {"linear", "mlp", *decode_report.CONTEXTS}
+    assert set(model["us"]) == set(model["cache_bytes"]) == {f"{m} {c}" for m in decode_model.MODELS for c in decode_model.CONTEXTS}
+    assert len({model["cache_bytes"][f"mlp {context}"] for context in decode_model.CONTEXTS}) == 1
+    assert model["cache_bytes"]["attention 64k"] == 64 * model["cache_bytes"]["attention 1k"]
     assert document["targets"] == []
-    assert all(title in done.stdout for title in ("## The linear memory", "## The MLP memory", "## Against attention with its cache"))
+    assert all(
+        title in done.stdout
+        for title in ("## The linear memory", "## The MLP memory", "## Against attention with its cache", "## A whole model")
+    )
     shown = subprocess.run([sys.executable, str(BENCH / "decode.py"), "--show", str(path)], check=True, capture_output=True, text=True)
     assert shown.stdout == done.stdout
 
@@ -57,22 +65,25 @@ def test_document(tmp_path):
 def test_no_time_for_a_wrong_step(monkeypatch, study):
     right = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda self, *x, **named: right(self, *x, **named) * (1 + 1e-4))
+    remember = block.linear_memory
+    wrong = lambda q, *x, **named: (lambda out, state: (out * (1 + 1e-2 * (q.shape[1] == 1)), state))(*remember(q, *x, **named))
+    monkeypatch.setattr(block, "linear_memory", wrong)
     (result,) = decode.STUDIES[study]("B1 H1 D64", 1, SETTINGS)
     assert not result["parity"]["ok"] and "us" not in result
     assert "parity is red, not timed" in result["notes"]
 
 
 def test_times_are_of_whole_chunks():
-    tokens, now = [], [0.0]
+    tokens, now, chunk = [], [0.0], 16
 
     def read():
-        tokens.append(len(tokens) % decode.CHUNK)
-        now[0] += 10.0 if tokens[-1] == decode.CHUNK - 1 else 1.0  # the token that closes a chunk takes longer
+        tokens.append(len(tokens) % chunk)
+        now[0] += 10.0 if tokens[-1] == chunk - 1 else 1.0  # the token that closes a chunk takes longer
 
-    sample = decode.whole_chunks(read, lambda: now[0])
-    for count in (1, decode.CHUNK, decode.CHUNK + 1):
-        assert sample(count) == (decode.CHUNK + 9) / decode.CHUNK
-    assert len(tokens) == 4 * decode.CHUNK
+    sample = harness.whole_chunks(read, lambda: now[0], chunk)
+    for count in (1, chunk, chunk + 1):
+        assert sample(count) == (chunk + 9) / chunk
+    assert len(tokens) == 4 * chunk
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -98,7 +109,7 @@ def test_targets_are_judged():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "speed"], "--only: unknown 'speed': expected some of linear, mlp, attention"),
+        (["--only", "speed"], "--only: unknown 'speed': expected some of linear, mlp, attention, model"),
         (["--sizes", "D1"], "--sizes: unknown 'D1': expected some of B1 H1 D64"),
         (["--threads", "two"], "--threads: expected integers such as 1,2, got 'two'"),
         (["--threads", "0"], "--threads: expected integers >= 1"),
