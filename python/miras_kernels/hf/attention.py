@@ -100,11 +100,14 @@ class ParallelAttention:
     start. Arguments and result are those of the host's layer.
     """
 
+    layer_idx: int
+    memory: MemoryBlock
+
     def forward(self, hidden_states: Tensor, *args, memory_batch: Batch | None = None, **kwargs):
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         cache = None if cache is None else memory_layer(cache, self.layer_idx, beside_attention=True)
         recalled = _recall(self.memory, hidden_states, mask, memory_batch, cache, None)
-        out, weights = super().forward(hidden_states, *args, **kwargs)
+        out, weights = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]  # the host's layer is the other base
         return out + recalled, weights
 
 
@@ -200,7 +203,7 @@ def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iterati
     return {**inputs, MASK: mask}
 
 
-def _past(cache: object | None, given: object, tokens: int) -> int:
+def _past(cache: Any, given: object, tokens: int) -> int:
     """How many tokens the cache has read, where a mask asks for it."""
     if cache is None or given is None:
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,9 @@ class MemoryCacheLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.state: BlockState | None = None
-        self.length = 0
+        self.length: Any = 0
 
-    def before(self, tokens: int, padded: bool) -> BlockState | None:
+    def before(self, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
         """What a block begins with that is to read ``tokens`` more."""
         return self.state
 
@@ -63,7 +64,7 @@ class MemoryCacheLayer(CacheLayerMixin):
             raise AttributeError("batch_size: nothing has been read yet")
         return self.state.conv.shape[0]
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | Tensor:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -105,6 +106,9 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.state = self.state.map(function)
 
 
+_ROOM = "a static cache has room for the sequences that it was begun with, no more and no fewer"
+
+
 class StaticMemoryCacheLayer(MemoryCacheLayer):
     """The same in a static cache: single tokens are read in place, and what holds the state stays where it is.
 
@@ -126,18 +130,18 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
         self.decoder: BlockDecoder | None = None
 
     def before(self, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
-        if not self.is_initialized:
+        if self.decoder is None or not self.is_initialized:
             return None
         return self.decoder if tokens == 1 and not padded else self.decoder.state()
 
     def advance(self, block: MemoryBlock, state: BlockState | BlockDecoder, tokens: int) -> None:
-        if self.decoder is None:
+        if isinstance(state, BlockState) and self.decoder is not None:
+            self.decoder.load(state)
+        elif isinstance(state, BlockState):
             self.decoder, self.length = BlockDecoder(block, state), torch.zeros((), dtype=torch.int64, device=state.conv.device)
             if not torch.compiler.is_compiling():
                 for x in (*self.decoder.tensors(), self.length):
                     torch._dynamo.mark_static_address(x)
-        elif state is not self.decoder:
-            self.decoder.load(state)
         self.length.add_(tokens)
         self.is_initialized = True
 
@@ -173,13 +177,14 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
             self.length.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
+        if self.is_initialized and self.decoder is not None:
             self.decoder.reorder(beam_idx.to(self.decoder.conv.device))
 
-    def batch_repeat_interleave(self, *args) -> None:
-        raise NotImplementedError("a static cache has room for the sequences that it was begun with, no more and no fewer")
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError(_ROOM)
 
-    batch_select_indices = batch_repeat_interleave
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise NotImplementedError(_ROOM)
 
 
 def _answered(name: str) -> Callable:

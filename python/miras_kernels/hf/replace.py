@@ -219,9 +219,9 @@ def _heads(config: PreTrainedConfig, mode: str, init: str, num_heads: int | None
         raise ValueError(f"init: with mode='parallel' attention keeps its projections, expected 'new', got {init!r}")
     own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if init == "from_attention":
-        for name, given in (("num_heads", num_heads), ("head_dim", head_dim)):
-            if given is not None:
-                raise ValueError(f"{name}: with init='from_attention' it is the attention layer's, expected None, got {given!r}")
+        for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
+            if size is not None:
+                raise ValueError(f"{name}: with init='from_attention' it is the attention layer's, expected None, got {size!r}")
     if num_heads is None:
         return config.num_attention_heads, own if head_dim is None else head_dim
     return num_heads, head_dim

@@ -257,11 +257,12 @@ class MemoryBlock(nn.Module):
             raise ValueError(f"hidden_states: expected shape [B, T, D] with D = {self.hidden_size}, got {tuple(x.shape)}")
         if initial_state is not None and not isinstance(initial_state, BlockState | BlockDecoder):
             raise TypeError(f"initial_state: expected a BlockState or a BlockDecoder, got {type(initial_state).__name__}")
+        self._check_projected(x, projected)
         if isinstance(initial_state, BlockDecoder):
             for name, given in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
                 if given is not None:
                     raise ValueError(f"{name}: a BlockDecoder reads every row whole; expected None, got {type(given).__name__}")
-        self._check_projected(x, projected)
+            return self._run(x, projected, None, initial_state, output_final_state)
         if attention_mask is None:
             return self._run(x, projected, cu_seqlens, initial_state, output_final_state)
         if cu_seqlens is not None:
@@ -316,8 +317,8 @@ class MemoryBlock(nn.Module):
         offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
         out, state = self._run(pack(x), projected and projected.map(pack), offsets, start, True)
         out = out.new_zeros(mask.numel(), out.shape[-1]).index_copy(0, at, out.squeeze(0))
-        out = out.unflatten(0, mask.shape)
-        return out, state if before is None or state is None or every else _overwritten(before, rows, state)
+        assert isinstance(state, BlockState)
+        return out.unflatten(0, mask.shape), state if before is None or every else _overwritten(before, rows, state)
 
     def _run(
         self,
@@ -337,6 +338,7 @@ class MemoryBlock(nn.Module):
         if self.w1 is not None:
             recall, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
         tokens = dict(q=unit(q), k=unit(k), v=v, **self.gates(x), **norm)
+        final: BlockState | BlockDecoder | None
         if isinstance(initial_state, BlockDecoder):
             o, final = initial_state.read(tokens, conv), initial_state
         else:
@@ -345,7 +347,7 @@ class MemoryBlock(nn.Module):
                 initial_state=start if initial_state is None else initial_state.memory, output_final_state=output_final_state,
                 cu_seqlens=cu_seqlens, backend=self.backend,
             )  # fmt: skip
-            final = BlockState(memory, conv)
+            final = None if memory is None else BlockState(memory, conv)
         o = wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))

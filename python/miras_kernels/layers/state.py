@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class BlockDecoder:
         self.memory = Decoder(state.memory, chunk_size=row.chunk_size, bias=row.bias, retention=row.retention, backend=block.backend)
         self.conv = state.conv.detach().clone(memory_format=torch.contiguous_format)
 
-    def read(self, tokens: dict[str, Tensor], conv: Tensor) -> Tensor:
+    def read(self, tokens: dict[str, Any], conv: Tensor) -> Tensor:
         """What the memory answers to ``tokens``, the arguments of a step; ``conv`` is what the convolution keeps."""
         self.conv.copy_(conv.detach())
         return step(self.memory, **tokens)

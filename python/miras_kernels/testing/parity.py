@@ -45,14 +45,14 @@ MARGIN = 8.0
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
-    """``||x - y|| / ||y||`` in float64; infinite where x is not finite, 0 where both are zero."""
+    """``||x - y|| / ||y||`` in float64, ``||x||`` where y is zero; infinite where x is not finite."""
     x, y = x.detach().double().cpu(), y.detach().double().cpu()
     if x.shape != y.shape:
         raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)}")
     if not torch.isfinite(x).all():
         return math.inf
     difference, norm = (x - y).norm().item(), y.norm().item()
-    return difference / norm if norm > 0 else (0.0 if difference == 0 else math.inf)
+    return difference / norm if norm > 0 else difference
 
 
 def evaluate(inputs: Inputs, run: str | Callable = "auto") -> dict[str, Tensor]:
