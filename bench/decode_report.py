@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from decode_model import CONTEXTS, MODEL_CASE, MODELS
-from harness import table
+from harness import table, verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,7 @@ class Target:
         return None
 
     def verdict(self, value: float | None) -> str:
-        if value is None:
-            return "not measured"
-        reached = (lambda limit: value <= limit) if self.at_most else (lambda limit: value >= limit)
-        if self.goal is not None and reached(self.goal):
-            return "goal"
-        return "met" if reached(self.least) else "NOT met"
+        return verdict(value, self.least, self.goal, self.at_most)
 
 
 TARGETS = (

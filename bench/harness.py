@@ -195,6 +195,16 @@ class Watch:
         return {"other_load_cores": self.others, "thread_speedup": self.speedup, "flags": self.flags()}
 
 
+def verdict(value: float | None, least: float, goal: float | None, at_most: bool) -> str:
+    """What is said of a figure: "goal", "met", "NOT met" or "not measured"."""
+    if value is None:
+        return "not measured"
+    reached = (lambda limit: value <= limit) if at_most else (lambda limit: value >= limit)
+    if goal is not None and reached(goal):
+        return "goal"
+    return "met" if reached(least) else "NOT met"
+
+
 def figures(times: dict[str, list[float]], base: str, batch: int) -> dict:
     """What is written down of steps that read a token of ``batch`` sequences; ratios are to ``base``."""
     return {

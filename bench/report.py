@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import harness
 from base import NO_DIFFERENCE
 from contenders import BOTH, DIRECTIONS, FORWARD, LINEAR_SHAPES, MLP_SHAPES, MOMENTUM, PLAIN, RECURRENCE_SHAPES, RETENTIONS
-from harness import OTHERS, Watch, table
+from harness import OTHERS, Watch, table, verdict
 from scaling import SCALING_SHAPES
 
 # ----------------------------------------------------------------------------------------------------------- targets
@@ -39,12 +39,7 @@ class Target:
         return found
 
     def verdict(self, value: float | None) -> str:
-        if value is None:
-            return "not measured"
-        reached = (lambda limit: value <= limit) if self.at_most else (lambda limit: value >= limit)
-        if self.goal is not None and reached(self.goal):
-            return "goal"
-        return "met" if reached(self.least) else "NOT met"
+        return verdict(value, self.least, self.goal, self.at_most)
 
 
 def targets() -> list[Target]:
