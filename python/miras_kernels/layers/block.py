@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..memory import linear_memory, mlp_memory
-from ..state import MemoryState, OpenChunk
+from ..state import MemoryState
 from .functional import convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
 from .presets import Preset, resolve
 from .state import BlockDecoder, BlockState
@@ -318,7 +317,7 @@ class MemoryBlock(nn.Module):
         out, state = self._run(pack(x), projected and projected.map(pack), offsets, start, True)
         out = out.new_zeros(mask.numel(), out.shape[-1]).index_copy(0, at, out.squeeze(0))
         assert isinstance(state, BlockState)
-        return out.unflatten(0, mask.shape), state if before is None or every else _overwritten(before, rows, state)
+        return out.unflatten(0, mask.shape), state if before is None or every else before.overwritten(rows, state)
 
     def _run(
         self,
@@ -383,23 +382,3 @@ class MemoryBlock(nn.Module):
                 gates["momentum"] = _MOMENTUM * torch.sigmoid(raw["momentum"])
                 gates["lr"] = gates["lr"] * (1 - gates["momentum"])
         return gates
-
-
-def _opened(state: MemoryState) -> MemoryState:
-    """The same state with an open chunk, which may have consumed no token yet."""
-    if state.open_chunk is not None:
-        return state
-    first = state.dual[0]
-    position = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
-    return dataclasses.replace(state, open_chunk=OpenChunk(position, state.dual, first.new_zeros(first.shape[:2])))
-
-
-def _overwritten(state: BlockState, rows: Tensor, other: BlockState) -> BlockState:
-    """``state`` with the sequences ``rows`` replaced by those of ``other``."""
-    write = lambda old, new: old.index_copy(0, rows, new.to(old.dtype))
-    olds, news = _opened(state.memory), _opened(other.memory)
-    memory = olds.replace_tensors([write(*pair) for pair in zip(olds.tensors(), news.tensors(), strict=True)])
-    assert memory.open_chunk is not None and news.open_chunk is not None
-    position = write(memory.open_chunk.position, news.open_chunk.position)
-    memory = dataclasses.replace(memory, open_chunk=dataclasses.replace(memory.open_chunk, position=position))
-    return BlockState(memory, write(state.conv, other.conv))

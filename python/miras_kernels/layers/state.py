@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decode import Decoder
-from ..state import MemoryState
+from ..state import MemoryState, OpenChunk
 from ..stepping import step
 
 if TYPE_CHECKING:
@@ -38,6 +38,25 @@ class BlockState:
     def detach(self) -> BlockState:
         """The same numbers without a gradient history."""
         return self.map(torch.Tensor.detach)
+
+    def overwritten(self, rows: Tensor, other: BlockState) -> BlockState:
+        """The same with the sequences ``rows`` replaced by those of ``other``."""
+        write = lambda old, new: old.index_copy(0, rows, new.to(old.dtype))
+        olds, news = _opened(self.memory), _opened(other.memory)
+        memory = olds.replace_tensors([write(*pair) for pair in zip(olds.tensors(), news.tensors(), strict=True)])
+        assert memory.open_chunk is not None and news.open_chunk is not None
+        position = write(memory.open_chunk.position, news.open_chunk.position)
+        memory = dataclasses.replace(memory, open_chunk=dataclasses.replace(memory.open_chunk, position=position))
+        return BlockState(memory, write(self.conv, other.conv))
+
+
+def _opened(state: MemoryState) -> MemoryState:
+    """The same state with an open chunk, which may have consumed no token yet."""
+    if state.open_chunk is not None:
+        return state
+    first = state.dual[0]
+    position = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+    return dataclasses.replace(state, open_chunk=OpenChunk(position, state.dual, first.new_zeros(first.shape[:2])))
 
 
 class BlockDecoder:
