@@ -201,7 +201,7 @@ else:
         Extension(
             "miras_kernels._C",
             SOURCES,
-            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
+            depends=["setup.py", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h")))],
             include_dirs=["csrc", pybind11.get_include()],
             extra_compile_args=COMPILE,
             extra_link_args=LINK,
