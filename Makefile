@@ -122,7 +122,7 @@ $(VENV)/.torch: | $(VENV)/.python
 
 $(VENV)/.tools: | $(VENV)/.torch
 	@echo "installing the build tools"
-	@$(PIP) install -qq $(TESTED) "setuptools>=77" wheel ninja pybind11
+	@$(PIP) install -qq $(TESTED) "setuptools>=77" wheel pybind11
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.tools
@@ -150,7 +150,7 @@ $(VENV)/.newest: | $(VENV)/.built
 	@echo "installing the newest releases, for these tests alone (some minutes)"
 	@rm -rf $(VENV)/newest && $(PYTHON) -m venv $(VENV)/newest
 	@$(NEWEST) "$(TORCH)" || $(NEWEST) "$(TORCH_FALLBACK)"
-	@$(NEWEST) "setuptools>=77" wheel ninja pybind11
+	@$(NEWEST) "setuptools>=77" wheel pybind11
 	@PATH="$(CURDIR)/$(VENV)/newest/bin:$$PATH" $(NEWEST) --no-build-isolation -e ".[test,demo]"
 
 # With what it depends on (PyTorch is not among that).
