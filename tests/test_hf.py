@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import miras_kernels.hf as hf
-from hf_tiny import ARCHITECTURES, LENGTH, MLP, ROWS, VOCAB, assert_close, gradients, ids, model, plain
+from hf_tiny import ARCHITECTURES, LENGTH, MLP, ROWS, VOCAB, assert_close, cache_of, gradients, ids, model, plain
 from miras_kernels.biases import Bias
 from miras_kernels.hf import MemoryAttention, memory_config, replace_attention, report
 from miras_kernels.layers import PRESETS, MemoryBlock, Preset
@@ -136,7 +136,7 @@ def test_other_models_of_the_class_are_unchanged():
     twin = transformers.LlamaForCausalLM(plain.config)
     replace_attention(twin)
     assert torch.equal(plain(input_ids=ids()).logits, before)
-    assert plain(input_ids=ids(), use_cache=True).past_key_values is not None
+    assert cache_of(plain(input_ids=ids(), use_cache=True)) is not None
     assert plain.config.use_cache is True
     copied = copy.deepcopy(twin)
     assert torch.equal(copied(input_ids=ids()).logits, twin(input_ids=ids()).logits)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import distributed, nn
 
-from hf_tiny import ROWS, assert_close, gradients, ids, model
+from hf_tiny import CACHE, ROWS, assert_close, cache_of, gradients, ids, model
 from miras_kernels.hf import MemoryAttention, report
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -86,7 +86,7 @@ def test_training_through_a_cached_state():
     expected = {n: p.grad.clone() for n, p in host.named_parameters()}
     host.zero_grad()
     first = host(input_ids=ids()[:, :8], use_cache=True)
-    second = host(input_ids=ids()[:, 8:], past_key_values=first.past_key_values)
+    second = host(input_ids=ids()[:, 8:], **{CACHE: cache_of(first)})
     (torch.cat([first.logits, second.logits], 1) * weight).sum().backward()
     for n, p in host.named_parameters():
         assert_close(p.grad, expected[n])
@@ -187,7 +187,7 @@ def test_prefix_tuning_is_refused():
     adapted = peft.get_peft_model(
         model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_layers=3, num_attention_heads=2, token_dim=16)
     )
-    with pytest.raises((ValueError, TypeError), match="past_key_values: .*(prefix tuning|DynamicCache)"):
+    with pytest.raises((ValueError, TypeError), match=f"{CACHE}: .*(prefix tuning|DynamicCache)"):
         adapted(input_ids=ids())
 
 
