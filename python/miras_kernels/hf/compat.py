@@ -71,10 +71,9 @@ class CacheLayerMethods:
 
 
 @functools.cache
-def warn_if_untested(version: str = transformers.__version__) -> None:
+def warn_if_untested() -> None:
     """Warn, once, if this version of transformers lies outside of the tested range."""
+    version = transformers.__version__
     if not in_tested_range(version):
-        warnings.warn(
-            f"transformers {version} is not one that miras_kernels.hf has been tested with: expected {' to '.join(TRANSFORMERS)}",
-            stacklevel=3,
-        )
+        tested = " to ".join(TRANSFORMERS)
+        warnings.warn(f"transformers {version} is not one that memories have been tested with, expected {tested}", stacklevel=3)
