@@ -78,7 +78,7 @@ def test_every_name_of_the_cache(name):
 
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
 def test_a_state_under_another_name_is_refused(mode):
-    of, x = host(mode), torch.randn(2, 1, 24)
+    of, x, angles = host(mode), torch.randn(2, 1, 24), torch.zeros(1, 1, 8)
     read = lambda: cache_of(of(input_ids=ids(), use_cache=True))
     block = of.model.layers[0].self_attn.memory
     _, kept = block(x, output_final_state=True)
@@ -88,10 +88,9 @@ def test_a_state_under_another_name_is_refused(mode):
     for name, value in given.items():
         if name == OLD:  # transformers renames it
             continue
-        angles = torch.zeros(1, 1, 8)
         for call in (
             lambda **state: of(input_ids=ids(2, 1), **state),
-            lambda **state: of.model.layers[0].self_attn(x, (angles.cos(), angles.sin()), attention_mask=None, **state),
+            lambda **state: of.model.layers[0].self_attn(x, (angles, angles), attention_mask=None, **state),
         ):
             with pytest.raises(TypeError, match=f"{name}: expected None, a model with memories reads the argument {CACHE}, and does no"):
                 call(**{name: value})

@@ -20,8 +20,6 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from ..versions import TRANSFORMERS, in_tested_range, minor
 
-__all__ = ["ALIASES", "CACHE", "MAX_LENGTH", "CacheLayerMethods", "GenerationMethods", "accepts_old_name", "drops_cache", "record_outputs", "warn_if_untested"]
-
 #: what the cache is called in ``generate``, forwards and outputs: "cache" from 5.24 on, "past_key_values" before
 CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 #: what it, or another state, is called in other versions and models; "cache" was that of continuous batching before 5.24
@@ -37,13 +35,13 @@ _ALWAYS_CHECKPOINTS = minor(transformers.__version__) < (5, 24)
 
 
 def drops_cache(model: PreTrainedModel) -> bool:
-    """Whether gradient checkpointing takes the cache away from the layers: in training mode, from 5.24 on only where there are gradients."""
+    """Whether gradient checkpointing takes the cache from the layers: in training mode, from 5.24 on only where there are gradients."""
     return getattr(model, "gradient_checkpointing", False) and model.training and (_ALWAYS_CHECKPOINTS or torch.is_grad_enabled())
 
 
 def record_outputs(model: PreTrainedModel) -> None:
-    """Say which outputs (hidden states ...) the class of ``model`` can record: transformers looks it up by the class' name, and notes
-    it when a model is made. From a model (5.24) or its class' name (before) to it; both are dicts by name."""
+    """Say which outputs (hidden states ...) the class of ``model`` can record, as transformers does when it makes a model of the class:
+    in a dict by the class' name, which from 5.24 on takes a model for its key."""
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs)
 
 
