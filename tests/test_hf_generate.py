@@ -27,8 +27,7 @@ def predicted(text: torch.Tensor, of) -> torch.Tensor:
     return of(input_ids=text, use_cache=False).logits.argmax(-1)
 
 
-@pytest.mark.parametrize("init", ["new", "from_attention"])
-@pytest.mark.parametrize("layers", [None, [0], [1, 2]])
+@pytest.mark.parametrize(("layers", "init"), [(None, "new"), ([1, 2], "from_attention")])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_generation_follows_the_full_forward_with_and_without_padding(architecture, layers, init):
     of = host(architecture, layers, init=init)
@@ -40,8 +39,7 @@ def test_greedy_generation_follows_the_full_forward_with_and_without_padding(arc
         assert torch.equal(padded[row, LENGTH:], alone[0, -7:])
 
 
-@pytest.mark.parametrize("init", ["new", "from_attention"])
-@pytest.mark.parametrize("layers", [None, [0, 2]])
+@pytest.mark.parametrize(("layers", "init"), [(None, "new"), ([0, 2], "from_attention")])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_generation_with_every_kind_of_memory(preset, layers, init):
     of = host("Qwen2", layers, preset=preset, init=init)
@@ -101,8 +99,7 @@ def test_chunked_prefill(layers, size):
         assert torch.equal(of.generate(ids(), **options, prefill_chunk_size=size), of.generate(ids(), **options))
 
 
-@pytest.mark.parametrize("init", ["new", "from_attention"])
-@pytest.mark.parametrize("layers", [None, [0]])
+@pytest.mark.parametrize(("layers", "init"), [(None, "from_attention"), ([0], "new")])
 @pytest.mark.parametrize("pieces", [(1,) * LENGTH, (4, 9), (5, 0, 7, 1), (3, 3, 3, 4)])
 def test_a_text_cut_anywhere(pieces, layers, init):
     of, cache, logits = host("Qwen3", layers, init=init), DynamicCache(), []

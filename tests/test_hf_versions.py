@@ -49,13 +49,6 @@ def test_generate_leaves_the_state_of_what_it_read(static, mode):
 
 
 @torch.no_grad()
-def test_beams_leave_a_state_each():
-    of = host()
-    cache = cache_of(of.generate(ids(), num_beams=3, max_new_tokens=4, do_sample=False, return_dict_in_generate=True))
-    assert cache.get_seq_length() == LENGTH + 3 and cache.layers[0].batch_size == 6
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", dict.fromkeys([CACHE, OLD]))
 def test_every_name_of_the_cache(name):
     """Of ``generate``, the model, the base model and a layer; transformers warns of the older where it takes both."""
@@ -113,6 +106,8 @@ def test_gradient_checkpointing_and_caches():
     refused = pytest.raises(ValueError, match=rf"{CACHE}: gradient checkpointing computes .* expected None, or a model in eval\(\) mode")
     with refused:
         of(input_ids=turn, **{CACHE: DynamicCache()})
+    with pytest.raises(TypeError, match="layer_past: expected None"):  # the layers would lose that as well
+        of(input_ids=turn, layer_past=cache)
     if CACHE == OLD:
         with refused:
             of.generate(ids(), max_new_tokens=4)
