@@ -54,7 +54,7 @@ test-oldest: $(VENV)/.oldest  ## Triton tests with the oldest Triton that is sup
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" -k "compile or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_parallel.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_parallel.py tests/test_hf_save.py tests/test_hf_model.py tests/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)
 
 # Beside .venv, in an environment of its own: what a new release would break for users is seen here first.
 test-newest: $(VENV)/.newest  ## transformers, Triton and packaging tests with the newest releases of everything but PyTorch

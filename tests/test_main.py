@@ -15,6 +15,7 @@ import torch
 import miras_kernels
 from miras_kernels import dispatch, triton_backend
 from miras_kernels.__main__ import main
+from miras_kernels.versions import TRANSFORMERS
 
 #: how a row ends for a backend that can, when the tests run triton's interpreter
 SLOWLY = ", but in Triton's interpreter, slowly: TRITON_INTERPRET is set"
@@ -69,6 +70,13 @@ def test_info_finds_a_version_under_another_name(capsys, monkeypatch):
     main(["info"])
     printed = capsys.readouterr().out
     assert "  triton         3.7.0 (rocm-triton)\n" in printed and "  transformers   not installed\n" in printed
+
+
+@pytest.mark.parametrize(("version", "where"), [("5.4.0", "within"), ("5.24.3", "within"), ("5.3.0", "OUTSIDE"), ("5.99.0", "OUTSIDE")])
+def test_info_tells_whether_transformers_is_tested(capsys, monkeypatch, version, where):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    main(["info"])
+    assert lines(capsys)["transformers"] == f"{version} ({where} the tested range, {' to '.join(TRANSFORMERS)})"
 
 
 def without_triton(monkeypatch):
@@ -145,6 +153,7 @@ def test_commands_do_not_import_triton(interpret):
     code = """
 import sys, torch, miras_kernels
 from miras_kernels.__main__ import main
+from miras_kernels.versions import TRANSFORMERS
 for command in ("info", "explain", "explain --device cuda --bias huber_switch", "explain --memory mlp", "warmup --chunk-size 48"):
     main(command.split())
 assert "triton" not in sys.modules, "triton was imported"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import __version__, biases, dispatch, explain, options, retention, triton_backend, warmup
+from .versions import TRANSFORMERS, in_tested_range
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -33,6 +34,14 @@ def _version(package: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         others = importlib.metadata.packages_distributions().get(package)
         return f"{importlib.metadata.version(others[0])} ({others[0]})" if others else "not installed"
+
+
+def _transformers() -> str:
+    """Its version, and whether it is one that the tests run with."""
+    version, tested = _version("transformers"), " to ".join(TRANSFORMERS)
+    if version == "not installed":
+        return version
+    return f"{version} ({'within' if in_tested_range(version) else 'OUTSIDE'} the tested range, {tested})"
 
 
 def _can(what: str, backend: str) -> str:
@@ -75,7 +84,7 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def info(_: argparse.Namespace) -> int:
     """Print versions, devices, backends and options."""
     versions = [("miras-kernels", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-    _print_rows("versions", [*versions, *((name, _version(name)) for name in ("triton", "transformers"))])
+    _print_rows("versions", [*versions, ("triton", _version("triton")), ("transformers", _transformers())])
     _print_rows("devices", [("cpu", _cpu()), *_accelerators()])
     missing = {name: dispatch.unavailable(name) for name in dispatch.NAMES[1:]}
     rows = [(name, _can("can run here", name) if reason is None else f"cannot run: {reason}") for name, reason in missing.items()]
