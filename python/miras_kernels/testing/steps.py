@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from ..memory import linear_memory, mlp_memory
 from ..reference.inputs import Call
 from ..state import MemoryState
 from .cases import Case, Inputs
-from .parity import ARITHMETIC, FACTOR, ULPS, Report, Row, margin, operands, relative_error, sensitivity
+from .parity import Report, compare, expect, margin, operands
 
 __all__ = ["check_steps", "cut", "decoder", "final", "read", "whole"]
 
@@ -73,21 +72,10 @@ def check_steps(
     """
     inputs = inputs_of(case, backend, dtype)
     found = read(inputs, backend, cuts) if found is None else found
-    wide = inputs.to(torch.float64)
-    exact, usual = whole(wide, cuts[0]), whole(wide.to(torch.float32), cuts[0])
-    moves = {}
-    if case.memory == "mlp":
-        moves = sensitivity(inputs, whole(wide, 0))
-    longest = max(case.tokens, case.chunk_size, case.key_dim, case.value_dim, case.hidden if case.memory == "mlp" else 0)
-    if exact.keys() != found.keys():
-        raise AssertionError(f"{case.name}: expected {list(exact)}, got {list(found)}")
-    rows = []
-    for name, value in exact.items():
-        expected = max(relative_error(usual[name], value), moves.get(name, 0.0))
-        rounding = torch.finfo(found[name].dtype).eps / 2
-        budget = FACTOR * expected + ARITHMETIC * (math.sqrt(longest) + ULPS) + rounding
-        rows.append(Row(name, relative_error(found[name], value), budget, expected))
-    return Report(case, dtype, tuple(rows))
+    wanted = expect(inputs, torch.float32, lambda x: whole(x, cuts[0]))
+    if wanted.keys() != found.keys():
+        raise AssertionError(f"{case.name}: expected {list(wanted)}, got {list(found)}")
+    return compare(case, dtype, found, wanted)
 
 
 def inputs_of(case: Case, backend: str, dtype: torch.dtype) -> Inputs:
