@@ -49,7 +49,7 @@ def assert_right(case: Case, backend: str, cuts: list[int], dtype: torch.dtype =
     assert report.ok, report
     opened, inside = state.open_chunk, cuts[-1] % case.chunk_size
     starts = {f"final_dual_{i}": x for i, x in enumerate(opened.start)}
-    report = judge(before(inputs, cuts[-1] - inside), starts, torch.float32, draws=3 if case.memory == "mlp" else 0)
+    report = judge(before(inputs, cuts[-1] - inside), starts, torch.float32)
     assert report.ok, report
     assert opened.position.tolist() == [inside] * case.batch
     exact = inputs.tensors.get("log_decay")

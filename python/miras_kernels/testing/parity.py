@@ -44,18 +44,18 @@ from ..memory import linear_memory, mlp_memory
 from ..reference import chunkwise
 from .cases import KINK_DISTANCE, Case, Inputs
 
-__all__ = ["Expected", "Report", "Rounding", "Row", "check", "evaluate", "expect", "judge", "margin", "operands", "relative_error", "truth"]
+__all__ = ["Expected", "Report", "Rounding", "Row", "check", "evaluate", "expect", "judge", "margin", "operands", "relative_error", "spread", "truth"]
 
 ARITHMETIC = 2.0**-24
 #: the roundings of an elementary function, or of what a kernel does and the reference does not
 ULPS = 4.0
-#: runs of the perturbed reference
-DRAWS = 16
+#: runs of the perturbed reference: half of them for a linear memory of many numbers, whose errors are many. LayerNorm unites them
+DRAWS, MANY = 16, 2**13
 #: the probability that rounding alone exceeds a tensor's budget
 FALSE_ALARM = 1e-9
 #: how far errors stay from a kink of psi, in units of the operands' roundoff
 MARGIN = 8.0
-#: numbers of an output that as many draws as fit are computed at once for
+#: so many numbers of q, over all draws, are computed at once
 AT_ONCE = 2**18
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -171,8 +171,8 @@ class Rounding(TorchDispatchMode):
         first = self.random.randrange(len(numbers) - n + 1)
         return numbers[first : first + n].view(like.shape)
 
-    def rounded(self, x: Tensor, roundings: float = 1.0) -> Tensor:
-        return x * self.stretch(_factors(roundings * ARITHMETIC), x)
+    def factors(self, roundings: float, like: Tensor) -> Tensor:
+        return self.stretch(_factors(roundings * ARITHMETIC), like)
 
     def narrowed(self, x: Tensor) -> Tensor:
         if self.operands == torch.float32:
@@ -180,11 +180,11 @@ class Rounding(TorchDispatchMode):
         return (x * self.stretch(_factors(torch.finfo(self.operands).eps / 2), x)).to(self.operands).to(x.dtype)
 
     def summed(self, total: Tensor, squares: Tensor, n: int, products: bool) -> Tensor:
-        """A sum of n terms, from what it is and the sum of its terms' squares, which is overwritten."""
+        """A sum of n terms, from what it is and the sum of its terms' squares; both are overwritten."""
         if n == 1 and not products:
             return total
         variance = squares.mul_((n + 1) / 6 - 1 / n + products).addcmul_(total, total, value=(n + 1) / 3)
-        return torch.addcmul(total, variance.sqrt_(), self.stretch(_noise(), total), value=ARITHMETIC)
+        return total.addcmul_(variance.sqrt_(), self.stretch(_noise(), total), value=ARITHMETIC)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, func.overloadpacket
@@ -194,20 +194,22 @@ class Rounding(TorchDispatchMode):
         if packet in self.PRODUCTS:
             a, b = map(self.narrowed, args)
             return self.narrowed(self.summed(func(a, b), func(a * a, b * b), a.shape[-1], True))
+        if func.namespace != "aten":
+            raise NotImplementedError(f"Rounding: expected PyTorch's operations, got {func}, which it cannot look into")
         if packet not in self.EXACT and func._schema.is_mutable and args[0].is_floating_point():
             raise NotImplementedError(f"Rounding: {func} changes its arguments")
         result = func(*args, **kwargs)
         if packet in self.EXACT or not isinstance(result, tuple | Tensor) or isinstance(result, Tensor) and result.dtype != torch.float64:
             return result
         if packet in self.ROUNDED:
-            return self.rounded(result)
+            return result.mul_(self.factors(1.0, result))
         if packet in self.SUMS:
             n = args[0].shape[args[1]] if packet is aten.cumsum else max(1, args[0].numel() // max(1, result.numel()))
             squares = func(args[0] * args[0], *args[1:], **kwargs) / (n if packet is aten.mean else 1)
             return self.summed(result, squares, n, False)
         if packet is aten.cumprod:
-            return self.rounded(result, math.sqrt(result.shape[args[1]]))
-        each = lambda x, roundings: self.rounded(x, roundings) if isinstance(x, Tensor) and x.dtype == torch.float64 else x
+            return result.mul_(self.factors(math.sqrt(result.shape[args[1]]), result))
+        each = lambda x, roundings: x * self.factors(roundings, x) if isinstance(x, Tensor) and x.dtype == torch.float64 else x
         result = func(*(each(x, 1.0) for x in args), **kwargs)
         return tuple(each(x, ULPS) for x in result) if isinstance(result, tuple) else hardshrink(each(result, ULPS), SMALLEST)
 
@@ -247,19 +249,19 @@ class Expected:
     budget: float  # less the rounding of the result itself
 
 
-def excess(independent: float) -> float:
-    """q, the square root of the solution of the equation above, for so many independent errors of a tensor."""
+def excess(independent: float, draws: int) -> float:
+    """q, from the bound above, for so many independent errors of a tensor."""
     wanted = -2 * math.log(FALSE_ALARM) / math.sqrt(independent)
     low, high = 0.0, 100.0  # log q^2
     for _ in range(60):
         middle = (low + high) / 2
-        reached = (DRAWS + 1) * math.log((DRAWS + math.exp(middle)) / (DRAWS + 1)) - middle
+        reached = (draws + 1) * math.log((draws + math.exp(middle)) / (draws + 1)) - middle
         low, high = (middle, high) if reached < wanted else (low, middle)
     return math.exp(high / 2)
 
 
 def expected(exact: Tensor, draws: Tensor) -> Expected:
-    """From ``DRAWS`` perturbed values ``[DRAWS, ...]``."""
+    """From perturbed values ``[K, ...]``."""
     errors = (draws - exact).flatten(1)
     products = errors @ errors.T / (exact.square().sum().item() or 1.0)
     sizes = products.diag()
@@ -269,7 +271,7 @@ def expected(exact: Tensor, draws: Tensor) -> Expected:
     both = sizes.sum().square() - sizes.square().sum()  # over pairs of draws
     along = products.square().sum() - sizes.square().sum()
     independent = max(1.0, (both / along).item()) if along > 0 else 1.0
-    return Expected(exact, usual, excess(independent) * usual + ULPS * ARITHMETIC)
+    return Expected(exact, usual, excess(independent, len(draws)) * usual + ULPS * ARITHMETIC)
 
 
 def expect(inputs: Inputs, multiplied: torch.dtype, run: Callable[[Inputs], dict[str, Tensor]] | None = None) -> dict[str, Expected]:
@@ -280,16 +282,26 @@ def expect(inputs: Inputs, multiplied: torch.dtype, run: Callable[[Inputs], dict
         run: the reference, by default :func:`evaluate` with :func:`chunkwise.run`.
     """
     run = run or functools.partial(evaluate, run=chunkwise.run)
-    wide = inputs.to(torch.float64)
-    exact = run(wide)
-    together = max(1, min(DRAWS, AT_ONCE // max(1, inputs.tensors["q"].numel())))
-    while DRAWS % together:
-        together -= 1
-    draws: dict[str, list[Tensor]] = {name: [] for name in exact}
+    wide, size = inputs.to(torch.float64), inputs.tensors["q"].numel()
+    runs = DRAWS // 2 if inputs.case.memory == "linear" and size > MANY else DRAWS
+    together = next(n for n in (16, 8, 4, 2, 1) if n <= runs and (n * size <= AT_ONCE or n == 1))
     many = _copies(wide, together)
-    for seed in range(DRAWS // together):
+    return spread(run(wide), lambda: run(many), multiplied, runs, together)
+
+
+def spread(
+    exact: dict[str, Tensor], compute: Callable[[], dict[str, Tensor]], multiplied: torch.dtype = torch.float32, runs: int = DRAWS, together=1
+) -> dict[str, Expected]:
+    """The same of any float64 computation in PyTorch, that it may call so often.
+
+    Args:
+        exact: its results.
+        together: how many copies of every head one call computes.
+    """
+    draws: dict[str, list[Tensor]] = {name: [] for name in exact}
+    for seed in range(runs // together):
         with Rounding(multiplied, seed):
-            results = run(many)
+            results = compute()
         for name, x in results.items():
             draws[name].append(hardshrink(_apart(x, exact[name], together), SMALLEST))
     return {name: expected(x, torch.cat(draws[name])) for name, x in exact.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..decode import Decoder
 from ..memory import linear_memory, mlp_memory
+from ..reference import chunkwise
 from ..reference.inputs import Call
 from ..state import MemoryState
 from .cases import Case, Inputs
@@ -51,7 +52,7 @@ def read(inputs: Inputs, backend: str, cuts: Sequence[int]) -> dict[str, Tensor]
 @torch.no_grad()
 def whole(inputs: Inputs, prompt: int) -> dict[str, Tensor]:
     """The same, of the whole sequence at once."""
-    out, state = function(inputs.case)(**inputs.arguments(), backend="reference")
+    out, state = chunkwise.run(inputs.call())
     return final(out[:, prompt:], state)
 
 
