@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import miras_kernels as mk
 from miras_kernels import dispatch
-from miras_kernels.retention import TABLE as GATES
 from miras_kernels.reference import chunkwise
+from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, check, evaluate, operands, registry, relative_error, truth
 from miras_kernels.testing.case_list import BIASES
 from miras_kernels.testing.parity import compare, judge, margin, spread

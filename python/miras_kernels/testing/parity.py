@@ -33,6 +33,7 @@ import functools
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,21 @@ from ..memory import linear_memory, mlp_memory
 from ..reference import chunkwise
 from .cases import KINK_DISTANCE, Case, Inputs
 
-__all__ = ["Expected", "Report", "Rounding", "Row", "check", "evaluate", "expect", "judge", "margin", "operands", "relative_error", "spread", "truth"]
+__all__ = [
+    "Expected",
+    "Report",
+    "Rounding",
+    "Row",
+    "check",
+    "evaluate",
+    "expect",
+    "judge",
+    "margin",
+    "operands",
+    "relative_error",
+    "spread",
+    "truth",
+]
 
 ARITHMETIC = 2.0**-24
 #: the roundings of an elementary function, or of what a kernel does and the reference does not
@@ -55,8 +70,8 @@ DRAWS, MANY = 16, 2**13
 FALSE_ALARM = 1e-9
 #: how far errors stay from a kink of psi, in units of the operands' roundoff
 MARGIN = 8.0
-#: so many numbers of q, over all draws, are computed at once
-AT_ONCE = 2**18
+#: so many numbers of the largest tensor, over all draws, are computed at once
+AT_ONCE = 2**20
 SMALLEST = torch.finfo(torch.float32).tiny
 
 aten = torch.ops.aten
@@ -117,7 +132,8 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _layer_norm(x, shape, weight, bias, eps):
-    assert weight is None and bias is None and len(shape) == 1
+    if weight is not None or bias is not None or len(shape) != 1:
+        raise NotImplementedError("Rounding: expected a layer_norm over one axis without an affine part")
     centred = x - x.mean(-1, keepdim=True)
     r = ((centred * centred).mean(-1, keepdim=True) + eps).rsqrt()
     return centred * r, x.mean(-1, keepdim=True), r
@@ -126,6 +142,26 @@ def _layer_norm(x, shape, weight, bias, eps):
 def _layer_norm_backward(grad, x, shape, mean, r, weight, bias, mask):
     y = (x - mean) * r
     return r * (grad - grad.mean(-1, keepdim=True) - y * (grad * y).mean(-1, keepdim=True)), None, None
+
+
+EXACT = {
+    aten._to_copy, aten._unsafe_view, aten.abs, aten.alias, aten.cat, aten.clone, aten.constant_pad_nd, aten.copy_, aten.detach,
+    aten.empty_like, aten.expand, aten.fill, aten.fill_, aten.flip, aten.full, aten.full_like, aten.gather, aten.index,
+    aten.index_put, aten.index_select, aten.lift_fresh, aten.masked_fill, aten.masked_fill_, aten.max, aten.maximum, aten.minimum,
+    aten.neg, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.ones_like, aten.permute, aten.relu_,
+    aten.roll, aten.scalar_tensor, aten.scatter_, aten.select, aten.select_backward, aten.sgn, aten.sign, aten.slice,
+    aten.slice_backward, aten.softshrink_backward, aten.split, aten.split_with_sizes, aten.squeeze, aten.stack, aten.t,
+    aten.transpose, aten.tril, aten.unbind, aten.unsqueeze, aten.view, aten.where, aten.zero_, aten.zeros, aten.zeros_like,
+}  # fmt: skip
+ROUNDED = {aten.add, aten.div, aten.mul, aten.reciprocal, aten.rsub, aten.softshrink, aten.sqrt, aten.sub}
+PRODUCTS = {aten.bmm, aten.mm}
+SUMS = {aten.cumsum, aten.mean, aten.sum}
+#: functions of whole rows that cancel inside, step by step
+STEPS: dict[Any, Callable] = {
+    aten.native_layer_norm: _layer_norm,
+    aten.native_layer_norm_backward: _layer_norm_backward,
+    aten._softmax_backward_data: lambda grad, y, dim, dtype: y * (grad - (grad * y).sum(dim, keepdim=True)),
+}
 
 
 class Rounding(TorchDispatchMode):
@@ -139,25 +175,6 @@ class Rounding(TorchDispatchMode):
     * A function or a result below the smallest normal number is 0.
     * Products of 16-bit operands: all that the dtype does not hold is moved by up to a unit roundoff, and then rounded to it.
     """
-
-    EXACT = {
-        aten.abs, aten.alias, aten.cat, aten.clone, aten.constant_pad_nd, aten.copy_, aten.detach, aten.empty_like, aten.expand, aten.flip,
-        aten.full, aten.full_like, aten.gather, aten.index, aten.index_put, aten.index_select, aten.lift_fresh, aten.masked_fill,
-        aten.masked_fill_, aten.max, aten.maximum, aten.minimum, aten.neg, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros,
-        aten.ones, aten.ones_like, aten.permute, aten.relu_, aten.roll, aten.scalar_tensor, aten.scatter_, aten.select,
-        aten.select_backward, aten.sgn, aten.sign, aten.slice, aten.slice_backward, aten.softshrink_backward, aten.split,
-        aten.split_with_sizes, aten.squeeze, aten.stack, aten.t, aten.transpose, aten.tril, aten.unbind, aten._to_copy, aten._unsafe_view,
-        aten.unsqueeze, aten.view, aten.where, aten.zero_, aten.zeros, aten.zeros_like,
-    }  # fmt: skip
-    ROUNDED = {aten.add, aten.div, aten.mul, aten.reciprocal, aten.rsub, aten.softshrink, aten.sqrt, aten.sub}
-    PRODUCTS = {aten.bmm, aten.mm}
-    SUMS = {aten.cumsum, aten.mean, aten.sum}
-    #: functions of whole rows that cancel inside, step by step
-    STEPS = {
-        aten.native_layer_norm: _layer_norm,
-        aten.native_layer_norm_backward: _layer_norm_backward,
-        aten._softmax_backward_data: lambda grad, y, dim, dtype: y * (grad - (grad * y).sum(dim, keepdim=True)),
-    }
 
     def __init__(self, operands: torch.dtype, seed: int):
         super().__init__()
@@ -188,30 +205,33 @@ class Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, func.overloadpacket
-        if packet in self.STEPS:
+        if packet in STEPS:
             with self:
-                return self.STEPS[packet](*args, **kwargs)
-        if packet in self.PRODUCTS:
+                return STEPS[packet](*args, **kwargs)
+        if packet in PRODUCTS:
             a, b = map(self.narrowed, args)
             return self.narrowed(self.summed(func(a, b), func(a * a, b * b), a.shape[-1], True))
-        if func.namespace != "aten":
-            raise NotImplementedError(f"Rounding: expected PyTorch's operations, got {func}, which it cannot look into")
-        if packet not in self.EXACT and func._schema.is_mutable and args[0].is_floating_point():
+        if packet not in EXACT and func._schema.is_mutable and args[0].is_floating_point():
             raise NotImplementedError(f"Rounding: {func} changes its arguments")
         result = func(*args, **kwargs)
-        if packet in self.EXACT or not isinstance(result, tuple | Tensor) or isinstance(result, Tensor) and result.dtype != torch.float64:
+        if packet in EXACT:
             return result
-        if packet in self.ROUNDED:
-            return result.mul_(self.factors(1.0, result))
-        if packet in self.SUMS:
+        if not isinstance(result, Tensor) or packet not in ROUNDED | SUMS | {aten.cumprod}:
+            result = func(*(self.nudged(x, 1.0) for x in args), **kwargs)
+            return tuple(self.nudged(x, ULPS) for x in result) if isinstance(result, tuple) else self.nudged(result, ULPS)
+        if result.dtype != torch.float64:
+            return result
+        if packet in SUMS:
             n = args[0].shape[args[1]] if packet is aten.cumsum else max(1, args[0].numel() // max(1, result.numel()))
             squares = func(args[0] * args[0], *args[1:], **kwargs) / (n if packet is aten.mean else 1)
             return self.summed(result, squares, n, False)
-        if packet is aten.cumprod:
-            return result.mul_(self.factors(math.sqrt(result.shape[args[1]]), result))
-        each = lambda x, roundings: x * self.factors(roundings, x) if isinstance(x, Tensor) and x.dtype == torch.float64 else x
-        result = func(*(each(x, 1.0) for x in args), **kwargs)
-        return tuple(each(x, ULPS) for x in result) if isinstance(result, tuple) else hardshrink(each(result, ULPS), SMALLEST)
+        return result.mul_(self.factors(math.sqrt(result.shape[args[1]]) if packet is aten.cumprod else 1.0, result))
+
+    def nudged(self, x, roundings: float):
+        """What a function takes or gives, where it is a float64 tensor."""
+        if not isinstance(x, Tensor) or x.dtype != torch.float64:
+            return x
+        return hardshrink(x * self.factors(roundings, x), SMALLEST)
 
 
 def _copies(inputs: Inputs, n: int) -> Inputs:
@@ -282,15 +302,20 @@ def expect(inputs: Inputs, multiplied: torch.dtype, run: Callable[[Inputs], dict
         run: the reference, by default :func:`evaluate` with :func:`chunkwise.run`.
     """
     run = run or functools.partial(evaluate, run=chunkwise.run)
-    wide, size = inputs.to(torch.float64), inputs.tensors["q"].numel()
-    runs = DRAWS // 2 if inputs.case.memory == "linear" and size > MANY else DRAWS
-    together = next(n for n in (16, 8, 4, 2, 1) if n <= runs and (n * size <= AT_ONCE or n == 1))
+    wide, case, q = inputs.to(torch.float64), inputs.case, inputs.tensors["q"]
+    runs = DRAWS // 2 if case.memory == "linear" and q.numel() > MANY else DRAWS
+    of_a_token = max(case.key_dim, case.value_dim, case.chunk_size * (case.value_dim if case.decay.endswith("channel") else 1))
+    together = max(n for n in (1, 2, 4, 8, 16) if n <= max(1, min(runs, AT_ONCE // max(1, q.shape[:3].numel() * of_a_token))))
     many = _copies(wide, together)
     return spread(run(wide), lambda: run(many), multiplied, runs, together)
 
 
 def spread(
-    exact: dict[str, Tensor], compute: Callable[[], dict[str, Tensor]], multiplied: torch.dtype = torch.float32, runs: int = DRAWS, together=1
+    exact: dict[str, Tensor],
+    compute: Callable[[], dict[str, Tensor]],
+    multiplied: torch.dtype = torch.float32,
+    runs: int = DRAWS,
+    together=1,
 ) -> dict[str, Expected]:
     """The same of any float64 computation in PyTorch, that it may call so often.
 

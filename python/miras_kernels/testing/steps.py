@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..state import MemoryState
 from .cases import Case, Inputs
 from .parity import Report, compare, expect, margin, operands
 
-__all__ = ["check_steps", "cut", "decoder", "final", "read", "whole"]
+__all__ = ["before", "check_results", "check_steps", "cut", "decoder", "final", "read", "results", "whole"]
 
 
 def function(case: Case):
@@ -60,6 +61,29 @@ def final(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
     """By the names that :func:`evaluate` has for them."""
     found = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
     return found | {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
+
+
+def before(inputs: Inputs, tokens: int) -> Inputs:
+    """A case's first tokens."""
+    tensors = {name: x[:, :tokens] if name in Call.PER_TOKEN else x for name, x in inputs.tensors.items()}
+    case = dataclasses.replace(inputs.case, tokens=tokens)
+    return dataclasses.replace(inputs, case=case, tensors=tensors, grad_out=inputs.grad_out[:, :tokens])
+
+
+def results(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
+    """Outputs and all numbers of a state."""
+    return {"out": out} | {f"state {i}": x for i, x in enumerate(state.tensors()) if x.is_floating_point()}
+
+
+def check_results(inputs: Inputs, found: dict[str, Tensor], run: Callable[[Call], dict[str, Tensor]]) -> None:
+    """Compare float32 results with what the reference makes of a case in float64.
+
+    Raises:
+        AssertionError: not within the budgets.
+    """
+    report = compare(inputs.case, torch.float32, found, expect(inputs, torch.float32, lambda x: run(x.call())))
+    if not report.ok:
+        raise AssertionError(str(report))
 
 
 def check_steps(
