@@ -208,8 +208,7 @@ class Step:
             block_v, _ = key.blocks(config)
             programs = {"value": -(-key.value_dim // block_v), "hidden": -(-key.hidden // key.part), "head": 1}[along]
             launches.append(Launch(kernel, programs, config, dict(BV=block_v)))
-        p, r = (*bias.parameters, 0.0, 0.0, 0.0)[:3], (*gate.parameters, 0.0, 0.0)[:2]
-        constants = dict(BIAS=bias.tag, P0=p[0], P1=p[1], P2=p[2], RETENTION=gate.tag, R0=r[0], R1=r[1], C=call.chunk_size)
+        constants = launch.rules_of(bias, gate) | dict(C=call.chunk_size)
         constants |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, BR=configs.STEP_ROWS, BD=key.padded_v)
         if key.hidden:
             constants |= dict(D=key.key_dim, Hd=key.hidden, BH=key.part, EPS=call.ln_eps)
