@@ -184,7 +184,7 @@ def momentum_grad(
 
 def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_kept: Tensor, inner: Tensor, block: int) -> Tensor:
     """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs also by blocks of a chunk) and ``inner [tiles, slots, H]``."""
-    grad = torch.empty_like(p.log_decay)
+    grad = p.result(dtype=torch.float32)
     launch(
         linear_decay_grad, p, p.slots.count, None,
         decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad, **p.tables(),
@@ -217,7 +217,7 @@ def gate_gradients(
     """d log alpha (if there is a decay) and d theta ``[B, T, H]``, by argument name; the arguments are those of :func:`momentum_grad`."""
     by_channel = p.key.channels
     log_decay = None if by_channel else p.log_decay
-    grads = {name: torch.empty_like(x) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
+    grads = {name: p.result(dtype=torch.float32) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
     launch(
         momentum_grad, p, p.slots.count, None,
         log_decay=log_decay, momentum=p.momentum, **weights._asdict(), grad_pairs=grad_pairs,

@@ -306,14 +306,15 @@ def chain_gradients(
         return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
     def channels(wanted: bool) -> Tensor | None:
-        return p.per_token(p.value_dim, dtype=float32) if wanted else None
+        return p.result(p.value_dim, dtype=float32) if wanted else None
 
     channel_lr, delta = p.bias["CHANNEL_LR"], p.bias["DELTA"]
-    rows_lr, rows_delta = rows(not channel_lr), rows(delta == 1)
+    rows_lr = None if channel_lr else p.result(dtype=float32, tiles=count)
+    rows_delta = p.result(dtype=float32, tiles=count) if delta == 1 else None
     grad_lr, grad_delta = channels(channel_lr), channels(delta == 2)
     rows_kept, rows_step = rows(not by_channel and (moving or p.log_decay is not None)), rows(moving)
     grad_states, grad_momenta = p.per_slot(p.slots, float32 if streamed else None), p.per_slot(p.slots, float32) if moving else None
-    grad_v = p.per_token(p.value_dim)
+    grad_v = p.result(p.value_dim)
     given = [x.contiguous() for x in grad_state]
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
     tables = p.tables()

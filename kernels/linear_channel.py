@@ -342,7 +342,7 @@ def chunk_scores(p: Problem) -> Tensor:
 
 def output(p: Problem, weights, chain) -> Tensor:
     """``[B, T, H, Dv]``."""
-    out = p.per_token(p.value_dim)
+    out = p.result(p.value_dim)
     launch(
         channel_output, p, p.slots.count, "value",
         q=p.q, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "steps"), delta=p.delta, position=p.position,
@@ -367,7 +367,7 @@ def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[T
 
 def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
     """d log alpha ``[B, T, H, Dv]``; with momentum also gTheta ``[slots, H, C, C]`` and gpi ``[B, T, H]`` for `momentum_grad`."""
-    grad, partial = torch.empty_like(p.log_decay), [None, None]
+    grad, partial = p.result(p.value_dim, dtype=torch.float32), [None, None]
     if p.momentum is not None:
         count = tiles("channel_decay_grad", p, "value")
         partial = [p.empty(count, *shape, dtype=torch.float32) for shape in (scores.shape, p.momentum.shape)]

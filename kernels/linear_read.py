@@ -324,7 +324,7 @@ def linear_epi(
 
 def output(p: Problem, weights: Weights, chain: Chain) -> Tensor:
     """``[B, T, H, Dv]``."""
-    out = p.per_token(p.value_dim)
+    out = p.result(p.value_dim)
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
         q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "pairs"), delta=p.delta, position=p.position,
@@ -369,7 +369,7 @@ def read_gradients(
 
     products = (3,) if moving else ()
     grads = ReadGradients(
-        p.per_token(p.key_dim), p.per_token(p.key_dim),
+        p.result(p.key_dim), p.result(p.key_dim),
         rows(decaying), rows(decaying and not moving, p.blocks), rows(moving and not by_channel),
         p.empty(*products, count, p.slots.count, p.heads, dtype=float32) if decaying or moving else None,
     )  # fmt: skip
