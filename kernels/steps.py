@@ -126,7 +126,7 @@ def mapped(b_a, m, shift, total, AXIS: tl.constexpr, RETENTION: tl.constexpr, R0
         b_e = tl.where(m, retentions.term(tl.where(m, b_a, shift), shift, RETENTION, R0, R1), 0.0)
         total = tl.expand_dims(tl.sum(b_e, AXIS), AXIS)
     if RETENTION == retentions.ROWS:  # a row of nothing but padding stays finite; any other has a term of 1
-        b_a, total = tl.where(m, b_a, shift), tl.maximum(total, 1.0)
+        b_a, total = tl.where(m, b_a, shift), tl.maximum(total, 1.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(m, retentions.primal(b_a, shift, total, RETENTION, R0, R1), 0.0)
 
 
