@@ -16,7 +16,7 @@ from .chunks import chunk_of
 from .decays import Weights
 from .gates import CARRY, load_scale, load_update
 from .launch import Problem, launch
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -27,6 +27,7 @@ def linear_decay_grad(
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The four sums of d log alpha for one chunk and all heads."""
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     BH: tl.constexpr = 16
     NC: tl.constexpr = C // BC
     i_slot = tl.program_id(0).to(tl.int64)
@@ -36,7 +37,6 @@ def linear_decay_grad(
             return
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H
-    stride_row = i_slot * 0 + ROW  # int64
     for i_h in range(0, H, BH):
         m_h = i_h + o_h < H
         m_g = (t0 + o_c < eos)[:, None] & m_h[None, :]
@@ -47,14 +47,14 @@ def linear_decay_grad(
         b_kept = tl.zeros((C, BH), tl.float32)
         b_inner = tl.zeros((BH,), tl.float32)
         for i in range(0, READ_ROWS):
-            base = stride_row * i
+            base = i * ROW
             b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
             b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
             for i_r in range(0, NC):  # a block of reads has pairs with writes up to it
                 m_r = m_before & ((o_c - 1) // BC <= i_r)[:, None]
-                b_pairs += tl.load(rows_pairs + (base * NC + i_r * stride_row) + p_g - H, mask=m_r, other=0.0)
+                b_pairs += tl.load(rows_pairs + (base * NC + i_r * ROW) + p_g - H, mask=m_r, other=0.0)
         for i in range(0, KEPT_ROWS):
-            b_kept += tl.load(rows_kept + stride_row * i + p_g - H, mask=m_before, other=0.0)
+            b_kept += tl.load(rows_kept + i * ROW + p_g - H, mask=m_before, other=0.0)
         last = (tl.minimum(eos - t0, C) - 1) * H
         b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
         b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_kept, 0) + b_inner[None, :]
@@ -126,6 +126,7 @@ def momentum_grad(
     ``inner [3, slots, H]``: <J, A_0> of gamma_C, <J, S_0> of b_C, <JS, S_0> of pi_C. ``SUMMED``: decays go by channel, channel_decay_grad
     has done the sums over them; gTheta is ``grad_pairs + rows_step`` then, gpi is ``rows_carry + <JS, S_0>``, and alpha counts as 0.
     """
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)

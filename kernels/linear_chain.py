@@ -29,7 +29,7 @@ from .decays import Weights
 from .gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from .launch import Problem, launch, tiles
 from .linear_stream import linear_seq_streamed, linear_state_streamed
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, rounded, store
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, rounded, store, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -47,6 +47,7 @@ def linear_state(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of S through the chunks of one sequence, or of one of its segments."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_s = (tl.program_id(0) // NV).to(tl.int64)
@@ -120,6 +121,7 @@ def linear_seq(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of J ``[BK, BV]`` from the last chunk of a sequence to its first."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_n = (tl.program_id(0) // NV).to(tl.int64)

@@ -32,7 +32,7 @@ from torch import Tensor
 from .chunks import chunk_of
 from .gates import CARRY, load_gate, load_scale, load_update
 from .launch import Problem, launch, tiles
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, store
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, store, wide
 
 
 @triton.jit
@@ -53,6 +53,7 @@ def channel_decay(
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -76,6 +77,7 @@ def channel_momentum(
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -138,6 +140,7 @@ def channel_output(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of one chunk's output."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -193,6 +196,7 @@ def channel_pre(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of R, and its share of dX, to ``grad_scores [tiles, slots, H, C, C]``."""
+    SLOTS = wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -233,6 +237,7 @@ def channel_decay_grad(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of one chunk's d log alpha; with momentum its share of gTheta and gpi, a row of each for every tile."""
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)

@@ -23,7 +23,7 @@ from .decays import Weights
 from .gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update, pair_decay
 from .launch import Problem, launch, tiles
 from .linear_chain import Chain, ChainGradients
-from .tiles import LENGTHS, dot, inside, load_tile, pair_products, rounded, store
+from .tiles import LENGTHS, dot, inside, load_tile, pair_products, rounded, store, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -39,6 +39,7 @@ def linear_output(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BV]`` of one chunk's output: the state it started from, then the writes of its own tokens, block by block."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
     i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
@@ -103,6 +104,7 @@ def linear_pre(
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BV]`` of R: what the output alone asks of one chunk's updates."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
     i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
@@ -155,6 +157,7 @@ def linear_epi(
 
     ``grad_scores [slots, H, C, C]``: dX where decays go by channel (linear_channel.py), and `decays` are rows of channels then.
     """
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC

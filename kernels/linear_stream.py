@@ -38,7 +38,7 @@ from .gates import (
     load_total,
 )
 from .linear_mirror import hand_on, mirror, pull_back, reopen, tile_of
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, rounded, store
+from .tiles import LENGTHS, dot, inside, load_tile, only_if, rounded, store, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -61,6 +61,7 @@ def linear_state_streamed(
     Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum. ``CHANNELS``: decays
     go by channel, see linear_channel.py.
     """
+    ROW = wide(ROW)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE
@@ -207,6 +208,7 @@ def linear_seq_streamed(
     `grad_v` holds dU between the passes. Under a retention gate J is the gradient of the dual; `grad_primal [N, H, Dk, Dv]` holds that of
     the primal, where the gate couples its entries. `grad_momenta` holds JS, the gradient of the momentum.
     """
+    ROW = wide(ROW)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE

@@ -13,6 +13,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def wide(x):
+    """An integer argument as int64: it comes as int32 where it fits, and its products would wrap."""
+    return tl.cast(x, tl.int64)
+
+
+@triton.jit
 def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
     """Which offsets lie in a head dimension: nothing to test where whole tiles cover it."""
     if D % BLOCK == 0:
