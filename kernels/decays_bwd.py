@@ -16,7 +16,7 @@ from .chunks import chunk_of
 from .decays import Weights
 from .gates import CARRY, load_scale, load_update
 from .launch import Problem, launch
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, wide
+from .tiles import LENGTHS, dot, fitted, inside, load_tile, only_if, pair_products, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -102,7 +102,8 @@ def momentum_pairs(
                 v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
                 Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
             )  # [BC, BV]  # fmt: skip
-            b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
+            b_u, scale = fitted(b_u, DTYPE)
+            b_dp += dot(b_do, tl.trans(b_u)) * scale
         tl.store(grad_pairs + (i_slot * H + i_h) * C * C + o_t[:, None] * C + o_s[None, :], b_p * b_dp * -rho)
 
 

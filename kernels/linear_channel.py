@@ -32,7 +32,7 @@ from torch import Tensor
 from .chunks import chunk_of
 from .gates import CARRY, load_gate, load_scale, load_update
 from .launch import Problem, launch, tiles
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, store, wide
+from .tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, pair_products, store, wide
 
 
 @triton.jit
@@ -165,9 +165,9 @@ def channel_output(
         m_k = inside(o_k, Dk, BK)
         b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [C, BK]
         o_kv, m_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
-        b_o += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
+        b_o += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
         if momenta is not None:
-            b_carried += dot(b_q, rounded(tl.load(momenta + o_kv, mask=m_kv, other=0.0), DTYPE))
+            b_carried += fitted_dot(b_q, tl.load(momenta + o_kv, mask=m_kv, other=0.0), DTYPE)
     b_o *= tl.load(decays + row * Dv + o_tv, mask=m_tv, other=0.0)
     if momenta is not None:
         b_o += b_carried * (tl.load(decays + (CARRY * ROW + row) * Dv + o_tv, mask=m_tv, other=0.0) * rho)
@@ -268,12 +268,12 @@ def channel_decay_grad(
         b_q = load_tile(q, stride_qt, o_s, o_k, m_s, m_k)  # [C, BK]
         b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [C, BK]
         b_j = tl.load(grad_states + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-        b_read += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
-        b_kept += dot(b_k, rounded(b_j, DTYPE))
+        b_read += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
+        b_kept += fitted_dot(b_k, b_j, DTYPE)
         b_inner += tl.sum(b_j * tl.load(duals + o_kv, mask=m_kv, other=0.0), 0)
         if momenta is not None:
             b_s0 = tl.load(momenta + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-            b_carried += dot(b_q, rounded(b_s0, DTYPE))
+            b_carried += fitted_dot(b_q, b_s0, DTYPE)
             b_inner_carry += tl.sum(b_j * b_s0, 0)
     b_u = load_update(
         v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
