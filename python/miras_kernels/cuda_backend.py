@@ -136,7 +136,7 @@ class CudaBackend:
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
             K=call.q.shape[-1] if call.memory == "linear" else call.state.dual[0].shape[-1], V=call.v.shape[-1], C=call.chunk_size,
         )  # fmt: skip
-        bias, gate = (ctypes.c_float * 3)(*call.bias.parameters), (ctypes.c_float * 2)(*call.retention.parameters)
+        bias, gate = (ctypes.c_float * 3)(*call.bias.padded), (ctypes.c_float * 2)(*call.retention.padded)
         threshold, parameters = thresholds(call), {}
         if call.memory == "mlp":
             parameters = dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias))

@@ -55,6 +55,8 @@ class TritonBackend:
         if not linear and call.chunk_size not in configs.MLP_CHUNK_SIZES:
             sizes = ", ".join(map(str, configs.MLP_CHUNK_SIZES))
             return f"chunk_size must be one of {sizes} for an MLP memory, got {call.chunk_size}"
+        if not linear and call.q.shape[1] >= configs.MAX_MLP_CHUNKS * call.chunk_size:
+            return f"an MLP memory is limited to {configs.MAX_MLP_CHUNKS} chunks, got {call.q.shape[1]} tokens"
         if differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
