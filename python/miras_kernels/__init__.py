@@ -7,6 +7,7 @@ from .memory import explain, linear_memory, mlp_memory
 from .options import options, override
 from .retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
 from .state import MemoryState, OpenChunk
+from .testing.trial import verify
 
 __version__ = "0.1.0"
 
@@ -32,4 +33,5 @@ __all__ = [
     "options",
     "override",
     "retention",
+    "verify",
 ]

@@ -1,0 +1,257 @@
+"""The kernels of this machine against the reference, configuration by configuration: :func:`miras_kernels.verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import time
+from typing import Any
+
+import torch
+
+from .. import dispatch, verification
+from ..biases import L2, Bias
+from ..biases import TABLE as BIASES
+from ..retention import TABLE as GATES
+from ..retention import L2Retention, Retention
+from ..verification import DECODE, SEQUENCE
+from .cases import Case
+from .parity import check, relative_error
+from .steps import check_steps, final, function, inputs_of, whole
+
+__all__ = ["Outcome", "Verification", "verify"]
+
+PASSED, FAILED, OPEN = "passed", "failed", "not verified"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A backend in one configuration: "passed", "failed" or "not verified", and why."""
+
+    backend: str
+    configuration: str
+    status: str
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found; printed, a table.
+
+    Attributes:
+        unkept: why results could not be kept for other processes, if so.
+    """
+
+    device: torch.device
+    outcomes: tuple[Outcome, ...]
+    unkept: str = ""
+
+    def count(self, status: str) -> int:
+        return sum(x.status == status for x in self.outcomes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether something passed, and nothing failed."""
+        return self.count(FAILED) == 0 < self.count(PASSED)
+
+    def __str__(self) -> str:
+        groups: dict[str, list[Outcome]] = {}
+        for x in self.outcomes:
+            memory, _, _, dtype, mode = x.configuration.split()[:5]
+            groups.setdefault(f"{x.backend:7s} {memory:6s} {dtype:8s} {mode:8s}", []).append(x)
+        lines = [f"{self.device!s:32s}  " + "  ".join((PASSED, FAILED, OPEN))]
+        for group, rows in groups.items():
+            part = Verification(self.device, tuple(rows))
+            lines.append(f"{group}  " + "  ".join(f"{part.count(status):{len(status)}d}" for status in (PASSED, FAILED, OPEN)))
+        lines += [f"FAILED: {x.backend}, {x.configuration}: {x.why}" for x in self.outcomes if x.status == FAILED]
+        lines += [f"{OPEN}: {why}" for why in dict.fromkeys(x.why for x in self.outcomes if x.status == OPEN)]
+        return "\n".join(lines + [f"the results are not kept: {self.unkept}"] * bool(self.unkept))
+
+
+def verify(
+    *,
+    memory: str | None = None,
+    bias: Bias | None = None,
+    retention: Retention | None = None,
+    dtype: torch.dtype | None = None,
+    key_dim: int | None = None,
+    value_dim: int | None = None,
+    hidden: int | None = None,
+    chunk_size: int | None = None,
+    device: torch.device | str | None = None,
+    seconds: float = 60.0,
+) -> Verification:
+    """Compare the kernels that "auto" would take on this machine with the float64 reference, and remember the results.
+
+    Every configuration is tried plainly, and with packed sequences, momentum, a shared initial state and (linear memories) gates by channel:
+    outputs, final states and every gradient, or a decoder's steps after a prompt, within the budgets of
+    :func:`miras_kernels.testing.check`. "auto" then leaves a backend alone in configurations in which it failed, also in later processes:
+    see :mod:`miras_kernels.verification`.
+
+    Args:
+        memory, bias, retention, dtype: try only these; None for all, the plainest first.
+        key_dim, value_dim, hidden, chunk_size: sizes. If any is given, results count for these sizes alone, and the others are 64,
+            ``key_dim``, ``4 * key_dim`` and 64; ``hidden`` is an MLP memory's.
+        device: by default the GPU, or the CPU where there is none.
+        seconds: when to stop. What was not reached is "not verified", and the next call begins with it; what failed comes last.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    own = {name: x for name, x in dict(key_dim=key_dim, value_dim=value_dim, hidden=hidden, chunk_size=chunk_size).items() if x is not None}
+    _validate(memory, bias, retention, dtype, own, seconds)
+    end = time.monotonic() + seconds
+    place = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    names = [
+        name for name in dispatch.candidates(place)
+        if name != "reference" and dispatch.unavailable(name) is None and dispatch.BACKENDS[name].runs_on(place)
+    ]  # fmt: skip
+    dtypes = (torch.bfloat16, torch.float32, torch.float16) if dtype is None else (dtype,)
+    every = itertools.product(_pairs(memory, bias, retention, own), dtypes, (SEQUENCE, DECODE), names)
+    trials = [_Trial(name, mode, pair, dtype, place, bool(own)) for pair, dtype, mode, name in every]
+    trials.sort(key=_Trial.urgency)
+    outcomes: list[Outcome] = []
+    try:
+        for trial in trials:
+            outcome = trial.run(end)
+            outcomes += [] if outcome is None else [outcome]
+            if outcome is not None and outcome.status == FAILED and not _answers(place):
+                end = float("-inf")  # what comes after an illegal address says nothing
+    finally:
+        unkept = _remember(outcomes, place)
+    return Verification(place, tuple(outcomes), unkept)
+
+
+def _validate(memory, bias, retention, dtype, own: dict, seconds: float) -> None:
+    if memory not in (None, "linear", "mlp"):
+        raise ValueError(f"memory: expected 'linear', 'mlp' or None, got {memory!r}")
+    for name, x, kind in (("bias", bias, Bias), ("retention", retention, Retention), ("dtype", dtype, torch.dtype)):
+        if not isinstance(x, (kind, type(None))):
+            raise TypeError(f"{name}: expected a {kind.__name__} or None, got {x!r}")
+    for name, x in own.items():
+        if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+            raise ValueError(f"{name}: expected an integer >= 1 or None, got {x!r}")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"seconds: expected a number > 0, got {seconds!r}")
+    if memory == "linear" and "hidden" in own:
+        raise ValueError(f"hidden: a linear memory has none, expected None, got {own['hidden']}")
+    if memory != "linear" and own.get("value_dim", own.get("key_dim", 64)) != own.get("key_dim", 64):
+        raise ValueError(f"value_dim: an MLP memory needs Dv = Dk = {own.get('key_dim', 64)}, got {own['value_dim']}; or take memory='linear'")
+
+
+def _pairs(memory: str | None, bias: Bias | None, retention: Retention | None, own: dict[str, int]) -> list[tuple[Case, Case]]:
+    """A plain case and one with everything, for each memory, bias and gate; the plainest of these first."""
+    rows = itertools.product([bias] if bias else BIASES.values(), [retention] if retention else GATES.values())
+    rows = sorted(rows, key=lambda row: (row[0].name != "l2") + (row[1].name != "l2"))
+    return [_pair(m, *row, own) for row in rows for m in ([memory] if memory else ["linear", "mlp"])]
+
+
+def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, int]) -> tuple[Case, Case]:
+    linear = memory == "linear"
+    if own:
+        d = own.get("key_dim", 64)
+        usual = [dict(key_dim=d, value_dim=own.get("value_dim", d), hidden=own.get("hidden", 4 * d), chunk_size=own.get("chunk_size", 64))] * 2
+    elif linear:
+        usual = [dict(key_dim=64, value_dim=64, chunk_size=64), dict(key_dim=40, value_dim=24, chunk_size=16)]
+    else:
+        usual = [dict(key_dim=32, value_dim=32, hidden=64, chunk_size=16), dict(key_dim=24, value_dim=24, hidden=40, chunk_size=16)]
+    shared = dict[str, Any](memory=memory, bias=bias, retention=retention, seed=len(bias.name + retention.name))
+    plain, rich = (dict(tokens=2 * x["chunk_size"] + 6, **x) for x in usual)
+    channel = dict[str, Any](decay="channel", lr="channel") if linear else {}
+    lengths = (rich["chunk_size"] + 4, 1, rich["chunk_size"])
+    return (
+        Case("plain", **shared, **plain, batch=1),
+        Case("with all gates", **shared, **rich, **channel, lengths=lengths, momentum=True, initial="shared"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """A backend in one configuration."""
+
+    backend: str
+    mode: str
+    cases: tuple[Case, Case]
+    dtype: torch.dtype
+    device: torch.device
+    own: bool
+
+    @property
+    def key(self) -> str:
+        case = self.cases[0]
+        name = verification.configuration(case.memory, case.bias, case.retention, self.dtype, self.mode)
+        if not self.own:
+            return name
+        return f"{name} {verification.sizes(case.key_dim, case.value_dim, case.hidden * (case.memory == 'mlp'), case.chunk_size)}"
+
+    def urgency(self) -> int:
+        """What is unknown comes first, what failed last."""
+        known = verification.results(self.backend, self.device).get(self.key)
+        return 0 if known is None else 1 + (known["failure"] is not None)
+
+    def run(self, end: float) -> Outcome | None:
+        """None where the backend does not serve it."""
+        if not all(map(self._served, self.cases)):
+            return None
+        for case in self.cases:
+            if time.monotonic() > end:
+                return Outcome(self.backend, self.key, OPEN, "the time was over")
+            try:
+                wrong = self._wrong(case)
+            except torch.OutOfMemoryError:
+                return Outcome(self.backend, self.key, OPEN, "the device's memory is too small")
+            except Exception as error:  # also what a compiler says
+                wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            if wrong is not None:
+                return Outcome(self.backend, self.key, FAILED, f"{wrong} ({case.name})")
+        return Outcome(self.backend, self.key, PASSED)
+
+    def _served(self, case: Case) -> bool:
+        """Asked with the plainest bias, whose tensors are quickly drawn: no backend looks at more than dtypes and sizes."""
+        call = dataclasses.replace(self._of_mode(case), bias=L2(), retention=L2Retention()).draw(self.dtype).call()
+        backend = dispatch.BACKENDS[self.backend]
+        return (backend.refuses_steps(call) if self.mode == DECODE else backend.refuses(call, True)) is None
+
+    def _of_mode(self, case: Case) -> Case:
+        return dataclasses.replace(case, lengths=None) if self.mode == DECODE else case
+
+    def _wrong(self, case: Case) -> str | None:
+        case, name = self._of_mode(case), self.backend
+        if self.mode == DECODE:
+            cuts = [case.tokens - 7, *range(case.tokens - 6, case.tokens - 2), case.tokens]
+            rows = list(check_steps(case, name, self.dtype, cuts, device=self.device).rows)
+        else:
+            rows = list(check(case, name, self.dtype, str(self.device)).rows)
+            inputs = inputs_of(case, name, self.dtype, self.device)
+            with torch.no_grad():
+                out, state = function(case)(**inputs.arguments(), backend=name)
+            exact, budgets = whole(inputs.to(torch.float64), 0), {row.name: row for row in rows}
+            for part, x in final(out, state).items():
+                error = relative_error(x, exact[part])
+                rows.append(dataclasses.replace(budgets[part], name=f"{part} without gradients", error=error))
+        worst = max(rows, key=lambda row: row.error / row.budget)
+        return None if worst.ok else f"{worst.name} error {worst.error:.0e}, budget {worst.budget:.0e}"
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether a device still computes after a failure."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
+
+
+def _remember(outcomes: list[Outcome], device: torch.device) -> str:
+    """Keep what passed and what failed; returns why that cannot be, or nothing."""
+    unkept, today = "", datetime.date.today().isoformat()
+    for name in dict.fromkeys(x.backend for x in outcomes):
+        new = {
+            x.configuration: {"when": today, "failure": x.why if x.status == FAILED else None}
+            for x in outcomes if x.backend == name and x.status != OPEN
+        }  # fmt: skip
+        try:
+            verification.add(name, device, new)
+        except OSError as error:
+            unkept = str(error)
+    return unkept
