@@ -29,7 +29,7 @@ class Backend(Protocol):
     unverified: str
 
     def files(self) -> list[Path]:
-        """What its kernels are read from; this and what follows up to ``decodes`` is not asked of the reference."""
+        """What its kernels are read from."""
 
     def environment(self, device: torch.device) -> dict[str, str]:
         """What else its results on a device depend on, by name, beside PyTorch and the device's name and driver."""
@@ -78,7 +78,7 @@ def stepper(backend: str, call: Call) -> Callable:
     """
     for name in candidates(call.q.device) if backend == "auto" else (backend,):
         reason = _unusable(name, call) or BACKENDS[name].refuses_steps(call)
-        if reason is None and (backend != "auto" or _doubt(name, call, True, warn=True) is None):
+        if reason is None and (backend != "auto" or _doubt(name, call, steps=True, warn=True) is None):
             return BACKENDS[name].stepper(call)
         if backend != "auto":
             raise ValueError(f"backend: {backend!r} cannot decode this: {reason}")

@@ -168,7 +168,7 @@ def doubt(name: str, device: torch.device, configuration: str, sizes: str, unver
             return f"failed verification on {result['when']}: {result['failure']}; run {COMMAND} after updating"
     if found or unverified == "take":
         return None
-    memory, bias, gate, dtype, mode = configuration.split()
+    memory, bias, gate, dtype, _ = configuration.split()
     command = f"run {COMMAND} --device {device.type} --memory {memory} --bias {bias} --retention {gate} --dtype {dtype}"
     if unverified == "leave":
         return f'not verified on this machine, so "auto" leaves it: {command}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ class ReferenceBackend:
 
     def unavailable(self) -> None:
         return None
+
+    def files(self) -> list[Path]:
+        return []
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        return {}
+
+    def decodes(self, call: Call) -> bool:
+        return False
 
     def runs_on(self, device: torch.device) -> bool:
         return True

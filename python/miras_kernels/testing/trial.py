@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import itertools
+import sys
 import time
 from typing import Any
 
@@ -56,6 +58,8 @@ class Verification:
         return self.count(FAILED) == 0 < self.count(PASSED)
 
     def __str__(self) -> str:
+        if not self.outcomes:
+            return f"nothing to verify on {self.device}: no kernels serve this here, python -m miras_kernels explain says why"
         groups: dict[str, list[Outcome]] = {}
         for x in self.outcomes:
             memory, _, _, dtype, mode = x.configuration.split()[:5]
@@ -84,8 +88,8 @@ def verify(
 ) -> Verification:
     """Compare the kernels that "auto" would take on this machine with the float64 reference, and remember the results.
 
-    Every configuration is tried plainly, and with packed sequences, momentum, a shared initial state and (linear memories) gates by channel:
-    outputs, final states and every gradient, or a decoder's steps after a prompt, within the budgets of
+    Every configuration is tried plainly, and with packed sequences, momentum, a shared initial state and (linear memories) gates by
+    channel: outputs, final states and every gradient, or a decoder's steps after a prompt, within the budgets of
     :func:`miras_kernels.testing.check`. "auto" then leaves a backend alone in configurations in which it failed, also in later processes:
     see :mod:`miras_kernels.verification`.
 
@@ -99,17 +103,20 @@ def verify(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    own = {name: x for name, x in dict(key_dim=key_dim, value_dim=value_dim, hidden=hidden, chunk_size=chunk_size).items() if x is not None}
-    _validate(memory, bias, retention, dtype, own, seconds)
+    _validate(memory, bias, retention, dtype, seconds)
+    own = _sizes(memory, key_dim=key_dim, value_dim=value_dim, hidden=hidden, chunk_size=chunk_size)
     end = time.monotonic() + seconds
-    place = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    try:
+        place = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        raise ValueError(f"device: expected one that is here, got {str(device)!r}: {error}") from None
     names = [
         name for name in dispatch.candidates(place)
         if name != "reference" and dispatch.unavailable(name) is None and dispatch.BACKENDS[name].runs_on(place)
     ]  # fmt: skip
     dtypes = (torch.bfloat16, torch.float32, torch.float16) if dtype is None else (dtype,)
     every = itertools.product(_pairs(memory, bias, retention, own), dtypes, (SEQUENCE, DECODE), names)
-    trials = [_Trial(name, mode, pair, dtype, place, bool(own)) for pair, dtype, mode, name in every]
+    trials = [_Trial(name, mode, pair, dtype, place, own is not None) for pair, dtype, mode, name in every]
     trials.sort(key=_Trial.urgency)
     outcomes: list[Outcome] = []
     try:
@@ -123,46 +130,50 @@ def verify(
     return Verification(place, tuple(outcomes), unkept)
 
 
-def _validate(memory, bias, retention, dtype, own: dict, seconds: float) -> None:
+def _validate(memory: object, bias: object, retention: object, dtype: object, seconds: object) -> None:
     if memory not in (None, "linear", "mlp"):
         raise ValueError(f"memory: expected 'linear', 'mlp' or None, got {memory!r}")
     for name, x, kind in (("bias", bias, Bias), ("retention", retention, Retention), ("dtype", dtype, torch.dtype)):
         if not isinstance(x, (kind, type(None))):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {x!r}")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"seconds: expected a number > 0, got {seconds!r}")
+
+
+def _sizes(memory: str | None, **given: int | None) -> dict[str, Any] | None:
+    """A caller's sizes as properties of a case; None if there are none."""
+    own = {name: x for name, x in given.items() if x is not None}
     for name, x in own.items():
         if isinstance(x, bool) or not isinstance(x, int) or x < 1:
             raise ValueError(f"{name}: expected an integer >= 1 or None, got {x!r}")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise ValueError(f"seconds: expected a number > 0, got {seconds!r}")
     if memory == "linear" and "hidden" in own:
         raise ValueError(f"hidden: a linear memory has none, expected None, got {own['hidden']}")
-    if memory != "linear" and own.get("value_dim", own.get("key_dim", 64)) != own.get("key_dim", 64):
-        raise ValueError(f"value_dim: an MLP memory needs Dv = Dk = {own.get('key_dim', 64)}, got {own['value_dim']}; or take memory='linear'")
+    d = own.get("key_dim", 64)
+    if memory != "linear" and own.get("value_dim", d) != d:
+        raise ValueError(f"value_dim: an MLP memory needs Dv = Dk = {d}, got {own['value_dim']} (a linear one: memory='linear')")
+    return dict[str, Any](key_dim=d, value_dim=d, hidden=4 * d, chunk_size=64) | own if own else None
 
 
-def _pairs(memory: str | None, bias: Bias | None, retention: Retention | None, own: dict[str, int]) -> list[tuple[Case, Case]]:
+def _pairs(memory: str | None, bias: Bias | None, retention: Retention | None, own: dict[str, Any] | None) -> list[tuple[Case, Case]]:
     """A plain case and one with everything, for each memory, bias and gate; the plainest of these first."""
-    rows = itertools.product([bias] if bias else BIASES.values(), [retention] if retention else GATES.values())
-    rows = sorted(rows, key=lambda row: (row[0].name != "l2") + (row[1].name != "l2"))
+    every = itertools.product([bias] if bias else BIASES.values(), [retention] if retention else GATES.values())
+    rows = sorted(every, key=lambda row: (row[0].name != "l2") + (row[1].name != "l2"))
     return [_pair(m, *row, own) for row in rows for m in ([memory] if memory else ["linear", "mlp"])]
 
 
-def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, int]) -> tuple[Case, Case]:
+def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, Any] | None) -> tuple[Case, Case]:
     linear = memory == "linear"
-    if own:
-        d = own.get("key_dim", 64)
-        usual = [dict(key_dim=d, value_dim=own.get("value_dim", d), hidden=own.get("hidden", 4 * d), chunk_size=own.get("chunk_size", 64))] * 2
-    elif linear:
-        usual = [dict(key_dim=64, value_dim=64, chunk_size=64), dict(key_dim=40, value_dim=24, chunk_size=16)]
-    else:
-        usual = [dict(key_dim=32, value_dim=32, hidden=64, chunk_size=16), dict(key_dim=24, value_dim=24, hidden=40, chunk_size=16)]
+    plain, rich = (
+        own or dict[str, Any](key_dim=d, value_dim=dv, hidden=hidden, chunk_size=c)
+        for d, dv, hidden, c in (((64, 64, 0, 64), (40, 24, 0, 16)) if linear else ((32, 32, 64, 16), (24, 24, 40, 16)))
+    )
     shared = dict[str, Any](memory=memory, bias=bias, retention=retention, seed=len(bias.name + retention.name))
-    plain, rich = (dict(tokens=2 * x["chunk_size"] + 6, **x) for x in usual)
-    channel = dict[str, Any](decay="channel", lr="channel") if linear else {}
-    lengths = (rich["chunk_size"] + 4, 1, rich["chunk_size"])
+    chunk = rich["chunk_size"]
+    gates = dict[str, Any](decay="channel", lr="channel") if linear else {}
+    gates |= dict(lengths=(chunk + 4, 1, chunk), momentum=True, initial="shared")
     return (
-        Case("plain", **shared, **plain, batch=1),
-        Case("with all gates", **shared, **rich, **channel, lengths=lengths, momentum=True, initial="shared"),
+        Case("plain", batch=1, tokens=2 * plain["chunk_size"] + 6, **plain, **shared),
+        Case("with all gates", tokens=2 * chunk + 6, **rich, **shared, **gates),
     )
 
 
@@ -255,3 +266,18 @@ def _remember(outcomes: list[Outcome], device: torch.device) -> str:
         except OSError as error:
             unkept = str(error)
     return unkept
+
+
+def command(args: argparse.Namespace) -> int:
+    """``python -m miras_kernels verify``: 1 if something was wrong, 2 if nothing could be tried."""
+    dtype = args.dtype and getattr(torch, args.dtype)
+    sizes = dict(key_dim=args.dim, value_dim=args.value_dim, hidden=args.hidden, chunk_size=args.chunk)
+    print(f"verifying for at most {args.seconds:g} s", flush=True)
+    try:
+        found = verify(memory=args.memory, bias=args.bias, retention=args.retention, dtype=dtype, **sizes,
+                       device=args.device, seconds=args.seconds)  # fmt: skip
+    except (TypeError, ValueError) as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 2
+    print(found)
+    return 0 if found.ok else 1 if found.count(FAILED) else 2
