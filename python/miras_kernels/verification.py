@@ -148,13 +148,11 @@ def add(name: str, device: torch.device, new: dict[str, dict]) -> None:
 # ------------------------------------------------------------------------------------------------- what dispatch asks
 
 
-@torch.compiler.assume_constant_result  # a file is read once, and a compiled program keeps the backend that it was traced with
 def known(name: str, device: torch.device) -> bool:
     """Whether anything is known of a backend on a device."""
     return bool(results(name, device))
 
 
-@torch.compiler.assume_constant_result
 def doubt(name: str, device: torch.device, configuration: str, sizes: str, unverified: str, warn: bool) -> str | None:
     """Why "auto" leaves a backend alone in a configuration, or None.
 
@@ -175,6 +173,11 @@ def doubt(name: str, device: torch.device, configuration: str, sizes: str, unver
     if warn:
         _warn_once(name, f"the {name} kernels have not been verified on this machine for {configuration}: {command}")
     return None
+
+
+# A compiled program keeps the backend that it was traced with. torch.compiler.assume_constant_result sets this mark too, but it imports half
+# a compiler.
+known._dynamo_marked_constant = doubt._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _warn_once(key: str, text: str) -> None:
