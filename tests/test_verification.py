@@ -169,6 +169,12 @@ def test_what_is_raised_is_a_failure_but_for_lack_of_memory(monkeypatch):
     assert [x.status for x in found.outcomes] == ["failed", "passed"] and "RuntimeError: so it is (plain)" in str(found)
 
 
+def test_a_case_that_cannot_be_drawn_says_nothing(monkeypatch):
+    monkeypatch.setattr(trial.Case, "_kink_distance", lambda self, inputs: 0.0)
+    found = verify(bias=mk.Huber("norm"))
+    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps its distance from the kink" in str(found)
+
+
 def test_a_device_that_answers_no_more_says_nothing(monkeypatch):
     wrong_forward(dispatch.BACKENDS["cpp"], monkeypatch)
     monkeypatch.setattr(trial, "_answers", lambda device: False)
@@ -227,7 +233,7 @@ def test_the_time_limit(cache, monkeypatch, capsys):
     """What was not reached is said to be open, is not kept, and comes first the next time; what failed comes last."""
     clock, tried = [0.0], []
 
-    def wrong(self, case):
+    def wrong(self, case, inputs):
         clock[0] += 1
         tried.append(self.key)
         return "wrong" if self.key.startswith("mlp") else None

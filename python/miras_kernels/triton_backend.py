@@ -38,11 +38,15 @@ class TritonBackend:
 
     def environment(self, device: torch.device) -> dict[str, str]:
         import triton
+        from triton import knobs
 
         found = {"triton": triton.__version__}
         if device.type == "cuda" and torch.version.hip is None:
-            for tool in ("ptxas", "ptxas_blackwell"):  # which of them depends on the chip
-                found[tool] = getattr(getattr(triton.knobs.nvidia, tool, None), "version", "none")
+            for tool in ("ptxas", "ptxas_blackwell"):  # which of them is called depends on the chip
+                try:
+                    found[tool] = getattr(knobs.nvidia, tool).version
+                except (AttributeError, RuntimeError):
+                    found[tool] = "none"
         return found
 
     def runs_on(self, device: torch.device) -> bool:

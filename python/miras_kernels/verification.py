@@ -175,7 +175,7 @@ def doubt(name: str, device: torch.device, configuration: str, sizes: str, unver
     return None
 
 
-# A compiled program keeps the backend that it was traced with. torch.compiler.assume_constant_result sets this mark too, but it imports half
+# A compiled program keeps the backend that it was traced with. torch.compiler.assume_constant_result sets this mark too, but imports half
 # a compiler.
 known._dynamo_marked_constant = doubt._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -19,7 +19,7 @@ from ..biases import TABLE as BIASES
 from ..retention import TABLE as GATES
 from ..retention import L2Retention, Retention
 from ..verification import DECODE, SEQUENCE
-from .cases import Case
+from .cases import Case, Inputs
 from .parity import check, relative_error
 from .steps import check_steps, final, function, inputs_of, whole
 
@@ -210,8 +210,13 @@ class _Trial:
         for case in self.cases:
             if time.monotonic() > end:
                 return Outcome(self.backend, self.key, OPEN, "the time was over")
+            case = _of_mode(case, self.mode)
             try:
-                wrong = self._wrong(case)
+                inputs = inputs_of(case, self.backend, self.dtype, self.device)
+            except RuntimeError as error:  # no draw keeps its distance from a kink
+                return Outcome(self.backend, self.key, OPEN, str(error))
+            try:
+                wrong = self._wrong(case, inputs)
             except torch.OutOfMemoryError:
                 return Outcome(self.backend, self.key, OPEN, "the device's memory is too small")
             except Exception as error:  # also what a compiler says
@@ -220,14 +225,13 @@ class _Trial:
                 return Outcome(self.backend, self.key, FAILED, f"{wrong} ({case.name})")
         return Outcome(self.backend, self.key, PASSED)
 
-    def _wrong(self, case: Case) -> str | None:
-        case, name = _of_mode(case, self.mode), self.backend
+    def _wrong(self, case: Case, inputs: Inputs) -> str | None:
+        name = self.backend
         if self.mode == DECODE:
             cuts = [case.tokens - 7, *range(case.tokens - 6, case.tokens - 2), case.tokens]
             rows = list(check_steps(case, name, self.dtype, cuts, device=self.device).rows)
         else:
             rows = list(check(case, name, self.dtype, str(self.device)).rows)
-            inputs = inputs_of(case, name, self.dtype, self.device)
             with torch.no_grad():
                 out, state = function(case)(**inputs.arguments(), backend=name)
             exact, budgets = whole(inputs.to(torch.float64), 0), {row.name: row for row in rows}
@@ -266,7 +270,7 @@ def _remember(outcomes: list[Outcome], device: torch.device) -> str:
         }  # fmt: skip
         try:
             verification.add(name, device, new)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of a device that answers no more
             unkept = str(error)
     return unkept
 
