@@ -171,7 +171,7 @@ def test_what_is_raised_is_a_failure_but_for_lack_of_memory(monkeypatch):
 
 def test_a_case_that_cannot_be_drawn_says_nothing(monkeypatch):
     monkeypatch.setattr(trial.Case, "_kink_distance", lambda self, inputs: 0.0)
-    found = verify(bias=mk.Huber("norm"))
+    found = verify(bias=mk.Huber("norm"), key_dim=2, chunk_size=2)
     assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps its distance from the kink" in str(found)
 
 
@@ -221,7 +221,7 @@ def test_arguments():
 
 @pytest.mark.parametrize(
     ("arguments", "printed"),
-    [("--dim 300", "nothing to verify on cpu"), ("--dtype float64", "nothing to verify on cpu"), ("--memory mlp --value-dim 3", "got 3")],
+    [("--dim 300 --memory linear", "nothing to verify on cpu"), ("--dtype float64", "nothing to verify on cpu"), ("--memory mlp --value-dim 3", "got 3")],
 )
 def test_nothing_to_verify(capsys, arguments, printed):
     assert main(["verify", "--device", "cpu", *arguments.split()]) == 2

@@ -70,7 +70,7 @@ def _driver() -> str:
     for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
             return Path(path).read_text().splitlines()[0]
-    return str(torch._C._cuda_getDriverVersion())  # where the kernel's module is out of sight
+    return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())  # where the kernel's module is out of sight
 
 
 def _path(place: Path, name: str, here: dict[str, str]) -> Path:
