@@ -221,7 +221,11 @@ def test_arguments():
 
 @pytest.mark.parametrize(
     ("arguments", "printed"),
-    [("--dim 300 --memory linear", "nothing to verify on cpu"), ("--dtype float64", "nothing to verify on cpu"), ("--memory mlp --value-dim 3", "got 3")],
+    [
+        ("--dim 300 --memory linear", "nothing to verify on cpu"),
+        ("--dtype float64", "nothing to verify on cpu"),
+        ("--memory mlp --value-dim 3", "got 3"),
+    ],
 )
 def test_nothing_to_verify(capsys, arguments, printed):
     assert main(["verify", "--device", "cpu", *arguments.split()]) == 2
