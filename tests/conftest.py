@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -10,12 +12,19 @@ import torch
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+# What was verified on this machine must not change what the tests do, nor what they do change it.
+os.environ["MIRAS_CACHE"] = tempfile.mkdtemp(prefix="miras-kernels-tests-")
+
 from miras_kernels import dispatch
 
 
 def pytest_configure(config):
     # A test that wants the kernels and finds none must fail, not skip: the test command builds them.
     torch.manual_seed(0)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["MIRAS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

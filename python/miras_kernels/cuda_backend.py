@@ -65,6 +65,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    unverified = "leave"
     #: of a linear memory, of an MLP memory
     MAX_HEAD, MAX_MLP_HEAD = 256, 128
     MAX_HIDDEN = 1024
@@ -98,6 +99,15 @@ class CudaBackend:
         for name in ("miras_linear_step", "miras_mlp_step"):
             getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
         return library, None
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        return {}
+
+    def decodes(self, call: Call) -> bool:
+        return True
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == self.device

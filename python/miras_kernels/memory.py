@@ -142,7 +142,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | Non
     Takes the arguments of :func:`linear_memory`, or of :func:`mlp_memory` if ``ln_weight`` is among them.
 
     Returns:
-        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not.
+        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it refuses the
+        call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
         ``backend="auto"`` takes the first one with None.
     """
     defaults = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
