@@ -14,4 +14,4 @@ oldest = max(int(minor) for p in packages for minor in re.findall(r">=\s*3\.(\d+
 marker = f'sys_platform == "linux" and python_version >= "3.{oldest}" and python_version <= "3.{NEWEST_PYTHON}"'
 print("# Written by `make update-constraints`: the releases that demo and tests were run with.")
 for p in sorted(packages, key=lambda p: p.name.lower()):
-    print(f'{p.name}=={p.version.split("+")[0]} ; {marker}')
+    print(f"{p.name}=={p.version.split('+')[0]} ; {marker}")
