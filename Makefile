@@ -46,7 +46,7 @@ demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a 
 test: $(VENV)/.built  ## the tests, without the slow ones
 	$(ONE_THREAD) $(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
-test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every kind of chip
+test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every kind of chip, budgets on every code path
 	$(PY) -m pytest tests -q -m slow $(ARGS)
 
 # The cases of every pair of properties use all that the kernels use of Triton.
