@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from operator import itemgetter
@@ -28,7 +29,7 @@ from ..retention import ElasticNetRetention, L2Retention, LqRetention
 from ..state import MemoryState
 from ..validation import linear_call, mlp_call
 from .cases import Case, Inputs
-from .parity import evaluate, judge, margin, operands
+from .parity import ARITHMETIC, ULPS, evaluate, expect, judge, margin, operands, relative_error
 
 __all__ = ["Example", "Failure", "examples", "fuzz", "run_example"]
 
@@ -238,9 +239,19 @@ def run_example(example: Example, run: str | Callable) -> None:
         _causality(example, inputs, run)
         return
     reached = ROUTES[example.route](inputs, run, example.at)
-    report = judge(inputs, reached, multiplied)
-    if not report.ok:
-        raise Failure(f"{example.route}: {report}")
+    if not _plain_to_see(inputs, reached, multiplied):
+        report = judge(inputs, reached, multiplied)
+        if not report.ok:
+            raise Failure(f"{example.route}: {report}")
+
+
+def _plain_to_see(inputs: Inputs, reached: dict[str, Tensor], multiplied: torch.dtype) -> bool:
+    """Whether every error is at most twice that of two perturbed runs, which takes a fraction of the time of a budget."""
+    wanted = expect(inputs, multiplied, runs=2)
+    return all(
+        relative_error(x, wanted[name].exact) <= 2 * wanted[name].usual + ULPS * ARITHMETIC + torch.finfo(x.dtype).eps / 2 < math.inf
+        for name, x in reached.items()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- strategies
