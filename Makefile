@@ -29,7 +29,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-oldest-hf test-all bench study lint types sanitize sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-all bench study lint types sanitize sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,8 +43,11 @@ demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a 
 test: $(VENV)/.built  ## the tests, without the slow ones
 	$(ONE_THREAD) $(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
-test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every kind of chip
-	$(PY) -m pytest tests -q -m slow $(ARGS)
+test-slow: $(VENV)/.built  ## the slow ones: wider sweeps, whole programs, every Triton configuration compiled for every kind of chip
+	$(ONE_THREAD) $(PY) -m pytest tests -q -m slow $(WORKERS) $(ARGS)
+
+mutants: $(VENV)/.built  ## planted one-line faults: which does no test catch? ARGS="-k NAME" for some of them
+	$(PY) tests/mutants.py $(ARGS)
 
 # The cases of every pair of properties use all that the kernels use of Triton.
 test-oldest: $(VENV)/.oldest  ## Triton tests with the oldest Triton that is supported
