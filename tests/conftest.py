@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.util
 import os
 
 import pytest
@@ -16,6 +19,27 @@ from miras_kernels import dispatch
 def pytest_configure(config):
     # A test that wants the kernels and finds none must fail, not skip: the test command builds them.
     torch.manual_seed(0)
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton") is not None:
+        hurry_interpreter()
+
+
+def hurry_interpreter():
+    """Spare Triton's interpreter what takes two thirds of its time and changes no number.
+
+    It replaces the functions of its language anew in every call of a device function, although a module's once is enough; and it checks
+    every sum and product of integers for overflow, of which the sizes of these tests are far (test_addresses.py looks at others).
+    """
+    from triton.runtime import interpreter
+
+    patch = functools.cache(lambda module, function: interpreter._patch_lang(function))
+
+    def call(self, *args, **kwargs):
+        patch(self.fn.__module__, self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture
