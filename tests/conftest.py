@@ -67,3 +67,16 @@ def backend(request) -> str:
     """Each backend that this machine is meant to run."""
     assert dispatch.unavailable(request.param) is None
     return request.param
+
+
+@pytest.fixture
+def instruction_set(request, monkeypatch) -> str:
+    """The C++ kernels take the code path that the test's parameter `level` names: they look at the environment in every call."""
+    from miras_kernels import _C
+
+    level = request.getfixturevalue("level")
+    if level not in _C.cpu_capabilities():
+        pytest.skip(f"this machine cannot run {level}")
+    monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)
+    assert _C.cpu_capability() == level
+    return level

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
+import torch
 
 from miras_kernels.testing import Case
 
+#: the mark of what is left to `make test-slow`; on a GPU nothing is slow
+SLOW = () if torch.cuda.is_available() else pytest.mark.slow
 #: what the kernels' loops and masks depend on together with the gates
 PAIRED = ("retention", "momentum", "decay", "packed")
 
@@ -40,7 +43,21 @@ def sample(cases: Iterable[Case], start: int = 0) -> list[Case]:
     return chosen
 
 
+def slow(*values: object):
+    """Parameters for `make test-slow`."""
+    return pytest.param(*values, marks=SLOW)
+
+
 def or_slow(cases: Sequence[Case], quick: Iterable[Case]) -> list:
-    """All cases as parameters; those that are not among the quick ones are for `make test-slow`."""
+    """All cases as parameters; those that are not among the quick ones are slow."""
     names = {case.name for case in quick}
-    return [pytest.param(case, id=case.name, marks=() if case.name in names else pytest.mark.slow) for case in cases]
+    return [pytest.param(case, id=case.name, marks=() if case.name in names else SLOW) for case in cases]
+
+
+def every(*factors: Sequence, quick: Callable[..., bool]) -> list:
+    """All combinations of some factors as parameters; ``quick`` tells by the places of the values which of them are not slow."""
+    found = []
+    for places in itertools.product(*(range(len(factor)) for factor in factors)):
+        values = [factor[place] for factor, place in zip(factors, places, strict=True)]
+        found.append(tuple(values) if quick(*places) else slow(*values))
+    return found

@@ -22,6 +22,7 @@ from miras_kernels.cuda_backend import CudaBackend
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, relative_error
 from miras_kernels.testing.steps import cut, decoder
+from spread import or_slow, sample
 from test_decode import PAIRS
 from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
 
@@ -76,7 +77,7 @@ def cuda(library, monkeypatch) -> CudaBackend:
 on_cpu = functools.partial(assert_right, backend="cuda", device="cpu")
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=str)
+@pytest.mark.parametrize("case", or_slow(PAIRS, sample(PAIRS)))
 def test_steps(case, cuda, poisoned):
     """A run that ends a chunk of 16, and the token that begins the next."""
     on_cpu(case, cuts=[14, 16, 17])
@@ -249,6 +250,7 @@ def test_a_missing_barrier_is_caught(objects, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("source", "kernels"), [("linear_step.cu", 2), ("mlp_step.cu", 3)])
