@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant("cpp-panels-not-added-up", "csrc/bindings.cpp", cases("test_cpp.py::test_any_number_of_threads", "(1, 1)-l2"),
            "x += from[panel * size + i]", "x += 0.0f"),
     # ------------------------------------------------------------------------------------------------- csrc/cuda, emulated
-    Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu", cases("test_cuda.py::test_sizes", "wide"),
+    Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu", cases("test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
            "kept_1 = alpha * kept[width] + moved_1", "kept_1 = kept[width] + moved_1"),
     Mutant("cuda-mlp-without-rho", "csrc/cuda/mlp_step.cu", cases("test_cuda.py::test_sizes", "mlp-entire"),
            "rho_2 * wq", "wq"),
