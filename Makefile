@@ -114,7 +114,7 @@ $(VENV)/.torch: | $(VENV)/.python
 
 $(VENV)/.tools: | $(VENV)/.torch
 	@echo "installing the build tools"
-	@$(PIP) install -qq "setuptools>=77" wheel ninja pybind11
+	@$(PIP) install -qq "setuptools>=77" wheel pybind11
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.tools

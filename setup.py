@@ -1,26 +1,29 @@
-"""Builds miras_kernels._C, the C++ kernels, with torch's BuildExtension (ninja), and miras_kernels/_cuda.so, the CUDA C++ kernels,
-with nvcc (csrc/cuda/build.py). Everything else is in pyproject.toml.
+"""Builds miras_kernels._C, the C++ kernels, and miras_kernels/_cuda.so, the CUDA C++ kernels, with nvcc (csrc/cuda/build.py). Neither
+needs torch to build. Everything else is in pyproject.toml.
 
-The package must also install where kernels cannot be built: without a C++ compiler, without nvcc, or in pip's isolated build
-environment, which has no torch (use `pip install --no-build-isolation .`). Then it installs without them and the reason is
-kept in miras_kernels/_build_info.py, which `backend="cpp"` and `backend="cuda"` quote.
+The package must also install where kernels cannot be built: without a C++ compiler, or without nvcc. Then it installs without them and
+the reason is kept in miras_kernels/_build_info.py, which `backend="cpp"` and `backend="cuda"` quote.
 
-    MIRAS_REQUIRE_CPP=1    a failed build of the C++ kernels is an error (developers, CI)
+    MIRAS_REQUIRE_CPP=1    a failed build of the C++ kernels is an error (developers, CI, wheels)
     MIRAS_SKIP_CPP=1       do not build the C++ kernels
     MIRAS_SANITIZE=1       build them for tests/sanitize.py under AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize alone
     MIRAS_CUDA=1           build the CUDA kernels even for a torch without CUDA; a failed build is an error
     MIRAS_CUDA=0           do not build the CUDA kernels
+    CXX, CXXFLAGS          the compiler (gcc >= 11, clang >= 14, or Apple's of the same age), and flags for it
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -32,11 +35,12 @@ BUILD_INFO = "_build_info.py"
 
 SOURCES = [f"csrc/{name}{path.name}" for name in ("", "cpu/") for path in sorted((ROOT / "csrc" / name).glob("*.cpp"))]
 # No -march: the kernels carry their own instruction sets and choose at run time. -O2 is as fast as -O3 here, in half the time.
-COMPILE, LINK = ["-O2", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden"], ["-fopenmp", "-s"]
+# -MMD: the compiler writes down beside each object what it was made of, see outdated().
+COMPILE, LINK = ["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", "-MMD"], []
 if SANITIZE:  # a null pointer needs no check, reading it is a report of AddressSanitizer's; vptr would need the types of other libraries
     INSTRUMENT = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr", "-fno-sanitize-recover=all"]
     CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]  # checks are calls: a quarter less to compile
-    COMPILE, LINK = ["-O1", "-g1", *COMPILE[2:], *INSTRUMENT, *CALLS], [*LINK[:1], *INSTRUMENT]
+    COMPILE, LINK = ["-O1", "-g1", *COMPILE[2:], *INSTRUMENT, *CALLS], INSTRUMENT
 
 
 def version() -> str:
@@ -95,17 +99,29 @@ def why_not() -> str | None:
     """The reason why the kernels cannot be built here, as far as it is known before trying."""
     if SKIP_CPP:
         return "MIRAS_SKIP_CPP was set when the package was installed"
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        return (
-            f"torch could not be imported when the package was installed ({error}); pip's isolated build environment has"
-            " none: use pip install --no-build-isolation"
-        )
-    compiler = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++").split()[0]
-    if shutil.which(compiler) is None:
-        return f"there was no C++ compiler ({compiler!r} not found; set CXX) when the package was installed"
+    if importlib.util.find_spec("pybind11") is None:
+        return "there was no pybind11, which `pip install --no-build-isolation` needs, when the package was installed"
+    if compiler() is None:
+        asked = f"CXX={os.environ['CXX']}" if "CXX" in os.environ else "c++, g++ or clang++"
+        return f"there was no C++ compiler ({asked} not found) when the package was installed"
     return None
+
+
+def compiler() -> str | None:
+    """The command of the C++ compiler: the one that CXX names, else the one that built Python, else a usual one."""
+    commands = [os.environ["CXX"]] if "CXX" in os.environ else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
+    return next((command for command in commands if command.split() and shutil.which(command.split()[0])), None)
+
+
+def outdated(target: str, source: str) -> bool:
+    """Whether an object is older than anything that it was made of."""
+    made_of = Path(target).with_suffix(".d")
+    try:
+        made = os.stat(target).st_mtime
+        files = shlex.split(made_of.read_text(encoding="utf-8").replace("\\\n", " "))[1:]
+        return any(os.stat(file).st_mtime > made for file in [*files, "setup.py"])
+    except OSError:
+        return True
 
 
 class BuildPython(build_py):
@@ -125,17 +141,19 @@ extensions, commands = [], {"build_py": BuildPython}
 if MISSING:
     print(f"miras-kernels: installing without the C++ kernels: {MISSING}", file=sys.stderr)
 else:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import pybind11
+    from pybind11.setup_helpers import ParallelCompile
 
-    class BuildKernels(BuildExtension):
+    os.environ["CXX"] = compiler()
+    ParallelCompile(needs_recompile=outdated).install()
+
+    class BuildKernels(build_ext):
         """A failed build leaves a package without kernels and a note why, unless they are required."""
 
         def finalize_options(self):
             super().finalize_options()
-            # One lasting place for objects, so that ninja rebuilds only what changed, under pip too.
-            python = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.build_temp = str(ROOT / "build" / f"{'sanitize' if SANITIZE else 'cpp'}-{self.plat_name}-{python}")
+            # One lasting place for objects, so that only what changed is compiled again, under pip too.
+            self.build_temp = str(ROOT / "build" / f"{'sanitize' if SANITIZE else 'cpp'}-{self.plat_name}-{sys.implementation.cache_tag}")
             if SANITIZE:
                 self.build_lib, self.inplace = str(ROOT / "build" / "sanitize"), False
 
@@ -148,38 +166,46 @@ else:
                 package = self.destination()
                 for stale in package.glob("_C.*.so"):
                     stale.unlink()
-                missing = f"compiling it failed when the package was installed: {self.first_error() or error}"
+                missing = f"compiling it failed when the package was installed: {error}"
                 finish(package, missing)
                 print(f"miras-kernels: installing without the C++ kernels: {missing}", file=sys.stderr)
             else:
                 finish(self.destination(), None)
+
+        def build_extension(self, ext):
+            spawn = self.compiler.spawn
+
+            def said(command, **options):
+                """A failed command is run once more, for the first error that it reports."""
+                try:
+                    spawn(command, **options)
+                except Exception as error:
+                    again = subprocess.run(command, capture_output=True, text=True, check=False)
+                    first = next((line.strip() for line in (again.stderr + again.stdout).splitlines() if "error" in line.lower()), None)
+                    raise RuntimeError(first or str(error)) from error
+
+            self.compiler.spawn = said
+            super().build_extension(ext)
 
         def destination(self) -> Path:
             """Where the package lies that the kernels are built for."""
             in_source = self.inplace or getattr(self, "editable_mode", False)
             return (ROOT / "python" if in_source else Path(self.build_lib)) / "miras_kernels"
 
-        def first_error(self) -> str | None:
-            """What the compiler says first, asked once more."""
-            try:
-                ninja = subprocess.run(["ninja", "-j1", "-C", self.build_temp], capture_output=True, text=True, timeout=600)
-            except (OSError, subprocess.TimeoutExpired):
-                return None
-            return next((line.strip() for line in ninja.stdout.splitlines() if "error" in line), None)
-
         def copy_extensions_to_source(self):
             if all(os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(e.name))) for e in self.extensions):
                 super().copy_extensions_to_source()
 
-    commands["build_ext"] = BuildKernels.with_options(use_ninja=True, no_python_abi_suffix=False)
+    commands["build_ext"] = BuildKernels
     extensions.append(
-        CppExtension(
+        Extension(
             "miras_kernels._C",
             SOURCES,
-            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": COMPILE},
+            depends=["setup.py", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h")))],
+            include_dirs=["csrc", pybind11.get_include()],
+            extra_compile_args=COMPILE,
             extra_link_args=LINK,
+            language="c++",
         )
     )
 

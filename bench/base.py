@@ -73,7 +73,7 @@ def build(root: Path, commit: str) -> None:
         return
     print("building its C++ kernels, about a minute", file=sys.stderr, flush=True)
     env = dict(os.environ, MIRAS_REQUIRE_CPP="1", MIRAS_CUDA="0")
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])  # ninja lies there
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])  # ninja, for trees that need it
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, check=False, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:

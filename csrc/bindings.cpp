@@ -1,9 +1,7 @@
 // The extension module miras_kernels._C: turns tensors into parameter structs and hands them to the kernels.
-// This and step_bindings.cpp are the only units that know torch.
-#include <ATen/Parallel.h>
-#include <torch/csrc/utils/pybind.h>
-
+// This, step_bindings.cpp and torch_api.cpp are the only units that know Python.
 #include <array>
+#include <bit>
 #include <map>
 #include <tuple>
 
@@ -25,27 +23,27 @@ int longest_segment(const MemoryParams& p) {
 Tensor new_saved(const MemoryParams& p, int64_t matrices, int64_t rows, int64_t cols) {
   if (p.checkpoint_every == 0) return new_float({0});
   const Tensor saved = matrices == 1 ? new_float({p.slots(), p.H, rows, cols}) : new_float({p.slots(), p.H, matrices, rows, cols});
-  if (p.cu_seqlens) saved.zero_();  // packed sequences need not fill all slots
+  if (p.cu_seqlens) saved.call("zero_");  // packed sequences need not fill all slots
   return saved;
 }
 float* checked_saved(const MemoryParams& p, const Tensor& saved, int64_t matrices, int64_t rows, int64_t cols) {
   require(p.checkpoint_every > 0, "the backward needs saved states");
   require(is_float(saved) && saved.is_contiguous() &&
-              (matrices == 1 ? has_shape(saved, {p.slots(), p.H, rows, cols})
-                             : has_shape(saved, {p.slots(), p.H, matrices, rows, cols})), "bad saved states");
-  return saved.data_ptr<float>();
+              (matrices == 1 ? saved.has_shape({p.slots(), p.H, rows, cols})
+                             : saved.has_shape({p.slots(), p.H, matrices, rows, cols})), "bad saved states");
+  return saved.data<float>();
 }
 
 // A kernel over all tasks, without the interpreter's lock
 template <class Params> void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
   pybind11::gil_scoped_release nogil;
-  at::parallel_for(0, p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
+  parallel_for(p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
 }
 
 // ---- linear memory ----
 
 StateTensor states(const LinearParams& p, const Tensor& x, const char* what) {
-  require(is_float(x) && has_shape(x, {p.N, p.H, p.Dv, p.Dk}), what);
+  require(is_float(x) && x.has_shape({p.N, p.H, p.Dv, p.Dk}), what);
   return states(x);
 }
 Tensor new_states(StateTensor& to, const LinearParams& p) {
@@ -65,7 +63,7 @@ void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   if (carried) p.carried = states(p, *carried, "carried must be float32 [N, H, Dv, Dk]");
 
   // Fewer heads than threads: share out value rows as well, in panels of at least 32, where nothing couples them.
-  const int64_t heads = p.N * p.H, threads = at::get_num_threads();
+  const int64_t heads = p.N * p.H, threads = num_threads();
   p.panels = 1, p.panel_width = p.Dv;
   const bool coupled = bias_traits(p.bias).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
   if (heads > 0 && heads < threads && !coupled) {
@@ -95,11 +93,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
     p.position = positions(p, *position);
     if (open_log_decay) {
       open = open_decays(p, *open_log_decay, p.Dv);
-      p.open_log_decay = open.const_data_ptr<float>();
+      p.open_log_decay = open.data<float>();
     }
   }
 
-  const Tensor out = new_like({p.B, p.T, p.H, p.Dv}, q);
+  const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, q.type());
   p.out = tokens(out);
   const Tensor nothing = new_float({0});
   Tensor final_dual = nothing, final_carried = nothing, final_start = nothing, final_log_decay = nothing;
@@ -107,45 +105,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
     if (momentum) final_carried = new_states(p.final_carried, p);
     final_log_decay = new_float(open_decay_shape(p, p.Dv));
-    p.final_log_decay = final_log_decay.data_ptr<float>();
+    p.final_log_decay = final_log_decay.data<float>();
   }
   const Tensor saved = new_saved(p, momentum ? 2 : 1, p.Dk, p.Dv);
-  if (checkpoint_every > 0) p.saved = saved.data_ptr<float>();
+  if (checkpoint_every > 0) p.saved = saved.data<float>();
 
   run(cpu::kernels().linear_forward, p);
   return {out, final_dual, final_carried, final_start, final_log_decay, saved};
 }
 
-// parts [panels, ...] float32 -> their sum, in order, in the dtype of q
-Tensor sum_parts(const Tensor& parts, at::ScalarType dtype) {
-  if (parts.size(0) == 1) return parts.select(0, 0);
-  const Tensor total = at::empty(parts.sizes().slice(1), at::TensorOptions().dtype(dtype));
-  const int64_t panels = parts.size(0), size = total.numel();
-  const float* from = parts.const_data_ptr<float>();
-  const auto add_up = [&](auto* to) {
-    at::parallel_for(0, size, 1 << 15, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        float x = from[i];
-        for (int64_t panel = 1; panel < panels; ++panel) x += from[panel * size + i];
-        to[i] = x;
-      }
-    });
-  };
-  if (dtype == at::kFloat) add_up(total.data_ptr<float>());
-  else add_up(total.data_ptr<at::BFloat16>());
+// ---- results that several tasks write a share of ----
+
+// [count, ...], or without that dimension if there is but one
+Tensor new_shares(int64_t count, Shape sizes, Type type) {
+  if (count != 1) sizes.insert(sizes.begin(), count);
+  return new_tensor(sizes, type);
+}
+
+uint16_t to_bfloat16(float x) {
+  if (x != x) return 0x7fc0;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Their sum, in order
+Tensor sum_shares(const Tensor& shares, int64_t count, Type type) {
+  if (count == 1) return shares;
+  const Tensor total = new_tensor(shares.sizes().subspan(1), type);
+  const int64_t size = total.numel();
+  const float* from = shares.data<float>();
+  parallel_for(size, 1 << 15, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      float x = 0.0f;
+      for (int64_t share = 0; share < count; ++share) x += from[share * size + i];
+      if (type == kFloat32) static_cast<float*>(total.data())[i] = x;
+      else static_cast<uint16_t*>(total.data())[i] = to_bfloat16(x);
+    }
+  });
   return total;
 }
 
-// The gradient of a gate of a linear memory: [1, B, T, H, Dv] where panels write their own channels, else a share [panels, B, T, H]
-// of every panel, to be summed.
+// The first share of a gradient of q, k or a gate: contiguous [B, T, H], or [B, T, H, D] if there are channels
+TokenTensor first_share(const MemoryParams& p, const Tensor& shares, int64_t channels) {
+  const int64_t width = std::max<int64_t>(channels, 1);
+  return {shares.data(), p.T * p.H * width, p.H * width, width, channels ? 1 : 0};
+}
+
+// The gradient of a gate of a linear memory: panels write their own channels, or else a share of [B, T, H] each.
 OptionalTensor gate_gradient(TokenTensor& to, const LinearParams& p, const TokenTensor& gate, bool per_channel) {
   if (!gate) return {};
-  const Tensor parts = per_channel ? new_float({1, p.B, p.T, p.H, p.Dv}) : new_float({p.panels, p.B, p.T, p.H});
-  to = tokens(parts.select(0, 0));
-  return parts;
+  const Tensor shares = per_channel ? new_float({p.B, p.T, p.H, p.Dv}) : new_shares(p.panels, {p.B, p.T, p.H}, kFloat32);
+  to = first_share(p, shares, per_channel ? p.Dv : 0);
+  return shares;
 }
-OptionalTensor sum_gate(const OptionalTensor& parts) {
-  return parts ? OptionalTensor(sum_parts(*parts, at::kFloat)) : OptionalTensor();
+OptionalTensor sum_gate(const LinearParams& p, const OptionalTensor& shares, bool per_channel) {
+  return shares && !per_channel ? OptionalTensor(sum_shares(*shares, p.panels, kFloat32)) : shares;
 }
 
 // (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, d_dual, d_carried)
@@ -161,7 +175,7 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   p.saved = checked_saved(p, saved, momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
-  require(grad_out_.sizes() == v.sizes() && grad_out_.scalar_type() == q.scalar_type() && grad_out_.device().is_cpu(),
+  require(grad_out_.has_shape(v.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
           "grad_out must be like out");
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
@@ -169,11 +183,10 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   require(!grad_final_carried || momentum, "a gradient of a momentum that there is not");
   if (grad_final_carried) p.grad_final_carried = states(p, *grad_final_carried, "grad_final_carried must be like the dual");
 
-  const auto key_dtype = p.panels > 1 ? at::kFloat : q.scalar_type();
   p.grad_dtype = p.panels > 1 ? Dtype::f32 : p.dtype;
-  const auto new_parts = [&] { return at::empty({p.panels, p.B, p.T, p.H, p.Dk}, at::TensorOptions().dtype(key_dtype)); };
-  const Tensor dq = new_parts(), dk = new_parts(), dv = new_like({p.B, p.T, p.H, p.Dv}, q);
-  p.dq = tokens(dq.select(0, 0)), p.dk = tokens(dk.select(0, 0)), p.dv = tokens(dv);
+  const auto new_keys = [&] { return new_shares(p.panels, {p.B, p.T, p.H, p.Dk}, p.panels > 1 ? kFloat32 : q.type()); };
+  const Tensor dq = new_keys(), dk = new_keys(), dv = new_tensor({p.B, p.T, p.H, p.Dv}, q.type());
+  p.dq = first_share(p, dq, p.Dk), p.dk = first_share(p, dk, p.Dk), p.dv = tokens(dv);
   p.key_part = p.B * p.T * p.H * p.Dk, p.gate_part = p.B * p.T * p.H;
   const OptionalTensor dlr = gate_gradient(p.dlr, p, p.lr, p.lr_per_channel);
   const OptionalTensor dlog_decay = gate_gradient(p.dlog_decay, p, p.log_decay, p.decay_per_channel);
@@ -184,8 +197,9 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   if (momentum) d_carried = new_states(p.d_carried, p);
 
   run(cpu::kernels().linear_backward, p);
-  return {sum_parts(dq, q.scalar_type()), sum_parts(dk, q.scalar_type()), dv, sum_gate(dlr), sum_gate(dlog_decay),
-          sum_gate(ddelta), sum_gate(dmomentum), d_dual, d_carried};
+  return {sum_shares(dq, p.panels, q.type()), sum_shares(dk, p.panels, q.type()), dv,
+          sum_gate(p, dlr, p.lr_per_channel), sum_gate(p, dlog_decay, p.decay_per_channel),
+          sum_gate(p, ddelta, p.delta_per_channel), sum_gate(p, dmomentum, false), d_dual, d_carried};
 }
 
 // ---- MLP memory ----
@@ -195,8 +209,8 @@ using OptionalPair = std::optional<Pair>;
 
 // W1 [N, H, D, Hd] and W2 [N, H, Hd, D]
 void fill_states(StateTensor (&to)[2], const MlpParams& p, const Pair& from, const char* what) {
-  require(is_float(from[0]) && has_shape(from[0], {p.N, p.H, p.D, p.Hd}) && is_float(from[1]) &&
-              has_shape(from[1], {p.N, p.H, p.Hd, p.D}), what);
+  require(is_float(from[0]) && from[0].has_shape({p.N, p.H, p.D, p.Hd}) && is_float(from[1]) &&
+              from[1].has_shape({p.N, p.H, p.Hd, p.D}), what);
   to[0] = states(from[0]), to[1] = states(from[1]);
 }
 Pair new_states(StateTensor (&to)[2], const MlpParams& p) {
@@ -212,7 +226,7 @@ void fill(MlpParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const
           int64_t chunk_size, int64_t checkpoint_every) {
   fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
   require(!p.lr_per_channel && !p.decay_per_channel && !p.delta_per_channel, "an MLP memory's gates must be [B, T, H]");
-  require(v.sizes() == q.sizes(), "v must be like q");
+  require(v.has_shape(q.sizes()), "v must be like q");
   require(dual[0].dim() == 4, "W1 must have four dimensions");
   p.D = int(q.size(3)), p.Hd = int(std::min<int64_t>(dual[0].size(3), 1 << 20));
   require(p.D >= 1 && p.D <= 256 && p.Hd >= 1 && p.Hd <= 1024, "D must be in 1..256 and Hd in 1..1024");
@@ -220,8 +234,8 @@ void fill(MlpParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const
   require(carried.has_value() == momentum.has_value(), "momentum and the carried momenta come together");
   if (carried) fill_states(p.carried, p, *carried, "the carried momenta must be like the duals");
   for (const Tensor* x : {&ln_weight, &ln_bias})
-    require(is_float(*x) && has_shape(*x, {p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
-  p.ln_weight = ln_weight.const_data_ptr<float>(), p.ln_bias = ln_bias.const_data_ptr<float>();
+    require(is_float(*x) && x->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
+  p.ln_weight = ln_weight.data<float>(), p.ln_bias = ln_bias.data<float>();
   p.ln_eps = float(ln_eps);
 }
 
@@ -245,11 +259,11 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
     p.position = positions(p, *position);
     if (open_log_decay) {
       open = open_decays(p, *open_log_decay, p.D);
-      p.open_log_decay = open.const_data_ptr<float>();
+      p.open_log_decay = open.data<float>();
     }
   }
 
-  const Tensor out = new_like({p.B, p.T, p.H, p.D}, q);
+  const Tensor out = new_tensor({p.B, p.T, p.H, p.D}, q.type());
   p.out = tokens(out);
   const Tensor nothing = new_float({0});
   Pair final_dual = {nothing, nothing}, final_carried = {nothing, nothing}, final_start = {nothing, nothing};
@@ -258,10 +272,10 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
     if (momentum) final_carried = new_states(p.final_carried, p);
     final_log_decay = new_float({p.N, p.H});
-    p.final_log_decay = final_log_decay.data_ptr<float>();
+    p.final_log_decay = final_log_decay.data<float>();
   }
   const Tensor saved = new_saved(p, momentum ? 4 : 2, p.Hd, p.D);
-  if (checkpoint_every > 0) p.saved = saved.data_ptr<float>();
+  if (checkpoint_every > 0) p.saved = saved.data<float>();
 
   run(cpu::kernels().mlp_forward, p);
   return {out, final_dual, final_carried, final_start, final_log_decay, saved};
@@ -282,7 +296,7 @@ mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   p.saved = checked_saved(p, saved, momentum ? 4 : 2, p.Hd, p.D);
   p.segment = longest_segment(p);
 
-  require(grad_out_.sizes() == q.sizes() && grad_out_.scalar_type() == q.scalar_type() && grad_out_.device().is_cpu(),
+  require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
           "grad_out must be like out");
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
@@ -290,7 +304,7 @@ mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   require(!grad_final_carried || momentum, "gradients of momenta that there are not");
   if (grad_final_carried) fill_states(p.grad_final_carried, p, *grad_final_carried, "grad_final_carried must be like the duals");
 
-  const Tensor dq = new_like(q.sizes(), q), dk = new_like(q.sizes(), q), dv = new_like(q.sizes(), q);
+  const Tensor dq = new_tensor(q.sizes(), q.type()), dk = new_tensor(q.sizes(), q.type()), dv = new_tensor(q.sizes(), q.type());
   const Tensor dlr = new_float({p.B, p.T, p.H});
   p.dq = tokens(dq), p.dk = tokens(dk), p.dv = tokens(dv), p.dlr = tokens(dlr);
   const auto gradient = [&](TokenTensor& to, const TokenTensor& gate) {
@@ -301,14 +315,15 @@ mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   };
   const OptionalTensor dlog_decay = gradient(p.dlog_decay, p.log_decay), ddelta = gradient(p.ddelta, p.delta);
   const OptionalTensor dmomentum = gradient(p.dmomentum, p.momentum);
-  const Tensor dln_weight = new_float({p.N, p.H, p.D}), dln_bias = new_float({p.N, p.H, p.D});
-  p.dln_weight = dln_weight.data_ptr<float>(), p.dln_bias = dln_bias.data_ptr<float>();
+  const Tensor dln_weight = new_shares(p.N, {p.H, p.D}, kFloat32), dln_bias = new_shares(p.N, {p.H, p.D}, kFloat32);
+  p.dln_weight = dln_weight.data<float>(), p.dln_bias = dln_bias.data<float>();
   const Pair d_dual = new_states(p.d_dual, p);
   OptionalPair d_carried;
   if (momentum) d_carried = new_states(p.d_carried, p);
 
   run(cpu::kernels().mlp_backward, p);
-  return {dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, sum_parts(dln_weight, at::kFloat), sum_parts(dln_bias, at::kFloat),
+  return {dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32),
+          sum_shares(dln_bias, p.N, kFloat32),
           d_dual, d_carried};
 }
 
@@ -327,9 +342,10 @@ std::map<int, std::string> retention_names() {
 }  // namespace
 }  // namespace miras
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   using namespace pybind11::literals;
+  miras::find_torch();
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
   m.def("linear_forward", &miras::linear_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
         "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a, "retention"_a, "chunk_size"_a,

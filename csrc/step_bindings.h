@@ -1,7 +1,7 @@
 // The bindings of steps, part of the extension module (bindings.cpp).
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
 namespace miras {
 

@@ -2,61 +2,43 @@
 // checks here guard memory.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "bias.h"
 #include "retention.h"
+#include "tensor.h"
 
 namespace miras {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(std::string("miras_kernels._C: ") + what);
-}
-
-// ---- tensors to structs ----
-
 // [B, T, H] or [B, T, H, D]. Size-1 and expanded dimensions need nothing special.
-inline TokenTensor tokens(const Tensor& x) {
+inline TokenTensor tokens(const View& x) {
   TokenTensor t;
-  t.data = x.data_ptr();
+  t.data = x.data();
   t.batch = x.stride(0), t.token = x.stride(1), t.head = x.stride(2);
   t.channel = x.dim() == 4 ? x.stride(3) : 0;
   return t;
 }
 
 // [N, H, Dv, Dk]
-inline StateTensor states(const Tensor& x) {
+inline StateTensor states(const View& x) {
   StateTensor s;
-  s.data = x.data_ptr<float>();
+  s.data = x.data<float>();
   s.seq = x.stride(0), s.head = x.stride(1), s.row = x.stride(2), s.col = x.stride(3);
   return s;
 }
 
 // Kernels read channels in vectors.
-inline Tensor channels_together(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1 ? x : x.contiguous(); }
+inline bool are_channels_together(const View& x) { return x.size(3) == 1 || x.stride(3) == 1; }
+inline Tensor channels_together(const Tensor& x) { return are_channels_together(x) ? x : x.contiguous(); }
 
-inline Dtype dtype_of(const Tensor& x) {
-  require(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "q, k, v must be float32 or bfloat16");
-  return x.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16;
+inline Dtype dtype_of(const View& x) {
+  require(x.is(kFloat32) || x.is(kBfloat16), "q, k, v must be float32 or bfloat16");
+  return x.is(kFloat32) ? Dtype::f32 : Dtype::bf16;
 }
 
-inline bool is_float(const Tensor& x) { return x.device().is_cpu() && x.scalar_type() == at::kFloat; }
-
-inline bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) { return x.sizes() == at::IntArrayRef(shape); }
-
-inline Tensor new_float(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat)); }
-inline Tensor new_like(at::IntArrayRef shape, const Tensor& x) { return at::empty(shape, x.options()); }
+inline bool is_float(const View& x) { return x.on_cpu() && x.is(kFloat32); }
 
 // A row of the table of biases or retention gates: its tag and parameters.
 using Code = std::pair<int64_t, std::vector<double>>;
@@ -72,7 +54,7 @@ template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&p
 inline TokenTensor gate(const MemoryParams& p, const OptionalTensor& x, int64_t dv, bool* per_channel, const char* what) {
   if (!x) return {};
   const bool channels = per_channel && x->dim() == 4;
-  require(is_float(*x) && (channels ? has_shape(*x, {p.B, p.T, p.H, dv}) : has_shape(*x, {p.B, p.T, p.H})), what);
+  require(is_float(*x) && (channels ? x->has_shape({p.B, p.T, p.H, dv}) : x->has_shape({p.B, p.T, p.H})), what);
   if (per_channel) *per_channel = channels;
   return tokens(*x);
 }
@@ -88,9 +70,9 @@ inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const
   p.C = int(chunk_size);
   require(chunk_size >= 1 && chunk_size <= 256, "chunk_size must be in 1..256");
   const int64_t dv = v.size(3);
-  require(k.sizes() == q.sizes() && has_shape(v, {p.B, p.T, p.H, dv}), "k or v does not fit q");
-  require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k, v must have one dtype");
-  require(q.device().is_cpu() && k.device().is_cpu() && v.device().is_cpu(), "q, k, v must be on the CPU");
+  require(k.has_shape(q.sizes()) && v.has_shape({p.B, p.T, p.H, dv}), "k or v does not fit q");
+  require(k.is(q.type()) && v.is(q.type()), "q, k, v must have one dtype");
+  require(q.on_cpu() && k.on_cpu() && v.on_cpu(), "q, k, v must be on the CPU");
   p.dtype = dtype_of(q);
   p.q = tokens(q), p.k = tokens(k), p.v = tokens(v);
 
@@ -105,8 +87,8 @@ inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const
   require(!p.delta_per_channel || !bias_traits(p.bias).couples_row, "delta per channel needs a coordinate-wise bias");
 
   if (cu_seqlens) {
-    require(p.B == 1 && cu_seqlens->scalar_type() == at::kLong && cu_seqlens->is_contiguous(), "bad cu_seqlens");
-    p.cu_seqlens = cu_seqlens->const_data_ptr<int64_t>();
+    require(p.B == 1 && cu_seqlens->is(kInt64) && cu_seqlens->is_contiguous(), "bad cu_seqlens");
+    p.cu_seqlens = cu_seqlens->data<int64_t>();
     require(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.N] == p.T, "cu_seqlens must run from 0 to T");
     for (int64_t n = 0; n < p.N; ++n) require(p.length(n) >= 0, "cu_seqlens must not decrease");
   }
@@ -116,22 +98,20 @@ inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const
 
 // The contiguous positions of an open chunk, checked.
 inline const int64_t* positions(const MemoryParams& p, const Tensor& position) {
-  require(position.scalar_type() == at::kLong && has_shape(position, {p.N}) && position.is_contiguous(),
+  require(position.is(kInt64) && position.has_shape({p.N}) && position.is_contiguous(),
           "position must be int64 [N]");
   require(p.checkpoint_every == 0, "no gradients through an open chunk");
-  const int64_t* at = position.const_data_ptr<int64_t>();
+  const int64_t* at = position.data<int64_t>();
   for (int64_t n = 0; n < p.N; ++n) require(at[n] >= 0 && at[n] < p.C, "position must be in [0, chunk_size)");
   return at;
 }
-
-using Shape = std::vector<int64_t>;
 
 // [N, H], or [N, H, Dv] where decays are channel-wise
 inline Shape open_decay_shape(const MemoryParams& p, int64_t dv) {
   return p.decay_per_channel ? Shape{p.N, p.H, dv} : Shape{p.N, p.H};
 }
 inline Tensor open_decays(const MemoryParams& p, const Tensor& open_log_decay, int64_t dv) {
-  require(is_float(open_log_decay) && open_log_decay.sizes() == at::IntArrayRef(open_decay_shape(p, dv)),
+  require(is_float(open_log_decay) && open_log_decay.has_shape(open_decay_shape(p, dv)),
           "open_log_decay must be float32 [N, H], or [N, H, Dv] if log_decay has channels");
   return open_log_decay.contiguous();
 }

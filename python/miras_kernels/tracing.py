@@ -17,4 +17,4 @@ def is_plain_eager(tensors: Iterable[Tensor]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors)
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not x.is_neg() for x in tensors)

@@ -1,0 +1,125 @@
+// Tensors of torch as the bindings see them: a Python object, and through DLPack where its memory lies.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "torch_api.h"
+
+namespace miras {
+
+using Shape = std::vector<int64_t>;
+using Sizes = std::span<const int64_t>;
+using Type = dlpack::DLDataType;
+
+constexpr Type kFloat32 = {dlpack::kFloat, 32, 1}, kBfloat16 = {dlpack::kBfloat, 16, 1}, kInt64 = {dlpack::kInt, 64, 1};
+
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(std::string("miras_kernels._C: ") + what);
+}
+
+// What a tensor looks like, for as long as the object lives and is not changed; undefined where there is none.
+class View {
+ public:
+  View() = default;
+  // Undefined if the object is no tensor, or one without memory.
+  explicit View(pybind11::handle x) {
+    if (x.is_none()) return;
+    if (torch_api.tensors->dltensor_from_py_object_no_sync(x.ptr(), &x_) == 0) {
+      x_.data = static_cast<char*>(x_.data) + x_.byte_offset;
+    } else {
+      PyErr_Clear();
+      x_ = {};
+    }
+  }
+
+  bool defined() const { return x_.dtype.bits != 0; }
+  bool is(Type type) const { return x_.dtype == type; }
+  Type type() const { return x_.dtype; }
+  bool on_cpu() const { return x_.device.device_type == dlpack::kCpu; }
+  int64_t dim() const { return x_.ndim; }
+  int64_t size(int i) const { return x_.shape[i]; }
+  int64_t stride(int i) const { return x_.strides[i]; }
+  Sizes sizes() const { return {x_.shape, size_t(x_.ndim)}; }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (const int64_t size : sizes()) count *= size;
+    return count;
+  }
+  bool is_contiguous() const {
+    int64_t stride = 1;
+    for (int i = x_.ndim - 1; i >= 0; --i) {
+      if (size(i) != 1 && x_.strides[i] != stride) return numel() == 0;
+      stride *= size(i);
+    }
+    return true;
+  }
+  bool has_shape(Sizes sizes) const { return std::ranges::equal(this->sizes(), sizes); }
+  bool has_shape(std::initializer_list<int64_t> sizes) const { return std::ranges::equal(this->sizes(), sizes); }
+
+  void* data() const { return x_.data; }
+  template <class T> T* data() const {
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, int64_t>);
+    require(is(std::is_same_v<T, float> ? kFloat32 : kInt64), "a tensor has another dtype than expected");
+    return static_cast<T*>(x_.data);
+  }
+
+ private:
+  dlpack::DLTensor x_ = {};
+};
+
+class Tensor : public View {
+ public:
+  Tensor() = default;
+  explicit Tensor(pybind11::object x) : View(x), object_(std::move(x)) {}
+
+  pybind11::handle object() const { return object_; }
+  template <class... Arguments> Tensor call(const char* method, Arguments&&... arguments) const {
+    return Tensor(object_.attr(method)(std::forward<Arguments>(arguments)...));
+  }
+  Tensor contiguous() const { return is_contiguous() ? *this : call("contiguous"); }
+
+ private:
+  pybind11::object object_;
+};
+using OptionalTensor = std::optional<Tensor>;
+
+// A new contiguous tensor on the CPU, not filled.
+inline Tensor new_tensor(Sizes sizes, Type type) {
+  const auto failed = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  dlpack::DLTensor wanted{nullptr, {dlpack::kCpu, 0}, int32_t(sizes.size()), type, const_cast<int64_t*>(sizes.data()), nullptr, 0};
+  dlpack::DLManagedTensorVersioned* fresh = nullptr;
+  void* object = nullptr;
+  if (torch_api.tensors->managed_tensor_allocator(&wanted, &fresh, nullptr, failed) != 0 ||
+      torch_api.tensors->managed_tensor_to_py_object_no_sync(fresh, &object) != 0)
+    throw pybind11::error_already_set();
+  return Tensor(pybind11::reinterpret_steal<pybind11::object>(static_cast<PyObject*>(object)));
+}
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, Type type) {
+  return new_tensor(Sizes(sizes.begin(), sizes.size()), type);
+}
+inline Tensor new_float(Sizes sizes) { return new_tensor(sizes, kFloat32); }
+inline Tensor new_float(std::initializer_list<int64_t> sizes) { return new_tensor(sizes, kFloat32); }
+
+}  // namespace miras
+
+template <> struct pybind11::detail::type_caster<miras::Tensor> {
+  PYBIND11_TYPE_CASTER(miras::Tensor, const_name("torch.Tensor"));
+  bool load(handle x, bool) {
+    value = miras::Tensor(reinterpret_borrow<object>(x));
+    return value.defined();
+  }
+  static handle cast(const miras::Tensor& x, return_value_policy, handle) {
+    return x.defined() ? x.object().inc_ref() : none().release();
+  }
+};
