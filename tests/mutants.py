@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_bindings.cpp", ("test_decode.py::test_errors_of_values",),
            "!(x < 0.0f || x >= 1.0f)", "!(x < 0.0f || x > 1.0f)"),
     Mutant("cpp-panels-not-added-up", "csrc/bindings.cpp", cases("test_cpp.py::test_any_number_of_threads", "(1, 1)-l2"),
-           "x += from[panel * size + i]", "x += 0.0f"),
+           "x += from[share * size + i]", "x += 0.0f"),
     # ------------------------------------------------------------------------------------------------- csrc/cuda, emulated
     Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu", cases("test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
            "kept_1 = alpha * kept[width] + moved_1", "kept_1 = kept[width] + moved_1"),
@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant("decoder-state-counts-a-row-to-come", "python/miras_kernels/decode.py",
            ("test_decode.py::test_rows_of_tokens_to_come_mean_nothing",),
            "< 2 + self.position[:, None]", "<= 2 + self.position[:, None]"),
-    Mutant("decoder-reorder-leaves-positions", "python/miras_kernels/decode.py", ("test_decode.py::test_reorder",),
+    Mutant("decoder-reorder-leaves-positions", "python/miras_kernels/decode.py", cases("test_decode.py::test_sequences_may_stand_at_different_places", "linear-l2-cpp"),
            "for x in self.buffers.tensors():\n            x.copy_(x.index_select(0, index))",
            "for x in self.buffers.tensors()[:-1]:\n            x.copy_(x.index_select(0, index))"),
     Mutant("steps-without-the-norms-parameters", "python/miras_kernels/stepping.py",

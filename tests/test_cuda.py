@@ -22,7 +22,7 @@ from miras_kernels.cuda_backend import CudaBackend
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, relative_error
 from miras_kernels.testing.steps import cut, decoder
-from spread import or_slow, sample
+from quick import or_slow, sample
 from test_decode import PAIRS
 from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
 

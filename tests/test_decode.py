@@ -110,7 +110,9 @@ def test_sequences_may_stand_at_different_places(backend, gate, shape):
     with torch.no_grad():
         arguments, state, tokens, wanted = places(case, lengths)
         exact = places(case, lengths, torch.float64)[-1]
-        reader = decoder(case, arguments, state, backend)
+        order = torch.tensor([2, 0, 3, 1])
+        reader = decoder(case, arguments, state.map(lambda x: x[order]), backend)
+        reader.reorder(order.argsort())  # their places go with them
         count = wanted.shape[1]
         found = torch.cat([reader.step(**cut(tokens, a, b)) for a, b in itertools.pairwise([*range(10), 20, count])], 1)
     budget = FACTOR * relative_error(wanted, exact) + ARITHMETIC * (case.tokens**0.5 + ULPS)

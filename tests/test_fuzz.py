@@ -17,7 +17,7 @@ from miras_kernels.__main__ import main
 from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case, registry
 from miras_kernels.testing.fuzzing import ROUTES, Example, Failure, fuzz, run_example
-from spread import slow
+from quick import slow
 
 # ------------------------------------------------------------------------------------------------------- planted bugs
 

@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from hf_tiny import LENGTH, ROWS, assert_close, ids, model
 from miras_kernels.hf import replace_attention
 from miras_kernels.hf.cache import StaticMemoryCacheLayer
-from spread import slow
+from quick import slow
 
 MASK = torch.tensor(ROWS["left"])
 #: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks

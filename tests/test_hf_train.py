@@ -12,7 +12,7 @@ from torch import distributed, nn
 
 from hf_tiny import ROWS, assert_close, gradients, ids, model
 from miras_kernels.hf import MemoryAttention, report
-from spread import slow
+from quick import slow
 
 # ------------------------------------------------------------------------------------------------------------ training
 

@@ -13,7 +13,7 @@ import torch
 from layers_tiny import MLP, NAMES, SIZES, assert_close, block, tokens
 from miras_kernels import L2, Huber, KLRetention
 from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset, Projected
-from spread import slow
+from quick import slow
 
 # ------------------------------------------------------------------------------------------------------- who sees whom
 

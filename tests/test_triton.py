@@ -16,7 +16,7 @@ from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, baseline, check, evaluate, operands, registry, relative_error, truth
 from miras_kernels.testing.case_list import BIASES
 from miras_kernels.testing.parity import judge, margin
-from spread import every, or_slow, sample, slow
+from quick import every, or_slow, sample, slow
 
 triton_backend = dispatch.BACKENDS["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
