@@ -54,7 +54,7 @@ def or_slow(cases: Sequence[Case], quick: Iterable[Case]) -> list:
     return [pytest.param(case, id=case.name, marks=() if case.name in names else SLOW) for case in cases]
 
 
-def every(*factors: Sequence, quick: Callable[..., bool]) -> list:
+def combinations(*factors: Sequence, quick: Callable[..., bool]) -> list:
     """All combinations of some factors as parameters; ``quick`` tells by the places of the values which of them are not slow."""
     found = []
     for places in itertools.product(*(range(len(factor)) for factor in factors)):

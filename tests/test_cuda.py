@@ -19,9 +19,10 @@ import torch
 import miras_kernels as mk
 from miras_kernels import cuda_backend, dispatch
 from miras_kernels.cuda_backend import CudaBackend
+from miras_kernels.reference import chunkwise
 from miras_kernels.retention import TABLE as GATES
-from miras_kernels.testing import Case, relative_error
-from miras_kernels.testing.steps import cut, decoder
+from miras_kernels.testing import Case
+from miras_kernels.testing.steps import before, check_results, cut, decoder, results
 from quick import or_slow, sample
 from test_decode import PAIRS
 from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
@@ -153,13 +154,20 @@ def test_threads_in_any_order(name, cuda):
 
 def test_a_number_for_delta_may_change(cuda):
     case = Case("threshold", batch=1, heads=1, key_dim=8, value_dim=8, bias=mk.Huber("coordinate"), delta="float")
-    arguments = case.draw(torch.float32).arguments()
+    inputs = case.draw(torch.float32)
+    arguments = inputs.arguments()
     with torch.no_grad():
         _, state = mk.linear_memory(**{**arguments, **cut(arguments, 0, 5)}, backend="reference")
-        readers = [decoder(case, arguments, state, name) for name in ("cuda", "reference")]
-        for t, delta in ((5, 0.7), (6, 0.01), (7, 0.7)):
-            found, wanted = (reader.step(**{**cut(arguments, t, t + 1), "delta": delta}) for reader in readers)
-            assert relative_error(found, wanted) < 1e-6
+        reader, thresholds = decoder(case, arguments, state, "cuda"), {5: 0.7, 6: 0.01, 7: 0.7}
+        found = [reader.step(**{**cut(arguments, t, t + 1), "delta": delta}) for t, delta in thresholds.items()]
+
+        def wanted(call):
+            delta = call.delta.clone()
+            for t, x in thresholds.items():
+                delta[:, t] = x
+            return {"out": chunkwise.run(call.replace(delta=delta))[0][:, 5:]}
+
+        check_results(before(inputs, 8), {"out": torch.cat(found, 1)}, wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------- dispatch
@@ -169,15 +177,14 @@ def test_a_number_for_delta_may_change(cuda):
 def test_the_public_functions_take_it_for_short_inputs(memory, cuda):
     case = Case("short", memory=memory, tokens=20, batch=2, key_dim=8, value_dim=8, hidden=12, decay="scalar", momentum=True)
     run = mk.linear_memory if memory == "linear" else mk.mlp_memory
-    arguments = case.draw(torch.float32).arguments()
+    inputs = case.draw(torch.float32)
+    arguments = inputs.arguments()
     with torch.no_grad():
         _, state = run(**{**arguments, **cut(arguments, 0, 15)}, backend="reference")
         for a, b in ((15, 16), (16, 18)):
-            piece = {**arguments, **cut(arguments, a, b), "initial_state": state}
-            found, after = run(**piece, backend="cuda")
-            wanted, state = run(**piece, backend="reference")
-            assert relative_error(found, wanted) < 1e-5
-            assert all(relative_error(x, y) < 1e-5 for x, y in zip(after.tensors(), state.tensors(), strict=True))
+            found, state = run(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend="cuda")
+            last = lambda out, state, n=b - a: results(out[:, -n:], state)
+            check_results(before(inputs, b), results(found, state), lambda call, last=last: last(*chunkwise.run(call)))
 
 
 def test_what_it_refuses_is_said(cuda):

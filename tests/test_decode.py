@@ -12,11 +12,11 @@ import torch
 import miras_kernels as mk
 from miras_kernels import autograd, dispatch, validation
 from miras_kernels.biases import TABLE as BIASES
+from miras_kernels.reference import chunkwise
 from miras_kernels.reference.inputs import Call
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, check_steps, registry, relative_error, steps
-from miras_kernels.testing.parity import ARITHMETIC, FACTOR, ULPS
-from miras_kernels.testing.steps import cut, decoder
+from miras_kernels.testing.steps import before, check_results, cut, decoder, results
 
 PAIRS = [case for case in registry() if "-pairs-" in case.name and case.lengths is None and case.initial != "none"]
 MLP = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
@@ -84,22 +84,21 @@ def test_every_instruction_set(level, case, poisoned, instruction_set):
     assert report.ok, report
 
 
-def places(case: Case, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32):
-    """A batch whose sequences have read so many tokens: its state, the rest of the batch, and what it must give, computed in a dtype."""
-    inputs = dataclasses.replace(case, batch=len(lengths)).draw(torch.float32).to(dtype)
-    arguments = inputs.arguments()
+def places(case: Case, lengths: tuple[int, ...]):
+    """A batch whose sequences have read so many tokens: its inputs, state, and the rest of the batch."""
+    inputs = dataclasses.replace(case, batch=len(lengths)).draw(torch.float32)
+    arguments, more = inputs.arguments(), case.tokens - max(lengths)
     rows = lambda n: {name: x[n : n + 1] if isinstance(x, torch.Tensor) and name in Call.PER_TOKEN else x for name, x in arguments.items()}
-    states, outs, more = [], [], case.tokens - max(lengths)
+    states = []
     for n, length in enumerate(lengths):
         row = {**rows(n), "initial_state": tuple(x[n : n + 1] for x in inputs.duals)}
         states.append(steps.function(case)(**{**row, **cut(row, 0, length)}, backend="reference")[1])
-        outs.append(steps.function(case)(**{**row, **cut(row, 0, length + more)}, backend="reference")[0][:, length:])
     positions = torch.tensor([length % case.chunk_size for length in lengths])
     state = states[0].replace_tensors([torch.cat(x) for x in zip(*(s.tensors() for s in states), strict=True)])
     state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=positions))
     rest = [cut(rows(n), length, length + more) for n, length in enumerate(lengths)]
     tokens = {name: torch.cat([x[name] for x in rest]) if isinstance(rest[0][name], torch.Tensor) else rest[0][name] for name in rest[0]}
-    return arguments, state, tokens, torch.cat(outs)
+    return inputs, state, tokens, more
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -108,15 +107,13 @@ def places(case: Case, lengths: tuple[int, ...], dtype: torch.dtype = torch.floa
 def test_sequences_may_stand_at_different_places(backend, gate, shape):
     case, lengths = Case("places", retention=gate, initial="dual", tokens=53, chunk_size=8, **shape), (3, 17, 21, 12)
     with torch.no_grad():
-        arguments, state, tokens, wanted = places(case, lengths)
-        exact = places(case, lengths, torch.float64)[-1]
+        inputs, state, tokens, more = places(case, lengths)
         order = torch.tensor([2, 0, 3, 1])
-        reader = decoder(case, arguments, state.map(lambda x: x[order]), backend)
+        reader = decoder(case, inputs.arguments(), state.map(lambda x: x[order]), backend)
         reader.reorder(order.argsort())  # their places go with them
-        count = wanted.shape[1]
-        found = torch.cat([reader.step(**cut(tokens, a, b)) for a, b in itertools.pairwise([*range(10), 20, count])], 1)
-    budget = FACTOR * relative_error(wanted, exact) + ARITHMETIC * (case.tokens**0.5 + ULPS)
-    assert relative_error(found, exact) < budget
+        found = torch.cat([reader.step(**cut(tokens, a, b)) for a, b in itertools.pairwise([*range(10), 20, more])], 1)
+        own = lambda out: {"out": torch.cat([out[n : n + 1, length : length + more] for n, length in enumerate(lengths)])}
+        check_results(inputs, {"out": found}, lambda call: own(chunkwise.run(call)[0]))
 
 
 def prepared(case: Case, backend: str, tokens: int = 13):
@@ -141,25 +138,31 @@ ROUND = [
 @pytest.mark.parametrize("case", ROUND, ids=str)
 def test_state_and_load_are_inverse(case, backend):
     arguments, reader = prepared(case, backend)
-    reader.step(**cut(arguments, 13, 15))
+    inputs, outs = case.draw(torch.float32), [reader.step(**cut(arguments, 13, 15))]
     state, places = reader.state(), [x.data_ptr() for x in reader.buffers.tensors()]
     on = reader.step(**cut(arguments, 15, 20))
     other = decoder(case, arguments, state, backend)
     again = other.state()
-    for x, y in zip(again.tensors(), state.tensors(), strict=True):
-        assert relative_error(x, y) < 1e-6
+    with torch.no_grad():
+        for end in (state, again):
+            check_results(before(inputs, 15), results(outs[0], end), lambda call: read_from(13, *chunkwise.run(call)))
     assert torch.equal(again.open_chunk.position, state.open_chunk.position)
     reader.load(state)
     assert [x.data_ptr() for x in reader.buffers.tensors()] == places
     for t in range(15, 20):
-        out = reader.step(**cut(arguments, t, t + 1))
-        assert torch.equal(other.step(**cut(arguments, t, t + 1)), out)
-        assert relative_error(out, on[:, t - 15 : t - 14]) < 1e-5
+        outs.append(reader.step(**cut(arguments, t, t + 1)))
+        assert torch.equal(other.step(**cut(arguments, t, t + 1)), outs[-1])
     for x, y in zip(reader.state().tensors(), other.state().tensors(), strict=True):
         assert torch.equal(x, y)
     with torch.no_grad():  # a decoder's state is any function's
         rest = steps.function(case)(**{**arguments, **cut(arguments, 20, 37), "initial_state": reader.state()}, backend="reference")[0]
-    assert relative_error(rest, reader.step(**cut(arguments, 20, 37))) < 1e-4
+        for end in (rest, reader.step(**cut(arguments, 20, 37))):
+            found = {"on": on, "out": torch.cat([*outs, end], 1)}
+            check_results(inputs, found, lambda call: (lambda out: {"on": out[:, 15:20], "out": out[:, 13:]})(chunkwise.run(call)[0]))
+
+
+def read_from(token: int, out: torch.Tensor, state: mk.MemoryState) -> dict[str, torch.Tensor]:
+    return results(out[:, token:], state)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

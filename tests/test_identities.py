@@ -10,9 +10,11 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import Huber
+from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case, evaluate, registry, relative_error
 from miras_kernels.testing.case_list import BIASES
-from miras_kernels.testing.parity import ARITHMETIC, FACTOR
+from miras_kernels.testing.parity import ARITHMETIC, compare, expect
+from miras_kernels.testing.steps import results
 
 TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
 # Two float32 orders of the same sums over a few dozen terms: a random walk of roundings, with room for the conditioning.
@@ -94,20 +96,14 @@ def test_pieces_are_the_whole_for_everything_the_reference_has(case):
 @pytest.mark.parametrize("backends", [("cpp",), ("cpp", "reference")], ids="+".join)
 @pytest.mark.parametrize("case", [c for c in WHOLE if c.retention.tag or c.momentum or "channel" in (c.lr, c.decay)], ids=str)
 def test_pieces_are_the_whole_with_every_gate(case, backends):
-    """Where a memory's entries are alike LayerNorm is ill conditioned: pieces by the reference may be off as the reference is."""
     inputs = case.draw(torch.float32)
-    limit = MLP_CLOSE if case.memory == "mlp" else CLOSE
     with torch.no_grad():
-        out, end = run(inputs, "cpp")
-        wanted, off = (out, *end.tensors()), (0.0,) * (1 + len(end.tensors()))
-        if "reference" in backends:
-            results = [run(x, "reference") for x in (inputs, inputs.to(torch.float64))]
-            off = [relative_error(a, b) for a, b in zip(*((out, *end.tensors()) for out, end in results), strict=True)]
+        wanted = expect(inputs, torch.float32, lambda x: results(*chunkwise.run(x.call())))
         for bounds in ([0, 5, 6, 32, 37], list(range(38))):
             out, state = in_pieces(inputs, bounds, backends)
-            assert torch.equal(state.open_chunk.position, end.open_chunk.position)
-            for found, exact, error in zip((out, *state.tensors()), wanted, off, strict=True):
-                assert relative_error(found, exact) < max(limit, FACTOR * error)
+            assert state.open_chunk.position.tolist() == [37 % 16] * case.batch
+            report = compare(case, torch.float32, results(out, state), wanted)
+            assert report.ok, report
 
 
 @pytest.mark.parametrize("bias", [mk.L2(), Huber("coordinate"), Huber("switch")], ids=lambda b: b.name)

@@ -12,7 +12,9 @@ import torch
 import miras_kernels as mk
 from miras_kernels import autograd
 from miras_kernels.reference import chunkwise
-from miras_kernels.testing import Case, evaluate, relative_error
+from miras_kernels.testing import Case
+from miras_kernels.testing.parity import compare, expect, judge
+from miras_kernels.testing.steps import check_results
 
 CASES = [
     Case("plain", tokens=32, initial="none", decay="none"),
@@ -38,7 +40,6 @@ def test_opcheck(case, backend):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compile_fullgraph(case, backend):
     inputs = case.draw(torch.float32)
-    wanted = evaluate(inputs, backend)
     arguments = inputs.arguments()
 
     def step(arguments):
@@ -48,20 +49,23 @@ def test_compile_fullgraph(case, backend):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     out, _dual = compiled(arguments)
-    assert relative_error(out, wanted["out"].sin()) < 1e-6
-    leaves = inputs.leaves()
-    grads = torch.autograd.grad(out.sum(), tuple(leaves.values()))
-    eager = torch.autograd.grad(step(arguments)[0].sum(), tuple(leaves.values()))
-    for name, a, b in zip(leaves, grads, eager, strict=True):
-        assert relative_error(a, b) < 1e-6, name
+
+    def with_gradients(out, leaves):
+        grads = torch.autograd.grad(out.sum(), tuple(leaves.values()))
+        return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+    wanted = expect(inputs, torch.float32, lambda x: with_gradients(chunkwise.run(x.call())[0].sin(), x.leaves()))
+    report = compare(case, torch.float32, with_gradients(out, inputs.leaves()), wanted)
+    assert report.ok, report
 
 
 def test_compile_reaches_the_reference_for_everything_else():
     inputs = Case("compiled", retention=mk.KLRetention(4.0), momentum=True, tokens=32).draw(torch.float32)
     torch._dynamo.reset()
     function = lambda arguments: mk.linear_memory(**arguments)[0]
-    found, wanted = torch.compile(function, fullgraph=True, backend="aot_eager")(inputs.arguments()), function(inputs.arguments())
-    assert relative_error(found, wanted) < 1e-6
+    found = torch.compile(function, fullgraph=True, backend="aot_eager")(inputs.arguments())
+    report = judge(inputs, {"out": found}, torch.float32)
+    assert report.ok, report
     assert torch.autograd.grad(found.sum(), inputs.duals[0])[0].isfinite().all()
 
 
@@ -177,11 +181,11 @@ def test_a_state_leaves_and_enters_a_compiled_function():
     with torch.no_grad():
         torch._dynamo.reset()
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        (out, state), (wanted, end) = compiled(inputs.arguments()), step(inputs.arguments())
-        assert isinstance(state, mk.MemoryState) and torch.equal(state.open_chunk.position, end.open_chunk.position)
-        assert relative_error(out, wanted) < 1e-6
-        again = {**inputs.arguments(), "initial_state": state}
-        assert relative_error(compiled(again)[0], step(again)[0]) < 1e-6
+        out, state = compiled(inputs.arguments())
+        assert isinstance(state, mk.MemoryState) and state.open_chunk.position.tolist() == [21 % 16] * 2
+        again, _ = compiled({**inputs.arguments(), "initial_state": state})
+        twice = lambda call, first: {"out": first[0], "again": chunkwise.run(call.replace(state=first[1]))[0]}
+        check_results(inputs, {"out": out, "again": again}, lambda call: twice(call, chunkwise.run(call)))
 
 
 def test_a_second_derivative_is_refused_by_the_operators_and_had_from_the_reference(backend):

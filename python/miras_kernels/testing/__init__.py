@@ -2,7 +2,7 @@
 
 from .case_list import registry
 from .cases import Case, Inputs
-from .parity import Report, baseline, check, evaluate, operands, relative_error, truth
+from .parity import Report, check, evaluate, operands, relative_error, truth
 from .steps import check_steps
 
-__all__ = ["Case", "Inputs", "Report", "baseline", "check", "check_steps", "evaluate", "operands", "registry", "relative_error", "truth"]
+__all__ = ["Case", "Inputs", "Report", "check", "check_steps", "evaluate", "operands", "registry", "relative_error", "truth"]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..decode import Decoder
 from ..memory import linear_memory, mlp_memory
+from ..reference import chunkwise
 from ..reference.inputs import Call
 from ..state import MemoryState
 from .cases import Case, Inputs
-from .parity import ARITHMETIC, FACTOR, ULPS, Report, Row, margin, operands, relative_error, sensitivity
+from .parity import Report, compare, expect, margin, operands
 
-__all__ = ["check_steps", "cut", "decoder", "final", "read", "whole"]
+__all__ = ["before", "check_results", "check_steps", "cut", "decoder", "final", "read", "results", "whole"]
 
 
 def function(case: Case):
@@ -52,7 +53,7 @@ def read(inputs: Inputs, backend: str, cuts: Sequence[int]) -> dict[str, Tensor]
 @torch.no_grad()
 def whole(inputs: Inputs, prompt: int) -> dict[str, Tensor]:
     """The same, of the whole sequence at once."""
-    out, state = function(inputs.case)(**inputs.arguments(), backend="reference")
+    out, state = chunkwise.run(inputs.call())
     return final(out[:, prompt:], state)
 
 
@@ -60,6 +61,29 @@ def final(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
     """By the names that :func:`evaluate` has for them."""
     found = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
     return found | {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
+
+
+def before(inputs: Inputs, tokens: int) -> Inputs:
+    """A case's first tokens."""
+    tensors = {name: x[:, :tokens] if name in Call.PER_TOKEN else x for name, x in inputs.tensors.items()}
+    case = dataclasses.replace(inputs.case, tokens=tokens)
+    return dataclasses.replace(inputs, case=case, tensors=tensors, grad_out=inputs.grad_out[:, :tokens])
+
+
+def results(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
+    """Outputs and all numbers of a state."""
+    return {"out": out} | {f"state {i}": x for i, x in enumerate(state.tensors()) if x.is_floating_point()}
+
+
+def check_results(inputs: Inputs, found: dict[str, Tensor], run: Callable[[Call], dict[str, Tensor]]) -> None:
+    """Compare float32 results with what the reference makes of a case in float64.
+
+    Raises:
+        AssertionError: not within the budgets.
+    """
+    report = compare(inputs.case, torch.float32, found, expect(inputs, torch.float32, lambda x: run(x.call())))
+    if not report.ok:
+        raise AssertionError(str(report))
 
 
 def check_steps(
@@ -73,21 +97,10 @@ def check_steps(
     """
     inputs = inputs_of(case, backend, dtype)
     found = read(inputs, backend, cuts) if found is None else found
-    wide = inputs.to(torch.float64)
-    exact, usual = whole(wide, cuts[0]), whole(wide.to(torch.float32), cuts[0])
-    moves = {}
-    if case.memory == "mlp":
-        moves = sensitivity(inputs, whole(wide, 0))
-    longest = max(case.tokens, case.chunk_size, case.key_dim, case.value_dim, case.hidden if case.memory == "mlp" else 0)
-    if exact.keys() != found.keys():
-        raise AssertionError(f"{case.name}: expected {list(exact)}, got {list(found)}")
-    rows = []
-    for name, value in exact.items():
-        expected = max(relative_error(usual[name], value), moves.get(name, 0.0))
-        rounding = torch.finfo(found[name].dtype).eps / 2
-        budget = FACTOR * expected + ARITHMETIC * (math.sqrt(longest) + ULPS) + rounding
-        rows.append(Row(name, relative_error(found[name], value), budget, expected))
-    return Report(case, dtype, tuple(rows))
+    wanted = expect(inputs, torch.float32, lambda x: whole(x, cuts[0]))
+    if wanted.keys() != found.keys():
+        raise AssertionError(f"{case.name}: expected {list(wanted)}, got {list(found)}")
+    return compare(case, dtype, found, wanted)
 
 
 def inputs_of(case: Case, backend: str, dtype: torch.dtype) -> Inputs:
