@@ -12,6 +12,7 @@ from transformers import DynamicCache, QuantizedCache
 
 from hf_tiny import ARCHITECTURES, LENGTH, ROWS, VOCAB, assert_close, ids, model, plain
 from miras_kernels.hf import MemoryAttention, MemoryCacheLayer
+from quick import combinations
 
 #: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks
 PRESETS = ("yaad_linear", "deltanet", "mamba2", "titans", "moneta", "yaad")
@@ -27,9 +28,10 @@ def predicted(text: torch.Tensor, of) -> torch.Tensor:
     return of(input_ids=text, use_cache=False).logits.argmax(-1)
 
 
-@pytest.mark.parametrize("init", ["new", "from_attention"])
-@pytest.mark.parametrize("layers", [None, [0], [1, 2]])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "layers", "init"),
+    combinations(ARCHITECTURES, [None, [0], [1, 2]], ["new", "from_attention"], quick=lambda i, j, k: (i + j + k) % 3 == 0),
+)
 def test_greedy_generation_follows_the_full_forward_with_and_without_padding(architecture, layers, init):
     of = host(architecture, layers, init=init)
     text = of.generate(ids(), max_new_tokens=7, do_sample=False)
@@ -40,9 +42,10 @@ def test_greedy_generation_follows_the_full_forward_with_and_without_padding(arc
         assert torch.equal(padded[row, LENGTH:], alone[0, -7:])
 
 
-@pytest.mark.parametrize("init", ["new", "from_attention"])
-@pytest.mark.parametrize("layers", [None, [0, 2]])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "layers", "init"),
+    combinations(PRESETS, [None, [0, 2]], ["new", "from_attention"], quick=lambda i, j, k: (i + j + k) % 2 == 0),
+)
 def test_generation_with_every_kind_of_memory(preset, layers, init):
     of = host("Qwen2", layers, preset=preset, init=init)
     for mask in (None, MASK):

@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from hf_tiny import LENGTH, ROWS, assert_close, ids, model
 from miras_kernels.hf import replace_attention
 from miras_kernels.hf.cache import StaticMemoryCacheLayer
-from quick import slow
+from quick import combinations, slow
 
 MASK = torch.tensor(ROWS["left"])
 #: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks
@@ -33,8 +33,10 @@ def addresses(cache: StaticCache) -> list[int]:
     return [x.data_ptr() for layer in layers if isinstance(layer, StaticMemoryCacheLayer) for x in layer.decoder.tensors()]
 
 
-@pytest.mark.parametrize("layers", [None, [1]])
-@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Gemma2", "Gemma3"])  # every kind of mask
+@pytest.mark.parametrize(  # every kind of mask
+    ("architecture", "layers"),
+    combinations(["Llama", "Mistral", "Qwen2", "Gemma2", "Gemma3"], [None, [1]], quick=lambda i, j: i % 2 == 1 - j),
+)
 def test_generation_is_that_with_a_growing_cache(architecture, layers):
     of = host(architecture, layers, init="from_attention")
     for mask in (None, MASK):
