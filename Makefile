@@ -5,11 +5,14 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check --no-input
+NEWEST := $(VENV)/newest/bin/python -m pip --disable-pip-version-check --no-input install -qq
 # A wheel for the CPU is enough. The first is tried, then the second; `make TORCH="torch==2.12.*"` asks for another one.
 TORCH          ?= torch==2.13.0
 TORCH_FALLBACK ?= torch>=2.11
 RUFF           ?= ruff==0.17.5
 MYPY           ?= mypy==2.4.1
+# Everything else that demo and tests install is the tested set, so that a new release elsewhere does not reach a fresh clone.
+TESTED         := -c constraints/tested.txt
 # Beside .venv, not in it. Its interpreter needs the numpy of its time.
 OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
 OLDEST_HF      ?= "transformers==5.4.*"
@@ -29,11 +32,11 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-all bench study lint types sanitize sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-newest update-constraints test-all bench study lint types sanitize sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=python3.12 (for a new .venv), TORCH=\"torch==...\", ARGS=\"...\" (for the program that runs),"
 	@echo "             PRESET=yaad (the demo's memory)"
 
@@ -51,10 +54,18 @@ mutants: $(VENV)/.built  ## planted one-line faults: which does no test catch? A
 
 # The cases of every pair of properties use all that the kernels use of Triton.
 test-oldest: $(VENV)/.oldest  ## Triton tests with the oldest Triton that is supported
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" -k "compile or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -k "compile and not every_configuration or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_parallel.py tests/test_hf_save.py tests/test_hf_model.py -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_parallel.py tests/test_hf_save.py tests/test_hf_model.py tests/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)
+
+# Beside .venv, in an environment of its own: what a new release would break for users is seen here first.
+test-newest: $(VENV)/.newest  ## transformers, Triton and packaging tests with the newest releases of everything but PyTorch
+	$(ONE_THREAD) $(VENV)/newest/bin/python -m pytest $(wildcard tests/test_hf*.py) tests/test_triton.py tests/test_packaging.py -q -m "not slow" $(WORKERS) $(ARGS)
+
+update-constraints: test-newest  ## make the newest releases the tested set
+	$(VENV)/newest/bin/python constraints/freeze.py > $(VENV)/tested.txt
+	mv $(VENV)/tested.txt constraints/tested.txt
 
 # What is to be found in seconds is found by `make test`; this looks longer. Backends side by side, a core each.
 fuzz: $(VENV)/.built  ## random calls against the reference, SECONDS=120 for each backend
@@ -109,17 +120,17 @@ $(VENV)/.python:
 $(VENV)/.torch: | $(VENV)/.python
 	@$(PY) -c 'import torch' 2>/dev/null || { \
 	  echo "installing PyTorch (some minutes the first time)"; \
-	  $(PIP) install -qq "$(TORCH)" || $(PIP) install -qq "$(TORCH_FALLBACK)"; }
+	  $(PIP) install -qq $(TESTED) "$(TORCH)" || $(PIP) install -qq $(TESTED) "$(TORCH_FALLBACK)"; }
 	@touch $@
 
 $(VENV)/.tools: | $(VENV)/.torch
 	@echo "installing the build tools"
-	@$(PIP) install -qq "setuptools>=77" wheel pybind11
+	@$(PIP) install -qq $(TESTED) "setuptools>=77" wheel pybind11
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.tools
 	@echo "installing miras-kernels, what tests and demo need, and building the C++ kernels (about a minute the first time)"
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -qq --no-build-isolation -e ".[test,demo]"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -qq $(TESTED) --no-build-isolation -e ".[test,demo]"
 	@touch $@
 
 $(VENV)/.built: $(CXX_SOURCES) $(VENV)/.installed
@@ -135,6 +146,15 @@ $(VENV)/.oldest: | $(VENV)/.built
 	@echo "installing the oldest Triton that is supported, for the tests alone"
 	@$(PIP) install -qq --upgrade --target $(VENV)/oldest $(OLDEST_TRITON)
 	@touch $@
+
+# Made anew each time: the newest of today.
+.PHONY: $(VENV)/.newest
+$(VENV)/.newest: | $(VENV)/.built
+	@echo "installing the newest releases, for these tests alone (some minutes)"
+	@rm -rf $(VENV)/newest && $(PYTHON) -m venv $(VENV)/newest
+	@$(NEWEST) "$(TORCH)" || $(NEWEST) "$(TORCH_FALLBACK)"
+	@$(NEWEST) "setuptools>=77" wheel pybind11
+	@PATH="$(CURDIR)/$(VENV)/newest/bin:$$PATH" $(NEWEST) --no-build-isolation -e ".[test,demo]"
 
 # With what it depends on (PyTorch is not among that).
 $(VENV)/.oldest-hf: | $(VENV)/.built

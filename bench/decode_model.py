@@ -47,13 +47,14 @@ def gate(model) -> dict:
     """
     import torch
 
+    from miras_kernels.hf.compat import CACHE
     from miras_kernels.testing.parity import ARITHMETIC, ULPS, relative_error
 
     ids = text(40)
     exact = copy.deepcopy(model).double()(ids, use_cache=False).logits[:, 8:]
     usual = relative_error(model(ids, use_cache=False).logits[:, 8:], exact)
-    cache = model(ids[:, :8], use_cache=True).past_key_values
-    tokens = [model(token, past_key_values=cache, use_cache=True).logits for token in ids[:, 8:].split(1, dim=1)]
+    cache = model(ids[:, :8], use_cache=True)[CACHE]
+    tokens = [model(token, **{CACHE: cache}, use_cache=True).logits for token in ids[:, 8:].split(1, dim=1)]
     error, budget = relative_error(torch.cat(tokens, 1), exact), 3 * usual + ARITHMETIC * (model.config.hidden_size**0.5 + ULPS)
     return {"ok": error <= budget, "error": error, "budget": budget, "tensor": "logits"}
 
@@ -63,6 +64,8 @@ def steps(model, name: str, context: int) -> tuple[Callable[[], object], int]:
     import torch
     import transformers
 
+    from miras_kernels.hf.compat import CACHE
+
     cache, token = transformers.DynamicCache(config=model.config), text(1)
     if MODELS[name] is None:  # what keys and values are does not matter to the time
         shape = (1, model.config.num_key_value_heads, context, model.config.head_dim)
@@ -70,10 +73,10 @@ def steps(model, name: str, context: int) -> tuple[Callable[[], object], int]:
             cache.update(torch.randn(shape), torch.randn(shape), layer)
     else:
         for piece in text(context).split(PIECE, dim=1):
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
     def run() -> None:
-        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(token, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         if MODELS[name] is None:
             cache.crop(-1)
 

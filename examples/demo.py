@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 import miras_kernels
 from miras_kernels.hf import replace_attention
+from miras_kernels.hf.compat import CACHE  # its name in the installed version of transformers
 from miras_kernels.layers import PRESETS
 from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case, Report, check
@@ -162,19 +163,18 @@ def generate(contender: Contender, prompt: torch.Tensor, count: int, seed: int) 
     """Sample ``count`` bytes, one at a time, from the state that the cache carries."""
     model = contender.model.eval()
     with torch.no_grad():
-        cache = model(prompt[None], use_cache=True).past_key_values
-        before = remembered(cache)
-        cache = model(prompt[None, :-1], use_cache=True).past_key_values  # generate() reads the prompt's last byte
+        before = remembered(model(prompt[None], use_cache=True)[CACHE])
+        cache = model(prompt[None, :-1], use_cache=True)[CACHE]  # generate() reads the prompt's last byte
         torch.manual_seed(seed)
         began = time.perf_counter()
         ids = model.generate(
-            prompt[None], past_key_values=cache, max_new_tokens=count, do_sample=True, temperature=0.7, pad_token_id=0,
+            prompt[None], **{CACHE: cache}, max_new_tokens=count, do_sample=True, temperature=0.7, pad_token_id=0,
             return_dict_in_generate=True,
         )  # fmt: skip
         rate = count / (time.perf_counter() - began)
     model.train()
     text = bytes(ids.sequences[0, len(prompt) :].tolist()).decode(errors="replace")
-    return Continuation(text, rate, (before, remembered(ids.past_key_values)))
+    return Continuation(text, rate, (before, remembered(ids[CACHE])))
 
 
 def remembered(cache) -> int:

@@ -9,8 +9,9 @@ parameters ``P0, P1, P2`` and the equations are those of ``python/miras_kernels/
     pull(square, delta)             d psi / d e = diag(slope) + pull e e'         (for biases that couple a row)
 
 so that, for an incoming y:  dE = slope y + pull (e . y) e,  d delta = sum slope_delta y.
-``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (only read by biases that couple it); ``delta [C, 1]`` or
-``[C, BV]``. psi(0) = 0 for all of them: padding stays zero.
+The last three broadcast against ``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (only read by biases that couple it);
+``delta [C, 1]`` or ``[C, BV]``. psi(0) = 0 for all of them: padding stays zero. NaN stays NaN: comparisons must leave it, and tl.minimum
+and tl.maximum drop it unless told not to.
 
 Adding a bias: docs/adding-a-bias.md.
 """
@@ -48,9 +49,9 @@ def sech2(x):
 
 @triton.jit
 def power(x, EXPONENT: tl.constexpr):
-    """``x^EXPONENT`` for x >= 0; 0^EXPONENT is 0, and 1 for EXPONENT = 0."""
+    """``x^EXPONENT`` for x >= 0; 0^EXPONENT is 0, and 1 for EXPONENT = 0. That of NaN is NaN."""
     if EXPONENT == 0.0:
-        return x * 0.0 + 1.0
+        return tl.where(x == x, 1.0, x)
     elif EXPONENT == 0.5:
         return tl.sqrt(x)
     elif EXPONENT == 1.0:
@@ -58,7 +59,7 @@ def power(x, EXPONENT: tl.constexpr):
     elif EXPONENT == 2.0:
         return x * x
     else:
-        return tl.where(x > 0, tl.exp2(EXPONENT * tl.log2(tl.where(x > 0, x, 1.0))), 0.0)
+        return tl.where(x > 0, tl.exp2(EXPONENT * tl.log2(tl.where(x > 0, x, 1.0))), x * 0.0)
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def value(e, square, delta, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constex
     elif BIAS == LP_SMOOTH:
         return P0 * tanh(P1 * e) * power(e * e + P2, (P0 - 1) / 2)
     elif BIAS == HUBER_COORDINATE:
-        return tl.maximum(tl.minimum(e, delta), -delta)
+        return tl.maximum(tl.minimum(e, delta, propagate_nan=tl.PropagateNan.ALL), -delta, propagate_nan=tl.PropagateNan.ALL)
     elif BIAS == HUBER_NORM:
         return e * tl.where(square <= delta * delta, 1.0, delta * inverse_norm(square))
     elif BIAS == HUBER_SWITCH:
@@ -85,7 +86,7 @@ def value(e, square, delta, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constex
 @triton.jit
 def slope(e, square, delta, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
     if BIAS == DOT or BIAS == L2:
-        return e * 0.0 + 1.0
+        return 1.0
     elif BIAS == L1:
         return P0 * sech2(P0 * e)
     elif BIAS == LP:
@@ -96,12 +97,12 @@ def slope(e, square, delta, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constex
     elif BIAS == HUBER_COORDINATE:
         return tl.where(tl.abs(e) <= delta, 1.0, 0.0)
     elif BIAS == HUBER_NORM:
-        return e * 0.0 + tl.where(square <= delta * delta, 1.0, delta * inverse_norm(square))
+        return tl.where(square <= delta * delta, 1.0, delta * inverse_norm(square))
     elif BIAS == HUBER_SWITCH:
         return tl.where(square <= delta * delta, 1.0, delta * P0 * sech2(P0 * e))
     else:
         tl.static_assert(BIAS == ROBUST_L2, "a bias without a slope")
-        return e * 0.0 + (1.0 + delta * inverse_norm(square + P0))
+        return 1.0 + delta * inverse_norm(square + P0)
 
 
 @triton.jit
@@ -133,4 +134,4 @@ def pull(square, delta, BIAS: tl.constexpr, P0: tl.constexpr):
 @triton.jit
 def inverse_norm(square):
     """``1 / ||e||`` from ``||e||^2``; finite at 0, where no branch reads it."""
-    return 1.0 / tl.sqrt(tl.where(square > 0, square, 1.0))
+    return 1.0 / tl.sqrt(tl.where(square == 0, 1.0, square))

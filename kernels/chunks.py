@@ -102,7 +102,7 @@ def part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS: tl.constexpr, PAR
     """``(origin, first, last)``: token 0 of chunk 0 and the chunks to walk; a sequence that resumes inside a chunk begins after origin."""
     origin, resumes = bos, 0
     if position is not None:
-        before = tl.load(position + i_n)
+        before = tl.where(eos > bos, tl.load(position + i_n), 0)  # no tokens: the chunk that is open stays as it is
         origin, resumes = bos - before, (before > 0).to(tl.int32)
     first, last, whole = 0, ((eos - origin + TOKENS - 1) // TOKENS).to(tl.int32), ((eos - origin) // TOKENS).to(tl.int32)
     if PART == HEAD:

@@ -28,6 +28,8 @@ LQ = 1
 MIN_TILE, MAX_HEAD = 16, 256
 #: of an MLP memory, whose LayerNorm takes a whole row of values at once
 MAX_MLP_HEAD, MAX_HIDDEN = 128, 1024
+#: chunks of a sequence of an MLP memory: the kernels take a higher bit of a chunk's number for a zero (mlp_math.lanes)
+MAX_MLP_CHUNKS = 2**21
 
 
 @dataclasses.dataclass(frozen=True)

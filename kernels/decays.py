@@ -26,7 +26,7 @@ from . import linear_channel
 from .chunks import chunk_of
 from .gates import CARRY, LOWEST, UNIT
 from .launch import Problem, launch
-from .tiles import LENGTHS, only_if
+from .tiles import LENGTHS, only_if, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -42,6 +42,7 @@ def linear_decay(
     multiple of 2^-10, whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a rest below 2^-11, whose sums are small.
     The products are summed from their own ends, where nothing cancels.
     """
+    ROW = wide(ROW)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
@@ -60,7 +61,7 @@ def linear_decay(
         b_next = tl.load(log_decay + row + H + o_g, mask=m_next[:, None] & m_h, other=0.0)
         tl.store(decays + row + o_g, tl.exp(tl.cumsum(b_g, 0)), mask=m_g)
         tl.store(decays + ROW + row + o_g, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_g)
-        b_g = tl.maximum(b_g, LOWEST)
+        b_g = tl.maximum(b_g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         b_units = tl.floor(b_g * UNIT + 0.5)
         tl.store(decays + 2 * ROW + row + o_g, tl.cumsum(b_units, 0), mask=m_g)
         tl.store(decays + 3 * ROW + row + o_g, tl.cumsum(b_g - b_units / UNIT, 0), mask=m_g)
@@ -77,6 +78,7 @@ def momentum_weights(
 
     Token C is the chunk's last one. Decays that go by channel are left to channel_momentum: `log_decay`, `decays` and `pairs` are None.
     """
+    ROW = wide(ROW)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)

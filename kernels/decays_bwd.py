@@ -16,7 +16,7 @@ from .chunks import chunk_of
 from .decays import Weights
 from .gates import CARRY, load_scale, load_update
 from .launch import Problem, launch
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded
+from .tiles import LENGTHS, dot, fitted, inside, load_tile, only_if, pair_products, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -27,6 +27,7 @@ def linear_decay_grad(
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The four sums of d log alpha for one chunk and all heads."""
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     BH: tl.constexpr = 16
     NC: tl.constexpr = C // BC
     i_slot = tl.program_id(0).to(tl.int64)
@@ -36,7 +37,6 @@ def linear_decay_grad(
             return
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H
-    stride_row = i_slot * 0 + ROW  # int64
     for i_h in range(0, H, BH):
         m_h = i_h + o_h < H
         m_g = (t0 + o_c < eos)[:, None] & m_h[None, :]
@@ -47,14 +47,14 @@ def linear_decay_grad(
         b_kept = tl.zeros((C, BH), tl.float32)
         b_inner = tl.zeros((BH,), tl.float32)
         for i in range(0, READ_ROWS):
-            base = stride_row * i
+            base = i * ROW
             b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
             b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
             for i_r in range(0, NC):  # a block of reads has pairs with writes up to it
                 m_r = m_before & ((o_c - 1) // BC <= i_r)[:, None]
-                b_pairs += tl.load(rows_pairs + (base * NC + i_r * stride_row) + p_g - H, mask=m_r, other=0.0)
+                b_pairs += tl.load(rows_pairs + (base * NC + i_r * ROW) + p_g - H, mask=m_r, other=0.0)
         for i in range(0, KEPT_ROWS):
-            b_kept += tl.load(rows_kept + stride_row * i + p_g - H, mask=m_before, other=0.0)
+            b_kept += tl.load(rows_kept + i * ROW + p_g - H, mask=m_before, other=0.0)
         last = (tl.minimum(eos - t0, C) - 1) * H
         b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
         b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_kept, 0) + b_inner[None, :]
@@ -102,7 +102,8 @@ def momentum_pairs(
                 v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
                 Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
             )  # [BC, BV]  # fmt: skip
-            b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
+            b_u, scale = fitted(b_u, DTYPE)
+            b_dp += dot(b_do, tl.trans(b_u)) * scale
         tl.store(grad_pairs + (i_slot * H + i_h) * C * C + o_t[:, None] * C + o_s[None, :], b_p * b_dp * -rho)
 
 
@@ -126,6 +127,7 @@ def momentum_grad(
     ``inner [3, slots, H]``: <J, A_0> of gamma_C, <J, S_0> of b_C, <JS, S_0> of pi_C. ``SUMMED``: decays go by channel, channel_decay_grad
     has done the sums over them; gTheta is ``grad_pairs + rows_step`` then, gpi is ``rows_carry + <JS, S_0>``, and alpha counts as 0.
     """
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
@@ -184,7 +186,7 @@ def momentum_grad(
 
 def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_kept: Tensor, inner: Tensor, block: int) -> Tensor:
     """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs also by blocks of a chunk) and ``inner [tiles, slots, H]``."""
-    grad = torch.empty_like(p.log_decay)
+    grad = p.result(dtype=torch.float32)
     launch(
         linear_decay_grad, p, p.slots.count, None,
         decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad, **p.tables(),
@@ -217,7 +219,7 @@ def gate_gradients(
     """d log alpha (if there is a decay) and d theta ``[B, T, H]``, by argument name; the arguments are those of :func:`momentum_grad`."""
     by_channel = p.key.channels
     log_decay = None if by_channel else p.log_decay
-    grads = {name: torch.empty_like(x) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
+    grads = {name: p.result(dtype=torch.float32) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
     launch(
         momentum_grad, p, p.slots.count, None,
         log_decay=log_decay, momentum=p.momentum, **weights._asdict(), grad_pairs=grad_pairs,

@@ -83,7 +83,7 @@ def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, 
         units, rest = decays + 2 * ROW, decays + 3 * ROW
         b_units = load_gate(units, row, o_later * H, m_later) - load_gate(units, row, o_earlier * H, m_earlier)
         b_rest = load_gate(rest, row, o_later * H, m_later) - load_gate(rest, row, o_earlier * H, m_earlier)
-        return tl.where(causal, tl.exp(tl.minimum(b_units / UNIT + b_rest, 0.0)), 0.0)
+        return tl.where(causal, tl.exp(tl.minimum(b_units / UNIT + b_rest, 0.0, propagate_nan=tl.PropagateNan.ALL)), 0.0)
 
 
 @triton.jit

@@ -74,13 +74,11 @@ class Problem:
             self.layer_norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
         else:
             self.sizes |= dict(Dk=self.key_dim, Dv=self.value_dim, TOKENS=call.chunk_size)
-        parameters = (*bias.parameters, 0.0, 0.0, 0.0)[:3]
-        self.bias = dict(BIAS=bias.tag, P0=parameters[0], P1=parameters[1], P2=parameters[2])
-        self.bias |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
+        rules = rules_of(bias, gate)
+        self.retention = {name: rules.pop(name) for name in ("RETENTION", "R0", "R1")}
+        self.bias = rules | dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
         if call.memory == "linear":
             self.bias |= dict(CHANNEL_LR=call.lr.dim() == 4)
-        parameters = (*gate.parameters, 0.0, 0.0)[:2]
-        self.retention = dict(RETENTION=gate.tag, R0=parameters[0], R1=parameters[1])
 
     def config(self, kernel: str) -> configs.Config:
         return configs.choose(kernel, self.key, self.architecture)
@@ -104,9 +102,23 @@ class Problem:
         """``[B, T, H, *shape]``."""
         return self.empty(self.batch, self.tokens, self.heads, *shape, dtype=dtype)
 
+    def result(self, *shape: int, dtype: torch.dtype | None = None, tiles: int | None = None) -> Tensor:
+        """What a call returns, or sums up over ``tiles`` to return it, ``[tiles, B, T, H, *shape]``.
+
+        0 where no sequence writes: nobody looks whether ``cu_seqlens`` on a device ends before T.
+        """
+        x = self.empty(*(() if tiles is None else (tiles,)), self.batch, self.tokens, self.heads, *shape, dtype=dtype)
+        return x if self.cu_seqlens is None else x.zero_()
+
     def per_slot(self, slots: Slots, dtype: torch.dtype | None = None) -> Tensor:
         """``[slots, H, Dk, Dv]``."""
         return self.empty(slots.count, self.heads, self.key_dim, self.value_dim, dtype=dtype)
+
+
+def rules_of(bias, gate) -> dict:
+    """Tags and parameters of a bias and a retention gate, as the kernels take them."""
+    names = ("BIAS", "P0", "P1", "P2", "RETENTION", "R0", "R1")
+    return dict(zip(names, (bias.tag, *bias.padded, gate.tag, *gate.padded), strict=True))
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .decays import Weights
 from .gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from .launch import Problem, launch, tiles
 from .linear_stream import linear_seq_streamed, linear_state_streamed
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, rounded, store
+from .tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -47,6 +47,7 @@ def linear_state(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of S through the chunks of one sequence, or of one of its segments."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_s = (tl.program_id(0) // NV).to(tl.int64)
@@ -75,8 +76,7 @@ def linear_state(
         row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
         m_tv = m_t[:, None] & m_v[None, :]
 
-        b_w = rounded(b_s, DTYPE)
-        store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_w, m_kv)
+        store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_s, m_kv)
         if checkpoints is not None:
             kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
             tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
@@ -84,9 +84,10 @@ def linear_state(
         b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
         b_v = load_tile(v + t0 * stride_vt, stride_vt, o_c, o_v, m_t, m_v)  # [C, BV]
         if READS:
+            b_w = b_s
             if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
-                b_w = rounded(tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0), DTYPE)
-            b_e = dot(b_k, b_w) - b_v.to(tl.float32)  # [C, BV]
+                b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
+            b_e = fitted_dot(b_k, b_w, DTYPE) - b_v.to(tl.float32)  # [C, BV]
             store(errors + row * Dv + o_tv, b_e, m_tv)
         else:
             b_e = -b_v.to(tl.float32)
@@ -101,7 +102,7 @@ def linear_state(
         else:
             b_u *= (load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C))[:, None]  # [C, BV]
         gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
-        b_s = b_s * gamma - dot(tl.trans(b_k), rounded(b_u, DTYPE))
+        b_s = b_s * gamma - fitted_dot(tl.trans(b_k), b_u, DTYPE)
 
     if final is not None:
         tl.store(final + state + o_kv, b_s, mask=m_kv)
@@ -120,6 +121,7 @@ def linear_seq(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of J ``[BK, BV]`` from the last chunk of a sequence to its first."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_n = (tl.program_id(0) // NV).to(tl.int64)
@@ -151,12 +153,11 @@ def linear_seq(
         row = (i_b * T + t0) * H + i_h
         m_tv = m_t[:, None] & m_v[None, :]
 
-        b_jr = rounded(b_j, DTYPE)
-        store(grad_states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_jr, m_kv)
+        store(grad_states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_j, m_kv)
         b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
         b_q = load_tile(q + t0 * stride_qt, stride_qt, o_c, o_k, m_t, m_k)  # [C, BK]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
-        b_kj = dot(b_k, b_jr) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
+        b_kj = fitted_dot(b_k, b_j, DTYPE) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
         b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
 
         b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
@@ -191,7 +192,7 @@ def linear_seq(
         gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
         if READS:
-            b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
+            b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
     tl.store(grad_initial + state + o_vk, b_j, mask=m_kv)
 
 
@@ -201,8 +202,8 @@ def linear_seq(
 class Chain(NamedTuple):
     """What the chain leaves for the parallel kernels."""
 
-    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start, float32 if they are streamed; its primal under a retention gate
-    errors: Tensor | None  # [B, T, H, Dv]
+    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start, its primal under a gate; float32 if they are streamed, and for float16
+    errors: Tensor | None  # [B, T, H, Dv], likewise
     squares: Tensor | None  # [B, T, H] float32, ||e||^2 for a bias that couples a row
     duals: Tensor | None = None  # [slots, H, Dk, Dv] float32, under a retention gate
     momenta: Tensor | None = None  # [slots, H, Dk, Dv] float32
@@ -214,8 +215,9 @@ class Chain(NamedTuple):
 
 def empty_chain(p: Problem) -> Chain:
     gated, float32 = p.retention["RETENTION"] != retentions.L2.value, torch.float32
-    states = p.per_slot(p.slots, float32 if p.key.streams("linear_state") and not gated else None)
-    errors = p.per_token(p.value_dim) if p.bias["READS"] else None
+    wide = float32 if p.q.dtype == torch.float16 else None  # which could not hold what a decay makes small before it is read
+    states = p.per_slot(p.slots, float32 if p.key.streams("linear_state") and not gated else wide)
+    errors = p.per_token(p.value_dim, dtype=wide) if p.bias["READS"] else None
     squares = p.per_token(dtype=float32) if p.bias["COUPLED"] else None
     duals = p.per_slot(p.slots, float32) if gated else None
     momenta = None if p.momentum is None else p.per_slot(p.slots, float32)
@@ -284,7 +286,7 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> 
 class ChainGradients(NamedTuple):
     """What the chain's backward leaves. Rows, ``[tiles, B, T, H]`` float32, are sums for the gradients of the gates (decays_bwd.py)."""
 
-    states: Tensor  # [slots, H, Dk, Dv]   J, float32 if it is streamed
+    states: Tensor  # [slots, H, Dk, Dv]   J, float32 if it is streamed, and for float16
     momenta: Tensor | None  # [slots, H, Dk, Dv] float32   JS
     v: Tensor  # [B, T, H, Dv]
     initial: list[Tensor]  # of the initial dual and, if there is one, momentum: [N, H, Dv, Dk]
@@ -306,14 +308,16 @@ def chain_gradients(
         return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
     def channels(wanted: bool) -> Tensor | None:
-        return p.per_token(p.value_dim, dtype=float32) if wanted else None
+        return p.result(p.value_dim, dtype=float32) if wanted else None
 
     channel_lr, delta = p.bias["CHANNEL_LR"], p.bias["DELTA"]
-    rows_lr, rows_delta = rows(not channel_lr), rows(delta == 1)
+    rows_lr = None if channel_lr else p.result(dtype=float32, tiles=count)
+    rows_delta = p.result(dtype=float32, tiles=count) if delta == 1 else None
     grad_lr, grad_delta = channels(channel_lr), channels(delta == 2)
     rows_kept, rows_step = rows(not by_channel and (moving or p.log_decay is not None)), rows(moving)
-    grad_states, grad_momenta = p.per_slot(p.slots, float32 if streamed else None), p.per_slot(p.slots, float32) if moving else None
-    grad_v = p.per_token(p.value_dim)
+    wide = float32 if streamed or p.q.dtype == torch.float16 else None
+    grad_states, grad_momenta = p.per_slot(p.slots, wide), p.per_slot(p.slots, float32) if moving else None
+    grad_v = p.result(p.value_dim)
     given = [x.contiguous() for x in grad_state]
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
     tables = p.tables()

@@ -32,7 +32,7 @@ from torch import Tensor
 from .chunks import chunk_of
 from .gates import CARRY, load_gate, load_scale, load_update
 from .launch import Problem, launch, tiles
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, pair_products, rounded, store
+from .tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, pair_products, store, wide
 
 
 @triton.jit
@@ -53,6 +53,7 @@ def channel_decay(
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -76,6 +77,7 @@ def channel_momentum(
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -138,6 +140,7 @@ def channel_output(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of one chunk's output."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -162,9 +165,9 @@ def channel_output(
         m_k = inside(o_k, Dk, BK)
         b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [C, BK]
         o_kv, m_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
-        b_o += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
+        b_o += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
         if momenta is not None:
-            b_carried += dot(b_q, rounded(tl.load(momenta + o_kv, mask=m_kv, other=0.0), DTYPE))
+            b_carried += fitted_dot(b_q, tl.load(momenta + o_kv, mask=m_kv, other=0.0), DTYPE)
     b_o *= tl.load(decays + row * Dv + o_tv, mask=m_tv, other=0.0)
     if momenta is not None:
         b_o += b_carried * (tl.load(decays + (CARRY * ROW + row) * Dv + o_tv, mask=m_tv, other=0.0) * rho)
@@ -193,6 +196,7 @@ def channel_pre(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of R, and its share of dX, to ``grad_scores [tiles, slots, H, C, C]``."""
+    SLOTS = wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -233,6 +237,7 @@ def channel_decay_grad(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of one chunk's d log alpha; with momentum its share of gTheta and gpi, a row of each for every tile."""
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
     i_slot = (tl.program_id(0) // NV).to(tl.int64)
@@ -263,12 +268,12 @@ def channel_decay_grad(
         b_q = load_tile(q, stride_qt, o_s, o_k, m_s, m_k)  # [C, BK]
         b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [C, BK]
         b_j = tl.load(grad_states + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-        b_read += dot(b_q, rounded(tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE))
-        b_kept += dot(b_k, rounded(b_j, DTYPE))
+        b_read += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
+        b_kept += fitted_dot(b_k, b_j, DTYPE)
         b_inner += tl.sum(b_j * tl.load(duals + o_kv, mask=m_kv, other=0.0), 0)
         if momenta is not None:
             b_s0 = tl.load(momenta + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-            b_carried += dot(b_q, rounded(b_s0, DTYPE))
+            b_carried += fitted_dot(b_q, b_s0, DTYPE)
             b_inner_carry += tl.sum(b_j * b_s0, 0)
     b_u = load_update(
         v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
@@ -342,7 +347,7 @@ def chunk_scores(p: Problem) -> Tensor:
 
 def output(p: Problem, weights, chain) -> Tensor:
     """``[B, T, H, Dv]``."""
-    out = p.per_token(p.value_dim)
+    out = p.result(p.value_dim)
     launch(
         channel_output, p, p.slots.count, "value",
         q=p.q, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "steps"), delta=p.delta, position=p.position,
@@ -367,7 +372,7 @@ def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[T
 
 def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
     """d log alpha ``[B, T, H, Dv]``; with momentum also gTheta ``[slots, H, C, C]`` and gpi ``[B, T, H]`` for `momentum_grad`."""
-    grad, partial = torch.empty_like(p.log_decay), [None, None]
+    grad, partial = p.result(p.value_dim, dtype=torch.float32), [None, None]
     if p.momentum is not None:
         count = tiles("channel_decay_grad", p, "value")
         partial = [p.empty(count, *shape, dtype=torch.float32) for shape in (scores.shape, p.momentum.shape)]

@@ -23,7 +23,7 @@ from .decays import Weights
 from .gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update, pair_decay
 from .launch import Problem, launch, tiles
 from .linear_chain import Chain, ChainGradients
-from .tiles import LENGTHS, dot, inside, load_tile, pair_products, rounded, store
+from .tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, pair_products, rounded, store, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -39,6 +39,7 @@ def linear_output(
     READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BV]`` of one chunk's output: the state it started from, then the writes of its own tokens, block by block."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
     i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
@@ -67,7 +68,7 @@ def linear_output(
         m_k = inside(o_k, Dk, BK)
         b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
         b_w = load_tile(states, Dv, o_k, o_v, m_k, m_v)  # [BK, BV]
-        b_o += dot(b_q, rounded(b_w, DTYPE))
+        b_o += fitted_dot(b_q, b_w, DTYPE)
     b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]
     if momenta is not None:
         b_carried = tl.zeros((BC, BV), tl.float32)
@@ -76,7 +77,7 @@ def linear_output(
             m_k = inside(o_k, Dk, BK)
             b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
             p_s = momenta + place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-            b_carried += dot(b_q, rounded(tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0), DTYPE))
+            b_carried += fitted_dot(b_q, tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0), DTYPE)
         b_o += b_carried * (load_gate(decays + CARRY * ROW, row, o_t * H, m_t) * rho)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
@@ -89,7 +90,7 @@ def linear_output(
             v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
             Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
         )  # [BC, BV]  # fmt: skip
-        b_o -= dot(rounded(b_p, DTYPE), rounded(b_u, DTYPE))
+        b_o -= fitted_dot(rounded(b_p, DTYPE), b_u, DTYPE)
     store(out + row * Dv + o_t[:, None] * (H * Dv) + o_v[None, :], b_o, m_t[:, None] & m_v[None, :])
 
 
@@ -103,6 +104,7 @@ def linear_pre(
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BV]`` of R: what the output alone asks of one chunk's updates."""
+    ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
     i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
@@ -155,6 +157,7 @@ def linear_epi(
 
     ``grad_scores [slots, H, C, C]``: dX where decays go by channel (linear_channel.py), and `decays` are rows of channels then.
     """
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
@@ -198,7 +201,7 @@ def linear_epi(
             b_do = load_row_weights(decays, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
             b_do = rounded(b_do, DTYPE)
         b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
-        b_dq += dot(b_do, rounded(b_w, DTYPE))
+        b_dq += fitted_dot(b_do, b_w, DTYPE)
     if not CHANNELS:
         b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
     b_q = load_tile(q, stride_qt, o_r, o_k, m_r, m_k)  # [BC, BK]
@@ -215,7 +218,7 @@ def linear_epi(
             if CHANNELS:
                 b_do = load_row_weights(decays + CARRY * ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
                 b_do = rounded(b_do, DTYPE)
-            b_carried += dot(b_do, rounded(b_m, DTYPE))
+            b_carried += fitted_dot(b_do, b_m, DTYPE)
         b_carried *= rho
         if CHANNELS:
             b_dq += b_carried
@@ -237,7 +240,8 @@ def linear_epi(
                     v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
                     Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
                 )  # [BC, BV]  # fmt: skip
-                b_dp += dot(b_do, tl.trans(rounded(b_u, DTYPE)))
+                b_u, scale = fitted(b_u, DTYPE)
+                b_dp += dot(b_do, tl.trans(b_u)) * scale
             b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
         if scales is not None:
             b_ds *= rho
@@ -248,7 +252,8 @@ def linear_epi(
             tile_row = (i_k * NC + i_r).to(tl.int64) * ROW
             tl.store(rows_pairs + tile_row + row + o_s * H, tl.sum(b_crossing, 0), mask=m_s)
             b_before += tl.sum(b_pairs, 1)
-        b_dq += dot(rounded(b_ds, DTYPE), b_k)
+        b_ds, scale = fitted(b_ds, DTYPE)
+        b_dq += dot(b_ds, b_k) * scale
     store(grad_q + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dq, m_rk)
 
     # dK = dE W' - (dec U) J' - (Theta_C U) JS' + dP' Q
@@ -271,20 +276,22 @@ def linear_epi(
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if CHANNELS:
             b_to_end = load_row_weights(decays + ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv)
-            b_dk -= dot(rounded(b_u * b_to_end, DTYPE), rounded(b_j, DTYPE))
+            b_u_end, scale = fitted(b_u * b_to_end, DTYPE)
         else:
-            b_dk -= dot(rounded(b_u * b_to_end[:, None], DTYPE), rounded(b_j, DTYPE))
+            b_u_end, scale = fitted(b_u * b_to_end[:, None], DTYPE)
+        b_dk -= fitted_dot(b_u_end, b_j, DTYPE) * scale
         if momenta is not None:
             p_m = o_k[None, :] * Dv + o_v[:, None]
             b_m, b_jm = tl.load(momenta + p_m, mask=m_vk, other=0.0), tl.load(grad_momenta + p_m, mask=m_vk, other=0.0)  # [BV, BK]
-            b_dk -= dot(rounded(b_u * b_step[:, None], DTYPE), rounded(b_jm, DTYPE))
+            b_u_step, scale = fitted(b_u * b_step[:, None], DTYPE)
+            b_dk -= fitted_dot(b_u_step, b_jm, DTYPE) * scale
             product_carry += tl.sum(b_m * b_j)
             product_pi += tl.sum(b_m * b_jm)
         if READS or (inner is not None and duals is None):
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if READS:
             b_dv = load_tile(grad_v, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
-            b_dk -= dot(b_dv, rounded(b_w, DTYPE))  # dE = -dV
+            b_dk -= fitted_dot(b_dv, b_w, DTYPE)  # dE = -dV
         if inner is not None:
             if duals is not None:
                 b_w = tl.load(duals + place * Dk * Dv + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
@@ -310,12 +317,14 @@ def linear_epi(
                     Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
                 )  # [BC, BV]  # fmt: skip
                 b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
-                b_dp += dot(rounded(b_u, DTYPE), tl.trans(b_do))
+                b_u, scale = fitted(b_u, DTYPE)
+                b_dp += dot(b_u, tl.trans(b_do)) * scale
             b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
         if scales is not None:
             b_ds *= rho
         b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
-        b_dk += dot(rounded(b_ds, DTYPE), b_q)
+        b_ds, scale = fitted(b_ds, DTYPE)
+        b_dk += dot(b_ds, b_q) * scale
     store(grad_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
 
 
@@ -324,7 +333,7 @@ def linear_epi(
 
 def output(p: Problem, weights: Weights, chain: Chain) -> Tensor:
     """``[B, T, H, Dv]``."""
-    out = p.per_token(p.value_dim)
+    out = p.result(p.value_dim)
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
         q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "pairs"), delta=p.delta, position=p.position,
@@ -369,7 +378,7 @@ def read_gradients(
 
     products = (3,) if moving else ()
     grads = ReadGradients(
-        p.per_token(p.key_dim), p.per_token(p.key_dim),
+        p.result(p.key_dim), p.result(p.key_dim),
         rows(decaying), rows(decaying and not moving, p.blocks), rows(moving and not by_channel),
         p.empty(*products, count, p.slots.count, p.heads, dtype=float32) if decaying or moving else None,
     )  # fmt: skip

@@ -38,7 +38,7 @@ from .gates import (
     load_total,
 )
 from .linear_mirror import hand_on, mirror, pull_back, reopen, tile_of
-from .tiles import LENGTHS, dot, inside, load_tile, only_if, rounded, store
+from .tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, only_if, rounded, store, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -61,6 +61,7 @@ def linear_state_streamed(
     Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum. ``CHANNELS``: decays
     go by channel, see linear_channel.py.
     """
+    ROW = wide(ROW)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE
@@ -132,7 +133,7 @@ def linear_state_streamed(
                         b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
                     else:
                         b_w = tl.load(states + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
-                    b_e += dot(b_k, rounded(b_w, DTYPE))
+                    b_e += fitted_dot(b_k, b_w, DTYPE)
                 store(errors + row * Dv + o_g[:, None] * Dv + o_v[None, :], b_e, m_tv)
                 if COUPLED:
                     b_square += tl.sum(b_e * b_e, 1)
@@ -163,9 +164,9 @@ def linear_state_streamed(
                 gamma = tl.load(decays + (row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
                 if momenta is not None:
                     carry = tl.load(decays + (CARRY * ROW + row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
-            b_u = rounded(b_psi * (b_lr * b_to_end), DTYPE)  # [C, BV]
+            b_u, scale = fitted(b_psi * (b_lr * b_to_end), DTYPE)  # [C, BV]
             if momenta is not None:
-                b_us = rounded(b_psi * (b_lr * b_step[:, None]), DTYPE)  # [C, BV]
+                b_us, scale_step = fitted(b_psi * (b_lr * b_step[:, None]), DTYPE)  # [C, BV]
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
@@ -176,13 +177,13 @@ def linear_state_streamed(
                     kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
                     tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
                 if momenta is None:
-                    b_s = b_s * gamma - dot(tl.trans(b_k), b_u)
+                    b_s = b_s * gamma - dot(tl.trans(b_k), b_u) * scale
                 else:
                     b_m = tl.load(momenta + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                     if checkpoints is not None:
                         tl.store(kept + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
-                    b_s = b_s * gamma + b_m * carry - dot(tl.trans(b_k), b_u)
-                    b_m = b_m * pi - dot(tl.trans(b_k), b_us)
+                    b_s = b_s * gamma + b_m * carry - dot(tl.trans(b_k), b_u) * scale
+                    b_m = b_m * pi - dot(tl.trans(b_k), b_us) * scale_step
                     hand_on(momenta + there, o_kv, final_momentum, state, o_kv, i_c + 1 < last, b_m, m_kv)
                 hand_on(duals + there, o_kv, final, state, o_kv, i_c + 1 < last, b_s, m_kv)
         tl.debug_barrier()
@@ -207,6 +208,7 @@ def linear_seq_streamed(
     `grad_v` holds dU between the passes. Under a retention gate J is the gradient of the dual; `grad_primal [N, H, Dk, Dv]` holds that of
     the primal, where the gate couples its entries. `grad_momenta` holds JS, the gradient of the momentum.
     """
+    ROW = wide(ROW)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE
@@ -281,9 +283,9 @@ def linear_seq_streamed(
                 b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
                 b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-                b_kj += dot(b_k, rounded(b_j, DTYPE))
+                b_kj += fitted_dot(b_k, b_j, DTYPE)
                 if momenta is not None:
-                    b_km += dot(b_k, rounded(tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0), DTYPE))
+                    b_km += fitted_dot(b_k, tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0), DTYPE)
             if CHANNELS:
                 b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
             b_r = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
@@ -379,9 +381,9 @@ def linear_seq_streamed(
                 if READS:
                     b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
                     if RETENTION == retentions.L2:
-                        b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))
+                        b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
                     else:
-                        b_g += dot(tl.trans(b_k), rounded(b_de, DTYPE))
+                        b_g += fitted_dot(tl.trans(b_k), b_de, DTYPE)
                 if COUPLING:
                     tl.store(grad_primal + state + o_kv, b_g, mask=m_kv)
                 else:

@@ -32,7 +32,7 @@ CROWD = 1024
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
     """``(out, final state, checkpoints)``: all matrices of every ``every``-th chunk ``[slots, H, 2 or 4, Hd, D]`` float32, if every > 0."""
-    weights, out, memory = chunk_weights(p), p.per_token(p.value_dim), together(p.call.state.matrices())
+    weights, out, memory = chunk_weights(p), p.result(p.value_dim), together(p.call.state.matrices())
     segments = p.pieces(p.chunk_size * max(every, 1))
     checkpoints = p.empty(segments.count, *memory.shape[1:], dtype=torch.float32) if every else None
 
@@ -133,13 +133,13 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     def rows(count: int, wanted: bool = True) -> Tensor | None:
         return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
-    rows_lr, rows_delta, rows_kept = rows(1), rows(1, per_token), rows(1, decaying or moving)
-    rows_read, rows_pairs = rows(1, decaying), rows(2, decaying and not moving)
+    rows_lr, rows_delta = p.result(dtype=float32), p.result(dtype=float32) if per_token else None
+    rows_kept, rows_read, rows_pairs = rows(1, decaying or moving), rows(1, decaying), rows(2, decaying and not moving)
     rows_carry, rows_step = rows(1, moving), rows(1, moving)
     grad_pairs = p.empty(p.slots.count, p.heads, p.chunk_size, p.chunk_size, dtype=float32) if moving else None
     inner = p.empty(3 if moving else 1, p.slots.count, p.heads, dtype=float32) if decaying or moving else None
-    grad_q, grad_k, grad_v = (p.per_token(p.value_dim) for _ in range(3))
-    grad_delta = p.per_token(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
+    grad_q, grad_k, grad_v = (p.result(p.value_dim) for _ in range(3))
+    grad_delta = p.result(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
     grad_memory = together(tuple(grad_state) or tuple(torch.zeros_like(x) for x in p.call.state.matrices()))
     grad_primal = torch.empty_like(grad_memory[:, :, :2]) if p.key.retention else None
     grad_layer_norm = p.empty(p.sequences, p.heads, 2, p.value_dim, dtype=float32).zero_()
@@ -179,7 +179,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
             **p.strides("v"), **p.sizes, **p.bias, **p.retention, MOMENTUM=moving,
         )  # fmt: skip
 
-    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr[0], "state": list(apart(grad_memory))}
+    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr, "state": list(apart(grad_memory))}
     grads["ln_weight"], grads["ln_bias"] = grad_layer_norm.sum(0).unbind(1)
     if moving:
         added = {"rows_read": None if rows_read is None else rows_read[0], "rows_kept": rows_kept[0]}
@@ -187,7 +187,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     elif decaying:
         grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_kept, inner, p.chunk_size)
     if p.delta is not None:
-        grads["delta"] = rows_delta[0] if per_token else grad_delta
+        grads["delta"] = rows_delta if per_token else grad_delta
     return grads
 
 

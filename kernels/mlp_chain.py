@@ -27,7 +27,7 @@ from .mlp_inner import ask_hidden, ask_update, inner_gradient, predict, through_
 from .mlp_mirror import mirror, pull_back
 from .mlp_read import put_out, read, weigh
 from .mlp_write import carry_first, carry_second, inner_products, keep, write
-from .tiles import LENGTHS
+from .tiles import LENGTHS, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -50,6 +50,7 @@ def mlp_chain(
     in ``updates``, U in ``sums``; with a gate also ``duals``, and rho in ``scales`` if it has one; with momentum ``momenta``.
     Otherwise these hold one chunk, and ``out`` is written.
     """
+    ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
     MATRICES: tl.constexpr = 4 if MOMENTUM else 2
     GATED: tl.constexpr = RETENTION != retentions.L2
@@ -154,6 +155,7 @@ def mlp_seq(
 
     ``from_inner`` becomes dGz, ``from_hidden`` dZ. ``row_sums``, ``grad_sum`` and ``grad_primal`` hold one chunk.
     """
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
     SIZE: tl.constexpr = Hd * D
     MATRICES: tl.constexpr = 4 if MOMENTUM else 2
     GATED: tl.constexpr = RETENTION != retentions.L2

@@ -22,7 +22,7 @@ from . import retention as retentions
 from .chunks import HEAD, of_chunk, of_group, slot_of
 from .gates import CARRY, load_gamma, load_gate, load_scales, pair_decay
 from .mlp_math import ROWS, crossing, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
-from .tiles import LENGTHS, dot, inside, load_tile, rounded, store
+from .tiles import LENGTHS, dot, inside, load_tile, rounded, store, wide
 
 
 @triton.jit
@@ -134,6 +134,7 @@ def mlp_readout(
 
     ``weights`` becomes L, or M from ``pairs``.
     """
+    ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
     place = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -252,6 +253,7 @@ def mlp_pre(
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk: dQ, and what the output alone asks of A (RA), U1 (R1) and U2 (R2). ``grad_scores`` is N1 before and N2 after."""
+    ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
     place = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)

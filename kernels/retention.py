@@ -83,7 +83,7 @@ def primal(a, shift, total, RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.co
     elif RETENTION == KL:
         return tl.exp(a - shift) * (R0 / total)
     elif RETENTION == ELASTIC:
-        return tl.where(a > R0, a - R0, tl.where(a < -R0, a + R0, 0.0))
+        return tl.where(a > R0, a - R0, tl.where(a < -R0, a + R0, a * 0.0))
     else:
         tl.static_assert(RETENTION == SIGMOID, "a gate without a mirror map")
         return sigmoid(a)

@@ -126,7 +126,7 @@ def mapped(b_a, m, shift, total, AXIS: tl.constexpr, RETENTION: tl.constexpr, R0
         b_e = tl.where(m, retentions.term(tl.where(m, b_a, shift), shift, RETENTION, R0, R1), 0.0)
         total = tl.expand_dims(tl.sum(b_e, AXIS), AXIS)
     if RETENTION == retentions.ROWS:  # a row of nothing but padding stays finite; any other has a term of 1
-        b_a, total = tl.where(m, b_a, shift), tl.maximum(total, 1.0)
+        b_a, total = tl.where(m, b_a, shift), tl.maximum(total, 1.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(m, retentions.primal(b_a, shift, total, RETENTION, R0, R1), 0.0)
 
 
@@ -208,8 +208,7 @@ class Step:
             block_v, _ = key.blocks(config)
             programs = {"value": -(-key.value_dim // block_v), "hidden": -(-key.hidden // key.part), "head": 1}[along]
             launches.append(Launch(kernel, programs, config, dict(BV=block_v)))
-        p, r = (*bias.parameters, 0.0, 0.0, 0.0)[:3], (*gate.parameters, 0.0, 0.0)[:2]
-        constants = dict(BIAS=bias.tag, P0=p[0], P1=p[1], P2=p[2], RETENTION=gate.tag, R0=r[0], R1=r[1], C=call.chunk_size)
+        constants = launch.rules_of(bias, gate) | dict(C=call.chunk_size)
         constants |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, BR=configs.STEP_ROWS, BD=key.padded_v)
         if key.hidden:
             constants |= dict(D=key.key_dim, Hd=key.hidden, BH=key.part, EPS=call.ln_eps)

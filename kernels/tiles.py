@@ -13,6 +13,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def wide(x):
+    """An integer argument as int64: it comes as int32 where it fits, and its products would wrap."""
+    return tl.cast(x, tl.int64)
+
+
+@triton.jit
 def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
     """Which offsets lie in a head dimension: nothing to test where whole tiles cover it."""
     if D % BLOCK == 0:
@@ -57,6 +63,27 @@ def dot(x, y):
         return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def fitted(x, DTYPE: tl.constexpr):
+    """``(x / scale in the dtype of the operands, scale)``: a power of two, and 1 unless float16 cannot hold the tile's numbers."""
+    if DTYPE == tl.float16:
+        exponent = (tl.max(tl.abs(x)).to(tl.int32, bitcast=True) >> 23) - 127
+        more = tl.maximum(exponent - 14, 0)  # numbers below 2^15 stay as they are
+        return (x * ((127 - more) << 23).to(tl.float32, bitcast=True)).to(DTYPE), ((127 + more) << 23).to(tl.float32, bitcast=True)
+    else:
+        return rounded(x, DTYPE), 1.0
+
+
+@triton.jit
+def fitted_dot(x, y, DTYPE: tl.constexpr):
+    """``x @ y`` in the dtype of the operands, with y in float32."""
+    if DTYPE == tl.float16:
+        b_y, scale = fitted(y, DTYPE)
+        return dot(x, b_y) * scale
+    else:
+        return dot(x, rounded(y, DTYPE))
 
 
 @triton.jit

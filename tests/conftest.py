@@ -6,12 +6,17 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+# What was verified on this machine must not change what the tests do, nor what they do change it.
+os.environ["MIRAS_CACHE"] = tempfile.mkdtemp(prefix="miras-kernels-tests-")
 
 from miras_kernels import dispatch
 
@@ -26,20 +31,24 @@ def pytest_configure(config):
 def hurry_interpreter():
     """Spare Triton's interpreter what takes two thirds of its time and changes no number.
 
-    It replaces the functions of its language anew in every call of a device function, although a module's once is enough; and it checks
+    It replaces the functions of its language anew in every call of a device function, although once for each is enough; and it checks
     every sum and product of integers for overflow, of which the sizes of these tests are far (test_addresses.py looks at others).
     """
     from triton.runtime import interpreter
 
-    patch = functools.cache(lambda module, function: interpreter._patch_lang(function))
+    patch = functools.cache(interpreter._patch_lang)
 
     def call(self, *args, **kwargs):
-        patch(self.fn.__module__, self.fn)
+        patch(self.fn)
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["MIRAS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

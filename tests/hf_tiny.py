@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from miras_kernels.hf import replace_attention
+from miras_kernels.hf.compat import CACHE
 
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
 MLP = ("l2_mlp", "memora", "moneta", "titans", "ttt_mlp", "yaad")
@@ -47,6 +48,11 @@ def model(architecture="Llama", layers=None, *, preset="yaad_linear", mode="repl
         return host
     return replace_attention(host, preset, layers, mode=mode, init=init, chunk_size=chunk_size, backend=backend, conv_width=conv_width,
                              gate_rank=gate_rank, num_heads=num_heads)  # fmt: skip
+
+
+def cache_of(outputs):
+    """The cache in what a forward or ``generate`` returns, by its name in this version (:data:`CACHE`, also that of the argument)."""
+    return getattr(outputs, CACHE)
 
 
 def ids(batch=2, length=LENGTH, seed=1) -> torch.Tensor:

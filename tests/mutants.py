@@ -151,7 +151,7 @@ MUTANTS = [
            "o_vk = o_v[None, :] * Dk + o_k[:, None]", "o_vk = o_k[:, None] * Dv + o_v[None, :]"),
     Mutant("triton-state-gradient-without-the-predictions", "kernels/linear_chain.py",
            cases("test_triton.py::test_states_in_registers", "linear-huber_norm-heads-first"),
-           "b_j += dot(tl.trans(b_k), rounded(b_de, DTYPE))", "b_j += 0.0"),
+           "b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)", "b_j += 0.0"),
     Mutant("triton-wrong-checkpoint", "kernels/linear_stream.py",
            cases("test_triton.py::test_saved_states_do_not_change_a_bit", "linear-3"),
            "b_s, mask=only_if(i_c % EVERY == 0, m_kv)", "b_s, mask=only_if(i_c % EVERY == EVERY - 1, m_kv)"),

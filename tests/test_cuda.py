@@ -26,6 +26,7 @@ from miras_kernels.testing.steps import before, check_results, cut, decoder, res
 from quick import or_slow, sample
 from test_decode import PAIRS
 from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
+from test_not_finite import TRITON, assert_as_in_the_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -118,6 +119,11 @@ def test_sixteen_bits(memory, dtype, cuda):
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
 def test_sequences_stand_apart(memory, cuda):
     standing_apart("cuda", memory, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["clip", "power-elastic"])
+def test_nan_is_kept(kind, cuda):
+    assert_as_in_the_reference(TRITON[kind], "cuda", 3, 1, gradients=False)
 
 
 @pytest.mark.skipif(unavailable("cuda") != "", reason=f"cuda: {unavailable('cuda')}")

@@ -313,6 +313,9 @@ def test_nothing_in_nothing_out(shape, name):
     dual = torch.randn(b, 2, 6, 8)
     out, state = mk.linear_memory(q, q, v, lr, initial_state=dual, output_final_state=True, backend=name)
     assert out.shape == (b, t, 2, 6) and torch.equal(state.dual[0], dual)
+    _, again = mk.linear_memory(q, q, v, lr, initial_state=state, output_final_state=True, backend=name)
+    for before, after in ((dual, state.dual[0]), (state.dual[0], again.dual[0])):  # writing into the one leaves the other
+        assert before.numel() == 0 or before.data_ptr() != after.data_ptr()
     w1, w2 = torch.randn(b, 2, 8, 12), torch.randn(b, 2, 12, 8)
     norm = dict(ln_weight=torch.ones(2, 8), ln_bias=torch.zeros(2, 8))
     out, state = mk.mlp_memory(q, q, q, lr, initial_state=(w1, w2), **norm, output_final_state=True, backend=name)

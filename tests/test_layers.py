@@ -167,7 +167,7 @@ def test_the_state_after_padding_is_that_of_the_real_tokens(name, rows):
 
 @pytest.mark.parametrize("name", ["yaad", "ttt_mlp", "yaad_linear", "deltanet", "retnet"])
 def test_packed_sequences_equal_a_loop(name):
-    module, lengths = block(name), (1, 2, 3, 9, 4)
+    module, lengths = block(name), (1, 0, 2, 3, 9, 4, 0)
     x, weight = tokens(1, sum(lengths)).requires_grad_(), tokens(1, sum(lengths), seed=3)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     out, state = module(x, cu_seqlens=offsets, output_final_state=True)

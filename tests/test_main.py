@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import miras_kernels
-from miras_kernels import dispatch, triton_backend
+from miras_kernels import dispatch, triton_backend, verification
 from miras_kernels.__main__ import main
+from miras_kernels.versions import TRANSFORMERS
 
 #: how a row ends for a backend that can, when the tests run triton's interpreter
 SLOWLY = ", but in Triton's interpreter, slowly: TRITON_INTERPRET is set"
+#: and for one that "auto" considers
+UNVERIFIED = "; not verified: run python -m miras_kernels verify"
 
 
 def lines(capsys) -> dict[str, str]:
@@ -34,7 +37,7 @@ def test_info_names_versions_and_backends(capsys):
     assert "triton" in rows and "transformers" in rows
     assert f"{torch.get_num_threads()} threads" in rows["cpu"]
     assert rows["reference"] == "can run here"
-    assert rows["cpp"] == "can run here" or rows["cpp"].startswith("cannot run: the extension")
+    assert rows["cpp"] == "can run here" + UNVERIFIED or rows["cpp"].startswith("cannot run: the extension")
     assert rows["checkpoint_every"] == "None" and rows["check_values"] == "None"
 
 
@@ -69,6 +72,13 @@ def test_info_finds_a_version_under_another_name(capsys, monkeypatch):
     main(["info"])
     printed = capsys.readouterr().out
     assert "  triton         3.7.0 (rocm-triton)\n" in printed and "  transformers   not installed\n" in printed
+
+
+@pytest.mark.parametrize(("version", "where"), [("5.4.0", "within"), ("5.24.3", "within"), ("5.3.0", "OUTSIDE"), ("5.99.0", "OUTSIDE")])
+def test_info_tells_whether_transformers_is_tested(capsys, monkeypatch, version, where):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    main(["info"])
+    assert lines(capsys)["transformers"] == f"{version} ({where} the tested range, {' to '.join(TRANSFORMERS)})"
 
 
 def without_triton(monkeypatch):
@@ -120,7 +130,7 @@ def test_triton_has_a_gpu(capsys, monkeypatch):
     with_triton(monkeypatch, interpreted=False, gpu=True)
     main(["explain", "--device", "cuda", "--dtype", "bfloat16"])
     printed = capsys.readouterr().out.splitlines()
-    assert "  triton     can serve it" in printed and printed[-1] == '"auto" takes triton'
+    assert "  triton     can serve it" + UNVERIFIED in printed and printed[-1] == '"auto" takes triton'
     main(["explain", "--device", "cpu"])
     assert lines(capsys)["triton"] == "cannot: it does not run on cpu tensors"
 
@@ -135,8 +145,13 @@ def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
     main(["explain", "--device", "cuda", "--no-grad"])
     assert lines(capsys)["cuda"] == "cannot: it only decodes: calls of at most 4 tokens, got 128"
     main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
+    assert lines(capsys)["cuda"].startswith('cannot: not verified on this machine, so "auto" leaves it: run python -m miras_kernels verify')
+    record = {"linear l2 l2 float32 decode": {"when": "2026-01-01", "failure": None}}
+    monkeypatch.setitem(verification._known, ("cuda", torch.device("cuda")), record)
+    main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
     printed = capsys.readouterr().out.splitlines()
-    assert "forward, T = 1" in printed[0] and "  cuda       can serve it" in printed and printed[-1] == '"auto" takes cuda'
+    assert "forward, T = 1" in printed[0] and printed[-1] == '"auto" takes cuda'
+    assert "  cuda       can serve it; verified 2026-01-01: 1 configurations, none failed" in printed
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
@@ -145,6 +160,7 @@ def test_commands_do_not_import_triton(interpret):
     code = """
 import sys, torch, miras_kernels
 from miras_kernels.__main__ import main
+from miras_kernels.versions import TRANSFORMERS
 for command in ("info", "explain", "explain --device cuda --bias huber_switch", "explain --memory mlp", "warmup --chunk-size 48"):
     main(command.split())
 assert "triton" not in sys.modules, "triton was imported"
@@ -171,7 +187,8 @@ def test_explain_agrees_with_dispatch(capsys):
     reasons = miras_kernels.explain(x, x, x, g, g, bias=miras_kernels.Huber("switch"), delta=1.0)
     assert printed.splitlines()[-1] == f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}'
     for name, reason in reasons.items():
-        row = next(line for line in printed.splitlines() if line.split()[0] == name).removesuffix(SLOWLY)
+        row = next(line for line in printed.splitlines() if line.split()[0] == name)
+        row = row.removesuffix(UNVERIFIED).removesuffix(SLOWLY)
         assert row.endswith("can serve it" if reason is None else f"cannot: {reason}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +174,16 @@ def test_the_same_tags_everywhere():
 
     assert _C.bias_names() == {tag: row.name for tag, row in mk.biases.TABLE.items()}
     assert _C.retention_names() == {tag: row.name for tag, row in mk.retention.TABLE.items()}
+
+
+def test_a_parameter_too_many_is_refused():
+    """Kernels have room for so many; a further one would be lost. The room is stated in Python and in csrc/params.h."""
+    for row, most, name in ((mk.L2, 3, "kBiasParams"), (mk.L2Retention, 2, "kRetentionParams")):
+        of = lambda count, row=row: type("Many", (row,), {"parameters": property(lambda self: (0.5,) * count)})
+        assert of(most)().padded == (0.5,) * most and row().padded == (0.0,) * most
+        with pytest.raises(ValueError, match=f"Many: expected at most {most} parameters, as many as kernels take, got {most + 1}"):
+            of(most + 1)()
+        assert f"constexpr int {name} = {most};" in (Path(__file__).parent.parent / "csrc" / "params.h").read_text()
 
 
 def test_a_state_leaves_and_enters_a_compiled_function():

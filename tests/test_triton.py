@@ -505,3 +505,23 @@ def test_a_planted_bug_is_caught_at_sixteen_bits(monkeypatch):
     monkeypatch.setattr(triton_backend, "forward", lambda call, every: forward(call.replace(log_decay=call.log_decay * 0.9), every))
     report = check(Case("planted", tokens=48), "triton", torch.bfloat16, DEVICE)
     assert not {r.name: r for r in report.rows}["out"].ok
+
+
+LARGE = [{}, {"bias": mk.DotProduct()}, {"momentum": True, "retention": mk.ElasticNetRetention(0.05)}, {"decay": "channel"}]
+
+
+@pytest.mark.parametrize("kind", LARGE, ids=str)
+def test_a_state_that_float16_cannot_hold(kind):
+    """It decays from 65,536 to 1,200 before it is read: operands are scaled where they are rounded, and results lose nothing by it."""
+    case = Case("large", batch=1, heads=1, tokens=20, value_dim=16, **kind)
+    inputs = case.draw(torch.float16, DEVICE)
+    with torch.no_grad():
+        inputs.duals[0].copy_(65536.0 * inputs.duals[0].sign())
+        inputs.tensors["lr"] *= 0.1
+        inputs.tensors["q"] *= 0.1
+        inputs.tensors["log_decay"][:, 0] = -4.0
+    exact, reached = truth(inputs), evaluate(inputs, "triton")
+    assert exact["out"].abs().max() < 65504  # or there would be no such result
+    for name, value in exact.items():
+        if reached[name].dtype == torch.float32 or value.abs().max() < 65504:
+            assert relative_error(reached[name], value) < 0.01, name

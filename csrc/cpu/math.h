@@ -88,8 +88,9 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
 
   MIRAS_FN static F abs(F x) { return (F)((I)x & 0x7fffffff); }
   MIRAS_FN static F copysign(F magnitude, F sign) { return (F)((I)magnitude | ((I)sign & int32_t(0x80000000))); }
-  MIRAS_FN static F min(F a, F b) { return a < b ? a : b; }
-  MIRAS_FN static F max(F a, F b) { return a > b ? a : b; }
+  // NaN if either is
+  MIRAS_FN static F min(F a, F b) { return (a < b) | (a != a) ? a : b; }
+  MIRAS_FN static F max(F a, F b) { return (a > b) | (a != a) ? a : b; }
 
   MIRAS_FN static F exp_nonpositive(F x) { return cpu::MIRAS_LEVEL::exp_nonpositive(x); }
 
@@ -128,9 +129,10 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
     const F fraction = a * log2_mantissa((F)(bits - (exponent << 23)));
     F k = round_to_even(a * n + fraction);
     const F r = (a * n - k) + fraction;
-    const F clamped = min(max(k, F{} - 126.0f), F{} + 127.0f);
+    const F clamped = min(max(k, F{} - 126.0f), F{} + 128.0f);  // 2^128 is infinity
     const F y = power_of_two(clamped) * (1.0f + exp2_minus_one(r));
-    return ((x > 0.0f) & (k >= -126.0f)) ? y : F{};
+    const F edge = x < 1.0f ? F{} : x;  // of 0, infinity and NaN, and what underflows
+    return ((x > 0.0f) & (k >= -126.0f) & (x < __builtin_inff())) ? y : edge;
   }
 };
 

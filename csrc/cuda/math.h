@@ -10,8 +10,9 @@ namespace miras {
 template <> struct Math<float> {
   MIRAS_FN static float abs(float x) { return fabsf(x); }
   MIRAS_FN static float copysign(float magnitude, float sign) { return copysignf(magnitude, sign); }
-  MIRAS_FN static float min(float a, float b) { return fminf(a, b); }
-  MIRAS_FN static float max(float a, float b) { return fmaxf(a, b); }
+  // NaN if either is, which fminf and fmaxf are not
+  MIRAS_FN static float min(float a, float b) { return a < b || a != a ? a : b; }
+  MIRAS_FN static float max(float a, float b) { return a > b || a != a ? a : b; }
   MIRAS_FN static float sqrt(float x) { return sqrtf(x); }
   MIRAS_FN static float exp_nonpositive(float x) { return expf(x); }
   MIRAS_FN static float tanh(float x) { return tanhf(x); }

@@ -1,5 +1,7 @@
 """miras-kernels: fused kernels for sequence models that are associative memories trained while they read."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import biases, retention
 from .biases import L1, L2, DotProduct, Huber, Lp, RobustL2
 from .decode import Decoder
@@ -7,6 +9,9 @@ from .memory import explain, linear_memory, mlp_memory
 from .options import options, override
 from .retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
 from .state import MemoryState, OpenChunk
+
+if TYPE_CHECKING:
+    from .testing import verify
 
 __version__ = "0.1.0"
 
@@ -32,4 +37,14 @@ __all__ = [
     "options",
     "override",
     "retention",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``verify`` comes when it is asked for: it brings what only tests need."""
+    if name != "verify":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .testing import verify
+
+    return verify

@@ -1,4 +1,4 @@
-"""``python -m miras_kernels``: what is installed here, what can run, which backend would serve a call; and kernels compiled ahead.
+"""``python -m miras_kernels``: what is installed here, what can run and does so rightly, which backend would serve a call; and more.
 
 A subcommand is a function that adds its arguments to a parser and one that runs them, in :data:`COMMANDS`.
 """
@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import __version__, biases, dispatch, explain, options, retention, triton_backend, warmup
+from . import __version__, biases, dispatch, explain, options, retention, triton_backend, verification, warmup
+from .versions import TRANSFORMERS, in_tested_range
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -35,10 +36,20 @@ def _version(package: str) -> str:
         return f"{importlib.metadata.version(others[0])} ({others[0]})" if others else "not installed"
 
 
-def _can(what: str, backend: str) -> str:
+def _transformers() -> str:
+    """Its version, and whether it is one that the tests run with."""
+    version, tested = _version("transformers"), " to ".join(TRANSFORMERS)
+    if version == "not installed":
+        return version
+    return f"{version} ({'within' if in_tested_range(version) else 'OUTSIDE'} the tested range, {tested})"
+
+
+def _can(what: str, backend: str, device: str) -> str:
     """That a backend can do something, and what one should know about it."""
     interpreted = backend == "triton" and triton_backend.interpreted()
-    return what + (", but in Triton's interpreter, slowly: TRITON_INTERPRET is set" if interpreted else "")
+    what += ", but in Triton's interpreter, slowly: TRITON_INTERPRET is set" if interpreted else ""
+    place = torch.device(device)
+    return what if backend == "reference" or backend not in dispatch.candidates(place) else f"{what}; {verification.state(backend, place)}"
 
 
 def _cpu() -> str:
@@ -75,10 +86,11 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def info(_: argparse.Namespace) -> int:
     """Print versions, devices, backends and options."""
     versions = [("miras-kernels", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-    _print_rows("versions", [*versions, *((name, _version(name)) for name in ("triton", "transformers"))])
+    _print_rows("versions", [*versions, ("triton", _version("triton")), ("transformers", _transformers())])
     _print_rows("devices", [("cpu", _cpu()), *_accelerators()])
     missing = {name: dispatch.unavailable(name) for name in dispatch.NAMES[1:]}
-    rows = [(name, _can("can run here", name) if reason is None else f"cannot run: {reason}") for name, reason in missing.items()]
+    device = {name: "cpu" if name == "cpp" or not torch.cuda.is_available() else "cuda" for name in missing}
+    rows = [(name, f"cannot run: {reason}" if reason else _can("can run here", name, device[name])) for name, reason in missing.items()]
     _print_rows("backends", rows)
     _print_rows("options", [(field.name, repr(getattr(options, field.name))) for field in dataclasses.fields(options)])
     return 0
@@ -124,7 +136,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+def _memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", choices=("linear", "mlp"), default="linear")
     bias_names, gate_names = (", ".join(_rows_by_name(module.TABLE)) for module in (biases, retention))
     parser.add_argument("--bias", type=_row(biases.TABLE, "bias"), default=biases.L2(), metavar="NAME[:P,...]",
@@ -133,8 +145,13 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
                         metavar="NAME[:P,...]", help=gate_names)  # fmt: skip
     parser.add_argument("--dim", type=_positive, default=64, help="head dimension of keys, and of values without --value-dim")
     parser.add_argument("--value-dim", type=_positive)
+    parser.add_argument("--hidden", type=_positive, help="of an MLP memory (default: 4 times --dim)")
     parser.add_argument("--chunk", type=_positive, default=64, help="chunk_size")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    _memory_arguments(parser)
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="need not be there: nothing is computed")
     parser.add_argument("--decay", choices=("none", "scalar", "channel"), default="scalar")
     parser.add_argument("--lr", choices=("scalar", "channel"), default="scalar")
@@ -153,7 +170,7 @@ class _Elsewhere(torch.Tensor):
 def _example(args: argparse.Namespace) -> dict[str, str | None]:
     """:func:`miras_kernels.explain` of a call like the one described, with tensors that hold no numbers."""
     b, h, d, dv = 1, 1, args.dim, args.value_dim or args.dim
-    t, hidden = args.tokens or 2 * args.chunk, 4 * args.dim
+    t, hidden = args.tokens or 2 * args.chunk, args.hidden or 4 * args.dim
     dtype = getattr(torch, args.dtype)
     wide = torch.float64 if args.dtype == "float64" else torch.float32
 
@@ -187,9 +204,27 @@ def explain_command(args: argparse.Namespace) -> int:
         return 2
     direction = ("forward" if args.no_grad else "forward and backward") + (f", T = {args.tokens}" if args.tokens else "")
     title = f"{args.memory} memory, {args.bias}, {args.retention}, {args.dtype} on {args.device}, {direction}"
-    _print_rows(title, [(name, _can("can serve it", name) if reason is None else f"cannot: {reason}") for name, reason in reasons.items()])
+    rows = [(name, f"cannot: {reason}" if reason else _can("can serve it", name, args.device)) for name, reason in reasons.items()]
+    _print_rows(title, rows)
     print(f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}')
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ verify
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _memory_arguments(parser)
+    parser.add_argument("--device", help="default: cuda where there is a GPU")
+    parser.set_defaults(**{action.dest: None for action in parser._actions if action.dest != "help"})  # None: all of them
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="N", help="when to stop (default: 60)")
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    """Try the kernels of this machine."""
+    from .testing import trial
+
+    return trial.command(args)
 
 
 # ------------------------------------------------------------------------------------------------------------ warmup
@@ -346,6 +381,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "explain": ("which backends can serve a call, and which one 'auto' takes", _explain_arguments, explain_command),
     "fuzz": ("random calls of everything public, checked against the reference", _fuzz_arguments, fuzz_command),
     "study": ("which attentional bias remembers what: measurements and a report (minutes)", _study_arguments, study_command),
+    "verify": ("compare this machine's kernels with the reference; 'auto' then leaves wrong ones alone", _verify_arguments, verify_command),
     "warmup": ("compile the Triton kernels that calls of given sizes need, before a job does", _warmup_arguments, warmup_command),
 }
 

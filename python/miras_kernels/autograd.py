@@ -54,7 +54,8 @@ def _run_reference(call: Call) -> tuple[Tensor, MemoryState | None]:
     out = out.to(call.v.dtype)
     if not call.output_final_state:
         return out, None
-    return out, state if _ends_open(call) else MemoryState(state.dual, state.momentum)
+    state = state if _ends_open(call) else MemoryState(state.dual, state.momentum)
+    return out, state.replace_tensors(_not_given(call, state.tensors()))
 
 
 # ------------------------------------------------------------------------------------------------------ final states
@@ -132,8 +133,15 @@ def _forward(call: Call, backend: str, checkpoint_every: int) -> tuple[Tensor, l
         final = []
     elif not _ends_open(call):
         final = final[: len(call.state.matrices())]
-    given = call.state.tensors()
-    return out, [x.clone() if any(x is y for y in given) else x for x in final], saved  # an output may not be an input
+    return out, _not_given(call, final), saved
+
+
+def _not_given(call: Call, final: list[Tensor]) -> list[Tensor]:
+    """``final``, of tensors of their own: an operator's outputs may be neither inputs nor each other, nor a new state the old one."""
+    taken: list[Tensor] = call.state.tensors()
+    for x in final:
+        taken.append(x.clone() if any(x is y for y in taken) else x)
+    return taken[len(taken) - len(final) :]
 
 
 def _backward(

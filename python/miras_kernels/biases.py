@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .retention import Retention
 
 __all__ = ["L1", "L2", "TABLE", "Bias", "DotProduct", "Huber", "Lp", "RobustL2", "from_code"]
 
@@ -44,6 +47,18 @@ def _number(owner: object, name: str, value: object, low: float, *, open_: bool 
     return value
 
 
+def padded(row: Bias | Retention) -> tuple[float, ...]:
+    """The parameters of a table's row, filled up with zeros to the number that kernels take.
+
+    Raises:
+        ValueError: there are more.
+    """
+    most, given = row.MAX_PARAMETERS, row.parameters
+    if len(given) > most:
+        raise ValueError(f"{type(row).__name__}: expected at most {most} parameters, as many as kernels take, got {len(given)}: {given}")
+    return (*given, *(0.0,) * (most - len(given)))
+
+
 def encode(tag: int, parameters: tuple[float, ...]) -> str:
     """Tag and parameters as one string, for an operator's schema."""
     return " ".join([str(tag), *map(repr, parameters)])
@@ -61,6 +76,8 @@ class Bias:
 
     name: ClassVar[str] = ""
     tag: ClassVar[int] = -1
+    #: P0, P1, P2 of kernels/bias.py, kBiasParams of csrc/params.h
+    MAX_PARAMETERS: ClassVar[int] = 3
     needs_delta: ClassVar[bool] = False
     #: whether delta may be given per value channel, ``[B, T, H, Dv]``
     delta_per_channel: ClassVar[bool] = False
@@ -70,9 +87,12 @@ class Bias:
     reads_memory: ClassVar[bool] = True
     #: tag and parameters in one string, of an instance; no field, as it follows from them
     code: ClassVar[str]
+    #: the parameters as kernels take them, likewise
+    padded: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
         self._check()
+        object.__setattr__(self, "padded", padded(self))
         object.__setattr__(self, "code", encode(self.tag, self.parameters))
 
     def _check(self) -> None:

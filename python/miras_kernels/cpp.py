@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ class CppBackend:
     """Fused kernels of both memories, ``csrc/cpu``: float32 arithmetic, float32 or bfloat16 inputs."""
 
     name = "cpp"
+    unverified = "take"  # continuous integration runs them
     MAX_HEAD = 256
     MAX_HIDDEN = 1024
     MAX_CHUNK = 256
@@ -31,6 +33,12 @@ class CppBackend:
 
     def unavailable(self) -> str | None:
         return self.missing
+
+    def files(self) -> list[Path]:
+        return [Path(self.extension.__file__)]
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        return {"capability": self.extension.cpu_capability()}
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -58,7 +66,7 @@ class CppBackend:
         return None
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        if checkpoint_every == 0 and self._steps(call):
+        if checkpoint_every == 0 and self.decodes(call):
             return self._forward_by_steps(call)
         chunk = call.state.open_chunk
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
@@ -70,7 +78,7 @@ class CppBackend:
         final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
         return out, [*final, log_decay], [saved] if checkpoint_every else []
 
-    def _steps(self, call: Call) -> bool:
+    def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are read one by one."""
         return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS[call.memory]
 

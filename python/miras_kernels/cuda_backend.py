@@ -65,6 +65,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    unverified = "leave"
     #: of a linear memory, of an MLP memory
     MAX_HEAD, MAX_MLP_HEAD = 256, 128
     MAX_HIDDEN = 1024
@@ -98,6 +99,15 @@ class CudaBackend:
         for name in ("miras_linear_step", "miras_mlp_step"):
             getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
         return library, None
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        return {}
+
+    def decodes(self, call: Call) -> bool:
+        return True
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == self.device
@@ -136,7 +146,7 @@ class CudaBackend:
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
             K=call.q.shape[-1] if call.memory == "linear" else call.state.dual[0].shape[-1], V=call.v.shape[-1], C=call.chunk_size,
         )  # fmt: skip
-        bias, gate = (ctypes.c_float * 3)(*call.bias.parameters), (ctypes.c_float * 2)(*call.retention.parameters)
+        bias, gate = (ctypes.c_float * 3)(*call.bias.padded), (ctypes.c_float * 2)(*call.retention.padded)
         threshold, parameters = thresholds(call), {}
         if call.memory == "mlp":
             parameters = dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias))

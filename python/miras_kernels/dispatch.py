@@ -1,18 +1,21 @@
 """Which backend serves a call, and why the others do not.
 
 A backend is an object with the attributes of :class:`Backend`. Choice goes by the device of the tensors: each device has an
-ordered list of backends, fastest first, and ``"auto"`` takes the first that can serve the call.
+ordered list of backends, fastest first, and ``"auto"`` takes the first that can serve the call and that was not found wrong on this
+machine (:mod:`miras_kernels.verification`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from . import verification
 from .reference.inputs import Call
 
 __all__ = ["BACKENDS", "NAMES", "Backend", "candidates", "choose", "explain", "kept_states_like", "unavailable"]
@@ -22,6 +25,17 @@ class Backend(Protocol):
     """What dispatch and autograd need of a backend. All tensors are plain: no autograd graph reaches a backend."""
 
     name: str
+    #: what "auto" does where it has not been verified on this machine: "take", "warn" (and take) or "leave"
+    unverified: str
+
+    def files(self) -> list[Path]:
+        """What its kernels are read from."""
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        """What else its results on a device depend on, by name, beside PyTorch and the device's name and driver."""
+
+    def decodes(self, call: Call) -> bool:
+        """Whether it reads a call without gradients token by token."""
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run here at all, or None."""
@@ -35,8 +49,11 @@ class Backend(Protocol):
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         """Why it cannot serve this call, or None."""
 
+    def refuses_steps(self, call: Call) -> str | None:
+        """Why it cannot read such tokens one by one, or None."""
+
     def stepper(self, call: Call) -> Callable:
-        """See :func:`stepper`; asked only where it has a method ``refuses_steps(call)`` that says None."""
+        """See :func:`stepper`."""
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """``(out, final state tensors in MemoryState order, saved)``; ``checkpoint_every == 0``: no backward will come."""
@@ -60,16 +77,12 @@ def stepper(backend: str, call: Call) -> Callable:
         ValueError: a named backend that cannot.
     """
     for name in candidates(call.q.device) if backend == "auto" else (backend,):
-        reason = _unusable(name, call) or getattr(BACKENDS[name], "refuses_steps", _no_steps)(call)
-        if reason is None:
+        reason = _unusable(name, call) or BACKENDS[name].refuses_steps(call)
+        if reason is None and (backend != "auto" or _doubt(name, call, steps=True, warn=True) is None):
             return BACKENDS[name].stepper(call)
         if backend != "auto":
             raise ValueError(f"backend: {backend!r} cannot decode this: {reason}")
     raise AssertionError("the reference decodes everything")
-
-
-def _no_steps(call: Call) -> str:
-    return "it has no kernels for single tokens"
 
 
 def kept_states_like(call: Call, every: int) -> list[Tensor]:
@@ -118,11 +131,25 @@ def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
     return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
 
 
+def _doubt(name: str, call: Call, *, steps: bool = False, differentiate: bool = False, warn: bool = False) -> str | None:
+    """Why "auto" leaves a backend alone that could serve the call, or a decoder's ``steps`` like it; or None."""
+    backend, device = BACKENDS[name], call.q.device
+    if backend.unverified == "take" and not verification.known(name, device):
+        return None
+    mode = verification.DECODE if steps or (not differentiate and backend.decodes(call)) else verification.SEQUENCE
+    what = verification.configuration(call.memory, call.bias, call.retention, call.q.dtype, mode)
+    hidden = 0 if call.memory == "linear" else int(call.state.dual[0].shape[-1])
+    sizes = verification.sizes(int(call.q.shape[-1]), int(call.v.shape[-1]), hidden, call.chunk_size)
+    return verification.doubt(name, device, what, sizes, backend.unverified, warn)
+
+
 def explain(call: Call, differentiate: bool) -> dict[str, str | None]:
-    """For every backend the reason why it cannot serve the call, or None; those for the call's device come first."""
+    """For every backend the reason why "auto" does not take it, or None; those for the call's device come first."""
     first = candidates(call.q.device)
-    names = [*first, *(n for n in NAMES[1:] if n not in first)]
-    return {name: _refusal(name, call, differentiate) for name in names}
+    reasons = {name: _refusal(name, call, differentiate) for name in (*first, *(n for n in NAMES[1:] if n not in first))}
+    for name in first:
+        reasons[name] = reasons[name] or _doubt(name, call, differentiate=differentiate)
+    return reasons
 
 
 #: backends whose absence "auto" mentions once: what is missing, and for which tensors
@@ -149,6 +176,6 @@ def choose(backend: str, call: Call, differentiate: bool) -> str:
             _warned.add(name)
             kernels, tensors = _EXPECTED[name]
             warnings.warn(f"miras_kernels: the {kernels} are missing, so {tensors} take the slower reference: {missing}", stacklevel=4)
-        if _refusal(name, call, differentiate) is None:
+        if _refusal(name, call, differentiate) is None and _doubt(name, call, differentiate=differentiate, warn=True) is None:
             return name
     raise AssertionError("the reference serves every call")

@@ -60,7 +60,9 @@ def linear_memory(
         v: ``[B, T, H, Dv]``, same dtype.
         lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are computed with in float32 (float64
             for float64 inputs).
-        log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay.
+        log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay. Channels are those
+            of the values, so that rows of ``A [Dv, Dk]`` decay. GLA and Kimi Delta Attention decay key channels, its columns;
+            where ``Dk = Dv`` no shape tells them apart, and what is given is taken for values.
         bias: the attentional bias, see :mod:`miras_kernels.biases`.
         retention: the retention gate, see :mod:`miras_kernels.retention`.
         delta: threshold or radius of the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
@@ -69,7 +71,8 @@ def linear_memory(
         initial_state: a :class:`MemoryState`, a dual ``[N, H, Dv, Dk]``, or a learned one ``[H, Dv, Dk]`` shared by all
             sequences; None for zeros.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: ``[N + 1]`` int32 or int64, strictly increasing from 0 to T: packs N sequences into ``B = 1``.
+        cu_seqlens: ``[N + 1]`` int32 or int64, from 0 to T without decreasing: packs N sequences into ``B = 1``. One of no
+            tokens keeps its state.
         backend: "auto", "reference", "cpp", "triton" or "cuda". "auto" takes the fastest that can serve the call on the
             tensors' device, see :func:`explain`.
 
@@ -139,7 +142,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | Non
     Takes the arguments of :func:`linear_memory`, or of :func:`mlp_memory` if ``ln_weight`` is among them.
 
     Returns:
-        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not.
+        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it refuses the
+        call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
         ``backend="auto"`` takes the first one with None.
     """
     defaults = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
@@ -181,5 +185,5 @@ def _run(call: Call, backend: str) -> tuple[Tensor, MemoryState | None]:
     differentiate = _differentiates(call)
     name = dispatch.choose(backend, call, differentiate)
     if call.q.shape[0] == 0 or call.q.shape[1] == 0:
-        return _nothing(call), call.state if call.output_final_state else None
+        return _nothing(call), call.state.map(torch.clone) if call.output_final_state else None
     return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .biases import _number, decode, encode
+from .biases import _number, decode, encode, padded
 
 __all__ = [
     "TABLE",
@@ -36,11 +36,16 @@ class Retention:
 
     name: ClassVar[str] = ""
     tag: ClassVar[int] = -1
+    #: R0, R1 of kernels/retention.py, kRetentionParams of csrc/params.h
+    MAX_PARAMETERS: ClassVar[int] = 2
     #: tag and parameters in one string, of an instance; no field, as it follows from them
     code: ClassVar[str]
+    #: the parameters as kernels take them, likewise
+    padded: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
         self._check()
+        object.__setattr__(self, "padded", padded(self))
         object.__setattr__(self, "code", encode(self.tag, self.parameters))
 
     def _check(self) -> None:

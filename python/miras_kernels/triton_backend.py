@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class TritonBackend:
     """Fused kernels for both memories, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
 
     name = "triton"
+    unverified = "warn"
     #: tokens of a call without gradients that are read one by one: a chunk's products would mostly multiply padding
     STEPS = 4
 
@@ -30,6 +32,23 @@ class TritonBackend:
             return "there is no GPU here (TRITON_INTERPRET=1, set before triton is imported, runs the kernels on CPU tensors, slowly)"
         return None
 
+    def files(self) -> list[Path]:
+        spec = importlib.util.find_spec("miras_kernels.kernels")
+        return [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.py")]
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        import triton
+        from triton import knobs
+
+        found = {"triton": triton.__version__}
+        if device.type == "cuda" and torch.version.hip is None:
+            for tool in ("ptxas", "ptxas_blackwell"):  # which of them is called depends on the chip
+                try:
+                    found[tool] = getattr(knobs.nvidia, tool).version
+                except (AttributeError, RuntimeError):
+                    found[tool] = "none"
+        return found
+
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cuda" or (device.type == "cpu" and interpreted())
 
@@ -39,7 +58,7 @@ class TritonBackend:
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         from miras_kernels.kernels import configs
 
-        if not differentiate and self._steps(call):
+        if not differentiate and self.decodes(call):
             return self.refuses_steps(call)
         if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
@@ -55,11 +74,13 @@ class TritonBackend:
         if not linear and call.chunk_size not in configs.MLP_CHUNK_SIZES:
             sizes = ", ".join(map(str, configs.MLP_CHUNK_SIZES))
             return f"chunk_size must be one of {sizes} for an MLP memory, got {call.chunk_size}"
+        if not linear and call.q.shape[1] >= configs.MAX_MLP_CHUNKS * call.chunk_size:
+            return f"an MLP memory is limited to {configs.MAX_MLP_CHUNKS} chunks, got {call.q.shape[1]} tokens"
         if differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
 
-    def _steps(self, call: Call) -> bool:
+    def decodes(self, call: Call) -> bool:
         """Whether so few tokens are read one by one, if no backward will come."""
         return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS
 
@@ -82,7 +103,7 @@ class TritonBackend:
         from miras_kernels import decode
         from miras_kernels.kernels import launch, linear, mlp
 
-        if checkpoint_every == 0 and self._steps(call):
+        if checkpoint_every == 0 and self.decodes(call):
             return *decode.forward(call, self.name), []
         forward = (linear if call.memory == "linear" else mlp).forward
         out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))

@@ -152,8 +152,8 @@ def _sequences(cu_seqlens: object, b: int, t: int, q: Tensor) -> int:
         values = cu_seqlens.tolist()
         if values[0] != 0:
             raise ValueError(f"cu_seqlens: expected to start at 0, got {values[0]}")
-        if any(y <= x for x, y in itertools.pairwise(values)):
-            raise ValueError(f"cu_seqlens: expected strictly increasing offsets, got {values}")
+        if any(y < x for x, y in itertools.pairwise(values)):
+            raise ValueError(f"cu_seqlens: expected offsets that do not decrease, got {values}")
         if values[-1] != t:
             raise ValueError(f"cu_seqlens: expected to end at T = {t}, got {values[-1]}")
     return cu_seqlens.shape[0] - 1

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, StaticCache
 
 from ..layers import MemoryBlock, Projected
-from .cache import MemoryCacheLayer, check_cache, memory_layer
+from .cache import MemoryCacheLayer, check_cache, memory_layer, refuse_state
+from .compat import CACHE, accepts_old_name, drops_cache
 
 __all__ = ["Batch", "MemoryAttention", "ParallelAttention", "describe_batch", "mask_of_tokens"]
 
@@ -62,19 +63,21 @@ class MemoryAttention(nn.Module):
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
 
+    @accepts_old_name
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: object | None = None,
+        *,
         memory_batch: Batch | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        """``hidden_states [B, T, D]`` to ``(out [B, T, D], None)``; a cache is read and advanced by T tokens. Other arguments are
-        the host's business; without ``memory_batch`` (a layer called by itself) the mask is the one that the host made for attention."""
+        """``hidden_states [B, T, D]`` to ``(out [B, T, D], None)``; a cache (the argument ``cache``, ``past_key_values`` before
+        transformers 5.24) is read and advanced by T tokens. Other arguments are the host's business; without ``memory_batch`` (a layer
+        called by itself) the mask is the one that the host made for attention."""
+        cache = _cache_layer(self, kwargs)
         projected = self._project(hidden_states, position_embeddings)
-        cache = None if past_key_values is None else memory_layer(past_key_values, self.layer_idx)
         out = _recall(self.memory, hidden_states, attention_mask, memory_batch, cache, projected)
         return out if projected is None else self.o_proj(out), None
 
@@ -103,12 +106,19 @@ class ParallelAttention:
     layer_idx: int
     memory: MemoryBlock
 
+    @accepts_old_name
     def forward(self, hidden_states: Tensor, *args, memory_batch: Batch | None = None, **kwargs):
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        cache = None if cache is None else memory_layer(cache, self.layer_idx, beside_attention=True)
-        recalled = _recall(self.memory, hidden_states, mask, memory_batch, cache, None)
+        cache = _cache_layer(self, kwargs, beside_attention=True)
+        recalled = _recall(self.memory, hidden_states, kwargs.get("attention_mask"), memory_batch, cache, None)
         out, weights = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]  # the host's layer is the other base
         return out + recalled, weights
+
+
+def _cache_layer(layer: Any, kwargs: dict, beside_attention: bool = False) -> MemoryCacheLayer | None:
+    """The layer's place in the cache among its keyword arguments."""
+    refuse_state(kwargs)
+    cache = kwargs.get(CACHE)
+    return None if cache is None else memory_layer(cache, layer.layer_idx, beside_attention)
 
 
 def _recall(
@@ -151,7 +161,7 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
     cache is made unless asked for.
     """
     _refuse(model, kwargs)
-    kwargs, cache = dict(kwargs), kwargs.get("past_key_values")
+    kwargs, cache = dict(kwargs), kwargs.get(CACHE)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
         return kwargs  # the host complains
@@ -191,7 +201,7 @@ def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iterati
 
     This runs outside of what is compiled, so all looks at values are here.
     """
-    if not isinstance(inputs.get("past_key_values"), StaticCache) or (attention_mask is not None and attention_mask.dim() != 2):
+    if not isinstance(inputs.get(CACHE), StaticCache) or (attention_mask is not None and attention_mask.dim() != 2):
         return inputs
     tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
     mask, length = None, tokens.shape[1]
@@ -214,10 +224,13 @@ def _past(cache: Any, given: object, tokens: int) -> int:
 
 
 def _refuse(model: PreTrainedModel, kwargs: dict) -> None:
-    if kwargs.get("past_key_values") is not None:
-        check_cache(kwargs["past_key_values"])
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError(f"cache: a model with memories does no continuous batching, got {type(kwargs['cache']).__name__}")
+    refuse_state(kwargs)
+    if kwargs.get(CACHE) is not None:
+        check_cache(kwargs[CACHE])
+        if drops_cache(model):
+            raise ValueError(
+                f"{CACHE}: gradient checkpointing computes layers again, which have no cache then; expected None, or a model in eval() mode"
+            )
     if kwargs.get("encoder_hidden_states") is not None:
         raise ValueError("encoder_hidden_states: a memory does not attend to another sequence; expected None")
     if kwargs.get("is_causal") is False:
@@ -233,11 +246,25 @@ def _documents(tokens: Tensor, kwargs: dict, mask: Tensor | None) -> Tensor | No
     rows, length = tokens.shape[:2]
     told, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if told is not None:
-        if mask is not None and not bool(mask.all()):
-            raise ValueError("cu_seq_lens_q: packed documents have no padding; expected no attention_mask, or one without zeros")
+        if mask is not None:
+            _refuse_padding(mask)
         return told
     if position_ids is None or mask is not None or length == 1:
         return None
+    return _documents_of_positions(position_ids, rows, length)
+
+
+@torch.compiler.disable(reason="attention_mask: its values are looked at; expected None beside cu_seq_lens_q with fullgraph=True")
+def _refuse_padding(mask: Tensor) -> None:
+    if not bool(mask.all()):
+        raise ValueError("cu_seq_lens_q: packed documents have no padding; expected no attention_mask, or one without zeros")
+
+
+@torch.compiler.disable(
+    reason="position_ids: where documents begin is seen in their values; with fullgraph=True expected cu_seq_lens_q (or, for one document "
+    "a row, an attention_mask of ones)"
+)
+def _documents_of_positions(position_ids: Tensor, rows: int, length: int) -> Tensor | None:
     starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).expand(rows, length)
     if bool((starts.sum() == rows).item()):
         return None

@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from ..layers import BlockDecoder, BlockState, MemoryBlock
+from . import compat
+from .compat import CACHE
 
-__all__ = ["MemoryCacheLayer", "ParallelCacheLayer", "StaticMemoryCacheLayer", "memory_layer"]
+__all__ = ["MemoryCacheLayer", "ParallelCacheLayer", "StaticMemoryCacheLayer", "check_cache", "memory_layer", "refuse_state"]
 
 
-class MemoryCacheLayer(CacheLayerMixin):
+class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
     """What a memory carries from token to token, in the place of an attention layer's keys and values.
 
     Its size does not depend on how much has been read. It counts tokens as attention does (padding included), so that
@@ -72,8 +74,6 @@ class MemoryCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
-
-    get_max_cache_shape = get_max_length  # as older versions call it
 
     def reset(self) -> None:
         self.state, self.length, self.is_initialized = None, 0, False
@@ -157,8 +157,6 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
             raise AttributeError("batch_size: nothing has been read yet")
         return self.decoder.conv.shape[0]
 
-    max_batch_size = batch_size  # as older versions call it
-
     def get_seq_length(self) -> Tensor | int:
         return self.length if self.is_initialized else 0
 
@@ -167,8 +165,6 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
 
     def get_max_length(self) -> int:
         return self.max_cache_len
-
-    get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
         """Nothing has been read; the buffers stay where they are."""
@@ -202,7 +198,7 @@ def _done(name: str) -> Callable:
     return method
 
 
-class ParallelCacheLayer(CacheLayerMixin):
+class ParallelCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
     """The keys and values of an attention layer, and the state of the memory beside it.
 
     What a cache asks of its layers the one of attention answers; what it does to them is done to both.
@@ -222,7 +218,7 @@ class ParallelCacheLayer(CacheLayerMixin):
 
     update, lazy_initialization = _answered("update"), _answered("lazy_initialization")
     get_seq_length, get_mask_sizes = _answered("get_seq_length"), _answered("get_mask_sizes")
-    get_max_length, get_max_cache_shape = _answered("get_max_length"), _answered("get_max_cache_shape")
+    get_max_length = _answered(compat.MAX_LENGTH)
     reset, reorder_cache, offload, prefetch = _done("reset"), _done("reorder_cache"), _done("offload"), _done("prefetch")
     batch_repeat_interleave, batch_select_indices = _done("batch_repeat_interleave"), _done("batch_select_indices")
     crop = MemoryCacheLayer.crop
@@ -242,7 +238,7 @@ def memory_layer(cache: Cache, index: int, beside_attention: bool = False) -> Me
         return layer.memory if beside_attention else layer
     if layer.get_seq_length():
         raise ValueError(
-            f"past_key_values: layer {index} of the model is a memory; expected its state or an empty cache, got keys and values of "
+            f"{CACHE}: layer {index} of the model is a memory; expected its state or an empty cache, got keys and values of "
             f"{layer.get_seq_length()} tokens (of another model, or of prefix tuning)"
         )
     static = isinstance(cache, StaticCache)
@@ -260,10 +256,29 @@ def check_cache(cache: object) -> None:
     if isinstance(cache, StaticCache):
         if torch.is_grad_enabled():
             raise ValueError(
-                "past_key_values: a StaticCache of a model with memories carries no gradients; expected torch.no_grad() or a DynamicCache"
+                f"{CACHE}: a StaticCache of a model with memories carries no gradients; expected torch.no_grad() or a DynamicCache"
             )
         return
     if isinstance(cache, DynamicCache):
         return
-    kind = "Cache" if isinstance(cache, Cache) else "object"
-    raise TypeError(f"past_key_values: a model with memories needs a DynamicCache or a StaticCache, got the {kind} {type(cache).__name__}")
+    raise TypeError(f"{CACHE}: a model with memories needs a DynamicCache or a StaticCache{_INSTEAD}{_kind(cache)}")
+
+
+def refuse_state(kwargs: dict) -> None:
+    """Refuse a state among keyword arguments that nobody reads: the text would go on without it."""
+    for name, value in kwargs.items():
+        if name != CACHE and value is not None and (name in compat.ALIASES or _holds_state(value)):
+            raise TypeError(f"{name}: expected None, a model with memories reads the argument {CACHE}{_INSTEAD}{_kind(value)}")
+
+
+_INSTEAD = ", and does no continuous batching; got the "
+
+
+def _holds_state(value: object) -> bool:
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_holds_state, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (BlockState, BlockDecoder)) or hasattr(type(value), "get_seq_length")  # a cache, or a layer of one
+
+
+def _kind(cache: object) -> str:
+    return f"{'Cache' if isinstance(cache, Cache) else 'object'} {type(cache).__name__}"

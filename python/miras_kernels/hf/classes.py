@@ -20,10 +20,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.utils import output_capturing
 
 from ..layers import MemoryBlock
-from . import plan
+from . import compat, plan
 from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_of_tokens
 from .plan import Memories
 
@@ -73,7 +72,7 @@ class MirasConfigMixin(_OfHost):
         """Nothing: a saved model names the installed classes, and carries no copy of their code."""
 
 
-class MirasModelMixin(_OfHost):
+class MirasModelMixin(compat.GenerationMethods, _OfHost):
     """What a model with memories does differently from its host.
 
     Parameters that a checkpoint lacks get the values that :meth:`MemoryBlock.reset_parameters
@@ -92,10 +91,6 @@ class MirasModelMixin(_OfHost):
         if not isinstance(base, MirasModelMixin):  # the host's own __init__ has made a base model of its own class
             adopt(base, FAMILIES[self.config_class])
         install(base, build(base, config))
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return True  # before transformers 5.8 a stateful model would get no cache
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -165,8 +160,7 @@ def install(base: PreTrainedModel, new: dict[int, MemoryAttention | MemoryBlock]
 def adopt(model: PreTrainedModel, family: Family) -> None:
     """Make a model one of the class with memories, in place."""
     model.__class__ = family.models[type(model)]
-    # How transformers finds out which outputs (hidden states ...) a class can record.
-    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs)
+    compat.record_outputs(model)
 
 
 def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, index: int, backend: str) -> MemoryAttention | MemoryBlock:
@@ -201,6 +195,7 @@ def _positional(method: Callable) -> list[str]:
 def _forward(host: type[PreTrainedModel]):
     names = _positional(host.forward)
 
+    @compat.accepts_old_name
     @functools.wraps(host.forward)
     def forward(self, *args, **kwargs):
         return host.forward(self, **describe_batch(self, {**dict(zip(names, args, strict=False)), **kwargs}))

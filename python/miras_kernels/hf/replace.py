@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..layers import Preset
 from ..layers.presets import resolve
-from . import plan
+from . import compat, plan
 from .attention import PROJECTIONS, MemoryAttention, ParallelAttention
 from .classes import FAMILIES, HOSTS, Family, adopt, build, has_memory, install
 from .plan import Memories
@@ -63,6 +63,7 @@ def replace_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. The model is then unchanged.
     """
+    compat.warn_if_untested()
     family = _family(model)
     base = model.base_model
     taken = [i for i, layer in enumerate(base.layers) if has_memory(layer)]

@@ -25,14 +25,15 @@ def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tens
     elif tuple(context.shape) != (sequences, before, channels):
         raise ValueError(f"initial_state.conv: expected shape {(sequences, before, channels)}, got {tuple(context.shape)}")
     context = context.to(x.dtype)
+    if tokens == 0:
+        return x, context.clone()
     if cu_seqlens is None:
         stream = torch.cat([context, x], 1)
-        if tokens == 0:
-            return x, stream
         return _depthwise(stream, weight), stream[:, tokens:]
     offsets = cu_seqlens.to(torch.int64)
     number = torch.arange(sequences, device=x.device)
-    of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence
+    of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence ...
+    of_token = of_token.clamp_max(sequences - 1)  # ... if it has one: offsets may end before T
     at = torch.arange(tokens, device=x.device) + of_token * before  # [T], where the token's window begins
     around = (offsets + F.pad(number, (0, 1)) * before)[:-1, None] + torch.arange(before, device=x.device)  # [N, before]
     stream = x.new_zeros(tokens + sequences * before, channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,9 +16,19 @@ class ReferenceBackend:
     """Serves every call. What :func:`derived.covers` goes through the same operators as the kernels do."""
 
     name = "reference"
+    unverified = "take"  # it is what the others are held to
 
     def unavailable(self) -> None:
         return None
+
+    def files(self) -> list[Path]:
+        return []
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        return {}
+
+    def decodes(self, call: Call) -> bool:
+        return False
 
     def runs_on(self, device: torch.device) -> bool:
         return True

@@ -52,7 +52,7 @@ class Layout(NamedTuple):
         """``[B, T, H, ...] -> [B, H, N, C, ...]``, padded with zeros."""
         pad = [0, 0] * (x.dim() - 2) + [self.front, self.back]
         x = F.pad(x, pad) if self.front or self.back else x
-        return x.unflatten(1, (-1, self.size)).movedim(3, 1)
+        return x.unflatten(1, (x.shape[1] // self.size, self.size)).movedim(3, 1)
 
     def merge(self, x: Tensor) -> Tensor:
         """``[B, H, N, C, ...] -> [B, T, H, ...]``, the padding dropped."""

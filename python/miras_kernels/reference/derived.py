@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..retention import L2Retention
 from ..state import MemoryState
-from .chunkwise import Decay, Layout, _decay, _per_chunk
-from .inputs import Call, final_state, join, sequences
+from .chunkwise import Decay, Layout, _decay, _nothing, _per_chunk
+from .inputs import Call, final_state, join, sequences, together
 
 __all__ = ["backward", "covers", "forward"]
 
@@ -50,9 +50,10 @@ def forward(call: Call) -> tuple[Tensor, MemoryState, list[Tensor]]:
         results.append((out, state))
         saved.append(keep)
     out, state = join(call, results)
-    if len(saved) > 1:
-        spare = [x.new_zeros(*x.shape[:2], saved_chunks(call) - sum(s[0].shape[2] for s in saved), *x.shape[3:]) for x in saved[0]]
-        saved = [[torch.cat(parts, 2) for parts in zip(*saved, spare, strict=True)]]
+    spare = saved_chunks(call) - sum(s[0].shape[2] for s in saved)
+    if spare or len(saved) > 1:
+        saved.append([x.new_zeros(*x.shape[:2], spare, *x.shape[3:]) for x in saved[0]])
+        saved = [[torch.cat(parts, 2) for parts in zip(*saved, strict=True)]]
     return out, state, saved[0]
 
 
@@ -66,9 +67,8 @@ def backward(call: Call, saved: list[Tensor], grad_out: Tensor, grad_dual: Tenso
         d_dual = grad_dual if grad_dual is None or len(parts) == 1 else grad_dual[n : n + 1]
         grads.append(chunks.backward(*(x[:, :, chunk:last] for x in saved), grad_out[:, token:end], d_dual))
         token, chunk = end, last
-    if len(parts) == 1:
-        return grads[0]
-    return {name: torch.cat([g[name] for g in grads], 0 if name == "dual" else 1) for name in grads[0]}
+    both = {name: [g[name] for g in grads] for name in grads[0]}
+    return {name: torch.cat(x) if name == "dual" else together(call, x) for name, x in both.items()}
 
 
 class _Chunks:
@@ -90,6 +90,11 @@ class _Chunks:
         return None if self.delta is None else self.delta[:, :, n]
 
     def forward(self) -> tuple[Tensor, MemoryState, list[Tensor]]:
+        if self.chunks == 0:
+            out, state = _nothing(self.call)
+            b, _, h, dv = out.shape
+            saved = [(dv, self.q.shape[-1]), (self.layout.size, dv)]
+            return out, state, [out.new_empty(b, h, 0, *shape) for shape in saved]
         psi, reads = self.call.bias.psi, self.call.bias.reads_memory
         state = self.call.state.dual[0]
         weighted = self.to_end * self.lr
@@ -115,6 +120,9 @@ class _Chunks:
         return final_state([dual], None, end, [start if end else dual], total)
 
     def backward(self, starts: Tensor, predictions: Tensor, grad_out: Tensor, grad_dual: Tensor | None) -> dict[str, Tensor]:
+        if self.chunks == 0:
+            none = {name: torch.zeros_like(x) for name in Call.PER_TOKEN if (x := getattr(self.call, name)) is not None}
+            return none | {"dual": torch.zeros_like(self.call.state.dual[0]) if grad_dual is None else grad_dual}
         bias, reads = self.call.bias, self.call.bias.reads_memory
         q, k, v, lr = self.q, self.k, self.v, self.lr
         d_out = self.layout.split(grad_out)

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..biases import Bias
 from ..retention import Retention
@@ -64,13 +65,20 @@ def sequences(call: Call) -> list[Call]:
 
 def join(call: Call, results: list[tuple[Tensor, MemoryState]]) -> tuple[Tensor, MemoryState]:
     """Put the results of :func:`sequences` together again."""
+    out = together(call, [out for out, _ in results])
     if len(results) == 1:
-        return results[0]
-    out = torch.cat([out for out, _ in results], 0 if call.cu_seqlens is None else 1)
+        return out, results[0][1]
     states = [state for _, state in results]
     merged = states[0].replace_tensors([torch.cat(parts) for parts in zip(*(s.tensors() for s in states), strict=True)])
     position = torch.cat([s.open_chunk.position for s in states])
     return out, dataclasses.replace(merged, open_chunk=dataclasses.replace(merged.open_chunk, position=position))
+
+
+def together(call: Call, parts: list[Tensor]) -> Tensor:
+    """``[B, T, H, ...]`` from those of the sequences; 0 for tokens of no sequence, where offsets that nobody checked end before T."""
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, 0 if call.cu_seqlens is None else 1)
+    missing = call.q.shape[1] - x.shape[1]
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x
 
 
 def open_chunk(call: Call) -> tuple[int, tuple[Tensor, ...], Tensor]:

@@ -50,7 +50,7 @@ def _linear() -> list[Case]:
         cases += [
             Case(f"linear-{word}-strong-decay", bias=bias, decay="strong", tokens=80, chunk_size=32, seed=i),
             Case(f"linear-{word}-extreme-decay", bias=bias, decay="extreme", tokens=80, chunk_size=32, seed=i),
-            Case(f"linear-{word}-packed", bias=bias, lengths=(1, 16, 30, 5, 33), seed=i),
+            Case(f"linear-{word}-packed", bias=bias, lengths=(1, 16, 0, 30, 5, 33, 0), seed=i),
             Case(f"linear-{word}-shared-state", bias=bias, initial="shared", seed=i),
             Case(f"linear-{word}-no-state", bias=bias, initial="none", seed=i),
             Case(f"linear-{word}-fused", bias=bias, layout="fused", seed=i),
@@ -89,7 +89,7 @@ def _mlp() -> list[Case]:
     )  # fmt: skip
     cases += [
         Case("mlp-l2-no-decay", decay="none", seed=140, **shape),
-        Case("mlp-l2-packed", lengths=(1, 16, 30, 5), seed=141, **shape),
+        Case("mlp-l2-packed", lengths=(0, 1, 16, 0, 30, 5), seed=141, **shape),
         Case("mlp-l2-shared-state", initial="shared", seed=142, **shape),
         Case("mlp-huber_norm-chunk-1", bias=Huber("norm"), chunk_size=1, tokens=9, seed=143, **shape),
         Case("mlp-l2-extreme-decay", decay="extreme", seed=144, **shape),

@@ -87,15 +87,16 @@ def check_results(inputs: Inputs, found: dict[str, Tensor], run: Callable[[Call]
 
 
 def check_steps(
-    case: Case, backend: str = "auto", dtype: torch.dtype = torch.float32, cuts: Sequence[int] = (0, 1), found: dict | None = None
-) -> Report:
+    case: Case, backend: str = "auto", dtype: torch.dtype = torch.float32, cuts: Sequence[int] = (0, 1), found: dict | None = None,
+    device: str | torch.device = "cpu",
+) -> Report:  # fmt: skip
     """Compare a decoder with float64, within the budgets of :func:`check`.
 
     Args:
         cuts: see :func:`read`; the last one is the number of tokens.
         found: other results to compare, made from ``inputs_of(case, dtype)``.
     """
-    inputs = inputs_of(case, backend, dtype)
+    inputs = inputs_of(case, backend, dtype, device)
     found = read(inputs, backend, cuts) if found is None else found
     wanted = expect(inputs, torch.float32, lambda x: whole(x, cuts[0]))
     if wanted.keys() != found.keys():
@@ -103,6 +104,6 @@ def check_steps(
     return compare(case, dtype, found, wanted)
 
 
-def inputs_of(case: Case, backend: str, dtype: torch.dtype) -> Inputs:
+def inputs_of(case: Case, backend: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
     """The tensors that :func:`check_steps` draws."""
-    return case.draw(dtype, margin=margin(case, operands(backend, dtype)))
+    return case.draw(dtype, device, margin(case, operands(backend, dtype)))
