@@ -129,7 +129,7 @@ MUTANTS = [
            "(p.state.position[n] + p.T) % p.C", "(p.state.position[n] + 1) % p.C"),
     Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_bindings.cpp", ("test_decode.py::test_errors_of_values",),
            "!(x < 0.0f || x >= 1.0f)", "!(x < 0.0f || x > 1.0f)"),
-    Mutant("cpp-panels-not-added-up", "csrc/bindings.cpp", cases("test_cpp.py::test_any_number_of_threads", "(1, 1)-l2"),
+    Mutant("cpp-panels-not-added-up", "csrc/bindings.cpp", cases("test_cpp.py::test_any_number_of_threads", "(1, 1)-dot"),
            "x += from[share * size + i]", "x += 0.0f"),
     # ------------------------------------------------------------------------------------------------- csrc/cuda, emulated
     Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu", cases("test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
