@@ -285,11 +285,13 @@ inline const int miras_mutant = std::getenv("MIRAS_MUTANT") ? std::atoi(std::get
 """
 
 
-def copied(folder: Path) -> Path:
-    """The tree without what was built, but for the kernels, and importable before any installed one."""
+def copied(folder: Path, tree: Path = ROOT) -> Path:
+    """A tree without what was built, but for the kernels, and importable before any installed one."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "__pycache__", ".*_cache", ".hypothesis", "out")
-    shutil.copytree(ROOT, folder, ignore=ignored, symlinks=True)
-    (folder / "python" / "miras_kernels" / "kernels").symlink_to(folder / "kernels")
+    shutil.copytree(tree, folder, ignore=ignored, symlinks=True)
+    link = folder / "python" / "miras_kernels" / "kernels"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder / "kernels")
     return folder
 
 
@@ -337,7 +339,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.j) as pool:
         right, switched = copied(Path(folder, "right")), Path(folder, "switched")
         if compiled:
-            build(copied(switched), compiled)
+            build(copied(switched, right), compiled)
 
         def sound() -> subprocess.CompletedProcess:
             tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
@@ -348,7 +350,7 @@ def main() -> int:
             if mutant.compiled:
                 done = pytest(switched, mutant.tests, MIRAS_MUTANT=str(compiled.index(mutant) + 1))
             else:
-                tree = copied(Path(folder, mutant.name))
+                tree = copied(Path(folder, mutant.name), right)
                 replace(tree, mutant, mutant.replacement)
                 done = pytest(tree, mutant.tests)
                 shutil.rmtree(tree)
