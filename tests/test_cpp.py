@@ -18,7 +18,7 @@ from miras_kernels.testing import Case, check, evaluate, registry
 from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.testing.parity import compare, spread
 from miras_kernels.validation import linear_call, mlp_call
-from quick import combinations, or_slow, slow
+from quick import combinations, or_slow, sample, slow
 
 
 class Forgetful(Case):
@@ -96,7 +96,9 @@ def instruction_sets(case: Case) -> list[str]:
 LARGE = ("channels-wide", "linear-largest-huber_switch", "linear-largest-huber_coordinate", "mlp-lq-momentum-common")
 
 
-@pytest.mark.parametrize("case", or_slow(SERVED, [case for case in SERVED if case.name not in LARGE]))
+@pytest.mark.parametrize(
+    "case", or_slow(SERVED, [case for case in (*registry()[1::2], *sample(SERVED), *TOGETHER) if case.name not in LARGE])
+)
 def test_float32(case, poisoned, monkeypatch):
     from miras_kernels import _C
 

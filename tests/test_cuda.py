@@ -79,7 +79,7 @@ def cuda(library, monkeypatch) -> CudaBackend:
 on_cpu = functools.partial(assert_right, backend="cuda", device="cpu")
 
 
-@pytest.mark.parametrize("case", or_slow(PAIRS, sample(PAIRS)))
+@pytest.mark.parametrize("case", or_slow(PAIRS, sample(PAIRS)[::2]))
 def test_steps(case, cuda, poisoned):
     """A run that ends a chunk of 16, and the token that begins the next."""
     on_cpu(case, cuts=[14, 16, 17])

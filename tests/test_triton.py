@@ -182,7 +182,7 @@ def test_bitwise_repeatable(case):
 
 @pytest.mark.parametrize(
     ("memory", "every"),
-    [("linear", 1), ("linear", 3), slow("linear", 100), slow("mlp", 1), slow("mlp", 3), ("mlp", 100), ("mlp-lq-momentum", 3)],
+    [("linear", 1), ("linear", 3), slow("linear", 100), slow("mlp", 1), slow("mlp", 3), slow("mlp", 100), ("mlp-lq-momentum", 3)],
 )
 def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
     memory, *gated = memory.split("-")
