@@ -1,5 +1,5 @@
 # `make demo` and `make test` each work alone on a fresh clone: they make .venv, install PyTorch and the tools, build the
-# C++ kernels and run. Later calls reuse .venv: Python edits need nothing, edits under csrc/ are rebuilt by ninja.
+# C++ kernels and run. Later calls reuse .venv: Python edits need nothing, edits under csrc/ are compiled anew.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -32,11 +32,11 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-newest update-constraints test-all bench study lint types sanitize sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-newest update-constraints test-all bench study lint types sanitize aarch64 sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z0-9-]+:.*##/ { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=python3.12 (for a new .venv), TORCH=\"torch==...\", ARGS=\"...\" (for the program that runs),"
 	@echo "             PRESET=yaad (the demo's memory)"
 
@@ -46,7 +46,7 @@ demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a 
 test: $(VENV)/.built  ## the tests, without the slow ones
 	$(ONE_THREAD) $(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
-test-slow: $(VENV)/.built  ## the slow ones: wider sweeps, whole programs, every Triton configuration compiled for every kind of chip
+test-slow: $(VENV)/.built  ## the slow ones: wider sweeps, whole programs, budgets on every code path, all Triton configurations compiled
 	$(ONE_THREAD) $(PY) -m pytest tests -q -m slow $(WORKERS) $(ARGS)
 
 mutants: $(VENV)/.built  ## planted one-line faults: which does no test catch? ARGS="-k NAME" for some of them
@@ -90,6 +90,13 @@ format: $(VENV)/.lint  ## let ruff rewrite what it can
 sanitize: $(VENV)/.sanitized  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PY) tests/sanitize.py
 
+aarch64:  ## the C++ kernels built for 64-bit ARM and checked under qemu, if both are here
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
+	  echo "aarch64: skipped, no $$tool here (Debian's g++-aarch64-linux-gnu, qemu-user)"; exit 0; }; done; \
+	mkdir -p build && \
+	aarch64-linux-gnu-g++ -O2 -std=c++20 -static -Icsrc tests/selfcheck.cpp csrc/cpu/*.cpp -o build/selfcheck-aarch64 && \
+	qemu-aarch64 build/selfcheck-aarch64
+
 types: $(VENV)/.types  ## mypy over what users call, see pyproject.toml
 	$(PY) -m mypy
 
@@ -130,16 +137,16 @@ $(VENV)/.tools: | $(VENV)/.torch
 
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.tools
 	@echo "installing miras-kernels, what tests and demo need, and building the C++ kernels (about a minute the first time)"
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -qq $(TESTED) --no-build-isolation -e ".[test,demo]"
+	@$(PIP) install -qq $(TESTED) --no-build-isolation -e ".[test,demo]"
 	@touch $@
 
 $(VENV)/.built: $(CXX_SOURCES) $(VENV)/.installed
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+	@$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
 $(VENV)/.sanitized: $(CXX_SOURCES) setup.py | $(VENV)/.built
 	@echo "building the C++ kernels for the sanitizers (some minutes the first time)"
-	@MIRAS_SANITIZE=1 MIRAS_CUDA=0 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext
+	@MIRAS_SANITIZE=1 MIRAS_CUDA=0 $(PY) setup.py -q build_ext
 	@touch $@
 
 $(VENV)/.oldest: | $(VENV)/.built
@@ -154,7 +161,7 @@ $(VENV)/.newest: | $(VENV)/.built
 	@rm -rf $(VENV)/newest && $(PYTHON) -m venv $(VENV)/newest
 	@$(NEWEST) "$(TORCH)" || $(NEWEST) "$(TORCH_FALLBACK)"
 	@$(NEWEST) "setuptools>=77" wheel pybind11
-	@PATH="$(CURDIR)/$(VENV)/newest/bin:$$PATH" $(NEWEST) --no-build-isolation -e ".[test,demo]"
+	@$(NEWEST) --no-build-isolation -e ".[test,demo]"
 
 # With what it depends on (PyTorch is not among that).
 $(VENV)/.oldest-hf: | $(VENV)/.built

@@ -17,9 +17,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
+import tempfile
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -119,7 +120,7 @@ def outdated(target: str, source: str) -> bool:
     try:
         made = os.stat(target).st_mtime
         files = shlex.split(made_of.read_text(encoding="utf-8").replace("\\\n", " "))[1:]
-        return any(os.stat(file).st_mtime > made for file in [*files, "setup.py"])
+        return any(os.stat(file).st_mtime > made for file in files)
     except OSError:
         return True
 
@@ -152,40 +153,38 @@ else:
 
         def finalize_options(self):
             super().finalize_options()
-            # One lasting place for objects, so that only what changed is compiled again, under pip too.
-            self.build_temp = str(ROOT / "build" / f"{'sanitize' if SANITIZE else 'cpp'}-{self.plat_name}-{sys.implementation.cache_tag}")
+            # One lasting place for objects that are compiled alike, so that only what changed is compiled again, under pip too.
+            alike = [os.environ["CXX"], os.environ.get("CXXFLAGS"), *COMPILE, self.plat_name, sys.implementation.cache_tag]
+            self.build_temp = str(ROOT / "build" / f"objects-{zlib.crc32(repr(alike).encode()):08x}")
             if SANITIZE:
                 self.build_lib, self.inplace = str(ROOT / "build" / "sanitize"), False
 
         def run(self):
-            try:
-                super().run()
-            except (Exception, SystemExit) as error:
-                if REQUIRE_CPP:
-                    raise
-                package = self.destination()
-                for stale in package.glob("_C.*.so"):
-                    stale.unlink()
-                missing = f"compiling it failed when the package was installed: {error}"
-                finish(package, missing)
-                print(f"miras-kernels: installing without the C++ kernels: {missing}", file=sys.stderr)
-            else:
-                finish(self.destination(), None)
-
-        def build_extension(self, ext):
-            spawn = self.compiler.spawn
-
-            def said(command, **options):
-                """A failed command is run once more, for the first error that it reports."""
+            with tempfile.TemporaryFile() as said:
+                terminal = os.dup(2)
+                os.dup2(said.fileno(), 2)
                 try:
-                    spawn(command, **options)
-                except Exception as error:
-                    again = subprocess.run(command, capture_output=True, text=True, check=False)
-                    first = next((line.strip() for line in (again.stderr + again.stdout).splitlines() if "error" in line.lower()), None)
-                    raise RuntimeError(first or str(error)) from error
-
-            self.compiler.spawn = said
-            super().build_extension(ext)
+                    super().run()
+                    error = None
+                except (Exception, SystemExit) as failed:
+                    error = failed
+                finally:
+                    os.dup2(terminal, 2)
+                said.seek(0)
+                lines = said.read().decode(errors="replace").splitlines()
+            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+            if error is None:
+                finish(self.destination(), None)
+                return
+            if REQUIRE_CPP:
+                raise error
+            package = self.destination()
+            for stale in package.glob("_C.*.so"):
+                stale.unlink()
+            first = next((line.strip() for line in lines if "error" in line.lower()), error)
+            missing = f"compiling it failed when the package was installed: {first}"
+            finish(package, missing)
+            print(f"miras-kernels: installing without the C++ kernels: {missing}", file=sys.stderr)
 
         def destination(self) -> Path:
             """Where the package lies that the kernels are built for."""

@@ -60,7 +60,7 @@ TOGETHER = [
     Case("momentum-strong-decay", momentum=True, decay="strong", tokens=80, chunk_size=32, seed=9),
     Case("momentum-extreme-decay", momentum=True, decay="extreme", tokens=80, chunk_size=32, seed=10),
     Case("momentum-no-state", bias=mk.Huber("switch"), momentum=True, initial="none", layout="fused", seed=11),
-    Case("channels-wide", momentum=True, **CHANNELS, batch=1, tokens=130, key_dim=64, value_dim=136, chunk_size=64, seed=12),
+    Case("channels-wide", momentum=True, **CHANNELS, batch=1, heads=1, tokens=100, key_dim=64, value_dim=136, chunk_size=64, seed=12),
     Forgetful("forgetful", decay="channel", tokens=80, chunk_size=32, seed=13),
     Forgetful("forgetful-momentum", bias=mk.Huber(), decay="channel", momentum=True, tokens=80, chunk_size=32, seed=14),
     Forgetful("forgetful-sigmoid", retention=mk.SigmoidRetention(), decay="channel", momentum=True, lengths=(40, 17), seed=15),
