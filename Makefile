@@ -32,7 +32,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-oldest test-oldest-hf test-newest update-constraints test-all bench study lint types sanitize aarch64 sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-newest update-constraints test-all bench study lint types sanitize aarch64 sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,12 +46,15 @@ demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a 
 test: $(VENV)/.built  ## the tests, without the slow ones
 	$(ONE_THREAD) $(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
-test-slow: $(VENV)/.built  ## the slow ones: every Triton configuration compiled for every kind of chip, budgets on every code path
-	$(PY) -m pytest tests -q -m slow $(ARGS)
+test-slow: $(VENV)/.built  ## the slow ones: wider sweeps, whole programs, budgets on every code path, all Triton configurations compiled
+	$(ONE_THREAD) $(PY) -m pytest tests -q -m slow $(WORKERS) $(ARGS)
+
+mutants: $(VENV)/.built  ## planted one-line faults: which does no test catch? ARGS="-k NAME" for some of them
+	$(PY) tests/mutants.py $(ARGS)
 
 # The cases of every pair of properties use all that the kernels use of Triton.
 test-oldest: $(VENV)/.oldest  ## Triton tests with the oldest Triton that is supported
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -m "not slow" -k "compile or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -k "compile and not every_configuration or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_parallel.py tests/test_hf_save.py tests/test_hf_model.py tests/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)

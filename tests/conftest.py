@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -21,6 +24,27 @@ from miras_kernels import dispatch
 def pytest_configure(config):
     # A test that wants the kernels and finds none must fail, not skip: the test command builds them.
     torch.manual_seed(0)
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton") is not None:
+        hurry_interpreter()
+
+
+def hurry_interpreter():
+    """Spare Triton's interpreter what takes two thirds of its time and changes no number.
+
+    It replaces the functions of its language anew in every call of a device function, although once for each is enough; and it checks
+    every sum and product of integers for overflow, of which the sizes of these tests are far (test_addresses.py looks at others).
+    """
+    from triton.runtime import interpreter
+
+    patch = functools.cache(interpreter._patch_lang)
+
+    def call(self, *args, **kwargs):
+        patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def pytest_unconfigure(config):
@@ -52,3 +76,16 @@ def backend(request) -> str:
     """Each backend that this machine is meant to run."""
     assert dispatch.unavailable(request.param) is None
     return request.param
+
+
+@pytest.fixture
+def instruction_set(request, monkeypatch) -> str:
+    """The C++ kernels take the code path that the test's parameter `level` names: they look at the environment in every call."""
+    from miras_kernels import _C
+
+    level = request.getfixturevalue("level")
+    if level not in _C.cpu_capabilities():
+        pytest.skip(f"this machine cannot run {level}")
+    monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)
+    assert _C.cpu_capability() == level
+    return level

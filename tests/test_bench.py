@@ -30,6 +30,7 @@ def run_bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_document(tmp_path):
     path = tmp_path / "out" / "bench.json"
     backend = "reference" if dispatch.unavailable("cpp") else "cpp"

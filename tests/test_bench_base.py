@@ -115,6 +115,7 @@ def test_no_such_commit(capsys):
         pass
 
 
+@pytest.mark.slow
 def test_a_commit_against_itself(tmp_path):
     """In a repository of its own, with one launch: what is built, started, compared, said and cleaned up."""
     tree, out = tmp_path / "tree", tmp_path / "out.json"

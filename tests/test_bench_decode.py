@@ -21,6 +21,7 @@ BACKEND = "reference" if dispatch.unavailable("cpp") else "cpp"
 SETTINGS = {"backend": BACKEND, "toy": True, "min_rounds": 2, "seconds": 0.02, "cache_bytes": 1 << 26}
 
 
+@pytest.mark.slow
 def test_document(tmp_path):
     path = tmp_path / "out" / "decode.json"
     command = [

@@ -45,6 +45,7 @@ def dry_run(path: Path, *arguments: str, backend: str = "reference") -> tuple[su
 # --------------------------------------------------------------------------------------------------------- the whole
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     """Every part, with a configuration that is wrong: it is told, and everything else is done."""
     shapes = (TARGET, SMALLEST, MLP_TARGET, MLP_SMALLEST)
@@ -84,6 +85,7 @@ def test_dry_run(tmp_path):
     assert timed[TARGET, "reference_forward"]["chosen"] == timed[TARGET, "reference_forward"]["fastest"] == "a"
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_kernels(tmp_path):
     """The Triton kernels in the interpreter, for as much as one shape takes."""
     pytest.importorskip("triton")
@@ -102,6 +104,7 @@ def test_dry_run_of_the_kernels(tmp_path):
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_crash_costs_its_configuration_alone(tmp_path):
     done, document = dry_run(tmp_path / "gpu.json", "--only", "parity,ceilings", "--plant", "crash=reference_forward a")
     assert done.returncode == 1
@@ -124,6 +127,7 @@ def test_no_time_is_left_out_and_said(tmp_path):
     assert done.stdout.count(late) > 3
 
 
+@pytest.mark.slow
 def test_merge_show_and_summary(tmp_path, capsys):
     """Parts of two runs in one document, which can be shown again."""
     first, second = tmp_path / "a.json", tmp_path / "b.json"

@@ -124,6 +124,7 @@ def test_which_jobs_there_are():
 # -------------------------------------------------------------------------------------------------------------- plots
 
 
+@pytest.mark.slow
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     spans = {side: {"median": 1.2, "low": 1.1, "high": 1.3} for side in ("base", "again")}

@@ -24,6 +24,7 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_commonest_calls():
     done = run("--check", "--quick")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

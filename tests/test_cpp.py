@@ -18,6 +18,7 @@ from miras_kernels.testing import Case, check, evaluate, registry
 from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.testing.parity import compare, spread
 from miras_kernels.validation import linear_call, mlp_call
+from quick import combinations, or_slow, sample, slow
 
 
 class Forgetful(Case):
@@ -80,55 +81,38 @@ TOGETHER = [
     Case("mlp-momentum-extreme-decay", momentum=True, decay="extreme", **MLP, seed=32),
     Forgetful("mlp-forgetful-momentum", bias=mk.Huber(), momentum=True, heads=4, **MLP, seed=33),
 ]
-SERVED = [case for case in [*registry(), *TOGETHER] if dispatch.BACKENDS["cpp"].refuses(case.draw(torch.float32).call(), True) is None]
-#: every other one, for what takes long
-OTHERS = [case for memory in ("linear", "mlp") for case in [c for c in SERVED if c.memory == memory][::2]]
+SERVED = [*registry(), *TOGETHER]
 
 
-def test_what_is_served():
-    """The kernels refuse what they were never said to do, and nothing else."""
-    assert set(SERVED) == {*registry(), *TOGETHER}
-    for memory in ("linear", "mlp"):
-        assert {case.bias.tag for case in SERVED if case.memory == memory} == set(BIASES)
+def instruction_sets(case: Case) -> list[str]:
+    """The best one that this machine has, and in turn another one: code paths of the same binary."""
+    from miras_kernels import _C
+
+    best, *others = _C.cpu_capabilities()
+    return [best, *others[SERVED.index(case) % max(1, len(others)) :][:1]]
 
 
-@pytest.mark.parametrize("case", SERVED, ids=str)
-def test_float32(case, poisoned):
-    report = check(case, "cpp")
-    assert report.ok, report
+#: of these sizes others are quick
+LARGE = ("channels-wide", "linear-largest-huber_switch", "linear-largest-huber_coordinate", "mlp-lq-momentum-common")
 
 
-@pytest.mark.parametrize("case", OTHERS, ids=str)
+@pytest.mark.parametrize(
+    "case", or_slow(SERVED, [case for case in (*registry()[1::2], *sample(SERVED), *TOGETHER) if case.name not in LARGE])
+)
+def test_float32(case, poisoned, monkeypatch):
+    from miras_kernels import _C
+
+    for level in instruction_sets(case):
+        monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)  # the kernels look at it in every call
+        assert _C.cpu_capability() == level
+        report = check(case, "cpp")
+        assert report.ok, f"{level}: {report}"
+
+
+@pytest.mark.parametrize("case", or_slow(SERVED[::2], [case for case in SERVED[::8] if case.name not in LARGE]))
 def test_bfloat16(case, poisoned):
     report = check(case, "cpp", torch.bfloat16)
     assert report.ok, report
-
-
-@pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
-def test_every_instruction_set(level):
-    """Every other case once more in a fresh process on another code path of the same binary; few on that of the other tests."""
-    from miras_kernels import _C
-
-    if level not in _C.cpu_capabilities():
-        pytest.skip(f"this machine cannot run {level}")
-    program = (
-        "import sys, torch; from miras_kernels import _C; from miras_kernels.testing import check, registry; "
-        f"assert _C.cpu_capability() == {level!r}; import test_cpp\n"
-        f"cases = test_cpp.SERVED[::{20 if level == _C.cpu_capability() else 2}]\n"
-        "for i, case in enumerate(cases):\n"
-        "    report = check(case, 'cpp', torch.bfloat16 if i % 4 == 3 else torch.float32)\n"
-        "    assert report.ok, report\n"
-        "print('checked', len(cases))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "MIRAS_CPU_CAPABILITY": level},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == f"checked {len(SERVED[:: 20 if level == _C.cpu_capability() else 2])}"
 
 
 def test_an_unknown_instruction_set_is_an_error():
@@ -220,8 +204,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "variant"),
+    combinations([(1, 1), (1, 3), (3, 1)], list(VARIANTS), quick=lambda shape, variant: variant % 3 == shape),
+    ids=str,
+)
 def test_any_number_of_threads(variant, shape):
     """Fewer heads than threads splits the value rows; the result stays within the budget."""
     before = torch.get_num_threads()
@@ -273,7 +260,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", [name if name in ("linear", "mlp-momentum") else slow(name) for name in PLANTED])
 def test_a_planted_bug_is_caught(monkeypatch, name):
     """The comparison can fail: a kernel that takes a gate a little too weak, or one gradient too large, is seen."""
     case, gate = PLANTED[name]

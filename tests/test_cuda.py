@@ -23,6 +23,7 @@ from miras_kernels.reference import chunkwise
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case
 from miras_kernels.testing.steps import before, check_results, cut, decoder, results
+from quick import or_slow, sample
 from test_decode import PAIRS
 from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
 from test_not_finite import TRITON, assert_as_in_the_reference
@@ -78,7 +79,7 @@ def cuda(library, monkeypatch) -> CudaBackend:
 on_cpu = functools.partial(assert_right, backend="cuda", device="cpu")
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=str)
+@pytest.mark.parametrize("case", or_slow(PAIRS, sample(PAIRS)[::2]))
 def test_steps(case, cuda, poisoned):
     """A run that ends a chunk of 16, and the token that begins the next."""
     on_cpu(case, cuts=[14, 16, 17])
@@ -262,6 +263,7 @@ def test_a_missing_barrier_is_caught(objects, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("source", "kernels"), [("linear_step.cu", 2), ("mlp_step.cu", 3)])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo.py"
@@ -20,11 +21,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(DEMO), *arguments], capture_output=True, text=True, timeout=300, env=env, check=False)
 
 
-@pytest.mark.parametrize("preset", ["yaad", "yaad_linear"])
+@pytest.mark.parametrize("preset", ["yaad", pytest.param("yaad_linear", marks=pytest.mark.slow)])
 def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
     result = run("--preset", preset, "--steps", "3", "--seconds", "1", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
     text = result.stdout
+    assert "\r" not in text + result.stderr  # no bar where there is no terminal
     bits = re.search(r"validation, bits per byte +(\d\.\d+) +(\d\.\d+)", text)
     assert all(3 < float(x) < 9.5 for x in bits.groups())
     assert all(float(x.replace(",", "")) > 0 for x in re.search(r"tokens per second +([\d,]+) +([\d,]+)", text).groups())
@@ -48,13 +50,6 @@ def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrong_arguments():
-    result = run("--preset", "mneta")
-    assert result.returncode == 2
-    assert "'mneta'" in result.stderr
-    assert "yaad" in result.stderr
-
-
 @pytest.mark.parametrize(("preset", "expected"), [("yaad", "--preset yaad"), ("", None), ("ttt_mlp", "--preset ttt_mlp")])
 def test_make_hands_the_preset_on(preset, expected):
     result = subprocess.run(["make", "-n", "demo", f"PRESET={preset}"], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -62,10 +57,39 @@ def test_make_hands_the_preset_on(preset, expected):
     assert (expected in command) if expected else "--preset" not in command
 
 
-def test_no_validation_text_in_training(capsys):
+@pytest.fixture(scope="module")
+def demo():
     spec = importlib.util.spec_from_file_location("demo", DEMO)
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Quick:
+    """In the place of a model, one that needs no time."""
+
+    def __init__(self):
+        self.name, self.curve, self.steps = "quick", [], 0
+
+    def step(self, ids, rate):
+        self.steps += 1
+        return 5.0
+
+    def bits_per_byte(self, text):
+        return 5.0
+
+
+@pytest.mark.parametrize(("every", "lines"), [(0.0, 7), (60.0, 0)])
+def test_a_line_now_and_then_where_there_is_no_terminal(demo, monkeypatch, capsys, every, lines):
+    monkeypatch.setattr(demo, "REPORT_EVERY", every)
+    contender = Quick()
+    demo.train([contender], torch.zeros(7, 1, 4, dtype=torch.int64), torch.zeros(99, dtype=torch.int64), 30.0)
+    printed = capsys.readouterr()
+    assert contender.steps == 7 and printed.err == ""
+    assert printed.out.splitlines() == [f"training: step {i} of 7, quick 5.00 bits/byte" for i in range(1, 1 + lines)]
+
+
+def test_no_validation_text_in_training(demo, capsys):
     train, valid = (bytes(x.tolist()).decode() for x in demo.load_text())
     assert len(train) > 300_000
     assert len(valid) > 30_000

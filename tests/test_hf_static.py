@@ -13,6 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from hf_tiny import CACHE, LENGTH, ROWS, assert_close, cache_of, ids, model
 from miras_kernels.hf import replace_attention
 from miras_kernels.hf.cache import StaticMemoryCacheLayer
+from quick import slow
 
 MASK = torch.tensor(ROWS["left"])
 #: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks
@@ -144,7 +145,7 @@ def mixed():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("make", "kind", "graphs"), [(mixed, "static", 1), (lambda: host("Llama", [0], num_hidden_layers=2), "dynamic", 2)]
+    ("make", "kind", "graphs"), [(mixed, "static", 1), slow(lambda: host("Llama", [0], num_hidden_layers=2), "dynamic", 2)]
 )
 def test_a_compiled_step_is_not_compiled_again(make, kind, graphs):
     """With a growing cache the second step is compiled for all lengths, as it is without memories."""

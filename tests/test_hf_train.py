@@ -12,6 +12,7 @@ from torch import distributed, nn
 
 from hf_tiny import CACHE, ROWS, assert_close, cache_of, gradients, ids, model
 from miras_kernels.hf import MemoryAttention, report
+from quick import slow
 
 # ------------------------------------------------------------------------------------------------------------ training
 
@@ -29,7 +30,7 @@ def test_gradient_checkpointing_changes_nothing(preset, reentrant):
         assert torch.equal(grad, plain[n]), n
 
 
-@pytest.mark.parametrize(("preset", "padded"), [("yaad_linear", True), ("yaad", False)])
+@pytest.mark.parametrize(("preset", "padded"), [("yaad_linear", True), slow("yaad", False)])
 def test_torch_compile_of_a_training_step(preset, padded):
     host = model("Llama", [0, 2], preset=preset)
     inputs = {"input_ids": ids(), "labels": ids()} | ({"attention_mask": torch.tensor(ROWS["left"])} if padded else {})
@@ -262,6 +263,7 @@ def distributed_steps(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes(tmp_path):
     torch.multiprocessing.spawn(distributed_steps, (str(tmp_path),), nprocs=2)

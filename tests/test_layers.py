@@ -13,6 +13,7 @@ import torch
 from layers_tiny import MLP, NAMES, SIZES, assert_close, block, tokens
 from miras_kernels import L2, Huber, KLRetention
 from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset, Projected
+from quick import slow
 
 # ------------------------------------------------------------------------------------------------------- who sees whom
 
@@ -279,7 +280,7 @@ def test_an_mlp_starts_from_parameters_of_the_modules_dtype_and_keeps_its_state_
     assert all(x.dtype == torch.float32 for x in module(tokens(2, 9, dtype), output_final_state=True)[1].memory.tensors())
 
 
-@pytest.mark.parametrize(("name", "padded"), [("yaad_linear", False), ("yaad_linear", True), ("yaad", True)])
+@pytest.mark.parametrize(("name", "padded"), [slow("yaad_linear", False), ("yaad_linear", True), slow("yaad", True)])
 def test_torch_compile_in_one_graph(name, padded):
     module, x = block(name, torch.float32), tokens(2, 12, torch.float32)
     mask = torch.tensor(ROWS["mixed"][:2]) if padded else None

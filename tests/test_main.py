@@ -16,6 +16,7 @@ import miras_kernels
 from miras_kernels import dispatch, triton_backend, verification
 from miras_kernels.__main__ import main
 from miras_kernels.versions import TRANSFORMERS
+from quick import slow
 
 #: how a row ends for a backend that can, when the tests run triton's interpreter
 SLOWLY = ", but in Triton's interpreter, slowly: TRITON_INTERPRET is set"
@@ -154,7 +155,7 @@ def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
     assert "  cuda       can serve it; verified 2026-01-01: 1 configurations, none failed" in printed
 
 
-@pytest.mark.parametrize("interpret", ["0", "1"])
+@pytest.mark.parametrize("interpret", [slow("0"), "1"])
 def test_commands_do_not_import_triton(interpret):
     """Nor, without a GPU, does `warmup`: it finds out first that there is nothing to do."""
     code = """

@@ -18,69 +18,58 @@ from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case, check, evaluate, operands, registry, relative_error, truth
 from miras_kernels.testing.case_list import BIASES
 from miras_kernels.testing.parity import compare, judge, margin, spread
+from quick import combinations, or_slow, sample, slow
 
 triton_backend = dispatch.BACKENDS["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def served(case: Case) -> bool:
-    return triton_backend.refuses(case.draw(torch.float32).call(), True) is None
+SERVED = [case for case in registry("linear") if case.chunk_size <= 128]
+MLP = [case for case in registry("mlp") if case.chunk_size in (16, 32, 64)]
 
 
-SERVED = [case for case in registry("linear") if served(case)]
-MLP = [case for case in registry("mlp") if served(case)]
-#: the interpreter takes a millisecond for every operation on a tile: what repeats what others test is on GPUs only
-SLOW = ("linear-many-heads", "linear-l2-long", "linear-chunk-1", *(f"linear-{bias}-odd" for bias in ("l2", "l1", "lp-p3", "huber_norm")))
+def smaller(case: Case) -> Case:
+    """As much of a case as the interpreter has to see, where programs run one after the other, a millisecond for every operation.
 
-
-def quick(cases: list[Case], every: int) -> list[Case]:
-    """All on a GPU; in the interpreter what is not slow, and of those that meet pairs of properties every so many of each gate.
-
-    There programs run one after the other, one for every head of every sequence, and of as many as there are four say no more than
-    two: one sequence or one head is left out. Nor do more than five chunks and a part of one say more.
+    One head of one sequence, unless it is their places that matter; and no more than three chunks and a part of one.
     """
     if DEVICE == "cuda":
-        return cases
-    pairs = [case for case in cases if "-pairs-" in case.name]
-    chosen = [case for case in cases if case not in pairs and not case.name.startswith(SLOW)]
-    chosen += [case for tag in GATES for case in [case for case in pairs if case.retention.tag == tag][::every]]
-    return [smaller(case, i) for i, case in enumerate(chosen)]
+        return case
+    together = case.initial == "shared" or case.layout != "contiguous" or "many-heads" in case.name
+    fewer = dict(batch=min(case.batch, 2 if together else 1), heads=min(case.heads, 2 if together or case.lengths else 1))
+    return dataclasses.replace(case, tokens=min(case.tokens, 3 * case.chunk_size + 2), **fewer)
 
 
-def smaller(case: Case, i: int) -> Case:
-    fewer = {} if case.batch * case.heads < 4 else dict(heads=1) if i % 2 or case.lengths else dict(batch=1)
-    return dataclasses.replace(case, tokens=min(case.tokens, 5 * case.chunk_size + 2), **fewer)
-
-
-QUICK, QUICK_MLP = quick(SERVED, 3), quick(MLP, 5)
+LINEAR_CASES, MLP_CASES = list(map(smaller, SERVED)), list(map(smaller, MLP))
 #: those whose chains may lie in registers
-PLAIN = [case for case in QUICK if not (case.retention.tag or case.momentum or case.decay.endswith("channel"))]
+PLAIN = [case for case in LINEAR_CASES if not (case.retention.tag or case.momentum or case.decay.endswith("channel"))]
 
 
 def test_what_is_served():
-    """The kernels refuse what they were never said to do, and nothing else."""
-    from miras_kernels.kernels import configs
-
-    for case in set(registry()) - set(SERVED) - set(MLP):
-        assert case.chunk_size > 128 if case.memory == "linear" else case.chunk_size not in configs.MLP_CHUNK_SIZES, case
+    """The kernels refuse what they were never said to do; what they serve they are asked for by name below."""
+    others = set(registry()) - set(SERVED) - set(MLP)
+    assert others and all(triton_backend.refuses(case.draw(torch.float32).call(), True) for case in others)
     assert {case.bias.tag for case in SERVED} == {case.bias.tag for case in MLP} == set(BIASES)
     assert {case.retention.tag for case in SERVED} == {case.retention.tag for case in MLP} == set(GATES)
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", or_slow(LINEAR_CASES, sample(LINEAR_CASES)))
 def test_float32(case, poisoned):
     report = check(case, "triton", device=DEVICE)
     assert report.ok, report
 
 
-@pytest.mark.parametrize("case", QUICK_MLP, ids=str)
+@pytest.mark.parametrize("case", or_slow(MLP_CASES, sample(MLP_CASES)))
 def test_mlp_float32(case, poisoned):
     report = check(case, "triton", device=DEVICE)
     assert report.ok, report
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bias", [mk.L2(), mk.Huber("switch"), mk.DotProduct()], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    ("bias", "dtype"),
+    combinations([mk.L2(), mk.Huber("switch"), mk.DotProduct()], [torch.bfloat16, torch.float16], quick=lambda i, j: i % 2 == j),
+    ids=lambda x: getattr(x, "name", str(x)),
+)
 def test_mlp_sixteen_bits(bias, dtype, poisoned):
     """Two chunks: rounding errors of an inner MLP grow with the sequence, the reference's as well."""
     case = Case("mlp16", memory="mlp", bias=bias, tokens=27, batch=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
@@ -88,8 +77,11 @@ def test_mlp_sixteen_bits(bias, dtype, poisoned):
     assert report.ok, report
 
 
-@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-@pytest.mark.parametrize("gate", [mk.LqRetention(), mk.KLRetention(), mk.SigmoidRetention()], ids=lambda gate: gate.name)
+@pytest.mark.parametrize(
+    ("gate", "momentum"),
+    combinations([mk.LqRetention(), mk.KLRetention(), mk.SigmoidRetention()], [True, False], quick=lambda gate, plain: gate % 2 == plain),
+    ids=lambda x: {True: "momentum", False: "plain"}.get(x) or x.name,
+)
 def test_mlp_gates_at_sixteen_bits(gate, momentum, poisoned):
     case = Case("mlp16", memory="mlp", tokens=23, batch=1, heads=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
     # LayerNorm of an MLP of two softmaxes: bfloat16 would leave no digit that could be compared
@@ -112,7 +104,7 @@ def test_mlp_hidden_units_of_nothing_change_nothing():
     assert (after.dual[0][..., 24:] == 0).all() and (after.dual[1][..., 24:, :] == 0).all()
 
 
-@pytest.mark.parametrize("case", PLAIN[::4], ids=str)
+@pytest.mark.parametrize("case", or_slow(PLAIN[::2], PLAIN[::12]))
 def test_states_in_registers(case, poisoned):
     """The chains of 16-bit inputs, in float32 arithmetic: an error of logic cannot hide in a rounding error."""
     from miras_kernels.kernels import configs
@@ -127,14 +119,11 @@ def test_states_in_registers(case, poisoned):
 
 
 #: a threshold given as a number cannot be moved away from the errors, so there 16 bits may take another side of a kink than 64
-SETTLED = [case for case in QUICK if not (case.bias.needs_delta and case.delta == "float")]
-SETTLED.sort(key=lambda case: case not in PLAIN)
-SIXTEEN_BITS = [
-    (case, dtype) for i, case in enumerate(SETTLED) for dtype in [(torch.bfloat16, None, None, torch.float16, None, None)[i % 6]] if dtype
-]
+SETTLED = [case for case in LINEAR_CASES if not (case.bias.needs_delta and case.delta == "float")]
+SIXTEEN_BITS = [(case, (torch.bfloat16, torch.float16)[i % 2]) for i, case in enumerate(SETTLED[::3])]
 
 
-@pytest.mark.parametrize(("case", "dtype"), SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), [x if i % 5 == 0 else slow(*x) for i, x in enumerate(SIXTEEN_BITS)], ids=str)
 def test_sixteen_bits(case, dtype, poisoned):
     report = check(case, "triton", dtype, DEVICE)
     assert report.ok, report
@@ -145,9 +134,14 @@ SIZES = [  # key_dim, value_dim, chunk_size: several blocks of a chunk, several 
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bias", [mk.Huber("coordinate"), mk.Huber("norm"), mk.DotProduct()], ids=lambda b: b.name)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "bias", "dtype"),
+    combinations(
+        SIZES, [mk.Huber("coordinate"), mk.Huber("norm"), mk.DotProduct()], [torch.float32, torch.bfloat16],
+        quick=lambda size, bias, dtype: size == 2 * bias + dtype,
+    ),
+    ids=lambda x: getattr(x, "name", str(x)),
+)  # fmt: skip
 def test_sizes(size, bias, dtype, poisoned):
     key_dim, value_dim, chunk_size = size
     case = Case("size", bias=bias, batch=1, heads=1, tokens=chunk_size + 19, key_dim=key_dim, value_dim=value_dim, chunk_size=chunk_size)
@@ -178,7 +172,7 @@ def test_sixteen_bits_are_as_good_as_pytorch_at_sixteen_bits():
             assert error <= 1.5 * relative_error(usual[name], value) + 2.0**-9, (bias, name, error)
 
 
-@pytest.mark.parametrize("case", [*PLAIN[::12], *[case for case in QUICK if case not in PLAIN][::9]], ids=str)
+@pytest.mark.parametrize("case", or_slow(LINEAR_CASES[::11], LINEAR_CASES[::55]))
 def test_bitwise_repeatable(case):
     inputs = case.draw(torch.bfloat16, DEVICE)
     first = evaluate(inputs, "triton")
@@ -186,7 +180,10 @@ def test_bitwise_repeatable(case):
         assert torch.equal(x, first[name]), name
 
 
-@pytest.mark.parametrize(("memory", "every"), [(m, n) for m in ("linear", "mlp") for n in (1, 3, 100)] + [("mlp-lq-momentum", 3)])
+@pytest.mark.parametrize(
+    ("memory", "every"),
+    [("linear", 1), ("linear", 3), slow("linear", 100), slow("mlp", 1), slow("mlp", 3), slow("mlp", 100), ("mlp-lq-momentum", 3)],
+)
 def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
     memory, *gated = memory.split("-")
     if memory == "mlp":  # groups of one segment
@@ -203,12 +200,16 @@ def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
         assert torch.equal(found[name], x), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lengths", [None, (5, 40, 17)], ids=["batch", "packed"])
-@pytest.mark.parametrize("bias", [mk.Huber("coordinate"), mk.DotProduct()], ids=lambda b: b.name)
-@pytest.mark.parametrize("memory", ["linear", "mlp"])
+@pytest.mark.parametrize(
+    ("memory", "bias", "lengths", "dtype"),
+    combinations(
+        ["linear", "mlp"], [mk.Huber("coordinate"), mk.DotProduct()], [None, (5, 40, 17)], [torch.float32, torch.bfloat16],
+        quick=lambda memory, bias, lengths, dtype: lengths == dtype == (memory ^ bias),
+    ),
+    ids=lambda x: "batch" if x is None else "packed" if isinstance(x, tuple) else getattr(x, "name", str(x)),
+)  # fmt: skip
 def test_a_cut_anywhere(memory, bias, lengths, dtype):
-    """Pieces, each with the state that the last one returned, give the whole: at a boundary, inside a chunk, inside the same chunk."""
+    """Pieces, each with the state that the last one returned, give the whole: cut at boundaries, inside chunks, and across an end."""
     size = {"linear": {}, "mlp": {"value_dim": 16, "decay": "slight"}}[memory]
     assert_pieces_make_the_whole(Case("cut", memory=memory, bias=bias, tokens=62, batch=2, heads=1, lengths=lengths, **size), dtype)
 
@@ -249,7 +250,7 @@ def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype) -> None:
     if lengths:  # every sequence in two pieces
         pieces = [[range(a, a + 3) for a in first[:-1]], [range(a + 3, b) for a, b in itertools.pairwise(first)]]
     else:
-        pieces = [[range(a, b)] for a, b in [(0, 16), (16, 26), (26, 30), (30, 62)]]
+        pieces = [[range(a, b)] for a, b in [(0, 16), (16, 26), (26, 30), (30, 35), (35, 62)]]
     state, outs = arguments["initial_state"], torch.empty_like(whole)
     for piece in pieces:
         rows = torch.tensor([t for part in piece for t in part], device=DEVICE)
@@ -420,7 +421,7 @@ def test_names_and_tags_agree():
 # ----------------------------------------------------------------------------------------------------------- planted bugs
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "lr", "log_decay", "momentum", "state"])
+@pytest.mark.parametrize("name", [*map(slow, ("q", "k", "v", "lr", "momentum")), "log_decay", "state"])
 def test_a_planted_bug_is_caught(name, monkeypatch):
     backward = triton_backend.backward
 
@@ -434,7 +435,7 @@ def test_a_planted_bug_is_caught(name, monkeypatch):
     assert {r.name for r in report.rows if not r.ok} == {"grad_initial_dual_0" if name == "state" else f"grad_{name}"}
 
 
-@pytest.mark.parametrize("name", ["log_decay", "momentum", "state"])
+@pytest.mark.parametrize("name", [slow("log_decay"), slow("momentum"), "state"])
 def test_a_planted_bug_is_caught_in_the_mlp(name, monkeypatch):
     """The gradients that both matrices have shares in, and the last of the initial state: the momentum of W2."""
     backward = triton_backend.backward
@@ -450,7 +451,7 @@ def test_a_planted_bug_is_caught_in_the_mlp(name, monkeypatch):
     assert {r.name for r in report.rows if not r.ok} == {"grad_initial_momentum_1" if name == "state" else f"grad_{name}"}
 
 
-@pytest.mark.parametrize(("tag", "planted"), [(1, "rho * g"), (2, "w * g"), (3, "g"), (4, "g * sigmoid(a)")])
+@pytest.mark.parametrize(("tag", "planted"), [slow(1, "rho * g"), (2, "w * g"), slow(3, "g"), slow(4, "g * sigmoid(a)")])
 def test_a_gate_without_its_derivative_is_caught(tag, planted, monkeypatch):
     """What phi's pull-back does to the gradient of the state is seen: here it loses a factor or a term."""
     if DEVICE == "cuda":

@@ -1,0 +1,372 @@
+"""Planted one-line faults, each with the tests that must catch it: ``make mutants`` says which survive.
+
+Each fault is planted alone in a copy of the tree, where only its own tests run, up to the first that fails. Those of the C++ kernels are
+all compiled at once, each behind a condition that an environment variable switches on. The tests must pass without a fault.
+
+    python tests/mutants.py [-k NAME] [-j PROCESSES]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """A fault: ``text``, which occurs once in ``file``, becomes ``replacement``; in csrc/ but for csrc/cuda both are expressions."""
+
+    name: str
+    file: str
+    tests: tuple[str, ...]  # what pytest is given, in tests/
+    text: str
+    replacement: str
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith("csrc/") and not self.file.startswith("csrc/cuda/")
+
+
+def cases(test: str, *names: str) -> tuple[str, ...]:
+    """A parametrized test with some of its parameters."""
+    return tuple(f"{test}[{name}]" for name in names)
+
+
+def cpp(*names: str) -> tuple[str, ...]:
+    return cases("test_cpp.py::test_float32", *names)
+
+
+def triton(*names: str) -> tuple[str, ...]:
+    return cases("test_triton.py::test_float32", *names)
+
+
+def triton_mlp(*names: str) -> tuple[str, ...]:
+    return cases("test_triton.py::test_mlp_float32", *names)
+
+
+def triton_steps(*names: str) -> tuple[str, ...]:
+    return cases("test_decode_gpu.py::test_triton_sizes", *names)
+
+
+def decode(*names: str) -> tuple[str, ...]:
+    return cases("test_decode.py::test_kernels_continue_a_prompt", *names)
+
+
+HF = "test_hf.py::test_"
+GENERATE = "test_hf_generate.py::test_"
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------- csrc: linear memory
+    Mutant("cpp-decay-to-end-of-another-token", "csrc/cpu/chunk.h", cpp("linear-l2"),
+           "reverse *= alpha[c - 1 - t]", "reverse *= alpha[t]"),
+    Mutant("cpp-read-without-gamma", "csrc/cpu/linear_forward.h", cpp("linear-l2"),
+           "o.scale_rows(gates.gamma + i)", "void(0)"),
+    Mutant("cpp-resumed-chunk-stays-short", "csrc/cpu/linear_forward.h",
+           cases("test_identities.py::test_pieces_are_the_whole", "linear-l2-2-pieces-cpp"),
+           "position = 0, open_start = nullptr", "open_start = nullptr"),
+    Mutant("cpp-momentum-not-carried-on", "csrc/cpu/linear_forward.h", cpp("momentum-no-state"),
+           "gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S)", "void(0)"),
+    Mutant("cpp-own-writes-without-rho", "csrc/cpu/linear_forward.h", cpp("lq1.5"),
+           "store(s.U + i, rho.value * u)", "store(s.U + i, u)"),
+    Mutant("cpp-momentum-weight-without-decay", "csrc/cpu/chunk.h", cpp("momentum-strong-decay"),
+           "b[t] = weight = alpha[t] * weight + product", "b[t] = weight = weight + product"),
+    Mutant("cpp-decay-gradient-one-write-too-many", "csrc/cpu/chunk.h", cpp("linear-l2"),
+           "sum(column < r ? y : zeros())", "sum(column <= r ? y : zeros())"),
+    Mutant("cpp-write-gradient-not-decayed", "csrc/cpu/linear_backward.h", cpp("linear-l2"),
+           "x.scale_rows(gates.to_end + i)", "void(0)"),
+    Mutant("cpp-query-gradient-without-the-diagonal", "csrc/cpu/linear_backward.h", cpp("linear-l2"),
+           "y.subtract(Rows{s.N + i * cp, cp}, s.K + j, dkp, 0, i + R)", "y.subtract(Rows{s.N + i * cp, cp}, s.K + j, dkp, 0, i)"),
+    Mutant("cpp-key-gradient-without-the-next-chunk", "csrc/cpu/linear_backward.h", cpp("linear-l2"),
+           "y.subtract(Rows{s.U_end + i * dvp, dvp}, s.J_plain + j, dkp, 0, task.dv, q_soon)", "void(0)"),
+    Mutant("cpp-wrong-checkpoint", "csrc/cpu/linear_backward_task.h",
+           cases("test_cpp.py::test_keeping_fewer_states_changes_nothing", "1-linear-dot", "2-linear-dot"),
+           "first / p.checkpoint_every", "(first > 0 ? first / p.checkpoint_every - 1 : 0)"),
+    Mutant("cpp-rho-gradient-not-divided", "csrc/cpu/linear_backward_gates.h", cpp("lq1.5", "linear-l2-lq-momentum-split"),
+           "float(total / x.rho.value)", "float(total)"),
+    Mutant("cpp-channel-decays-end-without-momentum", "csrc/cpu/channel_decay.h", cpp("linear-l2-channel-wise-momentum"),
+           "store(to_end + at(s, j), fade + more)", "store(to_end + at(s, j), fade)"),
+    Mutant("cpp-packed-sequences-share-a-slot", "csrc/params.h", cpp("linear-l2-packed", "kl-momentum-packed"),
+           "n + cu_seqlens[n] / span", "cu_seqlens[n] / span"),
+    # ---------------------------------------------------------------------------------------------- csrc: biases and gates
+    Mutant("cpp-delta-gradient-without-its-sign", "csrc/bias.h", cpp("linear-huber_coordinate"),
+           "Math<F>::abs(e) <= delta ? F{} : Math<F>::copysign(F{} + 1.0f, e)", "Math<F>::abs(e) <= delta ? F{} : F{} + 1.0f"),
+    Mutant("cpp-smooth-lp-slope-without-a-term", "csrc/bias.h", cpp("linear-lp_smooth-p1.5-odd"),
+           "(p - 1.0f) * h * e / m", "h * e / m"),
+    Mutant("cpp-softmax-gradient-without-its-sum", "csrc/retention.h", cpp("kl-momentum-packed"),
+           "w * (g - dot / mass)", "w * g"),
+    Mutant("cpp-softmax-with-padding", "csrc/cpu/retention_states.h", cpp("mlp-kl-odd"),
+           "m.without_padding(gate.weight(load(A + j), max), j)", "gate.weight(load(A + j), max)"),
+    # -------------------------------------------------------------------------------------------------------- csrc: MLP
+    Mutant("cpp-mlp-writes-do-not-decay", "csrc/cpu/mlp_chunk.h", cpp("mlp-huber_norm"),
+           "gates.eta[t] * gates.to_end[t]", "gates.eta[t]"),
+    Mutant("cpp-mlp-update-without-gelu-slope", "csrc/cpu/mlp_chunk.h", cpp("mlp-huber_norm"),
+           "x.multiply(slopeT + at, cp)", "void(0)"),
+    Mutant("cpp-mlp-norm-gradient-without-a-term", "csrc/cpu/mlp_backward_stages.h", cpp("mlp-huber_norm"),
+           "load(s.dU + row + j) - shrink * load(x + j)", "load(s.dU + row + j)"),
+    Mutant("cpp-mlp-weight-gradient-without-the-prediction", "csrc/cpu/mlp_backward_stages.h", cpp("mlp-huber_norm"),
+           "store(s.dweight + j, load(s.dweight + j) + load(de + j) * load(x + j))", "void(0)"),
+    Mutant("cpp-mlp-momentum-gradient-without-the-state", "csrc/cpu/mlp_backward.h", cpp("mlp-momentum-common"),
+           "x.add_scaled(s.J[i] + at, dp, gates.carried_end(c))", "void(0)"),
+    # ----------------------------------------------------------------------------------------------- csrc: steps, bindings
+    Mutant("cpp-step-keeps-without-decay", "csrc/cpu/step.h", decode("linear-common"),
+           "load(alpha) * load_first(kept + j, n)", "load_first(kept + j, n)"),
+    Mutant("cpp-step-ends-a-chunk-without-momentum", "csrc/cpu/step.h", decode("linear-wide"),
+           "a.add(m.momentum, w.kept_by(1), w.width)", "void(0)"),
+    Mutant("cpp-step-reads-without-its-own-token", "csrc/cpu/linear_step.h", decode("linear-common"),
+           "rho * (load(s.O + j) + own * load(s.U + j))", "rho * load(s.O + j)"),
+    Mutant("cpp-mlp-step-without-rho", "csrc/cpu/mlp_step.h", decode("mlp-chunk-1-lq"),
+           "add_multiple(first.read_scale(), written, dp, s.Uq)", "add_multiple(1.0f, written, dp, s.Uq)"),
+    Mutant("cpp-steps-advance-by-one-token", "csrc/step_bindings.cpp", decode("linear-common"),
+           "(p.state.position[n] + p.T) % p.C", "(p.state.position[n] + 1) % p.C"),
+    Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_bindings.cpp", ("test_decode.py::test_errors_of_values",),
+           "!(x < 0.0f || x >= 1.0f)", "!(x < 0.0f || x > 1.0f)"),
+    Mutant("cpp-panels-not-added-up", "csrc/bindings.cpp", cases("test_cpp.py::test_any_number_of_threads", "(1, 1)-dot"),
+           "x += from[share * size + i]", "x += 0.0f"),
+    # ------------------------------------------------------------------------------------------------- csrc/cuda, emulated
+    Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu", cases("test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
+           "kept_1 = alpha * kept[width] + moved_1", "kept_1 = kept[width] + moved_1"),
+    Mutant("cuda-mlp-without-rho", "csrc/cuda/mlp_step.cu", cases("test_cuda.py::test_sizes", "mlp-entire"),
+           "rho_2 * wq", "wq"),
+    # ------------------------------------------------------------------------------------------------------------- Triton
+    Mutant("triton-decay-to-end-off-by-a-token", "kernels/decays.py", triton("linear-l2-strong-decay"),
+           "log_decay + row + H + o_g", "log_decay + row + o_g"),
+    Mutant("triton-momentum-weight-from-theta", "kernels/decays.py", triton("linear-l2-lq-momentum-split"),
+           "b_carry + b_pi", "b_carry + b_theta"),
+    Mutant("triton-first-token-without-its-momentum-gradient", "kernels/decays_bwd.py", triton("linear-l2-lq-momentum-split"),
+           "mask=m_before, other=1.0)", "mask=m_before, other=0.0)"),
+    Mutant("triton-backward-loses-the-last-token", "kernels/linear_chain.py",
+           cases("test_triton.py::test_states_in_registers", "linear-l2-packed-shared"),
+           "m_t = t0 + o_c < end\n", "m_t = t0 + o_c < end - 1\n"),
+    Mutant("triton-initial-gradient-transposed", "kernels/linear_chain.py",
+           cases("test_triton.py::test_states_in_registers", "linear-huber_norm-heads-first"),
+           "o_vk = o_v[None, :] * Dk + o_k[:, None]", "o_vk = o_k[:, None] * Dv + o_v[None, :]"),
+    Mutant("triton-state-gradient-without-the-predictions", "kernels/linear_chain.py",
+           cases("test_triton.py::test_states_in_registers", "linear-huber_norm-heads-first"),
+           "b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)", "b_j += 0.0"),
+    Mutant("triton-wrong-checkpoint", "kernels/linear_stream.py",
+           cases("test_triton.py::test_saved_states_do_not_change_a_bit", "linear-3"),
+           "b_s, mask=only_if(i_c % EVERY == 0, m_kv)", "b_s, mask=only_if(i_c % EVERY == EVERY - 1, m_kv)"),
+    Mutant("triton-read-without-gamma", "kernels/linear_read.py", triton("linear-l2-strong-decay"),
+           "b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]", "b_o *= 1.0"),
+    Mutant("triton-decay-gradient-counts-a-token-itself", "kernels/linear_read.py", triton("linear-l2-strong-decay"),
+           "o_r[:, None] > o_s[None, :]", "o_r[:, None] >= o_s[None, :]"),
+    Mutant("triton-own-writes-without-rho", "kernels/linear_read.py", triton("linear-l2-lq-p1.5"),
+           "b_p *= rho", "b_p *= 1.0"),
+    Mutant("triton-channel-momentum-not-decayed", "kernels/linear_channel.py", triton("linear-l2-extreme-channel-decay-momentum"),
+           "b_carry = b_carry * b_alpha", "b_carry = b_carry"),
+    Mutant("triton-resumed-chunk-from-its-boundary", "kernels/chunks.py",
+           cases("test_triton.py::test_a_cut_anywhere", "linear-huber_coordinate-batch-torch.float32"),
+           "t0 -= tl.load(position + i_n)", "t0 -= 0"),
+    Mutant("triton-open-chunk-counted-from-zero", "kernels/final_state.py",
+           cases("test_triton.py::test_a_cut_anywhere", "linear-huber_coordinate-batch-torch.float32"),
+           "whole = (before + end - begin) // size", "whole = (end - begin) // size"),
+    Mutant("triton-delta-gradient-without-its-sign", "kernels/bias.py", triton("linear-huber_coordinate-channel-wise"),
+           "tl.where(tl.abs(e) <= delta, 0.0, tl.where(e < 0, -1.0, 1.0))", "tl.where(tl.abs(e) <= delta, 0.0, 1.0)"),
+    Mutant("triton-lq-slope-with-a-wrong-factor", "kernels/retention.py", triton("linear-l2-lq-p1.5"),
+           "slope = (R0 - 2.0) * power", "slope = R0 * power"),
+    Mutant("triton-mlp-hidden-gradient-without-curvature", "kernels/mlp_inner.py", triton_mlp("mlp-huber_switch"),
+           "gelu_slope(b_z) * b_da + gelu_curve(b_z) * b_ga * b_dgz", "gelu_slope(b_z) * b_da"),
+    Mutant("triton-mlp-norm-gradient-without-a-term", "kernels/mlp_inner.py", triton_mlp("mlp-huber_switch"),
+           " - b_inverse * b_x * row_mean(b_g * b_gu, D)", ""),
+    Mutant("triton-mlp-state-with-the-momentums-weight", "kernels/mlp_write.py",
+           cases("test_triton.py::test_a_cut_anywhere_under_a_gate", "mlp-lq-momentum"),
+           "b_w2 += b_m2 * carry", "b_w2 += b_m2 * pi"),
+    Mutant("triton-mlp-reads-without-decay", "kernels/mlp_read.py", triton_mlp("mlp-huber_coordinate-strong-decay"),
+           "b_scores *= tl.load(p_pairs + o_c[:, None] * C + o_c[None, :])", "b_scores *= (o_c[:, None] >= o_c[None, :])"),
+    Mutant("triton-step-position-runs-on", "kernels/steps.py", triton_steps("wide"),
+           "tl.store(position, (before + 1) % C)", "tl.store(position, before + 1)"),
+    Mutant("triton-step-reads-without-rho", "kernels/linear_step.py", triton_steps("entire"),
+           "scale * b_read", "b_read"),
+    Mutant("triton-mlp-step-reads-without-rho", "kernels/mlp_step.py", triton_steps("mlp-entire"),
+           "b_uq += rho_1 * tl.sum", "b_uq += tl.sum"),
+    # -------------------------------------------------------------------------------------------- Python: between functions
+    Mutant("end-position-without-the-open-chunk", "python/miras_kernels/autograd.py",
+           cases("test_identities.py::test_pieces_are_the_whole", "linear-l2-7-pieces-cpp"),
+           "return (before + tokens) % call.chunk_size", "return tokens % call.chunk_size"),
+    Mutant("gradients-of-a-state-in-the-wrong-places", "python/miras_kernels/autograd.py", cpp("momentum-strong-decay"),
+           "result[STATE] = grads + [None] * (ctx.state_tensors - len(grads))",
+           "result[STATE] = grads[::-1] + [None] * (ctx.state_tensors - len(grads))"),
+    Mutant("packed-offsets-beyond-the-tokens", "python/miras_kernels/validation.py", ("test_errors.py",),
+           "if values[-1] != t:", "if values[-1] > t:"),
+    Mutant("momentum-of-one-accepted", "python/miras_kernels/validation.py", ("test_errors.py",),
+           "(momentum >= 1)", "(momentum > 1)"),
+    Mutant("float64-computed-in-float32", "python/miras_kernels/validation.py",
+           cases("test_reference.py::test_vectors", "public-linear_l2_momentum"),
+           "return torch.float64 if q.dtype == torch.float64 else torch.float32", "return torch.float32"),
+    Mutant("decoder-loads-what-was-carried-in-twice", "python/miras_kernels/decode.py",
+           cases("test_decode.py::test_state_and_load_are_inverse", "linear-lq-momentum-reference"),
+           "dual - x.gamma() * x.start, 0.0", "dual - x.start, 0.0"),
+    Mutant("decoder-state-counts-a-row-to-come", "python/miras_kernels/decode.py",
+           ("test_decode.py::test_rows_of_tokens_to_come_mean_nothing",),
+           "< 2 + self.position[:, None]", "<= 2 + self.position[:, None]"),
+    Mutant("decoder-reorder-leaves-positions", "python/miras_kernels/decode.py",
+           cases("test_decode.py::test_sequences_may_stand_at_different_places", "linear-l2-cpp"),
+           "for x in self.buffers.tensors():\n            x.copy_(x.index_select(0, index))",
+           "for x in self.buffers.tensors()[:-1]:\n            x.copy_(x.index_select(0, index))"),
+    Mutant("steps-without-the-norms-parameters", "python/miras_kernels/stepping.py",
+           cases("test_stepping.py::test_a_block_reads_in_place", "yaad"),
+           "ln_weight, ln_bias = ln_weight.to(dtype), ln_bias.to(dtype)",
+           "ln_weight, ln_bias = decoder.norm['ln_weight'], decoder.norm['ln_bias']"),
+    Mutant("state-copies-share-positions", "python/miras_kernels/state.py", ("test_state.py",),
+           "position = of_positions(state.open_chunk.position)", "position = state.open_chunk.position"),
+    # ------------------------------------------------------------------------------------------------------ Python: layers
+    Mutant("packed-convolution-without-room-for-contexts", "python/miras_kernels/layers/functional.py",
+           cases("test_layers.py::test_packed_sequences_equal_a_loop", "yaad_linear"),
+           "of_token * before  # [T], where", "of_token  # [T], where"),
+    Mutant("padded-outputs-not-zero", "python/miras_kernels/layers/block.py",
+           ("test_layers.py::test_padded_outputs_are_zero_even_where_a_projection_has_a_bias",),
+           "return out.masked_fill(~mask.unsqueeze(-1), 0), None", "return out, None"),
+    Mutant("padding-not-masked", "python/miras_kernels/layers/block.py",
+           cases("test_layers.py::test_padding_is_exact_whatever_it_holds", "yaad_linear-left"),
+           "order = torch.argsort(mask, dim=1, descending=True, stable=True)", "order = torch.arange(mask.shape[1]).expand_as(mask)"),
+    Mutant("step-size-not-shared-with-momentum", "python/miras_kernels/layers/block.py",
+           cases("test_layers_recurrence.py::test_a_block_equals_the_written_out_recurrence", "titans"),
+           'gates["lr"] * (1 - gates["momentum"])', 'gates["lr"]'),
+    Mutant("state-of-a-row-of-padding-without-its-position", "python/miras_kernels/layers/state.py",
+           ("test_layers.py::test_a_row_of_padding_alone_keeps_its_state",),
+           "position = write(memory.open_chunk.position, news.open_chunk.position)", "position = memory.open_chunk.position"),
+    # ---------------------------------------------------------------------------------------------------------- Python: hf
+    Mutant("hf-grouped-keys-in-another-order", "python/miras_kernels/hf/attention.py", cases(f"{HF}memories_made_from_attention", "Llama"),
+           "t.repeat_interleave(heads // t.shape[2], 2)", "t.repeat(1, 1, heads // t.shape[2], 1)"),
+    Mutant("hf-mask-of-the-first-tokens", "python/miras_kernels/hf/attention.py",
+           cases(f"{GENERATE}turns_with_padding_anywhere", "Llama-left"),
+           "return mask[:, seen - tokens :] != 0", "return mask[:, :tokens] != 0"),
+    Mutant("hf-positions-without-the-past", "python/miras_kernels/hf/attention.py",
+           cases(f"{GENERATE}turns_with_padding_anywhere", "Llama-left"),
+           "(before + mask.long().cumsum(1) - 1)", "(mask.long().cumsum(1) - 1)"),
+    Mutant("hf-documents-of-one-token-not-seen", "python/miras_kernels/hf/attention.py",
+           cases(f"{HF}packed_documents_are_separate", "None-new-Llama-yaad_linear"),
+           "position_ids.diff(dim=-1) != 1", "position_ids.diff(dim=-1) < 0"),
+    Mutant("hf-cache-not-reordered", "python/miras_kernels/hf/cache.py",
+           (f"{GENERATE}beams_and_samples_do_not_depend_on_the_cache", f"{GENERATE}what_a_cache_can_do"),
+           "self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))", "pass"),
+    Mutant("hf-cache-counts-calls", "python/miras_kernels/hf/cache.py",
+           (f"{GENERATE}the_state_does_not_grow_and_lies_in_the_models_cache",),
+           "self.state, self.length, self.is_initialized = state, self.length + tokens, True",
+           "self.state, self.length, self.is_initialized = state, self.length + 1, True"),
+    Mutant("hf-static-cache-keeps-its-length", "python/miras_kernels/hf/cache.py",
+           ("test_hf_static.py::test_turns_with_padding_and_a_cache_used_again",),
+           "self.length.zero_()", "pass"),
+    Mutant("hf-static-cache-not-loaded", "python/miras_kernels/hf/cache.py",
+           ("test_hf_static.py::test_turns_with_padding_and_a_cache_used_again",),
+           "self.decoder.load(state)", "pass"),
+    Mutant("hf-loaded-parameters-drawn-anew", "python/miras_kernels/hf/classes.py",
+           ("test_hf_save.py::test_one_missing_tensor_leaves_the_others_as_saved",),
+           "parameter.copy_(values)", "pass"),
+    Mutant("hf-second-replacement-forgets-the-first", "python/miras_kernels/hf/replace.py", (f"{HF}replacing_in_two_steps",),
+           "new.miras = plan.write([*before, group])", "new.miras = plan.write([group])"),
+    Mutant("hf-memory-beside-attention-not-added", "python/miras_kernels/hf/attention.py",
+           cases("test_hf_parallel.py::test_it_begins_as_the_host", "Llama"),
+           "return out + recalled, weights", "return out, weights"),
+]  # fmt: skip
+
+
+def occurrences(mutant: Mutant) -> int:
+    return (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.text)
+
+
+# ---------------------------------------------------------------------------------------------------------------- running
+
+#: before a source of the C++ kernels that has mutants
+SWITCH = """#ifndef MIRAS_MUTANTS
+#define MIRAS_MUTANTS
+#include <cstdlib>
+inline const int miras_mutant = std::getenv("MIRAS_MUTANT") ? std::atoi(std::getenv("MIRAS_MUTANT")) : 0;
+#endif
+"""
+
+
+def copied(folder: Path, tree: Path = ROOT) -> Path:
+    """A tree without what was built, but for the kernels, and importable before any installed one."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "__pycache__", ".*_cache", ".hypothesis", "out")
+    shutil.copytree(tree, folder, ignore=ignored, symlinks=True)
+    link = folder / "python" / "miras_kernels" / "kernels"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder / "kernels")
+    return folder
+
+
+def pytest(tree: Path, tests: tuple[str, ...], **environment: str) -> subprocess.CompletedProcess:
+    """Run tests of a copy."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    path = os.pathsep.join(filter(None, [str(tree / "python"), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    return subprocess.run(command, cwd=tree / "tests", env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+
+def replace(tree: Path, mutant: Mutant, replacement: str) -> None:
+    path = tree / mutant.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(mutant.text) == 1, mutant.name
+    path.write_text(text.replace(mutant.text, replacement), encoding="utf-8")
+
+
+def build(tree: Path, mutants: list[Mutant]) -> None:
+    """The kernels with all these faults, the i-th of which MIRAS_MUTANT=i switches on."""
+    for i, mutant in enumerate(mutants, 1):
+        replace(tree, mutant, f"(miras_mutant == {i} ? ({mutant.replacement}) : ({mutant.text}))")
+    for file in {mutant.file for mutant in mutants}:
+        path = tree / file
+        path.write_text(SWITCH + path.read_text(encoding="utf-8"), encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of ninja
+    env = {**os.environ, "MIRAS_REQUIRE_CPP": "1", "MIRAS_CUDA": "0", "PATH": path}
+    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the kernels with mutants do not compile:\n{done.stdout[-5000:]}{done.stderr[-2000:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-k", default="", metavar="NAME", help="only mutants whose name contains this")
+    parser.add_argument("-j", type=int, default=2, metavar="PROCESSES", help="so many at a time")
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if args.k in mutant.name]
+    wrong = [f"{m.name}: its text occurs {occurrences(m)} times in {m.file}" for m in chosen if occurrences(m) != 1]
+    if wrong or not chosen:
+        print("\n".join(wrong) or f"no mutant's name contains {args.k!r}", file=sys.stderr)
+        return 2
+    compiled = [mutant for mutant in chosen if mutant.compiled]
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.j) as pool:
+        right, switched = copied(Path(folder, "right")), Path(folder, "switched")
+        if compiled:
+            build(copied(switched, right), compiled)
+
+        def sound() -> subprocess.CompletedProcess:
+            tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+            return pytest(switched if compiled else right, tests)
+
+        def run(mutant: Mutant) -> tuple[str, float]:
+            began = time.perf_counter()
+            if mutant.compiled:
+                done = pytest(switched, mutant.tests, MIRAS_MUTANT=str(compiled.index(mutant) + 1))
+            else:
+                tree = copied(Path(folder, mutant.name), right)
+                replace(tree, mutant, mutant.replacement)
+                done = pytest(tree, mutant.tests)
+                shutil.rmtree(tree)
+            broken = f"NOT RUN: pytest ended with {done.returncode}\n{done.stdout[-2000:]}"
+            return {0: "SURVIVED", 1: "caught"}.get(done.returncode, broken), time.perf_counter() - began
+
+        first, outcomes = pool.submit(sound), []
+        for mutant, (outcome, seconds) in zip(chosen, pool.map(run, chosen), strict=True):
+            outcomes.append(outcome)
+            print(f"{mutant.name:60s} {mutant.file:45s} {seconds:4.0f} s  {outcome}", flush=True)
+        if first.result().returncode != 0:
+            print(f"the tests fail without a mutant too:\n{first.result().stdout[-3000:]}", file=sys.stderr)
+            return 2
+    print(f"{outcomes.count('caught')} of {len(chosen)} mutants caught")
+    return 0 if outcomes.count("caught") == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
