@@ -3,8 +3,6 @@
 
 #include <array>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 
 #include "cpu/capability.h"
 #include "tensors.h"
@@ -72,7 +70,7 @@ template <class Memory> void fill_buffers(typename Memory::Params& p, const Buff
     return t.data<float>();
   };
   StepBuffers& state = p.state;
-  const int64_t m = Memory::kMatrices, rows = state.by_value ? std::min<int64_t>(p.T, p.C) : p.C;
+  const int64_t m = Memory::kMatrices, rows = p.C;
   const Shape matrices{p.N, p.H, m, K, V};
   state.start = numbers(x.start, matrices, "start must be float32 [N, H, m, K, V]");
   state.primal = numbers(x.primal, matrices, "primal must be like start");
@@ -142,28 +140,6 @@ template <class Allowed> bool all_values(const TokenTensor& x, const Shape& size
         for (int64_t j = 0; j < channels; ++j)
           if (!allowed(data[b * x.batch + t * x.token + h * x.head + j * x.channel])) return false;
   return true;
-}
-
-// Like new_tensor, in memory of our own: a third faster, which the smallest decoders notice.
-Tensor small_tensor(Sizes sizes, Type type) {
-  struct Block {
-    dlpack::DLManagedTensorVersioned managed;
-    int64_t sizes[4], strides[4];
-  };
-  constexpr size_t kHeader = (sizeof(Block) + 63) / 64 * 64;
-  int64_t bytes = type.bits / 8;
-  for (const int64_t size : sizes) bytes *= size;
-  void* memory = std::aligned_alloc(64, kHeader + (size_t(bytes) + 63) / 64 * 64);
-  if (!memory) throw std::bad_alloc();
-  Block* block = new (memory) Block;
-  int64_t stride = 1;
-  for (int i = int(sizes.size()) - 1; i >= 0; --i) block->sizes[i] = sizes[i], block->strides[i] = stride, stride *= sizes[i];
-  void* data = static_cast<char*>(memory) + kHeader;
-  block->managed = {{dlpack::kMajorVersion, dlpack::kMinorVersion}, nullptr, [](auto* self) { std::free(self); }, 0,
-                    {data, {dlpack::kCpu, 0}, int32_t(sizes.size()), type, block->sizes, block->strides, 0}};
-  void* object = nullptr;
-  if (torch_api.tensors->managed_tensor_to_py_object_no_sync(&block->managed, &object) != 0) throw py::error_already_set();
-  return Tensor(py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)));
 }
 
 // Calls of one signature on one decoder's buffers. A call that is not of this signature, or has values that validation.py
@@ -268,21 +244,48 @@ template <class Memory> void bind_stepper(py::module_& m, const char* name) {
 
 using Matrices = std::vector<Tensor>;
 
-// The matrices in a buffer [N, H, m, K, V] as a MemoryState has them: views, all but an MLP's W2 transposed.
-Matrices matrices_of(const Tensor& buffer) {
-  if (!buffer.defined()) return {};
-  Matrices found{buffer.call("select", 2, 0).call("transpose", -1, -2)};
-  if (buffer.size(2) == 2) found.push_back(buffer.call("select", 2, 1));
-  return found;
-}
-void copy_into(const Tensor& buffer, const Matrices& matrices) {
-  const Matrices places = matrices_of(buffer);
-  require(places.size() == matrices.size(), "a state has one matrix, or two of an MLP");
-  for (size_t i = 0; i < places.size(); ++i) {
-    require(is_float(matrices[i]) && matrices[i].has_shape(places[i].sizes()), "a state's matrices must be float32 and of one shape");
-    places[i].call("copy_", matrices[i].object());
+// The matrices of a state, in a buffer [N, H, m, K, V].
+class Held {
+ public:
+  Held(const MemoryParams& p, int64_t m, int64_t K, int64_t V)
+      : N_(p.N), H_(p.H), m_(m), K_(K), V_(V), storage_(new_storage(N_ * H_ * m * K * V * int64_t(sizeof(float)))) {}
+
+  float* data() const { return static_cast<float*>(storage_.get()); }
+
+  // As a MemoryState has them: views, all but an MLP's W2 transposed
+  Matrices views() const {
+    Matrices found;
+    for (int i = 0; i < m_; ++i) {
+      const int64_t strides[] = {H_ * m_ * K_ * V_, m_ * K_ * V_, i == 0 ? 1 : V_, i == 0 ? V_ : 1};
+      found.push_back(tensor_in(storage_, data() + i * K_ * V_, shape(i), strides, kFloat32));
+    }
+    return found;
   }
-}
+  void copy(const Matrices& from) const {
+    require(int64_t(from.size()) == m_, "a state has one matrix, or two of an MLP");
+    for (int i = 0; i < m_; ++i) {
+      const Tensor& x = from[i];
+      require(is_float(x) && x.has_shape(shape(i)), "a state's matrices must be float32 and of one shape");
+      const int64_t row = x.stride(i == 0 ? 3 : 2), column = x.stride(i == 0 ? 2 : 3);
+      parallel_for(N_ * H_, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, K_ * V_)), [&](int64_t first, int64_t last) {
+        for (int64_t head = first; head < last; ++head) {
+          const float* source = x.data<float>() + head / H_ * x.stride(0) + head % H_ * x.stride(1);
+          float* to = data() + (head * m_ + i) * K_ * V_;
+          for (int64_t r = 0; r < K_; ++r, to += V_, source += row) {
+            if (column == 1) std::copy_n(source, V_, to);
+            else for (int64_t c = 0; c < V_; ++c) to[c] = source[c * column];
+          }
+        }
+      });
+    }
+  }
+
+ private:
+  std::array<int64_t, 4> shape(int i) const { return {N_, H_, i == 0 ? V_ : K_, i == 0 ? K_ : V_}; }
+
+  int64_t N_, H_, m_, K_, V_;
+  Storage storage_;
+};
 
 // (out, duals, momenta, starts, log_decay); starts and log_decay are those of OpenChunk
 template <class Memory>
@@ -301,35 +304,38 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
   Norm norm{ln_weight, ln_bias, ln_eps};
   fill_norm(p, norm);
 
-  const int64_t m = Memory::kMatrices, room = std::min<int64_t>(p.T, p.C);
-  const Shape shape{p.N, p.H, m, rows, cols};
+  const int64_t m = Memory::kMatrices, room = std::min<int64_t>(p.T, p.C), heads = p.N * p.H, width = p.decay_per_channel ? cols : 1;
   const RetentionTraits gate = retention_traits(p.retention);
-  Buffers x;
-  x.start = new_float(shape), x.carried = new_float(shape);
-  copy_into(x.carried, dual);
-  if (!gate.identity) x.primal = new_float(shape);
-  if (gate.coupling == Coupling::matrix) x.rho = new_float({p.N, p.H, m});
-  x.left = new_float({p.N, p.H, m, room, rows}), x.right = new_float({p.N, p.H, m, room, cols});
-  x.kept = new_float({p.N, p.H, 2 + room, p.decay_per_channel ? cols : 1});
-  if (momentum) {
-    x.momentum = new_float(shape), x.moved = new_float({p.N, p.H, 2 + room});
-    copy_into(x.momentum, carried);
-  }
-  x.position = new_tensor({p.N}, kInt64).call("zero_");
+  const Held now(p, m, rows, cols), before(p, m, rows, cols);
+  std::optional<Held> moving, primal;
+  now.copy(dual);
+  if (momentum) moving.emplace(p, m, rows, cols).copy(carried);
+  if (!gate.identity) primal.emplace(p, m, rows, cols);
+  const Tensor decayed = small_tensor(open_decay_shape(p, cols), kFloat32);
+  std::vector<int64_t> at(p.N);
   if (position) {
-    positions(p, *position);
-    x.position.call("copy_", position->object());
-    copy_into(x.start, start);
-    x.log_decay = open_decays(p, *open_log_decay, cols).call("clone");
+    std::copy_n(positions(p, *position), p.N, at.data());
+    before.copy(start);
+    std::copy_n(open_decays(p, *open_log_decay, cols).template data<float>(), heads * width, decayed.data<float>());
   } else {
-    x.log_decay = new_float(open_decay_shape(p, cols)).call("zero_");
+    std::fill_n(decayed.data<float>(), heads * width, 0.0f);
   }
-  p.state.by_value = true;
-  fill_buffers<Memory>(p, x);
-  const Tensor out = new_tensor(v.sizes(), v.type());
+  const int64_t spare = heads * (m * room * (rows + cols) + (2 + room) * (width + 1) + m);
+  const Storage storage = new_storage(spare * int64_t(sizeof(float)));
+  auto take = [next = static_cast<float*>(storage.get())](int64_t count) mutable { return std::exchange(next, next + count); };
+
+  StepBuffers& state = p.state;
+  state.by_value = true, state.width = int(width), state.rows = int(room);
+  state.start = before.data(), state.carried = now.data(), state.log_decay = decayed.data<float>(), state.position = at.data();
+  state.left = take(heads * m * room * rows), state.right = take(heads * m * room * cols);
+  state.kept = take(heads * (2 + room) * width);
+  if (moving) state.momentum = moving->data(), state.moved = take(heads * (2 + room));
+  if (primal) state.primal = primal->data();
+  if (gate.coupling == Coupling::matrix) state.rho = take(heads * m);
+  const Tensor out = small_tensor(v.sizes(), v.type());
   p.out = tokens(out);
   run<Memory>(p, cpu::kernels());
-  return {out, matrices_of(x.carried), matrices_of(x.momentum), matrices_of(x.start), x.log_decay};
+  return {out, now.views(), moving ? moving->views() : Matrices(), before.views(), decayed};
 }
 
 }  // namespace

@@ -177,15 +177,20 @@ def pip(tree: Path, *words: str, **options) -> subprocess.CompletedProcess:
     return run(tree, "-m", "pip", "--disable-pip-version-check", "--no-input", *words, **options)
 
 
-def installed(wheel: Path, where: Path) -> str:
-    """What tests/installed.py says of a wheel in a new environment, which borrows torch alone."""
+def install(what: Path | str, where: Path, **options) -> Path:
+    """Into a new environment, which borrows torch alone: its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(where)], check=True)
     site = next(where.glob("lib/python*/site-packages"))
-    pip(ROOT, "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
+    pip(ROOT, "install", "--quiet", "--no-deps", "--target", str(site), str(what), **options)
     (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
-    done = subprocess.run([where / "bin" / "python", "-I", str(ROOT / "tests" / "installed.py")], capture_output=True, text=True, cwd=where)
+    return where / "bin" / "python"
+
+
+def works(wheel: Path, where: Path) -> bool:
+    python = install(wheel, where)
+    done = subprocess.run([python, "-I", str(ROOT / "tests" / "installed.py")], capture_output=True, text=True, cwd=where)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout.endswith("right\n")
 
 
 @pytest.fixture
@@ -202,7 +207,7 @@ def test_the_source_distribution_installs_and_its_objects_check_themselves(tree,
     [source] = (tmp_path / "unpacked").iterdir()
     pip(source, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), ".", CXX=quick, MIRAS_REQUIRE_CPP="1")
     [wheel] = tmp_path.glob("*.whl")
-    assert installed(wheel, tmp_path / "env").endswith("right\n")
+    assert works(wheel, tmp_path / "env")
     objects = list(source.glob("build/objects-*/csrc/cpu/*.o"))
     command = [quick, "-std=c++20", "-Icsrc", str(ROOT / "tests" / "selfcheck.cpp"), *map(str, objects), "-o", "selfcheck"]
     subprocess.run(command, check=True, cwd=source)
@@ -219,14 +224,14 @@ def test_from_a_git_repository(tree, tmp_path, quick):
         subprocess.run(["git", *who, *words], cwd=tree, check=True)
     pip(tmp_path, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), f"git+file://{tree}", CXX=quick, MIRAS_REQUIRE_CPP="1")
     [wheel] = tmp_path.glob("*.whl")
-    assert installed(wheel, tmp_path / "env").endswith("right\n")
+    assert works(wheel, tmp_path / "env")
 
 
 @pytest.mark.slow
 def test_pip_without_a_compiler(tree, tmp_path):
-    pip(tree, "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), ".", CXX="/nowhere/c++")
-    program = "import miras_kernels, sys; print(miras_kernels.__file__, miras_kernels.dispatch.unavailable('cpp'))"
-    done = run(tmp_path, "-c", program, PYTHONPATH=str(tmp_path / "site"))
+    python = install(tree, tmp_path / "env", CXX="/nowhere/c++")
+    program = "import miras_kernels as mk; print(mk.__file__, mk.dispatch.unavailable('cpp'))"
+    done = subprocess.run([python, "-I", "-c", program], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.startswith(str(tmp_path)) and "there was no C++ compiler (CXX=/nowhere/c++ not found)" in done.stdout
     error = pip(tree, "install", "--no-deps", "--target", str(tmp_path / "other"), ".", ok=False, CXX="/nowhere/c++", MIRAS_REQUIRE_CPP="1")
     assert "MIRAS_REQUIRE_CPP is set, but there was no C++ compiler" in error.stdout + error.stderr
