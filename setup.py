@@ -9,7 +9,7 @@ the reason is kept in miras_kernels/_build_info.py, which `backend="cpp"` and `b
     MIRAS_SANITIZE=1       build them for tests/sanitize.py under AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize alone
     MIRAS_CUDA=1           build the CUDA kernels even for a torch without CUDA; a failed build is an error
     MIRAS_CUDA=0           do not build the CUDA kernels
-    CXX, CXXFLAGS          the compiler (gcc >= 11, clang >= 14, or Apple's of the same age), and flags for it
+    CXX, CXXFLAGS          the compiler (gcc >= 11, or clang), and flags for it
 """
 
 import importlib.util

@@ -225,3 +225,15 @@ def test_tracing_sees_the_operator():
     jacobian = torch.func.jacrev(lambda lr: mk.linear_memory(**{**arguments, "lr": lr})[0].sum())
     with pytest.raises(RuntimeError):  # no silent wrong answer under functorch's transforms
         jacobian(arguments["lr"])
+
+
+@pytest.mark.parametrize("name", ["q", "lr"])
+def test_a_tensor_that_is_negated_when_it_is_read(name, backend):
+    """The imaginary part of a conjugate: its memory holds the opposite numbers."""
+    arguments = Case("negative", tokens=21).draw(torch.float32).arguments()
+    given = arguments[name].detach()
+    negated = torch.complex(given, -given).conj().imag
+    assert negated.is_neg() and negated.equal(given)
+    with torch.no_grad():
+        out, wanted = (mk.linear_memory(**{**arguments, name: x}, backend=backend)[0] for x in (negated, given))
+    assert out.equal(wanted)
