@@ -64,6 +64,7 @@ def test_the_table():
                 assert tensor in TENSOR[target], job
 
 
+@pytest.mark.slow
 def test_a_spill_is_seen():
     """A configuration that needs more registers than there are is called a problem."""
     code = (

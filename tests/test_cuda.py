@@ -23,7 +23,7 @@ from miras_kernels.reference import chunkwise
 from miras_kernels.retention import TABLE as GATES
 from miras_kernels.testing import Case
 from miras_kernels.testing.steps import before, check_results, cut, decoder, results
-from quick import or_slow, sample
+from quick import or_slow, sample, slow
 from test_decode import PAIRS
 from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
 from test_not_finite import TRITON, assert_as_in_the_reference
@@ -241,9 +241,9 @@ def test_every_field_is_marked_or_beside_a_marked_one():
 @pytest.mark.parametrize(
     ("source", "before", "after", "name", "cuts"),
     [
-        ("linear_step.cu", "read += score[i] * w", "read += 0.999f * score[i] * w", "wide", [12, 13, 15]),
+        slow("linear_step.cu", "read += score[i] * w", "read += 0.999f * score[i] * w", "wide", [12, 13, 15]),
         ("linear_step.cu", "kept[0] = kept[width] = *sum = 0.0f", "kept[0] = kept[width] = 0.0f", "coupled", [15, 16]),
-        ("mlp_step.cu", "sum += score[i] * left", "sum += 0.9f * score[i] * left", "mlp", [12, 13, 15]),
+        slow("mlp_step.cu", "sum += score[i] * left", "sum += 0.9f * score[i] * left", "mlp", [12, 13, 15]),
     ],
 )
 def test_a_planted_bug_is_caught(source, before, after, name, cuts, objects, tmp_path, monkeypatch):

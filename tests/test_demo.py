@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(DEMO), *arguments], capture_output=True, text=True, timeout=300, env=env, check=False)
 
 
-@pytest.mark.parametrize("preset", ["yaad", pytest.param("yaad_linear", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", [pytest.param("yaad", marks=pytest.mark.slow), "yaad_linear"])
 def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
     result = run("--preset", preset, "--steps", "3", "--seconds", "1", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]

@@ -70,7 +70,7 @@ def wrong_rho(call):
 PLANTED = (wrong_tail_mask, missing_decay_in_a_gradient, off_by_one, stale_initial_state, wrong_rho)
 
 
-@pytest.mark.parametrize("bug", [PLANTED[0], *map(slow, PLANTED[1:-1]), PLANTED[-1]], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("bug", [PLANTED[0], *map(slow, PLANTED[1:])], ids=lambda f: f.__name__)
 def test_a_planted_bug_is_found_within_a_minute(bug):
     began = time.process_time()  # of a core, however many others want it
     outcome = fuzz(bug, seconds=600, seed=0, shrink_seconds=1)

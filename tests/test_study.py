@@ -78,6 +78,7 @@ def test_it_repeats_bitwise_and_another_seed_is_another_study():
     assert mqar.run("L2", training, 0) == mqar.run("L2", training, 0) != mqar.run("L2", training, 1)
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_work_change_nothing():
     plan = dataclasses.replace(program.QUICK, tasks=("drift",), memories=("L2",))
     alone, shared = (program.measure(plan, 0, workers) for workers in (1, 2))

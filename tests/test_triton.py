@@ -59,7 +59,7 @@ def test_float32(case, poisoned):
     assert report.ok, report
 
 
-@pytest.mark.parametrize("case", or_slow(MLP_CASES, sample(MLP_CASES)))
+@pytest.mark.parametrize("case", or_slow(MLP_CASES, sample(MLP_CASES)[1::2]))
 def test_mlp_float32(case, poisoned):
     report = check(case, "triton", device=DEVICE)
     assert report.ok, report
@@ -231,7 +231,7 @@ CUTS |= {
 }
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", [slow(name) if "sigmoid" in name else name for name in CUTS])
 def test_a_cut_anywhere_under_a_gate(name):
     """Predictions of the resumed chunk are those of its start, its read-out mixes phi(start) with what has been written since."""
     assert_pieces_make_the_whole(Case("cut", tokens=62, batch=1, heads=1, **CUTS[name]), torch.float32)
