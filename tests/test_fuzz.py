@@ -15,7 +15,7 @@ import miras_kernels as mk
 from miras_kernels import dispatch
 from miras_kernels.__main__ import main
 from miras_kernels.reference import chunkwise
-from miras_kernels.testing import Case, registry
+from miras_kernels.testing import Case, evaluate, registry
 from miras_kernels.testing.fuzzing import ROUTES, Example, Failure, fuzz, run_example
 from quick import slow
 
@@ -115,6 +115,15 @@ def test_every_route_leads_to_the_same_results(route, changes):
     example = Example(Case("fuzz", tokens=21, chunk_size=8, **changes), "float32", route, 5)
     assert Example.decode(example.encode()) == dataclasses.replace(example, case=dataclasses.replace(example.case, name="fuzz"))
     run_example(example, "reference")
+
+
+def test_what_float32_does_not_hold_is_no_failure():
+    """An inner loop that diverges overflows sooner or later; what is wrong before that stays wrong."""
+    diverging = Case("fuzz", bias=mk.Lp(4.0), batch=1, tokens=4, heads=1, key_dim=2, value_dim=2, chunk_size=1, keys="huge")
+    assert not evaluate(diverging.draw(torch.float32), "reference")["out"].isfinite().all()
+    run_example(Example(diverging, "float32", "as it stands", 0), "cpp")
+    with pytest.raises(Failure):
+        run_example(Example(diverging, "float32", "as it stands", 0), off_by_one)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"case":{"bias":"99"}}', '{"case":{"size":3}}', '{"case":{},"way":1}'])

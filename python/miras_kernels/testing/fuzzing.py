@@ -25,11 +25,12 @@ from torch import Tensor
 from .. import biases, dispatch, retention
 from ..biases import L2, Huber, RobustL2
 from ..memory import linear_memory, mlp_memory
+from ..reference import chunkwise
 from ..retention import ElasticNetRetention, L2Retention, LqRetention
 from ..state import MemoryState
 from ..validation import linear_call, mlp_call
 from .cases import Case, Inputs
-from .parity import ARITHMETIC, ULPS, evaluate, expect, judge, margin, operands, relative_error
+from .parity import ARITHMETIC, ULPS, Report, evaluate, expect, judge, margin, operands, relative_error
 
 __all__ = ["Example", "Failure", "examples", "fuzz", "run_example"]
 
@@ -241,8 +242,14 @@ def run_example(example: Example, run: str | Callable) -> None:
     reached = ROUTES[example.route](inputs, run, example.at)
     if not _plain_to_see(inputs, reached, multiplied):
         report = judge(inputs, reached, multiplied)
-        if not report.ok:
+        if not report.ok and not _beyond_float32(inputs, report):
             raise Failure(f"{example.route}: {report}")
+
+
+def _beyond_float32(inputs: Inputs, report: Report) -> bool:
+    """Whether whatever is wrong overflows in float32 by the reference as well, as an inner loop that diverges does sooner or later."""
+    usual = evaluate(inputs.to(torch.float64).to(torch.float32), chunkwise.run)
+    return not any(row.error < math.inf or usual[row.name].isfinite().all() for row in report.rows if not row.ok)
 
 
 def _plain_to_see(inputs: Inputs, reached: dict[str, Tensor], multiplied: torch.dtype) -> bool:
