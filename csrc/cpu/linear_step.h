@@ -83,6 +83,7 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   const Soon next{soon, before.count()};
   if (bias.predicts) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, next);
   else products<false>(W0, dk, dv, s.Q, s.Wq, nullptr, nullptr, next);
+  fill_zero(s.U + dv, dvp - dv);  // NaN of another head would pass through |e|^2
   read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
   bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
   scale(-1.0f, dvp, s.U);
