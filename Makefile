@@ -54,14 +54,14 @@ mutants: $(VENV)/.built  ## planted one-line faults: which does no test catch? A
 
 # The cases of every pair of properties use all that the kernels use of Triton.
 test-oldest: $(VENV)/.oldest  ## Triton tests with the oldest Triton that is supported
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/test_triton.py tests/test_compile.py -q -k "compile and not every_configuration or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/triton/test_triton.py tests/triton/test_compile.py -q -k "compile and not every_configuration or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## the transformers tests with the oldest transformers that is supported
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/test_hf_generate.py tests/test_hf_static.py tests/test_hf_parallel.py tests/test_hf_save.py tests/test_hf_model.py tests/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/hf/test_hf_generate.py tests/hf/test_hf_static.py tests/hf/test_hf_parallel.py tests/hf/test_hf_save.py tests/hf/test_hf_model.py tests/hf/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)
 
 # Beside .venv, in an environment of its own: what a new release would break for users is seen here first.
 test-newest: $(VENV)/.newest  ## transformers, Triton and packaging tests with the newest releases of everything but PyTorch
-	$(ONE_THREAD) $(VENV)/newest/bin/python -m pytest $(wildcard tests/test_hf*.py) tests/test_triton.py tests/test_packaging.py -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) $(VENV)/newest/bin/python -m pytest tests/hf tests/triton/test_triton.py tests/core/test_packaging.py -q -m "not slow" $(WORKERS) $(ARGS)
 
 update-constraints: test-newest  ## make the newest releases the tested set
 	$(VENV)/newest/bin/python constraints/freeze.py > $(VENV)/tested.txt
@@ -88,13 +88,13 @@ format: $(VENV)/.lint  ## let ruff rewrite what it can
 	$(PY) -m ruff format .
 
 sanitize: $(VENV)/.sanitized  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(PY) tests/sanitize.py
+	$(PY) tests/cpp/sanitize.py
 
 aarch64:  ## the C++ kernels built for 64-bit ARM and checked under qemu, if both are here
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
 	  echo "aarch64: skipped, no $$tool here (Debian's g++-aarch64-linux-gnu, qemu-user)"; exit 0; }; done; \
 	mkdir -p build && \
-	aarch64-linux-gnu-g++ -O2 -std=c++20 -static -Icsrc tests/selfcheck.cpp csrc/cpu/*.cpp -o build/selfcheck-aarch64 && \
+	aarch64-linux-gnu-g++ -O2 -std=c++20 -static -Icsrc tests/cpp/selfcheck.cpp csrc/cpu/*.cpp -o build/selfcheck-aarch64 && \
 	qemu-aarch64 build/selfcheck-aarch64
 
 types: $(VENV)/.types  ## mypy over what users call, see pyproject.toml

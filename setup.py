@@ -6,7 +6,7 @@ the reason is kept in miras_kernels/_build_info.py, which `backend="cpp"` and `b
 
     MIRAS_REQUIRE_CPP=1    a failed build of the C++ kernels is an error (developers, CI, wheels)
     MIRAS_SKIP_CPP=1       do not build the C++ kernels
-    MIRAS_SANITIZE=1       build them for tests/sanitize.py under AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize alone
+    MIRAS_SANITIZE=1       build them for `make sanitize` (AddressSanitizer, UndefinedBehaviorSanitizer), in build/sanitize alone
     MIRAS_CUDA=1           build the CUDA kernels even for a torch without CUDA; a failed build is an error
     MIRAS_CUDA=0           do not build the CUDA kernels
     CXX, CXXFLAGS          the compiler (gcc >= 11, or clang), and flags for it
@@ -211,8 +211,8 @@ else:
 setup(
     version=version(),
     package_dir={"miras_kernels": "python/miras_kernels", "miras_kernels.kernels": "kernels"},
-    packages=[*find_packages("python"), "miras_kernels.kernels"],
-    package_data={"miras_kernels": ["py.typed"], "miras_kernels.kernels": ["*.json", "*.md"]},
+    packages=[*find_packages("python"), "miras_kernels.kernels", *(f"miras_kernels.kernels.{name}" for name in find_packages("kernels"))],
+    package_data={"miras_kernels": ["py.typed"], "miras_kernels.kernels": ["*.md"], "miras_kernels.kernels.offline": ["*.json"]},
     ext_modules=extensions,
     cmdclass=commands,
     zip_safe=False,

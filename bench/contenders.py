@@ -83,7 +83,7 @@ def recurrences(memory: str) -> tuple[str, ...]:
 
 def recurrence(name: str) -> dict:
     """What makes a plain case one with this, as changes of the case."""
-    from miras_kernels import retention
+    from miras_kernels.tables import retention
 
     if name in RETENTIONS:
         return {"retention": next(row for row in retention.TABLE.values() if row.name == name)}
@@ -147,7 +147,7 @@ def eager(inputs, direction: str) -> Callable[[], tuple]:
     """The chunkwise matrix form in PyTorch; for the backward, autograd through it."""
     import torch
 
-    from miras_kernels.reference import chunkwise
+    from miras_kernels.backends.reference import chunkwise
 
     call, leaves = inputs.call(), tuple(inputs.leaves().values())
 
@@ -162,7 +162,7 @@ def compiled(inputs, direction: str) -> Callable[[], tuple]:
     """torch.compile of the whole of :func:`eager`."""
     import torch
 
-    from miras_kernels.reference import chunkwise
+    from miras_kernels.backends.reference import chunkwise
 
     call, names, leaves = inputs.call(), tuple(inputs.leaves()), tuple(inputs.leaves().values())
 
@@ -189,7 +189,7 @@ def derived(inputs, direction: str) -> Callable[[], tuple]:
     """The hand-derived backward in batched PyTorch, without autograd."""
     import torch
 
-    from miras_kernels.reference import derived as reference
+    from miras_kernels.backends.reference import derived as reference
 
     call, names = inputs.call(), tuple(inputs.leaves())
 
@@ -208,7 +208,7 @@ def derived(inputs, direction: str) -> Callable[[], tuple]:
 
 def is_derived(inputs) -> bool:
     """Whether :func:`derived` covers a case; it gives no gradients of initial states."""
-    from miras_kernels.reference import derived as reference
+    from miras_kernels.backends.reference import derived as reference
 
     return reference.covers(inputs.call()) and not inputs.duals
 

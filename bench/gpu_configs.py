@@ -29,7 +29,7 @@ def table(settings: Settings) -> dict[str, dict[str, object]]:
     """Every configuration of every kernel: ``{kernel: {label: configuration}}``. The reference has pretended ones."""
     if settings.backend == "reference":
         return {"reference_forward": {"a": "a", "b": "b"}, "reference_backward": {"a": "a"}}
-    from miras_kernels.kernels import configs
+    from miras_kernels.kernels.common import configs
 
     return {name: {str(config): config for config in frozen} for name, frozen in configs.KERNELS.items()}
 
@@ -38,7 +38,7 @@ def forced(kernel_name: str | None, label: str | None, settings: Settings):
     """A context in which a kernel's launches take one configuration; None leaves the choice to each kernel."""
     if settings.backend == "reference" or kernel_name is None:
         return contextlib.nullcontext()
-    from miras_kernels.kernels import configs
+    from miras_kernels.kernels.common import configs
 
     return configs.force(kernel_name, table(settings)[kernel_name][label])
 
@@ -47,7 +47,7 @@ def denied(settings: Settings) -> list[list]:
     """The rows of the deny-list as it is."""
     if settings.backend == "reference":
         return []
-    from miras_kernels.kernels import configs
+    from miras_kernels.kernels.common import configs
 
     return [list(row) for row in configs.DENIED]
 
@@ -58,7 +58,7 @@ def launches(settings: Settings) -> Iterator[dict[str, str]]:
     if settings.backend == "reference":
         yield {name: next(iter(labels)) for name, labels in table(settings).items()}
         return
-    from miras_kernels.kernels import configs
+    from miras_kernels.kernels.common import configs
 
     seen: dict[str, str] = {}
     choose = configs.choose

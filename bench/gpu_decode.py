@@ -22,7 +22,7 @@ def step_kernels(settings: Settings) -> tuple[str, ...]:
     """Kernels that only a decoder launches."""
     if settings.backend == "reference":
         return ()
-    from miras_kernels.kernels import configs
+    from miras_kernels.kernels.common import configs
 
     return configs.STEPS
 

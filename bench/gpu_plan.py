@@ -12,7 +12,7 @@ from contenders import BOTH, DIRECTIONS, FORWARD, MOMENTUM, PLAIN, RETENTIONS, f
 
 PARTS = {
     "environment": "device, driver, torch, Triton, and which ptxas it uses (always done: the rest refers to it)",
-    "tests": "pytest of tests/test_triton.py on this device",
+    "tests": "pytest of tests/triton/test_triton.py on this device",
     "parity": "every configuration of every kernel against float64; wrong ones become rows for the deny-list",
     "sanitizer": "compute-sanitizer (memcheck, racecheck) on a small call",
     "ceilings": "what this device reaches: a large copy, a large bf16 matrix product",

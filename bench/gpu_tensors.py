@@ -17,7 +17,7 @@ from torch import Tensor
 from contenders import recurrence, with_leaves
 from gpu_plan import FORWARD, Settings, Shape
 from miras_kernels import L2, DotProduct, Huber, Lp
-from miras_kernels.reference import chunkwise
+from miras_kernels.backends.reference import chunkwise
 from miras_kernels.testing import Case
 from miras_kernels.testing.cases import Inputs
 

@@ -172,7 +172,8 @@ def _variants(study: str, shape: str, threads: int, settings: Settings, cases: d
 
 def study_bias(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """Every bias of the table, and a p without a kernel of its own, against L2."""
-    from miras_kernels import Lp, biases
+    from miras_kernels import Lp
+    from miras_kernels.tables import biases
 
     label = lambda row: f"{row.name} {row.p:g}" if isinstance(row, Lp) else row.name
     rows = {label(row): row for row in (*biases.TABLE.values(), Lp(2.5))}

@@ -12,7 +12,7 @@ import torch
 
 import contenders
 from miras_kernels import dispatch
-from miras_kernels.biases import L2, Huber, Lp
+from miras_kernels.tables.biases import L2, Huber, Lp
 from miras_kernels.testing import check
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time)  # one thread: see docs/benchmarks.md

@@ -169,7 +169,7 @@ struct MlpBackward : MlpParams {
 
 // ---- steps: a few tokens read into a state in place ----
 
-// The buffers of python/miras_kernels/decode.py, contiguous. A head's m matrices [K, V] are W' [Dk, Dv] of a linear memory, W1'
+// The buffers of python/miras_kernels/decode/decoder.py, contiguous. A head's m matrices [K, V] are W' [Dk, Dv] of a linear memory, W1'
 // and W2 [Hd, D] of an MLP. With R = C rows of factors
 //
 //   A = gamma A_0 + kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) o right_i)'    S = moved_1 S_0 + sum_i moved_(2+i) left_i right_i'

@@ -57,7 +57,7 @@ void fill_norm(MlpStep& p, Norm& norm) {
 
 // ---- buffers ----
 
-// As python/miras_kernels/decode.py has them; undefined where there are none
+// As python/miras_kernels/decode/decoder.py has them; undefined where there are none
 struct Buffers {
   Tensor start, primal, rho, carried, momentum, left, right, kept, moved, log_decay, position;
 };

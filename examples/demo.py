@@ -28,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import miras_kernels
+from miras_kernels.backends.reference import chunkwise
 from miras_kernels.hf import replace_attention
-from miras_kernels.hf.compat import CACHE  # its name in the installed version of transformers
+from miras_kernels.hf.compat import CACHE
 from miras_kernels.layers import PRESETS
-from miras_kernels.reference import chunkwise
 from miras_kernels.testing import Case, Report, check
 
 PRESET = "yaad"  # the memory; "yaad_linear" trains faster where MLP memories have no fused kernels

@@ -1,6 +1,6 @@
 """Does an installed package work? `python tests/installed.py`: the C++ kernels of both memories, forward, backward and step by step.
 
-What cibuildwheel runs on every wheel (pyproject.toml), and tests/test_packaging.py in new environments. It needs no pytest.
+What cibuildwheel runs on every wheel (pyproject.toml), and tests/core/test_packaging.py in new environments. It needs no pytest.
 """
 
 from __future__ import annotations

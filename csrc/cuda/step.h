@@ -1,6 +1,6 @@
 // Decoding steps: T tokens, usually one, read into decode.Buffers. What both memories share.
 //
-// A step is defined by python/miras_kernels/reference/step.py. A token takes the time of reading phi(A_0), once, for k and q together,
+// A step is defined by python/miras_kernels/backends/reference/step.py. A token takes the time of reading phi(A_0), once, for k and q together,
 // and the factors of the open chunk's tokens. The token that ends its chunk writes the matrices; whether it does is read on the device,
 // where each sequence stands somewhere else in its chunk.
 //

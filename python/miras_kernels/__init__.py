@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import biases, retention
-from .biases import L1, L2, DotProduct, Huber, Lp, RobustL2
-from .decode import Decoder
+from .decode.decoder import Decoder
 from .memory import explain, linear_memory, mlp_memory
 from .options import options, override
-from .retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
 from .state import MemoryState, OpenChunk
+from .tables import biases, retention
+from .tables.biases import L1, L2, DotProduct, Huber, Lp, RobustL2
+from .tables.retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
 
 if TYPE_CHECKING:
     from .testing import verify

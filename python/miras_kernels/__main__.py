@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import __version__, biases, dispatch, explain, options, retention, triton_backend, verification, warmup
+from . import __version__, dispatch, explain, options, verification, warmup
+from .backends import triton as triton_backend
+from .tables import biases, retention
 from .versions import TRANSFORMERS, in_tested_range
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

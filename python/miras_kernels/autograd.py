@@ -9,10 +9,11 @@ eager mode nobody looks at an operator, and its dispatch in Python costs a tenth
 import torch
 from torch import Tensor
 
-from . import biases, dispatch, retention
-from .reference import chunkwise, derived
-from .reference.inputs import Call
+from . import dispatch
+from .backends.reference import chunkwise, derived
+from .call import Call
 from .state import MemoryState, OpenChunk
+from .tables import biases, retention
 from .tracing import is_plain_eager
 
 __all__ = ["run"]

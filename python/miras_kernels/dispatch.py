@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import verification
-from .reference.inputs import Call
+from .call import Call
 
 __all__ = ["BACKENDS", "NAMES", "Backend", "candidates", "choose", "explain", "kept_states_like", "unavailable"]
 

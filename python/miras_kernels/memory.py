@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from . import autograd, dispatch
-from .biases import L2, Bias
-from .cpp import CppBackend
-from .cuda_backend import CudaBackend
+from .backends.cpp import CppBackend
+from .backends.cuda import CudaBackend
+from .backends.reference.backend import ReferenceBackend
+from .backends.triton import TritonBackend
+from .call import Call
 from .options import options
-from .reference.backend import ReferenceBackend
-from .reference.inputs import Call
-from .retention import L2Retention, Retention
 from .state import MemoryState
-from .triton_backend import TritonBackend
+from .tables.biases import L2, Bias
+from .tables.retention import L2Retention, Retention
 from .validation import linear_call, mlp_call
 
 __all__ = ["explain", "linear_memory", "mlp_memory"]

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from .biases import Bias
+from .call import Call
 from .options import options
-from .reference.inputs import Call
-from .retention import Retention
 from .state import MemoryState, OpenChunk
+from .tables.biases import Bias
+from .tables.retention import Retention
 from .tracing import is_plain_eager
 
 __all__ = ["linear_call", "mlp_call"]

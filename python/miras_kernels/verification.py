@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import biases, retention
+from .tables import biases, retention
 
 __all__ = ["COMMAND", "DECODE", "SEQUENCE", "add", "configuration", "doubt", "folder", "known", "machine", "results", "sizes", "state"]
 

@@ -35,19 +35,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, triton_backend
-from .biases import Bias
-from .decode import Decoder
+from . import dispatch
+from .backends import triton as triton_backend
+from .call import Call
+from .decode.decoder import Decoder
 from .memory import linear_memory
 from .options import options
-from .reference.inputs import Call
-from .retention import L2Retention
 from .state import MemoryState
+from .tables.biases import Bias
+from .tables.retention import L2Retention
 from .validation import linear_call
 
 __all__ = ["TARGETS", "Variant", "refusal", "run", "unavailable"]
 
-#: what code can be compiled for without having it; kernels/offline.py, which imports triton, says how
+#: what code can be compiled for without having it; kernels/offline/compile.py, which imports triton, says how
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -228,7 +229,8 @@ def _compile_here(variants: Sequence[Variant]) -> None:
 
 def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
     """What a call would launch on a target, as ``kernels.offline`` compiles it."""
-    from .kernels import launch, offline
+    from .kernels.common import launch
+    from .kernels.offline import compile as offline
 
     found = []
     call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
@@ -242,7 +244,7 @@ def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
 
 def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
     """One call of each kind: other sizes, as far as they need other code, need nearly the same registers."""
-    from .kernels import offline
+    from .kernels.offline import compile as offline
 
     variants = [dataclasses.replace(variant, tokens=variant.tokens[:1], heads=variant.heads[:1]) for variant in variants]
     print(f"{target}: {variants[0].others()}")
@@ -265,7 +267,7 @@ def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
 
 def _name(given) -> str:
     """A kernel's name; the chain's also says what it walks, since it is launched for several things."""
-    from .kernels import chunks
+    from .kernels.common import chunks
 
     parts = {getattr(chunks, part).value: part.lower() for part in ("WHOLE", "HEAD", "BODY", "TAIL", "SEGMENT")}
     return " ".join([given.kernel.__name__, *([parts[given.arguments["PART"]]] if "PART" in given.arguments else [])])

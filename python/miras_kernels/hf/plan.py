@@ -15,8 +15,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from .. import biases, retention
 from ..layers import Preset
+from ..tables import biases, retention
 
 __all__ = ["INITS", "MODES", "VERSION", "Memories", "indices", "read", "write"]
 

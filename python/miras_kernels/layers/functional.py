@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..retention import KLRetention, LqRetention, Retention
+from ..tables.retention import KLRetention, LqRetention, Retention
 
 __all__ = ["convolve", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
 

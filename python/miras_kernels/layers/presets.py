@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ..biases import L2, Bias, DotProduct, Huber, Lp
-from ..retention import KLRetention, L2Retention, LqRetention, Retention
+from ..tables.biases import L2, Bias, DotProduct, Huber, Lp
+from ..tables.retention import KLRetention, L2Retention, LqRetention, Retention
 
 __all__ = ["PRESETS", "Preset", "resolve"]
 

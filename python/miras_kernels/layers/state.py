@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..decode import Decoder
+from ..decode.decoder import Decoder
+from ..decode.stepping import step
 from ..state import MemoryState, OpenChunk
-from ..stepping import step
 
 if TYPE_CHECKING:
     from .block import MemoryBlock

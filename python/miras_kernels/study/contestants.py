@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..biases import L1, L2, Bias, DotProduct, Huber, Lp, RobustL2
 from ..layers.functional import suit
 from ..memory import linear_memory, mlp_memory
-from ..retention import KLRetention, L2Retention, LqRetention, Retention
+from ..tables.biases import L1, L2, Bias, DotProduct, Huber, Lp, RobustL2
+from ..tables.retention import KLRetention, L2Retention, LqRetention, Retention
 from .tasks import DIM, Stream
 
 __all__ = ["TABLE", "Contestant", "read", "score"]

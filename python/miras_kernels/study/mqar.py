@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..biases import L1, L2, DotProduct, Huber, Lp, RobustL2
 from ..layers import PRESETS, MemoryBlock, Preset
+from ..tables.biases import L1, L2, DotProduct, Huber, Lp, RobustL2
 
 __all__ = ["MEMORIES", "Run", "Training", "run"]
 

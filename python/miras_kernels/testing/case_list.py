@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from ..biases import L2, Bias, Huber, Lp
-from ..biases import TABLE as BIASES
-from ..retention import TABLE as GATES
-from ..retention import LqRetention
+from ..tables.biases import L2, Bias, Huber, Lp
+from ..tables.biases import TABLE as BIASES
+from ..tables.retention import TABLE as GATES
+from ..tables.retention import LqRetention
 from .cases import Case
 
 __all__ = ["registry"]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..biases import L2, Bias, Huber
-from ..reference import chunkwise
-from ..reference.inputs import Call
-from ..retention import L2Retention, Retention
+from ..backends.reference import chunkwise
+from ..call import Call
 from ..state import MemoryState
+from ..tables.biases import L2, Bias, Huber
+from ..tables.retention import L2Retention, Retention
 from ..validation import linear_call, mlp_call
 
 __all__ = ["Case", "Inputs"]

@@ -22,12 +22,13 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from .. import biases, dispatch, retention
-from ..biases import L2, Huber, RobustL2
+from .. import dispatch
+from ..backends.reference import chunkwise
 from ..memory import linear_memory, mlp_memory
-from ..reference import chunkwise
-from ..retention import ElasticNetRetention, L2Retention, LqRetention
 from ..state import MemoryState
+from ..tables import biases, retention
+from ..tables.biases import L2, Huber, RobustL2
+from ..tables.retention import ElasticNetRetention, L2Retention, LqRetention
 from ..validation import linear_call, mlp_call
 from .cases import Case, Inputs
 from .parity import ARITHMETIC, ULPS, Report, evaluate, expect, judge, margin, operands, relative_error
@@ -93,7 +94,7 @@ class Refused(Exception):
 
 
 def _recall(case: Case, arguments: dict, run: str | Callable) -> tuple[Tensor, MemoryState]:
-    """The memory, by a backend's name or a function of a :class:`~miras_kernels.reference.inputs.Call`."""
+    """The memory, by a backend's name or a function of a :class:`~miras_kernels.backends.reference.sequences.Call`."""
     if callable(run):
         tokens = [arguments[name] for name in TOKENS[:5]]
         rest = {name: x for name, x in arguments.items() if name not in TOKENS[:5]}

@@ -41,8 +41,8 @@ from torch.nn.functional import hardshrink
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dispatch
+from ..backends.reference import chunkwise
 from ..memory import linear_memory, mlp_memory
-from ..reference import chunkwise
 from .cases import KINK_DISTANCE, Case, Inputs
 
 __all__ = [

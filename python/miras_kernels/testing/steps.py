@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..decode import Decoder
+from ..backends.reference import chunkwise
+from ..call import Call
+from ..decode.decoder import Decoder
 from ..memory import linear_memory, mlp_memory
-from ..reference import chunkwise
-from ..reference.inputs import Call
 from ..state import MemoryState
 from .cases import Case, Inputs
 from .parity import Report, compare, expect, margin, operands

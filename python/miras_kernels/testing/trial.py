@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from .. import dispatch, verification
-from ..biases import L2, Bias
-from ..biases import TABLE as BIASES
-from ..retention import TABLE as GATES
-from ..retention import L2Retention, Retention
+from ..tables.biases import L2, Bias
+from ..tables.biases import TABLE as BIASES
+from ..tables.retention import TABLE as GATES
+from ..tables.retention import L2Retention, Retention
 from ..verification import DECODE, SEQUENCE
 from .cases import Case, Inputs
 from .parity import check, relative_error

@@ -1,0 +1,333 @@
+"""Launch configurations: frozen, and the only home of block sizes.
+
+Nothing is tuned at run time. A kernel's configuration follows from the head dimensions, the chunk size, the width of the operands
+and the shape of the bias, never from the batch or the length: a longer sequence compiles nothing anew. `RULES` lists what a
+kernel may be launched with and for what; the first that fits and is not denied is taken. What each needs on each chip, and that none
+spills on NVIDIA's, is held by resources.json beside this file (tests/triton/test_compile.py; resources.py writes it anew).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+__all__ = [
+    "CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MAX_HIDDEN", "MAX_MLP_HEAD", "MLP_CHUNK_SIZES", "RULES",
+    "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
+]  # fmt: skip
+
+#: rows that a chunk is padded to; a linear memory's may have any number of tokens up to the last
+CHUNK_SIZES = (16, 32, 64, 128)
+MLP_CHUNK_SIZES = (16, 32, 64)
+#: tag of the gate that couples all of a matrix (retention.py)
+LQ = 1
+#: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
+MIN_TILE, MAX_HEAD = 16, 256
+#: of an MLP memory, whose LayerNorm takes a whole row of values at once
+MAX_MLP_HEAD, MAX_HIDDEN = 128, 1024
+#: chunks of a sequence of an MLP memory: the kernels take a higher bit of a chunk's number for a zero (mlp_math.lanes)
+MAX_MLP_CHUNKS = 2**21
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes along values and keys (0: all of them), warps, pipeline stages.
+
+    ``registers`` bounds the registers of a thread; 0 leaves it to the compiler, which spills some bytes for the sake of a
+    second program on the same multiprocessor.
+    """
+
+    block_v: int
+    block_k: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+    def __str__(self) -> str:
+        return f"v{self.block_v}-k{self.block_k}-w{self.warps}-s{self.stages}" + (f"-r{self.registers}" if self.registers else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a configuration is chosen by.
+
+    Sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units; tag of the retention gate, whether
+    there is momentum, whether log-decays go by channel.
+    """
+
+    key_dim: int
+    value_dim: int
+    chunk_size: int  # padded
+    itemsize: int
+    coupled: bool
+    hidden: int = 0
+    retention: int = 0
+    momentum: bool = False
+    channels: bool = False
+
+    @property
+    def padded_k(self) -> int:
+        return padded(self.key_dim)
+
+    @property
+    def padded_v(self) -> int:
+        return padded(self.value_dim)
+
+    @property
+    def entire(self) -> bool:
+        """Whether a head's values cannot be told apart: by a bias that couples a row of the error, or a gate that couples the matrix."""
+        return self.coupled or self.retention == LQ
+
+    @property
+    def block_c(self) -> int:
+        """Tokens of a chunk that the parallel kernels take at once."""
+        return min(self.chunk_size, 64 if self.itemsize == 2 else 32)
+
+    def streams(self, chain: str) -> bool:
+        """Whether the states of ``"linear_chain_fwd"`` or ``"linear_chain_bwd"`` stay in memory (linear/chain_streamed.py) or in registers."""
+        if self.retention or self.momentum or self.channels:  # more than one matrix, or passes over it
+            return True
+        if _streaming is not None:
+            return _streaming
+        widest = {"linear_chain_fwd": 64, "linear_chain_bwd": 32}[chain]  # row of values that a coupling bias can hold
+        tall = chain == "linear_chain_bwd" and self.chunk_size == 128 and self.key_dim > 64
+        return self.itemsize == 4 or self.key_dim > 128 or tall or (self.coupled and self.value_dim > widest)
+
+    def blocks(self, config: Config) -> tuple[int, int]:
+        """Tile sizes along values and keys: never wider than the padded head dimension."""
+        return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
+
+    @property
+    def part(self) -> int:
+        """Hidden units of an MLP that a program of a decoding step takes: a tile of 4096 entries of either matrix."""
+        return min(max(MIN_TILE, 4096 // self.padded_v), padded(self.hidden))
+
+    def block_hidden(self, config: Config) -> int:
+        """Hidden units of an MLP that are taken at once."""
+        return min(config.block_k, padded(self.hidden))
+
+    def tiles(self, kernel: str, config: Config, along: str) -> int:
+        """Programs that share the values or the keys of a head."""
+        if along in ("hidden", "head") or (self.entire and kernel.endswith("_streamed")):
+            return 1
+        block_v, block_k = self.blocks(config)
+        return -(-self.value_dim // block_v) if along == "value" else -(-self.key_dim // block_k)
+
+
+def padded(d: int) -> int:
+    """The power of two that a head dimension, or a chunk, is padded to."""
+    return max(MIN_TILE, 1 << (d - 1).bit_length())
+
+
+def _always(key: Key) -> bool:
+    return True
+
+
+def _wide(key: Key) -> bool:
+    return key.itemsize == 4
+
+
+def _wide_pair(key: Key) -> bool:
+    """Two matrices a chain, multiplied without tensor cores."""
+    return key.itemsize == 4 and key.momentum
+
+
+def _busy(key: Key) -> bool:
+    """Two matrices a chain, and weights of their own for every channel."""
+    return key.itemsize == 2 and key.momentum and key.channels
+
+
+def _tall(key: Key) -> bool:
+    """Either of them in long chunks, or both."""
+    return _busy(key) or (key.itemsize == 2 and key.chunk_size == 128 and (key.momentum or key.channels))
+
+
+#: (configuration, whether it serves a key), the preferred one first; at most 8 for a kernel
+RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
+    "linear_decay": ((Config(16, 16, 4, 1), _always),),
+    "linear_chain_fwd": (
+        (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
+        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(64, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size == 64 and key.padded_k == 64),
+        (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
+        (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
+    ),
+    "linear_chain_fwd_streamed": (
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _busy(key)),
+        (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4 or _busy(key)) and not _wide_pair(key)),
+        (Config(16, 16, 8, 1, 255), _wide_pair),
+    ),
+    "linear_output": (
+        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
+        (Config(128, 64, 8, 2), lambda key: key.itemsize == 2 and not key.coupled and key.chunk_size == 64),
+        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and (key.coupled or key.chunk_size == 128) and key.chunk_size >= 64),
+        (Config(32, 64, 8, 2, 255), lambda key: key.itemsize == 2 and (key.coupled or key.chunk_size == 128) and key.chunk_size >= 64),
+        (Config(64, 64, 4, 2, 128), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
+        (Config(32, 32, 4, 1, 255), _wide),
+    ),
+    "linear_du_bwd": (
+        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size <= 64),
+        (Config(64, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
+        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
+        (Config(128, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size == 64),
+        (Config(32, 32, 4, 1, 255), _wide),
+    ),
+    "linear_chain_bwd": (
+        (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
+        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
+        (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
+        (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
+    ),
+    "linear_chain_bwd_streamed": (
+        (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and key.chunk_size <= 64 and not _tall(key)),
+        (
+            Config(32, 32, 8, 1, 255),
+            lambda key: (key.coupled or key.itemsize == 4 or key.chunk_size == 128) and not _tall(key) and not _wide_pair(key),
+        ),
+        (Config(16, 32, 8, 1, 255), _tall),
+        (Config(16, 16, 8, 1, 255), _wide_pair),
+    ),
+    "linear_dqk_bwd": (
+        (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 32, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
+        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
+        (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 4 and not key.momentum),
+        (Config(16, 32, 8, 1, 255), _wide_pair),
+    ),
+    "linear_decay_bwd": ((Config(16, 16, 4, 1, 255), _always),),
+    "momentum_weights": ((Config(16, 16, 4, 1), _always),),
+    "momentum_pairs_bwd": (
+        (Config(32, 32, 4, 2, 255), lambda key: key.itemsize == 2),
+        (Config(32, 32, 4, 1, 255), _wide),
+    ),
+    "momentum_weights_bwd": ((Config(16, 16, 4, 1), _always),),
+    "channel_decay": ((Config(32, 32, 4, 1), _always),),
+    "channel_momentum": ((Config(32, 32, 1, 1), _always),),
+    "channel_scores": ((Config(64, 64, 4, 2), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
+    "channel_output": (
+        (Config(32, 32, 4, 1, 255), lambda key: key.chunk_size <= 64),
+        (Config(16, 16, 8, 1, 255), lambda key: key.chunk_size == 128),
+    ),
+    "channel_du_bwd": ((Config(32, 32, 4, 1, 255), _always),),
+    "channel_decay_bwd": (
+        (Config(32, 32, 4, 1, 255), lambda key: key.chunk_size <= 64 and not key.momentum),
+        (Config(16, 16, 8, 1, 255), lambda key: key.chunk_size == 128 or key.momentum),
+    ),
+    "mlp_chain_fwd": (
+        (Config(0, 16, 4, 1, 255), lambda key: key.chunk_size == 16),
+        (Config(0, 16, 8, 1, 255), lambda key: key.chunk_size > 16),
+    ),
+    "mlp_read_bwd": ((Config(0, 32, 8, 1, 255), lambda key: key.itemsize == 2 and key.padded_v <= 64), (Config(0, 16, 8, 1, 255), _always)),
+    "mlp_dq_bwd": ((Config(0, 32, 8, 1, 255), lambda key: key.itemsize == 2 and key.padded_v <= 64), (Config(0, 16, 8, 1, 255), _always)),
+    "mlp_chain_bwd": ((Config(0, 16, 8, 1, 255), _always),),
+    "linear_step_predict": ((Config(32, 0, 4, 1), lambda key: key.padded_k <= 128), (Config(32, 0, 8, 1), lambda key: key.padded_k > 128)),
+    "linear_step_write": (
+        (Config(32, 0, 8, 1, 255), lambda key: key.padded_k <= 128),
+        (Config(16, 0, 8, 1, 255), lambda key: key.padded_k > 128),
+    ),
+    "mlp_step_predict": ((Config(0, 0, 8, 1), _always),),
+    "mlp_step_write": ((Config(0, 0, 8, 1, 255), _always),),
+    "mlp_step_finish": ((Config(0, 0, 8, 1, 255), _always),),
+}
+#: the kernels of decoding steps
+STEPS = ("linear_step_predict", "linear_step_write", "mlp_step_predict", "mlp_step_write", "mlp_step_finish")
+#: rows of a chunk's factors that they take at once
+STEP_ROWS = 16
+
+#: every configuration of every kernel
+KERNELS: dict[str, tuple[Config, ...]] = {kernel: tuple(config for config, _ in rules) for kernel, rules in RULES.items()}
+
+
+class Denial(NamedTuple):
+    """A configuration that a toolchain gets wrong, or a chip cannot hold. Architecture and versions match as prefixes; "" matches all."""
+
+    architecture: str  # "sm_90", or "sm_8" for all of its kind
+    triton: str
+    ptxas: str
+    kernel: str
+    config: str  # as str(config) prints it
+    reason: str
+
+
+#: found by `bench/gpu.py`, which prints rows to be put here, or by resources.py
+DENIED: tuple[Denial, ...] = (
+    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w8-s2", "spills up to 40 bytes"),
+    Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
+    Denial("sm_8", "", "", "linear_du_bwd", "v64-k64-w4-s2-r255", "spills 8 bytes"),
+    Denial("sm_8", "", "", "mlp_dq_bwd", "v0-k32-w8-s1-r255", "spills up to 1312 bytes, the narrower one next to none"),
+    Denial("sm_10", "", "", "linear_chain_bwd", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
+)
+
+_forced: dict[str, Config] = {}
+_streaming: bool | None = None
+
+
+def eligible(kernel: str, key: Key) -> tuple[Config, ...]:
+    """What a kernel may be launched with for a key, the preferred one first."""
+    return tuple(config for config, serves in RULES[kernel] if serves(key))
+
+
+def choose(kernel: str, key: Key, architecture: str = "") -> Config:
+    """The configuration of a launch.
+
+    Raises:
+        ValueError: nothing fits, or a forced configuration does not.
+    """
+    fitting = eligible(kernel, key)
+    if kernel in _forced:
+        if _forced[kernel] not in fitting:
+            possible = ", ".join(map(str, fitting))
+            raise ValueError(f"{kernel}: configuration {_forced[kernel]} does not serve {key}; those that do: {possible}")
+        return _forced[kernel]
+    allowed = [config for config in fitting if denial(architecture, kernel, config) is None]
+    if not allowed:
+        reasons = "; ".join(f"{config}: {denial(architecture, kernel, config).reason}" for config in fitting)
+        raise ValueError(f"{kernel}: no configuration for {key} on {architecture}: {reasons or 'none was made for it'}")
+    return allowed[0]
+
+
+def denial(architecture: str, kernel: str, config: Config) -> Denial | None:
+    """The row of the deny-list that forbids a configuration on this toolchain, or None."""
+    for row in DENIED:
+        if architecture.startswith(row.architecture) and (row.kernel, row.config) == (kernel, str(config)):
+            triton_version, ptxas_version = toolchain(architecture)
+            if triton_version.startswith(row.triton) and ptxas_version.startswith(row.ptxas):
+                return row
+    return None
+
+
+@functools.cache
+def toolchain(architecture: str) -> tuple[str, str]:
+    """Versions of Triton and of the ptxas that it uses for an architecture."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    import triton
+
+    return triton.__version__, get_ptxas(int(architecture.removeprefix("sm_"))).version if architecture.startswith("sm_") else ""
+
+
+@contextlib.contextmanager
+def force(kernel: str, config: Config) -> Iterator[None]:
+    """Within it every launch of a kernel takes this configuration; one that the sizes cannot use is a ValueError at the launch."""
+    before = dict(_forced)
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextlib.contextmanager
+def stream(whether: bool) -> Iterator[None]:
+    """Within it the chains keep their states in memory, or in registers, whatever the sizes: for tests and measurements."""
+    global _streaming
+    before, _streaming = _streaming, whether
+    try:
+        yield
+    finally:
+        _streaming = before

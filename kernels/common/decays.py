@@ -1,0 +1,170 @@
+"""What the gates of a chunk amount to: two small kernels, parallel over chunks.
+
+    linear_decay       gamma_t, gamma_C / gamma_s, and log-decays whose differences give L_ts = gamma_t / gamma_s
+    momentum_weights   with momentum: gamma, M_C, b as rows of `decays`, pi, Theta_C as rows of `moves`, M as `pairs`, Theta as `steps`
+
+With momentum the weight of the write of token s in the state of token t is no longer L_ts but ``M = L Theta``, with
+``Theta_ts = theta_{s+1} ... theta_t``; the carried S_0 enters the state with weight b_t, the next momentum with pi_t. By rows:
+
+    Theta_t = theta_t Theta_{t-1}, Theta_tt = 1      M_t = alpha_t M_{t-1} + Theta_t
+    pi_t = theta_t pi_{t-1},       pi_0 = 1          b_t = alpha_t b_{t-1} + pi_t,      b_0 = 0
+
+Only products of numbers in [0, 1] are formed and nothing is divided: gates may be 0. M is kept in float32, although the kernels round what
+they multiply with it: the gates' gradients are sums of its products over whatever power of alpha is left, and one buffer serves both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+import triton
+
+from ..linear import channel as linear_channel
+from .chunks import chunk_of
+from .gates import CARRY, LOWEST, UNIT
+from .launch import Problem, launch
+from .tiles import LENGTHS, only_if, wide
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def linear_decay(
+    log_decay, position, decays,
+    cu_seqlens, first_slot, slot_owner,
+    T, H, CHUNKS, ROW,
+    TOKENS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """``decays [4, B, T, H]``: gamma_t, gamma_C / gamma_s, and the cumulative log-decays in two parts whose differences keep their digits.
+
+    A difference of two sums of -1e4 would leave nothing of a step of -0.01 between them. So every log-decay is cut into a
+    multiple of 2^-10, whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a rest below 2^-11, whose sums are small.
+    The products are summed from their own ends, where nothing cancels.
+    """
+    ROW = wide(ROW)
+    BH: tl.constexpr = 16
+    i_slot = tl.program_id(0).to(tl.int64)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    if first_slot is not None:
+        if t0 >= eos:  # a spare slot
+            return
+    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
+    m_next = (t0 + o_c + 1 < eos) & (t0 + o_c + 1 >= bos) & (o_c < C - 1)
+    row = (i_b * T + t0) * H
+    for i_h in range(0, H, BH):
+        o_g = o_c[:, None] * H + i_h + o_h[None, :]
+        m_h = (i_h + o_h < H)[None, :]
+        m_g = m_t[:, None] & m_h
+        b_g = tl.load(log_decay + row + o_g, mask=m_g, other=0.0)  # [C, BH]
+        b_next = tl.load(log_decay + row + H + o_g, mask=m_next[:, None] & m_h, other=0.0)
+        tl.store(decays + row + o_g, tl.exp(tl.cumsum(b_g, 0)), mask=m_g)
+        tl.store(decays + ROW + row + o_g, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_g)
+        b_g = tl.maximum(b_g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        b_units = tl.floor(b_g * UNIT + 0.5)
+        tl.store(decays + 2 * ROW + row + o_g, tl.cumsum(b_units, 0), mask=m_g)
+        tl.store(decays + 3 * ROW + row + o_g, tl.cumsum(b_g - b_units / UNIT, 0), mask=m_g)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def momentum_weights(
+    log_decay, momentum, position, decays, moves, pairs, steps,
+    cu_seqlens, first_slot, slot_owner,
+    T, H, CHUNKS, ROW,
+    TOKENS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """``decays [3, B, T, H]``: gamma_t, M_Cs, b_t; ``moves [2, B, T, H]``: pi_t, Theta_Cs; ``pairs, steps [slots, H, C, C]``: M, Theta.
+
+    Token C is the chunk's last one. Decays that go by channel are left to channel_momentum: `log_decay`, `decays` and `pairs` are None.
+    """
+    ROW = wide(ROW)
+    BH: tl.constexpr = 16
+    i_slot = tl.program_id(0).to(tl.int64)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    if first_slot is not None:
+        if t0 >= eos:  # a spare slot
+            return
+    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    m_c = (t0 + o_c < eos) & (t0 + o_c >= bos)
+    row = (i_b * T + t0) * H
+    for i_h in range(0, H, BH):
+        m_h = i_h + o_h < H
+        o_hs = ((i_slot * H + i_h + o_h) * C * C)[:, None] + o_c[None, :]  # of row 0
+        b_gamma, b_pi = tl.full((BH,), 1.0, tl.float32), tl.full((BH,), 1.0, tl.float32)
+        b_carry = tl.zeros((BH,), tl.float32)
+        b_step = tl.zeros((BH, C), tl.float32)  # Theta_t
+        b_pair = tl.zeros((BH, C), tl.float32)  # M_t
+        for i_t in range(0, C):
+            here = (t0 + i_t < eos) & (t0 + i_t >= bos)
+            m_g = only_if(here, m_h)
+            p_g = row + i_t * H + i_h + o_h
+            b_theta = tl.load(momentum + p_g, mask=m_g, other=1.0)
+            b_step = tl.where(only_if(here, o_c == i_t)[None, :], 1.0, b_step * b_theta[:, None])
+            b_pi *= b_theta
+            if log_decay is not None:
+                b_alpha = tl.exp(tl.load(log_decay + p_g, mask=m_g, other=0.0))
+                b_gamma *= b_alpha
+                b_pair *= b_alpha[:, None]
+                b_carry *= b_alpha
+            b_pair = tl.where(here, b_pair + b_step, b_pair)
+            b_carry = tl.where(here, b_carry + b_pi, b_carry)
+            tl.store(moves + p_g, b_pi, mask=m_g)
+            if decays is not None:
+                tl.store(decays + p_g, b_gamma, mask=m_g)
+                tl.store(decays + CARRY * ROW + p_g, b_carry, mask=m_g)
+                tl.store(pairs + i_t * C + o_hs, b_pair, mask=m_h[:, None])
+            if steps is not None:
+                tl.store(steps + i_t * C + o_hs, b_step, mask=m_h[:, None])
+        p_end = row + o_c[None, :] * H + i_h + o_h[:, None]
+        m_end = m_c[None, :] & m_h[:, None]
+        if decays is not None:
+            tl.store(decays + ROW + p_end, b_pair, mask=m_end)
+        tl.store(moves + ROW + p_end, b_step, mask=m_end)
+
+
+# -------------------------------------------------------------------------------------------------------------- launchers
+
+
+def chunk_decays(p: Problem) -> Tensor | None:
+    """What the log-decays amount to ``[4, B, T, H]``; None without any."""
+    if p.log_decay is None:
+        return None
+    decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
+    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, TOKENS=p.chunk_size, C=p.rows)
+    launch(linear_decay, p, p.slots.count, None, **arguments, **p.tables())
+    return decays
+
+
+class Weights(NamedTuple):
+    """What the gates of every chunk amount to; without momentum, or without any gate, what is not needed is None."""
+
+    decays: Tensor | None  # [4, B, T, H] from linear_decay, [3, B, T, H] from momentum_weights, [2 or 3, B, T, H, Dv] by channel
+    moves: Tensor | None = None  # [2, B, T, H]   pi, Theta_C
+    pairs: Tensor | None = None  # [slots, H, C, C] float32   M, unless decays go by channel
+    steps: Tensor | None = None  # [slots, H, C, C] float32   Theta, for a backward, and where decays go by channel
+
+    def only(self, *names: str) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in names}
+
+
+def chunk_weights(p: Problem, backward: bool = False) -> Weights:
+    """The weights of a call; ``backward`` adds what the gates' gradients read."""
+    if p.momentum is None:
+        return Weights(linear_channel.decays_by_channel(p) if p.key.channels else chunk_decays(p))
+    square, by_channel = (p.slots.count, p.heads, p.rows, p.rows), p.key.channels
+
+    def empty(wanted: bool, *shape: int) -> Tensor | None:
+        return p.empty(*shape, dtype=torch.float32) if wanted else None
+
+    tokens = (p.batch, p.tokens, p.heads)
+    weights = Weights(
+        empty(not by_channel, 3, *tokens), empty(True, 2, *tokens), empty(not by_channel, *square), empty(backward or by_channel, *square)
+    )
+    launch(
+        momentum_weights, p, p.slots.count, None,
+        log_decay=None if by_channel else p.log_decay, momentum=p.momentum, position=p.position, **weights._asdict(),
+        ROW=p.row, TOKENS=p.chunk_size, C=p.rows, **p.tables(),
+    )  # fmt: skip
+    return weights._replace(decays=linear_channel.decays_by_channel(p, weights.moves)) if by_channel else weights

@@ -1,0 +1,102 @@
+"""How tiles are loaded, multiplied and stored.
+
+Only device functions; the legend of names and dimensions is in README.md beside this file.
+"""
+
+import triton.language as tl
+
+import triton
+
+#: arguments that change with the length of a sequence or the size of a batch: their values are compiled into no kernel
+LENGTHS = ("T", "t", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "KEPT_ROWS", "FIRST", "GROUP")
+#: the interpreter has no bfloat16 arithmetic: there a bfloat16 operand is a float32 tile that holds bfloat16 numbers
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wide(x):
+    """An integer argument as int64: it comes as int32 where it fits, and its products would wrap."""
+    return tl.cast(x, tl.int64)
+
+
+@triton.jit
+def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Which offsets lie in a head dimension: nothing to test where whole tiles cover it."""
+    if D % BLOCK == 0:
+        return tl.full((BLOCK,), True, tl.int1)
+    else:
+        return o < D
+
+
+@triton.jit
+def only_if(condition, mask):
+    """``mask`` where a condition on scalars holds, else nothing. Not ``mask & condition``: Triton 3.9's interpreter then makes it int32."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
+def load_tile(x, stride, o_r, o_c, m_r, m_c):
+    """Rows ``o_r`` and columns ``o_c`` of a matrix whose rows are ``stride`` apart; 0 beyond the masks."""
+    return tl.load(x + o_r[:, None] * stride + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def store(pointers, x, mask):
+    """Store a float32 tile in the pointers' dtype, to nearest even."""
+    tl.store(pointers, rounded(x, pointers.dtype.element_ty).to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """``x`` in the dtype of the operands, to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def dot(x, y):
+    """``x @ y`` with float32 accumulation: tensor cores for 16-bit operands, plain float32 for float32 ones."""
+    if INTERPRETED:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def fitted(x, DTYPE: tl.constexpr):
+    """``(x / scale in the dtype of the operands, scale)``: a power of two, and 1 unless float16 cannot hold the tile's numbers."""
+    if DTYPE == tl.float16:
+        exponent = (tl.max(tl.abs(x)).to(tl.int32, bitcast=True) >> 23) - 127
+        more = tl.maximum(exponent - 14, 0)  # numbers below 2^15 stay as they are
+        return (x * ((127 - more) << 23).to(tl.float32, bitcast=True)).to(DTYPE), ((127 + more) << 23).to(tl.float32, bitcast=True)
+    else:
+        return rounded(x, DTYPE), 1.0
+
+
+@triton.jit
+def fitted_dot(x, y, DTYPE: tl.constexpr):
+    """``x @ y`` in the dtype of the operands, with y in float32."""
+    if DTYPE == tl.float16:
+        b_y, scale = fitted(y, DTYPE)
+        return dot(x, b_y) * scale
+    else:
+        return dot(x, rounded(y, DTYPE))
+
+
+@triton.jit
+def pair_products(
+    x, stride_x, o_x, m_x, y, stride_y, o_y, m_y, BC: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``X Y' [BC, BC]``, float32, of rows of two matrices with ``D`` columns, ``BLOCK`` of them at a time."""
+    b_xy = tl.zeros((BC, BC), tl.float32)
+    for i in range(0, (D + BLOCK - 1) // BLOCK):
+        o_d = i * BLOCK + tl.arange(0, BLOCK)
+        m_d = inside(o_d, D, BLOCK)
+        b_x = load_tile(x, stride_x, o_x, o_d, m_x, m_d)  # [BC, BLOCK]
+        b_y = load_tile(y, stride_y, o_y, o_d, m_y, m_d)  # [BC, BLOCK]
+        b_xy += dot(b_x, tl.trans(b_y))
+    return b_xy

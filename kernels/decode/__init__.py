@@ -1,0 +1,1 @@
+"""Decoding steps of both memories."""

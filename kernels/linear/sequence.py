@@ -1,0 +1,108 @@
+"""The linear memory (SPEC section 2): what a forward and a backward launch, in order.
+
+    forward     decays.py: the gates;  chain.py: S and E of every chunk;  read.py: the output
+    backward    decays.py;  the chain's states and errors again;  linear_du_bwd, linear_chain_bwd, linear_dqk_bwd;  common/decays_bwd.py: the gates
+
+A token's log-decay scales whatever the state at the chunk's start and earlier tokens left to later reads and to the next
+chunk. Its gradient is summed over just these pairs, from the products themselves (dS as in read.py):
+
+    d log alpha_t = sum_{r >= t} gamma_r q_r'S dO_r  +  sum_{r >= t > s} (dS o Q K')_rs  -  sum_{s < t} dec_s U_s'(J'k_s)  +  gamma_C <J, S>
+
+The shorter forms in the literature, ``cumsum(q.dq - k.dk)``, subtract numbers of order 1 where the result may be any power
+smaller. Sums over values or keys are left as partial ones, a row of ``[R, B, T, H]`` for each tile, and added afterwards: no atomics,
+the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.chunks import BODY, HEAD, TAIL, WHOLE
+from ..common.decays import Weights, chunk_weights
+from ..common.decays_bwd import decay_gradient, gate_gradients, pair_gradient
+from ..common.final_state import Final, open_chunk_end
+from ..common.launch import Problem
+from . import channel as linear_channel
+from . import read as linear_read
+from .chain import Chain, ChainGradients, chain_gradients, empty_chain, recompute, walk
+from .read import ReadGradients, read_gradients
+
+
+def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
+    """``(out, final state, checkpoints)``: the matrices of every ``every``-th chunk (dispatch.kept_states_like) float32, if every > 0."""
+    chain, weights = empty_chain(p), chunk_weights(p)
+    matrices = p.call.state.matrices()
+    segments = p.pieces(p.chunk_size * max(every, 1))
+    several = () if len(matrices) == 1 else (len(matrices),)
+    checkpoints = p.empty(segments.count, p.heads, *several, p.key_dim, p.value_dim, dtype=torch.float32) if every else None
+
+    def walked(part: int, initial: tuple[Tensor, ...], wanted: bool = True) -> tuple[Tensor, ...]:
+        final = p.empty(len(initial), p.sequences, p.heads, p.key_dim, p.value_dim, dtype=torch.float32) if wanted else None
+        if len(initial) > 1:  # with the same strides
+            initial = torch.stack(initial).unbind(0)
+        walk(
+            p, chain, weights, p.sequences, initial, part, final=final,
+            checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
+        )  # fmt: skip
+        return () if final is None else final.transpose(-1, -2).unbind(0)
+
+    final = None
+    if p.position is None and not may_end_open:
+        after = walked(WHOLE.value, matrices, wants_final)
+        final = Final(after[:1], momentum=after[1:]) if wants_final else None
+    else:
+        before = matrices if p.position is None else walked(HEAD.value, matrices)
+        start = walked(BODY.value, before)
+        after = walked(TAIL.value, start)
+        final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
+    parallel = linear_channel if p.key.channels else linear_read
+    return parallel.output(p, weights, chain), final, checkpoints
+
+
+def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
+    """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: the dual and, if there is one, the momentum."""
+    weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
+    chain = recompute(p, weights, checkpoints, every)
+    scores = grad_scores = None
+    if p.key.channels:
+        scores = linear_channel.chunk_scores(p)
+        from_out, grad_scores = linear_channel.pre(p, weights, chain, scores, grad_out)
+    else:
+        from_out = linear_read.pre(p, weights, grad_out)
+    of_chain = chain_gradients(p, weights, chain, from_out, grad_out, grad_state)
+    del from_out
+    of_reads = read_gradients(p, weights, chain, of_chain, grad_scores, grad_out)
+    grads = {"q": of_reads.q, "k": of_reads.k, "v": of_chain.v, "lr": of_chain.lr, "state": of_chain.initial}
+    if p.delta is not None:
+        grads["delta"] = of_chain.delta
+    return grads | _gate_gradients(p, weights, chain, of_chain, of_reads, scores, grad_out)
+
+
+def _gate_gradients(
+    p: Problem,
+    weights: Weights,
+    chain: Chain,
+    of_chain: ChainGradients,
+    of_reads: ReadGradients,
+    scores: Tensor | None,
+    grad_out: Tensor,
+) -> dict[str, Tensor]:
+    """d log alpha and d theta, by argument name; ``scores``: ``Q K'`` where decays go by channel."""
+    if p.key.channels:
+        log_decay, *of_steps = linear_channel.decay_gradient(p, weights, chain, scores, of_chain.states, grad_out)
+        grads = {"log_decay": log_decay}
+        if p.momentum is not None:
+            grad_steps, rows_carry = of_steps
+            rows = dict(rows_read=None, rows_kept=None, rows_step=of_chain.rows_step.sum(0), rows_carry=rows_carry)
+            grads |= gate_gradients(p, weights, grad_steps, inner=of_reads.inner.sum(1), **rows)
+        return grads
+    if p.momentum is not None:
+        read = None if of_reads.rows_read is None else of_reads.rows_read.sum(0)
+        rows = dict(rows_read=read, rows_kept=of_chain.rows_kept.sum(0), rows_step=of_chain.rows_step.sum(0))
+        rows |= dict(rows_carry=of_reads.rows_carry.sum(0), inner=of_reads.inner.sum(1))
+        return gate_gradients(p, weights, pair_gradient(p, chain, grad_out), **rows)
+    if p.log_decay is None:
+        return {}
+    sums = (of_reads.rows_read, of_reads.rows_pairs, of_chain.rows_kept, of_reads.inner)
+    return {"log_decay": decay_gradient(p, weights.decays, *sums, p.block)}

@@ -1,0 +1,249 @@
+"""The chain of the MLP memory (SPEC section 5): one program a sequence and head, walking its chunks by stages.
+
+    mlp_chain_fwd   mirror, weigh, predict, inner_gradient, read, put_out, write                        forward, first chunk first
+    mlp_chain_bwd     ask_update, through_rows, ask_hidden, carry_first, carry_second, pull_back          backward, last chunk first
+
+``S1 = W1' [Hd, D]`` and ``W2 [Hd, D]`` lie side by side in ``memory [.., 2, Hd, D]`` float32, which belongs to the program: it is
+read and written in place, ``BH`` hidden units at a time, and never grows, so that it stays in the caches of the chip. Three passes over
+the hidden units make a chunk: predict, read, write. The barriers between the stages order what threads wrote for each other.
+
+With a gate `memory` holds the duals, and all products but those of `write` take their phi, which `mirror` puts into ``states``; what a
+token reads of its own chunk is scaled by rho. With momentum `memory [.., 4, Hd, D]` holds M1', M2 of both matrices as well, and L is M of
+decays.py.
+
+No tile that a matrix product left in registers is transposed into another product: the compilers of several Triton releases get
+that wrong. Where a product needs it, the transposed tile is computed (``Ga'``) or read back from memory (``Z'``, ``Gu'``).
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+import triton
+
+from ..common import retention as retentions
+from ..common.chunks import HEAD, SEGMENT, part_of, sequence_of, slot_of
+from ..common.gates import load_scales, load_total
+from ..common.tiles import LENGTHS, wide
+from .inner import ask_hidden, ask_update, inner_gradient, predict, through_rows
+from .mirror import mirror, pull_back
+from .read import put_out, read, weigh
+from .write import carry_first, carry_second, inner_products, keep, write
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def mlp_chain_fwd(
+    q, k, v, lr, decays, moves, delta, ln_weight, ln_bias,
+    memory, opened, readouts, opened_scales, position,
+    hidden, updates, pairs, scores, checkpoints, states, duals, momenta, scales, sums, out,
+    cu_seqlens, first_slot, first_segment,
+    T, H, CHUNKS, ROW, SEGMENTS, EVERY, FIRST, GROUP,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
+    PART: tl.constexpr,
+    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, MOMENTUM: tl.constexpr,
+):  # fmt: skip
+    """One memory through the chunks of one sequence, or of one of its segments.
+
+    A segment (``PART == SEGMENT``) keeps of every chunk what the backward reads: ``states`` before it (the primals), Z in ``hidden``, Gu
+    in ``updates``, U in ``sums``; with a gate also ``duals``, and rho in ``scales`` if it has one; with momentum ``momenta``.
+    Otherwise these hold one chunk, and ``out`` is written.
+    """
+    ROW = wide(ROW)
+    SIZE: tl.constexpr = Hd * D
+    MATRICES: tl.constexpr = 4 if MOMENTUM else 2
+    GATED: tl.constexpr = RETENTION != retentions.L2
+    i_s = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_n, i_segment = i_s, i_s * 0
+    if PART == SEGMENT:
+        i_n, i_segment = i_s // GROUP, FIRST + i_s % GROUP
+    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
+    origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, C, PART)
+    segment_slot = slot_of(i_n, first_segment, SEGMENTS)
+    q += i_b * stride_qb + i_h * stride_qh
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    ln_weight += i_h * D
+    ln_bias += i_h * D
+    memory += (i_s * H + i_h) * MATRICES * SIZE
+    moving = None
+    if MOMENTUM:
+        moving = memory + 2 * SIZE
+
+    for i_c in tl.range(first, last, disable_licm=True):
+        t0 = origin + i_c * C
+        row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
+        p_q, p_k, p_v = q + t0 * stride_qt, k + t0 * stride_kt, v + t0 * stride_vt
+        place = i_s
+        if PART == SEGMENT:
+            place = i_s * EVERY + i_c - first
+        place = place * H + i_h
+        p_z, p_gu, p_u = hidden + place * C * Hd, updates + place * C * D, sums + place * C * D
+        p_copy, p_duals, p_momenta = None, None, None
+        if PART == SEGMENT and not GATED:
+            p_copy = states + place * 2 * SIZE
+        if PART == SEGMENT and GATED:
+            p_duals = duals + place * 2 * SIZE
+        if PART == SEGMENT and MOMENTUM:
+            p_momenta = momenta + place * 2 * SIZE
+        if checkpoints is not None:
+            if i_c % EVERY == 0:
+                keep(memory, checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * MATRICES * SIZE, i_c, MATRICES, D, Hd, BD, BH)
+
+        predicting, reading = memory, memory
+        rho1, rho2 = 1.0, 1.0
+        if PART == HEAD:  # a chunk that was open before takes its gradients at its own start
+            predicting = opened + place * 2 * SIZE
+            if GATED:
+                reading = readouts + place * 2 * SIZE
+            if RETENTION == retentions.ENTIRE:
+                rho1, rho2 = load_scales(opened_scales, place)
+        elif GATED:
+            predicting = states + place * 2 * SIZE
+            reading = predicting
+            rho1, rho2 = mirror(memory, predicting, i_c, D, Hd, BD, BH, RETENTION, R0, R1)
+            if scales is not None:
+                tl.store(scales + place * 2, rho1)
+                tl.store(scales + place * 2 + 1, rho2)
+            tl.debug_barrier()
+
+        if out is not None:
+            p_pairs, p_scores = pairs + place * C * C, scores + place * C * C
+            if MOMENTUM:
+                p_pairs = pairs + ((slot_of(i_n, first_slot, CHUNKS) + i_c) * H + i_h) * C * C
+            weigh(p_q, p_k, decays, p_pairs, p_scores, stride_qt, stride_kt, ROW, row, H, t0, bos, eos, i_c, D, C, BD, PART, MOMENTUM)
+        predict(p_k, predicting, p_z, p_u, p_copy, stride_kt, t0, bos, eos, i_c, D, Hd, C, BD, BH, DTYPE, PART)
+        tl.debug_barrier()
+        inner_gradient(
+            p_k, p_v, delta, ln_weight, ln_bias, p_u, p_gu, stride_kt, stride_vt, row, H, t0, bos, eos, i_c,
+            D, C, BD, EPS, PART, BIAS, P0, P1, P2, READS, COUPLED, DELTA,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if out is not None:
+            read(
+                p_q, lr, decays, reading, predicting, moving, rho1, rho2,
+                p_z, p_gu, p_pairs, p_scores, p_u, stride_qt, ROW, row, H, t0, bos, eos, i_c,
+                D, Hd, C, BD, BH, DTYPE, PART, RETENTION,
+            )  # fmt: skip
+            tl.debug_barrier()
+            put_out(p_q, ln_weight, ln_bias, p_u, out + row * D, stride_qt, H, t0, bos, eos, i_c, D, C, BD, EPS, PART)
+            tl.debug_barrier()
+        write(
+            p_k, lr, decays, moves, memory, predicting, moving, p_z, p_gu, p_duals, p_momenta, stride_kt, ROW, row, H, t0, bos, eos, i_c,
+            D, Hd, C, BD, BH, DTYPE, PART, RETENTION,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def mlp_chain_bwd(
+    q, k, v, lr, decays, moves, delta, ln_weight, ln_bias,
+    states, duals, momenta, scales, hidden, updates, sums, inner_grad, hidden_q, grad_sums, grad_scores, grad_norm, grad_scales,
+    grad_hidden_q, from_hidden, from_updates, from_inner, row_sums, grad_sum,
+    grad_memory, grad_primal, grad_k, grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_kept, rows_step, inner,
+    cu_seqlens, first_slot,
+    T, H, CHUNKS, ROW, SLOTS, FIRST, GROUP,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
+    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, MOMENTUM: tl.constexpr,
+):  # fmt: skip
+    """J1, J2 (and JS1, JS2), in place in ``grad_memory``, from the last chunk of a group to its first.
+
+    ``from_inner`` becomes dGz, ``from_hidden`` dZ. ``row_sums``, ``grad_sum`` and ``grad_primal`` hold one chunk.
+    """
+    ROW, SLOTS = wide(ROW), wide(SLOTS)
+    SIZE: tl.constexpr = Hd * D
+    MATRICES: tl.constexpr = 4 if MOMENTUM else 2
+    GATED: tl.constexpr = RETENTION != retentions.L2
+    i_n = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
+    last = tl.minimum(((eos - bos + C - 1) // C).to(tl.int32), FIRST + GROUP)
+    slot = slot_of(i_n, first_slot, CHUNKS)
+    own = i_n * H + i_h
+    q += i_b * stride_qb + i_h * stride_qh
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    ln_weight += i_h * D
+    ln_bias += i_h * D
+    grad_memory += own * MATRICES * SIZE
+    row_sums += own * (3 if MOMENTUM else 2) * C * D
+    grad_sum += own * C * D
+    grad_layer_norm += own * 2 * D
+    moving, moving2 = None, None
+    if MOMENTUM:
+        moving, moving2 = grad_memory + 2 * SIZE, grad_memory + 3 * SIZE
+    primal, primal2 = None, None
+    if GATED:
+        primal, primal2 = grad_primal + own * 2 * SIZE, grad_primal + (own * 2 + 1) * SIZE
+
+    for i_r in tl.range(0, last - FIRST, disable_licm=True):
+        i_c = last - 1 - i_r
+        place = (i_n * GROUP + i_c - FIRST) * H + i_h
+        t0 = bos + i_c * C
+        row = (i_b * T + t0) * H + i_h
+        p_q, p_k, p_v = q + t0 * stride_qt, k + t0 * stride_kt, v + t0 * stride_vt
+        at_hidden, at_tokens = place * C * Hd, place * C * D
+        p_w, p_z, p_ga, p_inner, p_hidden = (
+            states + place * 2 * SIZE, hidden + at_hidden, inner_grad + at_hidden, from_inner + at_hidden, from_hidden + at_hidden
+        )  # fmt: skip
+        p_gu = updates + at_tokens
+        rho1, rho2 = load_scales(scales, place)
+
+        if inner is not None and (GATED or MOMENTUM):
+            p_duals, p_momenta = p_w, None
+            if GATED:
+                p_duals = duals + place * 2 * SIZE
+            if MOMENTUM:
+                p_momenta = momenta + place * 2 * SIZE
+            product, product_carry, product_pi = inner_products(grad_memory, p_duals, moving, p_momenta, i_c, D, Hd, BD, BH)
+            p_of_inner = inner + (slot + i_c) * H + i_h
+            tl.store(p_of_inner, product)
+            if MOMENTUM:
+                tl.store(p_of_inner + SLOTS * H, product_carry)
+                tl.store(p_of_inner + 2 * SLOTS * H, product_pi)
+        ask_update(
+            p_k, lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, row_sums, rows_lr, rows_kept, rows_step,
+            stride_kt, ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        through_rows(
+            p_k, p_v, lr, decays, moves, delta, ln_weight, ln_bias, sums + at_tokens, row_sums, from_updates + at_tokens,
+            grad_norm + place * 2 * D, grad_sum, grad_v + row * D, grad_delta + row * D if DELTA == 2 else None, grad_layer_norm,
+            rows_lr, rows_delta, rows_kept, rows_step, stride_kt, stride_vt, ROW, row, H, t0, eos, i_c,
+            D, C, BD, EPS, BIAS, P0, P1, P2, READS, COUPLED, DELTA,
+        )  # fmt: skip
+        tl.debug_barrier()
+        product = ask_hidden(
+            lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, p_hidden, p_gu, grad_sum, ROW, row, H, t0, eos, i_c,
+            D, Hd, C, BD, BH, DTYPE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        carry_first(
+            decays, moves, grad_memory, moving, primal, p_z, hidden_q + at_hidden, p_inner, p_gu, grad_sum, grad_sums + at_tokens, rho1,
+            ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        product += carry_second(
+            p_q, p_k, lr, decays, moves, grad_memory + SIZE, moving2, primal2, p_w + SIZE, p_z, p_ga, p_hidden, grad_hidden_q + at_hidden,
+            grad_scores + place * C * C, grad_v + row * D, grad_k + row * D, rho2, stride_qt, stride_kt, ROW, row, H, t0, eos, i_c,
+            D, Hd, C, BD, BH, DTYPE, READS,
+        )  # fmt: skip
+        if inner is not None and not (GATED or MOMENTUM):
+            tl.store(inner + (slot + i_c) * H + i_h, product)
+        tl.debug_barrier()
+        if GATED:
+            grad_rho1, grad_rho2 = 0.0, 0.0
+            if scales is not None:
+                grad_rho1, grad_rho2 = load_scales(grad_scales, place)
+            gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
+            p_duals = duals + place * 2 * SIZE
+            pull_back(
+                grad_memory, primal, p_duals, p_w, gamma, grad_rho1, grad_rho2, rho1, rho2, i_c, D, Hd, BD, BH, RETENTION, R0, R1
+            )  # fmt: skip
+            tl.debug_barrier()

@@ -1,0 +1,72 @@
+"""What the MLP memory adds to the linear one: gelu in its tanh form and LayerNorm, with the derivatives that an inner gradient asks for."""
+
+import triton.language as tl
+
+import triton
+
+TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+CUBIC = tl.constexpr(0.044715)
+#: tokens that go through LayerNorm at once
+ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def lanes(N: tl.constexpr, i_c, STAGE: tl.constexpr):
+    """``0 ... N - 1`` of chunk ``i_c``, for one stage of what is done to it.
+
+    It adds a zero that the compiler cannot know to be one (``i_c`` is below configs.MAX_MLP_CHUNKS), another for every stage. Otherwise
+    offsets, addresses and masks that two stages or two chunks have in common are kept from one to the other, and registers spill.
+    """
+    return tl.arange(0, N) + (i_c >> (30 - STAGE)) * 1024
+
+
+@triton.jit
+def sigmoid_of_gelu(x):
+    """``s`` with gelu(x) = x s: the logistic function of ``y = 2 sqrt(2/pi) (x + 0.044715 x^3)``."""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x * (1.0 + x * x * CUBIC) * TWICE_ROOT, 80.0)))
+
+
+@triton.jit
+def gelu(x):
+    return x * sigmoid_of_gelu(x)
+
+
+@triton.jit
+def gelu_slope(x):
+    """gelu'"""
+    s = sigmoid_of_gelu(x)
+    return s + x * s * (1.0 - s) * (1.0 + x * x * (3.0 * CUBIC)) * TWICE_ROOT
+
+
+@triton.jit
+def gelu_curve(x):
+    """gelu''"""
+    s = sigmoid_of_gelu(x)
+    y1, y2 = (1.0 + x * x * (3.0 * CUBIC)) * TWICE_ROOT, x * (6.0 * CUBIC * TWICE_ROOT)
+    return s * (1.0 - s) * (2.0 * y1 + x * ((1.0 - 2.0 * s) * y1 * y1 + y2))
+
+
+@triton.jit
+def row_mean(x, D: tl.constexpr):
+    """``[C, 1]``, the mean of a row whose padding is zero."""
+    return (tl.sum(x, 1) / D)[:, None]
+
+
+@triton.jit
+def normalised(u, m_d, D: tl.constexpr, EPS: tl.constexpr):
+    """``(x [C, BD], 1 / deviation [C, 1])`` of LayerNorm over the D channels that ``m_d`` marks."""
+    centred = tl.where(m_d[None, :], u - row_mean(u, D), 0.0)
+    inverse = 1.0 / tl.sqrt(row_mean(centred * centred, D) + EPS)
+    return centred * inverse, inverse
+
+
+@triton.jit
+def layer_norm_vjp(x, inverse, grad, m_d, D: tl.constexpr):
+    """Gradient in the input of LayerNorm (without its affine part) for a gradient of its output ``x``. Linear and symmetric in ``grad``."""
+    return tl.where(m_d[None, :], inverse * (grad - row_mean(grad, D) - x * row_mean(grad * x, D)), 0.0)
+
+
+@triton.jit
+def crossing(b_pairs, o_c):
+    """``[C]``: at s the sum of all pairs of a read after s and a write up to s."""
+    return tl.sum(tl.where(o_c[:, None] > o_c[None, :], tl.cumsum(b_pairs, 1), 0.0), 0)

@@ -1,0 +1,125 @@
+"""Compile the kernels for a chip that is not here, and read what the machine code needs: registers, spills, shared memory.
+
+Nothing is written down twice: the launchers run on meta tensors, and what they would launch is compiled instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import triton
+
+from ...decode.decoder import buffers_for
+from ..common import configs, launch
+from ..decode import steps
+from ..linear import sequence as linear
+from ..mlp import sequence as mlp
+
+__all__ = ["TARGETS", "Resources", "compile_launch", "recorded", "recorded_step"]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch as the launcher asked for it."""
+
+    kernel: object
+    arguments: dict
+    config: configs.Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What compiled code needs.
+
+    Attributes:
+        registers: per thread. spills: bytes of local memory per thread (AMD: spilled vector registers).
+        shared: bytes per program. tensor: the kind of matrix instructions, "" if there are none.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    tensor: str
+
+
+def recorded(call, every: int, architecture: str = "") -> list[Launch]:
+    """The launches of a call's forward and backward on an architecture; tensors may be on the meta device."""
+    found = []
+    with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
+        p, matrices = launch.Problem(call), [torch.empty_like(x) for x in call.state.matrices()]
+        memory = linear if call.memory == "linear" else mlp
+        _, _, checkpoints = memory.forward(p, every, call.output_final_state, call.output_final_state)
+        memory.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
+    return found
+
+
+def recorded_step(call, architecture: str = "") -> list[Launch]:
+    """The launches of a decoding step with the tokens of a call, likewise."""
+    channels = call.log_decay is not None and call.log_decay.dim() == 4
+    found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channels)
+    with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
+        run = steps.stepper(call)
+        run(x, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, torch.empty_like(call.v))
+    return found
+
+
+def source(given: Launch) -> ASTSource:
+    """The launch specialised as Triton's launcher would: None and 1 are constants, multiples of 16 are known as such."""
+    constexprs, signature, attributes = {}, {}, {}
+    for i, parameter in enumerate(given.kernel.params):
+        x = given.arguments[parameter.name]
+        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constexprs[parameter.name] = "constexpr", x
+        elif isinstance(x, Tensor):
+            signature[parameter.name], attributes[(i,)] = POINTERS[x.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= x < 2**31 else "i64"
+            if x % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=given.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def compile_launch(given: Launch, target: str) -> Resources:
+    """Compile one launch for a target of TARGETS."""
+    compiled = triton.compile(source(given), target=TARGETS[target], options=launch.options(given.config, target))
+    return (_amd if target.startswith("gfx") else _nvidia)(compiled)
+
+
+def _nvidia(compiled) -> Resources:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def run(tool: str, *arguments: str) -> str:
+        return subprocess.run([str(tools / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = run("cuobjdump", "-res-usage", file.name), run("nvdisasm", "-c", file.name)
+    tensor = next((kind for kind, name in (("tcgen05", "UTCHMMA"), ("wgmma", "HGMMA"), ("mma", "HMMA")) if name in code), "")
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return Resources(registers, stack, compiled.metadata.shared, tensor)
+
+
+def _amd(compiled) -> Resources:
+    code = compiled.asm["amdgcn"]
+    registers, spills = (int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
+    return Resources(registers, spills, compiled.metadata.shared, "mfma" if "v_mfma" in code else "")

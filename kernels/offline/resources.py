@@ -1,0 +1,297 @@
+"""What every configuration needs on every chip: compiled here, for chips that need not be.
+
+    python -m miras_kernels.kernels.offline.resources                    compile everything, write resources.json beside this file
+    python -m miras_kernels.kernels.offline.resources --cover            every configuration once for every chip, write that
+    python -m miras_kernels.kernels.offline.resources --check            compile everything, compare with it
+    python -m miras_kernels.kernels.offline.resources --check --quick    of the commonest calls only
+    python -m miras_kernels.kernels.offline.resources --check --cover    every configuration once for every chip
+    python -m miras_kernels.kernels.offline.resources --only sm_90:D64   some of it, printed
+
+A specimen is a call whose launches are recorded and compiled, each under every configuration that serves it. resources.json
+holds registers, spilled bytes, shared memory and the kind of tensor-core instruction for each, per version of Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+import triton
+
+from ...tables.biases import L2, Bias, DotProduct, Huber, Lp
+from ...tables.retention import KLRetention, L2Retention, LqRetention, Retention
+from ...validation import linear_call, mlp_call
+from ..common import configs
+from . import compile as offline
+
+__all__ = [
+    "LIMITS", "SPECIMENS", "Job", "Specimen", "jobs", "measure", "problems", "read", "spills_allowed", "table_key",
+]  # fmt: skip
+
+TABLE = Path(__file__).with_name("resources.json")
+
+#: kernels that have nothing for tensor cores to multiply: gates' and decoding's
+NO_PRODUCTS = (
+    "linear_decay", "linear_decay_bwd", "momentum_weights", "momentum_weights_bwd", "channel_decay", "channel_momentum", "channel_du_bwd",
+    *configs.STEPS,
+)  # fmt: skip
+
+#: bytes of shared memory that a program may have
+LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """A call to compile. ``final``: with final state, inside a chunk, and packed; else training without either."""
+
+    key_dim: int
+    value_dim: int
+    chunk_size: int
+    bias: Bias = Huber("coordinate")  # noqa: RUF009  immutable
+    dtype: torch.dtype = torch.bfloat16
+    channel_delta: bool = False
+    final: bool = False
+    decays: bool = True
+    hidden: int = 0  # of an MLP memory
+    retention: Retention = L2Retention()  # noqa: RUF009  immutable
+    momentum: bool = False
+    channel_lr: bool = False
+    channel_decay: bool = False
+    steps: bool = False  # decoding a token instead
+
+    def __str__(self) -> str:
+        sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
+        sizes += f"-H{self.hidden}" if self.hidden else ""
+        marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "steps") if getattr(self, name)]
+        marks += ([self.retention.name] if self.retention.tag else []) + ([] if self.decays else ["no_decay"])
+        return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
+
+    def launches(self) -> list[offline.Launch]:
+        """What a forward and backward of it launch, or a step."""
+        b, t, h = (4, 1, 16) if self.steps else (1 if self.final else 2, 4096, 16)
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        k, v = meta(b, t, h, self.key_dim, dtype=self.dtype), meta(b, t, h, self.value_dim, dtype=self.dtype)
+        gate = meta(b, t, h)
+        delta = None
+        if self.bias.needs_delta:
+            delta = meta(b, t, h, self.value_dim) if self.channel_delta else gate
+        n, d = (4 if self.final else b), self.key_dim
+        arguments = dict(
+            bias=self.bias, retention=self.retention, delta=delta, momentum=gate if self.momentum else None, chunk_size=self.chunk_size,
+            output_final_state=self.final or self.steps, cu_seqlens=meta(5, dtype=torch.int64) if self.final else None,
+        )  # fmt: skip
+        if self.hidden:
+            initial, norm = (meta(n, h, d, self.hidden), meta(n, h, self.hidden, d)), dict(ln_weight=meta(h, d), ln_bias=meta(h, d))
+            make, arguments = mlp_call, arguments | norm | dict(ln_eps=1e-6, initial_state=initial)
+        else:
+            make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
+        lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
+        call = make(k, k, v, lr, log_decay if self.decays else None, **arguments)
+        return offline.recorded_step(call) if self.steps else offline.recorded(call, 4)
+
+
+def _specimens() -> Iterator[Specimen]:
+    switch, smooth, float32 = Huber("switch"), Lp(3.0, sharpness=10.0), torch.float32
+    for d, c in ((64, 16), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)):
+        yield Specimen(d, d, c)
+    yield Specimen(128, 128, 64, DotProduct())
+    yield Specimen(128, 128, 64, smooth)
+    yield Specimen(64, 64, 64, switch)
+    yield Specimen(128, 128, 64, switch)
+    yield Specimen(128, 64, 128, switch)
+    yield Specimen(128, 32, 64, switch)
+    yield Specimen(16, 16, 16, switch)
+    yield Specimen(64, 64, 64, channel_delta=True)
+    yield Specimen(64, 64, 64, L2(), decays=False, dtype=torch.float16)
+    yield Specimen(64, 64, 64, final=True)
+    yield Specimen(16, 16, 16)
+    yield Specimen(32, 32, 128)
+    yield Specimen(96, 80, 64)
+    yield Specimen(256, 256, 64)
+    yield Specimen(256, 256, 128, switch)
+    yield Specimen(64, 64, 64, dtype=float32)
+    yield Specimen(96, 80, 64, switch, dtype=float32)
+    yield Specimen(256, 256, 128, dtype=float32)
+    yield Specimen(64, 64, 64, channel_lr=True)
+    yield Specimen(64, 64, 64, switch, retention=KLRetention(), momentum=True)
+    yield Specimen(128, 128, 64, retention=LqRetention(), momentum=True)
+    yield Specimen(128, 128, 128, retention=KLRetention(), momentum=True, final=True)
+    yield Specimen(64, 64, 128, retention=LqRetention(), momentum=True, dtype=float32)
+    yield Specimen(128, 128, 128, retention=KLRetention(), channel_lr=True, channel_decay=True)
+    yield Specimen(64, 64, 64, channel_decay=True)
+    yield Specimen(64, 64, 64, momentum=True, channel_decay=True)
+    yield Specimen(128, 128, 128, momentum=True, channel_decay=True, dtype=float32)
+    for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
+        yield Specimen(d, d, c, switch, hidden=hidden)
+    yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)
+    yield Specimen(64, 64, 64, retention=KLRetention(), momentum=True, hidden=256)
+    yield Specimen(128, 128, 32, retention=LqRetention(), momentum=True, final=True, hidden=256, dtype=torch.float16)
+    yield Specimen(32, 32, 16, hidden=48, dtype=float32)
+    # steps: those with the most to hold come first
+    for d, hidden in ((128, 0), (64, 256), (128, 1024)):
+        yield Specimen(d, d, 64, switch, hidden=hidden, retention=KLRetention(), momentum=True, steps=True)
+    yield Specimen(256, 256, 64, channel_lr=True, channel_decay=True, retention=KLRetention(), momentum=True, steps=True)
+    for d, hidden in ((128, 0), (128, 256)):
+        yield Specimen(d, d, 64, smooth, hidden=hidden, retention=LqRetention(), momentum=True, steps=True)
+    for d, hidden in ((64, 0), (256, 0), (64, 256)):
+        yield Specimen(d, d, 64, L2(), hidden=hidden, steps=True)
+    yield Specimen(64, 64, 1, L2(), decays=False, steps=True)
+
+
+SPECIMENS: dict[str, Specimen] = {str(x): x for x in _specimens()}
+#: the commonest calls: held by every run of the tests
+QUICK = (
+    "D64-C64-huber_coordinate-bfloat16", "D128-C64-huber_coordinate-bfloat16", "D128-C64-huber_switch-bfloat16",
+    "D64-C64-l2-bfloat16-steps", "D64-C64-H256-huber_switch-bfloat16-momentum-steps-kl",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One thing to compile: a launch of a specimen, by its place among those of its kernel, under a configuration, for a target."""
+
+    specimen: str
+    kernel: str
+    place: int
+    config: configs.Config
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.target}:{self.specimen}:{self.kernel}.{self.place}:{self.config}"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether its matrix products have operands for tensor cores."""
+        return self.kernel not in NO_PRODUCTS and SPECIMENS[self.specimen].dtype != torch.float32
+
+
+def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) -> list[Job]:
+    """Everything to compile: every configuration that serves a specimen and is not denied on a target, and nothing twice."""
+    found, seen = [], set()
+    for name in specimens:
+        recorded = SPECIMENS[name].launches()
+        for kernel in dict.fromkeys(given.kernel.__name__ for given in recorded):
+            for config in configs.eligible(kernel, key_of(name)):
+                with configs.force(kernel, config):
+                    launches = [given for given in SPECIMENS[name].launches() if given.kernel.__name__ == kernel]
+                for place, given in enumerate(launches):
+                    identity = (offline.source(given).hash(), config)
+                    if identity not in seen:
+                        seen.add(identity)
+                        allowed = [target for target in targets if configs.denial(target, kernel, config) is None]
+                        found += [Job(name, kernel, place, config, target) for target in allowed]
+    return found
+
+
+def key_of(specimen: str) -> configs.Key:
+    s = SPECIMENS[specimen]
+    return configs.Key(
+        s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled, s.hidden, s.retention.tag, s.momentum, s.channel_decay
+    )
+
+
+def compile_job(job: Job) -> offline.Resources:
+    with configs.force(job.kernel, job.config):
+        launches = [given for given in SPECIMENS[job.specimen].launches() if given.kernel.__name__ == job.kernel]
+    return offline.compile_launch(launches[job.place], job.target)
+
+
+def measure(wanted: list[Job], processes: int = 2) -> Iterator[tuple[Job, offline.Resources]]:
+    """Compile in fresh processes: Triton decides about its interpreter once, when it is imported."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from zip(wanted, pool.map(compile_job, wanted, chunksize=4), strict=True)
+
+
+def spills_allowed(job: Job) -> float:
+    """Bytes of spilled registers that are put up with, per thread.
+
+    None, but: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (none in chunks
+    of 64 on sm_90); 128 on sm_80 for the backward chain of two matrices in float32; for the MLP memory 64 backward, and a bound only,
+    forward and backward, in float32, on sm_80, and for chunks of fewer than 64 tokens with heads wider than 64: there products take their
+    operands from registers.
+    """
+    if not job.target.startswith("sm_"):
+        return math.inf
+    specimen = SPECIMENS[job.specimen]
+    if job.kernel == "channel_decay_bwd" and specimen.momentum:
+        return math.inf
+    if job.kernel == "linear_chain_bwd_streamed" and specimen.momentum and (job.target, specimen.dtype) == ("sm_80", torch.float32):
+        return 128
+    if not job.kernel.startswith("mlp_") or job.kernel in configs.STEPS:
+        return 0
+    if job.target == "sm_80" or specimen.dtype == torch.float32 or (specimen.key_dim > 64 and specimen.chunk_size < 64):
+        return 1536
+    return 0 if job.kernel == "mlp_chain_fwd" else 64
+
+
+def problems(job: Job, found: offline.Resources) -> list[str]:
+    """What is wrong with a configuration, whatever the table says."""
+    wrong = []
+    if found.spills > spills_allowed(job):
+        wrong.append(f"spills {found.spills} bytes")
+    if found.shared > LIMITS[job.target]:
+        wrong.append(f"{found.shared} bytes of shared memory of {LIMITS[job.target]}")
+    if job.multiplies and not found.tensor:
+        wrong.append("no tensor-core instruction")
+    return [f"{job}: {text}" for text in wrong]
+
+
+def table_key() -> str:
+    """The version of Triton, under which the table has its figures."""
+    return triton.__version__.split("+")[0]
+
+
+def read() -> dict[str, dict[str, list]]:
+    """The table: version of Triton -> job -> ``[registers, spills, shared, tensor]``."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def write(figures: dict[str, list]) -> None:
+    lines = []
+    for version, rows in sorted((read() | {table_key(): figures}).items()):
+        body = ",\n".join(f"    {json.dumps(job)}: {json.dumps(row)}" for job, row in sorted(rows.items()))
+        lines.append(f"  {json.dumps(version)}: {{\n{body}\n  }}")
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
+    parser.add_argument("--quick", action="store_true", help="the commonest calls only; writes nothing")
+    parser.add_argument("--cover", action="store_true", help="every configuration once for every target")
+    parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains this; prints, writes nothing")
+    parser.add_argument("--targets", default=",".join(offline.TARGETS), metavar="TARGET,...")
+    args = parser.parse_args(arguments)
+    wanted = jobs(args.targets.split(","), QUICK if args.quick else tuple(SPECIMENS))
+    wanted = [job for job in wanted if not args.only or args.only in str(job)]
+    if args.cover:
+        wanted = list({(job.target, job.kernel, job.config): job for job in reversed(wanted)}.values())
+    figures, wrong, known = {}, [], read().get(table_key())
+    if args.check and known is None:
+        print(f"the table has no Triton {table_key()}: only spills, shared memory and tensor cores are judged")
+    for job, found in measure(wanted):
+        figures[str(job)] = list(dataclasses.astuple(found))
+        wrong += problems(job, found)
+        if args.check and known is not None and known.get(str(job), figures[str(job)]) != figures[str(job)]:
+            wrong.append(f"{job}: {figures[str(job)]}, the table has {known.get(str(job))}")
+        print(f"{len(figures)}/{len(wanted)} {job} {figures[str(job)]}", flush=True)
+    if not (args.check or args.only or args.quick):
+        write(figures)
+    print("\n".join(wrong) or "nothing spills, all fits")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

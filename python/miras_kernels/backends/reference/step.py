@@ -1,0 +1,126 @@
+"""One token after the other on a decoder's buffers, in place, in eager PyTorch: what the step kernels compute.
+
+Matrices ``[N, H, m, K, V]`` as :class:`~miras_kernels.decode.Buffers` has them: of a linear memory ``W' [Dk, Dv]``, of an MLP
+``W1' [Hd, D]`` and ``W2 [Hd, D]``. A token's writes are factors: row ``position`` of ``left`` and ``right``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...call import Call
+from .chunkwise import gelu_derivative, layer_norm_vjp
+
+__all__ = ["stepper"]
+
+
+def stepper(call: Call) -> Callable:
+    """``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)`` for calls like this one."""
+
+    def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
+        dtype = buffers.start.dtype
+        if call.delta is not None and not isinstance(delta, Tensor):
+            delta = torch.full(lr.shape[:3], float(delta), dtype=dtype, device=lr.device)
+        for t in range(q.shape[1]):
+            at = lambda x, t=t: None if x is None else x[:, t].to(dtype)
+            out[:, t] = _token(call, buffers, *map(at, (q, k, v, lr, log_decay, delta, momentum)))
+
+    return run
+
+
+def _token(call: Call, x, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay, delta, momentum) -> Tensor:
+    """``o [N, H, Dv]`` of one token of every sequence (SPEC sections 2 and 5, one step)."""
+    per_row = lambda gate: None if gate is None else gate.reshape(*gate.shape[:2], -1)  # [N, H, 1 or Dv]
+    predicting = x.start if x.primal is None else x.primal
+    factors = (_linear_write if call.memory == "linear" else _mlp_write)(call, predicting, k, v, per_row(lr), per_row(delta))
+    _append(x, *factors, per_row(log_decay), momentum)
+    out = _read(x, 0, q) if call.memory == "linear" else q + _normalised(call, _read(x, 0, _gelu(_read(x, 1, q))))
+    x.position.add_(1)
+    _close_chunks(call, x)
+    return out
+
+
+def _append(x, left: Tensor, right: Tensor, log_decay: Tensor | None, momentum: Tensor | None) -> None:
+    """``S <- theta S + left right'``, ``A <- alpha A + S`` in the weights of what A and S are made of."""
+    row = torch.arange(x.kept.shape[2], device=x.position.device) - x.position[:, None, None]  # 2: this token, less: what was before
+    before, new = row < 2, (row == 2).to(x.kept.dtype)
+    if momentum is not None:
+        x.moved.copy_(torch.where(before, momentum.unsqueeze(-1) * x.moved, new))
+    if log_decay is not None:
+        x.kept.mul_(log_decay.exp().unsqueeze(2))
+        x.log_decay.add_(log_decay.view_as(x.log_decay))
+    if momentum is not None:
+        x.kept.add_(x.moved.unsqueeze(-1))
+    x.kept.copy_(torch.where(before.unsqueeze(-1), x.kept, new.unsqueeze(-1)))
+    for rows, one in ((x.left, left.unsqueeze(3)), (x.right, right.unsqueeze(3))):
+        rows.scatter_(3, x.position.view(-1, 1, 1, 1, 1).expand_as(one), one)
+
+
+def _read(x, i: int, vector: Tensor) -> Tensor:
+    """``(gamma W_0 + rho D) vector`` with matrix ``i`` as it stands after the token: ``[N, H, V]`` of W' (i = 0), ``[N, H, K]`` of W2."""
+    times = (lambda m: _linear(m[:, :, i], vector)) if i == 0 else (lambda m: (m[:, :, i] @ vector.unsqueeze(-1)).squeeze(-1))
+    kept, left, right = x.kept, x.left[:, :, i], x.right[:, :, i]  # rows that mean nothing have weight 0
+    if i == 0:
+        written = ((left @ vector.unsqueeze(-1)) * kept[:, :, 2:] * right).sum(2)
+    else:
+        written = _linear(left, (right @ vector.unsqueeze(-1) * kept[:, :, 2:]).squeeze(-1))
+    if x.carried is not None:
+        written = written + kept[:, :, 0] * times(x.carried)
+    if x.momentum is not None:
+        written = written + kept[:, :, 1] * times(x.momentum)
+    if x.rho is not None:
+        written = x.rho[:, :, i, None] * written
+    return x.gamma()[:, :, 0, 0] * times(x.start if x.primal is None else x.primal) + written
+
+
+def _close_chunks(call: Call, x) -> None:
+    """Where a sequence has read its chunk's last token, the next one starts from the dual."""
+    closes = x.position == call.chunk_size
+    if closes.device.type == "cpu" and not closes.any():  # elsewhere looking would wait for the device
+        return
+    at = lambda tensor: closes.view(-1, *[1] * (tensor.dim() - 1))
+    dual, momentum = x.matrices()
+    x.start.copy_(torch.where(at(dual), dual, x.start))
+    if momentum is not None:
+        x.momentum.copy_(torch.where(at(momentum), momentum, x.momentum))
+        x.moved[:, :, 1].masked_fill_(closes[:, None], 1.0)
+    for tensor in (x.kept, x.log_decay, x.position):
+        tensor.masked_fill_(at(tensor), 0)
+    x.map(call.retention)
+
+
+def _linear(w: Tensor, x: Tensor) -> Tensor:
+    """``W x`` for ``W' [N, H, K, V]``."""
+    return (x.unsqueeze(-2) @ w).squeeze(-2)
+
+
+def _linear_write(call: Call, w: Tensor, k: Tensor, v: Tensor, lr: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    g = call.bias.psi(_linear(w[:, :, 0], k), v, delta)
+    return k.unsqueeze(2), -(lr * g).unsqueeze(2)
+
+
+def _hidden(w: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``z``, ``a = gelu(z) [N, H, Hd]`` and ``u = W1 a [N, H, D]``."""
+    z = (w[:, :, 1] @ x.unsqueeze(-1)).squeeze(-1)
+    a = _gelu(z)
+    return z, a, (a.unsqueeze(-2) @ w[:, :, 0]).squeeze(-2)
+
+
+def _gelu(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def _normalised(call: Call, u: Tensor) -> Tensor:
+    return F.layer_norm(u, u.shape[-1:], eps=call.ln_eps) * call.ln_weight + call.ln_bias
+
+
+def _mlp_write(call: Call, w: Tensor, k: Tensor, v: Tensor, lr: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    z, a, u = _hidden(w, k)
+    g = call.bias.psi(k + _normalised(call, u), v, delta)
+    g_u = layer_norm_vjp(u, g * call.ln_weight, call.ln_eps)
+    g_z = (w[:, :, 0] @ g_u.unsqueeze(-1)).squeeze(-1) * gelu_derivative(z)
+    return torch.stack([a, -lr * g_z], 2), torch.stack([-lr * g_u, k], 2)

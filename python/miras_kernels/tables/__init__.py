@@ -1,0 +1,1 @@
+"""The choices that Miras names, one table each."""

@@ -1,0 +1,146 @@
+"""Retention gates: one table, and the place to add another.
+
+Every gate decays the dual by ``alpha_t = exp(log_decay_t)``; they differ in the mirror map from the dual ``A`` to the primal
+``W = phi(A)``, which acts at chunk boundaries, and in the scale ``rho`` of what a chunk has written so far
+(Miras, arXiv 2504.13173, section 5.2; SPEC section 4). A row states ``phi``, ``rho``, a name, a tag and its parameters;
+``kernels/common/retention.py`` and ``csrc/retention.h`` use the same tags.
+
+``A`` is ``[..., R, K]``: one matrix of one head; :class:`LqRetention` sums over all of it, :class:`KLRetention` normalises rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .row import Row, decode, number
+
+__all__ = [
+    "TABLE",
+    "ElasticNetRetention",
+    "KLRetention",
+    "L2Retention",
+    "LqRetention",
+    "Retention",
+    "SigmoidRetention",
+    "from_code",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention(Row):
+    """Base of the table's rows."""
+
+    #: R0, R1 of kernels/common/retention.py, kRetentionParams of csrc/params.h
+    MAX_PARAMETERS: ClassVar[int] = 2
+
+    def phi(self, dual: Tensor) -> Tensor:
+        """The mirror map, ``[..., R, K]`` to the same shape."""
+        raise NotImplementedError
+
+    def rho(self, dual: Tensor) -> Tensor:
+        """Scale of the chunk's own writes in the read-out, ``[..., 1, 1]``, differentiable."""
+        return dual.new_ones(()).expand(*dual.shape[:-2], 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2Retention(Retention):
+    """Plain decay: ``phi(A) = A``."""
+
+    name: ClassVar[str] = "l2"
+    tag: ClassVar[int] = 0
+
+    def phi(self, dual):
+        return dual
+
+
+@dataclasses.dataclass(frozen=True)
+class LqRetention(Retention):
+    """q-norm gate (Moneta): ``phi(A) = s A`` and ``rho = s = (sum |A|^q + floor^q)^(-(q-2)/q)`` over the head's whole matrix.
+
+    ``floor`` makes the paper's ``A / ||A||_q^(q-2)`` finite at A = 0; ``floor -> 0`` is the paper's formula.
+
+    Args:
+        q: > 1.
+        floor: > 0.
+    """
+
+    q: float = 4.0
+    floor: float = 1.0
+    name: ClassVar[str] = "lq"
+    tag: ClassVar[int] = 1
+
+    def _check(self):
+        object.__setattr__(self, "q", number(self, "q", self.q, 1.0))
+        object.__setattr__(self, "floor", number(self, "floor", self.floor, 0.0))
+
+    def rho(self, dual):
+        total = (dual.abs() ** self.q).sum((-2, -1), keepdim=True) + self.floor**self.q
+        return total ** (-(self.q - 2) / self.q)
+
+    def phi(self, dual):
+        return self.rho(dual) * dual
+
+
+@dataclasses.dataclass(frozen=True)
+class KLRetention(Retention):
+    """Entropy gate (Memora): ``phi(A) = mass * softmax(A)`` over the last axis.
+
+    Args:
+        mass: > 0, the sum of each row of the primal.
+    """
+
+    mass: float = 1.0
+    name: ClassVar[str] = "kl"
+    tag: ClassVar[int] = 2
+
+    def _check(self):
+        object.__setattr__(self, "mass", number(self, "mass", self.mass, 0.0))
+
+    def phi(self, dual):
+        return self.mass * torch.softmax(dual, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ElasticNetRetention(Retention):
+    """Soft threshold: ``phi(A) = sign(A) max(|A| - threshold, 0)``.
+
+    Args:
+        threshold: >= 0.
+    """
+
+    threshold: float
+    name: ClassVar[str] = "elastic"
+    tag: ClassVar[int] = 3
+
+    def _check(self):
+        object.__setattr__(self, "threshold", number(self, "threshold", self.threshold, 0.0, open_=False))
+
+    def phi(self, dual):
+        return torch.nn.functional.softshrink(dual, self.threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidRetention(Retention):
+    """Bounded coordinates: ``phi(A) = 1 / (1 + exp(-A))``."""
+
+    name: ClassVar[str] = "sigmoid"
+    tag: ClassVar[int] = 4
+
+    def phi(self, dual):
+        return torch.sigmoid(dual)
+
+
+#: Every gate by tag, with default parameters where it has them.
+TABLE: dict[int, Retention] = {
+    row.tag: row for row in (L2Retention(), LqRetention(), KLRetention(), ElasticNetRetention(0.05), SigmoidRetention())
+}
+
+
+def from_code(code: str) -> Retention:
+    """The gate that ``retention.code`` came from."""
+    tag, parameters = decode(code)
+    return type(TABLE[tag])(*parameters)

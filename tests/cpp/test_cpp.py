@@ -1,0 +1,294 @@
+"""The C++ kernels against the float64 reference, over every case they serve."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import miras_kernels as mk
+import vectors
+from miras_kernels import dispatch
+from miras_kernels.backends.reference import chunkwise
+from miras_kernels.testing import Case, check, evaluate, registry
+from miras_kernels.testing.case_list import BIASES, GATES
+from miras_kernels.testing.parity import compare, spread
+from miras_kernels.validation import linear_call, mlp_call
+from quick import combinations, or_slow, sample, slow
+
+
+class Forgetful(Case):
+    """Every third channel forgets by -50 every step, and all forget by -1e4 now and then; some tokens have no momentum at all."""
+
+    def _draw(self, seed):
+        inputs = super()._draw(seed)
+        log_decay, momentum = inputs.tensors["log_decay"], inputs.tensors.get("momentum")
+        log_decay[..., ::3] = -50.0
+        log_decay[:, 5::11] = -1e4
+        if momentum is not None:
+            momentum[:, 2::7] = 0.0
+        return inputs
+
+
+CHANNELS = dict(decay="channel", lr="channel", delta="channel")
+MLP = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
+ODD = dict(memory="mlp", tokens=45, key_dim=19, value_dim=19, hidden=37, chunk_size=7)
+COMMON = dict(memory="mlp", batch=1, heads=1, tokens=130, key_dim=64, value_dim=64, hidden=256)
+#: gates of every kind together, where the registry has them one at a time
+TOGETHER = [
+    Case("lq1.5", retention=mk.LqRetention(1.5), seed=1),
+    Case("lq1.5-momentum-channels", bias=mk.Huber(), retention=mk.LqRetention(1.5), momentum=True, **CHANNELS, seed=2),
+    Case("lq3-channels", bias=mk.Lp(3.0), retention=mk.LqRetention(3.0, 0.5), **CHANNELS, value_dim=40, chunk_size=7, seed=3),
+    Case(
+        "lq4-momentum",
+        bias=mk.Huber("norm"),
+        retention=mk.LqRetention(4.0),
+        momentum=True,
+        tokens=150,
+        chunk_size=64,
+        key_dim=40,
+        value_dim=72,
+    ),
+    Case("kl-momentum-packed", bias=mk.RobustL2(), retention=mk.KLRetention(4.0), momentum=True, lengths=(1, 16, 30, 5), seed=5),
+    Case("kl-channels-packed", bias=mk.L1(), retention=mk.KLRetention(), lengths=(20, 7, 17), **CHANNELS, momentum=True, seed=6),
+    Case("elastic-momentum-no-decay", retention=mk.ElasticNetRetention(0.1), momentum=True, decay="none", key_dim=19, value_dim=33, seed=7),
+    Case("sigmoid-momentum-chunk-1", retention=mk.SigmoidRetention(), momentum=True, chunk_size=1, tokens=9, seed=8),
+    Case("momentum-strong-decay", momentum=True, decay="strong", tokens=80, chunk_size=32, seed=9),
+    Case("momentum-extreme-decay", momentum=True, decay="extreme", tokens=80, chunk_size=32, seed=10),
+    Case("momentum-no-state", bias=mk.Huber("switch"), momentum=True, initial="none", layout="fused", seed=11),
+    Case("channels-wide", momentum=True, **CHANNELS, batch=1, heads=1, tokens=100, key_dim=64, value_dim=136, chunk_size=64, seed=12),
+    Forgetful("forgetful", decay="channel", tokens=80, chunk_size=32, seed=13),
+    Forgetful("forgetful-momentum", bias=mk.Huber(), decay="channel", momentum=True, tokens=80, chunk_size=32, seed=14),
+    Forgetful("forgetful-sigmoid", retention=mk.SigmoidRetention(), decay="channel", momentum=True, lengths=(40, 17), seed=15),
+    Forgetful("forgetful-scalar", decay="scalar", momentum=True, tokens=80, chunk_size=32, heads=4, seed=16),
+    Case("mlp-lq1.5", retention=mk.LqRetention(1.5), **MLP, seed=21),
+    Case("mlp-lq1.5-momentum", bias=mk.Huber(), retention=mk.LqRetention(1.5), momentum=True, **MLP, seed=22),
+    Case("mlp-lq3-momentum-odd", bias=mk.Lp(3.0), retention=mk.LqRetention(3.0, 0.5), momentum=True, **ODD, seed=23),
+    Case("mlp-lq4-strong-decay", bias=mk.Huber("norm"), retention=mk.LqRetention(4.0), decay="strong", **MLP, seed=24),
+    Case(
+        "mlp-kl-momentum-packed", bias=mk.RobustL2(), retention=mk.KLRetention(4.0), momentum=True, lengths=(1, 16, 30, 5), **MLP, seed=25
+    ),
+    Case("mlp-kl-odd", bias=mk.DotProduct(), retention=mk.KLRetention(), initial="shared", **ODD, seed=26),
+    Case("mlp-lq-momentum-common", retention=mk.LqRetention(), momentum=True, **COMMON, chunk_size=16, seed=27),
+    Case("mlp-elastic-momentum-no-decay", bias=mk.L1(), retention=mk.ElasticNetRetention(0.1), momentum=True, decay="none", **ODD, seed=28),
+    Case("mlp-sigmoid-packed", bias=mk.Huber(), retention=mk.SigmoidRetention(), lengths=(7, 33, 1), layout="fused", **MLP, seed=29),
+    Case("mlp-sigmoid-momentum-chunk-1", retention=mk.SigmoidRetention(), momentum=True, **{**MLP, "chunk_size": 1, "tokens": 9}, seed=30),
+    Case("mlp-momentum-common", bias=mk.Huber("switch"), momentum=True, **COMMON, chunk_size=64, seed=31),
+    Case("mlp-momentum-extreme-decay", momentum=True, decay="extreme", **MLP, seed=32),
+    Forgetful("mlp-forgetful-momentum", bias=mk.Huber(), momentum=True, heads=4, **MLP, seed=33),
+]
+SERVED = [*registry(), *TOGETHER]
+
+
+def instruction_sets(case: Case) -> list[str]:
+    """The best one that this machine has, and in turn another one: code paths of the same binary."""
+    from miras_kernels import _C
+
+    best, *others = _C.cpu_capabilities()
+    return [best, *others[SERVED.index(case) % max(1, len(others)) :][:1]]
+
+
+#: of these sizes others are quick
+LARGE = ("channels-wide", "linear-largest-huber_switch", "linear-largest-huber_coordinate", "mlp-lq-momentum-common")
+
+
+@pytest.mark.parametrize(
+    "case", or_slow(SERVED, [case for case in (*registry()[1::2], *sample(SERVED), *TOGETHER) if case.name not in LARGE])
+)
+def test_float32(case, poisoned, monkeypatch):
+    from miras_kernels import _C
+
+    for level in instruction_sets(case):
+        monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)  # the kernels look at it in every call
+        assert _C.cpu_capability() == level
+        report = check(case, "cpp")
+        assert report.ok, f"{level}: {report}"
+
+
+@pytest.mark.parametrize("case", or_slow(SERVED[::2], [case for case in SERVED[::8] if case.name not in LARGE]))
+def test_bfloat16(case, poisoned):
+    report = check(case, "cpp", torch.bfloat16)
+    assert report.ok, report
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    program = "from miras_kernels import _C; _C.cpu_capability()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "MIRAS_CPU_CAPABILITY": "mmx"}
+    )
+    assert done.returncode != 0
+    assert "MIRAS_CPU_CAPABILITY" in done.stderr and "mmx" in done.stderr and "portable" in done.stderr
+
+
+@pytest.mark.parametrize("path", vectors.FILES, ids=lambda p: p.stem)
+def test_vectors(path):
+    """Within what rounding does to the file's numbers and to a run with them."""
+    config, tensors = vectors.load(path)
+    function, make = (mk.linear_memory, linear_call) if config["memory"] == "linear" else (mk.mlp_memory, mlp_call)
+
+    def results(tensors: dict, run) -> dict:
+        keywords, leaves = vectors.arguments(config, tensors)
+        return vectors.results(*run(keywords), tensors, leaves)
+
+    defaults = dict(log_decay=None, delta=None, momentum=None, cu_seqlens=None) | ({"ln_eps": 1e-6} if make is mlp_call else {})
+    by_chunks = lambda keywords: chunkwise.run(make(**defaults | keywords))
+    found = results({name: x.float() for name, x in tensors.items()}, lambda keywords: function(**keywords, backend="cpp"))
+    exact = {name: tensors[name] for name in found}
+    budgets = spread(exact, lambda: results({name: x * 1 for name, x in tensors.items()}, by_chunks))
+    report = compare(Case(path.stem), torch.float32, found, budgets)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("case", SERVED[::9], ids=str)
+@pytest.mark.parametrize("every", [1, 2, 3, 100])
+def test_keeping_fewer_states_changes_nothing(case, every):
+    inputs = case.draw(torch.float32)
+    with mk.override(checkpoint_every=1):
+        wanted = evaluate(inputs, "cpp")
+    with mk.override(checkpoint_every=every):
+        found = evaluate(inputs, "cpp")
+    for name, x in wanted.items():
+        assert torch.equal(found[name], x), name
+
+
+@pytest.mark.parametrize("memory, momentum", [("linear", False), ("linear", True), ("mlp", False), ("mlp", True)])
+def test_saved_memory_follows_the_option(memory, momentum):
+    case = Case("saved", memory=memory, momentum=momentum, tokens=512, chunk_size=16, key_dim=32, value_dim=32)
+    inputs = case.draw(torch.float32)
+    sizes = {}
+    for every in (1, 2, 4):
+        seen, given = set(), {t.data_ptr() for t in inputs.leaves().values()}
+
+        def pack(x, seen=seen, given=given):
+            if x.data_ptr() not in given:
+                seen.add((x.data_ptr(), x.numel()))
+            return x
+
+        with mk.override(checkpoint_every=every), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            getattr(mk, f"{memory}_memory")(**{**inputs.arguments(), "output_final_state": False}, backend="cpp")
+        sizes[every] = sum(n for _, n in seen)
+    numbers = (2 if momentum else 1) * (case.key_dim * case.value_dim if memory == "linear" else 2 * case.key_dim * case.hidden)
+    states = case.batch * case.heads * (case.tokens // case.chunk_size) * numbers
+    assert sizes == {every: states // every for every in sizes}
+
+
+@pytest.mark.parametrize("case", SERVED[::7], ids=str)
+def test_bitwise_repeatable(case):
+    """By as many threads, again and again; and by more, unless they share out a head's value rows (linear, fewer heads than threads)."""
+    before, results = torch.get_num_threads(), []
+    inputs = case.draw(torch.float32)
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            first, again = evaluate(inputs, "cpp"), evaluate(inputs, "cpp")
+            for name, x in first.items():
+                assert torch.equal(x, again[name]), name
+            if case.memory == "mlp" or threads <= max(1, case.sequences * case.heads):
+                results.append(first)
+    finally:
+        torch.set_num_threads(before)
+    for name, x in results[0].items():
+        assert all(torch.equal(x, other[name]) for other in results[1:]), name
+
+
+VARIANTS = {
+    **{bias.name: dict(bias=bias) for bias in BIASES.values()},
+    **{gate.name: dict(retention=gate) for gate in GATES.values() if gate.tag},
+    "momentum": dict(momentum=True),
+    "channels": dict(bias=mk.Huber(), **CHANNELS),
+    "all": dict(bias=mk.Huber(), retention=mk.KLRetention(), momentum=True, **CHANNELS),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "variant"),
+    combinations([(1, 1), (1, 3), (3, 1)], list(VARIANTS), quick=lambda shape, variant: variant % 3 == shape),
+    ids=str,
+)
+def test_any_number_of_threads(variant, shape):
+    """Fewer heads than threads splits the value rows; the result stays within the budget."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        shape = dict(batch=shape[0], heads=shape[1], key_dim=64, value_dim=96, tokens=70, chunk_size=32)
+        case = Case("threads", **VARIANTS[variant], **shape)
+        report = check(case, "cpp")
+        assert report.ok, report
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 16, 64])
+def test_hidden_units_that_do_nothing(chunk_size):
+    """Units whose column of W1 and row of W2 are zero stay so, and neither outputs nor other gradients see them."""
+    inputs = Case("padded", **MLP, chunk_size=chunk_size).draw(torch.float32)
+    pad = lambda x, dim, n=9: torch.cat([x.detach(), torch.zeros_like(x.narrow(dim, 0, n))], dim)
+    both = lambda pair: (pad(pair[0], 3), pad(pair[1], 2))
+    duals = tuple(x.requires_grad_() for x in both(inputs.duals))
+    wanted = evaluate(inputs, "cpp")
+    found = evaluate(dataclasses.replace(inputs, duals=duals, grad_duals=both(inputs.grad_duals)), "cpp")
+    for name, x in wanted.items():
+        if "dual" in name:
+            dim = 3 if name.endswith("0") else 2
+            if name.startswith("final"):
+                assert not found[name].narrow(dim, 24, 9).any()
+            found[name] = found[name].narrow(dim, 0, 24)
+        assert torch.equal(found[name], x), name
+
+
+def test_the_flush_to_zero_mode_stays_inside_the_kernels():
+    case = Case("denormals", decay="strong")
+    inputs = case.draw(torch.float32)
+    tiny = torch.tensor([1e-40])
+    assert (tiny * 0.5).item() != 0
+    evaluate(inputs, "cpp")
+    assert (tiny * 0.5).item() != 0
+
+
+PLANTED = {
+    "linear": (Case("planted", tokens=48), "log_decay"),
+    "channels": (Case("planted", tokens=48, momentum=True, decay="channel", lr="channel"), "log_decay"),
+    "momentum": (Case("planted", tokens=48, retention=mk.KLRetention(), momentum=True), "momentum"),
+    "lq": (Case("planted", tokens=48, retention=mk.LqRetention(1.5)), "retention"),
+    "mlp": (Case("planted", tokens=48, **MLP), "log_decay"),
+    "mlp-momentum": (Case("planted", tokens=48, retention=mk.ElasticNetRetention(0.05), momentum=True, **MLP), "momentum"),
+    "mlp-lq": (Case("planted", tokens=48, retention=mk.LqRetention(1.5), **MLP), "retention"),
+}
+
+
+@pytest.mark.parametrize("name", [name if name in ("linear", "mlp-momentum") else slow(name) for name in PLANTED])
+def test_a_planted_bug_is_caught(monkeypatch, name):
+    """The comparison can fail: a kernel that takes a gate a little too weak, or one gradient too large, is seen."""
+    case, gate = PLANTED[name]
+    backend = dispatch.BACKENDS["cpp"]
+    assert check(case, "cpp").ok
+    forward, backward = backend.forward, backend.backward
+
+    def weaker(call, every):
+        return forward(call.replace(**{gate: mk.LqRetention(1.51) if gate == "retention" else getattr(call, gate) * 0.99}), every)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "forward", weaker)
+        report = check(case, "cpp")
+        assert not report.ok and not {r.name: r for r in report.rows}["out"].ok
+    inputs = case.draw(torch.float32)
+    for leaf in inputs.leaves():
+        matrix = leaf.startswith("initial_")
+        place = [n for n in inputs.leaves() if n.startswith("initial_")].index(leaf) if matrix else None
+
+        def wrong(*args, leaf=leaf, place=place):
+            grads = backward(*args)
+            if place is None:
+                grads[leaf] = grads[leaf] * 1.001
+            else:
+                grads["state"] = [x * 1.001 if i == place else x for i, x in enumerate(grads["state"])]
+            return grads
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "backward", wrong)
+            report = check(case, "cpp")
+            assert {r.name for r in report.rows if not r.ok} == {f"grad_{leaf}"}

@@ -1,0 +1,268 @@
+"""Saving and loading models with memories, also in a fresh process; configurations and classes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import accelerate
+import pytest
+import torch
+import transformers
+from hf_tiny import ARCHITECTURES, LAYERS, MLP, ids, model, plain
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+
+import miras_kernels.hf as hf
+from miras_kernels.hf import MemoryAttention, load, memory_config, replace_attention, report
+from miras_kernels.layers import PRESETS, Preset
+
+KINDS = ("Model", "ForSequenceClassification", "ForTokenClassification")
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    x, y = a.state_dict(), b.state_dict()
+    assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) and x[name].dtype == y[name].dtype for name in x)
+    a, b = a.eval(), b.eval()
+    assert torch.equal(a(input_ids=ids())[0], b(input_ids=ids())[0])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "init"), [*((name, "new") for name in ARCHITECTURES), ("Qwen2", "from_attention"), ("Gemma3", "from_attention")]
+)
+def test_saving_and_loading(architecture, init, tmp_path):
+    host = model(architecture, [0, 2], init=init)
+    host.save_pretrained(tmp_path)
+    same = {"attn_implementation": host.config._attn_implementation}  # is not saved
+    for read in (load, AutoModelForCausalLM.from_pretrained, type(host).from_pretrained):
+        loaded = read(tmp_path, **same)
+        assert_same(loaded, host)
+    base = AutoModel.from_pretrained(tmp_path, **same)
+    assert_same(base, host.model)
+    assert base.config.model_type == f"miras_{plain(architecture).config.model_type}"
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again", **same), host)
+    text = loaded.generate(ids(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(text, host.generate(ids(), max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("preset", [*MLP, "huber", "retnet", "mamba2", "deltanet"])
+def test_every_rule_is_saved(preset, tmp_path):
+    host = model(preset=preset, layers=[1], conv_width=2, gate_rank=5, num_heads=3)
+    host.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert_same(loaded, host)
+    memory = loaded.model.layers[1].self_attn.memory
+    assert memory.preset == host.model.layers[1].self_attn.memory.preset
+    assert (memory.num_heads, memory.conv_width, memory.gate_down.shape[0] if memory.gate_down is not None else 5) == (3, 2, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_heads(kind, tmp_path):
+    host = model("Qwen2", kind=kind)
+    assert type(host).__name__ == f"MirasQwen2{kind}"
+    host.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), host)
+    assert_same(getattr(transformers, f"Auto{'Model' if kind != 'Model' else ''}{kind}").from_pretrained(tmp_path), host)
+
+
+def test_half_precision_shards_and_tied_weights(tmp_path):
+    host = model(dtype=torch.bfloat16, tie_word_embeddings=True, preset="yaad")
+    host.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = load(tmp_path)
+    assert_same(loaded, host)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.dtype == torch.bfloat16
+    assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_from_config_starts_as_replacing_does():
+    host = model(preset="yaad", layers=[1])
+    made = AutoModelForCausalLM.from_config(host.config)
+    assert type(made) is type(host)
+    for kept, new in zip(
+        host.model.layers[1].self_attn.memory.parameters(), made.model.layers[1].self_attn.memory.parameters(), strict=True
+    ):
+        assert kept.shape == new.shape and torch.isfinite(new).all()
+        assert abs(kept.float().std() - new.float().std()) <= 0.5 * kept.float().std()
+    assert type(AutoModelForSequenceClassification.from_config(host.config)).__name__ == "MirasLlamaForSequenceClassification"
+
+
+@pytest.mark.parametrize("preset", ["moneta", "yaad_linear"])
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+def test_a_plain_checkpoint_in_the_class_with_memories(init, preset, tmp_path):
+    """What replacing does in place, for checkpoints that cannot be replaced in place."""
+    base = plain("Qwen3")
+    base.save_pretrained(tmp_path)
+    config = memory_config(AutoConfig.from_pretrained(tmp_path), preset, [0, 2], init=init, chunk_size=4)
+    loaded, info = hf.MirasQwen3ForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(report(loaded).new)
+    assert (not info["unexpected_keys"]) == (init == "from_attention")
+    values = loaded.state_dict()
+    for name, x in base.state_dict().items():
+        if name in values:
+            assert torch.equal(values[name], x), name
+    memory, start = loaded.model.layers[0].self_attn.memory, model("Qwen3", [0], preset=preset, init=init).model.layers[0].self_attn.memory
+    for (name, x), y in zip(memory.named_parameters(), start.parameters(), strict=True):
+        assert torch.isfinite(x).all() and abs(x.abs().mean() - y.abs().mean()) <= 0.3 * y.abs().mean(), name
+        if name in ("norm_weight", "gate_bias", "ln_weight", "ln_bias") or (name == "conv_weight" and init == "from_attention"):
+            assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("lost", ["w1", "gate_bias", "g_proj.weight"])
+def test_one_missing_tensor_leaves_the_others_as_saved(lost, tmp_path):
+    host = model(preset="moneta", layers=[1])
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.add_(0.125)
+    host.save_pretrained(tmp_path)
+    name = f"model.layers.1.self_attn.memory.{lost}"
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = type(host).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {name}
+    new, old = loaded.state_dict(), host.state_dict()
+    assert torch.isfinite(new[name]).all() and not torch.equal(new[name], old[name])
+    assert all(torch.equal(new[key], old[key]) for key in old if key != name)
+    if lost == "gate_bias":
+        assert torch.equal(new[name], model(preset="moneta", layers=[1]).state_dict()[name])
+
+
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+def test_weights_on_disk(init, tmp_path):
+    host = model("Qwen2", [0, 2], init=init, preset="yaad").eval()
+    host.save_pretrained(tmp_path)
+    loaded = accelerate.disk_offload(load(tmp_path), str(tmp_path / "disk"), execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(loaded(input_ids=ids()).logits, host(input_ids=ids()).logits)
+    text = loaded.generate(ids(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(text, host.generate(ids(), max_new_tokens=4, do_sample=False))
+
+
+def test_a_state_dict_makes_the_round_trip():
+    host, other = model(layers=[0, 1], preset="yaad"), model(layers=[0, 1], preset="yaad", seed=5)
+    other.load_state_dict(host.state_dict())
+    assert_same(other, host)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        plain().load_state_dict(host.state_dict())
+
+
+def test_pickles_and_copies(tmp_path):
+    host = model(layers=[1])
+    assert_same(pickle.loads(pickle.dumps(host)), host)
+    assert_same(copy.deepcopy(host), host)
+    torch.save(host, tmp_path / "whole.pt")
+    assert_same(torch.load(tmp_path / "whole.pt", weights_only=False), host)
+    assert copy.deepcopy(host.config).to_dict() == host.config.to_dict()
+
+
+def test_configurations_are_plain_json():
+    host = model(preset=Preset(PRESETS["moneta"].bias, "bounded", "token", 8, "mine"), layers=[2], chunk_size=None)
+    field = json.loads(host.config.to_json_string())["miras"]
+    assert field["version"] == 1 and field["memories"][0]["layers"] == [2]
+    assert field["memories"][0]["preset"]["bias"] == {"type": "Lp", "p": 3.0, "sharpness": 10.0, "eps": 1e-06}
+    assert hf.plan.write(hf.plan.read(host.config)) == host.config.miras == field
+
+
+def test_the_hosts_configuration_stays_as_it_was():
+    host = plain()
+    config, before = host.config, host.config.to_dict()
+    twin = LlamaForCausalLM(config)
+    replace_attention(host, layers=[0])
+    assert host.config is not config and config.to_dict() == before and twin.config is config
+    assert all(module.config is host.config for module in host.modules() if hasattr(module, "config"))
+    assert type(twin) is LlamaForCausalLM and type(twin.model.layers[0].self_attn).__name__ == "LlamaAttention"
+    names = {cls for family in hf.classes.FAMILIES.values() for cls in family.models}
+    assert not any(issubclass(cls, hf.classes.MirasModelMixin) for cls in names)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma3"])
+def test_hidden_states_are_recorded(architecture):
+    before = plain(architecture)
+    before(input_ids=ids(), output_hidden_states=True)  # hooks are in place
+    for host in (model(architecture), replace_attention(before, layers=[1])):
+        out = host(input_ids=ids(), output_hidden_states=True)
+        assert len(out.hidden_states) == LAYERS + 1
+        assert torch.equal(host.lm_head(out.hidden_states[-1]), out.logits) or architecture == "Gemma3"
+
+
+FRESH = """
+import sys, torch
+torch.set_num_threads(1)
+folder, text = sys.argv[1], torch.load(sys.argv[1] + "/text.pt")
+from transformers import AutoConfig, AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    print("alone:", error)
+else:
+    raise SystemExit("loaded as something else")
+remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert torch.equal(remote.generate(text[:, :5], max_new_tokens=6, do_sample=False), text)
+remote.save_pretrained(folder + "/again")
+from miras_kernels.hf import MirasQwen2ForCausalLM, load
+assert type(remote) is MirasQwen2ForCausalLM
+for place in (folder, folder + "/again"):
+    for model in (load(place), AutoModelForCausalLM.from_pretrained(place)):
+        assert type(model) is MirasQwen2ForCausalLM
+        assert torch.equal(model.generate(text[:, :5], max_new_tokens=6, do_sample=False), text)
+print("all well")
+"""
+
+
+def test_a_fresh_process(tmp_path):
+    host = model("Qwen2", [0, 2], init="from_attention").eval()
+    host.save_pretrained(tmp_path)
+    torch.save(host.generate(ids(2, 5), max_new_tokens=6, do_sample=False), tmp_path / "text.pt")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "all well" in ran.stdout and "alone:" in ran.stdout
+    assert sorted(p.name for p in (tmp_path / "again").glob("*.py")) == ["modeling_miras.py"]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (lambda path: load(path), ValueError, "path: expected a model with memories .* got LlamaForCausalLM of type 'llama'"),
+        (lambda path: hf.MirasLlamaForCausalLM.from_pretrained(path), ValueError, "config.miras: MirasLlamaForCausalLM needs to know"),
+        (lambda path: hf.MirasLlamaModel(hf.MirasLlamaConfig()), ValueError, "config.miras: MirasLlamaModel needs to know .* got None"),
+        (lambda path: hf.MirasLlamaForCausalLM.from_pretrained(path, tp_plan="auto"), NotImplementedError, "tp_plan: .*got 'auto'"),
+        (lambda path: newer(), ValueError, "config.miras: expected version 1, got 2"),
+        (lambda path: fewer_layers(), ValueError, "layers: expected indices from 0 to 0, got 2"),
+    ],
+)
+def test_errors(call, kind, text, tmp_path):
+    plain().save_pretrained(tmp_path)
+    with pytest.raises(kind, match=text):
+        call(tmp_path)
+
+
+def newer():
+    config = model().config
+    config.miras = {**config.miras, "version": 2}
+    return hf.MirasLlamaForCausalLM(config)
+
+
+def fewer_layers():
+    config = model(layers=[2]).config
+    config.num_hidden_layers = 1
+    return hf.MirasLlamaForCausalLM(config)
+
+
+def test_public_names_say_what_they_are():
+    assert all(getattr(hf, name).__doc__ for name in hf.__all__) and len(set(hf.__all__)) == len(hf.__all__)
+    assert {f"Miras{name}ForCausalLM" for name in ARCHITECTURES} < set(hf.__all__)
+
+
+def test_attention_that_is_left_can_change_its_implementation():
+    host = model(layers=[0, 1]).eval()
+    before = host(input_ids=ids()).logits
+    host.set_attn_implementation("eager")
+    assert torch.allclose(host(input_ids=ids()).logits, before, atol=1e-5)
+    assert sum(isinstance(m, MemoryAttention) for m in host.modules()) == 2
