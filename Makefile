@@ -77,7 +77,7 @@ bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --plots bench/ou
 	$(PY) bench/cpu.py $(ARGS)
 
 study: $(VENV)/.built  ## which attentional bias remembers what: measure, and write docs/which-bias.md (under ten minutes)
-	$(PY) -m miras_kernels study --json docs/which-bias.json --page docs/which-bias.md --plots docs/which-bias $(ARGS)
+	$(PY) -m examples.which_bias --json docs/which-bias.json --page docs/which-bias.md --plot docs/which-bias/recall.png $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff, as CI runs it
 	$(PY) -m ruff check .
