@@ -14,6 +14,7 @@ from .backends.reference import chunkwise, derived
 from .call import Call
 from .state import MemoryState, OpenChunk
 from .tables import biases, retention
+from .tables.memories import TABLE
 from .tracing import is_plain_eager
 
 __all__ = ["run"]
@@ -104,7 +105,7 @@ def _flatten(call: Call) -> tuple:
     return (
         call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias,
         call.state.tensors(), None if open_chunk is None else open_chunk.position, call.cu_seqlens,
-        call.memory, call.ln_eps, call.bias.code, call.retention.code, call.chunk_size, call.output_final_state,
+        call.memory.name, call.ln_eps, call.bias.code, call.retention.code, call.chunk_size, call.output_final_state,
     )  # fmt: skip
 
 
@@ -113,11 +114,11 @@ def _call(
     memory, ln_eps, bias, gate, chunk_size, output_final_state,
 ) -> Call:  # fmt: skip
     """The call that :func:`_flatten` took apart."""
-    m = 1 if memory == "linear" else 2
+    m = len(TABLE[memory].matrices)
     open_chunk = None if position is None else OpenChunk(position, tuple(state[:m]), state[-1])
     structure = MemoryState(tuple(state[:m]), None if momentum is None else tuple(state[:m]), open_chunk)
     return Call(
-        memory=memory, q=q, k=k, v=v, lr=lr, log_decay=log_decay, delta=delta, momentum=momentum,
+        memory=TABLE[memory], q=q, k=k, v=v, lr=lr, log_decay=log_decay, delta=delta, momentum=momentum,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, state=structure.replace_tensors(state), cu_seqlens=cu_seqlens,
         bias=biases.from_code(bias), retention=retention.from_code(gate),
         chunk_size=chunk_size, output_final_state=output_final_state,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .state import MemoryState
 from .tables.biases import Bias
+from .tables.memories import Memory
 from .tables.retention import Retention
 
 __all__ = ["Call"]
@@ -21,7 +22,7 @@ class Call:
     ``[B, T, H, Dv]``; ``state`` holds ``N`` sequences, ``N = B`` or the number of packed ones.
     """
 
-    memory: str  # "linear" or "mlp"
+    memory: Memory
     q: Tensor
     k: Tensor
     v: Tensor
@@ -41,6 +42,11 @@ class Call:
 
     #: the arguments of shape [B, T, H, ...]
     PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+
+    @property
+    def hidden(self) -> int:
+        """The memory's hidden size, 0 if it has none."""
+        return self.memory.hidden(self.state.dual)
 
     def replace(self, **changes) -> Call:
         return dataclasses.replace(self, **changes)
