@@ -175,16 +175,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(cast, tensors))
 
 
-def _given(call: Call) -> list[Tensor]:
-    """The differentiable tensors of a call."""
-    tensors = [call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias]
-    return [x for x in [*tensors, *call.state.tensors()] if x is not None]
-
-
 def _differentiates(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in _given(call))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in call.differentiable())
 
 
 def _nothing(call: Call) -> Tensor:
     """The outputs of no token: empty, and with gradients of zero to everything."""
-    return torch.empty_like(call.v) + sum(0 * x.sum() for x in _given(call) if x.requires_grad)
+    return torch.empty_like(call.v) + sum(0 * x.sum() for x in call.differentiable() if x.requires_grad)
