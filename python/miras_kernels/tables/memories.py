@@ -71,7 +71,7 @@ class Kernels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Base of the table's rows. Kernels of a memory bear its name: ``kernels/mlp/``, ``mlp_forward`` of the C++ extension."""
+    """Base of the table's rows. Instances are immutable, and equal if of the same row. Kernels of a memory bear its name: ``kernels/mlp/``, ``mlp_forward`` of the C++ extension."""
 
     name: ClassVar[str] = ""
     #: as in the sentence "... needs Dv = Dk"
@@ -105,7 +105,6 @@ class Memory:
         return ", ".join(f"{name} {shape}" for name, shape in self.matrices.items())
 
 
-@dataclasses.dataclass(frozen=True)
 class _Linear(Memory):
     """A matrix: ``M(x) = W x``."""
 
@@ -126,7 +125,6 @@ class _Linear(Memory):
         return (matrices[0] @ x.unsqueeze(-1)).squeeze(-1)
 
 
-@dataclasses.dataclass(frozen=True)
 class _MLP(Memory):
     """Two layers and a residual: ``M(x) = x + LN(W1 gelu(W2 x))``, gelu in its tanh form, LN over D."""
 
