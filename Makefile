@@ -40,7 +40,7 @@ help:  ## this list
 	@echo "  variables: PYTHON=python3.12 (for a new .venv), TORCH=\"torch==...\", ARGS=\"...\" (for the program that runs),"
 	@echo "             PRESET=yaad (the demo's memory)"
 
-demo: $(VENV)/.built  ## train a small Llama with and without a Miras memory; a table and a picture
+demo: $(VENV)/.built  ## train a small Llama with attention and with a Miras memory; tables and a plot
 	$(PY) examples/demo.py $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 test: $(VENV)/.built  ## the tests, without the slow ones
