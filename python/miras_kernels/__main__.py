@@ -223,9 +223,9 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def verify_command(args: argparse.Namespace) -> int:
     """Try the kernels of this machine."""
-    from .testing import trial
+    from .testing import verifying
 
-    return trial.command(args)
+    return verifying.command(args)
 
 
 # ------------------------------------------------------------------------------------------------------------ warmup
