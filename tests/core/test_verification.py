@@ -13,7 +13,8 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import dispatch, verification
-from miras_kernels.__main__ import _Elsewhere, main
+from miras_kernels.__main__ import main
+from miras_kernels.cli.explain import Placeholder
 from miras_kernels.tables.memories import LINEAR
 from miras_kernels.testing import verifying
 from miras_kernels.validation import make_call
@@ -404,7 +405,7 @@ def gpu(monkeypatch):
 
     def call(t: int = 20, dim: int = 64, **settings):
         def make(*shape):
-            x = torch.empty(*shape, device="meta").as_subclass(_Elsewhere)
+            x = torch.empty(*shape, device="meta").as_subclass(Placeholder)
             x.where = GPU
             return x
 
