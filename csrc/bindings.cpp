@@ -20,18 +20,18 @@ int longest_segment(const MemoryParams& p) {
 }
 
 // S slots of chunk starts, a matrix or several each; empty without checkpoints
-Tensor new_saved(const MemoryParams& p, int64_t matrices, int64_t rows, int64_t cols) {
+Tensor new_checkpoints(const MemoryParams& p, int64_t matrices, int64_t rows, int64_t cols) {
   if (p.checkpoint_every == 0) return new_float({0});
-  const Tensor saved = matrices == 1 ? new_float({p.slots(), p.H, rows, cols}) : new_float({p.slots(), p.H, matrices, rows, cols});
-  if (p.cu_seqlens) saved.call("zero_");  // packed sequences need not fill all slots
-  return saved;
+  const Tensor checkpoints = matrices == 1 ? new_float({p.slots(), p.H, rows, cols}) : new_float({p.slots(), p.H, matrices, rows, cols});
+  if (p.cu_seqlens) checkpoints.call("zero_");  // packed sequences need not fill all slots
+  return checkpoints;
 }
-float* checked_saved(const MemoryParams& p, const Tensor& saved, int64_t matrices, int64_t rows, int64_t cols) {
-  require(p.checkpoint_every > 0, "the backward needs saved states");
-  require(is_float(saved) && saved.is_contiguous() &&
-              (matrices == 1 ? saved.has_shape({p.slots(), p.H, rows, cols})
-                             : saved.has_shape({p.slots(), p.H, matrices, rows, cols})), "bad saved states");
-  return saved.data<float>();
+float* checked_checkpoints(const MemoryParams& p, const Tensor& checkpoints, int64_t matrices, int64_t rows, int64_t cols) {
+  require(p.checkpoint_every > 0, "the backward needs checkpoints");
+  require(is_float(checkpoints) && checkpoints.is_contiguous() &&
+              (matrices == 1 ? checkpoints.has_shape({p.slots(), p.H, rows, cols})
+                             : checkpoints.has_shape({p.slots(), p.H, matrices, rows, cols})), "bad checkpoints");
+  return checkpoints.data<float>();
 }
 
 // A kernel over all tasks, without the interpreter's lock
@@ -53,14 +53,14 @@ Tensor new_states(StateTensor& to, const LinearParams& p) {
 }
 
 void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
-          const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
+          const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& momenta,
           const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
   fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
   p.Dk = int(q.size(3)), p.Dv = int(v.size(3));
-  require(p.Dk >= 1 && p.Dk <= 256 && p.Dv >= 1 && p.Dv <= 256, "Dk and Dv must be in 1..256");
+  require(p.Dk >= 1 && p.Dk <= kMaxHead && p.Dv >= 1 && p.Dv <= kMaxHead, "Dk or Dv is out of range");
   p.dual = states(p, dual, "dual must be float32 [N, H, Dv, Dk]");
-  require(carried.has_value() == momentum.has_value(), "momentum and the carried momentum come together");
-  if (carried) p.carried = states(p, *carried, "carried must be float32 [N, H, Dv, Dk]");
+  require(momenta.has_value() == momentum.has_value(), "momentum and the momenta come together");
+  if (momenta) p.momenta = states(p, *momenta, "momenta must be float32 [N, H, Dv, Dk]");
 
   // Fewer heads than threads: share out value rows as well, in panels of at least 32, where nothing couples them.
   const int64_t heads = p.N * p.H, threads = num_threads();
@@ -75,16 +75,16 @@ void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   }
 }
 
-// (out, final dual, final carried, final start, final open log_decay, saved), empty where there is none
+// (out, final dual, final momenta, final start, final open log_decay, checkpoints), empty where there is none
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
+    const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& momenta,
     const OptionalTensor& start, const OptionalTensor& position, const OptionalTensor& open_log_decay,
     const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size, int64_t checkpoint_every,
     bool output_final_state) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   LinearForward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
+  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, momenta, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
 
   Tensor open;
   require(start.has_value() == position.has_value(), "start and position come together");
@@ -100,18 +100,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
   const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, q.type());
   p.out = tokens(out);
   const Tensor nothing = new_float({0});
-  Tensor final_dual = nothing, final_carried = nothing, final_start = nothing, final_log_decay = nothing;
+  Tensor final_dual = nothing, final_momenta = nothing, final_start = nothing, final_log_decay = nothing;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
-    if (momentum) final_carried = new_states(p.final_carried, p);
+    if (momentum) final_momenta = new_states(p.final_momenta, p);
     final_log_decay = new_float(open_decay_shape(p, p.Dv));
     p.final_log_decay = final_log_decay.data<float>();
   }
-  const Tensor saved = new_saved(p, momentum ? 2 : 1, p.Dk, p.Dv);
-  if (checkpoint_every > 0) p.saved = saved.data<float>();
+  const Tensor checkpoints = new_checkpoints(p, momentum ? 2 : 1, p.Dk, p.Dv);
+  if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
   run(cpu::kernels().linear_forward, p);
-  return {out, final_dual, final_carried, final_start, final_log_decay, saved};
+  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
 // ---- results that several tasks write a share of ----
@@ -162,17 +162,17 @@ OptionalTensor sum_gate(const LinearParams& p, const OptionalTensor& shares, boo
   return shares && !per_channel ? OptionalTensor(sum_shares(*shares, p.panels, kFloat32)) : shares;
 }
 
-// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, d_dual, d_carried)
+// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, d_dual, d_momenta)
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, OptionalTensor>
 linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-                const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
-                const OptionalTensor& cu_seqlens, const Tensor& saved, const Tensor& grad_out_,
-                const OptionalTensor& grad_final_dual, const OptionalTensor& grad_final_carried, const Code& bias,
+                const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& momenta,
+                const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& grad_out_,
+                const OptionalTensor& grad_final_dual, const OptionalTensor& grad_final_momenta, const Code& bias,
                 const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   LinearBackward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
-  p.saved = checked_saved(p, saved, momentum ? 2 : 1, p.Dk, p.Dv);
+  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, momenta, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
+  p.checkpoints = checked_checkpoints(p, checkpoints, momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
   require(grad_out_.has_shape(v.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
@@ -180,8 +180,8 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
   if (grad_final_dual) p.grad_final_dual = states(p, *grad_final_dual, "grad_final_dual must be like the dual");
-  require(!grad_final_carried || momentum, "a gradient of a momentum that there is not");
-  if (grad_final_carried) p.grad_final_carried = states(p, *grad_final_carried, "grad_final_carried must be like the dual");
+  require(!grad_final_momenta || momentum, "a gradient of a momentum that there is not");
+  if (grad_final_momenta) p.grad_final_momenta = states(p, *grad_final_momenta, "grad_final_momenta must be like the dual");
 
   p.grad_dtype = p.panels > 1 ? Dtype::f32 : p.dtype;
   const auto new_keys = [&] { return new_shares(p.panels, {p.B, p.T, p.H, p.Dk}, p.panels > 1 ? kFloat32 : q.type()); };
@@ -193,13 +193,13 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   const OptionalTensor ddelta = gate_gradient(p.ddelta, p, p.delta, p.delta_per_channel);
   const OptionalTensor dmomentum = gate_gradient(p.dmomentum, p, p.momentum, false);
   const Tensor d_dual = new_states(p.d_dual, p);
-  OptionalTensor d_carried;
-  if (momentum) d_carried = new_states(p.d_carried, p);
+  OptionalTensor d_momenta;
+  if (momentum) d_momenta = new_states(p.d_momenta, p);
 
   run(cpu::kernels().linear_backward, p);
   return {sum_shares(dq, p.panels, q.type()), sum_shares(dk, p.panels, q.type()), dv,
           sum_gate(p, dlr, p.lr_per_channel), sum_gate(p, dlog_decay, p.decay_per_channel),
-          sum_gate(p, ddelta, p.delta_per_channel), sum_gate(p, dmomentum, false), d_dual, d_carried};
+          sum_gate(p, ddelta, p.delta_per_channel), sum_gate(p, dmomentum, false), d_dual, d_momenta};
 }
 
 // ---- MLP memory ----
@@ -222,17 +222,17 @@ Pair new_states(StateTensor (&to)[2], const MlpParams& p) {
 // ln_weight and ln_bias are contiguous already.
 void fill(MlpParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
           const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight, const Tensor& ln_bias, double ln_eps,
-          const Pair& dual, const OptionalPair& carried, const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention,
+          const Pair& dual, const OptionalPair& momenta, const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention,
           int64_t chunk_size, int64_t checkpoint_every) {
   fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
   require(!p.lr_per_channel && !p.decay_per_channel && !p.delta_per_channel, "an MLP memory's gates must be [B, T, H]");
   require(v.has_shape(q.sizes()), "v must be like q");
   require(dual[0].dim() == 4, "W1 must have four dimensions");
   p.D = int(q.size(3)), p.Hd = int(std::min<int64_t>(dual[0].size(3), 1 << 20));
-  require(p.D >= 1 && p.D <= 256 && p.Hd >= 1 && p.Hd <= 1024, "D must be in 1..256 and Hd in 1..1024");
+  require(p.D >= 1 && p.D <= kMaxHead && p.Hd >= 1 && p.Hd <= kMaxHidden, "D or Hd is out of range");
   fill_states(p.dual, p, dual, "the duals must be float32 [N, H, D, Hd] and [N, H, Hd, D]");
-  require(carried.has_value() == momentum.has_value(), "momentum and the carried momenta come together");
-  if (carried) fill_states(p.carried, p, *carried, "the carried momenta must be like the duals");
+  require(momenta.has_value() == momentum.has_value(), "momentum and the momenta come together");
+  if (momenta) fill_states(p.momenta, p, *momenta, "the momenta must be like the duals");
   for (const Tensor* x : {&ln_weight, &ln_bias})
     require(is_float(*x) && x->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
   p.ln_weight = ln_weight.data<float>(), p.ln_bias = ln_bias.data<float>();
@@ -243,13 +243,13 @@ void fill(MlpParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const
 std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
     const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight_, const Tensor& ln_bias_, double ln_eps,
-    const Pair& dual, const OptionalPair& carried, const OptionalPair& start, const OptionalTensor& position,
+    const Pair& dual, const OptionalPair& momenta, const OptionalPair& start, const OptionalTensor& position,
     const OptionalTensor& open_log_decay, const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention,
     int64_t chunk_size, int64_t checkpoint_every, bool output_final_state) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   const Tensor ln_weight = ln_weight_.contiguous(), ln_bias = ln_bias_.contiguous();
   MlpForward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, carried, cu_seqlens, bias, retention,
+  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, momenta, cu_seqlens, bias, retention,
        chunk_size, checkpoint_every);
 
   Tensor open;
@@ -266,34 +266,34 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
   const Tensor out = new_tensor({p.B, p.T, p.H, p.D}, q.type());
   p.out = tokens(out);
   const Tensor nothing = new_float({0});
-  Pair final_dual = {nothing, nothing}, final_carried = {nothing, nothing}, final_start = {nothing, nothing};
+  Pair final_dual = {nothing, nothing}, final_momenta = {nothing, nothing}, final_start = {nothing, nothing};
   Tensor final_log_decay = nothing;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
-    if (momentum) final_carried = new_states(p.final_carried, p);
+    if (momentum) final_momenta = new_states(p.final_momenta, p);
     final_log_decay = new_float({p.N, p.H});
     p.final_log_decay = final_log_decay.data<float>();
   }
-  const Tensor saved = new_saved(p, momentum ? 4 : 2, p.Hd, p.D);
-  if (checkpoint_every > 0) p.saved = saved.data<float>();
+  const Tensor checkpoints = new_checkpoints(p, momentum ? 4 : 2, p.Hd, p.D);
+  if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
   run(cpu::kernels().mlp_forward, p);
-  return {out, final_dual, final_carried, final_start, final_log_decay, saved};
+  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
-// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, dln_weight, dln_bias, d_dual, d_carried)
+// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, dln_weight, dln_bias, d_dual, d_momenta)
 std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Pair, OptionalPair>
 mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
              const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight_, const Tensor& ln_bias_,
-             double ln_eps, const Pair& dual, const OptionalPair& carried, const OptionalTensor& cu_seqlens, const Tensor& saved,
-             const Tensor& grad_out_, const OptionalPair& grad_final_dual, const OptionalPair& grad_final_carried, const Code& bias,
+             double ln_eps, const Pair& dual, const OptionalPair& momenta, const OptionalTensor& cu_seqlens, const Tensor& checkpoints,
+             const Tensor& grad_out_, const OptionalPair& grad_final_dual, const OptionalPair& grad_final_momenta, const Code& bias,
              const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   const Tensor ln_weight = ln_weight_.contiguous(), ln_bias = ln_bias_.contiguous();
   MlpBackward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, carried, cu_seqlens, bias, retention,
+  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, momenta, cu_seqlens, bias, retention,
        chunk_size, checkpoint_every);
-  p.saved = checked_saved(p, saved, momentum ? 4 : 2, p.Hd, p.D);
+  p.checkpoints = checked_checkpoints(p, checkpoints, momentum ? 4 : 2, p.Hd, p.D);
   p.segment = longest_segment(p);
 
   require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
@@ -301,8 +301,8 @@ mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
   if (grad_final_dual) fill_states(p.grad_final_dual, p, *grad_final_dual, "grad_final_dual must be like the duals");
-  require(!grad_final_carried || momentum, "gradients of momenta that there are not");
-  if (grad_final_carried) fill_states(p.grad_final_carried, p, *grad_final_carried, "grad_final_carried must be like the duals");
+  require(!grad_final_momenta || momentum, "gradients of momenta that there are not");
+  if (grad_final_momenta) fill_states(p.grad_final_momenta, p, *grad_final_momenta, "grad_final_momenta must be like the duals");
 
   const Tensor dq = new_tensor(q.sizes(), q.type()), dk = new_tensor(q.sizes(), q.type()), dv = new_tensor(q.sizes(), q.type());
   const Tensor dlr = new_float({p.B, p.T, p.H});
@@ -318,13 +318,13 @@ mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   const Tensor dln_weight = new_shares(p.N, {p.H, p.D}, kFloat32), dln_bias = new_shares(p.N, {p.H, p.D}, kFloat32);
   p.dln_weight = dln_weight.data<float>(), p.dln_bias = dln_bias.data<float>();
   const Pair d_dual = new_states(p.d_dual, p);
-  OptionalPair d_carried;
-  if (momentum) d_carried = new_states(p.d_carried, p);
+  OptionalPair d_momenta;
+  if (momentum) d_momenta = new_states(p.d_momenta, p);
 
   run(cpu::kernels().mlp_backward, p);
   return {dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32),
           sum_shares(dln_bias, p.N, kFloat32),
-          d_dual, d_carried};
+          d_dual, d_momenta};
 }
 
 std::map<int, std::string> bias_names() {
@@ -348,17 +348,17 @@ PYBIND11_MODULE(_C, m) {
   miras::find_torch();
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
   m.def("linear_forward", &miras::linear_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
-        "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a, "retention"_a, "chunk_size"_a,
+        "momenta"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a, "retention"_a, "chunk_size"_a,
         "checkpoint_every"_a, "output_final_state"_a);
   m.def("linear_backward", &miras::linear_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
-        "carried"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a, "grad_final_carried"_a, "bias"_a,
+        "momenta"_a, "cu_seqlens"_a, "checkpoints"_a, "grad_out"_a, "grad_final_dual"_a, "grad_final_momenta"_a, "bias"_a,
         "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
   m.def("mlp_forward", &miras::mlp_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a,
-        "ln_bias"_a, "ln_eps"_a, "dual"_a, "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a,
+        "ln_bias"_a, "ln_eps"_a, "dual"_a, "momenta"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a,
         "retention"_a, "chunk_size"_a, "checkpoint_every"_a, "output_final_state"_a);
   m.def("mlp_backward", &miras::mlp_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a,
-        "ln_bias"_a, "ln_eps"_a, "dual"_a, "carried"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a,
-        "grad_final_carried"_a, "bias"_a, "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
+        "ln_bias"_a, "ln_eps"_a, "dual"_a, "momenta"_a, "cu_seqlens"_a, "checkpoints"_a, "grad_out"_a, "grad_final_dual"_a,
+        "grad_final_momenta"_a, "bias"_a, "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
   miras::bind_steps(m);
   m.def("bias_names", &miras::bias_names);
   m.def("retention_names", &miras::retention_names);

@@ -23,7 +23,7 @@ struct Linear {
   static auto kernel(const cpu::Kernels& kernels) { return kernels.linear_step; }
   static void fill(LinearStep& p, int64_t dk, int64_t dv) {
     p.Dk = int(dk), p.Dv = int(dv), p.panel_width = int(dv);
-    require(dk <= 256 && dv <= 256, "Dk and Dv must be in 1..256");
+    require(dk <= kMaxHead && dv <= kMaxHead, "Dk or Dv is out of range");
   }
   static std::array<int64_t, 2> shape(const LinearStep& p) { return {p.Dk, p.Dv}; }
 };
@@ -34,7 +34,7 @@ struct Mlp {
   static auto kernel(const cpu::Kernels& kernels) { return kernels.mlp_step; }
   static void fill(MlpStep& p, int64_t hd, int64_t d) {
     p.Hd = int(hd), p.D = int(d);
-    require(hd <= 1024 && d <= 256, "D must be in 1..256, Hd in 1..1024");
+    require(d <= kMaxHead && hd <= kMaxHidden, "D or Hd is out of range");
     require(!p.lr_per_channel && !p.decay_per_channel && !p.delta_per_channel, "an MLP memory has no channel-wise gates");
   }
   static std::array<int64_t, 2> shape(const MlpStep& p) { return {p.Hd, p.D}; }
@@ -57,10 +57,19 @@ void fill_norm(MlpStep& p, Norm& norm) {
 
 // ---- buffers ----
 
-// As python/miras_kernels/decode/decoder.py has them; undefined where there are none
+// The tensors of StepBuffers, undefined where there are none.
 struct Buffers {
-  Tensor start, primal, rho, carried, momentum, left, right, kept, moved, log_decay, position;
+#define MIRAS_BUFFER_TENSOR(type, name) Tensor name;
+  MIRAS_STEP_BUFFERS(MIRAS_BUFFER_TENSOR)
 };
+
+// From all of them in their order
+Buffers buffers_of(const std::vector<OptionalTensor>& given) {
+  require(given.size() == std::size(kStepBuffers), "not as many buffers as a step has");
+  auto next = given.begin();
+#define MIRAS_NEXT_BUFFER(type, name) (next++)->value_or(Tensor()),
+  return {MIRAS_STEP_BUFFERS(MIRAS_NEXT_BUFFER)};
+}
 
 template <class Memory> void fill_buffers(typename Memory::Params& p, const Buffers& x) {
   const auto [K, V] = Memory::shape(p);
@@ -74,26 +83,27 @@ template <class Memory> void fill_buffers(typename Memory::Params& p, const Buff
   const Shape matrices{p.N, p.H, m, K, V};
   state.start = numbers(x.start, matrices, "start must be float32 [N, H, m, K, V]");
   state.primal = numbers(x.primal, matrices, "primal must be like start");
-  state.carried = numbers(x.carried, matrices, "carried must be like start");
-  state.momentum = numbers(x.momentum, matrices, "momentum must be like start");
+  state.written = numbers(x.written, matrices, "written must be like start");
+  state.momenta = numbers(x.momenta, matrices, "momenta must be like start");
   state.rho = numbers(x.rho, {p.N, p.H, m}, "rho must be float32 [N, H, m]");
   const RetentionTraits gate = retention_traits(p.retention);
-  require(state.start && (state.carried || p.C == 1), "the state has no room for what is carried into a chunk");
+  require(state.start && (state.written || p.C == 1), "the state has no buffer for what an open chunk has written");
   require(bool(state.primal) == !gate.identity && bool(state.rho) == (gate.coupling == Coupling::matrix),
-          "primal or rho do not suit the retention gate");
+          "primal or rho do not fit the retention gate");
 
-  const bool channels = x.log_decay.dim() == 3;
-  const char* decays = "log_decay must be float32 [N, H] or [N, H, Dv]";
-  state.log_decay = channels ? numbers(x.log_decay, {p.N, p.H, V}, decays) : numbers(x.log_decay, {p.N, p.H}, decays);
-  require(!p.log_decay || p.decay_per_channel == channels, "decays do not suit the state's log_decay");
+  const bool channels = x.open_log_decay.dim() == 3;
+  const Shape decays = channels ? Shape{p.N, p.H, V} : Shape{p.N, p.H};
+  state.open_log_decay = numbers(x.open_log_decay, decays, "open_log_decay must be float32 [N, H] or [N, H, Dv]");
+  require(!p.log_decay || p.decay_per_channel == channels, "log_decay and open_log_decay must both have channels or none");
   state.width = channels ? int(V) : 1, state.rows = int(rows);
 
   state.left = numbers(x.left, {p.N, p.H, m, rows, K}, "left must be float32 [N, H, m, C, K]");
   state.right = numbers(x.right, {p.N, p.H, m, rows, V}, "right must be float32 [N, H, m, C, V]");
-  state.kept = numbers(x.kept, {p.N, p.H, 2 + rows, state.width}, "kept must be float32 [N, H, 2 + C, 1 or Dv]");
-  state.moved = numbers(x.moved, {p.N, p.H, 2 + rows}, "moved must be float32 [N, H, 2 + C]");
-  require(state.left && state.right && state.kept, "the state has no room for factors");
-  require(bool(p.momentum) == bool(state.momentum) && bool(p.momentum) == bool(state.moved), "momentum needs a state with momentum");
+  state.weights = numbers(x.weights, {p.N, p.H, 2 + rows, state.width}, "weights must be float32 [N, H, 2 + C, 1 or Dv]");
+  state.momentum_weights = numbers(x.momentum_weights, {p.N, p.H, 2 + rows}, "momentum_weights must be float32 [N, H, 2 + C]");
+  require(state.left && state.right && state.weights, "the state has no buffers for factors");
+  require(bool(p.momentum) == bool(state.momenta) && bool(p.momentum) == bool(state.momentum_weights),
+          "momentum needs a state with momentum");
   require(x.position.is(kInt64) && x.position.has_shape({p.N}) && x.position.is_contiguous(), "bad position");
   state.position = x.position.data<int64_t>();
 }
@@ -219,17 +229,11 @@ template <class Memory> class Stepper {
   bool check_values_;
 };
 
-Buffers buffers_of(const py::object& x) {
-  const auto find = [&x](const char* name) { return x.attr(name).cast<OptionalTensor>().value_or(Tensor()); };
-  return {find("start"), find("primal"), find("rho"), find("carried"), find("momentum"), find("left"),
-          find("right"), find("kept"), find("moved"), find("log_decay"), find("position")};
-}
-
 template <class Memory> void bind_stepper(py::module_& m, const char* name) {
   using namespace pybind11::literals;
   const auto make = [](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
                        const OptionalTensor& delta, const OptionalTensor& momentum, bool check_values,
-                       const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const py::object& buffers,
+                       const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const std::vector<OptionalTensor>& buffers,
                        const Code& bias, const Code& retention, int64_t chunk_size) {
     return std::make_unique<Stepper<Memory>>(q, k, v, lr, log_decay, delta, momentum, check_values, ln_weight, ln_bias, ln_eps,
                                              buffers_of(buffers), bias, retention, chunk_size);
@@ -292,7 +296,7 @@ template <class Memory>
 std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
     const OptionalTensor& delta, const OptionalTensor& momentum, const OptionalTensor& ln_weight, const OptionalTensor& ln_bias,
-    double ln_eps, const Matrices& dual, const Matrices& carried, const Matrices& start, const OptionalTensor& position,
+    double ln_eps, const Matrices& dual, const Matrices& momenta, const Matrices& start, const OptionalTensor& position,
     const OptionalTensor& open_log_decay, const Code& bias, const Code& retention, int64_t chunk_size) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   typename Memory::Params p;
@@ -309,7 +313,7 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
   const Held now(p, m, rows, cols), before(p, m, rows, cols);
   std::optional<Held> moving, primal;
   now.copy(dual);
-  if (momentum) moving.emplace(p, m, rows, cols).copy(carried);
+  if (momentum) moving.emplace(p, m, rows, cols).copy(momenta);
   if (!gate.identity) primal.emplace(p, m, rows, cols);
   const Tensor decayed = small_tensor(open_decay_shape(p, cols), kFloat32);
   std::vector<int64_t> at(p.N);
@@ -326,10 +330,10 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
 
   StepBuffers& state = p.state;
   state.by_value = true, state.width = int(width), state.rows = int(room);
-  state.start = before.data(), state.carried = now.data(), state.log_decay = decayed.data<float>(), state.position = at.data();
+  state.start = before.data(), state.written = now.data(), state.open_log_decay = decayed.data<float>(), state.position = at.data();
   state.left = take(heads * m * room * rows), state.right = take(heads * m * room * cols);
-  state.kept = take(heads * (2 + room) * width);
-  if (moving) state.momentum = moving->data(), state.moved = take(heads * (2 + room));
+  state.weights = take(heads * (2 + room) * width);
+  if (moving) state.momenta = moving->data(), state.momentum_weights = take(heads * (2 + room));
   if (primal) state.primal = primal->data();
   if (gate.coupling == Coupling::matrix) state.rho = take(heads * m);
   const Tensor out = small_tensor(v.sizes(), v.type());
@@ -346,10 +350,11 @@ void bind_steps(py::module_& m) {
   bind_stepper<Mlp>(m, "MlpStepper");
   const auto bind = [&m](const char* name, auto function) {
     m.def(name, function, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a, "ln_bias"_a, "ln_eps"_a,
-          "dual"_a, "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "bias"_a, "retention"_a, "chunk_size"_a);
+          "dual"_a, "momenta"_a, "start"_a, "position"_a, "open_log_decay"_a, "bias"_a, "retention"_a, "chunk_size"_a);
   };
   bind("linear_steps", &steps<Linear>);
   bind("mlp_steps", &steps<Mlp>);
+  m.def("step_buffers", [] { return std::vector<std::string>(std::begin(kStepBuffers), std::end(kStepBuffers)); });
 }
 
 }  // namespace miras

@@ -40,6 +40,9 @@ inline Dtype dtype_of(const View& x) {
 
 inline bool is_float(const View& x) { return x.on_cpu() && x.is(kFloat32); }
 
+// What the kernels take; python/miras_kernels/backends/cpp.py refuses anything larger.
+constexpr int64_t kMaxHead = 256, kMaxHidden = 1024, kMaxChunk = 256;
+
 // A row of the table of biases or retention gates: its tag and parameters.
 using Code = std::pair<int64_t, std::vector<double>>;
 
@@ -68,7 +71,7 @@ inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const
   p.B = q.size(0), p.T = q.size(1), p.H = q.size(2);
   p.N = cu_seqlens ? cu_seqlens->size(0) - 1 : p.B;
   p.C = int(chunk_size);
-  require(chunk_size >= 1 && chunk_size <= 256, "chunk_size must be in 1..256");
+  require(chunk_size >= 1 && chunk_size <= kMaxChunk, "chunk_size is out of range");
   const int64_t dv = v.size(3);
   require(k.has_shape(q.sizes()) && v.has_shape({p.B, p.T, p.H, dv}), "k or v does not fit q");
   require(k.is(q.type()) && v.is(q.type()), "q, k, v must have one dtype");

@@ -44,8 +44,8 @@ struct Gates {
   }
 
   MIRAS_FN const float* end(int c) const { return gamma + c - 1; }
-  MIRAS_FN const float* carried_end(int c) const { return b + c - 1; }
-  MIRAS_FN const float* step_carried_end(int c) const { return pi + c - 1; }
+  MIRAS_FN const float* momenta_end(int c) const { return b + c - 1; }
+  MIRAS_FN const float* step_momenta_end(int c) const { return pi + c - 1; }
   // Whether writes fade until the chunk ends: to_end is not all ones.
   MIRAS_FN bool fades() const { return decays || momentum; }
 
@@ -169,7 +169,7 @@ static void scale(float factor, index_t n, float* x) {
 }
 
 // A term of a state's advance: scale * state. The scale is left in memory (see Tile::add_scaled).
-struct Kept {
+struct Scaled {
   const float *state = nullptr, *scale = nullptr;
 };
 
@@ -177,18 +177,18 @@ struct Kept {
 // second term, b_c S_0, and likewise for the momentum itself S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be a state kept.
 // kPerColumn: scales are [Dvp].
 template <bool kPerColumn = false>
-static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Kept kept, float* next,
-                    ReadSoon soon, Kept more = {}) {
+static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next,
+                    ReadSoon soon, Scaled more = {}) {
   const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
     sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> a;
-      const auto keep = [&](const Kept& x) MIRAS_LAMBDA {
+      const auto keep = [&](const Scaled& x) MIRAS_LAMBDA {
         const float* state = x.state + index_t(i) * dvp + j;
         if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
         else a.add_scaled(state, dvp, x.scale);
       };
       a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
-      keep(kept);
+      keep(dual);
       if constexpr (kMore) keep(more);
       a.store_to(next + index_t(i) * dvp + j, dvp);
     });
@@ -246,7 +246,7 @@ static void decay_gradient_with_momentum(const Gates& gates, int c, const float*
 //   gTheta_t += gM_t,  gpi_t += gb_t,  d theta_t = gTheta_t . Theta_(t-1) + gpi_t pi_(t-1),
 //   gTheta_(t-1) += theta_t gTheta_t,  gpi_(t-1) += theta_t gpi_t
 static void momentum_gradient(const Gates& gates, int c, const float* Theta, index_t cp, const float* gM, const float* gb,
-                              float* gTheta, float gpi, float* dtheta) {
+                              float* gTheta, float gpi, float* dmomentum) {
   for (int t = c - 1; t >= 0; --t) {
     const float theta = gates.theta[t];
     Vec dot = zeros();
@@ -256,7 +256,7 @@ static void momentum_gradient(const Gates& gates, int c, const float* Theta, ind
       if (t > 0) dot += g * load(Theta + (t - 1) * cp + j);
     }
     gpi += gb[t];
-    dtheta[t] = sum(dot) + gpi * (t > 0 ? gates.pi[t - 1] : 1.0f);
+    dmomentum[t] = sum(dot) + gpi * (t > 0 ? gates.pi[t - 1] : 1.0f);
     gpi *= theta;
   }
 }

@@ -66,41 +66,41 @@ void BackwardTask::writes_backward(int c, WriteSoon soon) {
 }
 
 // JS = b_C J + pi_C JS + Q' (rho b dO), from J and JS of the chunk's end (transposed)
-template <bool kChannels> void BackwardTask::carried_gradient(int c) {
+template <bool kChannels> void BackwardTask::momenta_gradient(int c) {
   const LinearGates& gates = s.gates;
-  const Kept kept = gates.kept_carried(s.J, c);
+  const Scaled term = gates.momenta_at_end(s.J, c);
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Cols{s.Q + i, dkp}, s.dO_b + j, dvp, 0, c);
-    y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_carried_end(c));
-    if constexpr (kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, kept.scale + j);
-    else y.add_scaled(s.J + i * dvp + j, dvp, kept.scale);
+    y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_momenta_end(c));
+    if constexpr (kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, term.scale + j);
+    else y.add_scaled(s.J + i * dvp + j, dvp, term.scale);
     y.store_to(s.JS + i * dvp + j, dvp);
   });
 }
 
 // dW0 = Q' (gamma dO) + K' dE, or where W = A at once J = gamma_C J + dW0
 template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int c, ReadSoon soon) {
-  const Kept kept = s.gates.kept(s.J, c);
+  const Scaled term = s.gates.dual_at_end(s.J, c);
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Cols{s.Q + i, dkp}, s.dO_gamma + j, dvp, 0, c, soon);
     if (bias.predicts) y.add(Cols{s.K + i, dkp}, s.dE + j, dvp, 0, c);
-    if constexpr (kIdentity && kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, kept.scale + j);
-    else if constexpr (kIdentity) y.add_scaled(s.J + i * dvp + j, dvp, kept.scale);
+    if constexpr (kIdentity && kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, term.scale + j);
+    else if constexpr (kIdentity) y.add_scaled(s.J + i * dvp + j, dvp, term.scale);
     y.store_to((kIdentity ? s.J : s.dW) + i * dvp + j, dvp);
   });
 }
 
 // JS and J of the chunk's start over those of its end
 void BackwardTask::state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon) {
-  if (momentum && channels) carried_gradient<true>(c);
-  else if (momentum) carried_gradient<false>(c);
+  if (momentum && channels) momenta_gradient<true>(c);
+  else if (momentum) momenta_gradient<false>(c);
   if (retention.identity) return channels ? primal_gradient<true, true>(c, soon) : primal_gradient<true, false>(c, soon);
 
   primal_gradient<false, false>(c, soon);
   retention.pull_back(shape(), x.A, x.W, x.rho, drho, s.dW);
-  const float* scale = s.gates.kept(s.J, c).scale;
+  const float* scale = s.gates.dual_at_end(s.J, c).scale;
   shape().each([&](index_t at, int j) MIRAS_LAMBDA {
     const Vec gamma = channels ? load(scale + j) : broadcast(*scale);
     store(s.J + at, gamma * load(s.J + at) + load(s.dW + at));
@@ -125,7 +125,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   fill_zero(s.read_sums, cp), fill_zero(s.write_sums, cp), fill_zero(s.gTheta, cp);
 
   if (momentum) {
-    carried_reads(c, x);
+    momenta_reads(c, x);
     times_state(c, dk, Rows{s.K, dkp}, s.JS, dvp, s.KJS);
     for (int t = 0; t < c; ++t) s.gTheta[t] = -inner_product(s.U + index_t(t) * dvp, s.KJS + index_t(t) * dvp, dvp);
   }
@@ -185,7 +185,7 @@ void BackwardTask::run() {
     else fill_zero(to, state);
   };
   read_gradient(p.grad_final_dual, s.J);
-  if (momentum) read_gradient(p.grad_final_carried, s.JS);
+  if (momentum) read_gradient(p.grad_final_momenta, s.JS);
   const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, and staying so
   fill_zero(s.P, square), fill_zero(s.M, square), fill_zero(s.N, square), fill_zero(s.X, square);
   if (momentum) fill_zero(s.Theta, square);
@@ -202,7 +202,7 @@ void BackwardTask::run() {
     last = first;
   }
   write_state(p.d_dual, n, h, task.first, task.dv, dk, s.J, dvp, s.J_plain);
-  if (momentum) write_state(p.d_carried, n, h, task.first, task.dv, dk, s.JS, dvp, s.J_plain);
+  if (momentum) write_state(p.d_momenta, n, h, task.first, task.dv, dk, s.JS, dvp, s.J_plain);
 }
 
 static void linear_backward(const LinearBackward& p, int64_t first, int64_t last) {

@@ -23,8 +23,8 @@ void BackwardTask::channels_backward(int c, const ChunkStart& x) {
 }
 
 // rho b_t S_0' dO_t and gb, the gradient of b through the chunk's reads
-void BackwardTask::carried_reads(int c, const ChunkStart& x) {
-  weigh(c, dvp, s.gates.of_carried(), s.dO, s.dO_b);
+void BackwardTask::momenta_reads(int c, const ChunkStart& x) {
+  weigh(c, dvp, s.gates.of_momenta(), s.dO, s.dO_b);
   transpose(x.S, dvp, dk, task.dv, s.S_plain, dkp);
   if (channels) {
     times_state(c, task.dv, Rows{s.dO_b, dvp}, s.S_plain, dkp, s.dQ_b);
@@ -61,7 +61,7 @@ void BackwardTask::gate_gradients(int64_t chunk, const ChunkStart& x) {
   if (momentum) {
     if (channels) {
       column_products(dk, dvp, s.J, x.S, s.columns);
-      gates.channel.carried_gradient(c, s.QS, s.columns, s.gb, s.dlog);
+      gates.channel.momenta_gradient(c, s.QS, s.columns, s.gb, s.dlog);
     } else {
       const float through = *gates.end(c) * inner_product(s.J, x.A, state);
       for (int t = 0; t < round_up(c, kPad); ++t) s.write_sums[t] = -s.write_sums[t];
@@ -69,8 +69,8 @@ void BackwardTask::gate_gradients(int64_t chunk, const ChunkStart& x) {
       decay_gradient_with_momentum(gates, c, s.M, cp, s.write_sums, s.X, s.gb, s.read_sums, through, s.dlog);
     }
     const float* Theta = channels ? gates.channel.Theta : s.Theta;
-    momentum_gradient(gates, c, Theta, cp, s.X, s.gb, s.gTheta, inner_product(s.JS, x.S, state), s.dtheta);
-    put(p.dmomentum, false, chunk, s.dtheta);
+    momentum_gradient(gates, c, Theta, cp, s.X, s.gb, s.gTheta, inner_product(s.JS, x.S, state), s.dmomentum);
+    put(p.dmomentum, false, chunk, s.dmomentum);
   } else if (gates.decays) {
     const float through = *gates.end(c) * inner_product(s.J, x.A, state);
     decay_gradient(c, s.X, cp, s.read_sums, s.write_sums, through, s.dlog);

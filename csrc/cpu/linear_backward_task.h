@@ -34,7 +34,7 @@ struct BackwardScratch {
   float *delta, *ddelta;               // [C] or [C x Dvp]
   float *deta, *dlog;                  // [Cp] or [C x Dvp]
   float *read_sums, *write_sums;       // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
-  float *gTheta, *gb, *dtheta;         // [Cp]
+  float *gTheta, *gb, *dmomentum;         // [Cp]
   float *last_rows;                    // [2 x Cp]
   float *columns;                      // [Dvp]
   float *m, *sums;                     // of ChannelDecay::Backward
@@ -43,29 +43,29 @@ struct BackwardScratch {
   MIRAS_FN BackwardScratch(Arena& a, const LinearBackward& p) : gates(a, p) {
     const int cp = round_up(p.C, kPad), dkp = round_up(p.Dk, kPad), dvp = round_up(p.panel_width, kPad);
     const bool momentum(p.momentum), channels = p.decay_per_channel;
-    const int primal = retention_traits(p.retention).identity ? 0 : dvp, carried = momentum ? dvp : 0, wide = channels ? dvp : 0;
+    const int primal = retention_traits(p.retention).identity ? 0 : dvp, momenta = momentum ? dvp : 0, wide = channels ? dvp : 0;
     const int64_t states = int64_t(p.segment) * p.Dk, tokens = int64_t(p.segment) * p.C;
-    A = a.take(states, dvp), W = a.take(states, primal), S = a.take(states, carried);
+    A = a.take(states, dvp), W = a.take(states, primal), S = a.take(states, momenta);
     E = a.take(tokens, dvp), G = a.take(tokens, dvp);
     rho = a.take(1, p.segment), rho_slope = a.take(1, p.segment);
-    J = a.take(p.Dk, dvp), JS = a.take(p.Dk, carried), dW = a.take(p.Dk, primal);
+    J = a.take(p.Dk, dvp), JS = a.take(p.Dk, momenta), dW = a.take(p.Dk, primal);
     W_plain = a.take(p.panel_width, dkp), J_plain = a.take(p.panel_width, dkp);
-    S_plain = a.take(carried, dkp), JS_plain = a.take(carried, dkp);
+    S_plain = a.take(momenta, dkp), JS_plain = a.take(momenta, dkp);
     KT = a.take(p.Dk, cp);
     K = a.take(p.C, dkp), Q = a.take(p.C, dkp);
     V = a.take(p.C, dvp);
-    dO = a.take(p.C, dvp), dO_gamma = a.take(p.C, dvp), dO_b = a.take(p.C, carried);
-    U = a.take(p.C, dvp), U_end = a.take(p.C, dvp), U_step = a.take(p.C, carried);
+    dO = a.take(p.C, dvp), dO_gamma = a.take(p.C, dvp), dO_b = a.take(p.C, momenta);
+    U = a.take(p.C, dvp), U_end = a.take(p.C, dvp), U_step = a.take(p.C, momenta);
     UT = a.take(p.panel_width, cp);
     P = a.take(p.C, cp), M = a.take(p.C, cp), N = a.take(p.C, cp), X = a.take(p.C, cp);
     QK = a.take(momentum ? p.C : 0, cp), Theta = a.take(momentum ? p.C : 0, cp);
     dE = a.take(p.C, dvp);
-    KJ = a.take(p.C, wide), KJS = a.take(p.C, carried), QW = a.take(p.C, wide), QS = a.take(p.C, momentum ? wide : 0);
+    KJ = a.take(p.C, wide), KJS = a.take(p.C, momenta), QW = a.take(p.C, wide), QS = a.take(p.C, momentum ? wide : 0);
     dQ_b = a.take(momentum ? p.C : 0, dkp), dX = a.take(p.C, dkp);
     delta = a.take(p.C, dvp), ddelta = a.take(p.C, dvp);
     deta = p.lr_per_channel ? a.take(p.C, dvp) : a.take(1, cp), dlog = channels ? a.take(p.C, dvp) : a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp);
-    gTheta = a.take(1, cp), gb = a.take(1, cp), dtheta = a.take(1, cp);
+    gTheta = a.take(1, cp), gb = a.take(1, cp), dmomentum = a.take(1, cp);
     last_rows = a.take(2, cp), columns = a.take(1, dvp);
     m = a.take(channels ? p.C : 0, kPad), sums = a.take(channels ? 2 * p.C : 0, kPad);
   }
@@ -149,10 +149,10 @@ struct BackwardTask {
   void scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon);
   void writes_backward(int c, WriteSoon soon);
   void channels_backward(int c, const ChunkStart& x);
-  void carried_reads(int c, const ChunkStart& x);
+  void momenta_reads(int c, const ChunkStart& x);
   void gate_gradients(int64_t chunk, const ChunkStart& x);
   float rho_gradient(int c, const ChunkStart& x) const;
-  template <bool kChannels> void carried_gradient(int c);
+  template <bool kChannels> void momenta_gradient(int c);
   template <bool kIdentity, bool kChannels> void primal_gradient(int c, ReadSoon soon);
   void state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon);
   void chunk_backward(int64_t chunk, const ChunkStart& x);
@@ -181,7 +181,7 @@ void BackwardTask::writes(int c, const float* g) {
 // Chunks [first, last) forward once more: states, errors, inner gradients.
 void BackwardTask::rerun(int64_t first, int64_t last) {
   const int64_t slot = p.slot(n) + first / p.checkpoint_every, matrix = int64_t(dk) * p.Dv;
-  const float* from = p.saved + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
+  const float* from = p.checkpoints + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
   copy_in(from, p.Dv, dk, task.dv, s.A, dvp);
   if (momentum) copy_in(from + matrix, p.Dv, dk, task.dv, s.S, dvp);
   for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -200,7 +200,7 @@ void BackwardTask::rerun(int64_t first, int64_t last) {
     writes(c, x.G);
     const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1));
     s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, dvp, x.A, x.S, x.A + state, k_soon);
-    s.gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);
+    s.gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);
   }
 }
 

@@ -35,15 +35,15 @@ struct ForwardScratch {
 
   MIRAS_FN ForwardScratch(Arena& a, const LinearForward& p) : gates(a, p) {
     const int cp = round_up(p.C, kPad), dkp = round_up(p.Dk, kPad), dvp = round_up(p.panel_width, kPad);
-    const int primal = retention_traits(p.retention).identity ? 0 : dvp, carried = p.momentum ? dvp : 0;
+    const int primal = retention_traits(p.retention).identity ? 0 : dvp, momenta = p.momentum ? dvp : 0;
     A = a.take(p.Dk, dvp), A0 = a.take(p.Dk, p.start ? dvp : 0);
     W = a.take(p.Dk, primal), R = a.take(p.Dk, p.start ? primal : 0);
-    S = a.take(p.Dk, carried);
+    S = a.take(p.Dk, momenta);
     KT = a.take(p.Dk, cp);
     Q = a.take(p.C, dkp);
     V = a.take(p.C, dvp), O = a.take(p.C, dvp);
     U = a.take(p.C, dvp), U_end = a.take(p.C, dvp);
-    U_step = a.take(p.C, carried), O_own = a.take(p.C, p.decay_per_channel ? dvp : carried);
+    U_step = a.take(p.C, momenta), O_own = a.take(p.C, p.decay_per_channel ? dvp : momenta);
     P = a.take(p.C, cp);
     last_rows = a.take(2, cp), delta = a.take(p.C, dvp), open_log_decay = a.take(1, dvp);
     spare = a.take(dvp, dkp);
@@ -106,7 +106,7 @@ void ForwardTask::read_open_chunk(int position) {
 // A, then S, of a chunk's start for the backward
 void ForwardTask::save(int64_t chunk) const {
   const int64_t slot = p.slot(n) + chunk / p.checkpoint_every, matrix = int64_t(dk) * p.Dv;
-  float* to = p.saved + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
+  float* to = p.checkpoints + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
   copy_out(s.A, dvp, dk, task.dv, to, p.Dv);
   if (momentum) copy_out(s.S, dvp, dk, task.dv, to + matrix, p.Dv);
 }
@@ -150,7 +150,7 @@ void ForwardTask::read_within(Rows Q, WriteSoon soon) {
   const LinearGates& gates = s.gates;
   if (momentum) {
     times_state(c, dk, Q, s.S, dvp, s.O_own);
-    weigh(c, dvp, gates.of_carried(), s.O_own, s.O_own);
+    weigh(c, dvp, gates.of_momenta(), s.O_own, s.O_own);
     if (retention.scales_reads) scale(rho.value, index_t(c) * dvp, s.O_own);
   }
   if (gates.channel.on) {
@@ -187,7 +187,7 @@ void ForwardTask::advance_state(ReadSoon soon) {
   const LinearGates& gates = s.gates;
   const float* u_end = gates.fades() || retention.scales_reads ? s.U_end : s.U;
   gates.advance_dual(c, dk, s.KT, cp, u_end, dvp, s.A, s.S, s.A, soon);
-  gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S);
+  gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S);
 }
 
 // The open chunk's log-decay after the chunk's tokens
@@ -205,7 +205,7 @@ void ForwardTask::pass_decays(bool closes) {
 void ForwardTask::run() {
   fill_zero(s.P, int64_t(p.C) * cp);  // right of the diagonal it stays so
   read_state(p.dual, n, h, task.first, task.dv, dk, s.A, dvp);
-  if (momentum) read_state(p.carried, n, h, task.first, task.dv, dk, s.S, dvp);
+  if (momentum) read_state(p.momenta, n, h, task.first, task.dv, dk, s.S, dvp);
   int position = p.position ? int(p.position[n]) : 0;
   read_open_chunk(position);
   bool start_written = false;
@@ -217,7 +217,7 @@ void ForwardTask::run() {
     token = p.begin(n) + t;
     const bool closes = position + c == p.C;
 
-    if (p.saved && chunk % p.checkpoint_every == 0) save(chunk);
+    if (p.checkpoints && chunk % p.checkpoint_every == 0) save(chunk);
     if (!closes && p.final_start) {  // this chunk stays open: hand on the state it began with
       put(p.final_start, open_start ? open_start : s.A);
       start_written = true;
@@ -243,7 +243,7 @@ void ForwardTask::run() {
   }
 
   if (p.final_dual) put(p.final_dual, s.A);
-  if (p.final_carried) put(p.final_carried, s.S);
+  if (p.final_momenta) put(p.final_momenta, s.S);
   if (p.final_start && !start_written) put(p.final_start, open_start ? open_start : s.A);  // nothing came in, or the end is a boundary
   if (!p.final_log_decay) return;
   if (s.gates.channel.on) {

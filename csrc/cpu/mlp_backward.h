@@ -42,10 +42,10 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
   const float* W2 = start.primal[1];
 
   if (momentum) {
-    predict(c, hd, s.dZqT, cp, start.carried[1], dp, m.part, ReadSoon());
+    predict(c, hd, s.dZqT, cp, start.momenta[1], dp, m.part, ReadSoon());
     fill_zero(s.dots, cp);
     row_dots(c, dp, m.Q, m.part, s.dots);
-    reads_of_carried(c, s.dots, 1, start.rho[1]);
+    reads_of_momenta(c, s.dots, 1, start.rho[1]);
     weigh_rows(c, dp, m.carry[1], m.part, m.part);
   }
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -107,11 +107,11 @@ void MlpBackwardTask::gate_gradients(int64_t chunk, const MlpState& start) {
   if (!momentum) {
     if (gates.decays) decay_gradient(c, s.pairs, cp, s.read_sums, s.write_sums, through, s.dlog);
   } else {
-    s.dcarry[c - 1] += along(s.J, start.carried);
+    s.dcarry[c - 1] += along(s.J, start.momenta);
     for (int t = 0; t < cp; ++t) s.write_sums[t] = -s.write_sums[t], s.dstep[t] = -s.dstep[t];
     decay_gradient_with_momentum(gates, c, s.L, cp, s.write_sums, s.pairs, s.dcarry, s.read_sums, through, s.dlog);
-    momentum_gradient(gates, c, s.Theta, cp, s.pairs, s.dcarry, s.dstep, along(s.JS, start.carried), s.dtheta);
-    write_gate(p.dmomentum, b, token(chunk), h, c, s.dtheta);
+    momentum_gradient(gates, c, s.Theta, cp, s.pairs, s.dcarry, s.dstep, along(s.JS, start.momenta), s.dmomentum);
+    write_gate(p.dmomentum, b, token(chunk), h, c, s.dmomentum);
   }
   if (gates.decays) write_gate(p.dlog_decay, b, token(chunk), h, c, s.dlog);
 }
@@ -121,19 +121,19 @@ void MlpBackwardTask::state_gradients(int c, const MlpState& start, const float*
   const Gates& gates = m.gates;
   const bool identity = m.retention.identity;
   if (momentum) {
-    const auto carried_gradient = [&](int i, const float* leftT, const float* right) {
+    const auto momenta_gradient = [&](int i, const float* leftT, const float* right) {
       weigh_rows(c, dp, m.carry[i], right, m.part);
       sweep(hd, dp, [&]<int R, int N>(int row, int j) MIRAS_LAMBDA {
         const index_t at = index_t(row) * dp + j;
         Tile<R, N> x;
         x.add(Rows{leftT + index_t(row) * cp, cp}, m.part + j, dp, 0, c);
-        x.add_scaled(s.J[i] + at, dp, gates.carried_end(c));
-        x.add_scaled(s.JS[i] + at, dp, gates.step_carried_end(c));
+        x.add_scaled(s.J[i] + at, dp, gates.momenta_end(c));
+        x.add_scaled(s.JS[i] + at, dp, gates.step_momenta_end(c));
         x.store_to(s.JS[i] + at, dp);
       });
     };
-    carried_gradient(0, m.AqT, s.dUq);
-    carried_gradient(1, s.dZqT, m.Q);
+    momenta_gradient(0, m.AqT, s.dUq);
+    momenta_gradient(1, s.dZqT, m.Q);
   }
 
   // Over J where W = A; else what W's gradient adds goes through phi first.
@@ -205,7 +205,7 @@ void MlpBackwardTask::run() {
     else fill_zero(to[0], state), fill_zero(to[1], state);
   };
   begin_with(p.grad_final_dual, s.J);
-  if (momentum) begin_with(p.grad_final_carried, s.JS);
+  if (momentum) begin_with(p.grad_final_momenta, s.JS);
   const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, and staying so
   fill_zero(s.L, square), fill_zero(s.M1, square), fill_zero(s.M2, square), fill_zero(s.pairs, square);
   if (momentum) fill_zero(s.Theta, square);
@@ -224,7 +224,7 @@ void MlpBackwardTask::run() {
     last = first;
   }
   write_states(p.d_dual, n, h, d, hd, s.J, dp, s.spare);
-  if (momentum) write_states(p.d_carried, n, h, d, hd, s.JS, dp, s.spare);
+  if (momentum) write_states(p.d_momenta, n, h, d, hd, s.JS, dp, s.spare);
   copy_out(s.dweight, dp, 1, d, p.dln_weight + (n * p.H + h) * d, d);
   copy_out(s.dbias, dp, 1, d, p.dln_bias + (n * p.H + h) * d, d);
 }

@@ -23,7 +23,7 @@ static void column_dots(int rows, int c, index_t cp, const float* a, const float
 MIRAS_INLINE float unscaled(float x, const Rho& rho) { return rho.value > 0.0f ? x / rho.value : 0.0f; }
 
 // The gradient of b, and d rho's share, from the products <what a token reads of S, its gradient> of matrix i
-void MlpBackwardTask::reads_of_carried(int c, const float* products, int i, const Rho& rho) {
+void MlpBackwardTask::reads_of_momenta(int c, const float* products, int i, const Rho& rho) {
   for (int t = 0; t < c; ++t) {
     s.dcarry[t] += rho.value * products[t];
     drho[i] += m.gates.b[t] * products[t];
@@ -62,10 +62,10 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
     drho[0] = unscaled(total, start.rho[0]);
   }
   if (momentum) {
-    m.hidden_product(c, start.carried[0], s.dUqT, m.partT, ReadSoon());
+    m.hidden_product(c, start.momenta[0], s.dUqT, m.partT, ReadSoon());
     fill_zero(s.dots, cp);
     column_dots(hd, c, cp, m.AqT, m.partT, s.dots);
-    reads_of_carried(c, s.dots, 0, start.rho[0]);
+    reads_of_momenta(c, s.dots, 0, start.rho[0]);
   }
 
   m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {

@@ -23,7 +23,7 @@ struct MlpBackwardScratch {
   float *Theta, *scores1, *scores2;   // [C x Cp]  with momentum: Theta, Aq A', Q K'
   float *ones, *deta, *ddelta, *dlog;            // [Cp]
   float *read_sums, *write_sums, *write2_sums;   // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
-  float *dcarry, *dstep, *dtheta;     // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
+  float *dcarry, *dstep, *dmomentum;     // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
   float *dots;                        // [Cp]
   float *dweight, *dbias;             // [Dp]
   float *spare;                       // [D x Hdp]
@@ -46,7 +46,7 @@ struct MlpBackwardScratch {
     Theta = a.take(momentum * p.C, cp), scores1 = a.take(momentum * p.C, cp), scores2 = a.take(momentum * p.C, cp);
     ones = a.take(1, cp), deta = a.take(1, cp), ddelta = a.take(1, cp), dlog = a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp), write2_sums = a.take(1, cp);
-    dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dtheta = a.take(momentum, cp);
+    dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dmomentum = a.take(momentum, cp);
     dots = a.take(momentum, cp);
     dweight = a.take(1, dp), dbias = a.take(1, dp);
     spare = a.take(p.D, round_up(p.Hd, kPad));
@@ -92,14 +92,14 @@ struct MlpBackwardTask {
   void token_gradients(int64_t chunk, const MlpState& start, const float* dZT);
   void gate_gradients(int64_t chunk, const MlpState& start);
   void state_gradients(int c, const MlpState& start, const float* dZT, ReadSoon soon);
-  void reads_of_carried(int c, const float* products, int i, const Rho& rho);
+  void reads_of_momenta(int c, const float* products, int i, const Rho& rho);
   void chunk_backward(int64_t chunk, int64_t i);
   void run();
 };
 
 // Chunks [first, last) forward once more.
 void MlpBackwardTask::rerun(int64_t first, int64_t last) {
-  SavedState(p, n, h, first).read(s.states.at(0));
+  Checkpoint(p, n, h, first).read(s.states.at(0));
   for (int64_t chunk = first; chunk < last; ++chunk) {
     const int64_t i = chunk - first;
     const int c = tokens(chunk);

@@ -20,25 +20,25 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct MlpState {
   float* dual[2];
   float* primal[2];   // W = phi(A); the duals themselves where phi is the identity
-  float* carried[2];  // the momenta S; null without
+  float* momenta[2];  // the momenta S; null without
   Rho* rho;           // [2]
 
   // Duals, then momenta
-  MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : carried[i - 2]; }
+  MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : momenta[i - 2]; }
 };
 
 // Room for the states of so many chunks.
 struct MlpStates {
   index_t size;  // of a matrix
   bool momentum;
-  float *dual[2], *primal[2], *carried[2];
+  float *dual[2], *primal[2], *momenta[2];
   Rho* rho;
 
   MIRAS_FN MlpStates(Arena& a, const MlpParams& p, const Retention& retention, int64_t n)
       : size(index_t(p.Hd) * round_up(p.D, kPad)), momentum(bool(p.momentum)) {
     for (float*& x : dual) x = a.take(n, size);
     for (int i = 0; i < 2; ++i) primal[i] = retention.identity ? dual[i] : a.take(n, size);
-    for (float*& x : carried) x = a.take(momentum ? n : 0, size);
+    for (float*& x : momenta) x = a.take(momentum ? n : 0, size);
     rho = reinterpret_cast<Rho*>(a.take(n, 2 * sizeof(Rho) / sizeof(float)));
   }
 
@@ -46,7 +46,7 @@ struct MlpStates {
     const auto place = [&](float* x) MIRAS_LAMBDA { return x + chunk * size; };
     return {{place(dual[0]), place(dual[1])},
             {place(primal[0]), place(primal[1])},
-            {momentum ? place(carried[0]) : nullptr, momentum ? place(carried[1]) : nullptr},
+            {momentum ? place(momenta[0]) : nullptr, momentum ? place(momenta[1]) : nullptr},
             rho + 2 * chunk};
   }
 };
@@ -183,16 +183,16 @@ struct MlpChunk {
 
   // The duals and momenta after the chunk; next may be the same as s.
   void advance_both(int c, const MlpState& s, const MlpState& next, ReadSoon soon) {
-    const auto carried = [&](int i) MIRAS_LAMBDA { return Kept{s.carried[i], gates.carried_end(c)}; };
+    const auto momenta = [&](int i) MIRAS_LAMBDA { return Scaled{s.momenta[i], gates.momenta_end(c)}; };
     weigh_rows(c, dp, weight, Gu, U1_end);
     weigh_rows(c, dp, weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, {s.dual[0], gates.end(c)}, next.dual[0], soon, carried(0));
-    advance(c, hd, GzT, cp, K_end, dp, {s.dual[1], gates.end(c)}, next.dual[1], soon, carried(1));
+    advance(c, hd, AT, cp, U1_end, dp, {s.dual[0], gates.end(c)}, next.dual[0], soon, momenta(0));
+    advance(c, hd, GzT, cp, K_end, dp, {s.dual[1], gates.end(c)}, next.dual[1], soon, momenta(1));
     if (!gates.momentum) return;
     weigh_rows(c, dp, step_weight, Gu, U1_end);
     weigh_rows(c, dp, step_weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, {s.carried[0], gates.step_carried_end(c)}, next.carried[0], ReadSoon());
-    advance(c, hd, GzT, cp, K_end, dp, {s.carried[1], gates.step_carried_end(c)}, next.carried[1], ReadSoon());
+    advance(c, hd, AT, cp, U1_end, dp, {s.momenta[0], gates.step_momenta_end(c)}, next.momenta[0], ReadSoon());
+    advance(c, hd, GzT, cp, K_end, dp, {s.momenta[1], gates.step_momenta_end(c)}, next.momenta[1], ReadSoon());
   }
 
   // What the backward keeps of scores, if L is not null, [C x Cp]; the last two with momentum, where L is M.
@@ -215,7 +215,7 @@ struct MlpChunk {
   }
 
   // carry = rho b
-  void weigh_carried(int c, const Rho* rho) {
+  void weigh_momenta(int c, const Rho* rho) {
     for (int i = 0; i < 2; ++i)
       for (int t = 0; t < round_up(c, kPad); t += kLanes) store(carry[i] + t, rho[i].value * load(gates.b + t));
   }
@@ -227,8 +227,8 @@ struct MlpChunk {
     transpose(P2, cp, c, c, P2T, cp);
     weigh_rows(c, cp, gates.eta, P2T, P2T);
     if (gates.momentum) {
-      weigh_carried(c, s.rho);
-      hidden_product(c, s.carried[1], QT, partT, ReadSoon());
+      weigh_momenta(c, s.rho);
+      hidden_product(c, s.momenta[1], QT, partT, ReadSoon());
     }
     sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
@@ -247,7 +247,7 @@ struct MlpChunk {
     scores(c, hd, AqT, AT, s.rho[0], P1, kept, soon);
     weigh_rows(c, dp, gates.eta, Gu, U1);
     if (gates.momentum) {
-      predict(c, hd, AqT, cp, s.carried[0], dp, part, ReadSoon());
+      predict(c, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
       weigh_rows(c, dp, carry[0], part, part);
     }
     sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -280,14 +280,14 @@ static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d,
 }
 
 // ---- what the backward finds of a chunk's start: duals, then momenta, [2 or 4][Hd x D] ----
-struct SavedState {
+struct Checkpoint {
   float* data;
   int matrices, d, hd;
   index_t dp;
 
-  MIRAS_FN SavedState(const MlpParams& p, int64_t n, int64_t h, int64_t chunk)
+  MIRAS_FN Checkpoint(const MlpParams& p, int64_t n, int64_t h, int64_t chunk)
       : matrices(p.momentum ? 4 : 2), d(p.D), hd(p.Hd), dp(round_up(p.D, kPad)) {
-    data = p.saved + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * matrices * hd * d;
+    data = p.checkpoints + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * matrices * hd * d;
   }
   MIRAS_FN float* matrix(int i) const { return data + int64_t(i) * hd * d; }
 

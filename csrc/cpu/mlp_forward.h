@@ -7,7 +7,7 @@
 //   Zq = gamma * (Q W2') - P2 (eta Gz)   Aq = gelu(Zq)   Uq = gamma * (Aq W1') - P1 (eta Gu)   O = Q + LN(Uq)
 //   W1 <- gamma_C W1 - sum_s (gamma_C/gamma_s) eta_s gu_s a_s'     W2 <- gamma_C W2 - sum_s (gamma_C/gamma_s) eta_s gz_s k_s'
 //
-// This is L2Retention without momentum. Else duals A and momenta S are carried for both matrices, with W = phi(A) and rho of each
+// This is L2Retention without momentum. Else duals A and momenta S are momenta for both matrices, with W = phi(A) and rho of each
 // at the chunk's start, M = L Theta in place of L, and b (see Gates):
 //
 //   Zq = gamma * (Q W2') + rho2 (b * (Q S2') - (M o Q K') (eta Gz))       A <- gamma_C A + b_C S - sum_s M_Cs ...
@@ -58,7 +58,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
   m.begin(p, h);
   const MlpState state = s.state.at(0), start = s.start.at(0);
   read_states(p.dual, n, h, d, hd, state.dual, dp);
-  if (p.momentum) read_states(p.carried, n, h, d, hd, state.carried, dp);
+  if (p.momentum) read_states(p.momenta, n, h, d, hd, state.momenta, dp);
 
   // An open chunk: gradients are taken at its start, reading and writing go on from the current state.
   int position = p.position ? int(p.position[n]) : 0;
@@ -81,7 +81,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const bool closes = position + c == p.C;
     const int64_t token = p.begin(n) + t;
 
-    if (p.saved && chunk % p.checkpoint_every == 0) SavedState(p, n, h, chunk).write(state);
+    if (p.checkpoints && chunk % p.checkpoint_every == 0) Checkpoint(p, n, h, chunk).write(state);
     if (!closes && p.final_start[0]) write_start(), start_written = true;  // this chunk stays open
     if (!opened) m.find_primal(state);
 
@@ -107,7 +107,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
   }
 
   if (p.final_dual[0]) write_states(p.final_dual, n, h, d, hd, state.dual, dp, s.spare);
-  if (p.final_carried[0]) write_states(p.final_carried, n, h, d, hd, state.carried, dp, s.spare);
+  if (p.final_momenta[0]) write_states(p.final_momenta, n, h, d, hd, state.momenta, dp, s.spare);
   if (p.final_start[0] && !start_written) write_start();  // nothing came in, or the end is a boundary
   if (p.final_log_decay) p.final_log_decay[n * p.H + h] = open_log_decay;
 }

@@ -2,9 +2,9 @@
 //
 //     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                   both matrices at the chunk's start
 //     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                            the inner gradients
-//     moved <- theta moved;  kept <- alpha kept + moved                                     of what the chunk wrote before
+//     s <- theta s;  w <- alpha w + s                                                       of what the chunk has written
 //     zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                        (a, -eta gu), (-eta gz, k) are kept with 1
-//     R x = gamma phi(A_0) x + rho (kept_0 D x + kept_1 M_0 x + sum_i left_i kept_i (right_i . x))    the other way round for R1'
+//     R x = gamma phi(A_0) x + rho (weight_0 D x + weight_1 M_0 x + sum_i left_i kept_i (right_i . x))    the other way round for R1'
 //
 // Hidden units are shared out, kUnits to a block, a part of each matrix; what needs all of them waits for the next launch:
 //
@@ -20,7 +20,7 @@
 namespace miras::cuda {
 namespace {
 
-constexpr int kMaxChannels = 128, kMaxHidden = 1024, kUnits = 64, kChannels = kMaxChannels / 32;  // of a lane of the first warp
+constexpr int kMaxChannels = kMaxMlpHead, kUnits = 64, kChannels = kMaxChannels / 32;  // kChannels: of a lane of the first warp
 
 // x = (u - m(u)) / deviation over the D channels that a warp shares out, and what its derivative needs. Channel lane + 32 j is x[j].
 struct LayerNorm {
@@ -75,8 +75,8 @@ template <int kVec> struct Part {
   __device__ float* sums(int i, int of_part) const { return p.partial + ((head * 2 + i) * parts + of_part) * p.V; }
   __device__ float* scores(int of_part) const { return p.scores + (head * parts + of_part) * p.C; }
   __device__ Weights after() const {
-    const float* kept = p.after + head * (2 * (2 + p.C) + 1);
-    return {kept, kept + 2 + p.C, kept + 2 * (2 + p.C)};
+    const float* weights = p.after + head * (2 * (2 + p.C) + 1);
+    return {weights, weights + 2 + p.C, weights + 2 * (2 + p.C)};
   }
   // row `row` of factors of matrix i
   __device__ float* left(int i, int row) const { return p.left + ((head * 2 + i) * p.C + row) * p.K; }
@@ -232,24 +232,24 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
   const float rate = p.lr[gate], kq = x.dot(k, q);
 
   // the weights after the token; what the chunk wrote makes of q
-  const float* const kept = p.kept + x.head * (2 + p.C);
-  const float* const moved = p.moved ? p.moved + x.head * (2 + p.C) : nullptr;
-  float* const after = const_cast<float*>(x.after().kept);
-  float* const moved_after = after + 2 + p.C;
-  const float log_alpha = p.log_decay ? p.log_decay[gate] : 0.0f, alpha = expf(log_alpha), open = p.sums[x.head] + log_alpha;
-  const float theta = moved ? p.theta[gate] : 0.0f, moved_1 = moved ? theta * moved[1] : 0.0f;
-  const float kept_0 = alpha * kept[0], kept_1 = alpha * kept[1] + moved_1, gamma = expf(open);
+  const float* const weights = p.weights + x.head * (2 + p.C);
+  const float* const moves = p.momentum_weights ? p.momentum_weights + x.head * (2 + p.C) : nullptr;
+  float* const after = const_cast<float*>(x.after().weights);
+  float* const moves_after = after + 2 + p.C;
+  const float log_alpha = p.log_decay ? p.log_decay[gate] : 0.0f, alpha = expf(log_alpha), open = p.open_log_decay[x.head] + log_alpha;
+  const float momentum = moves ? p.momentum[gate] : 0.0f, moves_1 = moves ? momentum * moves[1] : 0.0f;
+  const float weight_0 = alpha * weights[0], weight_1 = alpha * weights[1] + moves_1, gamma = expf(open);
   const bool writes = x.part == 0;  // what is the same in every part
   if (writes && thread() == 0) {
-    after[0] = kept_0, after[1] = kept_1, after[2 + row] = 1.0f;
-    moved_after[0] = 0.0f, moved_after[1] = moved_1, moved_after[2 + row] = 1.0f;
+    after[0] = weight_0, after[1] = weight_1, after[2 + row] = 1.0f;
+    moves_after[0] = 0.0f, moves_after[1] = moves_1, moves_after[2 + row] = 1.0f;
     after[2 * (2 + p.C)] = open;
   }
   for (int first = 0; first < row; first += kRows) {
     const int count = min(kRows, row - first);
     row_dots(x.right(1, first), p.V, count, token, p.V, [&](int i, float dot) {
-      const float s = moved ? theta * moved[2 + first + i] : 0.0f, w = alpha * kept[2 + first + i] + s;
-      if (writes) after[2 + first + i] = w, moved_after[2 + first + i] = s;
+      const float s = moves ? momentum * moves[2 + first + i] : 0.0f, w = alpha * weights[2 + first + i] + s;
+      if (writes) after[2 + first + i] = w, moves_after[2 + first + i] = s;
       score[i] = w * dot;
     });
     __syncthreads();
@@ -272,13 +272,13 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
     const float u2 = -rate * x.dot(r1, gu) * unit.slope();
     float wq = (exists ? written[i - x.first] : 0.0f) + u2 * kq;
     x.scale(r1, gamma);
-    if (p.carried && kept_0 > 0.0f) {
-      wq += kept_0 * x.dot(x.read(p.carried + x.matrix + x.size() + at), q);
-      x.add(r1, rho_1 * kept_0, x.read(p.carried + x.matrix + at));
+    if (p.written && weight_0 > 0.0f) {
+      wq += weight_0 * x.dot(x.read(p.written + x.matrix + x.size() + at), q);
+      x.add(r1, rho_1 * weight_0, x.read(p.written + x.matrix + at));
     }
-    if (p.momentum) {
-      wq += kept_1 * x.dot(x.read(p.momentum + x.matrix + x.size() + at), q);
-      x.add(r1, rho_1 * kept_1, x.read(p.momentum + x.matrix + at));
+    if (p.momenta) {
+      wq += weight_1 * x.dot(x.read(p.momenta + x.matrix + x.size() + at), q);
+      x.add(r1, rho_1 * weight_1, x.read(p.momenta + x.matrix + at));
     }
     if (!exists) return;
     const float of_q = Gelu(gamma * x.hidden(1)[i] + rho_2 * wq).value();
@@ -314,7 +314,7 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_finish(co
       if (thread() < count) {
         float sum = 0.0f;
         for (int of_part = 0; of_part < parts; ++of_part) sum += x.scores(of_part)[first + thread()];
-        score[thread()] = rho_1 * sum * after.kept[2 + first + thread()];
+        score[thread()] = rho_1 * sum * after.weights[2 + first + thread()];
       }
       __syncthreads();
       for (int d = thread(); d < p.V; d += kThreads) {
@@ -327,10 +327,10 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_finish(co
     x.give_out();
     for (int i = thread(); i < row + 3; i += kThreads) {
       const bool begins = closes && i < 2;
-      p.kept[x.head * (2 + p.C) + i] = begins ? 0.0f : after.kept[i];
-      if (p.moved) p.moved[x.head * (2 + p.C) + i] = begins ? float(i) : after.moved[i];
+      p.weights[x.head * (2 + p.C) + i] = begins ? 0.0f : after.weights[i];
+      if (p.momentum_weights) p.momentum_weights[x.head * (2 + p.C) + i] = begins ? float(i) : after.momentum_weights[i];
     }
-    if (thread() == 0) p.sums[x.head] = closes ? 0.0f : *after.sums;
+    if (thread() == 0) p.open_log_decay[x.head] = closes ? 0.0f : *after.open_log_decay;
   }
   const bool whole = p.coupling != Coupling::none;
   if (!closes || (whole && x.part != 0)) return;

@@ -1,13 +1,13 @@
-// Decoding steps: T tokens, usually one, read into decode.Buffers. What both memories share.
+// Decoding steps: T tokens, usually one, read into a decoder's buffers. What both memories share.
 //
-// A step is defined by python/miras_kernels/backends/reference/step.py. A token takes the time of reading phi(A_0), once, for k and q together,
-// and the factors of the open chunk's tokens. The token that ends its chunk writes the matrices; whether it does is read on the device,
-// where each sequence stands somewhere else in its chunk.
+// A step is defined by python/miras_kernels/backends/reference/step.py. A token takes the time of reading phi(A_0), once, for k and q
+// together, and the factors of the open chunk's tokens. The token that ends its chunk writes the matrices; whether it does is read on the
+// device, since every sequence is at its own place in its chunk.
 //
-// A token takes two or three launches, each shared out among blocks that may run in any order: what one of them writes another launch
-// reads. The first launch moves `position` on, which nobody else reads in it; to the later ones the token's row is the one before.
+// A token takes two or three launches, whose blocks may run in any order: what one launch writes the next one reads. The first launch
+// advances `position`, which no other block reads in it; to the later launches the token's row is the one before.
 //
-// This interface knows no torch: miras_kernels/cuda_backend.py fills the struct and passes it by ctypes.
+// This interface does not depend on torch: python/miras_kernels/backends/cuda.py fills the struct and passes it by ctypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,17 +26,15 @@ struct MirasTokens {
   int64_t batch, token, head;
 };
 
-// The state is that of decode.Buffers, which says what its tensors are: matrices [N, H, m, K, V] float32, contiguous; m = 1 and
-// K x V = Dk x Dv of a linear memory; m = 2, K x V = Hd x D of an MLP, W1 transposed and W2. Gates are float32, contiguous: [N, T, H], or
-// [N, T, H, V] where `*_per_channel`. The last five are written by one launch and read by the next; see the kernels.
+// The buffers are those of params.h, width 1, or V if `decay_per_channel`, and R = C. Gates are float32, contiguous: [N, T, H], or
+// [N, T, H, V] if `*_per_channel`. The workspace is written by one launch and read by the next; see the kernels.
 struct MirasStep {
   MirasTokens q, k, v, out;
-  const float *lr, *log_decay, *delta, *theta;                // all but lr may be null
-  float *start, *primal, *rho, *carried, *momentum;           // all but start may be null
-  float *left, *right, *kept, *moved, *sums;                  // moved may be null
-  int64_t* position;                                          // [N]
+  const float *lr, *log_decay, *delta, *momentum;             // all but lr may be null
+#define MIRAS_BUFFER_FIELD(type, name) type* name;
+  MIRAS_STEP_BUFFERS(MIRAS_BUFFER_FIELD)
   const float *ln_weight, *ln_bias;                           // [H, D] of an MLP
-  float *products, *hidden, *partial, *scores, *after;        // the first of a linear memory, the others of an MLP
+  float *products, *hidden, *partial, *scores, *after;        // workspace: the first of a linear memory, the others of an MLP
   float ln_eps;
   float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
   int32_t bias, retention, token_type;
@@ -50,6 +48,9 @@ int miras_mlp_step(const MirasStep* step, cudaStream_t stream);
 }
 
 namespace miras::cuda {
+
+// What the kernels take; CudaBackend compares these with its own limits.
+constexpr int kMaxHead = 256, kMaxMlpHead = 128, kMaxHidden = 1024;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
@@ -224,7 +225,7 @@ __device__ inline int row_of(const Step& p, int n) { return int((p.position[n] +
 
 // One matrix of one head: row i of `left` and of `right` are the factors of what token i wrote.
 struct Matrix {
-  float *start, *primal, *carried, *momentum;
+  float *start, *primal, *written, *momenta;
   const float *left, *right;
 
   // matrix i of the `count` of a head
@@ -232,17 +233,17 @@ struct Matrix {
     const int64_t at = (head * count + i) * p.K * p.V, factors = (head * count + i) * p.C;
     start = p.start + at, left = p.left + factors * p.K, right = p.right + factors * p.V;
     primal = p.primal ? p.primal + at : nullptr;
-    carried = p.carried ? p.carried + at : nullptr;
-    momentum = p.momentum ? p.momentum + at : nullptr;
+    written = p.written ? p.written + at : nullptr;
+    momenta = p.momenta ? p.momenta + at : nullptr;
   }
 };
 
 // The weights of what a head's chunk has written, after its last token.
 struct Weights {
-  const float *kept, *moved, *sums;  // moved is null without momentum
+  const float *weights, *momentum_weights, *open_log_decay;  // momentum_weights is null without momentum
 };
 
-// those of some columns, of a row of `kept` or of `sums`
+// those of some columns, of a row of `weights` or of `open_log_decay`
 template <int kVec> __device__ inline Pack<kVec> load_channels(const Step& p, const float* of, int column) {
   Pack<kVec> x;
 #pragma unroll
@@ -251,13 +252,13 @@ template <int kVec> __device__ inline Pack<kVec> load_channels(const Step& p, co
 }
 
 // Rows [first, last) of A and S at the end of a chunk, where the next one starts: a thread takes kDown rows of kVec columns at a time.
-template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, const Weights& weights, int first, int last) {
+template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, const Weights& w, int first, int last) {
   constexpr int kDown = 4;
   const int across = p.V / kVec, width = p.decay_per_channel ? p.V : 1;
   for (int item = thread(); item < across * ((last - first + kDown - 1) / kDown); item += kThreads) {
     const int column = item % across * kVec, row = first + item / across * kDown, rows = min(kDown, last - row);
     const auto channels = [&](const float* of) { return load_channels<kVec>(p, of, column); };
-    const Pack<kVec> open = channels(weights.sums), of_carried = channels(weights.kept), of_momentum = channels(weights.kept + width);
+    const Pack<kVec> open = channels(w.open_log_decay), of_written = channels(w.weights), of_momenta = channels(w.weights + width);
     Pack<kVec> a[kDown], s[kDown];
 #pragma unroll
     for (int j = 0; j < kDown; ++j) {
@@ -266,23 +267,23 @@ template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, co
       const int64_t at = int64_t(row + j) * p.V + column;
       a[j] = load<kVec>(x.start + at);
       for (int c = 0; c < kVec; ++c) a[j][c] *= expf(open[c]);
-      if (x.carried && any(of_carried)) {
-        const Pack<kVec> d = load<kVec>(x.carried + at);
-        for (int c = 0; c < kVec; ++c) a[j][c] += of_carried[c] * d[c];
+      if (x.written && any(of_written)) {
+        const Pack<kVec> d = load<kVec>(x.written + at);
+        for (int c = 0; c < kVec; ++c) a[j][c] += of_written[c] * d[c];
       }
-      if (x.momentum) {
-        s[j] = load<kVec>(x.momentum + at);
-        for (int c = 0; c < kVec; ++c) a[j][c] += of_momentum[c] * s[j][c], s[j][c] *= weights.moved[1];
+      if (x.momenta) {
+        s[j] = load<kVec>(x.momenta + at);
+        for (int c = 0; c < kVec; ++c) a[j][c] += of_momenta[c] * s[j][c], s[j][c] *= w.momentum_weights[1];
       }
     }
 #pragma unroll 2
     for (int i = 0; i < p.C; ++i) {
-      const Pack<kVec> right = load<kVec>(x.right + int64_t(i) * p.V + column), kept = channels(weights.kept + int64_t(2 + i) * width);
-      const float moved = x.momentum ? weights.moved[2 + i] : 0.0f;
+      const Pack<kVec> right = load<kVec>(x.right + int64_t(i) * p.V + column), weight = channels(w.weights + int64_t(2 + i) * width);
+      const float moves = x.momenta ? w.momentum_weights[2 + i] : 0.0f;
 #pragma unroll
       for (int j = 0; j < kDown; ++j) {
         const float left = x.left[int64_t(i) * p.K + min(row + j, last - 1)];
-        for (int c = 0; c < kVec; ++c) a[j][c] += left * (kept[c] * right[c]), s[j][c] += left * (moved * right[c]);
+        for (int c = 0; c < kVec; ++c) a[j][c] += left * (weight[c] * right[c]), s[j][c] += left * (moves * right[c]);
       }
     }
 #pragma unroll
@@ -290,7 +291,7 @@ template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, co
       if (j >= rows) continue;
       const int64_t at = int64_t(row + j) * p.V + column;
       store<kVec>(x.start + at, a[j]);
-      if (x.momentum) store<kVec>(x.momentum + at, s[j]);
+      if (x.momenta) store<kVec>(x.momenta + at, s[j]);
     }
   }
   __syncthreads();

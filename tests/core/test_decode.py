@@ -11,6 +11,7 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import autograd, dispatch, validation
+from miras_kernels.backends.cpp import Steps
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.call import Call
 from miras_kernels.tables.biases import TABLE as BIASES
@@ -169,7 +170,7 @@ def read_from(token: int, out: torch.Tensor, state: mk.MemoryState) -> dict[str,
 @pytest.mark.parametrize("case", [case for case in ROUND if case.chunk_size > 1], ids=str)
 def test_matrices_are_written_when_a_chunk_closes(case, backend):
     arguments, reader = prepared(case, backend)
-    matrices = lambda: [x.clone() for x in (reader.buffers.start, reader.buffers.carried, reader.buffers.momentum) if x is not None]
+    matrices = lambda: [x.clone() for x in (reader.buffers.start, reader.buffers.written, reader.buffers.momenta) if x is not None]
     before = matrices()
     reader.step(**cut(arguments, 13, 15))
     assert all(torch.equal(x, y) for x, y in zip(matrices(), before, strict=True))
@@ -186,9 +187,9 @@ def test_rows_of_tokens_to_come_mean_nothing(case, backend):
     for r in (reader, other):
         r.step(**cut(arguments, 13, 18))  # two tokens into the next chunk
     x = other.buffers
-    x.left[..., 2:, :], x.right[..., 2:, :], x.kept[:, :, 4:] = 3.0, -5.0, 7.0
-    if x.moved is not None:
-        x.moved[:, :, 4:] = 11.0
+    x.left[..., 2:, :], x.right[..., 2:, :], x.weights[:, :, 4:] = 3.0, -5.0, 7.0
+    if x.momentum_weights is not None:
+        x.momentum_weights[:, :, 4:] = 11.0
     for a, b in zip(reader.state().tensors(), other.state().tensors(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(reader.step(**cut(arguments, 18, 37)), other.step(**cut(arguments, 18, 37)))
@@ -218,11 +219,11 @@ def test_a_long_chunk_keeps_few_factors(shape):
     x, most = reader.buffers, 0
     for t in range(50, 99):
         reader.step(**cut(arguments, t, t + 1))
-        weights = x.kept[:, :, 2 : 2 + t - 49]
+        weights = x.weights[:, :, 2 : 2 + t - 49]
         assert torch.equal(weights[:, :, -1], torch.ones_like(weights[:, :, -1]))
         most = max(most, int((weights != 0).sum(2).max()))
     assert most == 8 + x.start[0, 0, 0].numel() // sum(x.start.shape[-2:])
-    assert (x.kept[:, :, 0] != 0).all()
+    assert (x.weights[:, :, 0] != 0).all()
     assert check_steps(case, "cpp", cuts=[50, *range(51, 101)]).ok
 
 
@@ -335,8 +336,8 @@ def test_errors_name_the_argument(changes, error, message, first):
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        (Case("theta", momentum=True), {"momentum": torch.ones(2, 1, 2)}, r"momentum: expected values in \[0, 1\)"),
-        (Case("theta", momentum=True), {"momentum": None}, "initial_state.momentum: the state carries momentum"),
+        (Case("momentum", momentum=True), {"momentum": torch.ones(2, 1, 2)}, r"momentum: expected values in \[0, 1\)"),
+        (Case("momentum", momentum=True), {"momentum": None}, "initial_state.momentum: the state carries momentum"),
         (Case("delta", bias=mk.Huber("norm")), {"delta": torch.full((2, 1, 2), -1.0)}, "delta: expected values >= 0"),
         (Case("delta", bias=mk.Huber("norm")), {"delta": -1.0}, "delta: expected a finite value >= 0, got -1.0"),
         (Case("delta", bias=mk.Huber("norm")), {"delta": math.inf}, "delta: expected a finite value >= 0, got inf"),
@@ -380,8 +381,8 @@ def test_a_planted_bug_is_caught(monkeypatch, shape):
 def test_the_public_functions_take_steps_for_short_inputs(case, monkeypatch, poisoned):
     """Cut into single tokens and short runs: the uncut result, on the kernels, whatever the gates."""
     backend, taken = dispatch.BACKENDS["cpp"], []
-    by_steps = type(backend)._forward_by_steps
-    monkeypatch.setattr(type(backend), "_forward_by_steps", lambda self, call: taken.append(call.q.shape[1]) or by_steps(self, call))
+    on_value = Steps.on_value
+    monkeypatch.setattr(Steps, "on_value", lambda self: taken.append(self.call.q.shape[1]) or on_value(self))
     arguments, outs = steps.inputs_of(case, "cpp", torch.float32).arguments(), []
     with torch.no_grad():
         _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
-from miras_kernels.decode import stepping
+from miras_kernels.decode import operator
 from miras_kernels.layers import PRESETS, BlockDecoder, MemoryBlock
 from miras_kernels.testing import Case
 from miras_kernels.testing.steps import cut, decoder, function
@@ -37,7 +37,7 @@ def prompted(case: Case, backend: str):
 def test_it_is_the_decoders_own_step(case, compiled, backend):
     one, other, steps = prompted(case, backend)
     torch._dynamo.reset()
-    step = lambda x: stepping.step(one, **x)
+    step = lambda x: operator.step(one, **x)
     step = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
     for given in steps:
         found, wanted = step(given), other.step(**{name: x for name, x in given.items() if name not in NORM})
@@ -49,7 +49,7 @@ def test_it_is_the_decoders_own_step(case, compiled, backend):
 def test_opcheck(case, backend):
     one, _, steps = prompted(case, backend)
     names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "ln_weight", "ln_bias", "ln_eps")
-    arguments = stepping._flatten(one, *(steps[0].get(name, 1e-6 if name == "ln_eps" else None) for name in names))
+    arguments = operator._flatten(one, *(steps[0].get(name, 1e-6 if name == "ln_eps" else None) for name in names))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.miras_kernels.step, arguments, test_utils=tests)
 

@@ -224,13 +224,20 @@ def test_a_library_that_is_not_there_is_explained(tmp_path, monkeypatch):
 
 
 def test_a_library_of_other_sources_is_refused(library, monkeypatch):
-    """The struct that is passed is the struct that the kernels read: sizes and offsets, asked of the library itself."""
-    monkeypatch.setattr(cuda_backend.Step, "layout", lambda: [1, *cuda_backend.Step.__dict__["MARKS"]])
-    assert "built from other sources" in CudaBackend(library.path, "cpu").unavailable()
+    """The library tells the struct's layout, the names of its buffers and its limits; all must be those of this package."""
+    assert CudaBackend(library.path, "cpu").unavailable() is None
+    for owner, name, other in (
+        (cuda_backend.Step, "layout", lambda: [1, *cuda_backend.Step.__dict__["MARKS"]]),
+        (cuda_backend, "BUFFERS", cuda_backend.BUFFERS[::-1]),
+        (CudaBackend, "MAX_HIDDEN", 2048),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, other)
+            assert "built from other sources" in CudaBackend(library.path, "cpu").unavailable()
 
 
 def test_every_field_is_marked_or_beside_a_marked_one():
-    """A field that is added to one struct only moves a mark or the size: all kinds of fields have marks at their ends."""
+    """A field that is added to one struct alone moves a mark or changes the size: every kind of field has marks at its ends."""
     names = [name for name, _ in cuda_backend.Step._fields_]
     assert set(cuda_backend.Step.MARKS) <= set(names)
     assert {names[0], names[-1]} <= set(cuda_backend.Step.MARKS)
@@ -243,7 +250,7 @@ def test_every_field_is_marked_or_beside_a_marked_one():
     ("source", "before", "after", "name", "cuts"),
     [
         slow("linear_step.cu", "read += score[i] * w", "read += 0.999f * score[i] * w", "wide", [12, 13, 15]),
-        ("linear_step.cu", "kept[0] = kept[width] = *sum = 0.0f", "kept[0] = kept[width] = 0.0f", "coupled", [15, 16]),
+        ("linear_step.cu", " = *open_log_decay = 0.0f", " = 0.0f", "coupled", [15, 16]),
         slow("mlp_step.cu", "sum += score[i] * left", "sum += 0.9f * score[i] * left", "mlp", [12, 13, 15]),
     ],
 )

@@ -1,11 +1,11 @@
-"""The C++ kernels for the CPU as a backend."""
+"""The C++ kernels for the CPU, ``csrc/cpu``, as a backend."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,14 +18,13 @@ __all__ = ["CppBackend"]
 
 
 class CppBackend:
-    """Fused kernels of both memories, ``csrc/cpu``: float32 arithmetic, float32 or bfloat16 inputs."""
+    """Fused kernels of both memories: float32 arithmetic, float32 or bfloat16 inputs."""
 
     name = "cpp"
     unverified = "take"  # continuous integration runs them
-    MAX_HEAD = 256
-    MAX_HIDDEN = 1024
-    MAX_CHUNK = 256
-    #: the most tokens of a call without gradients that are read one by one; with more, products of whole chunks are faster
+    #: the largest head dimensions, hidden size and chunk size; csrc/tensors.h has the same
+    MAX_HEAD, MAX_HIDDEN, MAX_CHUNK = 256, 1024, 256
+    #: the most tokens of a call without gradients that are decoded one by one; for more tokens, products of whole chunks are faster
     STEPS: ClassVar[dict[str, int]] = {"linear": 8, "mlp": 4}
 
     def __init__(self):
@@ -53,7 +52,7 @@ class CppBackend:
         return reason
 
     def _out_of_range(self, call: Call) -> str | None:
-        """What no kernel here takes."""
+        """The reason why no kernel here can serve a call, or None."""
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
         heads = max(call.q.shape[-1], call.v.shape[-1])
@@ -66,31 +65,19 @@ class CppBackend:
         return None
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        if checkpoint_every == 0 and self.decodes(call):
-            return self._forward_by_steps(call)
         chunk = call.state.open_chunk
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
-        out, dual, carried, start, log_decay, saved = run(
+        out, dual, momenta, start, open_log_decay, checkpoints = run(
             *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, checkpoint_every, call.output_final_state
         )
-        matrices = [dual, start] if call.momentum is None else [dual, carried, start]
+        matrices = [dual, start] if call.momentum is None else [dual, momenta, start]
         final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
-        return out, [*final, log_decay], [saved] if checkpoint_every else []
+        return out, [*final, open_log_decay], [checkpoints] if checkpoint_every else []
 
     def decodes(self, call: Call) -> bool:
-        """Whether a call without gradients has so few tokens that they are read one by one."""
+        """Whether a call without gradients has so few tokens that they are decoded one by one."""
         return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS[call.memory]
-
-    def _forward_by_steps(self, call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
-        chunk, state = call.state.open_chunk, call.state
-        opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
-        out, dual, carried, start, log_decay = run(
-            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias, call.ln_eps,
-            state.dual, state.momentum or (), *opened, *_rules(call), call.chunk_size,
-        )  # fmt: skip
-        return out, [*dual, *carried, *start, log_decay], []
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._out_of_range(call)
@@ -104,36 +91,47 @@ class CppBackend:
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
         duals = len(call.state.dual)
-        *grads, d_dual, d_carried = run(
+        *grads, d_dual, d_momenta = run(
             *_inputs(call), _offsets(call), saved[0], grad_out, _matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:]),
             *_rules(call), call.chunk_size, checkpoint_every,
         )  # fmt: skip
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
-        state = [d_dual] if call.momentum is None else [d_dual, d_carried]
+        state = [d_dual] if call.momentum is None else [d_dual, d_momenta]
         return {**dict(zip(names, grads, strict=True)), "state": state if call.memory == "linear" else [x for pair in state for x in pair]}
 
 
 class Steps:
-    """Steps for calls like one: see :func:`miras_kernels.dispatch.stepper`."""
+    """Decoding steps for calls like one: see :func:`miras_kernels.dispatch.stepper`."""
 
-    def __init__(self, extension: object, call: Call):
-        self.make = extension.LinearStepper if call.memory == "linear" else extension.MlpStepper
-        self.call = call
+    def __init__(self, extension: Any, call: Call):
+        self.extension, self.call = extension, call
 
     def __call__(self, buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
         if self.bind(buffers)(q, k, v, lr, log_decay, delta, momentum, out) is None:
-            raise ValueError("a step's arguments are not like those of the call that it was made for")
+            raise ValueError("a step's arguments are not like those of the call that it was prepared for")
 
     def bind(self, buffers) -> Callable[..., Tensor | None]:
         """``step(q, k, v, lr, log_decay, delta, momentum, out)`` on these buffers, which must stay where they are.
 
-        Returns the output, or None if an argument is not as in the call: then nothing has happened.
+        It returns the output, or does nothing and returns None if an argument is not as in the call.
         """
         call = self.call
-        return self.make(
+        make = self.extension.LinearStepper if call.memory == "linear" else self.extension.MlpStepper
+        return make(
             call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, options.check_values is not False,
-            call.ln_weight, call.ln_bias, call.ln_eps, buffers, *_rules(call), call.chunk_size,
+            call.ln_weight, call.ln_bias, call.ln_eps, buffers.all(), *_rules(call), call.chunk_size,
         )  # fmt: skip
+
+    def on_value(self) -> tuple[Tensor, list[Tensor]]:
+        """Decode the call on its state as a value, without a decoder's buffers."""
+        call, state, chunk = self.call, self.call.state, self.call.state.open_chunk
+        run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
+        opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
+        out, dual, momenta, start, open_log_decay = run(
+            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias, call.ln_eps,
+            state.dual, state.momentum or (), *opened, *_rules(call), call.chunk_size,
+        )  # fmt: skip
+        return out, [*dual, *momenta, *start, open_log_decay]
 
 
 def _inputs(call: Call) -> tuple:
@@ -143,7 +141,7 @@ def _inputs(call: Call) -> tuple:
 
 
 def _matrices(call: Call, matrices: Sequence[Tensor] | None) -> Tensor | Sequence[Tensor] | None:
-    """A memory's matrices as the extension takes them: one tensor, or two; None where there are none."""
+    """A memory's matrices as the extension takes them: one tensor, or two; None if there are none."""
     if not matrices:
         return None
     return matrices[0] if call.memory == "linear" else matrices
@@ -154,12 +152,12 @@ def _offsets(call: Call) -> Tensor | None:
 
 
 def _rules(call: Call) -> list[tuple[int, tuple[float, ...]]]:
-    """The bias and the retention gate: their tags and parameters."""
+    """The tags and parameters of the bias and of the retention gate."""
     return [(row.tag, row.parameters) for row in (call.bias, call.retention)]
 
 
-def _load() -> tuple[object | None, str | None]:
-    """The extension module and None, or None and the reason why it is missing."""
+def _load() -> tuple[Any, str | None]:
+    """The extension module and None, or None and the reason why it is not there."""
     try:
         return importlib.import_module("miras_kernels._C"), None
     except ImportError as error:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..decode.decoder import Decoder
-from ..decode.stepping import step
+from ..decode import Decoder, step
 from ..state import MemoryState, OpenChunk
 
 if TYPE_CHECKING:
