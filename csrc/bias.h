@@ -1,8 +1,8 @@
-// Attentional biases: psi(e), the gradient of the inner loss in the prediction, and its derivatives (SPEC section 3).
+// Attentional biases: psi(e), the gradient of the inner loss in the prediction, and its derivatives (docs/mathematics.md, section 4).
 //
 // A bias is a functor over a number type F: a SIMD vector on the CPU, `float` in CUDA. `Math<F>` has the functions.
 //
-//   Row<F> row(norm2, delta)   what a row of e shares: delta itself, or coefficients from |e|^2 if kCouplesRow
+//   Row<F> row(norm2, delta)   what the elements of a row of e share: delta itself, or coefficients from |e|^2 if kCouplesRow
 //   F value(e, row)            psi(e)
 //   F slope(e, g, row)         the diagonal part of d psi / d e, given g = psi(e)
 //   F slope_delta(e, row)      d psi / d delta                                        (if kUsesDelta)
@@ -30,7 +30,7 @@ struct Elementwise {
   template <class F> MIRAS_FN F pull(F) const { return F{}; }
 };
 
-// psi = -v: Hebbian. The kernels pass e = -v and skip everything that would follow from the prediction.
+// psi = -v: Hebbian. The kernels pass e = -v and skip everything that depends on the prediction.
 struct DotProduct : Elementwise {
   static constexpr const char* kName = "dot";
   static constexpr bool kPredicts = false;
@@ -184,7 +184,7 @@ template <class Function> MIRAS_FN auto with_bias(BiasTag tag, const float* para
   return f(L2(params));
 }
 
-// What the functor of a tag says of itself.
+// The traits of a tag's functor.
 struct BiasTraits {
   const char* name;
   bool predicts, couples_row, uses_delta;

@@ -2,8 +2,8 @@
 //
 //   O_tv = gamma_tv (W0 q_t)_v + rho (b_tv (S0 q_t)_v - sum_s M_ts,v (q_t.k_s) U_sv)
 //
-// A weight for every pair of tokens and every channel is never held: for one token s at a time, vectorised over v, the
-// recursion m_t = alpha_tv m_(t-1) + Theta_ts with m_s = 1 runs through the chunk. Only products of numbers in [0, 1] again.
+// The weights of all pairs of tokens and channels are never stored: for one token s at a time, vectorised over v, the
+// recursion m_t = alpha_tv m_(t-1) + Theta_ts with m_s = 1 runs through the chunk. Again only numbers in [0, 1] are multiplied.
 //
 //   c tokens (Cp padded)   Dvp value channels of the task, padded, zero in writes and gradients
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// Q K'  [c x Cp], the lower triangle as decayed_scores visits it
+// Q K'  [c x Cp], its lower triangle in the tiles of decayed_scores
 template <class A> static void plain_scores(int c, int dk, A q, const float* kt, index_t cp, float* QK, WriteSoon soon) {
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;
@@ -66,7 +66,7 @@ struct ChannelDecay {
     const float *KJ, *KJS;     // [c x Dvp]  (J k_s)_v, and with momentum (JS k_s)_v
     float *dU, *N;             // [c x Dvp]; [c x Cp]  sum_v M_ts,v U_sv dO_tv
     float* gM;                 // [c x Cp]  with momentum: sum_v of the gradients of M_ts,v, as they add up over t
-    float* dlog;               // [c x Dvp]  what comes through M is added
+    float* dlog;               // [c x Dvp]  the part through M is added
     float *m, *sums;           // [C x kPad] and [2 C x kPad] of scratch
   };
 
@@ -183,7 +183,7 @@ struct ChannelDecay {
   }
 };
 
-// dst row t [cols] = factors of t * src row t; the factors are [c], or [c x cols] where they are channel-wise
+// dst row t [cols] = factors of t * src row t; the factors are [c], or [c x cols] if they are channel-wise
 struct Weights {
   const float* factors;
   bool per_channel;
@@ -213,7 +213,7 @@ struct LinearGates : Gates {
   MIRAS_FN Weights until_end() const { return channel.on ? Weights{channel.to_end, true} : Weights{to_end, false}; }
   MIRAS_FN Weights of_momenta() const { return channel.on ? Weights{channel.b, true} : Weights{b, false}; }
 
-  // gamma_c A and b_c S, terms of A_c: the scales are per column where decays are channel-wise
+  // gamma_c A and b_c S, terms of A_c: the scales are per column if decays are channel-wise
   MIRAS_FN Scaled dual_at_end(const float* A, int c) const {
     return {A, channel.on ? channel.gamma + index_t(c - 1) * channel.dvp : end(c)};
   }

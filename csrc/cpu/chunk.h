@@ -10,7 +10,7 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// Which piece of the work a task is.
+// The part of the work that one task does.
 struct Task {
   int64_t n, h;        // sequence, head
   int panel;
@@ -49,7 +49,7 @@ struct Gates {
   // Whether writes fade until the chunk ends: to_end is not all ones.
   MIRAS_FN bool fades() const { return decays || momentum; }
 
-  // Only products of decays in (0, 1] and momenta in [0, 1): nothing overflows, and what underflows is zero.
+  // Only decays in (0, 1] and momentum coefficients in [0, 1) are multiplied: nothing overflows, and underflow gives zero.
   void read(const MemoryParams& p, int64_t batch, int64_t token, int64_t h, int c) {
     if (!p.lr_per_channel) read_gate(p.lr, batch, token, h, c, eta);
     if (decays) {
@@ -94,7 +94,7 @@ static void weigh_rows(int c, int cols, const float* factors, const float* src, 
 }
 
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
-// P and L are zero right of the diagonal as far as a tile was visited; beyond it they are never written.
+// P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere.
 template <bool kKeepL, class A>
 static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P,
                            float* L, WriteSoon soon) {
@@ -174,7 +174,7 @@ struct Scaled {
 };
 
 // A_c = gamma_c A_0 - sum_s U_end_s k_s'  [Dk x Dvp], transposed like all states, where U_end_s = to_end_s U_s; with momentum a
-// second term, b_c S_0, and likewise for the momentum itself S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be a state kept.
+// second term, b_c S_0, and likewise for the momenta S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be the given state.
 // kPerColumn: scales are [Dvp].
 template <bool kPerColumn = false>
 static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next,
@@ -197,12 +197,12 @@ static void advance(int c, int dk, const float* kt, index_t cp, const float* u_e
   else run.template operator()<false>();
 }
 
-// What a chunk did depends on log alpha_r through every path that crosses token r: from a write s < r, or the state before
-// the chunk, to a read t >= r, or the state after it:
+// log alpha_r acts on every path that crosses token r: from a write s < r, or the state before the chunk, to a read t >= r, or the
+// state after it:
 //
 //   d log alpha_r = sum_{s<r<=t} X_ts + sum_{t>=r} reads_t - sum_{s<r} writes_s + through
 //
-// Summed as it stands, without differences of cumulative sums: exact where decays are small and all terms with them.
+// The terms are summed directly, without differences of cumulative sums: accurate also where decays, and so all terms, are small.
 // dlog [Cp] from X [c x Cp], reads and writes [Cp].
 static void decay_gradient(int c, const float* X, index_t cp, const float* reads, const float* writes, float through, float* dlog) {
   for (int r = c - 1; r >= 0; --r) dlog[r] = through += reads[r];
@@ -218,11 +218,11 @@ static void decay_gradient(int c, const float* X, index_t cp, const float* reads
 }
 
 // With momentum M = L Theta takes L's place, and S_0 is read with weights b. From gM, gb, gradients of M [c x Cp] and b [Cp] as they
-// are used, by rows backwards and nothing cancelling:
+// are used, by rows backwards and without cancellation:
 //
 //   d alpha_t = gM_t . M_(t-1) + gb_t b_(t-1),  gM_(t-1) += alpha_t gM_t,  gb_(t-1) += alpha_t gb_t
 //
-// gM and gb are left as they add up. The row gM_end [Cp] adds to the last row of gM.
+// gM and gb hold the accumulated values afterwards. The row gM_end [Cp] adds to the last row of gM.
 static void decay_gradient_with_momentum(const Gates& gates, int c, const float* M, index_t cp, const float* gM_end, float* gM,
                                          float* gb, const float* reads, float through, float* dlog) {
   const float* later = gM_end;  // row t + 1, as it added up, or the row that adds to the last
@@ -241,7 +241,7 @@ static void decay_gradient_with_momentum(const Gates& gates, int c, const float*
   }
 }
 
-// d theta from gM and gb as they added up. gTheta and gpi, the gradients of the last row of Theta [Cp] and of pi, add up here:
+// d theta from the accumulated gM and gb. gTheta and gpi, the gradients of the last row of Theta [Cp] and of pi, add up here:
 //
 //   gTheta_t += gM_t,  gpi_t += gb_t,  d theta_t = gTheta_t . Theta_(t-1) + gpi_t pi_(t-1),
 //   gTheta_(t-1) += theta_t gTheta_t,  gpi_(t-1) += theta_t gpi_t

@@ -1,4 +1,4 @@
-// Backward of the linear memory (SPEC section 2), chunks from last to first, J = gradient of the dual a chunk ends with:
+// Backward of the linear memory (docs/mathematics.md, section 6), chunks from last to first, J = gradient of the dual after a chunk:
 //
 //   dU_s = -rho sum_{t>=s} P_ts dO_t - (gamma_C/gamma_s) J k_s        P = L o (Q K')
 //   d eta_s = dU_s . g_s      dE_s = psi'(E_s) (eta_s dU_s)           dV_s = -dE_s
@@ -11,7 +11,7 @@
 //
 //   d log alpha_r = sum_{s<r<=t} X_ts + sum_{t>=r} gamma_t (W0 q_t).dO_t - sum_{s<r} (gamma_C/gamma_s) U_s.(J k_s) + gamma_C <J, A_0>
 //
-// With momentum, M in L's place, M_Cs in that of gamma_C / gamma_s, and JS = gradient of the momentum a chunk ends with:
+// With momentum, M in L's place, M_Cs in that of gamma_C / gamma_s, and JS = gradient of the momenta after a chunk:
 //
 //   dU_s -= Theta_Cs JS k_s       dQ_t += rho b_t S_0' dO_t       dK_s -= Theta_Cs JS' U_s      d rho += sum_t b_t dO_t . (S_0 q_t)
 //   JS  <- b_C J + pi_C JS + rho sum_t b_t dO_t q_t'
@@ -19,7 +19,7 @@
 //   gM_ts = -rho (q_t.k_s) (dO_t.U_s), gM_Cs -= U_s.(J k_s), gTheta_Cs = -U_s.(JS k_s), gb_t = rho dO_t.(S_0 q_t), gb_C += <J, S_0>,
 //   gpi_C = <JS, S_0>
 //
-// Channel-wise decays: channel_decay.h has what goes through M.
+// With channel-wise decays the part that goes through M is in channel_decay.h.
 //
 // Names and layouts: linear_backward_task.h.
 #pragma once
@@ -79,7 +79,7 @@ template <bool kChannels> void BackwardTask::momenta_gradient(int c) {
   });
 }
 
-// dW0 = Q' (gamma dO) + K' dE, or where W = A at once J = gamma_C J + dW0
+// dW0 = Q' (gamma dO) + K' dE, or directly J = gamma_C J + dW0 if W = A
 template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int c, ReadSoon soon) {
   const Scaled term = s.gates.dual_at_end(s.J, c);
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -92,7 +92,7 @@ template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int
   });
 }
 
-// JS and J of the chunk's start over those of its end
+// JS and J of the chunk's start, in place of those of its end
 void BackwardTask::state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon) {
   if (momentum && channels) momenta_gradient<true>(c);
   else if (momentum) momenta_gradient<false>(c);
@@ -112,7 +112,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   const LinearGates& gates = s.gates;
   const TokenTensor dq_part = part(p.dq, p.key_part, p.grad_dtype), dk_part = part(p.dk, p.key_part, p.grad_dtype);
   const ChunkView dq = keys(dq_part, p.grad_dtype, chunk), dkeys = keys(dk_part, p.grad_dtype, chunk);
-  // Brought nearer meanwhile: where the results go, then what the next chunk (the one before) reads.
+  // Prefetched meanwhile: where the results are written, then what the next chunk (the preceding one) reads.
   const int next = chunk > 0 ? p.C : 0;
   ReadSoon q_soon(keys(p.q, p.dtype, chunk - 1), next), dO_soon(values(p.grad_out, chunk - 1), next);
 
@@ -136,7 +136,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
     writes_backward(c, WriteSoon(dkeys, c));
   }
 
-  transpose(s.J, dvp, dk, task.dv, s.J_plain, dkp);  // while J is near
+  transpose(s.J, dvp, dk, task.dv, s.J_plain, dkp);  // while J is in the cache
   if (momentum) transpose(s.JS, dvp, dk, task.dv, s.JS_plain, dkp);
 
   // d eta, dE, dV, d delta
@@ -186,7 +186,7 @@ void BackwardTask::run() {
   };
   read_gradient(p.grad_final_dual, s.J);
   if (momentum) read_gradient(p.grad_final_momenta, s.JS);
-  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, and staying so
+  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, where nothing is written
   fill_zero(s.P, square), fill_zero(s.M, square), fill_zero(s.N, square), fill_zero(s.X, square);
   if (momentum) fill_zero(s.Theta, square);
   for (int64_t i = 0; retention.identity && i < p.segment; ++i) s.rho[i] = 1.0f, s.rho_slope[i] = 0.0f;
@@ -196,7 +196,7 @@ void BackwardTask::run() {
     const int64_t first = (last - 1) / every * every;
     rerun(first, last);
     for (int64_t chunk = last - 1; chunk >= first; --chunk) {
-      if (chunk != last - 1) begin(chunk);  // the last one is as the rerun left it
+      if (chunk != last - 1) begin(chunk);  // the last one is as recomputing left it
       chunk_backward(chunk, start(chunk - first));
     }
     last = first;

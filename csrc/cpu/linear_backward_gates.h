@@ -1,12 +1,12 @@
-// Gradients of log alpha, theta and rho in the linear memory's backward (linear_backward.h), and all that goes through M where decays
-// are channel-wise.
+// Gradients of log alpha, theta and rho in the linear memory's backward (linear_backward.h), and everything that goes through M if
+// decays are channel-wise.
 #pragma once
 
 #include "linear_backward_task.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// dU, N, and d log alpha but for what goes through b
+// dU, N, and d log alpha without the part through b
 void BackwardTask::channels_backward(int c, const ChunkStart& x) {
   const ChannelDecay& channel = s.gates.channel;
   const Rows Q{s.Q, dkp};
@@ -37,7 +37,7 @@ void BackwardTask::momenta_reads(int c, const ChunkStart& x) {
   }
 }
 
-// d rho = sum_t dO_t . (b_t S_0 q_t - sum_s P_ts U_s); dO, and all that came of it, has the factor rho
+// d rho = sum_t dO_t . (b_t S_0 q_t - sum_s P_ts U_s); dO, and everything computed from it, has the factor rho
 float BackwardTask::rho_gradient(int c, const ChunkStart& x) const {
   double total = 0.0;
   for (int t = 0; t < c; ++t) {
@@ -54,7 +54,7 @@ float BackwardTask::rho_gradient(int c, const ChunkStart& x) const {
   return float(total / x.rho.value);
 }
 
-// d log alpha and d theta, while J and JS are still those of the chunk's end
+// d log alpha and d theta; J and JS are still those of the chunk's end
 void BackwardTask::gate_gradients(int64_t chunk, const ChunkStart& x) {
   const int c = tokens(chunk);
   const LinearGates& gates = s.gates;

@@ -1,7 +1,7 @@
-// A task of the linear memory's backward (linear_backward.h): what it holds, and its chunks forward once more.
+// A task of the linear memory's backward (linear_backward.h): its memory, and the recomputation of its chunks.
 //
-// Every `checkpoint_every`-th chunk start was saved. A segment of chunks is first run forward from its start, keeping its
-// states, errors and inner gradients, then backward.
+// There is a checkpoint of every `checkpoint_every`-th chunk. The chunks of a segment are first recomputed forward from its checkpoint,
+// storing their states, errors and inner gradients, then differentiated backward.
 //
 //   c tokens of the chunk (Cp padded)   Dk key channels (Dkp)   Dv value channels of the task (Dvp)
 //   T after a name: transposed. States are held transposed: A, S, W, J, JS [Dk x Dvp].
@@ -12,25 +12,25 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BackwardScratch {
-  // Of a segment: [segment][Dk x Dvp], W and S only where they are needed; [segment][C x Dvp] twice; [segment] twice
+  // Of a segment: [segment][Dk x Dvp], W and S only if they are needed; [segment][C x Dvp] twice; [segment] twice
   float *A, *W, *S, *E, *G;
   float *rho, *rho_slope;
   float *J, *JS;                       // [Dk x Dvp]
-  float *dW;                           // [Dk x Dvp]  where W = A does not hold
+  float *dW;                           // [Dk x Dvp]  unless W = A
   float *W_plain, *J_plain;            // [Dv x Dkp]  not transposed
   float *S_plain, *JS_plain;           // [Dv x Dkp]
   float *KT;                           // [Dk x Cp]
   float *K, *Q;                        // [C x Dkp]
-  float *V;                            // [C x Dvp]   where v cannot be read in place
+  float *V;                            // [C x Dvp]   if v cannot be read in place
   float *dO, *dO_gamma, *dO_b;         // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
   float *U, *U_end, *U_step;           // [C x Dvp]
   float *UT;                           // [Dv x Cp]
   float *P, *M, *N, *X;                // [C x Cp]    X with momentum: gM
   float *QK, *Theta;                   // [C x Cp]    with momentum
   float *dE;                           // [C x Dvp]   dU at first
-  float *KJ, *KJS, *QW, *QS;           // [C x Dvp]   products of K and Q with states; all but KJS where decays are channel-wise
+  float *KJ, *KJS, *QW, *QS;           // [C x Dvp]   products of K and Q with states; all but KJS if decays are channel-wise
   float *dQ_b;                         // [C x Dkp]   rho b_t S_0' dO_t
-  float *dX;                           // [C x Dkp]   dQ, dK where they cannot be written in place
+  float *dX;                           // [C x Dkp]   dQ, dK if they cannot be written in place
   float *delta, *ddelta;               // [C] or [C x Dvp]
   float *deta, *dlog;                  // [Cp] or [C x Dvp]
   float *read_sums, *write_sums;       // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
@@ -71,9 +71,9 @@ struct BackwardScratch {
   }
 };
 
-// What a chunk began with and computed there.
+// The states at a chunk's start and what was computed from them.
 struct ChunkStart {
-  float *A, *W, *S;  // W = A's memory where they are equal
+  float *A, *W, *S;  // W and A share memory if they are equal
   float *E, *G;
   Rho rho;
 };
@@ -178,7 +178,7 @@ void BackwardTask::writes(int c, const float* g) {
   if (momentum) weigh_rows(c, dvp, gates.step_end, s.U, s.U_step);
 }
 
-// Chunks [first, last) forward once more: states, errors, inner gradients.
+// Recompute chunks [first, last): states, errors, inner gradients.
 void BackwardTask::rerun(int64_t first, int64_t last) {
   const int64_t slot = p.slot(n) + first / p.checkpoint_every, matrix = int64_t(dk) * p.Dv;
   const float* from = p.checkpoints + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;

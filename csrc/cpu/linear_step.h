@@ -1,4 +1,4 @@
-// Tokens of the linear memory one after the other, on a decoder's buffers (SPEC section 2), W' [Dk x Dv]:
+// Decoding steps of the linear memory on a decoder's buffers (docs/mathematics.md, section 11), W' [Dk x Dv]:
 //
 //   e = W_0 k - v    u = eta psi(e)    left, right = k, -u
 //   o = gamma W_0 q + rho (w_0 D q + w_1 S_0 q + sum_i (left_i . q) w_(2+i) o right_i)
@@ -64,7 +64,7 @@ static void read_matrix(const float* M, const StepMatrix& m, const StepWeights& 
   });
 }
 
-// Token t, after `before` in its chunk. What it reads of them does not wait for what it writes.
+// Token t, after the tokens `before` of its chunk. Reading their factors does not depend on the token's own write.
 static void linear_step_token(const LinearStep& p, const BiasTable& bias, const LinearStepScratch& s, const StepMatrix& m,
                               const StepWeights& w, const Task& task, int64_t t, TokenRange before, const float* soon) {
   const int64_t n = task.n, h = task.h;
@@ -83,7 +83,7 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   const Soon next{soon, before.count()};
   if (bias.predicts) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, next);
   else products<false>(W0, dk, dv, s.Q, s.Wq, nullptr, nullptr, next);
-  fill_zero(s.U + dv, dvp - dv);  // NaN of another head would pass through |e|^2
+  fill_zero(s.U + dv, dvp - dv);  // a NaN left there by another head would reach |e|^2
   read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
   bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
   scale(-1.0f, dvp, s.U);
@@ -105,7 +105,7 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
   const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
   const Retention gate(p.retention, p.retention_params);
   const int dvp = round_up(p.Dv, kPad);
-  for (float* x : {s.U, s.Wq, s.O, s.more, s.alpha, s.gamma}) fill_zero(x, dvp);  // where nothing is predicted, or nothing is padded
+  for (float* x : {s.U, s.Wq, s.O, s.more, s.alpha, s.gamma}) fill_zero(x, dvp);  // for a bias without predictions, and the padding
 
   const HeadOrder order(p, p.state, first, last);
   for (int64_t turn = first; turn < last; ++turn) {

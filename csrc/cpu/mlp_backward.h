@@ -1,4 +1,4 @@
-// Backward of the MLP memory (SPEC section 5), chunks from last to first. J1, J2 = gradients of W1, W2 as a chunk ends with them,
+// Backward of the MLP memory (docs/mathematics.md, section 10), chunks from last to first. J1, J2 = gradients of W1, W2 after a chunk,
 // L_ts = gamma_t / gamma_s for s <= t, U1 = eta Gu, U2 = eta Gz, end_s = gamma_C / gamma_s; the rest is named as in mlp_forward.h.
 //
 // Read-out:
@@ -18,15 +18,15 @@
 //
 // d log alpha as for the linear memory, the pairs and sums of both matrices added up (see decay_gradient).
 //
-// This is L2Retention without momentum. Else, with JS1, JS2 the gradients of the momenta a chunk ends with, M, Theta, b and pi as
-// in Gates, and rho in all that a chunk reads of its own writes (P = rho M o ..):
+// This is for L2Retention without momentum. Otherwise, with JS1, JS2 the gradients of the momenta after a chunk, M, Theta, b and pi as
+// in Gates, and rho in everything that a chunk reads of its own writes (P = rho M o ..):
 //
 //   M for L,  M_C for end                                dU1_s -= Theta_Cs JS1 a_s         dU2_s -= Theta_Cs JS2 k_s
 //   dZq += gelu'(Zq) o rho1 b dUq S1                     dQ += rho2 b dZq S2
 //   dZ -= gelu'(Z) o Theta_C JS1' U1                     dK -= Theta_C JS2' U2
 //   J <- gamma_C J + phi'(A)^T [dW] + d rho d rho / dA   JS1 <- b_C J1 + pi_C JS1 + rho1 sum_t b_t dUq_t aq_t'   (JS2 likewise)
 //
-// with dW what J adds up above, and d rho1 = sum_t dUq_t . (b_t S1 aq_t - sum_s M_ts (aq_t . a_s) U1_s), d rho2 likewise.
+// with dW the sums added to J above, and d rho1 = sum_t dUq_t . (b_t S1 aq_t - sum_s M_ts (aq_t . a_s) U1_s), d rho2 likewise.
 //
 // Names and layouts: mlp_backward_task.h.
 #pragma once
@@ -116,7 +116,7 @@ void MlpBackwardTask::gate_gradients(int64_t chunk, const MlpState& start) {
   if (gates.decays) write_gate(p.dlog_decay, b, token(chunk), h, c, s.dlog);
 }
 
-// J and JS of the chunk before
+// J and JS of the preceding chunk
 void MlpBackwardTask::state_gradients(int c, const MlpState& start, const float* dZT, ReadSoon soon) {
   const Gates& gates = m.gates;
   const bool identity = m.retention.identity;
@@ -136,7 +136,7 @@ void MlpBackwardTask::state_gradients(int c, const MlpState& start, const float*
     momenta_gradient(1, s.dZqT, m.Q);
   }
 
-  // Over J where W = A; else what W's gradient adds goes through phi first.
+  // In place on J if W = A; else the gradient of W goes through phi first.
   const auto through_phi = [&](int i) {
     if (identity) return;
     m.retention.pull_back(m.shape(i), start.dual[i], start.primal[i], start.rho[i], drho[i], s.dW);
@@ -206,7 +206,7 @@ void MlpBackwardTask::run() {
   };
   begin_with(p.grad_final_dual, s.J);
   if (momentum) begin_with(p.grad_final_momenta, s.JS);
-  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, and staying so
+  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, where nothing is written
   fill_zero(s.L, square), fill_zero(s.M1, square), fill_zero(s.M2, square), fill_zero(s.pairs, square);
   if (momentum) fill_zero(s.Theta, square);
   fill_zero(s.dweight, dp), fill_zero(s.dbias, dp);
@@ -218,7 +218,7 @@ void MlpBackwardTask::run() {
     rerun(first, last);
     for (int64_t chunk = last - 1; chunk >= first; --chunk) {
       choose(chunk - first);
-      if (chunk != last - 1) m.read(p, b, token(chunk), h, tokens(chunk));  // the last one is as the rerun left it
+      if (chunk != last - 1) m.read(p, b, token(chunk), h, tokens(chunk));  // the last one is as recomputing left it
       chunk_backward(chunk, chunk - first);
     }
     last = first;

@@ -19,7 +19,7 @@ static void column_dots(int rows, int c, index_t cp, const float* a, const float
   }
 }
 
-// x / rho for an x that is a multiple of rho; rho underflows with all that it multiplies
+// x / rho for an x that is a multiple of rho; if rho underflows, so does everything that it multiplies
 MIRAS_INLINE float unscaled(float x, const Rho& rho) { return rho.value > 0.0f ? x / rho.value : 0.0f; }
 
 // The gradient of b, and d rho's share, from the products <what a token reads of S, its gradient> of matrix i
@@ -81,7 +81,7 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
   });
 }
 
-// M2, the pairs of W2, dU1, dGu, and over gelu'' o Ga its product with dGz; d eta has the pairs' share of W2
+// M2, the pairs of W2, dU1, dGu, and in place of gelu'' o Ga its product with dGz; d eta gets the share of W2's pairs
 void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* slopeT, float* HT) {
   const float* W1T = start.primal[0];
   const Vec rho = broadcast(start.rho[1].value);
@@ -166,7 +166,7 @@ void MlpBackwardTask::inner_backward(int c) {
     s.deta[t] += sum(dot);
   }
 
-  bias.pull_back(m.bias_rows(p, c, s.ones), m.E, m.G, s.dE, s.dlog, s.ddelta);  // what it calls d eta is of no use
+  bias.pull_back(m.bias_rows(p, c, s.ones), m.E, m.G, s.dE, s.dlog, s.ddelta);  // its d eta is not used
 
   for (int t = 0; t < c; ++t) {
     const index_t row = index_t(t) * dp;
@@ -194,7 +194,7 @@ void MlpBackwardTask::inner_backward(int c) {
   transpose(s.dU, dp, c, d, s.dUT, cp);
 }
 
-// dZ over gelu'' o Ga o dGz
+// dZ in place of gelu'' o Ga o dGz
 void MlpBackwardTask::hidden_backward(int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
   const float* W1T = start.primal[0];
   if (momentum) m.hidden_product(c, s.JS[0], s.U1T, m.partT, ReadSoon());

@@ -1,7 +1,7 @@
-// A task of the MLP memory's backward (mlp_backward.h): what it holds, and its chunks forward once more.
+// A task of the MLP memory's backward (mlp_backward.h): its memory, and the recomputation of its chunks.
 //
-// Every `checkpoint_every`-th chunk start was saved. A segment of chunks is first run forward from its start, keeping its
-// states and what it computed with matrices at the chunks' starts, then backward. Sizes and layouts: mlp_chunk.h.
+// There is a checkpoint of every `checkpoint_every`-th chunk. The chunks of a segment are first recomputed forward from its checkpoint,
+// storing their states and the products with matrices at the chunks' starts, then differentiated backward. Sizes and layouts: mlp_chunk.h.
 #pragma once
 
 #include "mlp_chunk.h"
@@ -13,13 +13,13 @@ struct MlpBackwardScratch {
   MlpStates states;                   // of a segment
   float *ZT, *GaT, *X, *r;            // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
   float *J[2], *JS[2];                // [Hd x Dp]  JS with momentum
-  float *dW;                          // [Hd x Dp]  where W is not A
+  float *dW;                          // [Hd x Dp]  unless W = A
   float *dO;                          // [C x Dp]
   float *dUq, *dUq_gamma, *Q_gamma;   // [C x Dp]  rows times gamma_t in the last two
   float *dU1, *dGu, *dE, *dU, *dX;    // [C x Dp]  dE is dG at first; dX: dQ and dK
   float *U1T, *dUqT, *dUT;            // [D x Cp]
   float *dZqT, *dGaT;                 // [Hd x Cp]  gelu'(Zq) at first in dZqT
-  float *L, *M1, *M1T, *M2, *pairs;   // [C x Cp]  pairs: what log alpha has of reads of writes, with momentum what M has
+  float *L, *M1, *M1T, *M2, *pairs;   // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
   float *Theta, *scores1, *scores2;   // [C x Cp]  with momentum: Theta, Aq A', Q K'
   float *ones, *deta, *ddelta, *dlog;            // [Cp]
   float *read_sums, *write_sums, *write2_sums;   // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
@@ -80,7 +80,7 @@ struct MlpBackwardTask {
   MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
   MIRAS_FN ChunkView view(const TokenTensor& x, int64_t chunk) const { return m.view(p, x, b, token(chunk), h); }
 
-  // Chunk i of a segment's part of MlpChunk lies in the segment's memory.
+  // Chunk i's part of MlpChunk that is stored for the whole segment.
   void choose(int64_t i) { m.X = s.X + i * rows, m.r = s.r + i * cp; }
 
   void rerun(int64_t first, int64_t last);
@@ -97,7 +97,7 @@ struct MlpBackwardTask {
   void run();
 };
 
-// Chunks [first, last) forward once more.
+// Recompute chunks [first, last).
 void MlpBackwardTask::rerun(int64_t first, int64_t last) {
   Checkpoint(p, n, h, first).read(s.states.at(0));
   for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -113,7 +113,7 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
   }
 }
 
-// What the rerun did not keep of chunk i; gelu'(Z) comes to lie over Z, gelu''(Z) o Ga over Ga.
+// What recomputing did not store of chunk i; gelu'(Z) replaces Z, gelu''(Z) o Ga replaces Ga.
 void MlpBackwardTask::repeat(int64_t i, int c) {
   float *ZT = s.ZT + i * hidden, *GaT = s.GaT + i * hidden;
   m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA {

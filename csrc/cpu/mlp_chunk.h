@@ -1,13 +1,13 @@
-// What the forward and the backward of a chunk of the MLP memory share (SPEC section 5).
+// What the forward and the backward of a chunk of the MLP memory share (docs/mathematics.md, section 9).
 //
 //   c tokens of the chunk (C at most, Cp padded)   D channels (Dp)   Hd hidden units
 //   T after a name: transposed
 //
-// Matrices of a state are held hidden-major, W1T = W1' and W2, both [Hd x Dp], and so is what has hidden units, [Hd x Cp]:
+// The matrices of a state are stored hidden-major, W1T = W1' and W2, both [Hd x Dp], as is everything with hidden units, [Hd x Cp]:
 //
 //   Z' = W2 K'   U = A W1T   Ga' = W1T Gu'   W1T -= A' (..Gu)   W2 -= Gz' (..K)   Zq' = W2 Q' - ..   Uq = Aq W1T - ..
 //
-// Every product finds its second operand in rows, nothing larger than [c x Dp] or [c x c] is transposed, and hidden units need
+// Every product reads its second operand by rows, nothing larger than [c x Dp] or [c x c] is transposed, and hidden units need
 // no padding.
 #pragma once
 
@@ -16,18 +16,18 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// A state as a chunk finds it, W1 (transposed) and W2 each, [Hd x Dp].
+// The state at a chunk's start, W1 (transposed) and W2 each, [Hd x Dp].
 struct MlpState {
   float* dual[2];
-  float* primal[2];   // W = phi(A); the duals themselves where phi is the identity
-  float* momenta[2];  // the momenta S; null without
+  float* primal[2];   // W = phi(A); the duals themselves if phi is the identity
+  float* momenta[2];  // S; null without momentum
   Rho* rho;           // [2]
 
   // Duals, then momenta
   MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : momenta[i - 2]; }
 };
 
-// Room for the states of so many chunks.
+// Memory for the states of that many chunks.
 struct MlpStates {
   index_t size;  // of a matrix
   bool momentum;
@@ -90,7 +90,7 @@ struct MlpChunk {
     partT = a.take(momentum * hd, cp), part = a.take(momentum * p.C, dp);
   }
 
-  // Once per task: the head's parameters, and zeros right of the diagonals, which stay so.
+  // Once per task: the head's parameters, and zeros right of the diagonals, where nothing is written later.
   void begin(const MlpParams& p, int64_t h) {
     norm.read(p, h);
     fill_zero(P1, int64_t(p.C) * cp), fill_zero(P2, int64_t(p.C) * cp);
@@ -100,7 +100,7 @@ struct MlpChunk {
     return {x, p.dtype, b, token, h, 0, d};
   }
 
-  // What the writes need of a chunk's tokens.
+  // Reads what the writes need of a chunk's tokens.
   void read(const MlpParams& p, int64_t b, int64_t token, int64_t h, int c) {
     gates.read(p, b, token, h, c);
     for (int t = 0; t < c; ++t) weight[t] = gates.eta[t] * gates.to_end[t];
@@ -112,7 +112,7 @@ struct MlpChunk {
     transpose(K, dp, c, d, KT, cp);
     if (p.delta) read_gate(p.delta, b, token, h, c, delta);
   }
-  // What the read-out needs besides.
+  // Reads what the read-out needs in addition.
   void read_queries(const MlpParams& p, int64_t b, int64_t token, int64_t h, int c) {
     view(p, p.q, b, token, h).read(c, Q, dp);
     transpose(Q, dp, c, d, QT, cp);
@@ -127,7 +127,7 @@ struct MlpChunk {
     sweep<N>(hd, round_up(c, kPad), f);
   }
 
-  // ... and visits it vector by vector.
+  // The same, vector by vector.
   template <class Function> MIRAS_FN void each_hidden(int c, Function&& f) const {
     const int cols = round_up(c, kPad);
     for (int i = 0; i < hd; ++i)
@@ -195,7 +195,7 @@ struct MlpChunk {
     advance(c, hd, GzT, cp, K_end, dp, {s.momenta[1], gates.step_momenta_end(c)}, next.momenta[1], ReadSoon());
   }
 
-  // What the backward keeps of scores, if L is not null, [C x Cp]; the last two with momentum, where L is M.
+  // Scores that the backward needs, if L is not null, [C x Cp]; the last two with momentum, where L is M.
   struct KeptScores {
     float *L, *Theta, *XY;
   };
@@ -241,7 +241,7 @@ struct MlpChunk {
     });
   }
 
-  // Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * (Aq S1'), and over it X = LN(Uq)
+  // Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * (Aq S1'), and in its place X = LN(Uq)
   void read_out(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
     const float* W1T = s.primal[0];
     scores(c, hd, AqT, AT, s.rho[0], P1, kept, soon);
@@ -279,7 +279,7 @@ static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d,
   copy_out(from[1], dp, hd, d, x[1].data + n * x[1].seq + h * x[1].head, x[1].row);
 }
 
-// ---- what the backward finds of a chunk's start: duals, then momenta, [2 or 4][Hd x D] ----
+// ---- checkpoints: duals, then momenta, [2 or 4][Hd x D] ----
 struct Checkpoint {
   float* data;
   int matrices, d, hd;

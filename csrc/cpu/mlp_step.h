@@ -1,15 +1,15 @@
-// Tokens of the MLP memory M(x) = x + LN(W1 gelu(W2 x)) one after the other, on a decoder's buffers (SPEC section 5). Hidden
+// Decoding steps of the MLP memory M(x) = x + LN(W1 gelu(W2 x)) on a decoder's buffers (docs/mathematics.md, section 11). Hidden
 // unit h has a row in each matrix, S1 = W1' and S2 = W2 [Hd x D]. At the chunk's start, with the primals W_0:
 //
 //   z_h = S2_h . k    a_h = gelu(z_h)    u = sum_h a_h S1_h    e = k + LN(u) - v    gu = LN'(psi(e))    gz_h = (S1_h . gu) gelu'(z_h)
 //
-// What is written has the factors left, right = a, -eta gu of S1 and -eta gz, k of S2, weighed alike. Then
+// A write has the factors left, right = a, -eta gu of S1 and -eta gz, k of S2, with equal weights. Then
 //
 //   zq_h = R2_h . q    aq_h = gelu(zq_h)    uq = sum_h aq_h R1_h    o = q + LN(uq)
 //
-// with R = gamma W_0 + rho (w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) right_i)'), which nobody writes down. A task is one
-// head of one sequence. Two passes over the hidden units, kLanes of them at a time: what is a sum along a row becomes one vector
-// with an element per unit.
+// with R = gamma W_0 + rho (w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) right_i)'), which is never formed. A task is one
+// head of one sequence. Two passes over the hidden units, kLanes of them at a time: sums along rows become one vector with an
+// element per unit.
 #pragma once
 
 #include "layer_norm.h"
@@ -21,7 +21,7 @@ struct MlpStepScratch {
   LayerNorm norm;
   float *K, *Q, *V, *O;    // [Dp]
   float *X, *E, *G, *Gu;   // [Dp]  LN(u) without its affine part; M(k), then its error; psi; gu
-  float *Uq, *more;        // [Dp]  uq, and LN(uq) over it
+  float *Uq, *more;        // [Dp]  uq, and in its place LN(uq)
   float *A, *slope, *Aq;   // [Hdp]  gelu(z), gelu'(z), gelu(zq)
   float *Zq, *changed;     // [Hdp]  W2 q; (R2 - gamma W_0) q / rho without the token's own write
   float* delta;            // [kPad]
@@ -133,7 +133,7 @@ static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpSte
   copy_out(s.more, 0, 1, d, first.right + index_t(row) * d, 0);
   copy_out(s.K, 0, 1, d, second.right + index_t(row) * d, 0);
 
-  // What the state holds beside its start and factors, with weights
+  // The terms of the state besides its start and factors, with their weights
   const Scaled older[] = {{first.written, w.row(0)}, {first.momenta, w.row(1)}};
   const float* const older_second[] = {second.written, second.momenta};
   score_tokens(second.right, tokens, d, s.Q, w, s);

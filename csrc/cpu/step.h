@@ -1,9 +1,9 @@
-// What steps of both memories share: a decoder's buffers, read and written where they are (SPEC section 2, one token after the
-// other). An open chunk's tokens are kept as factors of what they wrote, with weights:
+// What the decoding steps of both memories share: a decoder's buffers, read and written in place (docs/mathematics.md, section 11).
+// The writes of an open chunk's tokens are kept as factors, with weights:
 //
 //   A = gamma A_0 + w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) o right_i)'    S = s_1 S_0 + sum_i s_(2+i) left_i right_i'
 //
-// Matrices are written when the chunk closes, and when there are so many factors that it is less to read D and fewer of them.
+// Matrices are written when the chunk closes, and when there are so many factors that adding them to D means reading less.
 //
 // A matrix [K x V] and factors [R x K], [R x V] have rows without padding. Scratch rows have it (Kp, Vp).
 #pragma once
@@ -14,8 +14,8 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 // ---- where a head's state is ----
 
-// The order of a task's heads: forwards and backwards, by turns. Of a state larger than a cache the part that was read last is still
-// there for the next token; always in one order it would just have been replaced.
+// The order of a task's heads, alternately forwards and backwards: of a state larger than a cache, the part that was read last is still
+// cached for the next token. In one fixed order it would have been evicted.
 struct HeadOrder {
   int64_t first, last;
   int step;  // 1 or -1
@@ -24,11 +24,11 @@ struct HeadOrder {
   MIRAS_FN int64_t head(int64_t turn) const { return step > 0 ? turn : first + last - 1 - turn; }
 };
 
-// One matrix of one head, and the factors of what the open chunk has written to it
+// One matrix of one head, and the factors of the open chunk's writes to it
 struct StepMatrix {
   int rows, cols;  // K, V
   LastAxis last;
-  float *start, *primal, *written, *momenta, *rho;  // null where there are none
+  float *start, *primal, *written, *momenta, *rho;  // null if absent
   float *left, *right;                               // [R x K], [R x V]
 
   MIRAS_FN StepMatrix(const StepBuffers& x, int64_t index, int K, int V, LastAxis last) : rows(K), cols(V), last(last) {
@@ -45,11 +45,11 @@ struct StepMatrix {
   MIRAS_FN index_t size() const { return index_t(rows) * cols; }
 };
 
-// A head's decays and the weights of what its state is made of.
+// A head's decays, and the weights of the terms of its state.
 struct StepWeights {
   float *weights, *momentum_weights, *open_log_decay;  // [2 + R, width], [2 + R] or null, [width]: in the buffers
   int width;
-  float *alpha, *gamma;  // [Vp], the same in all columns where decays are not channel-wise
+  float *alpha, *gamma;  // [Vp], the same in all columns unless decays are channel-wise
 
   MIRAS_FN StepWeights(const StepBuffers& x, int64_t head, float* alpha, float* gamma) : width(x.width), alpha(alpha), gamma(gamma) {
     weights = x.weights + head * (2 + x.rows) * width;
@@ -62,7 +62,7 @@ struct StepWeights {
       if (row(i)[j] != 0.0f) return true;
     return false;
   }
-  // How many of `count` tokens have weights of 0, before the first that has not
+  // How many of the first `count` tokens have weights of 0, up to the first that has not
   MIRAS_FN int folded(int count) const {
     int i = 0;
     if (width == 1)
@@ -88,7 +88,7 @@ struct StepWeights {
     }
   }
 
-  // D and S_0 are all that the state consists of beside its start: D with this weight, and S_0 not yet.
+  // The state consists of its start and D with this weight; S_0 has weight 0 in A and 1 in S.
   MIRAS_FN void restart(float weight) const {
     for (int j = 0; j < width; ++j) weights[j] = weight, weights[width + j] = 0.0f;
     if (momentum_weights) momentum_weights[0] = 0.0f, momentum_weights[1] = 1.0f;
@@ -128,7 +128,7 @@ struct StepWeights {
 
 // ---- matrices ----
 
-// Room for writing them
+// Scratch for writing them
 struct StepSpare {
   float* right;      // [R x Vp]
   float* scales[3];  // [Vp]
@@ -148,7 +148,7 @@ struct TokenRange {
   MIRAS_FN int count() const { return last - first; }
 };
 
-// A sum of matrices with weights of their columns and of what a chunk's tokens have written
+// A sum of matrices, with weights of their columns, and of a chunk's writes
 class StepSum {
  public:
   MIRAS_FN StepSum(const StepMatrix& m, const StepSpare& s) : m_(m), s_(s), vp_(round_up(m.cols, kPad)) {}
@@ -163,7 +163,7 @@ class StepSum {
     matrix_[terms_++] = matrix;
   }
 
-  // to = it all, with the tokens' weights [R x width]; `to` may be a matrix that has been added
+  // to = the sum, with the tokens' weights [R x width]; `to` may be one of the added matrices
   void write(TokenRange tokens, const float* weights, int width, float* to) const {
     each_columns(m_.cols, [&](const auto& c) MIRAS_LAMBDA {
       for (int i = 0; i < tokens.count(); ++i) {
@@ -192,7 +192,7 @@ class StepSum {
   const float* matrix_[3];
 };
 
-// A, or without the chunk's start what has been written since, into `to`, which may be one of the matrices; then S over S_0.
+// A, or without the chunk's start only its writes, into `to`, which may be one of the matrices; then S in place of S_0.
 static void write_matrices(const StepMatrix& m, const StepWeights& w, const StepSpare& spare, TokenRange tokens, bool with_start,
                            float* to) {
   StepSum a(m, spare);
@@ -221,8 +221,8 @@ static void map_start(const Retention& gate, const StepMatrix& m, const StepSpar
   if (m.rho) *m.rho = scale.value;
 }
 
-// The tokens whose factors the next one, the chunk's `row`-th, has to read. Reading D takes as long as reading K V / (K + V) tokens'
-// factors, so that it pays to add them to D when there are a few more than that, and when there are a few if D is read anyway.
+// The tokens whose factors the next token, the chunk's `row`-th, has to read. Reading D takes as long as reading the factors of
+// K V / (K + V) tokens. So the factors are added to D when there are a few more than that, or just a few if D is read anyway.
 constexpr int kFew = 8;
 template <int kMatrices>
 static TokenRange fold(const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, int row) {
@@ -236,7 +236,7 @@ static TokenRange fold(const StepMatrix (&matrices)[kMatrices], const StepWeight
   return {row, row};
 }
 
-// A chunk has been read: the next one starts from the dual.
+// After a chunk's last token: the next chunk starts from the dual.
 template <int kMatrices>
 static void close_chunk(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
                         TokenRange tokens) {
@@ -250,7 +250,7 @@ static void close_chunk(const Retention& gate, const StepMatrix (&matrices)[kMat
 
 // ---- a state as a value ----
 
-// Its dual lies in the place of what is carried: D = A - gamma A_0, or A_0 = A where no chunk is open.
+// The buffer `written` holds the dual: becomes D = A - gamma A_0, or A_0 = A if no chunk is open.
 template <int kMatrices>
 static void begin_value(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
                         bool open, int vp) {
@@ -270,7 +270,7 @@ static void begin_value(const Retention& gate, const StepMatrix (&matrices)[kMat
   }
 }
 
-// And back.
+// `written` becomes the dual again.
 template <int kMatrices>
 static void end_value(const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, TokenRange tokens) {
   for (const StepMatrix& m : matrices) {

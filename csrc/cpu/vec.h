@@ -153,7 +153,7 @@ MIRAS_INLINE float largest(Vec x) {
   return fold(x, [](auto a, auto b) MIRAS_LAMBDA { return a > b ? a : b; });
 }
 
-// Denormals flushed to zero while this lives: products of decays pass through their range, 20 times slower otherwise.
+// Flushes denormals to zero while it lives: products of decays reach their range and would be 20 times slower.
 struct FlushDenormals {
 #if defined(__x86_64__)
   unsigned saved;

@@ -1,12 +1,12 @@
-// Decoding steps of the linear memory: S = W' [Dk, Dv], a token at a time.
+// Decoding steps of the linear memory W' [Dk, Dv], a token at a time; w are the `weights`, s the `momentum_weights`.
 //
-//     e = S_0' k - v;  u = eta psi(e)                                          S_0 = phi(A_0) at the start of the chunk
+//     e = W_0' k - v;  u = eta psi(e)                                          W_0 = phi(A_0) at the start of the chunk
 //     s <- theta s;  w <- alpha w + s                                          of what the chunk has written; (k, -u) gets the weight 1
-//     o = gamma S_0' q + rho (weight_0 D' q + weight_1 M_0' q + sum_i (k_i . q) kept_i o -u_i)
+//     o = gamma W_0' q + rho (w_0 D' q + w_1 S_0' q + sum_i (k_i . q) w_i o -u_i)
 //
-// linear_predict takes the matrices' products with k and q: a block to a tile of kTile values, all keys of them. Its threads stand in
-// rows of kLanes, each with kVec neighbouring values of every kRowStep-th key. linear_write does the rest, a block to a head and a thread
-// to a value, and where the chunk closes writes A and M as the next one's start.
+// linear_predict computes the matrices' products with k and q; a block takes all keys of a tile of kTile values. Its threads form rows of
+// kLanes, each thread with kVec neighbouring values of every kRowStep-th key. linear_write does the rest, one block a head and one thread
+// a value, and where the chunk closes writes A and S as the start of the next one.
 #include "step.h"
 
 namespace miras::cuda {
@@ -93,7 +93,7 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) linear_write(
     u = load_gate(p.lr, p.lr_per_channel, gate, p.V, v) * psi(p, e, square, delta);
   }
 
-  // the weights after it, and what it reads of what the chunk wrote
+  // the weights after it, and what it reads of the chunk's writes
   const float log_alpha = p.log_decay ? load_gate(p.log_decay, channels, gate, p.V, mine) : 0.0f, alpha = expf(log_alpha);
   const float momentum = moves ? p.momentum[gate] : 0.0f, moves_1 = moves ? momentum * moves[1] : 0.0f;
   const float open = *open_log_decay + log_alpha;
@@ -128,14 +128,14 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) linear_write(
         read += score[i] * w * x.right;
       });
     }
-    __syncthreads();  // score and weight are the next rows'
+    __syncthreads();  // before score and weight are overwritten
   }
   if (has) {
     const float rho = p.rho ? p.rho[head] : 1.0f;
     store_token(p.out, p.token_type, n, t, h, v, expf(open) * products[kRead * p.V] + rho * read);
   }
 
-  // keep the token
+  // store the token's factors
   if (v < p.K) left[int64_t(row) * p.K + v] = k_of;
   if (has) right[int64_t(row) * p.V + v] = -u;
   if (owns) weights[int64_t(2 + row) * width] = 1.0f;

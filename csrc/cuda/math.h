@@ -1,4 +1,4 @@
-// The functions of `Math` for one float: what the bias and retention functors, written for the CPU's vectors too, ask for.
+// The functions of `Math` for one float, which the bias and retention functors use; they are written for the CPU's vectors too.
 #pragma once
 
 #include <math.h>

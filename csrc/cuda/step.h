@@ -42,7 +42,7 @@ struct MirasStep {
   int32_t lr_per_channel, decay_per_channel, delta_per_channel;
 };
 
-// 0, or a cudaError_t. Nothing is waited for.
+// 0, or a cudaError_t. They do not synchronise.
 int miras_linear_step(const MirasStep* step, cudaStream_t stream);
 int miras_mlp_step(const MirasStep* step, cudaStream_t stream);
 }
@@ -54,11 +54,11 @@ constexpr int kMaxHead = 256, kMaxMlpHead = 128, kMaxHidden = 1024;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kRows = 64;  // of a chunk's factors that a block takes at once
+constexpr int kRows = 64;  // of a chunk's factors that a block reads at once
 
 __device__ inline int thread() { return int(threadIdx.x); }
 
-// What the functors of a step say of themselves, asked once on the host.
+// A step with the traits of its bias and retention gate, looked up once on the host.
 struct Step : MirasStep {
   bool predicts, couples_row;  // the bias: reads the memory; needs |e|^2
   Coupling coupling;           // of the gate
@@ -137,14 +137,14 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// over lanes whose numbers differ in the bits from `low` to below `high`; every one of them gets it
+// op over lanes whose numbers differ in the bits from `low` to below `high`; all of them get the result
 template <class Op> __device__ inline float over_lanes(float x, int low, int high, Op op) {
   for (int bit = low; bit < high; bit *= 2) x = op(x, __shfl_xor_sync(kWholeWarp, x, bit));
   return x;
 }
 __device__ inline float warp_sum(float x) { return over_lanes(x, 1, 32, Add{}); }
 
-// f(row, sum over `length` of row . x) for rows before `count`, by one lane: a warp to some rows, which it loads together
+// f(row, row . x over `length`) for rows before `count`, called by one lane; a warp takes several rows, which it loads together
 template <class Function>
 __device__ inline void row_dots(const float* rows, int stride, int count, const float* x, int length, Function&& f) {
   constexpr int kTogether = 4;
@@ -161,7 +161,7 @@ __device__ inline void row_dots(const float* rows, int stride, int count, const 
   }
 }
 
-// use(i, load(i)) for i before `count`, many loads on their way at once
+// use(i, load(i)) for i before `count`, with many loads in flight
 template <class Load, class Use> __device__ inline void loaded_together(int count, Load&& load, Use&& use) {
   constexpr int kTogether = 16;
   for (int first = 0; first < count; first += kTogether) {
@@ -174,11 +174,11 @@ template <class Load, class Use> __device__ inline void loaded_together(int coun
   }
 }
 
-// over the block; every thread gets it
+// the sum over the block; every thread gets it
 __device__ inline float block_sum(float x) {
   __shared__ float warps[kWarps];
   x = warp_sum(x);
-  __syncthreads();  // the last sum has been read
+  __syncthreads();  // the previous sum has been read
   if (thread() % 32 == 0) warps[thread() / 32] = x;
   __syncthreads();
   x = 0.0f;
@@ -193,18 +193,18 @@ MIRAS_FN float psi(const Step& p, float e, float square, float delta) {
   return with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) { return bias.value(e, bias.row(square, delta)); });
 }
 
-// a summand of what Coupling::matrix couples by
+// a term of the sum of Coupling::matrix
 __device__ inline float matrix_term(const Step& p, float a) { return LqRetention(p.retention_params).power(a); }
-// rho of the sum of them
+// rho from the sum
 __device__ inline float matrix_scale(const Step& p, float total) {
   const LqRetention gate(p.retention_params);
   return float(gate.rho(double(total) + gate.offset()));
 }
-// a summand of what Coupling::row couples by, and the factor of the sum of them
+// a term of the sum of Coupling::row, and the factor from the sum
 __device__ inline float row_term(const Step& p, float a, float max) { return KLRetention(p.retention_params).weight(a, max); }
 __device__ inline float row_factor(const Step& p, float total) { return KLRetention(p.retention_params).factor(total); }
 
-// phi(a), from the row's largest element and the factor of its row or matrix, where the gate couples
+// phi(a); for a gate that couples, from the row's largest element and the factor of its row or matrix
 MIRAS_FN float phi(const Step& p, float a, float max, float factor) {
   return with_retention(RetentionTag(p.retention), p.retention_params, [&](auto gate) {
     using Gate = decltype(gate);
@@ -214,11 +214,11 @@ MIRAS_FN float phi(const Step& p, float a, float max, float factor) {
   });
 }
 
-// ------------------------------------------------------------------------------------------------- where a token stands
+// ------------------------------------------------------------------------------------------------- places in a chunk
 
-// one token more of a sequence's chunk
+// advances a sequence by one token of its chunk
 __device__ inline void move_on(const Step& p, int n) { p.position[n] = (p.position[n] + 1) % p.C; }
-// the token's place in its chunk, after `position` has moved on
+// the token's place in its chunk, after move_on
 __device__ inline int row_of(const Step& p, int n) { return int((p.position[n] + p.C - 1) % p.C); }
 
 // ---------------------------------------------------------------------------------------------------------- a chunk's end
@@ -238,12 +238,12 @@ struct Matrix {
   }
 };
 
-// The weights of what a head's chunk has written, after its last token.
+// The weights of a head's terms after the last token of its chunk.
 struct Weights {
   const float *weights, *momentum_weights, *open_log_decay;  // momentum_weights is null without momentum
 };
 
-// those of some columns, of a row of `weights` or of `open_log_decay`
+// some columns of a row of `weights` or of `open_log_decay`
 template <int kVec> __device__ inline Pack<kVec> load_channels(const Step& p, const float* of, int column) {
   Pack<kVec> x;
 #pragma unroll
@@ -251,7 +251,7 @@ template <int kVec> __device__ inline Pack<kVec> load_channels(const Step& p, co
   return x;
 }
 
-// Rows [first, last) of A and S at the end of a chunk, where the next one starts: a thread takes kDown rows of kVec columns at a time.
+// Writes rows [first, last) of A and S at the end of a chunk, the start of the next: a thread takes kDown rows of kVec columns at a time.
 template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, const Weights& w, int first, int last) {
   constexpr int kDown = 4;
   const int across = p.V / kVec, width = p.decay_per_channel ? p.V : 1;
@@ -297,12 +297,12 @@ template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, co
   __syncthreads();
 }
 
-// f(index) of the elements of rows [first, last), one after the other
+// f(index) for every element of rows [first, last)
 template <class Function> __device__ inline void each_element(const Step& p, int first, int last, Function&& f) {
   for (int64_t i = int64_t(first) * p.V + thread(); i < int64_t(last) * p.V; i += kThreads) f(i);
 }
 
-// Of every column, over all rows, f(element) summed up by `op`: into columns[V], which every thread may read when it returns.
+// Reduces f(element) over the rows of every column by `op` into columns[V], which every thread may read afterwards.
 template <class Op, class Function>
 __device__ inline void over_columns(const Step& p, const float* matrix, float* columns, float from, Op op, Function&& f) {
   __shared__ float partial[kThreads];
@@ -319,8 +319,8 @@ __device__ inline void over_columns(const Step& p, const float* matrix, float* c
   __syncthreads();
 }
 
-// The primal of rows [first, last) of a start, all of them where the gate couples more than a row of the buffer; `columns` say whether a
-// row of the memory's matrix is a column of it. Returns rho.
+// The primal of rows [first, last) of a start; all rows if the gate couples more than a row of the buffer. `columns`: a row of the
+// memory's matrix is a column of the buffer. Returns rho.
 __device__ inline float map(const Step& p, const Matrix& x, bool columns, int first, int last) {
   if (p.coupling == Coupling::row && columns) {
     __shared__ float max[kThreads], factor[kThreads];
@@ -330,7 +330,7 @@ __device__ inline float map(const Step& p, const Matrix& x, bool columns, int fi
       const int column = int(i % p.V);
       x.primal[i] = phi(p, x.start[i], max[column], row_factor(p, factor[column]));
     });
-  } else if (p.coupling == Coupling::row) {  // a warp to a row
+  } else if (p.coupling == Coupling::row) {  // one warp a row
     for (int r = first + thread() / 32; r < last; r += kWarps) {
       const float* a = x.start + int64_t(r) * p.V;
       float max = -INFINITY, sum = 0.0f;

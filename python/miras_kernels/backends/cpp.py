@@ -69,7 +69,7 @@ class CppBackend:
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
         out, dual, momenta, start, open_log_decay, checkpoints = run(
-            *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, checkpoint_every, call.output_final_state
+            *_inputs(call), opened, _offsets(call), _rules(call), checkpoint_every, call.output_final_state
         )
         matrices = [dual, start] if call.momentum is None else [dual, momenta, start]
         final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
@@ -92,8 +92,8 @@ class CppBackend:
         run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
         duals = len(call.state.dual)
         *grads, d_dual, d_momenta = run(
-            *_inputs(call), _offsets(call), saved[0], grad_out, _matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:]),
-            *_rules(call), call.chunk_size, checkpoint_every,
+            *_inputs(call), _offsets(call), _rules(call), checkpoint_every, saved[0], grad_out,
+            (_matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:])),
         )  # fmt: skip
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
         state = [d_dual] if call.momentum is None else [d_dual, d_momenta]
@@ -115,29 +115,31 @@ class Steps:
 
         It returns the output, or does nothing and returns None if an argument is not as in the call.
         """
-        call = self.call
-        make = self.extension.LinearStepper if call.memory == "linear" else self.extension.MlpStepper
-        return make(
-            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, options.check_values is not False,
-            call.ln_weight, call.ln_bias, call.ln_eps, buffers.all(), *_rules(call), call.chunk_size,
-        )  # fmt: skip
+        make = self.extension.LinearStepper if self.call.memory == "linear" else self.extension.MlpStepper
+        return make(_tokens(self.call), _norm(self.call), buffers.all(), _rules(self.call), options.check_values is not False)
 
     def on_value(self) -> tuple[Tensor, list[Tensor]]:
         """Decode the call on its state as a value, without a decoder's buffers."""
         call, state, chunk = self.call, self.call.state, self.call.state.open_chunk
         run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
         opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
-        out, dual, momenta, start, open_log_decay = run(
-            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias, call.ln_eps,
-            state.dual, state.momentum or (), *opened, *_rules(call), call.chunk_size,
-        )  # fmt: skip
+        matrices = (state.dual, state.momentum or ())
+        out, dual, momenta, start, open_log_decay = run(_tokens(call), _norm(call), matrices, opened, _rules(call))
         return out, [*dual, *momenta, *start, open_log_decay]
 
 
 def _inputs(call: Call) -> tuple:
-    norm = () if call.memory == "linear" else (call.ln_weight, call.ln_bias, call.ln_eps)
-    gates = (call.lr, call.log_decay, call.delta, call.momentum)
-    return call.q, call.k, call.v, *gates, *norm, _matrices(call, call.state.dual), _matrices(call, call.state.momentum)
+    """The first arguments of the extension's functions."""
+    norm = () if call.memory == "linear" else (_norm(call),)
+    return _tokens(call), *norm, (_matrices(call, call.state.dual), _matrices(call, call.state.momentum))
+
+
+def _tokens(call: Call) -> tuple:
+    return call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum
+
+
+def _norm(call: Call) -> tuple:
+    return call.ln_weight, call.ln_bias, call.ln_eps
 
 
 def _matrices(call: Call, matrices: Sequence[Tensor] | None) -> Tensor | Sequence[Tensor] | None:
@@ -151,9 +153,9 @@ def _offsets(call: Call) -> Tensor | None:
     return None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
 
 
-def _rules(call: Call) -> list[tuple[int, tuple[float, ...]]]:
-    """The tags and parameters of the bias and of the retention gate."""
-    return [(row.tag, row.parameters) for row in (call.bias, call.retention)]
+def _rules(call: Call) -> tuple:
+    """The tags and parameters of the bias and of the retention gate, and the chunk size."""
+    return *((row.tag, row.parameters) for row in (call.bias, call.retention)), call.chunk_size
 
 
 def _load() -> tuple[Any, str | None]:

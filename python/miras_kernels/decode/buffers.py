@@ -27,10 +27,10 @@ class Buffers:
         ``A = gamma A_0 + w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) o right_i)'``
         ``S = s_1 S_0 + sum_i s_(2+i) left_i right_i'``
 
-    with weights ``w`` and ``s``. There are ``m`` matrices: one of a linear memory, ``K x V = Dk x Dv``; two of
-    an MLP, ``K x V = Hd x D``: W1 transposed and W2. ``C`` is the chunk size; ``W`` is 1, or ``Dv`` for a channel-wise decay. Token ``i`` of the
-    open chunk has row ``i`` of the factors and row ``2 + i`` of their weights. Rows from ``position`` (``2 + position``) on have no meaning,
-    but are finite.
+    with weights ``w`` and ``s``. There are ``m`` matrices: one of a linear memory, ``K x V = Dk x Dv``; two of an MLP, W1 transposed
+    and W2, ``K x V = Hd x D``. ``C`` is the chunk size; ``W`` is 1, or ``Dv`` for a channel-wise decay. Token ``i`` of the open chunk
+    has row ``i`` of the factors and row ``2 + i`` of their weights. Rows from ``position`` (``2 + position``) on have no meaning, but are
+    finite.
 
     Attributes:
         start: ``[N, H, m, K, V]``, A_0, the dual at the start of the open chunk; A itself where ``position`` is 0.
