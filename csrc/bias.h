@@ -21,10 +21,10 @@ namespace miras {
 template <class F> struct Math;  // abs, sqrt, min, max, copysign, tanh, sech2, pow, exp_nonpositive: cpu/math.h, cuda/math.h
 
 struct Elementwise {
-  static constexpr bool kPredicts = true;      // psi needs the prediction K W'
-  static constexpr bool kCouplesRow = false;   // psi depends on |e|
+  static constexpr bool kPredicts = true;     // psi needs the prediction K W'
+  static constexpr bool kCouplesRow = false;  // psi depends on |e|
   static constexpr bool kUsesDelta = false;
-  template <class F> using Row = F;            // delta, one per token or per value channel
+  template <class F> using Row = F;  // delta, one per token or per value channel
   template <class F> MIRAS_FN F row(F, F delta) const { return delta; }
   template <class F> MIRAS_FN F slope_delta(F, F) const { return F{}; }
   template <class F> MIRAS_FN F pull(F) const { return F{}; }
@@ -97,9 +97,7 @@ struct HuberCoordinate : Elementwise {
   static constexpr bool kUsesDelta = true;
   MIRAS_FN explicit HuberCoordinate(const float*) {}
   template <class F> MIRAS_FN F value(F e, F delta) const { return Math<F>::max(-delta, Math<F>::min(e, delta)); }
-  template <class F> MIRAS_FN F slope(F e, F, F delta) const {
-    return Math<F>::abs(e) <= delta ? F{} + 1.0f : F{};
-  }
+  template <class F> MIRAS_FN F slope(F e, F, F delta) const { return Math<F>::abs(e) <= delta ? F{} + 1.0f : F{}; }
   template <class F> MIRAS_FN F slope_delta(F e, F delta) const {
     return Math<F>::abs(e) <= delta ? F{} : Math<F>::copysign(F{} + 1.0f, e);
   }
@@ -138,15 +136,11 @@ struct HuberSwitch : RowCoupled {
   };
   MIRAS_FN explicit HuberSwitch(const float* p) : sharpness(p[0]) {}
   template <class F> MIRAS_FN Row<F> row(F norm2, F delta) const { return {Math<F>::sqrt(norm2), delta}; }
-  template <class F> MIRAS_FN F value(F e, Row<F> r) const {
-    return r.norm <= r.delta ? e : r.delta * Math<F>::tanh(sharpness * e);
-  }
+  template <class F> MIRAS_FN F value(F e, Row<F> r) const { return r.norm <= r.delta ? e : r.delta * Math<F>::tanh(sharpness * e); }
   template <class F> MIRAS_FN F slope(F e, F, Row<F> r) const {
     return r.norm <= r.delta ? F{} + 1.0f : r.delta * sharpness * Math<F>::sech2(sharpness * e);
   }
-  template <class F> MIRAS_FN F slope_delta(F e, Row<F> r) const {
-    return r.norm <= r.delta ? F{} : Math<F>::tanh(sharpness * e);
-  }
+  template <class F> MIRAS_FN F slope_delta(F e, Row<F> r) const { return r.norm <= r.delta ? F{} : Math<F>::tanh(sharpness * e); }
   template <class F> MIRAS_FN F pull(Row<F>) const { return F{}; }
 };
 

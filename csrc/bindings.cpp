@@ -36,7 +36,8 @@ float* checked_checkpoints(const MemoryParams& p, const Tensor& checkpoints, int
   require(p.checkpoint_every > 0, "the backward needs checkpoints");
   require(is_float(checkpoints) && checkpoints.is_contiguous() &&
               (matrices == 1 ? checkpoints.has_shape({p.slots(), p.H, rows, cols})
-                             : checkpoints.has_shape({p.slots(), p.H, matrices, rows, cols})), "bad checkpoints");
+                             : checkpoints.has_shape({p.slots(), p.H, matrices, rows, cols})),
+          "bad checkpoints");
   return checkpoints.data<float>();
 }
 
@@ -82,9 +83,10 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
 }
 
 // (out, final dual, final momenta, final start, final open_log_decay, checkpoints), empty if absent
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
-    const TokenTuple& tokens_, const StateTuple<Tensor>& state, const OpenChunkTuple<Tensor>& open_chunk,
-    const OptionalTensor& cu_seqlens, const RuleTuple& rules, int64_t checkpoint_every, bool output_final_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state,
+                                                                          const OpenChunkTuple<Tensor>& open_chunk,
+                                                                          const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                                                                          int64_t checkpoint_every, bool output_final_state) {
   const Tokens x(tokens_);
   const auto& [start, position, open_log_decay] = open_chunk;
   LinearForward p;
@@ -178,8 +180,7 @@ linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, cons
   p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
-  require(grad_out_.has_shape(v.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
-          "grad_out must be like out");
+  require(grad_out_.has_shape(v.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(), "grad_out must be like out");
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
   if (grad_final_dual) p.grad_final_dual = states(p, *grad_final_dual, "grad_final_dual must be like the dual");
@@ -200,9 +201,15 @@ linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, cons
   if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
   run(cpu::kernels().linear_backward, p);
-  return {sum_shares(dq, p.panels, q.type()), sum_shares(dk, p.panels, q.type()), dv,
-          sum_gate(p, dlr, p.lr_per_channel), sum_gate(p, dlog_decay, p.decay_per_channel),
-          sum_gate(p, ddelta, p.delta_per_channel), sum_gate(p, dmomentum, false), d_dual, d_momenta};
+  return {sum_shares(dq, p.panels, q.type()),
+          sum_shares(dk, p.panels, q.type()),
+          dv,
+          sum_gate(p, dlr, p.lr_per_channel),
+          sum_gate(p, dlog_decay, p.decay_per_channel),
+          sum_gate(p, ddelta, p.delta_per_channel),
+          sum_gate(p, dmomentum, false),
+          d_dual,
+          d_momenta};
 }
 
 // ---- MLP memory ----
@@ -216,8 +223,8 @@ NormTuple contiguous(const NormTuple& x) { return {std::get<0>(x).contiguous(), 
 
 // W1 [N, H, D, Hd] and W2 [N, H, Hd, D]
 void fill_states(StateTensor (&to)[2], const MlpParams& p, const Pair& from, const char* what) {
-  require(is_float(from[0]) && from[0].has_shape({p.N, p.H, p.D, p.Hd}) && is_float(from[1]) &&
-              from[1].has_shape({p.N, p.H, p.Hd, p.D}), what);
+  require(is_float(from[0]) && from[0].has_shape({p.N, p.H, p.D, p.Hd}) && is_float(from[1]) && from[1].has_shape({p.N, p.H, p.Hd, p.D}),
+          what);
   to[0] = states(from[0]), to[1] = states(from[1]);
 }
 Pair new_states(StateTensor (&to)[2], const MlpParams& p) {
@@ -247,9 +254,10 @@ void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple
 }
 
 // As linear_forward
-std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
-    const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple<Pair>& state, const OpenChunkTuple<Pair>& open_chunk,
-    const OptionalTensor& cu_seqlens, const RuleTuple& rules, int64_t checkpoint_every, bool output_final_state) {
+std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(const TokenTuple& tokens_, const NormTuple& norm_,
+                                                                 const StateTuple<Pair>& state, const OpenChunkTuple<Pair>& open_chunk,
+                                                                 const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                                                                 int64_t checkpoint_every, bool output_final_state) {
   const Tokens x(tokens_);
   const NormTuple norm = contiguous(norm_);
   const auto& [start, position, open_log_decay] = open_chunk;
@@ -299,8 +307,7 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
   p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 4 : 2, p.Hd, p.D);
   p.segment = longest_segment(p);
 
-  require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
-          "grad_out must be like out");
+  require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(), "grad_out must be like out");
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
   if (grad_final_dual) fill_states(p.grad_final_dual, p, *grad_final_dual, "grad_final_dual must be like the duals");
@@ -325,9 +332,9 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
   if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
   run(cpu::kernels().mlp_backward, p);
-  return {dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32),
-          sum_shares(dln_bias, p.N, kFloat32),
-          d_dual, d_momenta};
+  return {
+      dq,     dk,       dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32), sum_shares(dln_bias, p.N, kFloat32),
+      d_dual, d_momenta};
 }
 
 std::map<int, std::string> bias_names() {
@@ -350,10 +357,10 @@ PYBIND11_MODULE(_C, m) {
   using namespace pybind11::literals;
   miras::find_torch();
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
-  m.def("linear_forward", &miras::linear_forward, "tokens"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a,
-        "checkpoint_every"_a, "output_final_state"_a);
-  m.def("linear_backward", &miras::linear_backward, "tokens"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
-        "checkpoints"_a, "grad_out"_a, "grad_state"_a);
+  m.def("linear_forward", &miras::linear_forward, "tokens"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
+        "output_final_state"_a);
+  m.def("linear_backward", &miras::linear_backward, "tokens"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a, "checkpoints"_a,
+        "grad_out"_a, "grad_state"_a);
   m.def("mlp_forward", &miras::mlp_forward, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a,
         "checkpoint_every"_a, "output_final_state"_a);
   m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,

@@ -118,15 +118,15 @@ struct LinearForward : LinearParams {
 };
 
 struct LinearBackward : LinearParams {
-  int segment = 1;                                   // chunks of the longest segment: min(checkpoint_every, chunks there can be)
-  TokenTensor grad_out;                              // [B, T, H, Dv]
-  StateTensor grad_final_dual, grad_final_momenta;   // optional
+  int segment = 1;                                  // chunks of the longest segment: min(checkpoint_every, chunks there can be)
+  TokenTensor grad_out;                             // [B, T, H, Dv]
+  StateTensor grad_final_dual, grad_final_momenta;  // optional
 
   // With several panels dq, dk and the gradients of gates that are not channel-wise are partial sums, one after the other,
   // `*_part` elements apart, dq and dk float32.
-  Dtype grad_dtype = Dtype::f32;                    // of dq, dk
-  TokenTensor dq, dk, dv;                           // contiguous
-  TokenTensor dlr, dlog_decay, ddelta, dmomentum;   // float32, shaped like the gates; all but dlr optional
+  Dtype grad_dtype = Dtype::f32;                   // of dq, dk
+  TokenTensor dq, dk, dv;                          // contiguous
+  TokenTensor dlr, dlog_decay, ddelta, dmomentum;  // float32, shaped like the gates; all but dlr optional
   int64_t key_part = 0, gate_part = 0;
   StateTensor d_dual, d_momenta;
 };
@@ -157,7 +157,7 @@ struct MlpForward : MlpParams {
 
 struct MlpBackward : MlpParams {
   int segment = 1;
-  TokenTensor grad_out;            // [B, T, H, D]
+  TokenTensor grad_out;                                   // [B, T, H, D]
   StateTensor grad_final_dual[2], grad_final_momenta[2];  // optional
 
   TokenTensor dq, dk, dv;                            // contiguous
@@ -169,10 +169,10 @@ struct MlpBackward : MlpParams {
 // ---- steps: a few tokens read into a state in place ----
 
 // The buffers of a decoder, contiguous, in the order of python/miras_kernels/decode/buffers.py, which says what they hold. A head's m
-// matrices [K, V] are W' [Dk, Dv] of a linear memory, W1' and W2 [Hd, D] of an MLP. R = C rows of factors have weights w and s:
+// matrices [K, V] are W' [Dk, Dv] of a linear memory, W1' and W2 [Hd, D] of an MLP. R = C rows of factors have weights kappa and mu:
 //
-//   A = gamma A_0 + w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) o right_i)'    S = s_1 S_0 + sum_i s_(2+i) left_i right_i'
-#define MIRAS_STEP_BUFFERS(BUFFER)                                               \
+//   A = gamma A_0 + kappa_0 D + kappa_1 S_0 + sum_i left_i (kappa_(2+i) o right_i)'    S = mu_1 S_0 + sum_i mu_(2+i) left_i right_i'
+#define MIRAS_STEP_BUFFERS(BUFFER)                                                \
   BUFFER(float, start)            /* [N, H, m, K, V]  A_0                      */ \
   BUFFER(float, primal)           /* likewise; optional: phi of start          */ \
   BUFFER(float, rho)              /* [N, H, m]; optional                       */ \
@@ -180,8 +180,8 @@ struct MlpBackward : MlpParams {
   BUFFER(float, momenta)          /* likewise, S_0; optional                   */ \
   BUFFER(float, left)             /* [N, H, m, R, K]                           */ \
   BUFFER(float, right)            /* [N, H, m, R, V]                           */ \
-  BUFFER(float, weights)          /* [N, H, 2 + R, width]  w                   */ \
-  BUFFER(float, momentum_weights) /* [N, H, 2 + R]  s; optional                */ \
+  BUFFER(float, weights)          /* [N, H, 2 + R, width]  kappa               */ \
+  BUFFER(float, momentum_weights) /* [N, H, 2 + R]  mu; optional               */ \
   BUFFER(float, open_log_decay)   /* [N, H, width]  log gamma                  */ \
   BUFFER(int64_t, position)       /* [N]; read by tasks, advanced at the end   */
 

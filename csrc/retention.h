@@ -74,9 +74,7 @@ struct ElasticNetRetention {
   static constexpr Coupling kCoupling = Coupling::none;
   float threshold;
   MIRAS_FN explicit ElasticNetRetention(const float* p) : threshold(p[0]) {}
-  template <class F> MIRAS_FN F phi(F a) const {
-    return Math<F>::copysign(Math<F>::max(Math<F>::abs(a) - threshold, F{}), a);
-  }
+  template <class F> MIRAS_FN F phi(F a) const { return Math<F>::copysign(Math<F>::max(Math<F>::abs(a) - threshold, F{}), a); }
   template <class F> MIRAS_FN F phi_vjp(F w, F g) const { return w == F{} ? F{} : g; }
 };
 

@@ -133,9 +133,7 @@ struct Expected {
   Expected(const OptionalTensor& x) {
     if (x) *this = Expected(*x);
   }
-  bool fits(py::handle object, const View& x) const {
-    return given ? x.is(type) && x.has_shape(sizes) && x.on_cpu() : object.is_none();
-  }
+  bool fits(py::handle object, const View& x) const { return given ? x.is(type) && x.has_shape(sizes) && x.on_cpu() : object.is_none(); }
 };
 
 // Whether all values of a gate [B, T, H] or [B, T, H, D] are valid
@@ -211,8 +209,7 @@ template <class Memory> class Stepper {
   bool values_allowed() const {
     return (!wanted_.log_decay.given || all_values(p_.log_decay, wanted_.log_decay.sizes, [](float x) { return !(x > 0.0f); })) &&
            (!wanted_.delta.given || all_values(p_.delta, wanted_.delta.sizes, [](float x) { return !(x < 0.0f); })) &&
-           (!wanted_.momentum.given ||
-            all_values(p_.momentum, wanted_.momentum.sizes, [](float x) { return !(x < 0.0f || x >= 1.0f); }));
+           (!wanted_.momentum.given || all_values(p_.momentum, wanted_.momentum.sizes, [](float x) { return !(x < 0.0f || x >= 1.0f); }));
   }
 
   typename Memory::Params p_;
@@ -270,7 +267,8 @@ class Held {
           float* to = data() + (head * m_ + i) * K_ * V_;
           for (int64_t r = 0; r < K_; ++r, to += V_, source += row) {
             if (column == 1) std::copy_n(source, V_, to);
-            else for (int64_t c = 0; c < V_; ++c) to[c] = source[c * column];
+            else
+              for (int64_t c = 0; c < V_; ++c) to[c] = source[c * column];
           }
         }
       });

@@ -112,9 +112,7 @@ inline Tensor new_tensor(Sizes sizes, Type type) {
   if (torch_api.tensors->managed_tensor_allocator(&wanted, &fresh, nullptr, failed) != 0) throw pybind11::error_already_set();
   return from_managed(fresh);
 }
-inline Tensor new_tensor(std::initializer_list<int64_t> sizes, Type type) {
-  return new_tensor(Sizes(sizes.begin(), sizes.size()), type);
-}
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, Type type) { return new_tensor(Sizes(sizes.begin(), sizes.size()), type); }
 inline Tensor new_float(Sizes sizes) { return new_tensor(sizes, kFloat32); }
 inline Tensor new_float(std::initializer_list<int64_t> sizes) { return new_tensor(sizes, kFloat32); }
 
@@ -141,7 +139,10 @@ inline Tensor tensor_in(const Storage& storage, void* data, Sizes sizes, Sizes s
   auto* holder = new Holder{{}, storage, {}, {}};
   std::ranges::copy(sizes, holder->sizes), std::ranges::copy(strides, holder->strides);
   const auto release = [](dlpack::DLManagedTensorVersioned* self) { delete static_cast<Holder*>(self->context); };
-  holder->managed = {{dlpack::kMajorVersion, dlpack::kMinorVersion}, holder, release, 0,
+  holder->managed = {{dlpack::kMajorVersion, dlpack::kMinorVersion},
+                     holder,
+                     release,
+                     0,
                      {data, {dlpack::kCpu, 0}, int32_t(sizes.size()), type, holder->sizes, holder->strides, 0}};
   return from_managed(&holder->managed);
 }
@@ -163,7 +164,5 @@ template <> struct pybind11::detail::type_caster<miras::Tensor> {
     value = miras::Tensor(reinterpret_borrow<object>(x));
     return value.defined();
   }
-  static handle cast(const miras::Tensor& x, return_value_policy, handle) {
-    return x.defined() ? x.object().inc_ref() : none().release();
-  }
+  static handle cast(const miras::Tensor& x, return_value_policy, handle) { return x.defined() ? x.object().inc_ref() : none().release(); }
 };

@@ -116,8 +116,7 @@ inline void fill_tokens(MemoryParams& p, const Tokens& x, const OptionalTensor& 
 
 // The positions of an open chunk, checked.
 inline const int64_t* positions(const MemoryParams& p, const Tensor& position) {
-  require(position.is(kInt64) && position.has_shape({p.N}) && position.is_contiguous(),
-          "position must be int64 [N]");
+  require(position.is(kInt64) && position.has_shape({p.N}) && position.is_contiguous(), "position must be int64 [N]");
   require(p.checkpoint_every == 0, "no gradients through an open chunk");
   const int64_t* at = position.data<int64_t>();
   for (int64_t n = 0; n < p.N; ++n) require(at[n] >= 0 && at[n] < p.C, "position must be in [0, chunk_size)");
@@ -125,9 +124,7 @@ inline const int64_t* positions(const MemoryParams& p, const Tensor& position) {
 }
 
 // [N, H], or [N, H, Dv] if decays are channel-wise
-inline Shape open_decay_shape(const MemoryParams& p, int64_t dv) {
-  return p.decay_per_channel ? Shape{p.N, p.H, dv} : Shape{p.N, p.H};
-}
+inline Shape open_decay_shape(const MemoryParams& p, int64_t dv) { return p.decay_per_channel ? Shape{p.N, p.H, dv} : Shape{p.N, p.H}; }
 inline Tensor open_decays(const MemoryParams& p, const Tensor& open_log_decay, int64_t dv) {
   require(is_float(open_log_decay) && open_log_decay.has_shape(open_decay_shape(p, dv)),
           "open_log_decay must be float32 [N, H], or [N, H, Dv] if log_decay has channels");

@@ -222,8 +222,8 @@ struct LinearGates : Gates {
   }
 
   // A_c from A_0 and the momentum S_0 (see `advance`)
-  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, const float* A, const float* S,
-                    float* next, ReadSoon soon) const {
+  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, const float* A, const float* S, float* next,
+                    ReadSoon soon) const {
     const Scaled momenta = momentum ? momenta_at_end(S, c) : Scaled{};
     if (channel.on) advance<true>(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
     else advance(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);

@@ -12,7 +12,7 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 // The part of the work that one task does.
 struct Task {
-  int64_t n, h;        // sequence, head
+  int64_t n, h;  // sequence, head
   int panel;
   int first, dv, dvp;  // its value rows [first, first + dv), padded to dvp
 
@@ -30,12 +30,11 @@ struct Task {
 // momentum M = L, weigh the write of token s in the state, the momentum and the state of token t.
 struct Gates {
   float *eta, *alpha, *gamma, *to_end;  // gamma_t = alpha_1 ... alpha_t;  to_end_t = M_ct
-  float *log_decay;
+  float* log_decay;
   float *theta, *pi, *b, *step_end;  // pi_t = theta_1 ... theta_t;  b_t, the weight of S_0 in the state of t;  step_end_t = Theta_ct
   bool decays, momentum;
 
-  MIRAS_FN Gates(Arena& arena, const MemoryParams& p)
-      : decays(p.log_decay && !p.decay_per_channel), momentum(bool(p.momentum)) {
+  MIRAS_FN Gates(Arena& arena, const MemoryParams& p) : decays(p.log_decay && !p.decay_per_channel), momentum(bool(p.momentum)) {
     const int cp = round_up(p.C, kPad), mp = momentum ? cp : 0;
     eta = arena.take(p.lr_per_channel ? 0 : 1, cp);
     alpha = arena.take(1, cp), gamma = arena.take(1, cp), to_end = arena.take(1, cp);
@@ -96,8 +95,8 @@ static void weigh_rows(int c, int cols, const float* factors, const float* src, 
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
 // P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere.
 template <bool kKeepL, class A>
-static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P,
-                           float* L, WriteSoon soon) {
+static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P, float* L,
+                           WriteSoon soon) {
   fill_zero(last_row, round_up(c, kPad));
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;  // Q K'
@@ -122,8 +121,8 @@ static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* 
 // The same with momentum, P = M o (Q K'), and if wanted M, Theta and Q K' itself. By rows, Theta_t = theta_t Theta_(t-1) with
 // Theta_tt = 1 and M_t = alpha_t M_(t-1) + Theta_t. last_rows [2 x Cp].
 template <bool kKeep, class A>
-static void momentum_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P,
-                            float* M, float* Theta, float* QK, WriteSoon soon) {
+static void momentum_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P, float* M,
+                            float* Theta, float* QK, WriteSoon soon) {
   float *const last_m = last_rows, *const last_theta = last_rows + cp;
   fill_zero(last_rows, 2 * cp);
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -177,8 +176,8 @@ struct Scaled {
 // second term, b_c S_0, and likewise for the momenta S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be the given state.
 // kPerColumn: scales are [Dvp].
 template <bool kPerColumn = false>
-static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next,
-                    ReadSoon soon, Scaled more = {}) {
+static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next, ReadSoon soon,
+                    Scaled more = {}) {
   const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
     sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> a;
@@ -223,8 +222,8 @@ static void decay_gradient(int c, const float* X, index_t cp, const float* reads
 //   d alpha_t = gM_t . M_(t-1) + gb_t b_(t-1),  gM_(t-1) += alpha_t gM_t,  gb_(t-1) += alpha_t gb_t
 //
 // gM and gb hold the accumulated values afterwards. The row gM_end [Cp] adds to the last row of gM.
-static void decay_gradient_with_momentum(const Gates& gates, int c, const float* M, index_t cp, const float* gM_end, float* gM,
-                                         float* gb, const float* reads, float through, float* dlog) {
+static void decay_gradient_with_momentum(const Gates& gates, int c, const float* M, index_t cp, const float* gM_end, float* gM, float* gb,
+                                         const float* reads, float through, float* dlog) {
   const float* later = gM_end;  // row t + 1, as it added up, or the row that adds to the last
   float alpha = 1.0f, later_gb = 0.0f;
   for (int t = c - 1; t >= 0; --t) {
@@ -245,8 +244,8 @@ static void decay_gradient_with_momentum(const Gates& gates, int c, const float*
 //
 //   gTheta_t += gM_t,  gpi_t += gb_t,  d theta_t = gTheta_t . Theta_(t-1) + gpi_t pi_(t-1),
 //   gTheta_(t-1) += theta_t gTheta_t,  gpi_(t-1) += theta_t gpi_t
-static void momentum_gradient(const Gates& gates, int c, const float* Theta, index_t cp, const float* gM, const float* gb,
-                              float* gTheta, float gpi, float* dmomentum) {
+static void momentum_gradient(const Gates& gates, int c, const float* Theta, index_t cp, const float* gM, const float* gb, float* gTheta,
+                              float gpi, float* dmomentum) {
   for (int t = c - 1; t >= 0; --t) {
     const float theta = gates.theta[t];
     Vec dot = zeros();

@@ -74,8 +74,7 @@ struct LayerNorm {
 
   // du, the gradient in u of LN(u) without its affine part, for the gradient y of its output
   void pull_back(int c, const float* x, const float* r, const float* y, float* du) const {
-    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp)
-      pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j); }, du);
+    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp) pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j); }, du);
   }
   // the same for the gradient y of the whole
   void pull_back_weighted(int c, const float* x, const float* r, const float* y, float* du) const {

@@ -48,8 +48,8 @@ float BackwardTask::rho_gradient(int c, const ChunkStart& x) const {
       row += first_lanes(pairs, t + 1 - j);
     }
     total += sum(row);
-    if (momentum) total += channels ? inner_product(s.QS + index_t(t) * dvp, s.gates.channel.b + index_t(t) * dvp, dvp)
-                                    : s.gates.b[t] * s.gb[t];
+    if (momentum)
+      total += channels ? inner_product(s.QS + index_t(t) * dvp, s.gates.channel.b + index_t(t) * dvp, dvp) : s.gates.b[t] * s.gb[t];
   }
   return float(total / x.rho.value);
 }

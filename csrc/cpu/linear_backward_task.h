@@ -15,29 +15,29 @@ struct BackwardScratch {
   // Of a segment: [segment][Dk x Dvp], W and S only if they are needed; [segment][C x Dvp] twice; [segment] twice
   float *A, *W, *S, *E, *G;
   float *rho, *rho_slope;
-  float *J, *JS;                       // [Dk x Dvp]
-  float *dW;                           // [Dk x Dvp]  unless W = A
-  float *W_plain, *J_plain;            // [Dv x Dkp]  not transposed
-  float *S_plain, *JS_plain;           // [Dv x Dkp]
-  float *KT;                           // [Dk x Cp]
-  float *K, *Q;                        // [C x Dkp]
-  float *V;                            // [C x Dvp]   if v cannot be read in place
-  float *dO, *dO_gamma, *dO_b;         // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
-  float *U, *U_end, *U_step;           // [C x Dvp]
-  float *UT;                           // [Dv x Cp]
-  float *P, *M, *N, *X;                // [C x Cp]    X with momentum: gM
-  float *QK, *Theta;                   // [C x Cp]    with momentum
-  float *dE;                           // [C x Dvp]   dU at first
-  float *KJ, *KJS, *QW, *QS;           // [C x Dvp]   products of K and Q with states; all but KJS if decays are channel-wise
-  float *dQ_b;                         // [C x Dkp]   rho b_t S_0' dO_t
-  float *dX;                           // [C x Dkp]   dQ, dK if they cannot be written in place
-  float *delta, *ddelta;               // [C] or [C x Dvp]
-  float *deta, *dlog;                  // [Cp] or [C x Dvp]
-  float *read_sums, *write_sums;       // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
-  float *gTheta, *gb, *dmomentum;         // [Cp]
-  float *last_rows;                    // [2 x Cp]
-  float *columns;                      // [Dvp]
-  float *m, *sums;                     // of ChannelDecay::Backward
+  float *J, *JS;                   // [Dk x Dvp]
+  float* dW;                       // [Dk x Dvp]  unless W = A
+  float *W_plain, *J_plain;        // [Dv x Dkp]  not transposed
+  float *S_plain, *JS_plain;       // [Dv x Dkp]
+  float* KT;                       // [Dk x Cp]
+  float *K, *Q;                    // [C x Dkp]
+  float* V;                        // [C x Dvp]   if v cannot be read in place
+  float *dO, *dO_gamma, *dO_b;     // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
+  float *U, *U_end, *U_step;       // [C x Dvp]
+  float* UT;                       // [Dv x Cp]
+  float *P, *M, *N, *X;            // [C x Cp]    X with momentum: gM
+  float *QK, *Theta;               // [C x Cp]    with momentum
+  float* dE;                       // [C x Dvp]   dU at first
+  float *KJ, *KJS, *QW, *QS;       // [C x Dvp]   products of K and Q with states; all but KJS if decays are channel-wise
+  float* dQ_b;                     // [C x Dkp]   rho b_t S_0' dO_t
+  float* dX;                       // [C x Dkp]   dQ, dK if they cannot be written in place
+  float *delta, *ddelta;           // [C] or [C x Dvp]
+  float *deta, *dlog;              // [Cp] or [C x Dvp]
+  float *read_sums, *write_sums;   // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
+  float *gTheta, *gb, *dmomentum;  // [Cp]
+  float* last_rows;                // [2 x Cp]
+  float* columns;                  // [Dvp]
+  float *m, *sums;                 // of ChannelDecay::Backward
   LinearGates gates;
 
   MIRAS_FN BackwardScratch(Arena& a, const LinearBackward& p) : gates(a, p) {
@@ -105,12 +105,8 @@ struct BackwardTask {
   MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
   MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
 
-  MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t chunk) const {
-    return {x, dtype, b, token(chunk), h, 0, dk};
-  }
-  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t chunk) const {
-    return {x, p.dtype, b, token(chunk), h, task.first, task.dv};
-  }
+  MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t chunk) const { return {x, dtype, b, token(chunk), h, 0, dk}; }
+  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t chunk) const { return {x, p.dtype, b, token(chunk), h, task.first, task.dv}; }
   // This panel's share of a gradient that all panels add to.
   MIRAS_FN TokenTensor part(TokenTensor x, int64_t stride, Dtype dtype = Dtype::f32) const {
     x.data = static_cast<char*>(x.data) + task.panel * stride * (dtype == Dtype::f32 ? 4 : 2);
@@ -125,8 +121,8 @@ struct BackwardTask {
 
   MIRAS_FN ChunkStart start(int64_t i) const {
     float* const A = s.A + i * state;
-    return {A, retention.identity ? A : s.W + i * state, s.S + i * state, s.E + i * p.C * dvp, s.G + i * p.C * dvp,
-            {s.rho[i], s.rho_slope[i]}};
+    return {
+        A, retention.identity ? A : s.W + i * state, s.S + i * state, s.E + i * p.C * dvp, s.G + i * p.C * dvp, {s.rho[i], s.rho_slope[i]}};
   }
 
   BiasRows bias_rows(int64_t chunk) {

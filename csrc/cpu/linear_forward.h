@@ -17,20 +17,20 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct ForwardScratch {
-  float *A, *A0;            // [Dk x Dvp]  current dual; that of an open chunk's start
-  float *W, *R;             // [Dk x Dvp]  primal; what an open chunk reads. Unless W = A
-  float *S;                 // [Dk x Dvp]  momenta
-  float *KT;                // [Dk x Cp]
-  float *Q;                 // [C x Dkp]   if q cannot be read in place
-  float *V, *O;             // [C x Dvp]   if v and out cannot be used in place
-  float *U, *U_end;         // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
-  float *U_step;            // [C x Dvp]   Theta_Cs U_s
-  float *O_own;             // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
-  float *P;                 // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
-  float *last_rows;         // [2 x Cp]
-  float *delta;             // [C] or [C x Dvp]
-  float *open_log_decay;    // [1] or [Dvp], padded
-  float *spare;             // [Dv x Dkp]
+  float *A, *A0;          // [Dk x Dvp]  current dual; that of an open chunk's start
+  float *W, *R;           // [Dk x Dvp]  primal; what an open chunk reads. Unless W = A
+  float* S;               // [Dk x Dvp]  momenta
+  float* KT;              // [Dk x Cp]
+  float* Q;               // [C x Dkp]   if q cannot be read in place
+  float *V, *O;           // [C x Dvp]   if v and out cannot be used in place
+  float *U, *U_end;       // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
+  float* U_step;          // [C x Dvp]   Theta_Cs U_s
+  float* O_own;           // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
+  float* P;               // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
+  float* last_rows;       // [2 x Cp]
+  float* delta;           // [C] or [C x Dvp]
+  float* open_log_decay;  // [1] or [Dvp], padded
+  float* spare;           // [Dv x Dkp]
   LinearGates gates;
 
   MIRAS_FN ForwardScratch(Arena& a, const LinearForward& p) : gates(a, p) {
@@ -67,8 +67,7 @@ struct ForwardTask {
   const float *W, *R;       // the primal for its predictions; what it reads
   Rho rho;
 
-  MIRAS_FN ForwardTask(const LinearForward& params, const BiasTable& table, const Retention& gate, const ForwardScratch& scratch,
-                       int64_t i)
+  MIRAS_FN ForwardTask(const LinearForward& params, const BiasTable& table, const Retention& gate, const ForwardScratch& scratch, int64_t i)
       : p(params), bias(table), retention(gate), s(scratch), task(params, i), momentum(s.gates.momentum) {
     n = task.n, h = task.h, b = p.batch(n), length = p.length(n);
     dk = p.Dk, dkp = round_up(dk, kPad), dvp = task.dvp, cp = round_up(p.C, kPad);

@@ -1,7 +1,7 @@
 // Decoding steps of the linear memory on a decoder's buffers (docs/mathematics.md, section 11), W' [Dk x Dv]:
 //
 //   e = W_0 k - v    u = eta psi(e)    left, right = k, -u
-//   o = gamma W_0 q + rho (w_0 D q + w_1 S_0 q + sum_i (left_i . q) w_(2+i) o right_i)
+//   o = gamma W_0 q + rho (kappa_0 D q + kappa_1 S_0 q + sum_i (left_i . q) kappa_(2+i) o right_i)
 //
 // A task is one head of one sequence: one pass over W_0, for k and q together, and one over the open chunk's factors.
 #pragma once
@@ -28,7 +28,7 @@ struct LinearStepScratch {
         scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Dk, p.Dv) {}
 };
 
-// O = sum_i (left_i . q) w_(2+i) o right_i
+// O = sum_i (left_i . q) kappa_(2+i) o right_i
 static void read_factors(const StepMatrix& m, const StepWeights& w, TokenRange tokens, const LinearStepScratch& s, Soon soon) {
   const float *left = m.left + index_t(tokens.first) * m.rows, *right = m.right + index_t(tokens.first) * m.cols;
   const float* const weights = w.row(2 + tokens.first);
@@ -91,8 +91,7 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   copy_out(s.U, 0, 1, dv, m.right + index_t(before.last) * dv, 0);
 
   const Vec own = broadcast(inner_product(s.K, s.Q, round_up(dk, kPad))), rho = broadcast(m.read_scale());
-  for (int j = 0; j < dvp; j += kLanes)
-    store(s.O + j, load(w.gamma + j) * load(s.Wq + j) + rho * (load(s.O + j) + own * load(s.U + j)));
+  for (int j = 0; j < dvp; j += kLanes) store(s.O + j, load(w.gamma + j) * load(s.Wq + j) + rho * (load(s.O + j) + own * load(s.U + j)));
   ChunkView{p.out, p.dtype, n, t, h, 0, dv}.write(1, s.O, 0);
 }
 

@@ -100,7 +100,7 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
 void MlpBackwardTask::gate_gradients(int64_t chunk, const MlpState& start) {
   const int c = tokens(chunk);
   const Gates& gates = m.gates;
-  const auto along = [&](float* const (&grads)[2], float* const (&states)[2]) {
+  const auto along = [&](float* const(&grads)[2], float* const(&states)[2]) {
     return inner_product(grads[0], states[0], state) + inner_product(grads[1], states[1], state);
   };
   const float through = gates.decays ? *gates.end(c) * along(s.J, start.dual) : 0.0f;
@@ -200,7 +200,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
 
 void MlpBackwardTask::run() {
   m.begin(p, h);
-  const auto begin_with = [&](const StateTensor (&grads)[2], float* const (&to)[2]) {
+  const auto begin_with = [&](const StateTensor(&grads)[2], float* const(&to)[2]) {
     if (grads[0]) read_states(grads, n, h, d, hd, to, dp);
     else fill_zero(to[0], state), fill_zero(to[1], state);
   };

@@ -143,9 +143,8 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Cols{s.dGaT + i, cp}, W1T + j, dp, 0, hd);
-    x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
-      y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes);
-    });
+    x.each([&](int r, int k, Vec& y)
+               MIRAS_LAMBDA { y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dGu + i * dp + j, dp);
   });
 }

@@ -56,24 +56,24 @@ struct MlpChunk {
   Retention retention;
   Gates gates;
   LayerNorm norm;
-  float *K, *Q, *V;                   // [C x Dp]
-  float *KT, *QT;                     // [D x Cp]
-  float *X, *E, *G, *Gu;              // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi; g_u
-  float *GuT;                         // [D x Cp]
-  float *U1, *U1_end, *K_end;         // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
-  float *AT, *GzT;                    // [Hd x Cp]
-  float *slopeT, *AqT;                // [Hd x Cp]  gelu'(Z); gelu(Zq)
-  float *P1, *P2, *P2T;               // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
-  float *Xq;                          // [C x Dp]  LN(Uq) without its affine part
-  float *r, *rq, *weight;             // [Cp]  1 / std of the two; eta gamma_c / gamma_t
-  float *last_rows, *delta;           // [2 x Cp], [Cp]
+  float *K, *Q, *V;            // [C x Dp]
+  float *KT, *QT;              // [D x Cp]
+  float *X, *E, *G, *Gu;       // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi; g_u
+  float* GuT;                  // [D x Cp]
+  float *U1, *U1_end, *K_end;  // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
+  float *AT, *GzT;             // [Hd x Cp]
+  float *slopeT, *AqT;         // [Hd x Cp]  gelu'(Z); gelu(Zq)
+  float *P1, *P2, *P2T;        // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
+  float* Xq;                   // [C x Dp]  LN(Uq) without its affine part
+  float *r, *rq, *weight;      // [Cp]  1 / std of the two; eta gamma_c / gamma_t
+  float *last_rows, *delta;    // [2 x Cp], [Cp]
   // With momentum, M in place of L and to_end in place of gamma_c / gamma_t, and:
-  float *step_weight, *carry[2];      // [Cp]  eta step_end; rho b
-  float *partT, *part;                // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
+  float *step_weight, *carry[2];  // [Cp]  eta step_end; rho b
+  float *partT, *part;            // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
 
   MIRAS_FN MlpChunk(Arena& a, const MlpParams& p)
-      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p.retention, p.retention_params),
-        gates(a, p), norm(a, p) {
+      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p.retention, p.retention_params), gates(a, p),
+        norm(a, p) {
     K = a.take(p.C, dp), Q = a.take(p.C, dp), V = a.take(p.C, dp);
     KT = a.take(d, cp), QT = a.take(d, cp);
     X = a.take(p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = a.take(p.C, dp);
@@ -201,8 +201,7 @@ struct MlpChunk {
   };
 
   // P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
-  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept,
-              WriteSoon soon) {
+  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept, WriteSoon soon) {
     const Cols x{XT, cp};
     if (gates.momentum) {
       const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;

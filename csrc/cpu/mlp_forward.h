@@ -24,9 +24,9 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct MlpForwardScratch {
   MlpChunk chunk;
   MlpStates state, start;  // start: of an open chunk
-  float *ZT;               // [Hd x Cp]
-  float *O;                // [C x Dp]
-  float *spare;            // [D x Hdp]
+  float* ZT;               // [Hd x Cp]
+  float* O;                // [C x Dp]
+  float* spare;            // [D x Hdp]
 
   MIRAS_FN MlpForwardScratch(Arena& a, const MlpForward& p)
       : chunk(a, p), state(a, p, chunk.retention, 1), start(a, p, chunk.retention, p.position ? 1 : 0) {
@@ -71,9 +71,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     m.find_primal(start);
     find_open_readout(m, open_log_decay, start, state);
   }
-  const auto write_start = [&] {
-    write_states(p.final_start, n, h, d, hd, (opened ? start : state).dual, dp, s.spare);
-  };
+  const auto write_start = [&] { write_states(p.final_start, n, h, d, hd, (opened ? start : state).dual, dp, s.spare); };
   bool start_written = false;
 
   int64_t chunk = 0;

@@ -7,7 +7,7 @@
 //
 //   zq_h = R2_h . q    aq_h = gelu(zq_h)    uq = sum_h aq_h R1_h    o = q + LN(uq)
 //
-// with R = gamma W_0 + rho (w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) right_i)'), which is never formed. A task is one
+// with R = gamma W_0 + rho (kappa_0 D + kappa_1 S_0 + sum_i left_i (kappa_(2+i) right_i)'), which is never formed. A task is one
 // head of one sequence. Two passes over the hidden units, kLanes of them at a time: sums along rows become one vector with an
 // element per unit.
 #pragma once
@@ -19,14 +19,14 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 struct MlpStepScratch {
   LayerNorm norm;
-  float *K, *Q, *V, *O;    // [Dp]
-  float *X, *E, *G, *Gu;   // [Dp]  LN(u) without its affine part; M(k), then its error; psi; gu
-  float *Uq, *more;        // [Dp]  uq, and in its place LN(uq)
-  float *A, *slope, *Aq;   // [Hdp]  gelu(z), gelu'(z), gelu(zq)
-  float *Zq, *changed;     // [Hdp]  W2 q; (R2 - gamma W_0) q / rho without the token's own write
-  float* delta;            // [kPad]
-  float *alpha, *gamma;    // [Dp], all the same
-  float* scores;           // [R]
+  float *K, *Q, *V, *O;   // [Dp]
+  float *X, *E, *G, *Gu;  // [Dp]  LN(u) without its affine part; M(k), then its error; psi; gu
+  float *Uq, *more;       // [Dp]  uq, and in its place LN(uq)
+  float *A, *slope, *Aq;  // [Hdp]  gelu(z), gelu'(z), gelu(zq)
+  float *Zq, *changed;    // [Hdp]  W2 q; (R2 - gamma W_0) q / rho without the token's own write
+  float* delta;           // [kPad]
+  float *alpha, *gamma;   // [Dp], all the same
+  float* scores;          // [R]
   StepSpare spare;
 
   MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p) : MlpStepScratch(a, p, round_up(p.D, kPad), round_up(p.Hd, kPad)) {}
@@ -35,8 +35,8 @@ struct MlpStepScratch {
   MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p, int dp, int hdp)
       : norm(a, p), K(a.take(1, dp)), Q(a.take(1, dp)), V(a.take(1, dp)), O(a.take(1, dp)), X(a.take(1, dp)), E(a.take(1, dp)),
         G(a.take(1, dp)), Gu(a.take(1, dp)), Uq(a.take(1, dp)), more(a.take(1, dp)), A(a.take(1, hdp)), slope(a.take(1, hdp)),
-        Aq(a.take(1, hdp)), Zq(a.take(1, hdp)), changed(a.take(1, hdp)), delta(a.take(1, kPad)), alpha(a.take(1, dp)),
-        gamma(a.take(1, dp)), scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Hd, p.D) {}
+        Aq(a.take(1, hdp)), Zq(a.take(1, hdp)), changed(a.take(1, hdp)), delta(a.take(1, kPad)), alpha(a.take(1, dp)), gamma(a.take(1, dp)),
+        scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Hd, p.D) {}
 };
 
 // y += factor x over n floats, a multiple of kPad
@@ -44,7 +44,7 @@ static void add_multiple(float factor, const float* x, int n, float* y) {
   for (int j = 0; j < n; j += kLanes) store(y + j, load(y + j) + factor * load(x + j));
 }
 
-// scores_i = w_(2+i) (factor_i . x) of the tokens, from the first of them on
+// scores_i = kappa_(2+i) (factor_i . x) of the tokens, from the first of them on
 static void score_tokens(const float* factors, TokenRange tokens, int cols, const float* x, const StepWeights& w, const MlpStepScratch& s) {
   factors += index_t(tokens.first) * cols;
   for (int i = 0; i < tokens.count(); i += kLanes) {

@@ -50,8 +50,7 @@ MIRAS_INLINE void transpose_quads(const float* src, index_t ld, Vec (&x)[4]) {
 }
 
 // dst [cols x ld_dst] = transpose of src [rows x cols]; dst's columns from `rows` to the next multiple of kPad become zero.
-template <class T>
-static void transpose(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
+template <class T> static void transpose(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
   for (int i = 0; i < round_up(rows, kPad); i += kLanes) {
     for (int j = 0; j < cols; j += kLanes) {
       const int height = minimum(kLanes, rows - i), width = minimum(kLanes, cols - j);
@@ -77,8 +76,7 @@ static void transpose(const T* src, index_t ld_src, int rows, int cols, float* d
 }
 
 // dst [rows x ld_dst] = src [rows x cols] in float32; columns up to the next multiple of kPad become zero.
-template <class T>
-static void copy_in(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
+template <class T> static void copy_in(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
   const int padded = round_up(cols, kPad);
   for (int i = 0; i < rows; ++i, src += ld_src, dst += ld_dst) {
     int j = 0;
@@ -88,8 +86,7 @@ static void copy_in(const T* src, index_t ld_src, int rows, int cols, float* dst
   }
 }
 
-template <class T>
-static void copy_out(const float* src, index_t ld_src, int rows, int cols, T* dst, index_t ld_dst) {
+template <class T> static void copy_out(const float* src, index_t ld_src, int rows, int cols, T* dst, index_t ld_dst) {
   for (int i = 0; i < rows; ++i, src += ld_src, dst += ld_dst) {
     int j = 0;
     for (; cols - j >= kLanes; j += kLanes) store(dst + j, load(src + j));
@@ -178,8 +175,8 @@ static void read_state(const StateTensor& x, int64_t n, int64_t h, int first_row
 }
 
 // to contiguous rows; `spare` [dv x round_up(dk)] is overwritten
-static void write_state(const StateTensor& x, int64_t n, int64_t h, int first_row, int dv, int dk, const float* src,
-                        index_t ld, float* spare) {
+static void write_state(const StateTensor& x, int64_t n, int64_t h, int first_row, int dv, int dk, const float* src, index_t ld,
+                        float* spare) {
   const int ld_spare = round_up(dk, kPad);
   transpose(src, ld, dk, dv, spare, ld_spare);
   copy_out(spare, ld_spare, dv, dk, x.data + n * x.seq + h * x.head + first_row * x.row, x.row);

@@ -1,7 +1,7 @@
 // What the decoding steps of both memories share: a decoder's buffers, read and written in place (docs/mathematics.md, section 11).
 // The writes of an open chunk's tokens are kept as factors, with weights:
 //
-//   A = gamma A_0 + w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) o right_i)'    S = s_1 S_0 + sum_i s_(2+i) left_i right_i'
+//   A = gamma A_0 + kappa_0 D + kappa_1 S_0 + sum_i left_i (kappa_(2+i) o right_i)'    S = mu_1 S_0 + sum_i mu_(2+i) left_i right_i'
 //
 // Matrices are written when the chunk closes, and when there are so many factors that adding them to D means reading less.
 //
@@ -29,7 +29,7 @@ struct StepMatrix {
   int rows, cols;  // K, V
   LastAxis last;
   float *start, *primal, *written, *momenta, *rho;  // null if absent
-  float *left, *right;                               // [R x K], [R x V]
+  float *left, *right;                              // [R x K], [R x V]
 
   MIRAS_FN StepMatrix(const StepBuffers& x, int64_t index, int K, int V, LastAxis last) : rows(K), cols(V), last(last) {
     const int64_t at = index * K * V;

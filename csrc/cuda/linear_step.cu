@@ -1,8 +1,8 @@
-// Decoding steps of the linear memory W' [Dk, Dv], a token at a time; w are the `weights`, s the `momentum_weights`.
+// Decoding steps of the linear memory W' [Dk, Dv], a token at a time; kappa: `weights`, mu: `momentum_weights`.
 //
 //     e = W_0' k - v;  u = eta psi(e)                                          W_0 = phi(A_0) at the start of the chunk
-//     s <- theta s;  w <- alpha w + s                                          of what the chunk has written; (k, -u) gets the weight 1
-//     o = gamma W_0' q + rho (w_0 D' q + w_1 S_0' q + sum_i (k_i . q) w_i o -u_i)
+//     mu <- theta mu;  kappa <- alpha kappa + mu                           of what the chunk has written; (k, -u) gets the weight 1
+//     o = gamma W_0' q + rho (kappa_0 D' q + kappa_1 S_0' q + sum_i (k_i . q) kappa_i o -u_i)
 //
 // linear_predict computes the matrices' products with k and q; a block takes all keys of a tile of kTile values. Its threads form rows of
 // kLanes, each thread with kVec neighbouring values of every kRowStep-th key. linear_write does the rest, one block a head and one thread

@@ -1,10 +1,10 @@
-// Decoding steps of the MLP memory S1 = W1' [Hd, D], W2 [Hd, D], a token at a time; w: `weights`, s: `momentum_weights`.
+// Decoding steps of the MLP memory S1 = W1' [Hd, D], W2 [Hd, D], a token at a time; kappa: `weights`, mu: `momentum_weights`.
 //
 //     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                   both matrices at the chunk's start
 //     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                            the inner gradients
-//     s <- theta s;  w <- alpha w + s                                                       of what the chunk has written
+//     mu <- theta mu;  kappa <- alpha kappa + mu                                        of what the chunk has written
 //     zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                        (a, -eta gu), (-eta gz, k) get the weight 1
-//     R x = gamma phi(A_0) x + rho (w_0 D x + w_1 S_0 x + sum_i left_i w_i (right_i . x))   the other way round for R1'
+//     R x = gamma phi(A_0) x + rho (kappa_0 D x + kappa_1 S_0 x + sum_i left_i kappa_i (right_i . x))   the other way round for R1'
 //
 // Each block takes kUnits hidden units, a part of both matrices; what needs all units is left to the next launch:
 //
@@ -64,8 +64,8 @@ template <int kVec> struct Part {
   float *channels, *partial;  // shared [D], [kWarps][kMaxChannels]
 
   __device__ Part(const Step& p, int t, int parts, float* channels, float* partial)
-      : p(p), t(t), parts(parts), part(blockIdx.x % parts), first(part * kUnits), last(min(first + kUnits, p.K)),
-        head(blockIdx.x / parts), group(thread() / kLanes), lane_column(thread() % kLanes * kVec), channels(channels), partial(partial) {
+      : p(p), t(t), parts(parts), part(blockIdx.x % parts), first(part * kUnits), last(min(first + kUnits, p.K)), head(blockIdx.x / parts),
+        group(thread() / kLanes), lane_column(thread() % kLanes * kVec), channels(channels), partial(partial) {
     n = int(head / p.H), h = int(head % p.H);
     matrix = head * 2 * p.K * p.V;
   }

@@ -30,11 +30,11 @@ struct MirasTokens {
 // [N, T, H, V] if `*_per_channel`. The workspace is written by one launch and read by the next; see the kernels.
 struct MirasStep {
   MirasTokens q, k, v, out;
-  const float *lr, *log_decay, *delta, *momentum;             // all but lr may be null
+  const float *lr, *log_decay, *delta, *momentum;  // all but lr may be null
 #define MIRAS_BUFFER_FIELD(type, name) type* name;
   MIRAS_STEP_BUFFERS(MIRAS_BUFFER_FIELD)
-  const float *ln_weight, *ln_bias;                           // [H, D] of an MLP
-  float *products, *hidden, *partial, *scores, *after;        // workspace: the first of a linear memory, the others of an MLP
+  const float *ln_weight, *ln_bias;                     // [H, D] of an MLP
+  float *products, *hidden, *partial, *scores, *after;  // workspace: the first of a linear memory, the others of an MLP
   float ln_eps;
   float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
   int32_t bias, retention, token_type;
@@ -355,8 +355,7 @@ __device__ inline float map(const Step& p, const Matrix& x, bool columns, int fi
 
 // ------------------------------------------------------------------------------------------------------------------ launches
 
-template <class... Arguments>
-int launch(void (*kernel)(Arguments...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
+template <class... Arguments> int launch(void (*kernel)(Arguments...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));

@@ -1,13 +1,13 @@
-"""Decoding steps of the linear memory ``W' [Dk, Dv]``, a token at a time; ``w`` are the ``weights``, ``s`` the ``momentum_weights``.
+"""Decoding steps of the linear memory ``W' [Dk, Dv]``, a token at a time; kappa: ``weights``, mu: ``momentum_weights``.
 
     e = W_0' k - v;  u = eta psi(e)                                              W_0 = phi(A_0) at the start of the chunk
-    s <- theta s;  w <- alpha w + s                                              of what the chunk has written; (k, -u) gets the weight 1
-    o = gamma W_0' q + rho (w_0 D' q + w_1 S_0' q + sum_i (k_i . q) w_i o -u_i)
+    mu <- theta mu;  kappa <- alpha kappa + mu                               of what the chunk has written; (k, -u) gets the weight 1
+    o = gamma W_0' q + rho (kappa_0 D' q + kappa_1 S_0' q + sum_i (k_i . q) kappa_i o -u_i)
 
 ``linear_step_predict`` computes the matrices' products with k and q; a program takes all keys of ``BV`` values. ``linear_step_write`` does
 the rest, one program a head, and where the chunk closes writes ``A`` and ``S`` as the next one's start:
 
-    A = gamma A_0 + w_0 D + w_1 S_0 - sum_i k_i (w_i o u_i)';  S = s_1 S_0 - sum_i s_i k_i u_i'
+    A = gamma A_0 + kappa_0 D + kappa_1 S_0 - sum_i k_i (kappa_i o u_i)';  S = mu_1 S_0 - sum_i mu_i k_i u_i'
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Decoding steps of the MLP memory ``S1 = W1' [Hd, D]``, ``W2 [Hd, D]``, a token at a time; w: ``weights``, s: ``momentum_weights``.
+"""Decoding steps of the MLP memory ``S1 = W1' [Hd, D]``, ``W2 [Hd, D]``, a token at a time; kappa: ``weights``, mu: ``momentum_weights``.
 
     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                       both matrices at the chunk's start
     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                                the inner gradients
-    s <- theta s;  w <- alpha w + s                                                           of what the chunk has written
+    mu <- theta mu;  kappa <- alpha kappa + mu                                            of what the chunk has written
     zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                            (a, -eta gu), (-eta gz, k) get the weight 1
-    R x = gamma phi(A_0) x + rho (w_0 D x + w_1 S_0 x + sum_i left_i w_i (right_i . x))       the other way round for R1'
+    R x = gamma phi(A_0) x + rho (kappa_0 D x + kappa_1 S_0 x + sum_i left_i kappa_i (right_i . x))       the other way round for R1'
 
 Hidden units are shared out, ``BH`` to a program, a *part* of each matrix; what needs all of them waits for the next launch:
 

@@ -78,7 +78,7 @@ def decay_of(log_decay, open_log_decay, row, o_w, m_w, W: tl.constexpr):
 
 @triton.jit
 def first_weights(weights, momentum_weights, o_w, m_w, alpha, momentum, W: tl.constexpr):
-    """Rows 0 and 1 after the token, ``(w_0 [BW], w_1 [BW], s_1)``: ``s <- theta s; w <- alpha w + s``."""
+    """Rows 0 and 1 after the token, ``(kappa_0 [BW], kappa_1 [BW], mu_1)``: ``mu <- theta mu; kappa <- alpha kappa + mu``."""
     b_weights0 = alpha * tl.load(weights + o_w, mask=m_w, other=0.0)
     b_weights1, moves_1 = alpha * 0.0, 0.0
     if momentum_weights is not None:

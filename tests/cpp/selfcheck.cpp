@@ -257,8 +257,8 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   Inputs in(D, D);
   Floats w1 = draw(kHeads * D * Hd, 0.5f), w2 = draw(kHeads * Hd * D, 0.5f), out(kTokens * kHeads * D);
   Floats weight = draw(kHeads * D, 0.2f, 1.0f), bias = draw(kHeads * D, 0.2f);
-  const Problem problem{D,        D,        Hd,       wide(in.q), wide(in.k),   wide(in.v),
-                        wide(in.lr), wide(in.decay), wide(w1), wide(w2), wide(weight), wide(bias)};
+  const Problem problem{D,        D,        Hd,           wide(in.q), wide(in.k), wide(in.v), wide(in.lr), wide(in.decay),
+                        wide(w1), wide(w2), wide(weight), wide(bias)};
   const auto fill = [&](MlpParams& p) {
     in.fill(p, D, D);
     p.D = D, p.Hd = Hd, p.ln_weight = weight.data(), p.ln_bias = bias.data(), p.ln_eps = float(kEps);

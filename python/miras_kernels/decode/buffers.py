@@ -24,10 +24,10 @@ class Buffers:
 
     A step rarely writes a matrix, other than when a chunk closes: what the open chunk's tokens wrote is kept as factors of rank one,
 
-        ``A = gamma A_0 + w_0 D + w_1 S_0 + sum_i left_i (w_(2+i) o right_i)'``
-        ``S = s_1 S_0 + sum_i s_(2+i) left_i right_i'``
+        ``A = gamma A_0 + kappa_0 D + kappa_1 S_0 + sum_i left_i (kappa_(2+i) o right_i)'``
+        ``S = mu_1 S_0 + sum_i mu_(2+i) left_i right_i'``
 
-    with weights ``w`` and ``s``. There are ``m`` matrices: one of a linear memory, ``K x V = Dk x Dv``; two of an MLP, W1 transposed
+    with weights ``kappa`` and ``mu``. There are ``m`` matrices: one of a linear memory, ``K x V = Dk x Dv``; two of an MLP, W1 transposed
     and W2, ``K x V = Hd x D``. ``C`` is the chunk size; ``W`` is 1, or ``Dv`` for a channel-wise decay. Token ``i`` of the open chunk
     has row ``i`` of the factors and row ``2 + i`` of their weights. Rows from ``position`` (``2 + position``) on have no meaning, but are
     finite.
@@ -43,9 +43,9 @@ class Buffers:
             minus the step size times the gradient in z.
         right: ``[N, H, m, C, V]``, the other factor: for a linear memory minus the step size times psi(e), for an MLP memory minus the
             step size times the gradient in u for W1, and k for W2.
-        weights: ``[N, H, 2 + C, W]``, w: row 0 of ``written``, row 1 of ``momenta``, the others of the tokens' writes. Rows 0 and 1 are 0
-            where ``position`` is 0.
-        momentum_weights: ``[N, H, 2 + C]``, s, likewise: row 0 is always 0, row 1 is 1 where ``position`` is 0; None without momentum.
+        weights: ``[N, H, 2 + C, W]``, kappa: row 0 of ``written``, row 1 of ``momenta``, the others of the tokens' writes. Rows 0 and 1
+            are 0 where ``position`` is 0.
+        momentum_weights: ``[N, H, 2 + C]``, mu, likewise: row 0 is always 0, row 1 is 1 where ``position`` is 0; None without momentum.
         open_log_decay: log gamma, the sum over the open chunk: ``[N, H]``, or ``[N, H, Dv]`` for a channel-wise decay; 0 where
             ``position`` is 0.
         position: ``[N]`` int64, the number of tokens of the open chunk that each sequence has read, less than C.
