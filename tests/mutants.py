@@ -1,7 +1,7 @@
-"""Planted one-line faults, each with the tests that must catch it: ``make mutants`` says which survive.
+"""Mutation testing: one-line faults (mutants), each with the tests that must fail with it. ``make mutants`` lists those that survive.
 
-Each fault is planted alone in a copy of the tree, where only its own tests run, up to the first that fails. Those of the C++ kernels are
-all compiled at once, each behind a condition that an environment variable switches on. The tests must pass without a fault.
+Each mutant is applied alone to a copy of the source tree, in which only its tests run, up to the first failure. The mutants of the C++
+kernels are compiled together, each behind a condition that an environment variable enables. Without a mutant the tests must pass.
 
     python tests/mutants.py [-k NAME] [-j PROCESSES]
 """
@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Mutant(NamedTuple):
-    """A fault: ``text``, which occurs once in ``file``, becomes ``replacement``; in csrc/ but for csrc/cuda both are expressions."""
+    """Replaces ``text``, which must occur once in ``file``, by ``replacement``; in csrc/ (except csrc/cuda) both are expressions."""
 
     name: str
     file: str
-    tests: tuple[str, ...]  # what pytest is given, in tests/
+    tests: tuple[str, ...]  # arguments of pytest, relative to tests/
     text: str
     replacement: str
 
@@ -37,7 +37,7 @@ class Mutant(NamedTuple):
 
 
 def cases(test: str, *names: str) -> tuple[str, ...]:
-    """A parametrized test with some of its parameters."""
+    """A parametrized test with these parameter ids."""
     return tuple(f"{test}[{name}]" for name in names)
 
 
@@ -132,7 +132,8 @@ MUTANTS = [
     Mutant("cpp-panels-not-added-up", "csrc/bindings.cpp", cases("cpp/test_cpp.py::test_any_number_of_threads", "(1, 1)-dot"),
            "x += from[share * size + i]", "x += 0.0f"),
     # ------------------------------------------------------------------------------------------------- csrc/cuda, emulated
-    Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
+    Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu",
+           cases("cuda/test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
            "kept_1 = alpha * kept[width] + moved_1", "kept_1 = kept[width] + moved_1"),
     Mutant("cuda-mlp-without-rho", "csrc/cuda/mlp_step.cu", cases("cuda/test_cuda.py::test_sizes", "mlp-entire"),
            "rho_2 * wq", "wq"),
@@ -193,8 +194,7 @@ MUTANTS = [
            cases("core/test_identities.py::test_pieces_are_the_whole", "linear-l2-7-pieces-cpp"),
            "return (before + tokens) % call.chunk_size", "return tokens % call.chunk_size"),
     Mutant("gradients-of-a-state-in-the-wrong-places", "python/miras_kernels/autograd.py", cpp("momentum-strong-decay"),
-           "result[STATE] = grads + [None] * (ctx.state_tensors - len(grads))",
-           "result[STATE] = grads[::-1] + [None] * (ctx.state_tensors - len(grads))"),
+           'for name in call.present()] + grads["state"]', 'for name in call.present()] + grads["state"][::-1]'),
     Mutant("packed-offsets-beyond-the-tokens", "python/miras_kernels/validation.py", ("core/test_errors.py",),
            "if values[-1] != t:", "if values[-1] > t:"),
     Mutant("momentum-of-one-accepted", "python/miras_kernels/validation.py", ("core/test_errors.py",),
@@ -276,7 +276,7 @@ def occurrences(mutant: Mutant) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- running
 
-#: before a source of the C++ kernels that has mutants
+#: inserted at the top of a C++ source that has mutants
 SWITCH = """#ifndef MIRAS_MUTANTS
 #define MIRAS_MUTANTS
 #include <cstdlib>
@@ -286,7 +286,7 @@ inline const int miras_mutant = std::getenv("MIRAS_MUTANT") ? std::atoi(std::get
 
 
 def copied(folder: Path, tree: Path = ROOT) -> Path:
-    """A tree without what was built, but for the kernels, and importable before any installed one."""
+    """Copy the source tree without build products, except the C++ kernels, so that it can be imported before an installed package."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "__pycache__", ".*_cache", ".hypothesis", "out")
     shutil.copytree(tree, folder, ignore=ignored, symlinks=True)
     link = folder / "python" / "miras_kernels" / "kernels"
@@ -296,7 +296,7 @@ def copied(folder: Path, tree: Path = ROOT) -> Path:
 
 
 def pytest(tree: Path, tests: tuple[str, ...], **environment: str) -> subprocess.CompletedProcess:
-    """Run tests of a copy."""
+    """Run tests in a copy."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     path = os.pathsep.join(filter(None, [str(tree / "python"), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment}
@@ -311,7 +311,7 @@ def replace(tree: Path, mutant: Mutant, replacement: str) -> None:
 
 
 def build(tree: Path, mutants: list[Mutant]) -> None:
-    """The kernels with all these faults, the i-th of which MIRAS_MUTANT=i switches on."""
+    """Compile the kernels with all these mutants; MIRAS_MUTANT=i enables the i-th."""
     for i, mutant in enumerate(mutants, 1):
         replace(tree, mutant, f"(miras_mutant == {i} ? ({mutant.replacement}) : ({mutant.text}))")
     for file in {mutant.file for mutant in mutants}:
