@@ -52,6 +52,12 @@ class Call:
         """The memory's hidden size, 0 if it has none."""
         return self.memory.hidden(self.state.dual)
 
+    def exceeds(self, backend: str, *, steps: bool = False) -> str | None:
+        """Which size limit of a backend's kernels this call exceeds, or of those that decode it in ``steps``; or None."""
+        kernels = self.memory.kernels[backend]
+        limits = kernels.steps if steps else kernels.sequences
+        return "it only decodes" if limits is None else limits.exceeded_by(self)
+
     def replace(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
 

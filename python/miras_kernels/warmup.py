@@ -30,7 +30,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,7 +114,9 @@ class Variant:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device, requires_grad=self.differentiate)
 
-        given = {name: zeros(b, t, h, d, dtype=self.dtype) for name, d in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim))}
+        given: dict[str, Any] = {
+            name: zeros(b, t, h, d, dtype=self.dtype) for name, d in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim))
+        }
         given |= dict(lr=zeros(b, t, h), log_decay=zeros(b, t, h) if self.decay else None)
         given |= dict(bias=self.bias, delta=1.0 if self.bias.needs_delta else None, chunk_size=self.chunk_size)
         given |= dict(output_final_state=self.final_state, cu_seqlens=None)
@@ -130,7 +132,7 @@ class Variant:
 
     def step(self, sizes: Sizes) -> Call:
         """The validated call of a token, on tensors without storage; errors as of :meth:`call`."""
-        settings = dict(bias=self.bias, retention=L2Retention(), momentum=None, chunk_size=self.chunk_size)
+        settings = dict[str, Any](bias=self.bias, retention=L2Retention(), momentum=None, chunk_size=self.chunk_size)
         return make_call(LINEAR, **self.token(sizes, "meta"), **settings, initial_state=None, output_final_state=True, cu_seqlens=None)
 
     def call(self, sizes: Sizes) -> Call:
@@ -202,9 +204,9 @@ def make_calls(variant: Variant, device: str) -> None:
             state = MemoryState((torch.zeros(variant.batch, sizes.heads, variant.value_dim, variant.key_dim, device=device),))
             reader = Decoder(state, chunk_size=variant.chunk_size, bias=variant.bias, backend="triton")
             reader.step(**variant.token(sizes, device))
-        out, state = linear_memory(**variant.arguments(sizes, device), backend="triton")
+        out, final = linear_memory(**variant.arguments(sizes, device), backend="triton")
         if variant.differentiate:
-            results = [out, *(state.dual if sizes.state_grad else ())]
+            results = [out, *(final.dual if final is not None and sizes.state_grad else ())]
             torch.autograd.backward(results, [torch.zeros_like(x) for x in results])
 
 
@@ -279,11 +281,11 @@ def _name(given) -> str:
 
 def run(variants: Sequence[Variant], target: str | None) -> int:
     """Compile what calls of these kinds need, for the GPU here or for a target of TARGETS; the command's exit status."""
-    reasons = ((f"{variant}: ", refusal(variant)) for variant in variants)
-    wrong = next(((what, reason) for what, reason in reasons if reason is not None), ("", unavailable(target)))
-    if wrong[1] is not None:
-        print(f"warmup: {''.join(wrong)}", file=sys.stderr)
-        return 2
+    reasons = [*((f"{variant}: ", refusal(variant)) for variant in variants), ("", unavailable(target))]
+    for what, reason in reasons:
+        if reason is not None:
+            print(f"warmup: {what}{reason}", file=sys.stderr)
+            return 2
     if target is None:
         _compile_here(variants)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Placeholder(torch.Tensor):
     """A tensor without data that reports any device. PyTorch's own fake tensors import its compiler, and triton."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    where: Any
     device = property(lambda self: self.where)
 
 
@@ -39,7 +41,7 @@ def _example(args: argparse.Namespace) -> dict[str, str | None]:
     wide = torch.float64 if args.dtype == "float64" else torch.float32
 
     def make(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
-        x = torch.empty(*shape, dtype=dtype, device="meta").as_subclass(Placeholder)
+        x: Placeholder = torch.empty(*shape, dtype=dtype, device="meta").as_subclass(Placeholder)
         x.where = torch.device(args.device)
         return x
 
