@@ -16,7 +16,7 @@ from miras_kernels import dispatch, verification
 from miras_kernels.__main__ import main
 from miras_kernels.cli.explain import Placeholder
 from miras_kernels.tables.memories import LINEAR
-from miras_kernels.testing import trial
+from miras_kernels.testing import verifying
 from miras_kernels.validation import make_call
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -172,14 +172,14 @@ def test_an_exception_is_a_failure_unless_memory_ran_out(monkeypatch):
 
 
 def test_a_case_that_cannot_be_drawn_is_not_verified(monkeypatch):
-    monkeypatch.setattr(trial.Case, "_kink_distance", lambda self, inputs: 0.0)
+    monkeypatch.setattr(verifying.Case, "_kink_distance", lambda self, inputs: 0.0)
     found = verify(bias=mk.Huber("norm"), key_dim=2, chunk_size=2)
-    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps its distance from the kink" in str(found)
+    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps a distance from the kink" in str(found)
 
 
 def test_a_device_that_stopped_working_is_not_verified(monkeypatch):
     wrong_forward(dispatch.BACKENDS["cpp"], monkeypatch)
-    monkeypatch.setattr(trial, "_answers", lambda device: False)
+    monkeypatch.setattr(verifying, "_still_works", lambda device: False)
     assert [x.status for x in verify().outcomes] == ["failed", "not verified"]
 
 
@@ -196,7 +196,7 @@ def test_results_of_own_sizes_apply_to_these_sizes(monkeypatch):
 
 def test_the_trials_cover_the_tables():
     """Every bias with every gate for both memories, the plainest first; each with packing, momentum and gates by channel."""
-    pairs = trial._pairs(None, None, None, None)
+    pairs = verifying._pairs(None, None, None, None)
     kinds = [(x.memory, x.bias.name, x.retention.name) for x, _ in pairs]
     assert len(set(kinds)) == len(kinds) == 2 * len(mk.biases.TABLE) * len(mk.retention.TABLE)
     assert kinds[:2] == [("linear", "l2", "l2"), ("mlp", "l2", "l2")] and all("l2" in kind[1:] for kind in kinds[:26])
@@ -244,9 +244,9 @@ def test_the_time_limit(cache, monkeypatch, capsys):
         tried.append(self.key)
         return "wrong" if self.key.startswith("mlp") else None
 
-    monkeypatch.setattr(trial.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(trial._Trial, "_wrong", wrong)
-    monkeypatch.setattr(trial, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
+    monkeypatch.setattr(verifying.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(verifying._Check, "_wrong", wrong)
+    monkeypatch.setattr(verifying, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
     some = dict(bias=mk.L2(), retention=mk.L2Retention(), device="cpu")
     first = mk.verify(**some, seconds=2.5)  # both cases of one configuration, one of the next
     assert [x.status for x in first.outcomes] == ["passed", "not verified", "not verified", "not verified"]
@@ -258,7 +258,7 @@ def test_the_time_limit(cache, monkeypatch, capsys):
     tried.clear()
     mk.verify(**some)
     assert [x.split()[0] for x in tried] == ["linear"] * 4 + ["mlp"] * 2
-    monkeypatch.setattr(trial.time, "monotonic", itertools.count(0, 100).__next__)
+    monkeypatch.setattr(verifying.time, "monotonic", itertools.count(0, 100).__next__)
     assert main(COMMAND.split()) == 2 and "1 " not in capsys.readouterr().out
 
 
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_used(cache, monkeypatch):
     with pytest.warns(UserWarning, match="results of verification are ignored"):
         assert taken() == "cpp"
     found = verify()
-    assert found.ok and "the results are not kept: " in str(found)
+    assert found.ok and "the results could not be stored: " in str(found)
     assert len(verification.results("cpp", CPU)) == 2  # they apply in this process
     forget(monkeypatch)
     monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError("no")))

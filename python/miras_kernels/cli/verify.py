@@ -16,6 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Try the kernels of this machine."""
-    from ..testing import trial
+    from ..testing import verifying
 
-    return trial.command(args)
+    return verifying.command(args)
