@@ -1,4 +1,4 @@
-"""One validated call: what every backend, dispatch and autograd take."""
+"""One validated call, as dispatch, autograd and the backends take it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["Call"]
 class Call:
     """One validated call of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
 
-    Shapes as in SPEC section 1. Gates and states already have the dtype of the arithmetic; ``delta`` is ``[B, T, H]`` or
-    ``[B, T, H, Dv]``; ``state`` holds ``N`` sequences, ``N = B`` or the number of packed ones.
+    Gates and states already have the dtype of the arithmetic; ``delta`` is ``[B, T, H]`` or ``[B, T, H, Dv]``; ``state`` holds ``N``
+    sequences, ``N = B`` or the number of packed ones.
     """
 
     memory: Memory

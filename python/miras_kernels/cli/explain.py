@@ -1,4 +1,4 @@
-"""``explain``: what each backend says about a call, and the one that "auto" takes."""
+"""``explain``: which backends can serve a call, and the one that "auto" takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory_arguments(parser)
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="need not be there: nothing is computed")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="need not exist here: nothing is computed")
     parser.add_argument("--decay", choices=("none", "scalar", "channel"), default="scalar")
     parser.add_argument("--lr", choices=("scalar", "channel"), default="scalar")
     parser.add_argument("--momentum", action="store_true")
@@ -63,7 +63,7 @@ def _example(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what each backend says about a call, and the one that "auto" takes."""
+    """Print whether each backend can serve a call, and the one that "auto" takes."""
     try:
         reasons = _example(args)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What several subcommands use: parsers of arguments, and the rows that they print."""
+"""Shared by the subcommands: parsers of arguments, and printing of rows."""
 
 from __future__ import annotations
 
