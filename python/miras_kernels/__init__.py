@@ -1,4 +1,4 @@
-"""miras-kernels: fused kernels for sequence models that are associative memories trained while they read."""
+"""miras-kernels: fused kernels for sequence models that are associative memories trained at test time."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``verify`` comes when it is asked for: it brings what only tests need."""
+    """Import ``verify`` on first use: it needs modules that only testing needs."""
     if name != "verify":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .testing import verify

@@ -69,7 +69,7 @@ class CudaBackend:
     """
 
     name = "cuda"
-    unverified = "leave"
+    unverified = "skip"
 
     def __init__(self, path: Path = LIBRARY, device: str = "cuda"):
         self.path, self.device = path, device
@@ -131,7 +131,7 @@ class CudaBackend:
     def refuses_steps(self, call: Call) -> str | None:
         if call.q.dtype not in TOKEN_TYPES:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        exceeded = call.memory.kernels[self.name].steps.exceeded_by(call)
+        exceeded = call.exceeds(self.name, steps=True)
         if exceeded is not None:
             return exceeded
         if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
