@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from decoding import MLP, PAIRS, SIZES
-from miras_kernels import autograd, dispatch, validation
+from miras_kernels import autograd, validation
 from miras_kernels.backends.cpp import Steps
+from miras_kernels.tables import memories
 from miras_kernels.testing import Case, check_steps, steps
 from miras_kernels.testing.steps import cut
 
@@ -17,8 +18,7 @@ from miras_kernels.testing.steps import cut
 @pytest.mark.parametrize("case", [*PAIRS[::2], *SIZES], ids=str)
 def test_short_inputs_are_decoded(case, monkeypatch, poisoned):
     """A sequence cut into single tokens and short runs gives the results of the whole, on the kernels, for all gates."""
-    backend, taken = dispatch.BACKENDS["cpp"], []
-    on_value = Steps.on_value
+    taken, on_value = [], Steps.on_value
     monkeypatch.setattr(Steps, "on_value", lambda self: taken.append(self.call.q.shape[1]) or on_value(self))
     arguments, outs = steps.inputs_of(case, "cpp", torch.float32).arguments(), []
     with torch.no_grad():
@@ -27,7 +27,8 @@ def test_short_inputs_are_decoded(case, monkeypatch, poisoned):
         for a, b in itertools.pairwise(cuts):
             out, state = steps.function(case)(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend="cpp")
             outs.append(out)
-    assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == min(backend.STEPS.values())
+    few = min(row.kernels["cpp"].few for row in memories.TABLE.values())
+    assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == few
     report = check_steps(case, "cpp", cuts=[13], found=steps.final(torch.cat(outs, 1), state))
     assert report.ok, report
 
@@ -56,9 +57,8 @@ def test_the_operator_gives_a_state_of_its_own(shape):
         _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
         short = {**arguments, **cut(arguments, 13, 14), "initial_state": state}
         wanted, after = steps.function(case)(**short, backend="cpp")
-        make = validation.linear_call if case.memory == "linear" else validation.mlp_call
         tokens = [short.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
-        operands = (*autograd._flatten(make(*tokens, **short)), "cpp", 0)
+        operands = (*autograd._flatten(validation.make_call(memories.TABLE[case.memory], *tokens, **short)), "cpp", 0)
         torch.library.opcheck(torch.ops.miras_kernels.memory, operands, test_utils=("test_schema", "test_faketensor"))
         out, final, _ = torch.ops.miras_kernels.memory(*operands)
     assert torch.equal(out, wanted)

@@ -15,10 +15,12 @@ import vectors
 from miras_kernels import dispatch
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.decode import buffers
+from miras_kernels.memory import run
+from miras_kernels.tables import memories
 from miras_kernels.testing import Case, check, evaluate, registry
 from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.testing.parity import compare, spread
-from miras_kernels.validation import linear_call, mlp_call
+from miras_kernels.validation import make_call
 from quick import combinations, or_slow, sample, slow
 from served import CHANNELS, MLP, SERVED, TOGETHER
 
@@ -66,27 +68,27 @@ def test_an_unknown_instruction_set_is_an_error():
 def test_the_extension_has_the_packages_buffers_and_limits():
     from miras_kernels import _C
 
-    backend = dispatch.BACKENDS["cpp"]
     assert tuple(_C.step_buffers()) == buffers.NAMES
-    assert _C.limits() == {
-        "head": backend.MAX_HEAD, "hidden": backend.MAX_HIDDEN, "chunk": backend.MAX_CHUNK,
-        "bias_parameters": mk.biases.Bias.MAX_PARAMETERS, "retention_parameters": mk.retention.Retention.MAX_PARAMETERS,
-    }  # fmt: skip
+    for row in (memories.LINEAR, memories.MLP):
+        for limits in row.kernels["cpp"][:2]:
+            given = {name: x for name, x in limits._asdict().items() if x is not None}
+            assert given == {name: _C.limits()[name] for name in given}
+    assert _C.limits()["bias_parameters"] == mk.biases.Bias.MAX_PARAMETERS
+    assert _C.limits()["retention_parameters"] == mk.retention.Retention.MAX_PARAMETERS
 
 
 @pytest.mark.parametrize("path", vectors.FILES, ids=lambda p: p.stem)
 def test_vectors(path):
     """Within the effect of rounding on the file's numbers and on a run with them."""
     config, tensors = vectors.load(path)
-    function, make = (mk.linear_memory, linear_call) if config["memory"] == "linear" else (mk.mlp_memory, mlp_call)
+    memory = memories.TABLE[config["memory"]]
 
     def results(tensors: dict, run) -> dict:
         keywords, leaves = vectors.arguments(config, tensors)
         return vectors.results(*run(keywords), tensors, leaves)
 
-    defaults = dict(log_decay=None, delta=None, momentum=None, cu_seqlens=None) | ({"ln_eps": 1e-6} if make is mlp_call else {})
-    by_chunks = lambda keywords: chunkwise.run(make(**defaults | keywords))
-    found = results({name: x.float() for name, x in tensors.items()}, lambda keywords: function(**keywords, backend="cpp"))
+    by_chunks = lambda keywords: chunkwise.run(make_call(memory, **keywords))
+    found = results({name: x.float() for name, x in tensors.items()}, lambda keywords: run(memory, **keywords, backend="cpp"))
     exact = {name: tensors[name] for name in found}
     budgets = spread(exact, lambda: results({name: x * 1 for name, x in tensors.items()}, by_chunks))
     report = compare(Case(path.stem), torch.float32, found, budgets)

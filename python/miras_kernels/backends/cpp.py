@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,6 @@ class CppBackend:
 
     name = "cpp"
     unverified = "take"  # continuous integration runs them
-    #: the largest head dimensions, hidden size and chunk size; csrc/tensors.h has the same
-    MAX_HEAD, MAX_HIDDEN, MAX_CHUNK = 256, 1024, 256
-    #: the most tokens of a call without gradients that are decoded one by one; for more tokens, products of whole chunks are faster
-    STEPS: ClassVar[dict[str, int]] = {"linear": 8, "mlp": 4}
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -55,29 +51,23 @@ class CppBackend:
         """The reason why no kernel here can serve a call, or None."""
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
-        heads = max(call.q.shape[-1], call.v.shape[-1])
-        if heads > self.MAX_HEAD:
-            return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
-        if call.memory == "mlp" and call.state.dual[1].shape[-2] > self.MAX_HIDDEN:
-            return f"hidden units are limited to {self.MAX_HIDDEN}, got {call.state.dual[1].shape[-2]}"
-        if call.chunk_size > self.MAX_CHUNK:
-            return f"chunk_size is limited to {self.MAX_CHUNK}, got {call.chunk_size}"
-        return None
+        kernels = call.memory.kernels[self.name]
+        return (kernels.sequences or kernels.steps).exceeded_by(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         chunk = call.state.open_chunk
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
-        run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
+        run = getattr(self.extension, f"{call.memory.name}_forward")
         out, dual, momenta, start, open_log_decay, checkpoints = run(
             *_inputs(call), opened, _offsets(call), _rules(call), checkpoint_every, call.output_final_state
         )
         matrices = [dual, start] if call.momentum is None else [dual, momenta, start]
-        final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
+        final = matrices if len(call.memory.matrices) == 1 else [x for pair in matrices for x in pair]
         return out, [*final, open_log_decay], [checkpoints] if checkpoint_every else []
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are decoded one by one."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS[call.memory]
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._out_of_range(call)
@@ -89,15 +79,18 @@ class CppBackend:
         return kept_states_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-        run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
+        run = getattr(self.extension, f"{call.memory.name}_backward")
         duals = len(call.state.dual)
         *grads, d_dual, d_momenta = run(
             *_inputs(call), _offsets(call), _rules(call), checkpoint_every, saved[0], grad_out,
             (_matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:])),
         )  # fmt: skip
-        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
+        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (("ln_weight", "ln_bias") if call.memory.needs_norm else ())
         state = [d_dual] if call.momentum is None else [d_dual, d_momenta]
-        return {**dict(zip(names, grads, strict=True)), "state": state if call.memory == "linear" else [x for pair in state for x in pair]}
+        return {
+            **dict(zip(names, grads, strict=True)),
+            "state": state if len(call.memory.matrices) == 1 else [x for pair in state for x in pair],
+        }
 
 
 class Steps:
@@ -115,13 +108,13 @@ class Steps:
 
         It returns the output, or does nothing and returns None if an argument is not as in the call.
         """
-        make = self.extension.LinearStepper if self.call.memory == "linear" else self.extension.MlpStepper
+        make = getattr(self.extension, f"{self.call.memory.name.capitalize()}Stepper")
         return make(_tokens(self.call), _norm(self.call), buffers.all(), _rules(self.call), options.check_values is not False)
 
     def on_value(self) -> tuple[Tensor, list[Tensor]]:
         """Decode the call on its state as a value, without a decoder's buffers."""
         call, state, chunk = self.call, self.call.state, self.call.state.open_chunk
-        run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
+        run = getattr(self.extension, f"{call.memory.name}_steps")
         opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
         matrices = (state.dual, state.momentum or ())
         out, dual, momenta, start, open_log_decay = run(_tokens(call), _norm(call), matrices, opened, _rules(call))
@@ -130,7 +123,7 @@ class Steps:
 
 def _inputs(call: Call) -> tuple:
     """The first arguments of the extension's functions."""
-    norm = () if call.memory == "linear" else (_norm(call),)
+    norm = (_norm(call),) if call.memory.needs_norm else ()
     return _tokens(call), *norm, (_matrices(call, call.state.dual), _matrices(call, call.state.momentum))
 
 
@@ -146,7 +139,7 @@ def _matrices(call: Call, matrices: Sequence[Tensor] | None) -> Tensor | Sequenc
     """A memory's matrices as the extension takes them: one tensor, or two; None if there are none."""
     if not matrices:
         return None
-    return matrices[0] if call.memory == "linear" else matrices
+    return matrices[0] if len(call.memory.matrices) == 1 else matrices
 
 
 def _offsets(call: Call) -> Tensor | None:

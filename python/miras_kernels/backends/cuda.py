@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..decode.buffers import NAMES as BUFFERS
+from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
 
@@ -69,10 +70,6 @@ class CudaBackend:
 
     name = "cuda"
     unverified = "leave"
-    #: the largest head dimensions of a linear and of an MLP memory, and hidden size; csrc/cuda/step.h has the same
-    MAX_HEAD, MAX_MLP_HEAD, MAX_HIDDEN = 256, 128, 1024
-    #: the most tokens of a call
-    STEPS = 4
 
     def __init__(self, path: Path = LIBRARY, device: str = "cuda"):
         self.path, self.device = path, device
@@ -98,7 +95,8 @@ class CudaBackend:
             buffers = tuple(library.miras_step_buffers().decode().split())
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
-        limits = [self.MAX_HEAD, self.MAX_MLP_HEAD, self.MAX_HIDDEN]
+        linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
+        limits = [linear.head, mlp.head, mlp.hidden]
         if buffers != BUFFERS or list(found[:count]) != Step.layout() + limits:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
         for name in ("miras_linear_step", "miras_mlp_step"):
@@ -125,18 +123,17 @@ class CudaBackend:
             return "it only decodes: it has no gradients"
         if call.cu_seqlens is not None:
             return "it only decodes: it takes no packed sequences"
-        if call.q.shape[1] > self.STEPS:
-            return f"it only decodes: calls of at most {self.STEPS} tokens, got {call.q.shape[1]}"
+        few = call.memory.kernels[self.name].few
+        if call.q.shape[1] > few:
+            return f"it only decodes: calls of at most {few} tokens, got {call.q.shape[1]}"
         return self.refuses_steps(call)
 
     def refuses_steps(self, call: Call) -> str | None:
         if call.q.dtype not in TOKEN_TYPES:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        head, limit = max(call.q.shape[-1], call.v.shape[-1]), self.MAX_HEAD if call.memory == "linear" else self.MAX_MLP_HEAD
-        if head > limit:
-            return f"head dimensions are limited to {limit}, got {head}"
-        if call.memory == "mlp" and call.state.dual[0].shape[-1] > self.MAX_HIDDEN:
-            return f"hidden sizes are limited to {self.MAX_HIDDEN}, got {call.state.dual[0].shape[-1]}"
+        exceeded = call.memory.kernels[self.name].steps.exceeded_by(call)
+        if exceeded is not None:
+            return exceeded
         if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
             return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
         return None
@@ -160,14 +157,14 @@ class Steps:
     """
 
     def __init__(self, library: Any, call: Call):
-        self.library, self.launch = library, getattr(library, f"miras_{call.memory}_step")
+        self.library, self.launch = library, getattr(library, f"miras_{call.memory.name}_step")
         n, t, h = call.q.shape[:3]
-        norm = {} if call.memory == "linear" else dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias))
+        norm = dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias)) if call.memory.needs_norm else {}
         self.tensors = norm | self._workspace(call)  # as long as their addresses are used
         self.constants: dict[str, Any] = {name: _address(x) for name, x in self.tensors.items()}
         self.constants |= dict(
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
-            K=call.q.shape[-1] if call.memory == "linear" else call.state.dual[0].shape[-1], V=call.v.shape[-1], C=call.chunk_size,
+            K=call.hidden or call.q.shape[-1], V=call.v.shape[-1], C=call.chunk_size,
             ln_eps=call.ln_eps or 0.0, bias_params=_floats(call.bias.padded), retention_params=_floats(call.retention.padded),
         )  # fmt: skip
 
@@ -189,11 +186,10 @@ class Steps:
         """What one launch of a step writes for the next."""
         (n, _, h, d), chunk = call.v.shape, call.chunk_size
         room = lambda *shape: torch.empty(n, h, *shape, dtype=torch.float32, device=call.q.device)
-        if call.memory == "linear":
+        if not call.hidden:
             return dict(products=room(4, d))
-        hidden = call.state.dual[0].shape[-1]
-        parts = -(-hidden // self.library.miras_mlp_units())
-        return dict(hidden=room(2, hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
+        parts = -(-call.hidden // self.library.miras_mlp_units())
+        return dict(hidden=room(2, call.hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
 
 
 def _gate(x: Tensor | None) -> Tensor | None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from .. import dispatch
 from ..call import Call
 from ..state import MemoryState
+from ..tables import memories
 from ..tables.biases import L2, Bias
 from ..tables.retention import L2Retention, Retention
-from ..validation import linear_call, mlp_call
+from ..validation import make_call
 from .buffers import Buffers
 
 __all__ = ["Decoder", "read"]
@@ -49,6 +50,7 @@ class Decoder:
         chunk_size, bias, retention: of the memory.
         ln_weight, ln_bias, ln_eps: of an MLP memory, ``[H, D]``.
         channel_wise_decay: whether ``log_decay`` will be ``[N, T, H, Dv]``.
+        memory: "linear" or "mlp"; by default the one that takes the arguments given.
         backend: "auto", or the name of a backend that decodes.
 
     Raises:
@@ -66,11 +68,13 @@ class Decoder:
         ln_bias: Tensor | None = None,
         ln_eps: float = 1e-6,
         channel_wise_decay: bool = False,
+        memory: str | None = None,
         backend: str = "auto",
     ):
         if not isinstance(state, MemoryState):
             raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
         self.settings: dict[str, Any] = dict(chunk_size=chunk_size, bias=bias, retention=retention)
+        self.memory = memories.find(memory, () if ln_weight is None else ("ln_weight",))
         self.norm: dict[str, Any] = {} if ln_weight is None else dict(ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps)
         self.backend = backend
         self.buffers = Buffers.empty(state, chunk_size, retention, channel_wise_decay)
@@ -127,9 +131,8 @@ class Decoder:
         if channels if log_decay is None else isinstance(log_decay, Tensor) and log_decay.dim() == (3 if channels else 4):
             wanted = "[N, T, H, Dv] (channel_wise_decay=True)" if channels else "[N, T, H]"
             raise ValueError(f"log_decay: expected {wanted}, got {None if log_decay is None else f'shape {tuple(log_decay.shape)}'}")
-        make = mlp_call if self.norm else linear_call
-        call = make(
-            q, k, v, lr, log_decay, delta=delta, momentum=momentum, initial_state=self.state(), output_final_state=True, cu_seqlens=None,
+        call = make_call(
+            self.memory, q, k, v, lr, log_decay, delta=delta, momentum=momentum, initial_state=self.state(), output_final_state=True,
             **self.settings, **self.norm,
         )  # fmt: skip
         if call.state.momentum is not None and self.buffers.momenta is None:
