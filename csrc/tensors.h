@@ -40,7 +40,7 @@ inline Dtype dtype_of(const View& x) {
 
 inline bool is_float(const View& x) { return x.on_cpu() && x.is(kFloat32); }
 
-// The largest sizes; python/miras_kernels/backends/cpp.py has the same and refuses larger ones.
+// The largest sizes; a test compares them with python/miras_kernels/tables/memories.py.
 constexpr int64_t kMaxHead = 256, kMaxHidden = 1024, kMaxChunk = 256;
 
 // A row of the table of biases or retention gates: its tag and parameters.

@@ -49,7 +49,7 @@ int miras_mlp_step(const MirasStep* step, cudaStream_t stream);
 
 namespace miras::cuda {
 
-// What the kernels take; CudaBackend compares these with its own limits.
+// The largest sizes; CudaBackend compares them with python/miras_kernels/tables/memories.py.
 constexpr int kMaxHead = 256, kMaxMlpHead = 128, kMaxHidden = 1024;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;

@@ -18,8 +18,7 @@ from miras_kernels.testing.steps import cut
 @pytest.mark.parametrize("case", [*PAIRS[::2], *SIZES], ids=str)
 def test_short_inputs_are_decoded(case, monkeypatch, poisoned):
     """A sequence cut into single tokens and short runs gives the results of the whole, on the kernels, for all gates."""
-    taken = []
-    on_value = Steps.on_value
+    taken, on_value = [], Steps.on_value
     monkeypatch.setattr(Steps, "on_value", lambda self: taken.append(self.call.q.shape[1]) or on_value(self))
     arguments, outs = steps.inputs_of(case, "cpp", torch.float32).arguments(), []
     with torch.no_grad():
@@ -28,9 +27,8 @@ def test_short_inputs_are_decoded(case, monkeypatch, poisoned):
         for a, b in itertools.pairwise(cuts):
             out, state = steps.function(case)(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend="cpp")
             outs.append(out)
-    assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == min(
-        row.kernels["cpp"].few for row in memories.TABLE.values()
-    )
+    few = min(row.kernels["cpp"].few for row in memories.TABLE.values())
+    assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == few
     report = check_steps(case, "cpp", cuts=[13], found=steps.final(torch.cat(outs, 1), state))
     assert report.ok, report
 

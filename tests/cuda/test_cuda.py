@@ -23,6 +23,7 @@ from miras_kernels.backends import cuda as cuda_backend
 from miras_kernels.backends.cuda import CudaBackend
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.tables import memories
+from miras_kernels.tables.memories import Kernels, Limits
 from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case
 from miras_kernels.testing.steps import before, check_results, cut, decoder, results
@@ -229,7 +230,7 @@ def test_a_library_of_other_sources_is_refused(library, monkeypatch):
     for owner, name, other in (
         (cuda_backend.Step, "layout", lambda: [1, *cuda_backend.Step.__dict__["MARKS"]]),
         (cuda_backend, "BUFFERS", cuda_backend.BUFFERS[::-1]),
-        (cuda_backend, "MLP", memories.LINEAR),
+        (type(memories.MLP), "kernels", {"cuda": Kernels(None, Limits(128, 2048), few=4)}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, other)

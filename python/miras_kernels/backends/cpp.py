@@ -86,8 +86,10 @@ class CppBackend:
         )  # fmt: skip
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (("ln_weight", "ln_bias") if call.memory.needs_norm else ())
         state = [d_dual] if call.momentum is None else [d_dual, d_momenta]
-        state = state if len(call.memory.matrices) == 1 else [x for pair in state for x in pair]
-        return {**dict(zip(names, grads, strict=True)), "state": state}
+        return {
+            **dict(zip(names, grads, strict=True)),
+            "state": state if len(call.memory.matrices) == 1 else [x for pair in state for x in pair],
+        }
 
 
 class Steps:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..call import Call
 from ..decode.buffers import NAMES as BUFFERS
+from ..tables import memories
 from ..tables.biases import Bias
-from ..tables.memories import LINEAR, MLP
 from ..tables.retention import Retention
 
 __all__ = ["CudaBackend", "Step"]
@@ -95,7 +95,7 @@ class CudaBackend:
             buffers = tuple(library.miras_step_buffers().decode().split())
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
-        linear, mlp = (memory.kernels[self.name].steps for memory in (LINEAR, MLP))
+        linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
         limits = [linear.head, mlp.head, mlp.hidden]
         if buffers != BUFFERS or list(found[:count]) != Step.layout() + limits:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
@@ -186,11 +186,10 @@ class Steps:
         """What one launch of a step writes for the next."""
         (n, _, h, d), chunk = call.v.shape, call.chunk_size
         room = lambda *shape: torch.empty(n, h, *shape, dtype=torch.float32, device=call.q.device)
-        hidden = call.hidden
-        if not hidden:
+        if not call.hidden:
             return dict(products=room(4, d))
-        parts = -(-hidden // self.library.miras_mlp_units())
-        return dict(hidden=room(2, hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
+        parts = -(-call.hidden // self.library.miras_mlp_units())
+        return dict(hidden=room(2, call.hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
 
 
 def _gate(x: Tensor | None) -> Tensor | None:

@@ -45,13 +45,13 @@ class Decoder:
     Computes what the public functions compute: feeding tokens one after the other gives the outputs of the whole sequence. No gradients.
 
     Args:
-        state: where to begin: a :class:`MemoryState`, as ``linear_memory`` or ``mlp_memory`` return it after a prompt. It is copied. It
-            carries momentum if the steps have one.
+        state: the initial state, a :class:`MemoryState`, as ``linear_memory`` or ``mlp_memory`` return it after a prompt. It is copied. It
+            has momentum if the steps have one.
         chunk_size, bias, retention: of the memory.
         ln_weight, ln_bias, ln_eps: of an MLP memory, ``[H, D]``.
         channel_wise_decay: whether ``log_decay`` will be ``[N, T, H, Dv]``.
         memory: "linear" or "mlp"; by default the one that takes the arguments given.
-        backend: "auto", or the name of one that has steps.
+        backend: "auto", or the name of a backend that decodes.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; by the first step with new shapes or dtypes.
@@ -117,7 +117,7 @@ class Decoder:
         return result
 
     def _widened(self, q, k, v, *gates_and_out) -> tuple:
-        """The arguments, with the gates in the dtype of the arithmetic."""
+        """The arguments, with gates in the dtype of the arithmetic."""
         *gates, out = gates_and_out
         dtype = self.buffers.start.dtype
         wide = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else float(x) if type(x) is int else x
@@ -155,18 +155,18 @@ class Decoder:
 
     @torch.no_grad()
     def load(self, state: MemoryState) -> None:
-        """Go on from another state of the same sizes; the buffers stay where they are."""
+        """Continue from another state of the same sizes; the buffers stay where they are."""
         self.buffers.load(state, self.settings["retention"])
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
-        """Sequence ``n`` goes on from where sequence ``index[n]`` stood, as beam search asks for."""
+        """Sequence ``n`` continues from the state of sequence ``index[n]``, as in beam search."""
         for x in self.buffers.tensors():
             x.copy_(x.index_select(0, index))
 
 
 def _never(*tokens) -> None:
-    """The step before the first one."""
+    """In place of the latest step before the first one."""
 
 
 class _Checked:
