@@ -9,6 +9,32 @@ WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
+def chunk_program(TILES: tl.constexpr, BLOCKS: tl.constexpr):
+    """``(tile, block of a chunk, slot, head)`` of a program that takes a part of one chunk."""
+    i = tl.program_id(0)
+    return i % TILES, i // TILES % BLOCKS, (i // (TILES * BLOCKS)).to(tl.int64), tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
+def chain_program(TILES: tl.constexpr):
+    """``(tile, sequence or segment, head)`` of a program that walks chunks."""
+    i = tl.program_id(0)
+    return i % TILES, (i // TILES).to(tl.int64), tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
+def head_of(x, strides, i_b, i_h):
+    """Where a batch row and head of q, k or v begin."""
+    return x + (i_b * strides.b + i_h * strides.h)
+
+
+@triton.jit
+def token_of(x, strides, i_b, t, i_h):
+    """Where a token begins."""
+    return x + (i_b * strides.b + i_h * strides.h + t * strides.t)
+
+
+@triton.jit
 def sequence_of(i_n, cu_seqlens, T):
     """Batch row, first token and end of sequence ``i_n``: a row of the batch, or a stretch of the only row."""
     if cu_seqlens is None:

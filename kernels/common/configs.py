@@ -22,8 +22,6 @@ __all__ = [
 #: rows that a chunk is padded to; a linear memory's may have any number of tokens up to the last
 CHUNK_SIZES = (16, 32, 64, 128)
 MLP_CHUNK_SIZES = (16, 32, 64)
-#: tag of the gate that couples all of a matrix (retention.py)
-LQ = 1
 #: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
 MIN_TILE, MAX_HEAD = 16, 256
 #: of an MLP memory, whose LayerNorm takes a whole row of values at once
@@ -52,21 +50,28 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by.
-
-    Sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units; tag of the retention gate, whether
-    there is momentum, whether log-decays go by channel.
-    """
+    """What a configuration is chosen by."""
 
     key_dim: int
     value_dim: int
     chunk_size: int  # padded
-    itemsize: int
-    coupled: bool
-    hidden: int = 0
-    retention: int = 0
+    itemsize: int  # bytes of an operand
+    coupled: bool  # the bias couples a row of the error
+    hidden: int = 0  # units of an MLP memory
+    gated: bool = False  # the retention gate has a primal of its own
+    matrix_coupled: bool = False  # it couples the whole matrix
     momentum: bool = False
-    channels: bool = False
+    channels: bool = False  # log-decays differ by value channel
+
+    @staticmethod
+    def of(call) -> Key:
+        bias, retention = call.bias, call.retention
+        return Key(
+            call.q.shape[-1], call.v.shape[-1], padded(call.chunk_size), call.q.element_size(), bias.row_coupled,
+            call.state.dual[0].shape[-1] if call.memory == "mlp" else 0,
+            gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
+            channels=call.log_decay is not None and call.log_decay.dim() == 4,
+        )  # fmt: skip
 
     @property
     def padded_k(self) -> int:
@@ -78,8 +83,8 @@ class Key:
 
     @property
     def entire(self) -> bool:
-        """Whether a head's values cannot be told apart: by a bias that couples a row of the error, or a gate that couples the matrix."""
-        return self.coupled or self.retention == LQ
+        """Whether one program must hold all values of a head: the bias couples a row of the error, or the gate the matrix."""
+        return self.coupled or self.matrix_coupled
 
     @property
     def block_c(self) -> int:
@@ -87,8 +92,8 @@ class Key:
         return min(self.chunk_size, 64 if self.itemsize == 2 else 32)
 
     def streams(self, chain: str) -> bool:
-        """Whether the states of ``"linear_chain_fwd"`` or ``"linear_chain_bwd"`` stay in memory (linear/chain_streamed.py) or in registers."""
-        if self.retention or self.momentum or self.channels:  # more than one matrix, or passes over it
+        """Whether the states of ``"linear_chain_fwd"`` or ``"linear_chain_bwd"`` stay in memory (linear/chain_streamed.py), not in registers."""
+        if self.gated or self.momentum or self.channels:  # more than one matrix, or several passes over it
             return True
         if _streaming is not None:
             return _streaming

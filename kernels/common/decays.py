@@ -132,8 +132,7 @@ def chunk_decays(p: Problem) -> Tensor | None:
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, TOKENS=p.chunk_size, C=p.rows)
-    launch(linear_decay, p, p.slots.count, None, **arguments, **p.tables())
+    launch(linear_decay, p, p.slots.count, None, decays=decays)
     return decays
 
 
@@ -162,9 +161,5 @@ def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     weights = Weights(
         empty(not by_channel, 3, *tokens), empty(True, 2, *tokens), empty(not by_channel, *square), empty(backward or by_channel, *square)
     )
-    launch(
-        momentum_weights, p, p.slots.count, None,
-        log_decay=None if by_channel else p.log_decay, momentum=p.momentum, position=p.position, **weights._asdict(),
-        ROW=p.row, TOKENS=p.chunk_size, C=p.rows, **p.tables(),
-    )  # fmt: skip
+    launch(momentum_weights, p, p.slots.count, None, log_decay=None if by_channel else p.log_decay, **weights._asdict())
     return weights._replace(decays=linear_channel.decays_by_channel(p, weights.moves)) if by_channel else weights

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import triton
 
-from .chunks import chunk_of
+from .chunks import chunk_of, chunk_program, token_of
 from .decays import Weights
 from .gates import CARRY, load_scale, load_update
 from .launch import Problem, launch
@@ -67,17 +67,14 @@ def momentum_pairs_bwd(
     q, k, v, lr, delta, errors, squares, scales, grad_out, grad_pairs,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A row of blocks ``[BC, BC]`` of one chunk's gM, on and below the diagonal."""
     NC: tl.constexpr = C // BC
-    i_r = tl.program_id(0) % NC
-    i_slot = (tl.program_id(0) // NC).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_r, _, i_slot, i_h = chunk_program(NC, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # a spare slot
@@ -85,23 +82,23 @@ def momentum_pairs_bwd(
     o_t = i_r * BC + tl.arange(0, BC)
     m_t = t0 + o_t < eos
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     grad_out += row * Dv
     rho = load_scale(scales, i_slot * H + i_h)
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
-        b_p = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)  # Q K' [t, s]
+        b_p = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)  # Q K' [t, s]
         b_dp = tl.zeros((BC, BC), tl.float32)  # dO U' [t, s]
         for i_v in range(0, (Dv + BV - 1) // BV):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
             b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
             b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+                Dv, BIAS, CHANNEL_LR,
             )  # [BC, BV]  # fmt: skip
             b_u, scale = fitted(b_u, DTYPE)
             b_dp += dot(b_do, tl.trans(b_u)) * scale
@@ -190,8 +187,8 @@ def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, ro
     grad = p.result(dtype=torch.float32)
     launch(
         linear_decay_bwd, p, p.slots.count, None,
-        decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad, **p.tables(),
-        ROW=p.row, SLOTS=p.slots.count, READ_ROWS=len(rows_read), KEPT_ROWS=len(rows_kept), TOKENS=p.chunk_size, C=p.rows, BC=block,
+        decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad,
+        READ_ROWS=len(rows_read), KEPT_ROWS=len(rows_kept), BC=block,
     )  # fmt: skip
     return grad
 
@@ -201,8 +198,7 @@ def pair_gradient(p: Problem, chain, grad_out: Tensor) -> Tensor:
     grad = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
     launch(
         momentum_pairs_bwd, p, p.slots.count * p.blocks, "head",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, delta=p.delta, errors=chain.errors, squares=chain.squares, scales=chain.scales,
-        grad_out=grad_out, grad_pairs=grad, **p.tables(), **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
+        **chain.only("errors", "squares", "scales"), grad_out=grad_out, grad_pairs=grad,
     )  # fmt: skip
     return grad
 
@@ -223,9 +219,9 @@ def gate_gradients(
     grads = {name: p.result(dtype=torch.float32) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
     launch(
         momentum_weights_bwd, p, p.slots.count, None,
-        log_decay=log_decay, momentum=p.momentum, **weights._asdict(), grad_pairs=grad_pairs,
+        log_decay=log_decay, **weights._asdict(), grad_pairs=grad_pairs,
         rows_read=rows_read, rows_kept=rows_kept, rows_step=rows_step, rows_carry=rows_carry, inner=inner,
         grad_log_decay=grads.get("log_decay"), grad_momentum=grads["momentum"],
-        **p.tables(), ROW=p.row, SLOTS=p.slots.count, TOKENS=p.chunk_size, C=p.rows, SUMMED=by_channel,
+        SUMMED=by_channel,
     )  # fmt: skip
     return grads

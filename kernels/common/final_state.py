@@ -1,4 +1,4 @@
-"""The state after the last token, of either memory."""
+"""The chunk that a call resumes in, and the state after the last token, of either memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ import torch
 from torch import Tensor
 
 from .launch import Problem
+
+
+class Opened(NamedTuple):
+    """Of the chunk that a call resumes in, for each of the memory's matrices, float32 and contiguous."""
+
+    primals: tuple[Tensor, ...]  # phi of the chunk's start: what its tokens predict with
+    readouts: tuple[Tensor, ...] = ()  # under a retention gate, what its tokens read before their own writes
+    scales: tuple[Tensor, ...] = ()  # [N, H], rho
+
+
+def opened_chunk(p: Problem) -> Opened:
+    """The read-out of token t is ``gamma_t (gamma W_0 + rho (A - gamma A_0))``.
+
+    A_0 is the dual at the chunk's start, ``W_0 = phi(A_0)``, A the dual that the call starts from, and gamma the decay between them.
+    """
+    opened, retention = p.call.state.open_chunk, p.call.retention
+    if not p.key.gated:
+        return Opened(tuple(x.contiguous() for x in opened.start))
+    gamma = opened.log_decay.exp().reshape(*opened.log_decay.shape[:2], -1, 1)  # [N, H, 1 or Dv, 1]
+    primals, readouts, scales = [], [], []
+    for start, dual in zip(opened.start, p.call.state.dual, strict=True):
+        primal, rho = retention.phi(start), retention.rho(start)
+        primals.append(primal.contiguous())
+        readouts.append((gamma * primal + rho * (dual - gamma * start)).contiguous())
+        scales.append(rho[..., 0, 0].contiguous())
+    return Opened(tuple(primals), tuple(readouts), tuple(scales))
 
 
 class Final(NamedTuple):

@@ -88,29 +88,29 @@ def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, 
 
 
 @triton.jit
-def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, DELTA: tl.constexpr):
+def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, BIAS: tl.constexpr):
     """delta as ``[C, 1]`` or ``[C, BV]``; 0 for a bias without one."""
-    if DELTA == 2:
+    if BIAS.delta == 2:
         return tl.load(delta + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
-    elif DELTA == 1:
+    elif BIAS.delta == 1:
         return load_gate(delta, row, o_g, m_t)[:, None]
     else:
         return 0.0
 
 
 @triton.jit
-def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr, READS: tl.constexpr):
+def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr, BIAS: tl.constexpr):
     """A chunk's errors ``[C, BV]``: those the chain stored, or ``-v`` for a bias that reads no memory (v at its chunk's start)."""
-    if READS:
+    if BIAS.reads_memory:
         return tl.load(errors + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
     else:
         return -tl.load(v + o_c[:, None] * stride_t + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
+def load_square(squares, row, o_g, m_t, BIAS: tl.constexpr):
     """``||e||^2 [C, 1]`` of every row, which the chain stored for a bias that couples it."""
-    if COUPLED:
+    if BIAS.row_coupled:
         return load_gate(squares, row, o_g, m_t)[:, None]
     else:
         return 0.0
@@ -128,13 +128,12 @@ def load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, CHANNEL_LR: tl.cons
 @triton.jit
 def load_update(
     v, stride_t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-    Dv: tl.constexpr, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    Dv: tl.constexpr, BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """``U = eta psi(E) [BC, BV]`` of some tokens of a chunk, from what the chain stored."""
     o_g, m_sv = o_s * H, m_s[:, None] & m_v[None, :]
     o_sv = o_g[:, None] * Dv + o_v[None, :]
-    b_e = load_error(v, stride_t, errors, row, o_s, o_v, o_sv, m_sv, Dv, READS)
-    b_square = load_square(squares, row, o_g, m_s, COUPLED)
-    b_delta = load_delta(delta, row, o_g, o_sv, m_s, m_sv, Dv, DELTA)
-    return biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * load_lr(lr, row, o_g, o_sv, m_s, m_sv, Dv, CHANNEL_LR)
+    b_e = load_error(v, stride_t, errors, row, o_s, o_v, o_sv, m_sv, Dv, BIAS)
+    b_square = load_square(squares, row, o_g, m_s, BIAS)
+    b_delta = load_delta(delta, row, o_g, o_sv, m_s, m_sv, Dv, BIAS)
+    return biases.value(b_e, b_square, b_delta, BIAS) * load_lr(lr, row, o_g, o_sv, m_s, m_sv, Dv, CHANNEL_LR)

@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .bias import Bias
+from .retention import Retention
 
-__all__ = ["Problem", "Slots", "launch", "start", "tiles"]
+__all__ = ["MatrixStrides", "Problem", "Slots", "Strides", "launch", "start", "tiles"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -40,6 +42,27 @@ class Slots(NamedTuple):
         return Slots(count, 0, last - (lengths + size - 1) // size, torch.where(owner < sequences, owner, -1))
 
 
+class Strides(NamedTuple):
+    """Of batch, token and head of q, k or v."""
+
+    b: int
+    t: int
+    h: int
+
+    @staticmethod
+    def of(x: Tensor) -> Strides:
+        return Strides(*x.stride()[:3])
+
+
+class MatrixStrides(NamedTuple):
+    """Of sequence, head, value and key of a matrix ``[N, H, Dv, Dk]``."""
+
+    n: int
+    h: int
+    v: int
+    k: int
+
+
 class Problem:
     """A call's tensors as the kernels take them, its sizes and its compile-time constants."""
 
@@ -49,51 +72,46 @@ class Problem:
         gates = (call.lr, call.log_decay, call.delta, call.momentum)
         self.lr, self.log_decay, self.delta, self.momentum = (None if x is None else x.contiguous() for x in gates)
         self.cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
-        self.dual = call.state.dual[0]
-        self.hidden = self.dual.shape[-1] if call.memory == "mlp" else 0
+        self.key = configs.Key.of(call)
+        self.hidden, self.rows, self.block = self.key.hidden, self.key.chunk_size, self.key.block_c
+        self.blocks = self.rows // self.block
         self.batch, self.tokens, self.heads, self.key_dim = call.q.shape
         self.value_dim = call.v.shape[-1]
-        self.sequences = self.dual.shape[0]
+        self.sequences = call.state.dual[0].shape[0]
         self.chunk_size = call.chunk_size
         self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
-        self.rows = configs.padded(call.chunk_size)
-        self.slots = self.pieces(call.chunk_size)
-        self.row = self.batch * self.tokens * self.heads
-        bias, gate = call.bias, call.retention
-        delta = 0 if not bias.needs_delta else call.delta.dim() - 2
-        self.key = configs.Key(
-            self.key_dim, self.value_dim, self.rows, call.q.element_size(), bias.row_coupled, self.hidden,
-            gate.tag, call.momentum is not None, call.log_decay is not None and call.log_decay.dim() == 4,
-        )  # fmt: skip
+        self.slots = self.segments(call.chunk_size)
         self.architecture = architecture_of(call.q.device)
-        self.block = self.key.block_c
-        self.blocks = self.rows // self.block
-        self.sizes = dict(C=self.rows, DTYPE=DTYPES[call.q.dtype])
+        self.bias = Bias.of(call.bias, 0 if not call.bias.needs_delta else call.delta.dim() - 2)
+        self.retention = Retention.of(call.retention)
+        self.arguments = self._arguments()
+
+    def _arguments(self) -> dict:
+        """What kernels take of the call itself, by the names that all of them use."""
+        call, slots = self.call, self.slots
+        tensors = dict(
+            q=self.q, k=self.k, v=self.v, lr=self.lr, log_decay=self.log_decay, delta=self.delta, momentum=self.momentum,
+            q_strides=Strides.of(self.q), k_strides=Strides.of(self.k), v_strides=Strides.of(self.v), position=self.position,
+            cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner,
+        )  # fmt: skip
+        numbers = dict(T=self.tokens, H=self.heads, CHUNKS=slots.per_sequence, SLOTS=slots.count)
+        numbers["ROW"] = self.batch * self.tokens * self.heads
+        constants = dict(
+            TOKENS=self.chunk_size, C=self.rows, BC=self.block, DTYPE=DTYPES[call.q.dtype], BIAS=self.bias, RETENTION=self.retention,
+            CHANNEL_LR=call.lr.dim() == 4, CHANNELS=self.key.channels, MOMENTUM=self.key.momentum,
+        )  # fmt: skip
         if call.memory == "mlp":
-            self.sizes |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
-            self.layer_norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
+            tensors |= dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
+            constants |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
         else:
-            self.sizes |= dict(Dk=self.key_dim, Dv=self.value_dim, TOKENS=call.chunk_size)
-        rules = rules_of(bias, gate)
-        self.retention = {name: rules.pop(name) for name in ("RETENTION", "R0", "R1")}
-        self.bias = rules | dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
-        if call.memory == "linear":
-            self.bias |= dict(CHANNEL_LR=call.lr.dim() == 4)
+            constants |= dict(Dk=self.key_dim, Dv=self.value_dim)
+        return tensors | numbers | constants
 
     def config(self, kernel: str) -> configs.Config:
         return configs.choose(kernel, self.key, self.architecture)
 
-    def pieces(self, size: int) -> Slots:
+    def segments(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
-
-    def tables(self) -> dict:
-        """Where the chunks are, for kernels that are parallel over them."""
-        slots = self.slots
-        return dict(cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner, CHUNKS=slots.per_sequence)
-
-    def strides(self, *names: str) -> dict[str, int]:
-        """Strides of batch, token and head of q, k or v."""
-        return {f"stride_{n}{axis}": getattr(self, n).stride(i) for n in names for i, axis in enumerate("bth")}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
@@ -113,12 +131,6 @@ class Problem:
     def per_slot(self, slots: Slots, dtype: torch.dtype | None = None) -> Tensor:
         """``[slots, H, Dk, Dv]``."""
         return self.empty(slots.count, self.heads, self.key_dim, self.value_dim, dtype=dtype)
-
-
-def rules_of(bias, gate) -> dict:
-    """Tags and parameters of a bias and a retention gate, as the kernels take them."""
-    names = ("BIAS", "P0", "P1", "P2", "RETENTION", "R0", "R1")
-    return dict(zip(names, (bias.tag, *bias.padded, gate.tag, *gate.padded), strict=True))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -168,22 +180,26 @@ def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
 
 
 def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
-    """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one.
+    """Run a kernel for ``units`` sequences, segments or chunks, times the tiles along an axis times heads if there is an axis.
 
-    ``along="hidden"``: an MLP's hidden units, all of whose tiles one program takes; ``"head"``: it takes all keys and values.
+    ``along``: ``"value"``, ``"key"``, ``"hidden"`` (units of an MLP, all of them in one program) or ``"head"`` (all keys and values in
+    one program). ``arguments``: those that the problem does not have, or has otherwise.
     """
-    config = problem.config(kernel.__name__)
-    arguments |= dict(T=problem.tokens, H=problem.heads)
+    name, names = kernel.__name__, kernel.arg_names
+    config, key = problem.config(name), problem.key
+    if unknown := arguments.keys() - set(names):
+        raise TypeError(f"{name} takes no {', '.join(sorted(unknown))}")
+    arguments = problem.arguments | arguments
     if along == "hidden":
-        arguments["BD"], arguments["BH"] = problem.key.padded_v, problem.key.block_hidden(config)
+        arguments |= dict(BD=key.padded_v, BH=key.block_hidden(config))
     elif along:
-        arguments["BV"], arguments["BK"] = problem.key.blocks(config)
-    grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
-    start(kernel, grid, config, problem.q.device, arguments)
+        arguments |= dict(zip(("BV", "BK"), key.blocks(config), strict=True))
+    grid = (units * key.tiles(name, config, along), problem.heads) if along else (units,)
+    start(kernel, grid, config, problem.q.device, {name: arguments[name] for name in names})
 
 
 def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.device, arguments: dict) -> None:
-    """What every launch comes to."""
+    """All launches go through this function."""
     if _recorder is not None:
         _recorder[0](kernel, arguments, config)
         return

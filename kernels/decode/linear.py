@@ -19,6 +19,7 @@ import triton
 
 from ..common import bias as biases
 from ..common import retention as retentions
+from ..common.chunks import token_of
 from ..common.tiles import LENGTHS, inside, store
 from .steps import (
     Step,
@@ -44,7 +45,7 @@ PRODUCTS = tl.constexpr(4)
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_step_predict(
     q, k, predicting, carried, momentum, kept, position, products,
-    t, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    t, H, q_strides, k_strides,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL_DECAY: tl.constexpr,
 ):  # fmt: skip
     """``products [N, H, PRODUCTS, Dv]`` of one tile of values; no more are read than will be used."""
@@ -56,8 +57,8 @@ def linear_step_predict(
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     o, m = i_nh * Dk * Dv + (o_k[:, None] * Dv + o_v[None, :]), m_k[:, None] & m_v[None, :]
-    b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_k, m_k)[:, None]  # [BK, 1]
-    b_k = vector(k, i_n * stride_kb + t * stride_kt + i_h * stride_kh, o_k, m_k)[:, None]  # [BK, 1]
+    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_k, m_k)[:, None]  # [BK, 1]
+    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_k, m_k)[:, None]  # [BK, 1]
     b_w = tl.load(predicting + o, mask=m, other=0.0)  # [BK, BV]
     p = products + i_nh * PRODUCTS * Dv + o_v
     tl.store(p, tl.sum(b_w * b_k, 0), mask=m_v)
@@ -78,11 +79,9 @@ def linear_step_predict(
 def linear_step_write(
     q, k, v, lr, log_decay, delta, theta, start, primal, rho, carried, momentum, left, right, kept, moved, sums, position, products, out,
     t, T, H,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
+    q_strides, k_strides, v_strides, out_strides,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, READS: tl.constexpr, COUPLED: tl.constexpr,
-    DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNEL_DECAY: tl.constexpr,
+    BIAS: tl.constexpr, RETENTION: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNEL_DECAY: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence: the token's write, output, and the chunk's end."""
     W: tl.constexpr = Dv if CHANNEL_DECAY else 1
@@ -109,20 +108,20 @@ def linear_step_write(
         momentum_gate = tl.load(theta + gate).to(tl.float32)
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BD)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BD)
-    b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_k, m_k)  # [BK]
-    b_k = vector(k, i_n * stride_kb + t * stride_kt + i_h * stride_kh, o_k, m_k)  # [BK]
+    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_k, m_k)  # [BK]
+    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_k, m_k)  # [BK]
     p = products + i_nh * PRODUCTS * Dv + o_v
 
     # the token's write
-    b_e = -vector(v, i_n * stride_vb + t * stride_vt + i_h * stride_vh, o_v, m_v)  # [BD]
-    if READS:
+    b_e = -vector(token_of(v, v_strides, i_n, t, i_h), o_v, m_v)  # [BD]
+    if BIAS.reads_memory:
         b_e += tl.load(p, mask=m_v, other=0.0)
     square, b_delta = 0.0, 0.0
-    if COUPLED:
+    if BIAS.row_coupled:
         square = tl.sum(b_e * b_e)
-    if DELTA:
-        b_delta = gate_of(delta, gate, o_v, m_v, Dv, DELTA == 2)
-    b_u = gate_of(lr, gate, o_v, m_v, Dv, CHANNEL_LR) * biases.value(b_e, square, b_delta, BIAS, P0, P1, P2)  # [BD]
+    if BIAS.delta:
+        b_delta = gate_of(delta, gate, o_v, m_v, Dv, BIAS.delta == 2)
+    b_u = gate_of(lr, gate, o_v, m_v, Dv, CHANNEL_LR) * biases.value(b_e, square, b_delta, BIAS)  # [BD]
 
     # the weights after it, and what it reads of what the chunk wrote
     o_w, m_w = channels_of(o_v, m_v, CHANNEL_DECAY)
@@ -141,7 +140,7 @@ def linear_step_write(
         b_right = tl.load(right + o_r[:, None] * Dv + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BR, BD]
         b_read += tl.sum(tl.sum(b_left * b_q[None, :], 1)[:, None] * b_kept * b_right, 0)
     b_out = tl.exp(b_open) * tl.load(p + Dv, mask=m_v, other=0.0) + scale * b_read
-    store(out + i_n * stride_ob + t * stride_ot + i_h * stride_oh + o_v, b_out, m_v)
+    store(token_of(out, out_strides, i_n, t, i_h) + o_v, b_out, m_v)
 
     # keep the weights and the token
     tl.debug_barrier()
@@ -170,19 +169,20 @@ def linear_step_write(
                 start, carried, momentum, left, right, kept, moved, sums, row, o_k, m_k, o_t, m_t, o_x, m_x, Dk, Dv, W, BR
             )  # [BK, BV]
             o, m = o_k[:, None] * Dv + o_t[None, :], m_k[:, None] & m_t[None, :]
-            if RETENTION == retentions.ENTIRE:
-                total += tl.sum(tl.where(m, retentions.term(b_a, 0.0, RETENTION, R0, R1), 0.0))
-            elif RETENTION != retentions.L2:
-                tl.store(primal + o, mapped(b_a, m, 0.0, 0.0, 0, RETENTION, R0, R1), mask=m)
+            if RETENTION.matrix_coupled:
+                total += tl.sum(tl.where(m, retentions.term(b_a, 0.0, RETENTION), 0.0))
+            elif not RETENTION.is_identity:
+                tl.store(primal + o, mapped(b_a, m, 0.0, 0.0, 0, RETENTION), mask=m)
         tl.debug_barrier()
-        if RETENTION == retentions.ENTIRE:
-            total += retentions.floor(RETENTION, R0, R1)
-            tl.store(rho + i_nh, retentions.scale(total, RETENTION, R0, R1))
+        if RETENTION.matrix_coupled:
+            total += retentions.floor(RETENTION)
+            if RETENTION.has_rho:
+                tl.store(rho + i_nh, retentions.scale(total, RETENTION))
             for i in tl.range(0, (Dv + BV - 1) // BV, disable_licm=True):
                 o_t = i * BV + tl.arange(0, BV)
                 o, m = o_k[:, None] * Dv + o_t[None, :], m_k[:, None] & inside(o_t, Dv, BV)[None, :]
                 b_a = tl.load(start + o, mask=m, other=0.0)
-                tl.store(primal + o, mapped(b_a, m, 0.0, total, 0, RETENTION, R0, R1), mask=m)
+                tl.store(primal + o, mapped(b_a, m, 0.0, total, 0, RETENTION), mask=m)
         begin_weights(kept, moved, sums, o_w, m_w, W)
 
 

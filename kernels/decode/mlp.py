@@ -25,6 +25,7 @@ import triton
 
 from ..common import bias as biases
 from ..common import retention as retentions
+from ..common.chunks import token_of
 from ..common.tiles import LENGTHS, inside, store
 from ..mlp.math import gelu, gelu_slope, layer_norm_vjp, normalised
 from .steps import (
@@ -54,7 +55,7 @@ def sum_of_parts(partial, o_d, m_d, PARTS: tl.constexpr, D: tl.constexpr, BP: tl
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_step_predict(
     q, k, predicting, position, hidden, partial,
-    t, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    t, H, q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """``hidden [N, H, 2, Hd]``: z and W2 q. ``partial [N, H, 2, parts, D]``: of u; the second of them is ``mlp_step_write``'s."""
@@ -65,8 +66,8 @@ def mlp_step_predict(
     o_d, o_h = tl.arange(0, BD), i_p * BH + tl.arange(0, BH)
     m_d, m_h = inside(o_d, D, BD), inside(o_h, Hd, BH)
     o, m = i_nh * 2 * Hd * D + (o_h[:, None] * D + o_d[None, :]), m_h[:, None] & m_d[None, :]
-    b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_d, m_d)[None, :]  # [1, BD]
-    b_k = vector(k, i_n * stride_kb + t * stride_kt + i_h * stride_kh, o_d, m_d)[None, :]  # [1, BD]
+    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
     b_s1 = tl.load(predicting + o, mask=m, other=0.0)  # [BH, BD]
     b_w2 = tl.load(predicting + Hd * D + o, mask=m, other=0.0)  # [BH, BD]
     b_z = tl.sum(b_w2 * b_k, 1)  # [BH]
@@ -82,10 +83,9 @@ def mlp_step_predict(
 def mlp_step_write(
     q, k, v, lr, log_decay, delta, theta, ln_weight, ln_bias,
     predicting, rho, carried, momentum, left, right, kept, moved, sums, position, hidden, partial, scores, after,
-    t, T, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    t, T, H, q_strides, k_strides, v_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
-    EPS: tl.constexpr, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    EPS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """``scores [N, H, parts, C]``: of a_i . aq. ``after [N, H, 2 (2 + C) + 1]``: kept, moved and log gamma after the token."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
@@ -112,22 +112,22 @@ def mlp_step_write(
     o_d, o_h = tl.arange(0, BD), i_p * BH + tl.arange(0, BH)
     m_d, m_h = inside(o_d, D, BD), inside(o_h, Hd, BH)
     o, m = i_nh * 2 * Hd * D + (o_h[:, None] * D + o_d[None, :]), m_h[:, None] & m_d[None, :]
-    b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_d, m_d)[None, :]  # [1, BD]
-    b_k = vector(k, i_n * stride_kb + t * stride_kt + i_h * stride_kh, o_d, m_d)[None, :]  # [1, BD]
+    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
 
     # the inner gradient, the same in every part
     b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]  # [1, BD]
     b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]  # [1, BD]
     b_x, b_inverse = normalised(sum_of_parts(partial, o_d, m_d, PARTS, D, BP)[None, :], m_d, D, EPS)
-    b_e = -vector(v, i_n * stride_vb + t * stride_vt + i_h * stride_vh, o_d, m_d)[None, :]
-    if READS:
+    b_e = -vector(token_of(v, v_strides, i_n, t, i_h), o_d, m_d)[None, :]
+    if BIAS.reads_memory:
         b_e = tl.where(m_d[None, :], b_e + b_k + b_x * b_weight + b_bias, 0.0)
     square, b_delta = 0.0, 0.0
-    if COUPLED:
+    if BIAS.row_coupled:
         square = tl.sum(b_e * b_e)
-    if DELTA:
+    if BIAS.delta:
         b_delta = gate_of(delta, gate, o_d, m_d, D, False)
-    b_gu = layer_norm_vjp(b_x, b_inverse, biases.value(b_e, square, b_delta, BIAS, P0, P1, P2) * b_weight, m_d, D)  # [1, BD]
+    b_gu = layer_norm_vjp(b_x, b_inverse, biases.value(b_e, square, b_delta, BIAS) * b_weight, m_d, D)  # [1, BD]
     b_s1 = tl.load(predicting + o, mask=m, other=0.0)  # [BH, BD]
     b_z = tl.load(hidden + o_h, mask=m_h, other=0.0)  # [BH]
     rate = tl.load(lr + gate).to(tl.float32)
@@ -185,15 +185,15 @@ def mlp_step_write(
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_step_finish(
     q, ln_weight, ln_bias, start, primal, rho, carried, momentum, left, right, kept, moved, sums, position, partial, scores, after, out,
-    t, H, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+    t, H, q_strides, out_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
-    EPS: tl.constexpr, RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    EPS: tl.constexpr, RETENTION: tl.constexpr,
 ):  # fmt: skip
     """The first part's program takes the output and the weights, those of the other parts end as soon as they see the chunk open."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     ROWS: tl.constexpr = 2 + C
     SIZE: tl.constexpr = Hd * D
-    COUPLES: tl.constexpr = (RETENTION == retentions.ROWS) | (RETENTION == retentions.ENTIRE)
+    COUPLES: tl.constexpr = RETENTION.row_coupled or RETENTION.matrix_coupled
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
     i_nh = i_n * H + i_h
@@ -231,10 +231,10 @@ def mlp_step_finish(
             b_right = tl.load(right + o_r[:, None] * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)  # [BR, BD]
             b_uq += rho_1 * tl.sum((b_score * b_kept)[:, None] * b_right, 0)
         b_xq, _ = normalised(b_uq[None, :], m_d, D, EPS)
-        b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_d, m_d)[None, :]  # [1, BD]
+        b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
         b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
         b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        p_out = out + i_n * stride_ob + t * stride_ot + i_h * stride_oh + o_d
+        p_out = token_of(out, out_strides, i_n, t, i_h) + o_d
         store(p_out[None, :], b_q + b_xq * b_weight + b_bias, m_d[None, :])
         kept += i_nh * ROWS
         for r in tl.range(0, row + 3, BR, disable_licm=True):
@@ -264,39 +264,39 @@ def mlp_step_finish(
             b_a1 = end_tile(
                 start, carried, momentum, left, right, after, moved_after, sum_after, row, o_h, m_h, o_d, m_d, one, one == 0, Hd, D, 1, BR
             )  # [BH, BD]
-            if RETENTION == retentions.ROWS:
+            if RETENTION.row_coupled:
                 shift = tl.maximum(shift_1, tl.max(tl.where(m, b_a1, retentions.BOTTOM), 0)[None, :])
-                b_term = tl.where(m, retentions.term(tl.where(m, b_a1, shift), shift, RETENTION, R0, R1), 0.0)
+                b_term = tl.where(m, retentions.term(tl.where(m, b_a1, shift), shift, RETENTION), 0.0)
                 total_1 = total_1 * tl.exp(shift_1 - shift) + tl.sum(b_term, 0)[None, :]
                 shift_1 = shift
-            elif RETENTION == retentions.ENTIRE:
-                total_1 += tl.sum(tl.where(m, retentions.term(b_a1, 0.0, RETENTION, R0, R1), 0.0))
-            elif RETENTION != retentions.L2:
-                tl.store(primal + o, mapped(b_a1, m, 0.0, 0.0, 0, RETENTION, R0, R1), mask=m)
+            elif RETENTION.matrix_coupled:
+                total_1 += tl.sum(tl.where(m, retentions.term(b_a1, 0.0, RETENTION), 0.0))
+            elif not RETENTION.is_identity:
+                tl.store(primal + o, mapped(b_a1, m, 0.0, 0.0, 0, RETENTION), mask=m)
             b_a2 = end_tile(
                 start + SIZE, carried_2, momentum_2, left + C * Hd, right + C * D, after, moved_after, sum_after,
                 row, o_h, m_h, o_d, m_d, one, one == 0, Hd, D, 1, BR,
             )  # [BH, BD]  # fmt: skip
-            if RETENTION == retentions.ENTIRE:
-                total_2 += tl.sum(tl.where(m, retentions.term(b_a2, 0.0, RETENTION, R0, R1), 0.0))
-            elif RETENTION != retentions.L2:
-                tl.store(primal_2 + o, mapped(b_a2, m, 0.0, 0.0, 1, RETENTION, R0, R1), mask=m)
+            if RETENTION.matrix_coupled:
+                total_2 += tl.sum(tl.where(m, retentions.term(b_a2, 0.0, RETENTION), 0.0))
+            elif not RETENTION.is_identity:
+                tl.store(primal_2 + o, mapped(b_a2, m, 0.0, 0.0, 1, RETENTION), mask=m)
         if COUPLES:
             tl.debug_barrier()
-            if RETENTION == retentions.ENTIRE:
-                total_1 += retentions.floor(RETENTION, R0, R1)
-                total_2 += retentions.floor(RETENTION, R0, R1)
-                if i_p == 0:
-                    tl.store(rho + i_nh * 2, tl.max(retentions.scale(total_1, RETENTION, R0, R1)))
-                    tl.store(rho + i_nh * 2 + 1, retentions.scale(total_2, RETENTION, R0, R1))
+            if RETENTION.matrix_coupled:
+                total_1 += retentions.floor(RETENTION)
+                total_2 += retentions.floor(RETENTION)
+                if RETENTION.has_rho and i_p == 0:
+                    tl.store(rho + i_nh * 2, tl.max(retentions.scale(total_1, RETENTION)))
+                    tl.store(rho + i_nh * 2 + 1, retentions.scale(total_2, RETENTION))
             for i in tl.range(first, last, disable_licm=True):
                 o_h = i * BH + tl.arange(0, BH)
                 o, m = o_h[:, None] * D + o_d[None, :], inside(o_h, Hd, BH)[:, None] & m_d[None, :]
                 b_a = tl.load(start + o, mask=m, other=0.0)
-                tl.store(primal + o, mapped(b_a, m, shift_1, total_1, -1, RETENTION, R0, R1), mask=m)
-                if RETENTION == retentions.ENTIRE:
+                tl.store(primal + o, mapped(b_a, m, shift_1, total_1, -1, RETENTION), mask=m)
+                if RETENTION.matrix_coupled:
                     b_a = tl.load(start + SIZE + o, mask=m, other=0.0)
-                    tl.store(primal_2 + o, mapped(b_a, m, 0.0, total_2, -1, RETENTION, R0, R1), mask=m)
+                    tl.store(primal_2 + o, mapped(b_a, m, 0.0, total_2, -1, RETENTION), mask=m)
 
 
 def stepper(call):

@@ -15,29 +15,30 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
 import triton
 
 from ...decode.decoder import thresholds
+from ...tables.biases import Bias
+from ..common import bias as biases
 from ..common import configs, launch
 from ..common import retention as retentions
 from ..common.tiles import dot
 
 
 @triton.jit
-def vector(x, row, o, m):
+def vector(x, o, m):
     """A token's vector as float32, 0 outside the mask."""
-    return tl.load(x + row + o, mask=m, other=0.0).to(tl.float32)
+    return tl.load(x + o, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def gate_of(gate, row, o, m, D: tl.constexpr, CHANNEL: tl.constexpr):
     """A token's gate as float32: a number, or a vector of the channels ``o``."""
     if CHANNEL:
-        return vector(gate, row * D, o, m)
+        return vector(gate + row * D, o, m)
     else:
         return tl.load(gate + row).to(tl.float32)
 
@@ -74,7 +75,7 @@ def decay_of(log_decay, sums, row, o_w, m_w, W: tl.constexpr):
     b_open = tl.load(sums + o_w, mask=m_w, other=0.0)
     b_decay = b_open * 0.0
     if log_decay is not None:
-        b_decay = vector(log_decay, row * W, o_w, m_w)
+        b_decay = vector(log_decay + row * W, o_w, m_w)
     return tl.exp(b_decay), b_open + b_decay
 
 
@@ -120,15 +121,15 @@ def store_row_weights(kept, moved, o_r, m_r, o_w, m_w, b_kept, b_moved, W: tl.co
 
 
 @triton.jit
-def mapped(b_a, m, shift, total, AXIS: tl.constexpr, RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr):
+def mapped(b_a, m, shift, total, AXIS: tl.constexpr, RETENTION: tl.constexpr):
     """``phi(A)``, 0 outside the mask. A row of A runs along AXIS; -1: it runs through several tiles, and ``shift, total`` are given."""
-    if RETENTION == retentions.ROWS and AXIS >= 0:
+    if RETENTION.row_coupled and AXIS >= 0:
         shift = tl.expand_dims(tl.max(tl.where(m, b_a, retentions.BOTTOM), AXIS), AXIS)
-        b_e = tl.where(m, retentions.term(tl.where(m, b_a, shift), shift, RETENTION, R0, R1), 0.0)
+        b_e = tl.where(m, retentions.term(tl.where(m, b_a, shift), shift, RETENTION), 0.0)
         total = tl.expand_dims(tl.sum(b_e, AXIS), AXIS)
-    if RETENTION == retentions.ROWS:  # a row of nothing but padding stays finite; any other has a term of 1
+    if RETENTION.row_coupled:  # a row of nothing but padding stays finite; any other has a term of 1
         b_a, total = tl.where(m, b_a, shift), tl.maximum(total, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(m, retentions.primal(b_a, shift, total, RETENTION, R0, R1), 0.0)
+    return tl.where(m, retentions.primal(b_a, shift, total, RETENTION), 0.0)
 
 
 @triton.jit
@@ -190,6 +191,7 @@ class Step:
     """How calls of one kind are launched. Keeps nothing of the call but numbers."""
 
     key: configs.Key
+    bias: Bias
     launches: tuple[Launch, ...]
     constants: dict
     threshold: Callable[[float], Tensor]  # delta as a tensor where it is given as a number
@@ -197,25 +199,19 @@ class Step:
     @staticmethod
     def of(call, kernels: dict) -> Step:
         """Kernels in their order, each with what it cuts a head along: ``"value"``, ``"hidden"`` or, not at all, ``"head"``."""
-        bias, gate = call.bias, call.retention
-        key = configs.Key(
-            call.q.shape[-1], call.v.shape[-1], call.chunk_size, call.q.element_size(), bias.row_coupled,
-            call.state.dual[0].shape[-1] if call.memory == "mlp" else 0, gate.tag, call.momentum is not None,
-            call.log_decay is not None and call.log_decay.dim() == 4,
-        )  # fmt: skip
+        key = configs.Key.of(call)
         architecture, launches = launch.architecture_of(call.q.device), []
         for kernel, along in kernels.items():
             config = configs.choose(kernel.__name__, key, architecture)
             block_v, _ = key.blocks(config)
             programs = {"value": -(-key.value_dim // block_v), "hidden": -(-key.hidden // key.part), "head": 1}[along]
             launches.append(Launch(kernel, programs, config, dict(BV=block_v)))
-        constants = launch.rules_of(bias, gate) | dict(C=call.chunk_size)
-        constants |= dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, BR=configs.STEP_ROWS, BD=key.padded_v)
+        constants = dict(RETENTION=retentions.Retention.of(call.retention), C=call.chunk_size, BR=configs.STEP_ROWS, BD=key.padded_v)
         if key.hidden:
             constants |= dict(D=key.key_dim, Hd=key.hidden, BH=key.part, EPS=call.ln_eps)
         else:
             constants |= dict(Dk=key.key_dim, Dv=key.value_dim, BK=key.padded_k)
-        return Step(key, tuple(launches), constants, thresholds(call))
+        return Step(key, call.bias, tuple(launches), constants, thresholds(call))
 
     def launch(self, buffers, q, k, v, lr, log_decay, delta, momentum, out, **arguments) -> None:
         """Run the kernels for one token after the other; each gets those of the arguments that it names."""
@@ -223,12 +219,12 @@ class Step:
         gates = dict(lr=lr, log_decay=log_decay, delta=delta, theta=momentum)
         gates = {name: None if x is None else x.contiguous() for name, x in gates.items()}
         tokens = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in dict(q=q, k=k, v=v, out=out).items()}
-        strides = {f"stride_{n[0]}{axis}": x.stride(i) for n, x in tokens.items() for i, axis in enumerate("bth")}
+        strides = {f"{name}_strides": launch.Strides.of(x) for name, x in tokens.items()}
         (n, count, h), x = q.shape[:3], buffers
         arguments |= self.constants | tokens | gates | strides | dict(
             start=x.start, primal=x.primal, rho=x.rho, carried=x.carried, momentum=x.momentum, left=x.left, right=x.right,
             kept=x.kept, moved=x.moved, sums=x.log_decay, position=x.position, predicting=x.start if x.primal is None else x.primal,
-            T=count, H=h, DELTA=0 if delta is None else delta.dim() - 2,
+            T=count, H=h, BIAS=biases.Bias.of(self.bias, 0 if delta is None else delta.dim() - 2),
         )  # fmt: skip
         for t in range(count):
             for kernel, programs, config, blocks in self.launches:
@@ -236,12 +232,3 @@ class Step:
                 launch.start(kernel, (n * programs, h), config, q.device, {name: given[name] for name in kernel.arg_names})
         if tokens["out"] is not out:
             out.copy_(tokens["out"])
-
-
-def stepper(call):
-    """``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)`` for calls like this one."""
-    from . import linear as linear_step
-    from . import mlp as mlp_step
-
-    with torch.no_grad():
-        return (linear_step if call.memory == "linear" else mlp_step).stepper(call)

@@ -24,11 +24,11 @@ from torch import Tensor
 import triton
 
 from ..common import bias as biases
-from ..common import retention as retentions
-from ..common.chunks import HEAD, SEGMENT, end_of, of_chunk, sequence_of, slot_of, stretch_of
+from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, sequence_of, slot_of, stretch_of
 from ..common.decays import Weights
+from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
-from ..common.launch import Problem, launch, tiles
+from ..common.launch import MatrixStrides, Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
 from .chain_streamed import linear_chain_bwd_streamed, linear_chain_fwd_streamed
 
@@ -40,19 +40,16 @@ def linear_chain_fwd(
     states, errors, squares, checkpoints, final,
     cu_seqlens, first_slot, first_segment, segment_owner,
     T, H, CHUNKS, ROW, SEGMENTS, EVERY,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_in, stride_ih, stride_iv, stride_ik,
+    k_strides, v_strides,
+    initial_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     PART: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of S through the chunks of one sequence, or of one of its segments."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_s = (tl.program_id(0) // NV).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_v, i_s, i_h = chain_program(NV)
     i_n, i_b, bos, eos, origin, first, last = stretch_of(
         i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS, PART
     )
@@ -64,11 +61,11 @@ def linear_chain_fwd(
     m_kv = m_k[:, None] & m_v[None, :]
     o_g = o_c * H  # a chunk's gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    k = head_of(k, k_strides, i_b, i_h)
+    v = head_of(v, v_strides, i_b, i_h)
     state = (i_n * H + i_h) * Dk * Dv
-    initial += i_s * stride_in + i_h * stride_ih
-    b_s = tl.load(initial + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)  # [BK, BV]
+    initial += i_s * initial_strides.n + i_h * initial_strides.h
+    b_s = tl.load(initial + o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v, mask=m_kv, other=0.0)  # [BK, BV]
 
     for i_c in range(first, last):
         t0 = origin + i_c * TOKENS
@@ -82,9 +79,9 @@ def linear_chain_fwd(
             kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
             tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
 
-        b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
-        b_v = load_tile(v + t0 * stride_vt, stride_vt, o_c, o_v, m_t, m_v)  # [C, BV]
-        if READS:
+        b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_v = load_tile(v + t0 * v_strides.t, v_strides.t, o_c, o_v, m_t, m_v)  # [C, BV]
+        if BIAS.reads_memory:
             b_w = b_s
             if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
                 b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
@@ -93,11 +90,11 @@ def linear_chain_fwd(
         else:
             b_e = -b_v.to(tl.float32)
         b_square = 0.0
-        if COUPLED:
+        if BIAS.row_coupled:
             b_square = tl.sum(b_e * b_e, 1)[:, None]  # [C, 1]
             tl.store(squares + row + o_g[:, None], b_square, mask=m_t[:, None])
-        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS)
+        b_u = biases.value(b_e, b_square, b_delta, BIAS)
         if CHANNEL_LR:
             b_u *= load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]
         else:
@@ -116,17 +113,14 @@ def linear_chain_bwd(
     grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_kept,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of J ``[BK, BV]`` from the last chunk of a sequence to its first."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_n = (tl.program_id(0) // NV).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_v, i_n, i_h = chain_program(NV)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     chunks = ((eos - bos + TOKENS - 1) // TOKENS).to(tl.int32)
     slot = slot_of(i_n, first_slot, CHUNKS)
@@ -134,9 +128,9 @@ def linear_chain_bwd(
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     m_kv = m_k[:, None] & m_v[None, :]
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    q = head_of(q, q_strides, i_b, i_h)
+    k = head_of(k, k_strides, i_b, i_h)
+    v = head_of(v, v_strides, i_b, i_h)
     o_g = o_c * H  # a chunk's gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
     o_vk = o_v[None, :] * Dk + o_k[:, None]  # in [N, H, Dv, Dk], once a sequence
@@ -155,16 +149,16 @@ def linear_chain_bwd(
         m_tv = m_t[:, None] & m_v[None, :]
 
         store(grad_states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_j, m_kv)
-        b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
-        b_q = load_tile(q + t0 * stride_qt, stride_qt, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_q = load_tile(q + t0 * q_strides.t, q_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
         b_kj = fitted_dot(b_k, b_j, DTYPE) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
         b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
 
-        b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-        b_square = load_square(squares, row, o_g, m_t, COUPLED)
-        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        b_e = load_error(v + t0 * v_strides.t, v_strides.t, errors, row, o_c, o_v, o_tv, m_tv, Dv, BIAS)
+        b_square = load_square(squares, row, o_g, m_t, BIAS)
+        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS)
+        b_psi = biases.value(b_e, b_square, b_delta, BIAS)
         if CHANNEL_LR:
             b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, BV]
             tl.store(grad_lr + row * Dv + o_tv, b_du * b_psi, mask=m_tv)
@@ -177,14 +171,14 @@ def linear_chain_bwd(
             if decays is not None:
                 tl.store(rows_kept + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
             b_y = b_du * b_lr[:, None]
-        b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS, P0, P1, P2)
-        if COUPLED:
+        b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS)
+        if BIAS.row_coupled:
             b_along = tl.sum(b_y * b_e, 1)[:, None]
-            b_de += biases.pull(b_square, b_delta, BIAS, P0) * b_along * b_e
+            b_de += biases.pull(b_square, b_delta, BIAS) * b_along * b_e
         store(grad_v + row * Dv + o_tv, -b_de, m_tv)
-        if DELTA > 0:
-            b_dd = b_y * biases.slope_delta(b_e, b_square, b_delta, BIAS, P0)
-            if DELTA == 2:
+        if BIAS.delta > 0:
+            b_dd = b_y * biases.slope_delta(b_e, b_square, b_delta, BIAS)
+            if BIAS.delta == 2:
                 tl.store(grad_delta + row * Dv + o_tv, b_dd, mask=m_tv)
             else:
                 tl.store(rows_delta + tile_row + row + o_g, tl.sum(b_dd, 1), mask=m_t)
@@ -192,7 +186,7 @@ def linear_chain_bwd(
         b_gamma = load_gamma(decays, row, o_g, m_t, C)
         gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
-        if READS:
+        if BIAS.reads_memory:
             b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
     tl.store(grad_initial + state + o_vk, b_j, mask=m_kv)
 
@@ -215,14 +209,14 @@ class Chain(NamedTuple):
 
 
 def empty_chain(p: Problem) -> Chain:
-    gated, float32 = p.retention["RETENTION"] != retentions.L2.value, torch.float32
+    gated, float32 = p.key.gated, torch.float32
     wide = float32 if p.q.dtype == torch.float16 else None  # which could not hold what a decay makes small before it is read
     states = p.per_slot(p.slots, float32 if p.key.streams("linear_chain_fwd") and not gated else wide)
-    errors = p.per_token(p.value_dim, dtype=wide) if p.bias["READS"] else None
-    squares = p.per_token(dtype=float32) if p.bias["COUPLED"] else None
+    errors = p.per_token(p.value_dim, dtype=wide) if p.bias.reads_memory else None
+    squares = p.per_token(dtype=float32) if p.bias.row_coupled else None
     duals = p.per_slot(p.slots, float32) if gated else None
     momenta = None if p.momentum is None else p.per_slot(p.slots, float32)
-    scales = p.empty(p.slots.count, p.heads, dtype=float32) if p.retention["RETENTION"] == retentions.LQ.value else None
+    scales = p.empty(p.slots.count, p.heads, dtype=float32) if p.retention.has_rho else None
     return Chain(states, errors, squares, duals, momenta, scales)
 
 
@@ -233,52 +227,30 @@ def walk(
 
     ``initial``: the matrices ``[units, H, Dv, Dk]`` to start from, all with the same strides; ``final [matrices, N, H, Dk, Dv]``.
     """
-    tables = p.tables()
-    del tables["slot_owner"]
-    arguments |= dict(k=p.k, v=p.v, lr=p.lr, decays=weights.decays, delta=p.delta, position=p.position, initial=initial[0])
-    arguments |= dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), initial[0].stride(), strict=True))
-    arguments |= dict(final=None if final is None else final[0])
-    opened, readouts, scales = _opened(p) if part == HEAD.value else (None, None, None)
-    streamed = p.key.streams("linear_chain_fwd")
-    if streamed:
-        more = dict(enumerate(initial)).get(1), None if final is None or len(final) == 1 else final[1]
-        arguments |= dict(zip(("initial_momentum", "final_momentum"), more, strict=True))
-        arguments |= dict(
-            readouts=readouts,
-            opened_scales=scales,
-            **chain.only("duals", "momenta", "scales"),
-            **p.retention,
-            moves=weights.moves,
-            CHANNELS=p.key.channels,
-        )
+    opened = opened_chunk(p) if part == HEAD.value else None
+    final, final_momentum = (None, None) if final is None else (*final, None)[:2]
+    arguments |= dict(
+        decays=weights.decays, **chain.only("states", "errors", "squares"), PART=part, final=final,
+        initial=initial[0], initial_strides=MatrixStrides(*initial[0].stride()), opened=None if opened is None else opened.primals[0],
+    )  # fmt: skip
+    if not p.key.streams("linear_chain_fwd"):
+        launch(linear_chain_fwd, p, units, "value", **arguments)
+        return
     launch(
-        linear_chain_fwd_streamed if streamed else linear_chain_fwd, p, units, "value",
-        opened=opened, **chain.only("states", "errors", "squares"),
-        **tables, ROW=p.row, **p.strides("k", "v"), PART=part, **p.sizes, **p.bias, **arguments,
+        linear_chain_fwd_streamed, p, units, "value",
+        **chain.only("duals", "momenta", "scales"), moves=weights.moves,
+        initial_momentum=initial[1] if len(initial) > 1 else None, final_momentum=final_momentum,
+        readouts=opened.readouts[0] if opened and opened.readouts else None,
+        opened_scales=opened.scales[0] if opened and opened.scales else None, **arguments,
     )  # fmt: skip
 
 
-def _opened(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of the chunk that a call resumes in: its primal, what its tokens read before writes of their own, and its rho.
-
-    The read-out of token t is ``gamma_t (gamma W_0 + rho (A - gamma A_0))`` with A_0 the dual at the chunk's start, A as it stands, and
-    gamma the decay between them.
-    """
-    opened, gate, dual = p.call.state.open_chunk, p.call.retention, p.dual
-    start = opened.start[0]
-    if p.retention["RETENTION"] == retentions.L2.value:
-        return start.contiguous(), None, None
-    primal, rho = gate.phi(start), gate.rho(start)
-    gamma = opened.log_decay.exp().reshape(*start.shape[:2], -1, 1)
-    return primal.contiguous(), (gamma * primal + rho * (dual - gamma * start)).contiguous(), rho.reshape(*start.shape[:2]).contiguous()
-
-
 def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> Chain:
-    """The chain again from the kept states, all segments at once."""
-    chain, segments = empty_chain(p), p.pieces(p.chunk_size * every)
-    kept = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
+    """The chain again from the checkpoints, all segments at once."""
+    chain, segments = empty_chain(p), p.segments(p.chunk_size * every)
+    initial = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
     walk(
-        p, chain, weights, segments.count, tuple(x.transpose(-1, -2) for x in kept), SEGMENT.value, final=None, checkpoints=None,
+        p, chain, weights, segments.count, tuple(x.transpose(-1, -2) for x in initial), SEGMENT.value, final=None, checkpoints=None,
         EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
     )  # fmt: skip
     return chain
@@ -311,7 +283,7 @@ def chain_gradients(
     def channels(wanted: bool) -> Tensor | None:
         return p.result(p.value_dim, dtype=float32) if wanted else None
 
-    channel_lr, delta = p.bias["CHANNEL_LR"], p.bias["DELTA"]
+    channel_lr, delta = p.lr.dim() == 4, p.bias.delta
     rows_lr = None if channel_lr else p.result(dtype=float32, tiles=count)
     rows_delta = p.result(dtype=float32, tiles=count) if delta == 1 else None
     grad_lr, grad_delta = channels(channel_lr), channels(delta == 2)
@@ -321,23 +293,18 @@ def chain_gradients(
     grad_v = p.result(p.value_dim)
     given = [x.contiguous() for x in grad_state]
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
-    tables = p.tables()
-    del tables["slot_owner"]
     more = {}
     if streamed:
         more = dict(
-            states=chain.states, **chain.only("duals", "momenta", "scales"), **p.retention, moves=weights.moves, CHANNELS=by_channel,
-            grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.retention else None,
-            grad_momenta=grad_momenta, rows_step=rows_step,
+            **chain.only("states", "duals", "momenta", "scales"), moves=weights.moves, grad_momenta=grad_momenta, rows_step=rows_step,
+            grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.gated else None,
             grad_final_momentum=given[1] if moving and given else None, grad_initial_momentum=initial[1] if moving else None,
         )  # fmt: skip
     launch(
         kernel, p, p.sequences, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, decays=weights.decays, delta=p.delta, **chain.only("errors", "squares"),
-        from_out=from_out, grad_out=grad_out, grad_final=given[0] if given else None,
-        grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0], grad_delta=grad_delta, grad_lr=grad_lr,
-        rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept, **more,
-        **tables, ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, **p.bias,
+        decays=weights.decays, **chain.only("errors", "squares"), from_out=from_out, grad_out=grad_out,
+        grad_final=given[0] if given else None, grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0],
+        grad_delta=grad_delta, grad_lr=grad_lr, rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept, **more,
     )  # fmt: skip
     of_lr = grad_lr if channel_lr else rows_lr.sum(0)
     of_delta = rows_delta.sum(0) if delta == 1 else grad_delta

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import triton
 
-from ..common.chunks import chunk_of
+from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.gates import CARRY, load_gate, load_scale, load_update
 from ..common.launch import Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, pair_products, store, wide
@@ -56,8 +56,7 @@ def channel_decay(
     """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_v = inside(o_v, Dv, BV)[None, :]
@@ -80,8 +79,7 @@ def channel_momentum(
     """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = inside(o_v, Dv, BV)
@@ -111,21 +109,19 @@ def channel_scores(
     q, k, position, scores,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    q_strides, k_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A block ``[BC, BC]`` of one chunk's ``Q K' [t, s]``."""
     NC: tl.constexpr = C // BC
-    i_s, i_r = tl.program_id(0) % NC, tl.program_id(0) // NC % NC
-    i_slot = (tl.program_id(0) // (NC * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_s, i_r, i_slot, i_h = chunk_program(NC, NC)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_s = i_r * BC + tl.arange(0, BC), i_s * BC + tl.arange(0, BC)
     m_t, m_s = (t0 + o_t < eos) & (t0 + o_t >= bos), (t0 + o_s < eos) & (t0 + o_s >= bos)
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    b_x = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    b_x = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)
     tl.store(scores + (i_slot * H + i_h) * C * C + o_t[:, None] * C + o_s[None, :], b_x)
 
 
@@ -135,16 +131,14 @@ def channel_output(
     states, errors, squares, momenta, scales, scores, out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh,
+    q_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of one chunk's output."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)
@@ -152,8 +146,8 @@ def channel_output(
     row = (i_b * T + t0) * H + i_h
     o_tv = (o_t * (H * Dv))[:, None] + o_v[None, :]
     place = i_slot * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     scores += place * C * C
     rho = load_scale(scales, place)
     if steps is not None:
@@ -164,7 +158,7 @@ def channel_output(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [C, BK]
+        b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [C, BK]
         o_kv, m_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
         b_o += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
         if momenta is not None:
@@ -173,8 +167,8 @@ def channel_output(
     if momenta is not None:
         b_o += b_carried * (tl.load(decays + (CARRY * ROW + row) * Dv + o_tv, mask=m_tv, other=0.0) * rho)
     b_u = load_update(
-        v, stride_vt, lr, delta, errors, squares, row, H, o_t, o_v, m_t, m_v,
-        Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        v, v_strides.t, lr, delta, errors, squares, row, H, o_t, o_v, m_t, m_v,
+        Dv, BIAS, CHANNEL_LR,
     )  # [C, BV]  # fmt: skip
     b_u *= rho
     b_m = tl.zeros((C, BV), tl.float32)  # M_t [s, v]
@@ -191,28 +185,26 @@ def channel_du_bwd(
     v, lr, log_decay, steps, delta, errors, squares, scores, grad_out, from_out, grad_scores,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, SLOTS,
-    stride_vb, stride_vt, stride_vh,
+    v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of R, and its share of dX, to ``grad_scores [tiles, slots, H, C, C]``."""
     SLOTS = wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    v = token_of(v, v_strides, i_b, t0, i_h)
     scores += (i_slot * H + i_h) * C * C
     grad_scores += ((i_v * SLOTS + i_slot) * H + i_h) * C * C
     if steps is not None:
         steps += (i_slot * H + i_h) * C * C
     b_u = load_update(
-        v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-        Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+        Dv, BIAS, CHANNEL_LR,
     )  # [C, BV]  # fmt: skip
     b_r = tl.zeros((C, BV), tl.float32)
     b_m = tl.zeros((C, BV), tl.float32)  # M_t [s, v]
@@ -232,16 +224,14 @@ def channel_decay_bwd(
     states, duals, momenta, errors, squares, scales, scores, grad_states, grad_out, grad_log_decay, grad_steps, rows_carry,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of one chunk's d log alpha; with momentum its share of gTheta and gpi, a row of each for every tile."""
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
@@ -249,9 +239,9 @@ def channel_decay_bwd(
     row = (i_b * T + t0) * H + i_h
     o_sv = (o_s * (H * Dv))[:, None] + o_v[None, :]
     place = i_slot * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     scores += place * C * C
     if duals is None:
         duals = states
@@ -266,8 +256,8 @@ def channel_decay_bwd(
         m_k = inside(o_k, Dk, BK)
         m_kv = m_k[:, None] & m_v[None, :]
         o_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-        b_q = load_tile(q, stride_qt, o_s, o_k, m_s, m_k)  # [C, BK]
-        b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [C, BK]
+        b_q = load_tile(q, q_strides.t, o_s, o_k, m_s, m_k)  # [C, BK]
+        b_k = load_tile(k, k_strides.t, o_s, o_k, m_s, m_k)  # [C, BK]
         b_j = tl.load(grad_states + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
         b_read += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
         b_kept += fitted_dot(b_k, b_j, DTYPE)
@@ -277,8 +267,8 @@ def channel_decay_bwd(
             b_carried += fitted_dot(b_q, b_s0, DTYPE)
             b_inner_carry += tl.sum(b_j * b_s0, 0)
     b_u = load_update(
-        v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-        Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+        Dv, BIAS, CHANNEL_LR,
     )  # [C, BV]  # fmt: skip
     b_do = tl.load(grad_out + row * Dv + o_sv, mask=m_sv, other=0.0).to(tl.float32)  # [C, BV]
     b_read *= b_do * tl.load(decays + row * Dv + o_sv, mask=m_sv, other=0.0)
@@ -328,21 +318,17 @@ def channel_decay_bwd(
 def decays_by_channel(p: Problem, moves: Tensor | None = None) -> Tensor:
     """gamma_tv and M_Cs,v; with momentum, whose pi is in ``moves``, b_tv: ``[2 or 3, B, T, H, Dv]`` float32."""
     decays = p.empty(2 if moves is None else 3, p.batch, p.tokens, p.heads, p.value_dim, dtype=torch.float32)
-    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, **p.tables(), **p.sizes)
     if moves is None:
-        launch(channel_decay, p, p.slots.count, "value", **arguments)
+        launch(channel_decay, p, p.slots.count, "value", decays=decays)
     else:
-        launch(channel_momentum, p, p.slots.count, "value", momentum=p.momentum, moves=moves, **arguments)
+        launch(channel_momentum, p, p.slots.count, "value", moves=moves, decays=decays)
     return decays
 
 
 def chunk_scores(p: Problem) -> Tensor:
     """``Q K' [slots, H, C, C]`` float32."""
     scores = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
-    launch(
-        channel_scores, p, p.slots.count * p.blocks**2, "head",
-        q=p.q, k=p.k, position=p.position, scores=scores, **p.tables(), **p.strides("q", "k"), **p.sizes, BC=p.block,
-    )  # fmt: skip
+    launch(channel_scores, p, p.slots.count * p.blocks**2, "head", scores=scores)
     return scores
 
 
@@ -351,9 +337,7 @@ def output(p: Problem, weights, chain) -> Tensor:
     out = p.result(p.value_dim)
     launch(
         channel_output, p, p.slots.count, "value",
-        q=p.q, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "steps"), delta=p.delta, position=p.position,
-        **chain.only("states", "errors", "squares", "momenta", "scales"), scores=chunk_scores(p), out=out,
-        **p.tables(), ROW=p.row, **p.strides("q", "v"), **p.sizes, **p.bias,
+        **weights.only("decays", "steps"), **chain.only("states", "errors", "squares", "momenta", "scales"), scores=chunk_scores(p), out=out,
     )  # fmt: skip
     return out
 
@@ -364,9 +348,8 @@ def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[T
     grad_scores = p.empty(tiles("channel_du_bwd", p, "value"), *scores.shape, dtype=torch.float32)
     launch(
         channel_du_bwd, p, p.slots.count, "value",
-        v=p.v, lr=p.lr, log_decay=p.log_decay, steps=weights.steps, delta=p.delta, errors=chain.errors, squares=chain.squares,
-        scores=scores, grad_out=grad_out, from_out=from_out, grad_scores=grad_scores, SLOTS=p.slots.count,
-        **p.tables(), **p.strides("v"), **p.sizes, **p.bias,
+        steps=weights.steps, **chain.only("errors", "squares"), scores=scores,
+        grad_out=grad_out, from_out=from_out, grad_scores=grad_scores,
     )  # fmt: skip
     return from_out, grad_scores.sum(0)
 
@@ -379,9 +362,7 @@ def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tens
         partial = [p.empty(count, *shape, dtype=torch.float32) for shape in (scores.shape, p.momentum.shape)]
     launch(
         channel_decay_bwd, p, p.slots.count, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "moves", "steps"), delta=p.delta,
-        **chain.only("states", "duals", "momenta", "errors", "squares", "scales"), scores=scores,
+        **weights.only("decays", "moves", "steps"), **chain.only("states", "duals", "momenta", "errors", "squares", "scales"), scores=scores,
         grad_states=grad_states, grad_out=grad_out, grad_log_decay=grad, grad_steps=partial[0], rows_carry=partial[1],
-        **p.tables(), ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, **p.bias,
     )  # fmt: skip
     return grad, *(x.sum(0) for x in partial if x is not None)

@@ -38,36 +38,37 @@ def hand_on(slot, o_slot, end, state, o_end, more, b_x, m_kv):
 def mirror(
     duals, states, scales, place, i_tile,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr,
 ):  # fmt: skip
     """``W = phi(A)`` of a program's tiles of one chunk and head, rounded to the operands' dtype; and rho, of a gate that has one."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
-    PAD: tl.constexpr = retentions.BOTTOM if RETENTION == retentions.ROWS else 0.0
+    PAD: tl.constexpr = retentions.BOTTOM if RETENTION.row_coupled else 0.0
     here = place * Dk * Dv
-    total = retentions.floor(RETENTION, R0, R1)
-    if RETENTION == retentions.ENTIRE:
+    total = retentions.floor(RETENTION)
+    if RETENTION.matrix_coupled:
         for j in range(0, TILES * NK):
             o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
             b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
-            total += tl.sum(retentions.term(b_a, 0.0, RETENTION, R0, R1))
-        tl.store(scales + place, retentions.scale(total, RETENTION, R0, R1))
+            total += tl.sum(retentions.term(b_a, 0.0, RETENTION))
+        if RETENTION.has_rho:
+            tl.store(scales + place, retentions.scale(total, RETENTION))
     for j in range(0, TILES):
         o_v = (i_tile + j) * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         b_shift, b_total = tl.full((BV,), retentions.BOTTOM, tl.float32), tl.zeros((BV,), tl.float32) + total
-        if RETENTION == retentions.ROWS:  # a row of A is a column here
+        if RETENTION.row_coupled:  # a row of A is a column here
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_kv = inside(o_k, Dk, BK)[:, None] & m_v[None, :]
                 b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=PAD)  # [BK, BV]
                 b_max = tl.maximum(b_shift, tl.max(b_a, 0))
-                b_total = b_total * tl.exp(b_shift - b_max) + tl.sum(retentions.term(b_a, b_max[None, :], RETENTION, R0, R1), 0)
+                b_total = b_total * tl.exp(b_shift - b_max) + tl.sum(retentions.term(b_a, b_max[None, :], RETENTION), 0)
                 b_shift = b_max
         for i_k in range(0, NK):
             o_k = i_k * BK + tl.arange(0, BK)
             o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
             b_a = tl.load(duals + here + o_kv, mask=m_kv, other=PAD)  # [BK, BV]
-            store(states + here + o_kv, retentions.primal(b_a, b_shift[None, :], b_total[None, :], RETENTION, R0, R1), m_kv)
+            store(states + here + o_kv, retentions.primal(b_a, b_shift[None, :], b_total[None, :], RETENTION), m_kv)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def reopen(
 def pull_back(
     states, duals, grad_states, grad_primal, grad_initial, decays, end, place, state, i_c, i_tile, rho, drho, H,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
+    RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """``J <- gamma_C J + phi' dW + drho d rho / dA`` of a program's tiles, for a gate that couples entries: the sums first, then J."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
@@ -98,7 +99,7 @@ def pull_back(
     along = drho
     if not CHANNELS:
         gamma = load_total(decays, end, 0)
-    if RETENTION == retentions.ENTIRE:
+    if RETENTION.matrix_coupled:
         for j in range(0, TILES * NK):
             o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
             o_kv = o_k[:, None] * Dv + o_v[None, :]
@@ -111,7 +112,7 @@ def pull_back(
         b_along = tl.zeros((BV,), tl.float32) + along
         if CHANNELS:
             gamma = tl.load(decays + end * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
-        if RETENTION == retentions.ROWS:  # a row of A is a column here
+        if RETENTION.row_coupled:  # a row of A is a column here
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
@@ -125,5 +126,5 @@ def pull_back(
             b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
             b_w = tl.load(states + here + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
             b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0) * gamma
-            b_j += retentions.pull(b_g, b_a, b_w, b_along[None, :], rho, RETENTION, R0, R1)
+            b_j += retentions.pull(b_g, b_a, b_w, b_along[None, :], rho, RETENTION)
             hand_on(grad_states + there, o_kv, grad_initial, state, o_v[None, :] * Dk + o_k[:, None], i_c > 0, b_j, m_kv)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import triton
 
-from ..common.chunks import chunk_of
+from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.decays import Weights
 from ..common.gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update, pair_decay
 from ..common.launch import Problem, launch, tiles
@@ -33,19 +33,16 @@ def linear_output(
     states, errors, squares, momenta, scales, out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BV]`` of one chunk's output: the state it started from, then the writes of its own tokens, block by block."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
-    i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
-    i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_v, i_r, i_slot, i_h = chunk_program(NV, NC)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # a spare slot
@@ -54,9 +51,9 @@ def linear_output(
     o_t, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     place = i_slot * H + i_h
     states += place * Dk * Dv
     rho = load_scale(scales, place)
@@ -67,7 +64,7 @@ def linear_output(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
+        b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [BC, BK]
         b_w = load_tile(states, Dv, o_k, o_v, m_k, m_v)  # [BK, BV]
         b_o += fitted_dot(b_q, b_w, DTYPE)
     b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]
@@ -76,20 +73,20 @@ def linear_output(
         for i_k in range(0, (Dk + BK - 1) // BK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = inside(o_k, Dk, BK)
-            b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
+            b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [BC, BK]
             p_s = momenta + place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
             b_carried += fitted_dot(b_q, tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0), DTYPE)
         b_o += b_carried * (load_gate(decays + CARRY * ROW, row, o_t * H, m_t) * rho)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = (t0 + o_s < eos) & (t0 + o_s >= bos)
-        b_p = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)  # [t, s]
+        b_p = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)  # [t, s]
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[:, None], o_s[None, :], m_t[:, None], m_s[None, :])
         if scales is not None:
             b_p *= rho
         b_u = load_update(
-            v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-            Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+            v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+            Dv, BIAS, CHANNEL_LR,
         )  # [BC, BV]  # fmt: skip
         b_o -= fitted_dot(rounded(b_p, DTYPE), b_u, DTYPE)
     store(out + row * Dv + o_t[:, None] * (H * Dv) + o_v[None, :], b_o, m_t[:, None] & m_v[None, :])
@@ -100,7 +97,7 @@ def linear_du_bwd(
     q, k, decays, pairs, grad_out, from_out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    q_strides, k_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -108,9 +105,7 @@ def linear_du_bwd(
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
-    i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
-    i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_v, i_r, i_slot, i_h = chunk_program(NV, NC)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # a spare slot
@@ -118,8 +113,8 @@ def linear_du_bwd(
     o_s, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
     grad_out += row * Dv
     if pairs is not None:
         pairs += (i_slot * H + i_h) * C * C
@@ -132,8 +127,8 @@ def linear_du_bwd(
         for i_k in range(0, (Dk + BK - 1) // BK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = inside(o_k, Dk, BK)
-            b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
-            b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [BC, BK]
+            b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [BC, BK]
+            b_k = load_tile(k, k_strides.t, o_s, o_k, m_s, m_k)  # [BC, BK]
             b_p += dot(b_k, tl.trans(b_q))
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
         b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
@@ -148,11 +143,10 @@ def linear_dqk_bwd(
     grad_q, grad_k, rows_read, rows_pairs, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum).
 
@@ -164,9 +158,7 @@ def linear_dqk_bwd(
     NC: tl.constexpr = C // BC
     CHANNELS: tl.constexpr = grad_scores is not None
     PAIRS: tl.constexpr = rows_pairs is not None  # a log-decay without momentum: momentum_pairs_bwd sums them otherwise
-    i_k, i_r = tl.program_id(0) % NK, tl.program_id(0) // NK % NC
-    i_slot = (tl.program_id(0) // (NK * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_k, i_r, i_slot, i_h = chunk_program(NK, NC)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # a spare slot
@@ -175,9 +167,9 @@ def linear_dqk_bwd(
     m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
     m_rk = m_r[:, None] & m_k[None, :]
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     place = i_slot * H + i_h
     states += place * Dk * Dv
     grad_states += place * Dk * Dv
@@ -205,7 +197,7 @@ def linear_dqk_bwd(
         b_dq += fitted_dot(b_do, b_w, DTYPE)
     if not CHANNELS:
         b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
-    b_q = load_tile(q, stride_qt, o_r, o_k, m_r, m_k)  # [BC, BK]
+    b_q = load_tile(q, q_strides.t, o_r, o_k, m_r, m_k)  # [BC, BK]
     b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
     if rows_read is not None:
         tl.store(rows_read + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_r)
@@ -238,15 +230,15 @@ def linear_dqk_bwd(
                 m_v = inside(o_v, Dv, BV)
                 b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
                 b_u = load_update(
-                    v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                    v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+                    Dv, BIAS, CHANNEL_LR,
                 )  # [BC, BV]  # fmt: skip
                 b_u, scale = fitted(b_u, DTYPE)
                 b_dp += dot(b_do, tl.trans(b_u)) * scale
             b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
         if scales is not None:
             b_ds *= rho
-        b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [BC, BK]
+        b_k = load_tile(k, k_strides.t, o_s, o_k, m_s, m_k)  # [BC, BK]
         if PAIRS:  # pairs of a read after token s and a write up to it
             b_pairs = b_ds * dot(b_q, tl.trans(b_k))
             b_crossing = tl.where(o_r[:, None] > o_s[None, :], tl.cumsum(b_pairs, 1) + b_before[:, None], 0.0)
@@ -271,8 +263,8 @@ def linear_dqk_bwd(
         m_v = inside(o_v, Dv, BV)
         m_vk = m_v[:, None] & m_k[None, :]
         b_u = load_update(
-            v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
-            Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+            v, v_strides.t, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
+            Dv, BIAS, CHANNEL_LR,
         )  # [BC, BV]  # fmt: skip
         b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
         if CHANNELS:
@@ -288,9 +280,9 @@ def linear_dqk_bwd(
             b_dk -= fitted_dot(b_u_step, b_jm, DTYPE) * scale
             product_carry += tl.sum(b_m * b_j)
             product_pi += tl.sum(b_m * b_jm)
-        if READS or (inner is not None and duals is None):
+        if BIAS.reads_memory or (inner is not None and duals is None):
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-        if READS:
+        if BIAS.reads_memory:
             b_dv = load_tile(grad_v, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
             b_dk -= fitted_dot(b_dv, b_w, DTYPE)  # dE = -dV
         if inner is not None:
@@ -314,8 +306,8 @@ def linear_dqk_bwd(
                 o_v = i_v * BV + tl.arange(0, BV)
                 m_v = inside(o_v, Dv, BV)
                 b_u = load_update(
-                    v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
-                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                    v, v_strides.t, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
+                    Dv, BIAS, CHANNEL_LR,
                 )  # [BC, BV]  # fmt: skip
                 b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
                 b_u, scale = fitted(b_u, DTYPE)
@@ -323,7 +315,7 @@ def linear_dqk_bwd(
             b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
         if scales is not None:
             b_ds *= rho
-        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
+        b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [BC, BK]
         b_ds, scale = fitted(b_ds, DTYPE)
         b_dk += dot(b_ds, b_q) * scale
     store(grad_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
@@ -337,9 +329,7 @@ def output(p: Problem, weights: Weights, chain: Chain) -> Tensor:
     out = p.result(p.value_dim)
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "pairs"), delta=p.delta, position=p.position,
-        **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
-        **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
+        **weights.only("decays", "pairs"), **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
     )  # fmt: skip
     return out
 
@@ -347,11 +337,7 @@ def output(p: Problem, weights: Weights, chain: Chain) -> Tensor:
 def pre(p: Problem, weights: Weights, grad_out: Tensor) -> Tensor:
     """R ``[B, T, H, Dv]``, less rho."""
     from_out = p.per_token(p.value_dim)
-    launch(
-        linear_du_bwd, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, **weights.only("decays", "pairs"), grad_out=grad_out, from_out=from_out, **p.tables(), ROW=p.row,
-        **p.strides("q", "k"), **p.sizes, BC=p.block,
-    )  # fmt: skip
+    launch(linear_du_bwd, p, p.slots.count * p.blocks, "value", **weights.only("decays", "pairs"), grad_out=grad_out, from_out=from_out)
     return from_out
 
 
@@ -385,9 +371,9 @@ def read_gradients(
     )  # fmt: skip
     launch(
         linear_dqk_bwd, p, p.slots.count * p.blocks, "key",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "moves", "pairs"), delta=p.delta, **chain._asdict(),
+        **weights.only("decays", "moves", "pairs"), **chain._asdict(),
         grad_scores=grad_scores, grad_states=of_chain.states, grad_momenta=of_chain.momenta, grad_out=grad_out, grad_v=of_chain.v,
         grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_pairs=grads.rows_pairs, rows_carry=grads.rows_carry,
-        inner=grads.inner, **p.tables(), ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
+        inner=grads.inner,
     )  # fmt: skip
     return grads

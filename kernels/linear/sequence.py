@@ -33,7 +33,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
     """``(out, final state, checkpoints)``: the matrices of every ``every``-th chunk (dispatch.kept_states_like) float32, if every > 0."""
     chain, weights = empty_chain(p), chunk_weights(p)
     matrices = p.call.state.matrices()
-    segments = p.pieces(p.chunk_size * max(every, 1))
+    segments = p.segments(p.chunk_size * max(every, 1))
     several = () if len(matrices) == 1 else (len(matrices),)
     checkpoints = p.empty(segments.count, p.heads, *several, p.key_dim, p.value_dim, dtype=torch.float32) if every else None
 

@@ -54,8 +54,7 @@ def predict(
 def inner_gradient(
     k, v, delta, ln_weight, ln_bias, p_u, p_gu, stride_kt, stride_vt, row, H, t0, bos, eos, i_c,
     D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr, PART: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gu of a chunk, ``ROWS`` tokens at a time."""
     o_d = lanes(BD, i_c, 3)
@@ -68,14 +67,14 @@ def inner_gradient(
         m_rd, o_rd, o_g = m_r[:, None] & m_d[None, :], o_r[:, None] * D + o_d[None, :], o_r * H
         b_x, b_inverse = normalised(tl.load(p_u + o_rd, mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
         b_e = -load_tile(v, stride_vt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
-        if READS:
+        if BIAS.reads_memory:
             b_k = load_tile(k, stride_kt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
             b_e = tl.where(m_rd, b_e + b_k + b_x * b_weight + b_bias, 0.0)
         b_square = 0.0
-        if COUPLED:
+        if BIAS.row_coupled:
             b_square = tl.sum(b_e * b_e, 1)[:, None]  # [ROWS, 1]
-        b_delta = load_delta(delta, row, o_g, o_g[:, None] * D + o_d[None, :], m_r, m_rd, D, DELTA)
-        b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        b_delta = load_delta(delta, row, o_g, o_g[:, None] * D + o_d[None, :], m_r, m_rd, D, BIAS)
+        b_psi = biases.value(b_e, b_square, b_delta, BIAS)
         store(p_gu + o_rd, layer_norm_vjp(b_x, b_inverse, b_psi * b_weight, m_d, D), m_d[None, :])
 
 
@@ -145,8 +144,7 @@ def through_rows(
     grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_kept, rows_step,
     stride_kt, stride_vt, ROW, row, H, t0, eos, i_c,
     D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Through ``Gu = (g - mean(g) - x mean(g o x)) / deviation``, g = psi w, to psi, x and the deviation; ``ROWS`` tokens at a time."""
     o_d = lanes(BD, i_c, 2)
@@ -162,14 +160,14 @@ def through_rows(
         o_rg, o_rd = row + o_g, o_r[:, None] * (H * D) + o_d[None, :]
         b_x, b_inverse = normalised(tl.load(p_u + p_rd, mask=m_d[None, :], other=0.0), m_d, D, EPS)  # [ROWS, BD]
         b_e = -load_tile(v, stride_vt, o_r, o_d, m_r, m_d).to(tl.float32)  # [ROWS, BD]
-        if READS:
+        if BIAS.reads_memory:
             b_kr = load_tile(k, stride_kt, o_r, o_d, m_r, m_d).to(tl.float32)
             b_e = tl.where(m_rd, b_e + b_kr + b_x * b_weight + b_bias, 0.0)
         b_square = 0.0
-        if COUPLED:
+        if BIAS.row_coupled:
             b_square = tl.sum(b_e * b_e, 1)[:, None]  # [ROWS, 1]
-        b_delta = load_delta(delta, row, o_g, o_rd, m_r, m_rd, D, DELTA)
-        b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        b_delta = load_delta(delta, row, o_g, o_rd, m_r, m_rd, D, BIAS)
+        b_psi = biases.value(b_e, b_square, b_delta, BIAS)
         b_gu = layer_norm_vjp(b_x, b_inverse, b_psi * b_weight, m_d, D)  # [ROWS, BD]
         b_eta, b_dec = load_gate(lr, row, o_g, m_r), load_to_end(decays, ROW, row, o_g, m_r, ROWS)  # [ROWS]
         b_ar = tl.load(p_sums + p_rd, mask=m_d[None, :], other=0.0)  # A J1
@@ -192,17 +190,17 @@ def through_rows(
         b_dpsi = layer_norm_vjp(b_x, b_inverse, b_g, m_d, D)
         b_dweight += tl.sum(b_dpsi * b_psi, 0)
         b_dpsi *= b_weight
-        b_de = b_dpsi * biases.slope(b_e, b_square, b_delta, BIAS, P0, P1, P2)  # [ROWS, BD]
-        if COUPLED:
-            b_de += biases.pull(b_square, b_delta, BIAS, P0) * tl.sum(b_dpsi * b_e, 1)[:, None] * b_e
-        if DELTA > 0:
-            b_dd = b_dpsi * biases.slope_delta(b_e, b_square, b_delta, BIAS, P0)
-            if DELTA == 2:
+        b_de = b_dpsi * biases.slope(b_e, b_square, b_delta, BIAS)  # [ROWS, BD]
+        if BIAS.row_coupled:
+            b_de += biases.pull(b_square, b_delta, BIAS) * tl.sum(b_dpsi * b_e, 1)[:, None] * b_e
+        if BIAS.delta > 0:
+            b_dd = b_dpsi * biases.slope_delta(b_e, b_square, b_delta, BIAS)
+            if BIAS.delta == 2:
                 tl.store(grad_delta + o_rd, b_dd, mask=m_rd)
             else:
                 tl.store(rows_delta + o_rg, tl.sum(b_dd, 1), mask=m_r)
         store(grad_v + o_rd, -b_de, m_rd)
-        if READS:  # ... and through the prediction K + x w + b
+        if BIAS.reads_memory:  # ... and through the prediction K + x w + b
             b_dx += b_de * b_weight
             b_dweight += tl.sum(b_de * b_x, 0)
             b_dbias += tl.sum(b_de, 0)

@@ -20,7 +20,6 @@ import triton.language as tl
 
 import triton
 
-from ..common import retention as retentions
 from ..common.chunks import HEAD, of_chunk
 from ..common.gates import CARRY, load_gamma, load_gate, load_to_end, load_total
 from ..common.tiles import dot, inside, load_tile, rounded, store
@@ -68,7 +67,7 @@ def write(
         b_s1 = tl.load(memory + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
         b_w2 = tl.load(memory + SIZE + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
         b_back = b_s1
-        if PART == HEAD or RETENTION != retentions.L2:
+        if PART == HEAD or not RETENTION.is_identity:
             b_back = tl.load(predicting + o_hd, mask=m_hd, other=0.0)
         if p_duals is not None:
             tl.store(p_duals + o_hd, b_s1, mask=m_hd)
@@ -154,7 +153,7 @@ def carry_first(
 def carry_second(
     q, k, lr, decays, moves, p_memory, p_moving, p_primal, p_w, p_z, p_ga, p_dz, p_dzq, p_scores, p_dv, grad_k, rho,
     stride_qt, stride_kt, ROW, row, H, t0, eos, i_c,
-    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, READS: tl.constexpr,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """dK; J2 of the chunk before, or with a gate dW2 in ``p_primal``; JS2; returns ``<J2, W2>``. Pointers to the second of two matrices."""
     o_c, o_d = lanes(C, i_c, 5), lanes(BD, i_c, 5)
@@ -167,7 +166,7 @@ def carry_second(
     b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_n = tl.load(p_scores + o_c[None, :] * C + o_c[:, None])  # [s, t]
     b_dk = dot(b_n, b_q)  # [C, BD]
-    if READS:
+    if BIAS.reads_memory:
         b_dk -= tl.load(p_dv + o_td, mask=m_td, other=0.0).to(tl.float32)  # dE = -dV
     b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     if p_moving is not None:

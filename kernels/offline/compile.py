@@ -20,7 +20,7 @@ import triton
 
 from ...decode.decoder import buffers_for
 from ..common import configs, launch
-from ..decode import steps
+from ..decode.stepper import stepper
 from ..linear import sequence as linear
 from ..mlp import sequence as mlp
 
@@ -77,7 +77,7 @@ def recorded_step(call, architecture: str = "") -> list[Launch]:
     channels = call.log_decay is not None and call.log_decay.dim() == 4
     found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channels)
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
-        run = steps.stepper(call)
+        run = stepper(call)
         run(x, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, torch.empty_like(call.v))
     return found
 
@@ -85,16 +85,20 @@ def recorded_step(call, architecture: str = "") -> list[Launch]:
 def source(given: Launch) -> ASTSource:
     """The launch specialised as Triton's launcher would: None and 1 are constants, multiples of 16 are known as such."""
     constexprs, signature, attributes = {}, {}, {}
+
+    def kind(x, place: tuple[int, ...], constant: bool, general: bool):
+        """The type of an argument, or of one of a tuple's members."""
+        if isinstance(x, tuple) and not constant:
+            return type(x)(*(kind(member, (*place, i), constant, general) for i, member in enumerate(x)))
+        if constant or x is None or (isinstance(x, int) and x == 1 and not general):
+            constexprs[place] = x
+            return "constexpr"
+        if isinstance(x, Tensor) or (x % 16 == 0 and not general):
+            attributes[place] = [["tt.divisibility", 16]]
+        return POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" if -(2**31) <= x < 2**31 else "i64"
+
     for i, parameter in enumerate(given.kernel.params):
-        x = given.arguments[parameter.name]
-        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1 and not parameter.do_not_specialize):
-            signature[parameter.name], constexprs[parameter.name] = "constexpr", x
-        elif isinstance(x, Tensor):
-            signature[parameter.name], attributes[(i,)] = POINTERS[x.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= x < 2**31 else "i64"
-            if x % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind(given.arguments[parameter.name], (i,), parameter.is_constexpr, parameter.do_not_specialize)
     return ASTSource(fn=given.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 

@@ -27,6 +27,7 @@ import torch
 
 import triton
 
+from ...call import Call
 from ...tables.biases import L2, Bias, DotProduct, Huber, Lp
 from ...tables.retention import KLRetention, L2Retention, LqRetention, Retention
 from ...validation import linear_call, mlp_call
@@ -72,11 +73,14 @@ class Specimen:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
         marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "steps") if getattr(self, name)]
-        marks += ([self.retention.name] if self.retention.tag else []) + ([] if self.decays else ["no_decay"])
+        marks += ([] if self.retention.is_identity else [self.retention.name]) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
 
     def launches(self) -> list[offline.Launch]:
-        """What a forward and backward of it launch, or a step."""
+        """What its forward and backward launch, or its decoding step."""
+        return offline.recorded_step(self.call()) if self.steps else offline.recorded(self.call(), 4)
+
+    def call(self) -> Call:
         b, t, h = (4, 1, 16) if self.steps else (1 if self.final else 2, 4096, 16)
 
         def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -98,8 +102,7 @@ class Specimen:
         else:
             make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
         lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
-        call = make(k, k, v, lr, log_decay if self.decays else None, **arguments)
-        return offline.recorded_step(call) if self.steps else offline.recorded(call, 4)
+        return make(k, k, v, lr, log_decay if self.decays else None, **arguments)
 
 
 def _specimens() -> Iterator[Specimen]:
@@ -183,7 +186,7 @@ def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) ->
     for name in specimens:
         recorded = SPECIMENS[name].launches()
         for kernel in dict.fromkeys(given.kernel.__name__ for given in recorded):
-            for config in configs.eligible(kernel, key_of(name)):
+            for config in configs.eligible(kernel, configs.Key.of(SPECIMENS[name].call())):
                 with configs.force(kernel, config):
                     launches = [given for given in SPECIMENS[name].launches() if given.kernel.__name__ == kernel]
                 for place, given in enumerate(launches):
@@ -193,13 +196,6 @@ def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) ->
                         allowed = [target for target in targets if configs.denial(target, kernel, config) is None]
                         found += [Job(name, kernel, place, config, target) for target in allowed]
     return found
-
-
-def key_of(specimen: str) -> configs.Key:
-    s = SPECIMENS[specimen]
-    return configs.Key(
-        s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled, s.hidden, s.retention.tag, s.momentum, s.channel_decay
-    )
 
 
 def compile_job(job: Job) -> offline.Resources:

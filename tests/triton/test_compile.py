@@ -76,7 +76,8 @@ def test_the_table():
 def test_a_spill_is_seen():
     """A configuration that needs more registers than there are is called a problem."""
     code = (
-        "from miras_kernels.kernels import configs, resources\n"
+        "from miras_kernels.kernels.common import configs\n"
+        "from miras_kernels.kernels.offline import resources\n"
         "job = resources.Job('D128-C64-huber_coordinate-bfloat16', 'linear_chain_bwd', 0, configs.Config(0, 0, 4, 2), 'sm_90')\n"
         "configs.RULES['linear_chain_bwd'] = ((job.config, lambda key: True),)\n"
         "print(resources.problems(job, resources.compile_job(job)))\n"

@@ -95,9 +95,9 @@ class TritonBackend:
         return None
 
     def stepper(self, call: Call) -> Callable:
-        from miras_kernels.kernels.decode import steps
+        from miras_kernels.kernels.decode.stepper import stepper
 
-        return steps.stepper(call)
+        return stepper(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         from miras_kernels.decode import decoder as decode
