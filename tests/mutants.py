@@ -157,7 +157,7 @@ MUTANTS = [
            "b_s, mask=only_if(i_c % EVERY == 0, m_kv)", "b_s, mask=only_if(i_c % EVERY == EVERY - 1, m_kv)"),
     Mutant("triton-read-without-gamma", "kernels/linear/read.py", triton("linear-l2-strong-decay"),
            "b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]", "b_o *= 1.0"),
-    Mutant("triton-decay-gradient-counts-a-token-itself", "kernels/linear/read.py", triton("linear-l2-strong-decay"),
+    Mutant("triton-decay-gradient-counts-a-token-itself", "kernels/linear/dqk.py", triton("linear-l2-strong-decay"),
            "o_r[:, None] > o_s[None, :]", "o_r[:, None] >= o_s[None, :]"),
     Mutant("triton-own-writes-without-rho", "kernels/linear/read.py", triton("linear-l2-lq-p1.5"),
            "b_p *= rho", "b_p *= 1.0"),

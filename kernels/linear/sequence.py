@@ -26,7 +26,7 @@ from ..common.launch import Problem
 from . import channel as linear_channel
 from . import read as linear_read
 from .chain import Chain, ChainGradients, chain_gradients, empty_chain, recompute, walk
-from .read import ReadGradients, read_gradients
+from .dqk import ReadGradients, read_gradients
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:

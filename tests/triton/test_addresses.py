@@ -163,11 +163,11 @@ def test_decoding(memory, launches, monkeypatch):
 
 
 def test_a_planted_bug_is_caught(launches, monkeypatch):
-    """Without the conversion the products of `linear/read.py` with the number of rows wrap."""
-    from miras_kernels.kernels.linear import read as linear_read
+    """Without the conversion the products of `linear/dqk.py` with the number of rows wrap."""
+    from miras_kernels.kernels.linear import dqk
     from miras_kernels.kernels.offline import compile as offline
 
     offline.recorded(call_of(SHAPES["many"], **CALLS["streamed"]), 1)
     launches[:] = [x for x in launches if x[0].fn.__name__ == "linear_dqk_bwd"]
-    monkeypatch.setattr(linear_read, "wide", lambda x: x)
+    monkeypatch.setattr(dqk, "wide", lambda x: x)
     assert wrapped(launches, monkeypatch) == ["linear_dqk_bwd: wraps"]
