@@ -9,9 +9,9 @@ of ``python/miras_kernels/tables/biases.py`` and ``csrc/bias.h``. Kernels never 
     pull(square, delta)             d psi / d e = diag(slope) + pull e e'         (for biases that couple a row)
 
 so that, for an incoming y:  dE = slope y + pull (e . y) e,  d delta = sum slope_delta y.
-The last three broadcast against ``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (only read by biases that couple it);
-``delta [C, 1]`` or ``[C, BV]``. psi(0) = 0 for all of them: padding stays zero. NaN stays NaN: comparisons must leave it, and tl.minimum
-and tl.maximum drop it unless told not to.
+The last three broadcast against ``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (read only by biases that couple it);
+``delta [C, 1]`` or ``[C, BV]``. psi(0) = 0 for all biases, so padding stays zero. NaN must stay NaN: tl.minimum and
+tl.maximum drop it unless told to propagate it.
 
 Adding a bias: docs/adding-a-bias.md.
 """
@@ -54,7 +54,7 @@ class Bias(NamedTuple):
 
 @triton.jit
 def tanh(x):
-    """tanh to a few units in the last place: a polynomial near 0, where the other form cancels."""
+    """tanh, accurate to a few units in the last place: a polynomial near 0, where the closed form cancels."""
     t = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - t) / (1.0 + t)
     y = x * x
@@ -71,7 +71,7 @@ def sech2(x):
 
 @triton.jit
 def power(x, EXPONENT: tl.constexpr):
-    """``x^EXPONENT`` for x >= 0; 0^EXPONENT is 0, and 1 for EXPONENT = 0. That of NaN is NaN."""
+    """``x^EXPONENT`` for x >= 0; 0^EXPONENT is 0, and 1 for EXPONENT = 0. NaN stays NaN."""
     if EXPONENT == 0.0:
         return tl.where(x == x, 1.0, x)
     elif EXPONENT == 0.5:
@@ -101,7 +101,7 @@ def value(e, square, delta, BIAS: tl.constexpr):
     elif BIAS.tag == HUBER_SWITCH:
         return tl.where(square <= delta * delta, e, delta * tanh(BIAS.p0 * e))
     else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias without a value")
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias needs a value")
         return e * (1.0 + delta * inverse_norm(square + BIAS.p0))
 
 
@@ -123,7 +123,7 @@ def slope(e, square, delta, BIAS: tl.constexpr):
     elif BIAS.tag == HUBER_SWITCH:
         return tl.where(square <= delta * delta, 1.0, delta * BIAS.p0 * sech2(BIAS.p0 * e))
     else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias without a slope")
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias needs a slope")
         return 1.0 + delta * inverse_norm(square + BIAS.p0)
 
 
@@ -136,7 +136,7 @@ def slope_delta(e, square, delta, BIAS: tl.constexpr):
     elif BIAS.tag == HUBER_SWITCH:
         return tl.where(square <= delta * delta, 0.0, tanh(BIAS.p0 * e))
     else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that uses delta, without its derivative")
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that uses delta needs a slope_delta")
         return e * inverse_norm(square + BIAS.p0)
 
 
@@ -145,10 +145,10 @@ def pull(square, delta, BIAS: tl.constexpr):
     if BIAS.tag == HUBER_NORM:
         r = inverse_norm(square)
         return tl.where(square <= delta * delta, 0.0, -delta * r * r * r)
-    elif BIAS.tag == HUBER_SWITCH:  # the switch itself has no gradient
+    elif BIAS.tag == HUBER_SWITCH:  # the switch has no gradient
         return square * 0.0
     else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that couples a row, without its pull")
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that couples a row needs a pull")
         r = inverse_norm(square + BIAS.p0)
         return -delta * r * r * r
 

@@ -1,16 +1,15 @@
-"""What the gates of a chunk amount to: two small kernels, parallel over chunks.
+"""Weights of a chunk's writes and states from its token gates: two small kernels, parallel over chunks (docs/mathematics.md, section 3).
 
     linear_decay       gamma_t, gamma_C / gamma_s, and log-decays whose differences give L_ts = gamma_t / gamma_s
-    momentum_weights   with momentum: gamma, M_C, b as rows of `decays`, pi, Theta_C as rows of `moves`, M as `pairs`, Theta as `steps`
+    momentum_weights   with momentum: gamma, M_C, b as rows of `decays`; pi, Theta_C as rows of `moves`; M as `pairs`, Theta as `steps`
 
-With momentum the weight of the write of token s in the state of token t is no longer L_ts but ``M = L Theta``, with
-``Theta_ts = theta_{s+1} ... theta_t``; the carried S_0 enters the state with weight b_t, the next momentum with pi_t. By rows:
-
-    Theta_t = theta_t Theta_{t-1}, Theta_tt = 1      M_t = alpha_t M_{t-1} + Theta_t
+    Theta_t = theta_t Theta_{t-1}, Theta_tt = 1      M_t = alpha_t M_{t-1} + Theta_t        (rows of Theta and M)
     pi_t = theta_t pi_{t-1},       pi_0 = 1          b_t = alpha_t b_{t-1} + pi_t,      b_0 = 0
 
-Only products of numbers in [0, 1] are formed and nothing is divided: gates may be 0. M is kept in float32, although the kernels round what
-they multiply with it: the gates' gradients are sums of its products over whatever power of alpha is left, and one buffer serves both.
+Without momentum the write of token s has weight L_ts in the state of token t, with momentum ``M_ts``, where ``M = L Theta`` and
+``Theta_ts = theta_{s+1} ... theta_t``. The momentum matrix S_0 at the chunk's start enters the state with weight b_t and the next momentum
+matrix with weight pi_t. Only numbers in [0, 1] are multiplied and nothing is divided, so gates may be 0. M is float32 although the
+products of the forward round it: the gates' gradients read the same buffer and need its digits.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ def linear_decay(
 ):  # fmt: skip
     """``decays [4, B, T, H]``: gamma_t, gamma_C / gamma_s, and the cumulative log-decays in two parts whose differences keep their digits.
 
-    A difference of two sums of -1e4 would leave nothing of a step of -0.01 between them. So every log-decay is cut into a
-    multiple of 2^-10, whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a rest below 2^-11, whose sums are small.
-    The products are summed from their own ends, where nothing cancels.
+    The difference of two sums near -1e4 would lose a step of -0.01 between them. So every log-decay is split into a multiple of 2^-10,
+    whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a remainder below 2^-11, whose sums are small. gamma_t and
+    gamma_C / gamma_s are each summed from their own end, so nothing cancels.
     """
     ROW = wide(ROW)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
@@ -77,14 +76,14 @@ def momentum_weights(
 ):  # fmt: skip
     """``decays [3, B, T, H]``: gamma_t, M_Cs, b_t; ``moves [2, B, T, H]``: pi_t, Theta_Cs; ``pairs, steps [slots, H, C, C]``: M, Theta.
 
-    Token C is the chunk's last one. Decays that go by channel are left to channel_momentum: `log_decay`, `decays` and `pairs` are None.
+    Token C is the last of the chunk. With decays by channel `log_decay`, `decays` and `pairs` are None (see `channel_momentum`).
     """
     ROW = wide(ROW)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_c = (t0 + o_c < eos) & (t0 + o_c >= bos)
@@ -128,7 +127,7 @@ def momentum_weights(
 
 
 def chunk_decays(p: Problem) -> Tensor | None:
-    """What the log-decays amount to ``[4, B, T, H]``; None without any."""
+    """The decays ``[4, B, T, H]`` of `linear_decay`; None without log-decays."""
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
@@ -137,7 +136,7 @@ def chunk_decays(p: Problem) -> Tensor | None:
 
 
 class Weights(NamedTuple):
-    """What the gates of every chunk amount to; without momentum, or without any gate, what is not needed is None."""
+    """The weights that the gates of every chunk give; None where they are not needed."""
 
     decays: Tensor | None  # [4, B, T, H] from linear_decay, [3, B, T, H] from momentum_weights, [2 or 3, B, T, H, Dv] by channel
     moves: Tensor | None = None  # [2, B, T, H]   pi, Theta_C
@@ -149,7 +148,7 @@ class Weights(NamedTuple):
 
 
 def chunk_weights(p: Problem, backward: bool = False) -> Weights:
-    """The weights of a call; ``backward`` adds what the gates' gradients read."""
+    """The weights of a call; ``backward`` adds those that only the gates' gradients read."""
     if p.momentum is None:
         return Weights(linear_channel.decays_by_channel(p) if p.key.channels else chunk_decays(p))
     square, by_channel = (p.slots.count, p.heads, p.rows, p.rows), p.key.channels

@@ -37,7 +37,7 @@ def opened_chunk(p: Problem) -> Opened:
 
 
 class Final(NamedTuple):
-    """The state after the last token, as MemoryState has it; ``start``, ``open_decay`` only where a sequence may end inside a chunk."""
+    """The state after the last token, as in MemoryState; ``start`` and ``open_decay`` only where a sequence may end inside a chunk."""
 
     dual: tuple[Tensor, ...]  # the memory's matrices, float32: [N, H, Dv, Dk], or [N, H, D, Hd] and [N, H, Hd, D]
     start: tuple[Tensor, ...] = ()
@@ -45,12 +45,12 @@ class Final(NamedTuple):
     momentum: tuple[Tensor, ...] = ()  # like dual
 
     def tensors(self) -> list[Tensor]:
-        """All of them, contiguous, in one list."""
+        """All tensors in one list, contiguous."""
         return [x.contiguous() for x in (*self.dual, *self.momentum, *self.start, self.open_decay) if x is not None]
 
 
 def open_chunk_end(p: Problem, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Start and sum of log-decays ``[N, H]`` of the chunk that a sequence ends in; ``start``: the matrices after its whole ones."""
+    """Start, and sum of log-decays ``[N, H]``, of the chunk that a sequence ends in; ``start``: the matrices after its last whole chunk."""
     size, device, opened = p.chunk_size, p.q.device, p.call.state.open_chunk
     before = torch.zeros(p.sequences, dtype=torch.int64, device=device) if p.position is None else p.position
     if p.cu_seqlens is None:

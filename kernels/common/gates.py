@@ -1,4 +1,4 @@
-"""What kernels load of a chunk's tokens: gates and decays (decays.py makes them), thresholds, errors, updates."""
+"""Loads of a chunk's token gates, decays (computed in decays.py), thresholds, errors and updates."""
 
 import triton.language as tl
 
@@ -6,23 +6,23 @@ import triton
 
 from . import bias as biases
 
-#: exp of anything below is 0 in float32
+#: exp of anything lower is 0 in float32
 LOWEST = tl.constexpr(-110.0)
-#: log-decays are summed in units of 2^-10 and a rest, see `linear_decay`
+#: log-decays are summed as multiples of 2^-10 plus a remainder, see `linear_decay`
 UNIT = tl.constexpr(1024.0)
-#: the row of `decays` that has b_t, where there is momentum
+#: with momentum, the row of `decays` that holds b_t
 CARRY = tl.constexpr(2)
 
 
 @triton.jit
 def load_gate(gate, row, o_g, m_t):
-    """A chunk's gate as float32; 0 beyond the sequence (no step)."""
+    """A token gate of a chunk ``[C]`` as float32; 0 beyond the sequence."""
     return tl.load(gate + row + o_g, mask=m_t, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_gamma(decays, row, o_g, m_t, C: tl.constexpr):
-    """``gamma_t [C]``: decay from the chunk's start to every token."""
+    """``gamma_t [C]``: the decay from the chunk's start to each token."""
     if decays is None:
         return tl.full((C,), 1.0, tl.float32)
     else:
@@ -31,7 +31,7 @@ def load_gamma(decays, row, o_g, m_t, C: tl.constexpr):
 
 @triton.jit
 def load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv: tl.constexpr):
-    """Weights by channel ``[C, BV]`` of a chunk's tokens, from one of the rows ``[B, T, H, Dv]``."""
+    """Weights by channel ``[C, BV]`` of a chunk's tokens, from one row of ``decays [.., B, T, H, Dv]``."""
     o_tv = o_g[:, None] * Dv + o_v[None, :]
     return tl.load(decays + row * Dv + o_tv, mask=m_t[:, None] & m_v[None, :], other=0.0)
 
@@ -56,7 +56,7 @@ def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
 
 @triton.jit
 def load_scale(scales, place):
-    """rho of a chunk and head."""
+    """rho of a chunk and head; 1 for a gate without."""
     if scales is None:
         return 1.0
     else:
@@ -73,7 +73,7 @@ def load_scales(scales, place):
 def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, m_later, m_earlier):
     """Weight of the write of s in the state of t, 0 for s > t: ``L_ts = gamma_t / gamma_s``, with momentum M_ts from the chunk's ``pairs``.
 
-    Offsets of t (later), s (earlier): ``[BC, 1]`` and ``[1, BC]`` or vice versa.
+    The offsets of t (later) and s (earlier) are ``[BC, 1]`` and ``[1, BC]``, or the other way round.
     """
     causal = o_later >= o_earlier
     if pairs is not None:
@@ -89,7 +89,7 @@ def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, 
 
 @triton.jit
 def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, BIAS: tl.constexpr):
-    """delta as ``[C, 1]`` or ``[C, BV]``; 0 for a bias without one."""
+    """The threshold delta as ``[C, 1]`` or ``[C, BV]``; 0 for a bias without one."""
     if BIAS.delta == 2:
         return tl.load(delta + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
     elif BIAS.delta == 1:
@@ -100,7 +100,7 @@ def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, BIAS: tl.cons
 
 @triton.jit
 def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr, BIAS: tl.constexpr):
-    """A chunk's errors ``[C, BV]``: those the chain stored, or ``-v`` for a bias that reads no memory (v at its chunk's start)."""
+    """A chunk's errors ``[C, BV]``: from the chain, or ``-v`` for a bias that reads no memory. ``v`` points to the chunk's start."""
     if BIAS.reads_memory:
         return tl.load(errors + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
     else:
@@ -109,7 +109,7 @@ def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr,
 
 @triton.jit
 def load_square(squares, row, o_g, m_t, BIAS: tl.constexpr):
-    """``||e||^2 [C, 1]`` of every row, which the chain stored for a bias that couples it."""
+    """``||e||^2 [C, 1]`` of each row, which the chain stored for a bias that couples rows."""
     if BIAS.row_coupled:
         return load_gate(squares, row, o_g, m_t)[:, None]
     else:
@@ -118,7 +118,7 @@ def load_square(squares, row, o_g, m_t, BIAS: tl.constexpr):
 
 @triton.jit
 def load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, CHANNEL_LR: tl.constexpr):
-    """eta as ``[C, 1]`` or ``[C, BV]``."""
+    """The step size eta as ``[C, 1]`` or ``[C, BV]``."""
     if CHANNEL_LR:
         return tl.load(lr + row * Dv + o_tv, mask=m_tv, other=0.0)
     else:

@@ -1,4 +1,4 @@
-"""From a validated call to kernel arguments: geometry, constants, and the one function that launches."""
+"""From a validated call to kernel arguments, and the function that all launches go through."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class Slots(NamedTuple):
-    """Where the chunks of every sequence lie in a buffer with a slot for each; computed without waiting for the device."""
+    """Where the chunks (or segments) of every sequence lie in a buffer with one slot for each; computed without device synchronisation."""
 
     count: int
     per_sequence: int  # unless packed
     first: Tensor | None  # [N] int64, the first slot of every packed sequence
-    owner: Tensor | None  # [count] int64, the packed sequence of every slot; -1 for a spare one
+    owner: Tensor | None  # [count] int64, the packed sequence of every slot; -1 for an unused one
 
     @staticmethod
     def of(cu_seqlens: Tensor | None, sequences: int, tokens: int, size: int, position: Tensor | None = None) -> Slots:
-        """Slots for pieces of ``size`` tokens; sequence n begins ``position[n]`` tokens inside its first piece."""
+        """Slots of ``size`` tokens each; sequence n begins ``position[n]`` tokens inside its first slot."""
         before = 0 if position is None else size - 1  # at most
         if cu_seqlens is None:
             each = -(-(tokens + before) // size)
@@ -121,9 +121,9 @@ class Problem:
         return self.empty(self.batch, self.tokens, self.heads, *shape, dtype=dtype)
 
     def result(self, *shape: int, dtype: torch.dtype | None = None, tiles: int | None = None) -> Tensor:
-        """What a call returns, or sums up over ``tiles`` to return it, ``[tiles, B, T, H, *shape]``.
+        """A result of the call, or its partial sums ``[tiles, B, T, H, *shape]``.
 
-        0 where no sequence writes: nobody looks whether ``cu_seqlens`` on a device ends before T.
+        Zero-filled for packed sequences, since ``cu_seqlens`` on the device may end before T.
         """
         x = self.empty(*(() if tiles is None else (tiles,)), self.batch, self.tokens, self.heads, *shape, dtype=dtype)
         return x if self.cu_seqlens is None else x.zero_()
@@ -134,12 +134,12 @@ class Problem:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """q, k or v with a contiguous last axis, and a chunk that offsets of 31 bits can span."""
+    """q, k or v with a contiguous last axis, and token strides small enough for 31-bit offsets within a chunk."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()
 
 
 def tiles(kernel: str, problem: Problem, along: str) -> int:
-    """Tiles that a kernel cuts its ``"value"`` or ``"key"`` axis into."""
+    """Number of tiles along a kernel's ``"value"`` or ``"key"`` axis."""
     return problem.key.tiles(kernel, problem.config(kernel), along)
 
 
@@ -151,7 +151,7 @@ def options(config: configs.Config, architecture: str) -> dict:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, or "" where nothing is compiled."""
+    """``"sm_90"``, ``"gfx942"``, or "" on a CPU, where Triton interprets."""
     if device.type != "cuda":
         return ""
     if torch.version.hip:
@@ -160,17 +160,17 @@ def architecture(device: torch.device) -> str:
 
 
 def architecture_of(device: torch.device) -> str:
-    """The architecture that launches are meant for: the device's, or that of a recording."""
+    """The architecture that launches are for: the device's, or that of a recording."""
     return _recorder[1] if _recorder else architecture(device)
 
 
-#: set by `recording`: what receives launches instead of the device, and the architecture they are meant for
+#: set by `recording`: the receiver of launches, and the architecture they are for
 _recorder: tuple[Callable, str] | None = None
 
 
 @contextlib.contextmanager
 def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
-    """Within it nothing is launched: ``receive(kernel, arguments, config)`` gets every launch. Meta tensors will do."""
+    """Within the context nothing is launched: ``receive(kernel, arguments, config)`` is called instead. Tensors may be meta tensors."""
     global _recorder
     before, _recorder = _recorder, (receive, architecture)
     try:

@@ -4,16 +4,16 @@ The value and the derivative of a gate stand side by side, chosen by ``RETENTION
 those of ``python/miras_kernels/tables/retention.py`` and ``csrc/retention.h``. Kernels never compare tags; they ask for the traits in
 :class:`Retention`, which say whether a gate couples the entries of a row, those of the whole matrix, or none:
 
-    term(a, shift)               a summand of ``total``, the sum that the gate couples by: over a row or the whole matrix
-    floor()                      what ``total`` starts from
+    primal(a, shift, total)      W = phi(A);  total = floor() + sum of term over the row or the matrix
+    term(a, shift)               a summand of ``total``
+    floor()                      the initial value of ``total``
     scale(total)                 rho
-    primal(a, shift, total)      W = phi(A)
-    pull(g, a, w, along, rho)    phi'(A)^T G: the gradient of A, for the gradient G of W
-    along(g, a, w)               a summand of ``along``, a sum over the same entries that ``pull`` needs
+    pull(g, a, w, along, rho)    phi'(A)^T G: the gradient of A for the gradient G of W;  along = d rho + sum of along over the same entries
+    along(g, a, w)               a summand of ``along``
 
-``shift`` is the row's maximum (only read by gates that couple rows), so that no exponential overflows. Where rho depends on A its own
-gradient d rho belongs to ``along`` as well: dA = pull(G, A, W, sum along + d rho, rho). Sums may have any shape that broadcasts against the
-tiles; which axis of a tile is a row is the kernel's affair. phi(0) need not be 0: padding is masked wherever W is summed or kept.
+``shift`` is the row's maximum (read only by gates that couple rows), so that no exponential overflows. Sums may have any shape that
+broadcasts against the tiles, and the kernel decides which axis of a tile is a row. phi(0) need not be 0: padding is masked wherever W is
+summed or stored.
 
 Adding a gate: docs/adding-a-gate.md.
 """
@@ -59,7 +59,7 @@ class Retention(NamedTuple):
 
 @triton.jit
 def power(x, EXPONENT: tl.constexpr):
-    """``x^EXPONENT`` for x >= 0 (x > 0 where it is negative), by products where that is exact."""
+    """``x^EXPONENT`` for x >= 0 (x > 0 if the exponent is negative)."""
     if EXPONENT == 3.0:
         return x * x * x
     elif EXPONENT == 4.0:
@@ -75,7 +75,7 @@ def term(a, shift, RETENTION: tl.constexpr):
     if RETENTION.tag == LQ:
         return power(tl.abs(a), RETENTION.r0)
     else:
-        tl.static_assert(RETENTION.tag == KL, "a gate that couples entries, without the sum")
+        tl.static_assert(RETENTION.tag == KL, "a gate that couples entries needs a term")
         return tl.exp(a - shift)
 
 
@@ -106,7 +106,7 @@ def primal(a, shift, total, RETENTION: tl.constexpr):
     elif RETENTION.tag == ELASTIC:
         return tl.where(a > RETENTION.r0, a - RETENTION.r0, tl.where(a < -RETENTION.r0, a + RETENTION.r0, a * 0.0))
     else:
-        tl.static_assert(RETENTION.tag == SIGMOID, "a gate without a mirror map")
+        tl.static_assert(RETENTION.tag == SIGMOID, "a gate needs a mirror map")
         return sigmoid(a)
 
 
@@ -115,7 +115,7 @@ def along(g, a, w, RETENTION: tl.constexpr):
     if RETENTION.tag == LQ:
         return g * a
     else:
-        tl.static_assert(RETENTION.tag == KL, "a gate that couples entries, without the sum of its derivative")
+        tl.static_assert(RETENTION.tag == KL, "a gate that couples entries needs a summand of its derivative")
         return g * w
 
 
@@ -134,12 +134,12 @@ def pull(g, a, w, along, rho, RETENTION: tl.constexpr):
     elif RETENTION.tag == ELASTIC:
         return tl.where(tl.abs(a) > RETENTION.r0, g, 0.0)
     else:
-        tl.static_assert(RETENTION.tag == SIGMOID, "a gate without a derivative")
+        tl.static_assert(RETENTION.tag == SIGMOID, "a gate needs a derivative")
         return g * sigmoid(a) * sigmoid(-a)
 
 
 @triton.jit
 def sigmoid(a):
-    """1 / (1 + exp(-a)) from the exponential that cannot overflow."""
+    """``1 / (1 + exp(-a))``, without an exponential that overflows."""
     t = tl.exp(-tl.abs(a))
     return tl.where(a < 0, t, 1.0) / (1.0 + t)

@@ -1,11 +1,11 @@
-"""Decoding steps of the linear memory ``S = W' [Dk, Dv]``, a token at a time.
+"""Decoding steps of the linear memory ``S = W' [Dk, Dv]``, one token at a time (docs/mathematics.md, section 11).
 
     e = S_0' k - v;  u = eta psi(e)                                              S_0 = phi(A_0) at the start of the chunk
-    moved <- theta moved;  kept <- alpha kept + moved                            of what the chunk wrote before; (k, -u) is kept with 1
+    moved <- theta moved;  kept <- alpha kept + moved                            weights of the chunk's writes; (k, -u) is added with 1
     o = gamma S_0' q + rho (kept_0 D' q + kept_1 M_0' q + sum_i (k_i . q) kept_i o -u_i)
 
-``linear_step_predict`` takes the matrices' products with k and q, a program all keys of ``BV`` values. ``linear_step_write`` does the rest, one
-program a head, and where the chunk closes writes ``A`` and ``M`` as the next one's start:
+``linear_step_predict`` multiplies the matrices with k and q, one program per ``BV`` values. ``linear_step_write`` does the rest, one
+program per head, and at the chunk's end stores ``A`` and ``M`` as the next chunk's start:
 
     A = gamma A_0 + kept_0 D + kept_1 M_0 - sum_i k_i (kept_i o u_i)';  M = moved_1 M_0 - sum_i moved_i k_i u_i'
 """
@@ -23,6 +23,7 @@ from ..common.chunks import token_of
 from ..common.tiles import LENGTHS, inside, store
 from .steps import (
     Step,
+    advance,
     begin_weights,
     channels_of,
     decay_of,
@@ -30,7 +31,6 @@ from .steps import (
     first_weights,
     gate_of,
     mapped,
-    move_on,
     row_of,
     row_weights,
     store_first_weights,
@@ -48,7 +48,7 @@ def linear_step_predict(
     t, H, q_strides, k_strides,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """``products [N, H, PRODUCTS, Dv]`` of one tile of values; no more are read than will be used."""
+    """``products [N, H, PRODUCTS, Dv]`` of one tile of values; reads only the matrices in use."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
     W: tl.constexpr = Dv if CHANNEL_DECAY else 1
     i_n, i_v = tl.program_id(0).to(tl.int64) // NV, tl.program_id(0) % NV
@@ -72,7 +72,7 @@ def linear_step_predict(
     if momentum is not None:
         tl.store(p + 3 * Dv, tl.sum(tl.load(momentum + o, mask=m, other=0.0) * b_q, 0), mask=m_v)
     if (i_h == 0) & (i_v == 0):
-        move_on(position + i_n, C)
+        advance(position + i_n, C)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -83,13 +83,13 @@ def linear_step_write(
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     BIAS: tl.constexpr, RETENTION: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNEL_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence: the token's write, output, and the chunk's end."""
+    """One head of one sequence: the token's write and output, and the chunk's end."""
     W: tl.constexpr = Dv if CHANNEL_DECAY else 1
     i_n = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_nh = i_n * H + i_h
     row = row_of(position + i_n, C)
-    gate = (i_n * T + t) * H + i_h  # the token's place in the contiguous [N, T, H, ...] gates
+    gate = (i_n * T + t) * H + i_h  # of the token in the contiguous [N, T, H, ...] gates
     start += i_nh * Dk * Dv
     left += i_nh * C * Dk
     right += i_nh * C * Dv
@@ -123,7 +123,7 @@ def linear_step_write(
         b_delta = gate_of(delta, gate, o_v, m_v, Dv, BIAS.delta == 2)
     b_u = gate_of(lr, gate, o_v, m_v, Dv, CHANNEL_LR) * biases.value(b_e, square, b_delta, BIAS)  # [BD]
 
-    # the weights after it, and what it reads of what the chunk wrote
+    # the weights after it, and its read of the chunk's own writes
     o_w, m_w = channels_of(o_v, m_v, CHANNEL_DECAY)
     alpha, b_open = decay_of(log_decay, sums, gate, o_w, m_w, W)  # [BW]
     b_read = -tl.sum(b_k * b_q) * b_u
@@ -142,7 +142,7 @@ def linear_step_write(
     b_out = tl.exp(b_open) * tl.load(p + Dv, mask=m_v, other=0.0) + scale * b_read
     store(token_of(out, out_strides, i_n, t, i_h) + o_v, b_out, m_v)
 
-    # keep the weights and the token
+    # store the weights and the token's factors
     tl.debug_barrier()
     store_first_weights(kept, moved, o_w, m_w, b_kept0, b_kept1, moved_1, W)
     for r in tl.range(0, row, BR, disable_licm=True):
@@ -159,7 +159,7 @@ def linear_step_write(
     tl.store(sums + o_w, b_open, mask=m_w)
 
     if row + 1 == C:
-        total = 0.0  # of a gate that couples the matrix
+        total = 0.0  # for a gate that couples the matrix
         tl.debug_barrier()
         for i in tl.range(0, (Dv + BV - 1) // BV, disable_licm=True):
             o_t = i * BV + tl.arange(0, BV)

@@ -1,19 +1,19 @@
-"""Decoding steps of the MLP memory ``S1 = W1' [Hd, D]``, ``W2 [Hd, D]``, a token at a time.
+"""Decoding steps of the MLP memory ``S1 = W1' [Hd, D]``, ``W2 [Hd, D]``, one token at a time (docs/mathematics.md, section 11).
 
     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                       both matrices at the chunk's start
     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                                the inner gradients
-    moved <- theta moved;  kept <- alpha kept + moved                                         of what the chunk wrote before
-    zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                            (a, -eta gu), (-eta gz, k) are kept with 1
-    R x = gamma phi(A_0) x + rho (kept_0 D x + kept_1 M_0 x + sum_i left_i kept_i (right_i . x))        the other way round for R1'
+    moved <- theta moved;  kept <- alpha kept + moved                                         weights of the chunk's writes
+    zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                            (a, -eta gu), (-eta gz, k) are added with 1
+    R x = gamma phi(A_0) x + rho (kept_0 D x + kept_1 M_0 x + sum_i left_i kept_i (right_i . x))        left and right swapped for R1'
 
-Hidden units are shared out, ``BH`` to a program, a *part* of each matrix; what needs all of them waits for the next launch:
+Every program has ``BH`` hidden units, a *part* of each matrix; what needs all units waits for the next launch:
 
     mlp_step_predict   z and W2 q of its units, and its part of u
-    mlp_step_write     gz of its units; keeps the factors; aq of its units, and its part of R1' aq but for the factors, and of a_i . aq for them
-    mlp_step_finish    the output; where the chunk closes, its part of both matrices, which start the next one
+    mlp_step_write     gz of its units; stores the factors; aq of its units, its part of R1' aq without the factors, and of a_i . aq
+    mlp_step_finish    the output; at the chunk's end, its part of both matrices as the next chunk's start
 
-A gate that couples rows of W1, which run through the hidden units, or a whole matrix, leaves the end of a chunk to the program of the
-first part.
+Under a gate that couples a whole matrix, or rows of W1, which lie along the hidden units, the first part's program handles the end of a
+chunk alone.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ..common.tiles import LENGTHS, inside, store
 from ..mlp.math import gelu, gelu_slope, layer_norm_vjp, normalised
 from .steps import (
     Step,
+    advance,
     begin_weights,
     decay_of,
     end_tile,
     first_weights,
     gate_of,
     mapped,
-    move_on,
     row_of,
     row_weights,
     store_first_weights,
@@ -58,7 +58,7 @@ def mlp_step_predict(
     t, H, q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """``hidden [N, H, 2, Hd]``: z and W2 q. ``partial [N, H, 2, parts, D]``: of u; the second of them is ``mlp_step_write``'s."""
+    """``hidden [N, H, 2, Hd]``: z and W2 q. ``partial [N, H, 2, parts, D]``: of u; its second half is written by ``mlp_step_write``."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
@@ -76,7 +76,7 @@ def mlp_step_predict(
     tl.store(hidden + Hd + o_h, tl.sum(b_w2 * b_q, 1), mask=m_h)
     tl.store(partial + (i_nh * 2 * PARTS + i_p) * D + o_d, tl.sum(gelu(b_z)[:, None] * b_s1, 0), mask=m_d)
     if (i_h == 0) & (i_p == 0):
-        move_on(position + i_n, C)
+        advance(position + i_n, C)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -87,14 +87,14 @@ def mlp_step_write(
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
     EPS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """``scores [N, H, parts, C]``: of a_i . aq. ``after [N, H, 2 (2 + C) + 1]``: kept, moved and log gamma after the token."""
+    """``scores [N, H, parts, C]``: parts of a_i . aq. ``after [N, H, 2 (2 + C) + 1]``: kept, moved and log gamma after the token."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     ROWS: tl.constexpr = 2 + C
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
     i_nh = i_n * H + i_h
     row = row_of(position + i_n, C)
-    gate = (i_n * T + t) * H + i_h  # the token's place in the contiguous [N, T, H] gates
+    gate = (i_n * T + t) * H + i_h  # of the token in the contiguous [N, T, H] gates
     left += i_nh * 2 * C * Hd
     right += i_nh * 2 * C * D
     kept += i_nh * ROWS
@@ -145,7 +145,7 @@ def mlp_step_write(
         tl.store(moved_after + 2 + row, 1.0)
         tl.store(after + 2 * ROWS + one, b_open)
     b_zq = gamma * tl.load(hidden + Hd + o_h, mask=m_h, other=0.0)  # [BH]
-    b_wq = b_u2 * tl.sum(b_k * b_q)  # what the chunk has written makes of q
+    b_wq = b_u2 * tl.sum(b_k * b_q)  # the chunk's own writes applied to q
     b_r1 = gamma * b_s1  # [BH, BD]
     if carried is not None:
         if kept_0 > 0.0:
@@ -166,7 +166,7 @@ def mlp_step_write(
         b_wq += tl.sum(b_score * b_left, 0)
     b_aq = gelu(b_zq + rho_2 * b_wq)  # [BH]
 
-    # keep the token; its part of what LayerNorm and R1' need
+    # store the token's factors, and this part's sums for LayerNorm and R1'
     b_a = gelu(b_z)
     tl.store(left + row * Hd + o_h, b_a, mask=m_h)
     tl.store(left + (C + row) * Hd + o_h, b_u2, mask=m_h)
@@ -189,7 +189,7 @@ def mlp_step_finish(
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
     EPS: tl.constexpr, RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """The first part's program takes the output and the weights, those of the other parts end as soon as they see the chunk open."""
+    """The first part's program computes the output and the weights; the other parts' programs have work only at the end of a chunk."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     ROWS: tl.constexpr = 2 + C
     SIZE: tl.constexpr = Hd * D
@@ -255,7 +255,7 @@ def mlp_step_finish(
             first, last = 0, tl.where(i_p == 0, PARTS, 0)
         one = tl.arange(0, 1)
         shift_1 = tl.full((1, BD), retentions.BOTTOM, tl.float32)
-        total_1 = tl.full((1, BD), 0.0, tl.float32)  # of every column of S1, or of all of it in each
+        total_1 = tl.full((1, BD), 0.0, tl.float32)  # of each column of S1, or of all of S1 in each
         total_2 = 0.0
         for i in tl.range(first, last, disable_licm=True):
             o_h = i * BH + tl.arange(0, BH)

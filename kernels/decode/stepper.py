@@ -1,4 +1,4 @@
-"""Decoding steps of either memory: the way in."""
+"""The way in to the decoding steps of either memory."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What the decoding steps of both memories share: the weights of what a chunk has written, its end, and the launches.
+"""Shared parts of both memories' decoding steps: the weights of the chunk's writes, the end of a chunk, and the launches.
 
-A step reads a token into :class:`~miras_kernels.decode.Buffers`; it is defined by ``python/miras_kernels/backends/reference/step.py``. There is
-nothing to multiply but a matrix by a vector, so a token takes the time of reading what it needs: ``phi(A_0)`` once, for k and q together,
-and the factors of the open chunk's tokens. Its arithmetic is elementwise products and sums in float32, without tensor cores. The token
-that ends its chunk writes the matrices; whether it does is read on the device, where each sequence stands somewhere else in its chunk.
+A step reads one token into :class:`~miras_kernels.decode.Buffers`; its definition is ``python/miras_kernels/backends/reference/step.py``.
+A step only multiplies matrices by vectors, so it takes as long as its reads: ``phi(A_0)`` once, for k and q together, and the factors of
+the open chunk's tokens. The arithmetic is elementwise in float32, without tensor cores. The token that ends its chunk writes the matrices;
+this is decided on the device, since every sequence has its own position in its chunk.
 
-A token takes two or three launches, each shared out among programs that may run in any order: what one of them writes another
-launch reads. The first launch moves ``position`` on, which nobody else reads in it; to the later ones the token's row is the one before.
+A token takes two or three launches. The programs of a launch may run in any order, so only a later launch reads what they write. The first
+launch advances ``position`` and no other program of that launch reads it; in the later ones the token's row is ``position - 1``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def vector(x, o, m):
 
 @triton.jit
 def gate_of(gate, row, o, m, D: tl.constexpr, CHANNEL: tl.constexpr):
-    """A token's gate as float32: a number, or a vector of the channels ``o``."""
+    """A token gate as float32: a number, or a vector of the channels ``o``."""
     if CHANNEL:
         return vector(gate + row * D, o, m)
     else:
@@ -44,8 +44,8 @@ def gate_of(gate, row, o, m, D: tl.constexpr, CHANNEL: tl.constexpr):
 
 
 @triton.jit
-def move_on(position, C: tl.constexpr):
-    """One token more of a sequence's chunk. The barrier: every thread reads before one writes, here and wherever a place is rewritten."""
+def advance(position, C: tl.constexpr):
+    """Advance a sequence's position. The barrier makes every thread read before one writes, here and wherever a value is replaced."""
     before = tl.load(position)
     tl.debug_barrier()
     tl.store(position, (before + 1) % C)
@@ -57,12 +57,12 @@ def row_of(position, C: tl.constexpr):
     return ((tl.load(position) + C - 1) % C).to(tl.int32)
 
 
-# ----------------------------------------------------------------------------------------- weights of what a chunk has written
+# ----------------------------------------------------------------------------------------- weights of the chunk's writes
 
 
 @triton.jit
 def channels_of(o_v, m_v, CHANNEL: tl.constexpr):
-    """The columns of ``kept`` for values ``o_v``: those of its own for a channel-wise decay, else the one that all share."""
+    """The columns of ``kept`` for the values ``o_v``: their own for decays by channel, else one that all share."""
     if CHANNEL:
         return o_v, m_v
     else:
@@ -71,7 +71,7 @@ def channels_of(o_v, m_v, CHANNEL: tl.constexpr):
 
 @triton.jit
 def decay_of(log_decay, sums, row, o_w, m_w, W: tl.constexpr):
-    """``(alpha, log gamma) [BW]`` of a token: its decay, and the chunk's up to it."""
+    """``(alpha, log gamma) [BW]`` of a token: its decay, and that from the chunk's start up to it."""
     b_open = tl.load(sums + o_w, mask=m_w, other=0.0)
     b_decay = b_open * 0.0
     if log_decay is not None:
@@ -101,7 +101,7 @@ def store_first_weights(kept, moved, o_w, m_w, b_kept0, b_kept1, moved_1, W: tl.
 
 @triton.jit
 def row_weights(kept, moved, o_r, m_r, o_w, m_w, alpha, theta, W: tl.constexpr):
-    """``(kept [BR, BW], moved [BR])`` of tokens before this one, after it."""
+    """``(kept [BR, BW], moved [BR])`` of the chunk's earlier tokens, after this token."""
     b_kept = alpha[None, :] * tl.load(kept + (2 + o_r)[:, None] * W + o_w[None, :], mask=m_r[:, None] & m_w[None, :], other=0.0)
     b_moved = tl.full((o_r.shape[0],), 0.0, tl.float32)
     if moved is not None:
@@ -122,12 +122,12 @@ def store_row_weights(kept, moved, o_r, m_r, o_w, m_w, b_kept, b_moved, W: tl.co
 
 @triton.jit
 def mapped(b_a, m, shift, total, AXIS: tl.constexpr, RETENTION: tl.constexpr):
-    """``phi(A)``, 0 outside the mask. A row of A runs along AXIS; -1: it runs through several tiles, and ``shift, total`` are given."""
+    """``phi(A)``, 0 outside the mask. A row of A lies along AXIS; -1: it lies across several tiles, and ``shift, total`` are given."""
     if RETENTION.row_coupled and AXIS >= 0:
         shift = tl.expand_dims(tl.max(tl.where(m, b_a, retentions.BOTTOM), AXIS), AXIS)
         b_e = tl.where(m, retentions.term(tl.where(m, b_a, shift), shift, RETENTION), 0.0)
         total = tl.expand_dims(tl.sum(b_e, AXIS), AXIS)
-    if RETENTION.row_coupled:  # a row of nothing but padding stays finite; any other has a term of 1
+    if RETENTION.row_coupled:  # keeps rows of padding finite; any other row has a term of 1
         b_a, total = tl.where(m, b_a, shift), tl.maximum(total, 1.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(m, retentions.primal(b_a, shift, total, RETENTION), 0.0)
 
@@ -137,7 +137,7 @@ def end_tile(
     start, carried, momentum, left, right, kept, moved, sums, row, o_k, m_k, o_v, m_v, o_w, m_w,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the matrices at the end of a chunk, by the weights after its last token: starts A and S of the next one. Returns A's."""
+    """A tile of A (returned) and S at the end of a chunk, from the weights after its last token; stored as the next chunk's start."""
     o, m = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
     b_gamma = tl.exp(tl.load(sums + o_w, mask=m_w, other=0.0))
     b_a = b_gamma[None, :] * tl.load(start + o, mask=m, other=0.0)
@@ -166,7 +166,7 @@ def end_tile(
 
 @triton.jit
 def begin_weights(kept, moved, sums, o_w, m_w, W: tl.constexpr):
-    """Rows 0 and 1 and log gamma as a chunk's first token finds them."""
+    """Reset rows 0 and 1 and log gamma for the first token of a chunk."""
     tl.store(sums + o_w, o_w * 0.0, mask=m_w)
     tl.store(kept + o_w, o_w * 0.0, mask=m_w)
     tl.store(kept + W + o_w, o_w * 0.0, mask=m_w)
@@ -178,7 +178,7 @@ def begin_weights(kept, moved, sums, o_w, m_w, W: tl.constexpr):
 
 
 class Launch(NamedTuple):
-    """One of the launches of a step: programs a head, and the constants of its configuration."""
+    """One launch of a step: programs per head, and the constants of its configuration."""
 
     kernel: triton.runtime.JITFunction
     programs: int
@@ -188,17 +188,17 @@ class Launch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """How calls of one kind are launched. Keeps nothing of the call but numbers."""
+    """The launches of calls of one kind. Holds no tensor of the call."""
 
     key: configs.Key
     bias: Bias
     launches: tuple[Launch, ...]
     constants: dict
-    threshold: Callable[[float], Tensor]  # delta as a tensor where it is given as a number
+    threshold: Callable[[float], Tensor]  # delta as a tensor, for calls that give it as a number
 
     @staticmethod
     def of(call, kernels: dict) -> Step:
-        """Kernels in their order, each with what it cuts a head along: ``"value"``, ``"hidden"`` or, not at all, ``"head"``."""
+        """``kernels`` in launch order, each with the axis its programs divide: ``"value"``, ``"hidden"``, or ``"head"`` (one program)."""
         key = configs.Key.of(call)
         architecture, launches = launch.architecture_of(call.q.device), []
         for kernel, along in kernels.items():
@@ -214,7 +214,7 @@ class Step:
         return Step(key, call.bias, tuple(launches), constants, thresholds(call))
 
     def launch(self, buffers, q, k, v, lr, log_decay, delta, momentum, out, **arguments) -> None:
-        """Run the kernels for one token after the other; each gets those of the arguments that it names."""
+        """Run the kernels for one token after the other; each gets the arguments that it names."""
         delta = self.threshold(delta) if isinstance(delta, float) else delta
         gates = dict(lr=lr, log_decay=log_decay, delta=delta, theta=momentum)
         gates = {name: None if x is None else x.contiguous() for name, x in gates.items()}

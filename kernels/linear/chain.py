@@ -1,16 +1,16 @@
-"""The chain of the linear memory (SPEC section 2): sequential in chunks, one program a tile of S, or of its gradient J.
+"""The chain of the linear memory (docs/mathematics.md, sections 2 and 6): sequential; one program per tile of S or of its gradient J.
 
-    linear_chain_fwd   E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))                                     forward, first chunk first
-    linear_chain_bwd     dU = R - dec (K J);  dE = psi'(E) (eta dU);  J <- gamma_C J + Q' (gamma dO) + K' dE    backward, last chunk first
+    linear_chain_fwd   E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))                                       from the first chunk on
+    linear_chain_bwd   dU = R - dec (K J);  dE = psi'(E) (eta dU);  J <- gamma_C J + Q' (gamma dO) + K' dE      from the last chunk back
 
-``S = W' [Dk, Dv]``; decays.py has what the gates of a chunk amount to. A program holds its tile ``[BK, BV]`` in registers in float32,
-with BK covering Dk, and writes what every chunk starts from, its errors and dV for the parallel kernels in the dtype of the operands.
-Values are independent of each other, so BV may be any part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot
-product does not read the memory: there E is neither computed nor stored.
+``S = W' [Dk, Dv]``; ``gamma`` and ``dec = gamma_C / gamma_s`` are those of decays.py. A program holds its tile ``[BK, BV]`` in float32
+registers, BK covering Dk, and stores every chunk's initial state, errors and dV in the operands' dtype for the parallel kernels. Values
+are independent, so BV may be any part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the
+memory: its E is neither computed nor stored. ``dV = -dE`` is a result, and `linear_dqk_bwd` reads it as dE.
 
-chain_streamed.py has the same two for states that fit no registers, for retention gates and for momentum; the launchers here take
-either. A sequence that resumes inside a chunk, or whose state is wanted inside one, is walked in three parts. The backward walks
-`linear_chain_fwd` again from the states that the forward kept. ``dV = -dE`` is a result, and read by `linear_dqk_bwd` as dE.
+chain_streamed.py and chain_streamed_bwd.py do the same for states that do not fit in registers, for retention gates and for momentum; the
+launchers here choose. A sequence that resumes or may end inside a chunk is walked in three launches (chunks.py). The backward recomputes
+the states with `linear_chain_fwd` from the checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 import triton
 
 from ..common import bias as biases
-from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, sequence_of, slot_of, stretch_of
+from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, segment_of, sequence_of, slot_of
 from ..common.decays import Weights
 from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
@@ -51,7 +51,7 @@ def linear_chain_fwd(
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_s, i_h = chain_program(NV)
-    i_n, i_b, bos, eos, origin, first, last = stretch_of(
+    i_n, i_b, bos, eos, origin, first, last = segment_of(
         i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS, PART
     )
     slot = slot_of(i_n, first_slot, CHUNKS)
@@ -60,7 +60,7 @@ def linear_chain_fwd(
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     m_kv = m_k[:, None] & m_v[None, :]
-    o_g = o_c * H  # a chunk's gates
+    o_g = o_c * H  # of a chunk's token gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
     k = head_of(k, k_strides, i_b, i_h)
     v = head_of(v, v_strides, i_b, i_h)
@@ -77,14 +77,14 @@ def linear_chain_fwd(
 
         store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_s, m_kv)
         if checkpoints is not None:
-            kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
-            tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
+            checkpoint = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
+            tl.store(checkpoint + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
 
         b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
         b_v = load_tile(v + t0 * v_strides.t, v_strides.t, o_c, o_v, m_t, m_v)  # [C, BV]
         if BIAS.reads_memory:
             b_w = b_s
-            if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
+            if PART == HEAD:  # a chunk that was open before predicts with its own start
                 b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
             b_e = fitted_dot(b_k, b_w, DTYPE) - b_v.to(tl.float32)  # [C, BV]
             store(errors + row * Dv + o_tv, b_e, m_tv)
@@ -111,14 +111,14 @@ def linear_chain_fwd(
 def linear_chain_bwd(
     q, k, v, lr, decays, delta,
     errors, squares, from_out, grad_out, grad_final,
-    grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_kept,
+    grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_to_end,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
     q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of J ``[BK, BV]`` from the last chunk of a sequence to its first."""
+    """One tile of J ``[BK, BV]``, from the last chunk of a sequence to its first."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, i_n, i_h = chain_program(NV)
@@ -132,9 +132,9 @@ def linear_chain_bwd(
     q = head_of(q, q_strides, i_b, i_h)
     k = head_of(k, k_strides, i_b, i_h)
     v = head_of(v, v_strides, i_b, i_h)
-    o_g = o_c * H  # a chunk's gates
+    o_g = o_c * H  # of a chunk's token gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
-    o_vk = o_v[None, :] * Dk + o_k[:, None]  # in [N, H, Dv, Dk], once a sequence
+    o_vk = o_v[None, :] * Dk + o_k[:, None]  # in [N, H, Dv, Dk], once per sequence
     state = (i_n * H + i_h) * Dk * Dv
     tile_row = i_v.to(tl.int64) * ROW
 
@@ -164,13 +164,13 @@ def linear_chain_bwd(
             b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, BV]
             tl.store(grad_lr + row * Dv + o_tv, b_du * b_psi, mask=m_tv)
             if decays is not None:
-                tl.store(rows_kept + tile_row + row + o_g, -tl.sum(b_kj * (b_psi * b_lr), 1), mask=m_t)
+                tl.store(rows_to_end + tile_row + row + o_g, -tl.sum(b_kj * (b_psi * b_lr), 1), mask=m_t)
             b_y = b_du * b_lr
         else:
             b_lr = load_gate(lr, row, o_g, m_t)  # [C]
             tl.store(rows_lr + tile_row + row + o_g, tl.sum(b_du * b_psi, 1), mask=m_t)
             if decays is not None:
-                tl.store(rows_kept + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
+                tl.store(rows_to_end + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
             b_y = b_du * b_lr[:, None]
         b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS)
         if BIAS.row_coupled:
@@ -196,14 +196,14 @@ def linear_chain_bwd(
 
 
 class Chain(NamedTuple):
-    """What the chain leaves for the parallel kernels."""
+    """The chain's outputs for the parallel kernels."""
 
-    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start, its primal under a gate; float32 if they are streamed, and for float16
-    errors: Tensor | None  # [B, T, H, Dv], likewise
-    squares: Tensor | None  # [B, T, H] float32, ||e||^2 for a bias that couples a row
-    duals: Tensor | None = None  # [slots, H, Dk, Dv] float32, under a retention gate
-    momenta: Tensor | None = None  # [slots, H, Dk, Dv] float32
-    scales: Tensor | None = None  # [slots, H] float32, rho of a gate that has one
+    states: Tensor  # [slots, H, Dk, Dv]   S at every chunk's start, or its primal; float32 if streamed, and for float16
+    errors: Tensor | None  # [B, T, H, Dv]
+    squares: Tensor | None  # [B, T, H] float32   ||e||^2, for a bias that couples a row
+    duals: Tensor | None = None  # [slots, H, Dk, Dv] float32   A, under a retention gate
+    momenta: Tensor | None = None  # [slots, H, Dk, Dv] float32   S
+    scales: Tensor | None = None  # [slots, H] float32   rho of a gate that has one
 
     def only(self, *names: str) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in names}
@@ -211,7 +211,7 @@ class Chain(NamedTuple):
 
 def empty_chain(p: Problem) -> Chain:
     gated, float32 = p.key.gated, torch.float32
-    wide = float32 if p.q.dtype == torch.float16 else None  # which could not hold what a decay makes small before it is read
+    wide = float32 if p.q.dtype == torch.float16 else None  # float16 overflows on states that decay before they are read
     states = p.per_slot(p.slots, float32 if p.key.streams("linear_chain_fwd") and not gated else wide)
     errors = p.per_token(p.value_dim, dtype=wide) if p.bias.reads_memory else None
     squares = p.per_token(dtype=float32) if p.bias.row_coupled else None
@@ -247,7 +247,7 @@ def walk(
 
 
 def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> Chain:
-    """The chain again from the checkpoints, all segments at once."""
+    """Recompute the chain from the checkpoints, all segments at once."""
     chain, segments = empty_chain(p), p.segments(p.chunk_size * every)
     initial = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
     walk(
@@ -258,22 +258,22 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> 
 
 
 class ChainGradients(NamedTuple):
-    """What the chain's backward leaves. Rows, ``[tiles, B, T, H]`` float32, are sums for the gradients of the gates (common/decays_bwd.py)."""
+    """Outputs of the chain's backward. ``rows_*`` ``[tiles, B, T, H]`` float32 are sums for the gates' gradients (decays_bwd.py)."""
 
-    states: Tensor  # [slots, H, Dk, Dv]   J, float32 if it is streamed, and for float16
+    states: Tensor  # [slots, H, Dk, Dv]   J; float32 if streamed, and for float16
     momenta: Tensor | None  # [slots, H, Dk, Dv] float32   JS
     v: Tensor  # [B, T, H, Dv]
-    initial: list[Tensor]  # of the initial dual and, if there is one, momentum: [N, H, Dv, Dk]
+    initial: list[Tensor]  # [N, H, Dv, Dk]   for the initial dual and, with momentum, the momentum matrix
     lr: Tensor  # [B, T, H] or [B, T, H, Dv]
-    delta: Tensor | None  # likewise
-    rows_kept: Tensor | None  # with a gate, unless decays go by channel
+    delta: Tensor | None  # [B, T, H] or [B, T, H, Dv]
+    rows_to_end: Tensor | None  # with decay or momentum, unless decays go by channel
     rows_step: Tensor | None  # with momentum
 
 
 def chain_gradients(
     p: Problem, weights: Weights, chain: Chain, from_out: Tensor, grad_out: Tensor, grad_state: list[Tensor]
 ) -> ChainGradients:
-    """Run :func:`linear_chain_bwd`, or its streamed form, from R and the gradients of the final matrices (none: they are zero)."""
+    """Run :func:`linear_chain_bwd`, or its streamed form, from R and the gradients of the final matrices (an empty list: zeros)."""
     streamed, moving, by_channel = p.key.streams("linear_chain_bwd"), p.momentum is not None, p.key.channels
     kernel, float32 = linear_chain_bwd_streamed if streamed else linear_chain_bwd, torch.float32
     count = tiles(kernel.__name__, p, "value")
@@ -288,7 +288,7 @@ def chain_gradients(
     rows_lr = None if channel_lr else p.result(dtype=float32, tiles=count)
     rows_delta = p.result(dtype=float32, tiles=count) if delta == 1 else None
     grad_lr, grad_delta = channels(channel_lr), channels(delta == 2)
-    rows_kept, rows_step = rows(not by_channel and (moving or p.log_decay is not None)), rows(moving)
+    rows_to_end, rows_step = rows(not by_channel and (moving or p.log_decay is not None)), rows(moving)
     wide = float32 if streamed or p.q.dtype == torch.float16 else None
     grad_states, grad_momenta = p.per_slot(p.slots, wide), p.per_slot(p.slots, float32) if moving else None
     grad_v = p.result(p.value_dim)
@@ -305,8 +305,8 @@ def chain_gradients(
         kernel, p, p.sequences, "value",
         decays=weights.decays, **chain.only("errors", "squares"), from_out=from_out, grad_out=grad_out,
         grad_final=given[0] if given else None, grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0],
-        grad_delta=grad_delta, grad_lr=grad_lr, rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept, **more,
+        grad_delta=grad_delta, grad_lr=grad_lr, rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, **more,
     )  # fmt: skip
     of_lr = grad_lr if channel_lr else rows_lr.sum(0)
     of_delta = rows_delta.sum(0) if delta == 1 else grad_delta
-    return ChainGradients(grad_states, grad_momenta, grad_v, initial, of_lr, of_delta, rows_kept, rows_step)
+    return ChainGradients(grad_states, grad_momenta, grad_v, initial, of_lr, of_delta, rows_to_end, rows_step)

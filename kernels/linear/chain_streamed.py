@@ -1,19 +1,17 @@
-"""The two chains of the linear memory for states that no program can hold in its registers.
-
-`linear_chain_fwd` and `linear_chain_bwd` (chain.py) keep a tile of all keys on the chip. Where that does not fit (float32, more than 128 keys,
-a bias that couples a wide row of E), these two compute the same from states that stay in memory, in practice in the L2 cache: a chunk's
-state is read tile by tile from its slot and written to the next chunk's, so no address is written twice. A bias that couples a row is
-served by one program for all values, in two passes: all of E and its row norms, then the update. `states` and `grad_states` are float32.
-They also serve what has more than one matrix. Under a retention gate (phi, rho) the chain carries the dual A and predicts with
-W = phi(A); with momentum it carries S beside it:
+"""The forward chain of the linear memory, for states in memory (docs/mathematics.md, sections 2, 3 and 5).
 
     W = phi(A);  E = K W - V;  A <- gamma_C A + b_C S - K' (M_C U);  S <- pi_C S - K' (Theta_C U)
-    dU = rho R - M_C (K J) - Theta_C (K JS);  dW = Q' (gamma dO) + K' dE;  d rho = sum R o U + <Q' (b dO), S>
-    J <- gamma_C J + phi'^T dW + d rho d rho / dA;  JS <- b_C J + pi_C JS + rho Q' (b dO)
 
-W is stored in the operands' dtype in `states`, A and S in float32 in `duals` and `momenta`.
+`linear_chain_fwd` holds a tile of all keys in registers. Where that does not fit (float32, more than 128 keys, a bias that couples a wide
+row of E), this chain computes the same from states in memory, in practice in the L2 cache: it reads a chunk's state tile by tile from its
+slot and writes the next chunk's slot, so no address is written twice. If the bias couples a row, one program takes all values in two
+passes: first all of E and its row norms, then the update. `states` and `grad_states` are float32.
 
-The barriers order a program's own writes before its reads; loads must not be moved across them, hence no software pipelining (stages = 1).
+It also serves calls with more than one matrix: under a retention gate (phi, rho) the chain updates the dual A and predicts with W = phi(A);
+with momentum it updates the momentum matrix S too. W is stored in the operands' dtype in `states`, A and S in float32 in `duals` and
+`momenta`. The backward is in chain_streamed_bwd.py.
+
+The barriers order a program's own writes before its reads. Loads must not move across them, hence no software pipelining (stages = 1).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import triton.language as tl
 import triton
 
 from ..common import bias as biases
-from ..common.chunks import HEAD, chain_program, end_of, head_of, of_chunk, slot_of, stretch_of
+from ..common.chunks import HEAD, chain_program, end_of, head_of, of_chunk, segment_of, slot_of
 from ..common.gates import (
     CARRY,
     load_delta,
@@ -53,21 +51,21 @@ def linear_chain_fwd_streamed(
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
     RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`linear_chain_fwd` for one tile of values, or for all of them if the bias or the retention gate couples them.
+    """`linear_chain_fwd` for one tile of values, or for all values if the bias or the retention gate couples them.
 
-    Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum. ``CHANNELS``: decays
-    go by channel, see channel.py.
+    Under a retention gate ``duals`` holds A and ``states`` its primal; with momentum ``momenta`` holds S. ``CHANNELS``: decays by channel
+    (channel.py).
     """
     ROW = wide(ROW)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
     ENTIRE: tl.constexpr = BIAS.row_coupled or RETENTION.matrix_coupled
-    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # for a sequence and head
-    TILES: tl.constexpr = NV if ENTIRE else 1  # for a program
-    MATRICES: tl.constexpr = 1 if momenta is None else 2  # that a checkpoint keeps
+    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # per sequence and head
+    TILES: tl.constexpr = NV if ENTIRE else 1  # per program
+    MATRICES: tl.constexpr = 1 if momenta is None else 2  # per checkpoint
     i_p, i_s, i_h = chain_program(PROGRAMS)
     i_tile = i_p * TILES
-    i_n, i_b, bos, eos, origin, first, last = stretch_of(
+    i_n, i_b, bos, eos, origin, first, last = segment_of(
         i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS, PART
     )
     slot = slot_of(i_n, first_slot, CHUNKS)
@@ -125,7 +123,7 @@ def linear_chain_fwd_streamed(
                     m_k = inside(o_k, Dk, BK)
                     m_kv = m_k[:, None] & m_v[None, :]
                     b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
-                    if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
+                    if PART == HEAD:  # a chunk that was open before predicts with its own start
                         b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
                     else:
                         b_w = tl.load(states + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
@@ -170,14 +168,14 @@ def linear_chain_fwd_streamed(
                 b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
                 b_s = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if checkpoints is not None:
-                    kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
-                    tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
+                    checkpoint = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
+                    tl.store(checkpoint + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
                 if momenta is None:
                     b_s = b_s * gamma - dot(tl.trans(b_k), b_u) * scale
                 else:
                     b_m = tl.load(momenta + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                     if checkpoints is not None:
-                        tl.store(kept + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
+                        tl.store(checkpoint + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
                     b_s = b_s * gamma + b_m * carry - dot(tl.trans(b_k), b_u) * scale
                     b_m = b_m * pi - dot(tl.trans(b_k), b_us) * scale_step
                     hand_on(momenta + there, o_kv, final_momentum, state, o_kv, i_c + 1 < last, b_m, m_kv)

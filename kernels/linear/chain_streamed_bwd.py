@@ -1,11 +1,11 @@
-"""The backward of the linear memory's chain for states in memory: what `linear_chain_bwd` computes, by stages (chain_streamed.py).
+"""The backward chain of the linear memory for states in memory, in stages (docs/mathematics.md, sections 5 to 7).
 
     dU = rho R - M_C (K J) - Theta_C (K JS);  d rho = sum R o U                                      update_bwd
     dE = psi'(E) (eta dU);  dW = Q' (gamma dO) + K' dE;  d rho += <Q' (b dO), S>                     step_back
     J <- gamma_C J + phi'^T dW;  JS <- b_C J + pi_C JS + rho Q' (b dO)                               step_back
     J <- gamma_C J + phi'^T dW + d rho d rho / dA, for a gate that couples entries                   pull_back (mirror.py)
 
-The stages hand dU to each other in ``grad_v``, which holds dV afterwards.
+The forward is in chain_streamed.py. ``grad_v`` passes dU from the first stage to the second, which replaces it by dV.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def begin(
 @triton.jit
 def update_bwd(
     p_k, k_stride, p_v, v_stride, lr, decays, moves, delta, momenta, scales, errors, squares, from_out, grad_states, grad_momenta, grad_v,
-    grad_delta, grad_lr, rows_lr, rows_delta, rows_kept, rows_step,
+    grad_delta, grad_lr, rows_lr, rows_delta, rows_to_end, rows_step,
     ROW, row, tile_row, here, rho, m_t, i_tile, H,
     C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dU to ``grad_v``, the gradients of eta and delta, and the rows for other gates.
+    """dU in ``grad_v``, the gradients of eta and delta, and the row sums for the other gates.
 
-    Returns the first part of d rho, and ``(eta dU) . e [C]`` of every row, which a bias that couples it needs.
+    Returns the first part of d rho and, for a bias that couples rows, ``(eta dU) . e [C]``.
     """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     o_c = tl.arange(0, C)
@@ -81,7 +81,7 @@ def update_bwd(
         b_stepped = tl.zeros((C,), tl.float32)
     b_square = load_square(squares, row, o_g, m_t, BIAS)
     b_dlr = tl.zeros((C,), tl.float32)
-    b_kept = tl.zeros((C,), tl.float32)
+    b_end_sum = tl.zeros((C,), tl.float32)
     b_dd_row = tl.zeros((C,), tl.float32)
     b_along = tl.zeros((C,), tl.float32)
     for j in range(0, TILES):
@@ -114,10 +114,10 @@ def update_bwd(
         b_eta = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
         if CHANNEL_LR:
             tl.store(grad_lr + row * Dv + o_tv, b_du * b_psi, mask=m_tv)
-            b_kept -= tl.sum(b_kj * (b_psi * b_eta), 1)
+            b_end_sum -= tl.sum(b_kj * (b_psi * b_eta), 1)
         else:
             b_dlr += tl.sum(b_du * b_psi, 1)
-            b_kept -= tl.sum(b_kj * b_psi, 1)
+            b_end_sum -= tl.sum(b_kj * b_psi, 1)
         if momenta is not None:
             b_stepped -= tl.sum(b_km * (b_psi * b_eta), 1)
         if scales is not None:
@@ -131,11 +131,11 @@ def update_bwd(
         if BIAS.row_coupled:
             b_along += tl.sum((b_du * b_eta if CHANNEL_LR else b_du) * b_e, 1)
     if not CHANNEL_LR:
-        b_kept *= b_lr
+        b_end_sum *= b_lr
         b_along *= b_lr
         tl.store(rows_lr + tile_row + row + o_g, b_dlr, mask=m_t)
-    if rows_kept is not None:
-        tl.store(rows_kept + tile_row + row + o_g, b_kept, mask=m_t)
+    if rows_to_end is not None:
+        tl.store(rows_to_end + tile_row + row + o_g, b_end_sum, mask=m_t)
     if momenta is not None:
         tl.store(rows_step + tile_row + row + o_g, b_stepped, mask=m_t)
     if BIAS.delta == 1:
@@ -151,7 +151,7 @@ def step_back(
     C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dV = -dE, and J and JS of the chunk before; under a gate that couples entries dW in ``grad_primal`` instead of J. Returns d rho."""
+    """dV = -dE; J and JS of the chunk before, or dW in ``grad_primal`` instead of J if the gate couples entries. Returns d rho."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     o_c = tl.arange(0, C)
     o_g = o_c * H
@@ -225,7 +225,7 @@ def linear_chain_bwd_streamed(
     q, k, v, lr, decays, moves, delta,
     states, duals, momenta, scales, errors, squares, from_out, grad_out, grad_final, grad_final_momentum,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum, grad_delta, grad_lr,
-    rows_lr, rows_delta, rows_kept, rows_step,
+    rows_lr, rows_delta, rows_to_end, rows_step,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
     q_strides, k_strides, v_strides,
@@ -233,17 +233,17 @@ def linear_chain_bwd_streamed(
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
     RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`linear_chain_bwd` for one tile of values, or for all of them if the bias or the retention gate couples them.
+    """`linear_chain_bwd` for one tile of values, or for all values if the bias or the retention gate couples them.
 
-    `grad_v` holds dU between the passes. Under a retention gate J is the gradient of the dual; `grad_primal [N, H, Dk, Dv]` holds that of
-    the primal, where the gate couples its entries. `grad_momenta` holds JS, the gradient of the momentum.
+    Under a retention gate J is the gradient of the dual; ``grad_primal [N, H, Dk, Dv]`` holds that of the primal if the gate couples
+    entries. ``grad_momenta`` holds JS, the gradient of the momentum matrix.
     """
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     ENTIRE: tl.constexpr = BIAS.row_coupled or RETENTION.matrix_coupled
     COUPLING: tl.constexpr = RETENTION.row_coupled or RETENTION.matrix_coupled
-    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # for a sequence and head
-    TILES: tl.constexpr = NV if ENTIRE else 1  # for a program
+    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # per sequence and head
+    TILES: tl.constexpr = NV if ENTIRE else 1  # per program
     i_p, i_n, i_h = chain_program(PROGRAMS)
     i_tile = i_p * TILES
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
@@ -278,13 +278,13 @@ def linear_chain_bwd_streamed(
 
         drho, b_along = update_bwd(
             p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, momenta, scales, errors, squares, from_out,
-            grad_states, grad_momenta, grad_v, grad_delta, grad_lr, rows_lr, rows_delta, rows_kept, rows_step,
+            grad_states, grad_momenta, grad_v, grad_delta, grad_lr, rows_lr, rows_delta, rows_to_end, rows_step,
             ROW, row, tile_row, here, rho, m_t, i_tile, H, C, Dk, Dv, BK, BV, TILES, DTYPE, BIAS, CHANNEL_LR, CHANNELS,
         )  # fmt: skip
         tl.debug_barrier()
         drho = step_back(
-            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, duals, momenta, scales, errors, squares, grad_out,
-            grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
+            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, duals, momenta, scales, errors, squares,
+            grad_out, grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
             ROW, row, o_last, here, there, state, rho, drho, b_along, m_t, i_c, i_tile, H,
             C, Dk, Dv, BK, BV, TILES, DTYPE, BIAS, CHANNEL_LR, RETENTION, CHANNELS,
         )  # fmt: skip

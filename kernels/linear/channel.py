@@ -1,16 +1,16 @@
-"""A log-decay for every value channel, ``[B, T, H, Dv]``: what replaces the parallel stages of the linear memory.
+"""Log-decays by value channel, ``[B, T, H, Dv]``: parallel kernels of the linear memory (docs/mathematics.md, section 8).
 
-Every channel v has its own ``gamma_tv`` and ``M_ts,v`` (decays.py; ``M = L`` without momentum), so a chunk's pairs are no matrix product:
+Every channel v has its own ``gamma_tv`` and ``M_ts,v`` (decays.py; ``M = L`` without momentum), so its pairs are no matrix product:
 
     channel_decay, channel_momentum   gamma_tv;  M_Cs,v;  with momentum b_tv
     channel_scores                    X = Q K'
     channel_output                    o_tv = gamma_tv (W q_t)_v + rho (b_tv (S q_t)_v - sum_s M_ts,v X_ts U_sv)
-    channel_du_bwd                       R_sv = -sum_t M_ts,v X_ts dO_tv;   dX_ts = -sum_v M_ts,v dO_tv U_sv
-    channel_decay_bwd                d log alpha_tv, and what it leaves for d theta
+    channel_du_bwd                    R_sv = -sum_t M_ts,v X_ts dO_tv;   dX_ts = -sum_v M_ts,v dO_tv U_sv
+    channel_decay_bwd                 d log alpha_tv, and its sums for d theta
 
-The pairs are walked token by token with a tile ``M_t [C, BV]`` of all earlier tokens, ``M_t = alpha_t M_{t-1} + Theta_t``: products of
-numbers in [0, 1], no exponential of a difference, whatever the decays. A decay's gradient is summed over just the pairs that it lies
-between. With ``M_rs = sum_u L_ru Theta_us`` these are pairs of a read r and an earlier token u, whose weight is ``L_ru,v``:
+The kernels go through the pairs token by token with a tile ``M_t [C, BV]`` of all earlier tokens, ``M_t = alpha_t M_{t-1} + Theta_t``:
+products of numbers in [0, 1] and no exponential of a difference, whatever the decays. A decay's gradient is the sum over the pairs that it
+lies between. With ``M_rs = sum_u L_ru Theta_us`` these are pairs of a read r and an earlier token u with weight ``L_ru,v``:
 
     d log alpha_tv = sum_{r >= t} gamma_rv (W q_r)_v dO_rv + gamma_Cv <J, A>_v + sum_{r >= t > u} h_ru,v + sum_{u < t} h_u,v
     h_ru,v = rho dO_rv L_ru,v (pi_u (S q_r)_v - sum_s Theta_us X_rs U_sv)
@@ -18,8 +18,8 @@ between. With ``M_rs = sum_u L_ru Theta_us`` these are pairs of a read r and an 
     gTheta_us = -rho sum_rv L_ru,v dO_rv X_rs U_sv - sum_v L_Cu,v (J k_s)_v U_sv
     gpi_u = rho sum_rv L_ru,v dO_rv (S q_r)_v + sum_v L_Cu,v <J, S>_v
 
-Without momentum ``Theta = 1`` and pi = 0. The chains are those of chain_streamed.py, with weights by channel; dQ and dK come from
-`linear_dqk_bwd`, which reads dX instead of making it.
+Without momentum ``Theta = 1`` and pi = 0. The chains are those of chain_streamed.py, with weights by channel; `linear_dqk_bwd`
+computes dQ and dK from the dX of `channel_du_bwd`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if,
 
 @triton.jit
 def next_weights(b_m, log_decay, steps, row, i_t, o_s, o_v, valid, m_v, H, Dv: tl.constexpr, C: tl.constexpr):
-    """``M_t [C, BV]`` from ``M_{t-1}``, or ``L_t`` where `steps` (the chunk's Theta) is None; unchanged by a token that is not there."""
+    """``M_t [C, BV]`` from ``M_{t-1}``, or ``L_t`` where `steps` (the chunk's Theta) is None; unchanged for tokens outside the sequence."""
     b_alpha = tl.exp(tl.load(log_decay + (row + i_t * H) * Dv + o_v, mask=only_if(valid, m_v), other=0.0))  # [BV]
     if steps is None:
         return tl.where(only_if(valid, o_s == i_t)[:, None], 1.0, b_m * b_alpha[None, :])
@@ -189,7 +189,7 @@ def channel_du_bwd(
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[C, BV]`` of R, and its share of dX, to ``grad_scores [tiles, slots, H, C, C]``."""
+    """A tile ``[C, BV]`` of R, and its share of dX in ``grad_scores [tiles, slots, H, C, C]``."""
     SLOTS = wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, _, i_slot, i_h = chunk_program(NV, 1)
@@ -228,7 +228,7 @@ def channel_decay_bwd(
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[C, BV]`` of one chunk's d log alpha; with momentum its share of gTheta and gpi, a row of each for every tile."""
+    """A tile ``[C, BV]`` of one chunk's d log alpha; with momentum also its share of gTheta and gpi, one row per tile."""
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, _, i_slot, i_h = chunk_program(NV, 1)
@@ -247,7 +247,7 @@ def channel_decay_bwd(
         duals = states
 
     b_read = tl.zeros((C, BV), tl.float32)  # W q
-    b_kept = tl.zeros((C, BV), tl.float32)  # J k
+    b_end_sum = tl.zeros((C, BV), tl.float32)  # J k
     b_inner = tl.zeros((BV,), tl.float32)  # <J, A>
     b_carried = tl.zeros((C, BV), tl.float32)  # S q
     b_inner_carry = tl.zeros((BV,), tl.float32)  # <J, S>
@@ -260,7 +260,7 @@ def channel_decay_bwd(
         b_k = load_tile(k, k_strides.t, o_s, o_k, m_s, m_k)  # [C, BK]
         b_j = tl.load(grad_states + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
         b_read += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
-        b_kept += fitted_dot(b_k, b_j, DTYPE)
+        b_end_sum += fitted_dot(b_k, b_j, DTYPE)
         b_inner += tl.sum(b_j * tl.load(duals + o_kv, mask=m_kv, other=0.0), 0)
         if momenta is not None:
             b_s0 = tl.load(momenta + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
@@ -272,7 +272,7 @@ def channel_decay_bwd(
     )  # [C, BV]  # fmt: skip
     b_do = tl.load(grad_out + row * Dv + o_sv, mask=m_sv, other=0.0).to(tl.float32)  # [C, BV]
     b_read *= b_do * tl.load(decays + row * Dv + o_sv, mask=m_sv, other=0.0)
-    b_kept *= -b_u
+    b_end_sum *= -b_u
     b_do *= load_scale(scales, place)
     if momenta is not None:
         b_theta = tl.load(steps + place * C * C + o_s[:, None] * C + o_s[None, :])  # Theta [u, s]
@@ -280,15 +280,15 @@ def channel_decay_bwd(
         b_gtheta = tl.zeros((C, C), tl.float32)  # [u, s]
         b_gpi = tl.zeros((C,), tl.float32)
 
-    b_crossing = tl.zeros((C, BV), tl.float32)  # at u: the sum of h over what lies after u
+    b_crossing = tl.zeros((C, BV), tl.float32)  # at u: the sum of h over later tokens
     b_l = tl.zeros((C, BV), tl.float32)  # L_t [u, v]
-    for i_t in range(0, C + 1):  # the last row is what the next chunk asks
+    for i_t in range(0, C + 1):  # the last row: gradients from the next chunk
         valid = (i_t < C) & (t0 + i_t < eos)
         b_l = next_weights(b_l, log_decay, None, row, i_t, o_s, o_v, valid, m_v, H, Dv, C)
         b_at = only_if(i_t < C, o_s == i_t)[:, None]
         b_out = tl.where(i_t < C, tl.sum(tl.where(b_at, b_do, 0.0), 0), 1.0)  # [BV]
         b_x = tl.load(scores + i_t * C + o_s, mask=only_if(i_t < C, m_s), other=0.0)  # [C]
-        b_writes = tl.where(i_t < C, -b_x[:, None] * b_u, b_kept)  # [s, v]
+        b_writes = tl.where(i_t < C, -b_x[:, None] * b_u, b_end_sum)  # [s, v]
         b_weight = b_l * b_out[None, :]  # [u, v]
         if momenta is None:
             b_h = b_weight * b_writes
@@ -337,13 +337,14 @@ def output(p: Problem, weights, chain) -> Tensor:
     out = p.result(p.value_dim)
     launch(
         channel_output, p, p.slots.count, "value",
-        **weights.only("decays", "steps"), **chain.only("states", "errors", "squares", "momenta", "scales"), scores=chunk_scores(p), out=out,
+        **weights.only("decays", "steps"), **chain.only("states", "errors", "squares", "momenta", "scales"),
+        scores=chunk_scores(p), out=out,
     )  # fmt: skip
     return out
 
 
-def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, less rho."""
+def du_from_output(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, without the factor rho."""
     from_out = p.per_token(p.value_dim)
     grad_scores = p.empty(tiles("channel_du_bwd", p, "value"), *scores.shape, dtype=torch.float32)
     launch(
@@ -362,7 +363,7 @@ def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tens
         partial = [p.empty(count, *shape, dtype=torch.float32) for shape in (scores.shape, p.momentum.shape)]
     launch(
         channel_decay_bwd, p, p.slots.count, "value",
-        **weights.only("decays", "moves", "steps"), **chain.only("states", "duals", "momenta", "errors", "squares", "scales"), scores=scores,
-        grad_states=grad_states, grad_out=grad_out, grad_log_decay=grad, grad_steps=partial[0], rows_carry=partial[1],
+        **weights.only("decays", "moves", "steps"), **chain.only("states", "duals", "momenta", "errors", "squares", "scales"),
+        scores=scores, grad_states=grad_states, grad_out=grad_out, grad_log_decay=grad, grad_steps=partial[0], rows_carry=partial[1],
     )  # fmt: skip
     return grad, *(x.sum(0) for x in partial if x is not None)

@@ -1,4 +1,4 @@
-"""The gradients of queries and keys (docs/mathematics.md, section 7), parallel over chunks, after the chain's backward.
+"""The gradients of queries and keys (docs/mathematics.md, sections 6 and 7), parallel over chunks, after the chain's backward.
 
     linear_dqk_bwd   dS = -L o (dO U');  dQ = gamma (dO W') + dS K;  dK = dE W' - (dec U) J' + dS' Q
 
@@ -32,13 +32,13 @@ def queries_bwd(
     C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``dQ = gamma (dO W') + rho b (dO S') + dS K``, and what it is summed to for the gradients of the gates."""
+    """``dQ = gamma (dO W') + rho b (dO S') + dS K``, and its sums for the gates' gradients."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
     o_r, o_k = i_r * BC + tl.arange(0, BC), i_k * BK + tl.arange(0, BK)
     m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
     m_rk = m_r[:, None] & m_k[None, :]
-    PAIRS: tl.constexpr = rows_pairs is not None  # a log-decay without momentum: momentum_pairs_bwd sums them otherwise
+    PAIRS: tl.constexpr = rows_pairs is not None  # only for a log-decay without momentum; with momentum: momentum_pairs_bwd
     b_dq = tl.zeros((BC, BK), tl.float32)
     for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -93,7 +93,7 @@ def queries_bwd(
         if scales is not None:
             b_ds *= rho
         b_k = load_tile(k, k_stride, o_s, o_k, m_s, m_k)  # [BC, BK]
-        if PAIRS:  # pairs of a read after token s and a write up to it
+        if PAIRS:  # pairs of a read after token s and a write up to s
             b_pairs = b_ds * dot(b_q, tl.trans(b_k))
             b_crossing = tl.where(o_r[:, None] > o_s[None, :], tl.cumsum(b_pairs, 1) + b_before[:, None], 0.0)
             tile_row = (i_k * NC + i_r).to(tl.int64) * ROW
@@ -170,7 +170,7 @@ def keys_bwd(
         if CHANNELS:
             b_ds = tl.load(grad_scores + o_t[None, :] * C + o_r[:, None])  # [s, t]
         else:
-            b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
+            b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed again, since some compilers miscompile a transposed product
             for i_v in range(0, NV):
                 o_v = i_v * BV + tl.arange(0, BV)
                 m_v = inside(o_v, Dv, BV)
@@ -202,9 +202,9 @@ def linear_dqk_bwd(
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum).
+    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, so that only one large accumulator lives at a time (two with momentum).
 
-    ``grad_scores [slots, H, C, C]``: dX where decays go by channel (channel.py), and `decays` are rows of channels then.
+    ``grad_scores [slots, H, C, C]``: dX of channel.py, given where decays go by channel; then `decays` has rows of channels.
     """
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     NK: tl.constexpr = (Dk + BK - 1) // BK
@@ -213,7 +213,7 @@ def linear_dqk_bwd(
     i_k, i_r, i_slot, i_h = chunk_program(NK, NC)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     row = (i_b * T + t0) * H + i_h
     q = token_of(q, q_strides, i_b, t0, i_h)
@@ -249,20 +249,20 @@ def linear_dqk_bwd(
 
 
 class ReadGradients(NamedTuple):
-    """What :func:`linear_dqk_bwd` leaves. All but dQ and dK are sums for the gradients of the gates, float32, a row for each tile of keys."""
+    """Outputs of :func:`linear_dqk_bwd`. All but dQ and dK are float32 sums for the gates' gradients, one row per tile of keys."""
 
     q: Tensor  # [B, T, H, Dk]
     k: Tensor  # [B, T, H, Dk]
-    rows_read: Tensor | None  # [tiles, B, T, H], with a decay, unless it goes by channel
-    rows_pairs: Tensor | None  # [tiles x blocks of a chunk, B, T, H], likewise, without momentum
-    rows_carry: Tensor | None  # [tiles, B, T, H], with momentum, unless decays go by channel
-    inner: Tensor | None  # [tiles, slots, H] <J, A>, with momentum [3, tiles, slots, H] also <J, S>, <JS, S>
+    rows_read: Tensor | None  # [tiles, B, T, H]   with a decay, unless it goes by channel
+    rows_pairs: Tensor | None  # [tiles x blocks of a chunk, B, T, H]   likewise, without momentum
+    rows_carry: Tensor | None  # [tiles, B, T, H]   with momentum, unless decays go by channel
+    inner: Tensor | None  # [tiles, slots, H]   <J, A>; with momentum [3, tiles, slots, H], also <J, S>, <JS, S>
 
 
 def read_gradients(
     p: Problem, weights: Weights, chain: Chain, of_chain: ChainGradients, grad_scores: Tensor | None, grad_out: Tensor
 ) -> ReadGradients:
-    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dX where decays go by channel."""
+    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dX, where decays go by channel."""
     moving, by_channel = p.momentum is not None, p.key.channels
     decaying = p.log_decay is not None and not by_channel
     count, float32 = tiles("linear_dqk_bwd", p, "key"), torch.float32

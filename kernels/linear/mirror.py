@@ -1,10 +1,10 @@
-"""The mirror map of the linear memory's retention gates (SPEC section 4), on a program's tiles of one chunk's state; for chain_streamed.py.
+"""The mirror map of the linear memory's retention gates (docs/mathematics.md, section 5): stages of the streamed chains.
 
-    mirror      W = phi(A), and rho of a gate that has one                        forward
-    reopen      of a chunk that was open before, what its tokens read instead     forward
-    pull_back   J <- gamma_C J + phi'(A)' dW + d rho d rho / dA                   backward
+    mirror      W = phi(A), and rho of a gate that has one                                      forward
+    reopen      the same for a chunk that was open before, from what its tokens read instead    forward
+    pull_back   J <- gamma_C J + phi'(A)' dW + d rho d rho / dA                                 backward
 
-A program has ``TILES`` tiles of values from ``i_tile`` on and all keys, ``NK`` tiles of them.
+A program has ``TILES`` tiles of values, from ``i_tile`` on, and all ``NK`` tiles of keys of one chunk's state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def tile_of(j, i_tile, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV:
 
 @triton.jit
 def hand_on(slot, o_slot, end, state, o_end, more, b_x, m_kv):
-    """A tile of a matrix to the next chunk's slot or, where no ``more`` chunks come, to ``end`` at ``state``, if that is wanted."""
+    """Store a tile in the next chunk's slot or, after the last chunk (``more`` is 0), in ``end`` at ``state`` unless ``end`` is None."""
     tl.store(slot + o_slot, b_x, mask=only_if(more, m_kv))
     if end is not None:
         tl.store(end + state + o_end, b_x, mask=only_if(more == 0, m_kv))
@@ -40,7 +40,7 @@ def mirror(
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """``W = phi(A)`` of a program's tiles of one chunk and head, rounded to the operands' dtype; and rho, of a gate that has one."""
+    """``W = phi(A)`` of one chunk and head, rounded to the operands' dtype, and rho of a gate that has one."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     PAD: tl.constexpr = retentions.BOTTOM if RETENTION.row_coupled else 0.0
     here = place * Dk * Dv
@@ -76,7 +76,7 @@ def reopen(
     readouts, opened_scales, states, scales, place, opened, i_tile,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """What `mirror` leaves, for a chunk that was open before: from ``readouts [N, H, Dv, Dk]`` and ``opened_scales [N, H]``."""
+    """As `mirror`, for a chunk that was open before: from ``readouts [N, H, Dv, Dk]`` and ``opened_scales [N, H]``."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     for j in range(0, TILES * NK):
         o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
@@ -92,7 +92,7 @@ def pull_back(
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``J <- gamma_C J + phi' dW + drho d rho / dA`` of a program's tiles, for a gate that couples entries: the sums first, then J."""
+    """``J <- gamma_C J + phi' dW + drho d rho / dA`` for a gate that couples entries: the sums first, then J."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     here = place * Dk * Dv
     there = here - H * Dk * Dv

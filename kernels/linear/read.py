@@ -1,12 +1,11 @@
-"""What the linear memory reads (SPEC section 2), parallel over chunks, from what the chain left (chain.py).
+"""The output of the linear memory and its gradient in the updates (docs/mathematics.md, sections 2 and 6), parallel over chunks.
 
-    linear_output   O = gamma (Q S) - (L o Q K') U,  U = eta psi(E)                                       forward
-    linear_du_bwd      R = -P' dO,  P = L o (Q K')                                                           backward, before the chain
-    linear_dqk_bwd      dS = -L o (dO U');  dQ = gamma (dO S') + dS K;  dK = dE S' - (dec U) J' + dS' Q       backward, after it
+    linear_output   O = gamma (Q S) - (L o Q K') U,  U = eta psi(E)       forward, after the chain
+    linear_du_bwd   R = -(L o Q K')' dO                                   backward, before the chain
 
-Under a retention gate the primal W takes the place of S, the output scales a chunk's own writes by rho, and R and dS are scaled by it;
-J is the gradient of the dual. With momentum L is M, ``O = gamma (Q W) + rho (b (Q S_0) - (M o Q K') U)`` with the carried S_0, and J
-has its pair JS. channel.py takes the place of `linear_output` and `linear_du_bwd` where log-decays go by channel.
+Under a retention gate the primal W replaces S and rho scales the chunk's own writes. With momentum M replaces L, and
+``O = gamma (Q W) + rho (b (Q S_0) - (M o Q K') U)`` with the momentum matrix S_0 at the chunk's start. channel.py replaces both kernels
+where log-decays go by channel.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ def linear_output(
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BV]`` of one chunk's output: the state it started from, then the writes of its own tokens, block by block."""
+    """A tile ``[BC, BV]`` of one chunk's output: reads of the initial state, then of the chunk's own writes, block by block."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
     i_v, i_r, i_slot, i_h = chunk_program(NV, NC)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
 
     o_t, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
@@ -98,14 +97,14 @@ def linear_du_bwd(
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BV]`` of R: what the output alone asks of one chunk's updates."""
+    """A tile ``[BC, BV]`` of R, the gradient of one chunk's updates from its output."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
     i_v, i_r, i_slot, i_h = chunk_program(NV, NC)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_s, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
@@ -146,8 +145,8 @@ def output(p: Problem, weights: Weights, chain: Chain) -> Tensor:
     return out
 
 
-def pre(p: Problem, weights: Weights, grad_out: Tensor) -> Tensor:
-    """R ``[B, T, H, Dv]``, less rho."""
+def du_from_output(p: Problem, weights: Weights, grad_out: Tensor) -> Tensor:
+    """R ``[B, T, H, Dv]``, without the factor rho."""
     from_out = p.per_token(p.value_dim)
     launch(linear_du_bwd, p, p.slots.count * p.blocks, "value", **weights.only("decays", "pairs"), grad_out=grad_out, from_out=from_out)
     return from_out

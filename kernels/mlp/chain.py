@@ -1,18 +1,18 @@
-"""The chain of the MLP memory (SPEC section 5): one program a sequence and head, walking its chunks by stages.
+"""The chains of the MLP memory (docs/mathematics.md, sections 9 and 10): one program per sequence and head, chunk by chunk, in stages.
 
-    mlp_chain_fwd   mirror, weigh, predict, inner_gradient, read, put_out, write                        forward, first chunk first
-    mlp_chain_bwd     ask_update, through_rows, ask_hidden, carry_first, carry_second, pull_back          backward, last chunk first
+    mlp_chain_fwd   mirror, weigh, predict, inner_gradient, read, put_out, write                             from the first chunk on
+    mlp_chain_bwd   update_bwd, inner_gradient_bwd, hidden_bwd, first_matrix_bwd, second_matrix_bwd, pull_back    from the last chunk back
 
-``S1 = W1' [Hd, D]`` and ``W2 [Hd, D]`` lie side by side in ``memory [.., 2, Hd, D]`` float32, which belongs to the program: it is
-read and written in place, ``BH`` hidden units at a time, and never grows, so that it stays in the caches of the chip. Three passes over
-the hidden units make a chunk: predict, read, write. The barriers between the stages order what threads wrote for each other.
+``S1 = W1' [Hd, D]`` and ``W2 [Hd, D]`` lie side by side in the program's own ``memory [.., 2, Hd, D]`` float32. It is read and written
+in place, ``BH`` hidden units at a time, and does not grow with the sequence, so it stays in the chip's caches. A chunk takes three passes
+over the hidden units: predict, read, write. The barriers between the stages order the threads' writes before each other's reads.
 
-With a gate `memory` holds the duals, and all products but those of `write` take their phi, which `mirror` puts into ``states``; what a
-token reads of its own chunk is scaled by rho. With momentum `memory [.., 4, Hd, D]` holds M1', M2 of both matrices as well, and L is M of
-decays.py.
+With a retention gate `memory` holds the duals; `mirror` puts their phi into ``states``, which all products but those of `write` read, and
+rho scales a chunk's own writes. With momentum `memory [.., 4, Hd, D]` also holds the momentum matrices M1', M2, and M of decays.py
+replaces L.
 
-No tile that a matrix product left in registers is transposed into another product: the compilers of several Triton releases get
-that wrong. Where a product needs it, the transposed tile is computed (``Ga'``) or read back from memory (``Z'``, ``Gu'``).
+A tile that a matrix product left in registers is never transposed into another product: several Triton releases miscompile that. Where
+needed, the transposed tile is computed (``Ga'``) or read back from memory (``Z'``, ``Gu'``).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import triton
 from ..common.chunks import HEAD, SEGMENT, head_of, part_of, sequence_of, slot_of
 from ..common.gates import load_scales, load_total
 from ..common.tiles import LENGTHS, wide
-from .inner import ask_hidden, ask_update, inner_gradient, predict, through_rows
+from .inner import hidden_bwd, inner_gradient, inner_gradient_bwd, predict, update_bwd
 from .mirror import mirror, pull_back
 from .read import put_out, read, weigh
-from .write import carry_first, carry_second, inner_products, keep, write
+from .write import first_matrix_bwd, inner_products, save, second_matrix_bwd, write
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -45,9 +45,9 @@ def mlp_chain_fwd(
 ):  # fmt: skip
     """One memory through the chunks of one sequence, or of one of its segments.
 
-    A segment (``PART == SEGMENT``) keeps of every chunk what the backward reads: ``states`` before it (the primals), Z in ``hidden``, Gu
-    in ``updates``, U in ``sums``; with a gate also ``duals``, and rho in ``scales`` if it has one; with momentum ``momenta``.
-    Otherwise these hold one chunk, and ``out`` is written.
+    For a segment (``PART == SEGMENT``) every chunk has its own ``states`` before it (the primals), Z in ``hidden``, Gu in ``updates`` and U
+    in ``sums`` for the backward; with a gate also ``duals``, and ``scales`` if it has rho; with momentum ``momenta``. Otherwise these hold
+    one chunk at a time, and ``out`` is written.
     """
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
@@ -89,11 +89,11 @@ def mlp_chain_fwd(
             p_momenta = momenta + place * 2 * SIZE
         if checkpoints is not None:
             if i_c % EVERY == 0:
-                keep(memory, checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * MATRICES * SIZE, i_c, MATRICES, D, Hd, BD, BH)
+                save(memory, checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * MATRICES * SIZE, i_c, MATRICES, D, Hd, BD, BH)
 
         predicting, reading = memory, memory
         rho1, rho2 = 1.0, 1.0
-        if PART == HEAD:  # a chunk that was open before takes its gradients at its own start
+        if PART == HEAD:  # a chunk that was open before predicts with its own start
             predicting = opened + place * 2 * SIZE
             if GATED:
                 reading = readouts + place * 2 * SIZE
@@ -141,7 +141,7 @@ def mlp_chain_bwd(
     q, k, v, lr, decays, moves, delta, ln_weight, ln_bias,
     states, duals, momenta, scales, hidden, updates, sums, inner_grad, hidden_q, grad_sums, grad_scores, grad_norm, grad_scales,
     grad_hidden_q, from_hidden, from_updates, from_inner, row_sums, grad_sum,
-    grad_memory, grad_primal, grad_k, grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_kept, rows_step, inner,
+    grad_memory, grad_primal, grad_k, grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_to_end, rows_step, inner,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW, SLOTS, FIRST, GROUP,
     q_strides, k_strides, v_strides,
@@ -151,7 +151,7 @@ def mlp_chain_bwd(
 ):  # fmt: skip
     """J1, J2 (and JS1, JS2), in place in ``grad_memory``, from the last chunk of a group to its first.
 
-    ``from_inner`` becomes dGz, ``from_hidden`` dZ. ``row_sums``, ``grad_sum`` and ``grad_primal`` hold one chunk.
+    ``from_inner`` becomes dGz and ``from_hidden`` dZ. ``row_sums``, ``grad_sum`` and ``grad_primal`` hold one chunk at a time.
     """
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     SIZE: tl.constexpr = Hd * D
@@ -204,29 +204,29 @@ def mlp_chain_bwd(
             if MOMENTUM:
                 tl.store(p_of_inner + SLOTS * H, product_carry)
                 tl.store(p_of_inner + 2 * SLOTS * H, product_pi)
-        ask_update(
-            p_k, lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, row_sums, rows_lr, rows_kept, rows_step,
+        update_bwd(
+            p_k, lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, row_sums, rows_lr, rows_to_end, rows_step,
             k_strides.t, ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
-        through_rows(
+        inner_gradient_bwd(
             p_k, p_v, lr, decays, moves, delta, ln_weight, ln_bias, sums + at_tokens, row_sums, from_updates + at_tokens,
             grad_norm + place * 2 * D, grad_sum, grad_v + row * D, grad_delta + row * D if BIAS.delta == 2 else None, grad_layer_norm,
-            rows_lr, rows_delta, rows_kept, rows_step, k_strides.t, v_strides.t, ROW, row, H, t0, eos, i_c,
+            rows_lr, rows_delta, rows_to_end, rows_step, k_strides.t, v_strides.t, ROW, row, H, t0, eos, i_c,
             D, C, BD, EPS, BIAS,
         )  # fmt: skip
         tl.debug_barrier()
-        product = ask_hidden(
+        product = hidden_bwd(
             lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, p_hidden, p_gu, grad_sum, ROW, row, H, t0, eos, i_c,
             D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
-        carry_first(
+        first_matrix_bwd(
             decays, moves, grad_memory, moving, primal, p_z, hidden_q + at_hidden, p_inner, p_gu, grad_sum, grad_sums + at_tokens, rho1,
             ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
-        product += carry_second(
+        product += second_matrix_bwd(
             p_q, p_k, lr, decays, moves, grad_memory + SIZE, moving2, primal2, p_w + SIZE, p_z, p_ga, p_hidden, grad_hidden_q + at_hidden,
             grad_scores + place * C * C, grad_v + row * D, grad_k + row * D, rho2, q_strides.t, k_strides.t, ROW, row, H, t0, eos, i_c,
             D, Hd, C, BD, BH, DTYPE, BIAS,

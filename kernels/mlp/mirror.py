@@ -1,7 +1,7 @@
-"""The mirror map of the MLP memory's retention gates (SPEC section 4), of both matrices of one chunk's start.
+"""The mirror map of the MLP memory's retention gates (docs/mathematics.md, section 5), for both matrices at a chunk's start.
 
-    mirror      W = phi(A) and rho                            forward
-    pull_back   J <- gamma_C J + phi'(A)' dW, d rho's share   backward
+    mirror      W = phi(A), rho                                    forward
+    pull_back   J <- gamma_C J + phi'(A)' dW + d rho d rho / dA    backward
 
 A row of W1 is a column of S1; a row of W2 is a row of its tiles.
 """
@@ -22,10 +22,10 @@ def mirror(
     memory, p_w, i_c,
     D: tl.constexpr, Hd: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """``phi`` of both duals to ``p_w``; returns their rho. A row of W1 is a column of S1, a row of W2 one of ``memory``.
+    """``phi`` of both duals in ``p_w``; returns their rho.
 
-    S1 is read through a LayerNorm alone, for which the mean of its row is nothing. Where all of W1 lies about 1/2 that mean is taken off:
-    rounding it would be an error as large as what is left.
+    S1 is only read through a LayerNorm, which removes the mean of its rows. If all of W1 lies near one value (``is_offset``) the mean is
+    subtracted here: rounding it would cost as much precision as the remainder has.
     """
     SIZE: tl.constexpr = Hd * D
     PADDING: tl.constexpr = retentions.BOTTOM if RETENTION.row_coupled else 0.0
@@ -75,7 +75,7 @@ def pull_back(
     p_memory, p_primal, p_duals, p_w, gamma, grad_rho1, grad_rho2, rho1, rho2, i_c,
     D: tl.constexpr, Hd: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """``J <- gamma_C J + phi'(A)' dW``, and d rho with it. A row of W1 is a column of its tiles, as in `mirror`."""
+    """``J <- gamma_C J + phi'(A)' dW + d rho d rho / dA`` of both matrices, in place."""
     SIZE: tl.constexpr = Hd * D
     o_d = lanes(BD, i_c, 6)
     m_d = inside(o_d, D, BD)

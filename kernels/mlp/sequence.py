@@ -1,13 +1,14 @@
-"""The MLP memory (SPEC section 5): what a forward and a backward launch, in order.
+"""The MLP memory (docs/mathematics.md, sections 9 and 10): the launches of a forward and a backward, in order.
 
-    forward    decays.py: the gates;  mlp_chain_fwd
-    backward   decays.py;  for groups of chunks, the last group first: mlp_chain_fwd again, mlp_read_bwd, mlp_dq_bwd, mlp_chain_bwd;  common/decays_bwd.py
+    forward    decays.py: weights from the gates;  mlp_chain_fwd
+    backward   decays.py;  for each group of chunks, the last first: mlp_chain_fwd to recompute, mlp_read_bwd, mlp_dq_bwd, mlp_chain_bwd;
+               decays_bwd.py: gates
 
-A group has segments between kept states, as many as fill a chip: mlp_chain_fwd runs them all at once, and the memory between the kernels
-does not grow with the sequence. What passes between them is in the dtype of the operands, except where it is normalised.
+A group has as many segments as fill a chip. mlp_chain_fwd recomputes them all at once, and the workspace between the kernels does not grow
+with the sequence. It has the operands' dtype, except for what LayerNorm reads.
 
-Without momentum gradients of log-decays are summed over pairs as in linear.py, of both matrices. With momentum both matrices' shares of
-gM and gb are added up for common/decays_bwd.py. Of LayerNorm's parameters every head of every sequence keeps its own sum.
+Without momentum the gradients of log-decays are summed over pairs as in linear/sequence.py, for both matrices; with momentum both
+matrices' shares of gM and gb are added for decays_bwd.py. The gradients of LayerNorm's parameters are summed per head of each sequence.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from ..common.launch import Problem, launch
 from .chain import mlp_chain_bwd, mlp_chain_fwd
 from .read import mlp_dq_bwd, mlp_read_bwd
 
-#: chunks x heads of a group, at least: several for every multiprocessor of the largest chips
-CROWD = 1024
+#: chunks times heads of a group, at least: several for every multiprocessor of the largest chips
+MIN_GROUP = 1024
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
-    """``(out, final state, checkpoints)``: all matrices of every ``every``-th chunk ``[slots, H, 2 or 4, Hd, D]`` float32, if every > 0."""
+    """``(out, final state, checkpoints)``; checkpoints ``[slots, H, 2 or 4, Hd, D]``: as in linear/sequence.py."""
     weights, out, memory = chunk_weights(p), p.result(p.value_dim), pack(p.call.state.matrices())
     segments = p.segments(p.chunk_size * max(every, 1))
     checkpoints = p.empty(segments.count, *memory.shape[1:], dtype=torch.float32) if every else None
@@ -62,13 +63,13 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
 
 
 class Group(NamedTuple):
-    """What a group of segments leaves for the backward: for every chunk of ``[N, segments, every]`` and head ..."""
+    """The recomputed forward of a group, for every chunk of ``[N, segments, every]`` and head."""
 
     states: Tensor  # [chunks, H, 2, Hd, D]   W1' and W2 before the chunk
     hidden: Tensor  # [chunks, H, C, Hd]   Z
     updates: Tensor  # [chunks, H, C, D]   Gu
     sums: Tensor  # [chunks, H, C, D] float32   U
-    duals: Tensor | None  # [chunks, H, 2, Hd, D] float32   what the states are phi of
+    duals: Tensor | None  # [chunks, H, 2, Hd, D] float32   A, with ``states = phi(A)``
     momenta: Tensor | None  # [chunks, H, 2, Hd, D]
     scales: Tensor | None  # [chunks, H, 2] float32   rho
 
@@ -77,7 +78,7 @@ class Group(NamedTuple):
 
 
 def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, first: int, count: int) -> Group:
-    """Segments ``first ... first + count`` of every sequence again, all at once."""
+    """Recompute segments ``first ... first + count`` of every sequence, all at once."""
     segments = p.segments(p.chunk_size * every)
     of_group = torch.arange(first, first + count, device=checkpoints.device)
     starts = segments.first if segments.first is not None else torch.arange(p.sequences, device=checkpoints.device) * segments.per_sequence
@@ -99,8 +100,8 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, fir
     return group
 
 
-class Between(NamedTuple):
-    """What the three kernels hand to each other, for every chunk of a group and head."""
+class Workspace(NamedTuple):
+    """What the three backward kernels pass to each other, for every chunk of a group and head."""
 
     inner_grad: Tensor  # [chunks, H, C, Hd]   Ga
     hidden_q: Tensor  # [chunks, H, C, Hd]   Zq
@@ -116,13 +117,13 @@ class Between(NamedTuple):
     grad_scales: Tensor | None  # [chunks, H, 2] float32   d rho
 
     @staticmethod
-    def of(p: Problem, chunks: int) -> Between:
+    def of(p: Problem, chunks: int) -> Workspace:
         wide = [p.empty(chunks, p.heads, p.chunk_size, p.hidden) for _ in range(5)]
         narrow = [p.empty(chunks, p.heads, p.chunk_size, p.value_dim) for _ in range(2)]
         square = [p.empty(chunks, p.heads, p.chunk_size, p.chunk_size, dtype=x) for x in (None, None, torch.float32)]
         scaled = p.retention.has_rho
         rest = [p.empty(chunks, p.heads, *x, dtype=torch.float32) if x else None for x in ((2, p.value_dim), (2,) if scaled else None)]
-        return Between(*wide, *narrow, *square, *rest)
+        return Workspace(*wide, *narrow, *square, *rest)
 
     def only(self, *names: str) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in names}
@@ -138,7 +139,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
     rows_lr, rows_delta = p.result(dtype=float32), p.result(dtype=float32) if per_token else None
-    rows_kept, rows_read, rows_pairs = rows(1, decaying or moving), rows(1, decaying), rows(2, decaying and not moving)
+    rows_to_end, rows_read, rows_pairs = rows(1, decaying or moving), rows(1, decaying), rows(2, decaying and not moving)
     rows_carry, rows_step = rows(1, moving), rows(1, moving)
     grad_pairs = p.empty(p.slots.count, p.heads, p.chunk_size, p.chunk_size, dtype=float32) if moving else None
     inner = p.empty(3 if moving else 1, p.slots.count, p.heads, dtype=float32) if decaying or moving else None
@@ -151,41 +152,41 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     grad_sum = p.empty(p.sequences, p.heads, p.chunk_size, p.value_dim)
 
     longest = -(-p.tokens // (p.chunk_size * every))  # segments of a sequence, at most
-    count = min(longest, -(-CROWD // (every * p.sequences * p.heads)))
-    between = Between.of(p, p.sequences * count * every)
+    count = min(longest, -(-MIN_GROUP // (every * p.sequences * p.heads)))
+    workspace = Workspace.of(p, p.sequences * count * every)
     for first in reversed(range(0, longest, count)):
         group = recompute(p, weights, checkpoints, every, first, count)
         common = dict(decays=decays, FIRST=first * every, GROUP=count * every, **group.only("states", "momenta", "scales", "hidden"))
         chunks = p.sequences * count * every
-        shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **between.only("grad_scales"))
+        shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **workspace.only("grad_scales"))
         launch(
             mlp_read_bwd, p, chunks, "hidden",
             grad_out=grad_out, pairs=weights.pairs, updates=group.updates,
-            **between.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "grad_norm", "weights"),
+            **workspace.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "grad_norm", "weights"),
             rows_pairs=None if rows_pairs is None else rows_pairs[0], **shares, **common,
         )  # fmt: skip
         launch(
             mlp_dq_bwd, p, chunks, "hidden",
-            grad_out=grad_out, **between.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "weights"),
-            **between.only("grad_hidden_q", "from_hidden", "from_updates", "from_inner"), grad_q=grad_q,
+            grad_out=grad_out, **workspace.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "weights"),
+            **workspace.only("grad_hidden_q", "from_hidden", "from_updates", "from_inner"), grad_q=grad_q,
             rows_read=rows_read, rows_pairs=None if rows_pairs is None else rows_pairs[1], **shares, **common,
         )  # fmt: skip
         launch(
             mlp_chain_bwd, p, p.sequences, "hidden",
             moves=weights.moves, **group.only("duals", "updates", "sums"),
-            **{name: x for name, x in between._asdict().items() if name not in ("scores", "weights")}, row_sums=row_sums, grad_sum=grad_sum,
-            grad_memory=grad_memory, grad_primal=grad_primal, grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
-            grad_layer_norm=grad_layer_norm,
-            rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept, rows_step=rows_step, inner=inner, **common,
+            **{name: x for name, x in workspace._asdict().items() if name not in ("scores", "weights")},
+            row_sums=row_sums, grad_sum=grad_sum, grad_memory=grad_memory, grad_primal=grad_primal, grad_layer_norm=grad_layer_norm,
+            grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
+            rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, rows_step=rows_step, inner=inner, **common,
         )  # fmt: skip
 
     grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr, "state": list(unpack(grad_memory))}
     grads["ln_weight"], grads["ln_bias"] = grad_layer_norm.sum(0).unbind(1)
     if moving:
-        added = {"rows_read": None if rows_read is None else rows_read[0], "rows_kept": rows_kept[0]}
+        added = {"rows_read": None if rows_read is None else rows_read[0], "rows_to_end": rows_to_end[0]}
         grads |= gate_gradients(p, weights, grad_pairs, rows_step=rows_step[0], rows_carry=rows_carry[0], inner=inner, **added)
     elif decaying:
-        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_kept, inner, p.chunk_size)
+        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_to_end, inner, p.chunk_size)
     if p.delta is not None:
         grads["delta"] = rows_delta if per_token else grad_delta
     return grads

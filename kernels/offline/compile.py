@@ -1,6 +1,6 @@
-"""Compile the kernels for a chip that is not here, and read what the machine code needs: registers, spills, shared memory.
+"""Compile the kernels without the chip they are for, and read registers, spills and shared memory from the machine code.
 
-Nothing is written down twice: the launchers run on meta tensors, and what they would launch is compiled instead.
+The launchers themselves run, on meta tensors, and what they would launch is compiled instead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POINTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch as the launcher asked for it."""
+    """One recorded launch."""
 
     kernel: object
     arguments: dict
@@ -48,7 +48,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What compiled code needs.
+    """What the compiled code needs.
 
     Attributes:
         registers: per thread. spills: bytes of local memory per thread (AMD: spilled vector registers).
@@ -62,7 +62,7 @@ class Resources:
 
 
 def recorded(call, every: int, architecture: str = "") -> list[Launch]:
-    """The launches of a call's forward and backward on an architecture; tensors may be on the meta device."""
+    """The launches of a call's forward and backward on an architecture. Tensors may be on the meta device."""
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         p, matrices = launch.Problem(call), [torch.empty_like(x) for x in call.state.matrices()]
@@ -73,7 +73,7 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
 
 
 def recorded_step(call, architecture: str = "") -> list[Launch]:
-    """The launches of a decoding step with the tokens of a call, likewise."""
+    """The same for a decoding step with the tokens of a call."""
     channels = call.log_decay is not None and call.log_decay.dim() == 4
     found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channels)
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
@@ -83,7 +83,7 @@ def recorded_step(call, architecture: str = "") -> list[Launch]:
 
 
 def source(given: Launch) -> ASTSource:
-    """The launch specialised as Triton's launcher would: None and 1 are constants, multiples of 16 are known as such."""
+    """The launch specialised as Triton's launcher does it: None and 1 are constants, multiples of 16 are marked."""
     constexprs, signature, attributes = {}, {}, {}
 
     def kind(x, place: tuple[int, ...], constant: bool, general: bool):

@@ -124,7 +124,7 @@ def launches(monkeypatch) -> list:
     from miras_kernels.kernels.common import launch
     from miras_kernels.kernels.mlp import sequence as mlp
 
-    monkeypatch.setattr(mlp, "CROWD", 2**40)  # all chunks in one group
+    monkeypatch.setattr(mlp, "MIN_GROUP", 2**40)  # all chunks in one group
     found: list = []
     monkeypatch.setattr(launch, "start", lambda kernel, grid, config, device, arguments: found.append((kernel, grid, arguments)))
     return found

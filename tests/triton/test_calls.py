@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
     memory, *gated = memory.split("-")
     if memory == "mlp":  # groups of one segment
-        monkeypatch.setattr("miras_kernels.kernels.mlp.sequence.CROWD", 1)
+        monkeypatch.setattr("miras_kernels.kernels.mlp.sequence.MIN_GROUP", 1)
     size = {"linear": {"batch": 1}, "mlp": {"value_dim": 16, "heads": 1}}[memory]
     size |= {"retention": mk.LqRetention(), "momentum": True, "lengths": (50, 33)} if gated else {}
     case = Case("checkpoints", memory=memory, tokens=90, chunk_size=16, bias=mk.Huber("coordinate"), **size)
