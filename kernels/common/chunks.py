@@ -79,16 +79,13 @@ def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TO
 
 
 @triton.jit
-def group_program(cu_seqlens, first_slot, T, H, CHUNKS, FIRST, GROUP, C: tl.constexpr):
-    """``(batch row, head, chunk, its first token, end of the sequence, place, slot, row)`` of a program for a group (mlp/sequence.py).
-
-    The place is that of chunk and head in the group's buffers, the slot that in buffers of all chunks.
-    """
+def group_program(cu_seqlens, T, FIRST, GROUP, C: tl.constexpr):
+    """``(sequence, batch row, head, chunk, first token, end of the sequence, place in the group)`` of a program for a group of chunks."""
     i_g, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_n, i_c = i_g // GROUP, (FIRST + i_g % GROUP).to(tl.int32)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     t0 = bos + i_c * C
-    return i_b, i_h, i_c, t0, eos, i_g * H + i_h, (slot_of(i_n, first_slot, CHUNKS) + i_c) * H + i_h, (i_b * T + t0) * H + i_h
+    return i_n, i_b, i_h, i_c, t0, eos, i_g
 
 
 @triton.jit

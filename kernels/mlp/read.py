@@ -20,7 +20,7 @@ import triton.language as tl
 
 import triton
 
-from ..common.chunks import HEAD, group_program, of_chunk, token_of
+from ..common.chunks import HEAD, group_program, of_chunk, slot_of, token_of
 from ..common.gates import CARRY, load_gamma, load_gate, load_scales, pair_decay
 from ..common.tiles import LENGTHS, dot, inside, load_tile, rounded, store, wide
 from .math import ROWS, crossing, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
@@ -137,9 +137,12 @@ def mlp_read_bwd(
     """
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
-    i_b, i_h, i_c, t0, eos, place, slot, row = group_program(cu_seqlens, first_slot, T, H, CHUNKS, FIRST, GROUP, C)
+    i_n, i_b, i_h, i_c, t0, eos, place = group_program(cu_seqlens, T, FIRST, GROUP, C)
     if t0 >= eos:
         return
+    place = place * H + i_h
+    slot = (slot_of(i_n, first_slot, CHUNKS) + i_c) * H + i_h
+    row = (i_b * T + t0) * H + i_h
     q = token_of(q, q_strides, i_b, t0, i_h)
     k = token_of(k, k_strides, i_b, t0, i_h)
     states += place * 2 * SIZE
@@ -251,9 +254,12 @@ def mlp_dq_bwd(
     """Of one chunk: dQ, and the gradients of A (RA), U1 (R1) and U2 (R2) from the output. ``grad_scores``: N1 before, N2 after."""
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
-    i_b, i_h, i_c, t0, eos, place, slot, row = group_program(cu_seqlens, first_slot, T, H, CHUNKS, FIRST, GROUP, C)
+    i_n, i_b, i_h, i_c, t0, eos, place = group_program(cu_seqlens, T, FIRST, GROUP, C)
     if t0 >= eos:
         return
+    place = place * H + i_h
+    slot = (slot_of(i_n, first_slot, CHUNKS) + i_c) * H + i_h
+    row = (i_b * T + t0) * H + i_h
     q = token_of(q, q_strides, i_b, t0, i_h)
     k = token_of(k, k_strides, i_b, t0, i_h)
     states += place * 2 * SIZE
