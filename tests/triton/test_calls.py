@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     ("memory", "every"),
     [("linear", 1), ("linear", 3), slow("linear", 100), slow("mlp", 1), slow("mlp", 3), slow("mlp", 100), ("mlp-lq-momentum", 3)],
 )
-def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
+def test_the_checkpoint_interval_does_not_change_a_bit(memory, every, monkeypatch):
     memory, *gated = memory.split("-")
     if memory == "mlp":  # groups of one segment
         monkeypatch.setattr("miras_kernels.kernels.mlp.sequence.MIN_GROUP", 1)
@@ -48,13 +48,13 @@ def test_saved_states_do_not_change_a_bit(memory, every, monkeypatch):
     ),
     ids=lambda x: "batch" if x is None else "packed" if isinstance(x, tuple) else getattr(x, "name", str(x)),
 )  # fmt: skip
-def test_a_cut_anywhere(memory, bias, lengths, dtype):
-    """Pieces, each with the state that the last one returned, give the whole: cut at boundaries, inside chunks, and across an end."""
+def test_resuming_anywhere(memory, bias, lengths, dtype):
+    """Calls on consecutive pieces, each from the state of the last, equal one call: cut at boundaries, inside chunks, across an end."""
     size = {"linear": {}, "mlp": {"value_dim": 16, "decay": "slight"}}[memory]
     assert_pieces_make_the_whole(Case("cut", memory=memory, bias=bias, tokens=62, batch=2, heads=1, lengths=lengths, **size), dtype)
 
 
-CUTS = {  # a gate, with momentum or decays by channel, in a batch or packed
+CUTS = {  # retention gates, momentum, decays by channel, in a batch or packed
     "lq-momentum": dict(retention=mk.LqRetention(), momentum=True),
     "kl-packed": dict(retention=mk.KLRetention(), lengths=(5, 40, 17)),
     "elastic-channels": dict(retention=mk.ElasticNetRetention(0.05), decay="channel", lr="channel"),
@@ -72,13 +72,13 @@ CUTS |= {
 
 
 @pytest.mark.parametrize("name", [slow(name) if "sigmoid" in name else name for name in CUTS])
-def test_a_cut_anywhere_under_a_gate(name):
-    """Predictions of the resumed chunk are those of its start, its read-out mixes phi(start) with what has been written since."""
+def test_resuming_anywhere_under_a_gate(name):
+    """The resumed chunk predicts with its start, and its read-out mixes phi(start) with the writes since then."""
     assert_pieces_make_the_whole(Case("cut", tokens=62, batch=1, heads=1, **CUTS[name]), torch.float32)
 
 
 def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype) -> None:
-    """Held to the budget of the whole; what is carried over a cut and no result is held to that of the final state."""
+    """Checked against the whole call's error budget; the open chunk's tensors against that of the final state."""
     lengths, run = case.lengths, mk.linear_memory if case.memory == "linear" else mk.mlp_memory
     inputs = case.draw(dtype, DEVICE, margin(case, operands("triton", dtype)))
     arguments = inputs.arguments()
@@ -110,7 +110,7 @@ def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype) -> None:
         assert relative_error(state.open_chunk.log_decay, final.open_chunk.log_decay) < case.chunk_size * 2.0**-24
 
 
-def test_sequences_at_different_places_in_their_chunks():
+def test_sequences_at_different_positions_in_their_chunks():
     case = Case("positions", tokens=24, chunk_size=16, batch=3, bias=mk.L2())
     inputs = case.draw(torch.float32, DEVICE).arguments()
     inputs = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
@@ -134,7 +134,7 @@ def _open_chunk(position, start):
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0)], ids=["no sequence", "no token"])
-def test_nothing_to_do(shape):
+def test_empty_inputs(shape):
     b, t = shape
     q, lr = torch.randn(b, t, 2, 16, device=DEVICE, requires_grad=True), torch.rand(b, t, 2, device=DEVICE, requires_grad=True)
     initial = torch.randn(b, 2, 16, 16, device=DEVICE, requires_grad=True)
@@ -156,7 +156,7 @@ def refusal(**changes) -> str:
     return str(caught.value)
 
 
-def test_what_only_this_backend_cannot_do_is_said():
+def test_refusals_name_the_limit():
     assert "chunk_size is limited to 128, got 200" in refusal(chunk_size=200)
     assert "head dimensions are limited to 256, got 264" in refusal(key_dim=264)
     assert "head dimensions are limited to 256, got 257" in refusal(value_dim=257)
@@ -166,8 +166,8 @@ def test_what_only_this_backend_cannot_do_is_said():
     assert "hidden sizes are limited to 1024, got 1025" in refusal(hidden=1025, **mlp)
 
 
-def test_the_other_backends_are_still_there():
-    """ "auto" takes what serves the call, and `explain` says why triton does not."""
+def test_auto_falls_back_to_another_backend():
+    """``"auto"`` takes a backend that serves the call, and `explain` says why triton does not."""
     case = Case("other", tokens=8, batch=1, heads=1, chunk_size=200)
     arguments = case.draw(torch.float32, DEVICE).arguments()
     reasons = mk.explain(**arguments)
@@ -175,7 +175,7 @@ def test_the_other_backends_are_still_there():
     assert mk.linear_memory(**arguments)[0].shape == arguments["v"].shape
 
 
-def test_a_denied_configuration_is_not_taken(monkeypatch):
+def test_a_denied_configuration_is_not_used(monkeypatch):
     from miras_kernels.kernels.common import configs
 
     key = configs.Key(64, 64, 64, 2, False)
@@ -195,7 +195,7 @@ def test_a_denied_configuration_is_not_taken(monkeypatch):
         configs.choose("linear_chain_fwd", key)
 
 
-def test_configurations_are_few_and_serve_everything():
+def test_configurations_are_few_and_serve_every_key():
     from miras_kernels.kernels.common import configs
 
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())

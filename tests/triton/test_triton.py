@@ -1,4 +1,4 @@
-"""The Triton kernels in its interpreter against the float64 reference; on a GPU the same tests run there."""
+"""The Triton kernels against the float64 reference: on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MLP = [case for case in registry("mlp") if case.chunk_size in (16, 32, 64)]
 
 
 def smaller(case: Case) -> Case:
-    """As much of a case as the interpreter has to see, where programs run one after the other, a millisecond for every operation.
+    """A case that the interpreter can run, which takes programs one after the other and about a millisecond for every operation.
 
-    One head of one sequence, unless it is their places that matter; and no more than three chunks and a part of one.
+    One head of one sequence, unless their positions matter; and at most three chunks and a part of one.
     """
     if DEVICE == "cuda":
         return case
@@ -37,12 +37,12 @@ def smaller(case: Case) -> Case:
 
 
 LINEAR_CASES, MLP_CASES = list(map(smaller, SERVED)), list(map(smaller, MLP))
-#: those whose chains may lie in registers
+#: those whose chains can hold their states in registers
 PLAIN = [case for case in LINEAR_CASES if case.retention.is_identity and not case.momentum and not case.decay.endswith("channel")]
 
 
 def test_what_is_served():
-    """The kernels refuse what they were never said to do; what they serve they are asked for by name below."""
+    """The kernels refuse all cases that are not tested below by name."""
     others = set(registry()) - set(SERVED) - set(MLP)
     assert others and all(triton_backend.refuses(case.draw(torch.float32).call(), True) for case in others)
     assert {case.bias.tag for case in SERVED} == {case.bias.tag for case in MLP} == set(BIASES)
@@ -67,7 +67,7 @@ def test_mlp_float32(case, poisoned):
     ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_mlp_sixteen_bits(bias, dtype, poisoned):
-    """Two chunks: rounding errors of an inner MLP grow with the sequence, the reference's as well."""
+    """Two chunks: rounding errors of an inner MLP grow with the sequence, in the reference too."""
     case = Case("mlp16", memory="mlp", bias=bias, tokens=27, batch=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
     report = check(case, "triton", dtype, DEVICE)
     assert report.ok, report
@@ -80,14 +80,14 @@ def test_mlp_sixteen_bits(bias, dtype, poisoned):
 )
 def test_mlp_gates_at_sixteen_bits(gate, momentum, poisoned):
     case = Case("mlp16", memory="mlp", tokens=23, batch=1, heads=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
-    # LayerNorm of an MLP of two softmaxes: bfloat16 would leave no digit that could be compared
+    # LayerNorm of an MLP of two softmaxes: bfloat16 would leave no digit to compare
     dtype = torch.float16 if gate.name == "kl" else torch.bfloat16
     report = check(dataclasses.replace(case, retention=gate, momentum=momentum), "triton", dtype, DEVICE)
     assert report.ok, report
 
 
-def test_mlp_hidden_units_of_nothing_change_nothing():
-    """Units whose row of W2 and column of W1 are zero: gelu(0) = 0 and no gradient reaches either."""
+def test_zero_hidden_units_change_nothing():
+    """Units whose row of W2 and column of W1 are zero: gelu(0) = 0, and both have zero gradients."""
     case = Case("mlp-padding", memory="mlp", tokens=20, batch=1, key_dim=16, value_dim=16, hidden=24)
     inputs = case.draw(torch.float32, DEVICE)
     w1, w2 = inputs.duals
@@ -102,7 +102,7 @@ def test_mlp_hidden_units_of_nothing_change_nothing():
 
 @pytest.mark.parametrize("case", or_slow(PLAIN[::2], PLAIN[::12]))
 def test_states_in_registers(case, poisoned):
-    """The chains of 16-bit inputs, in float32 arithmetic: an error of logic cannot hide in a rounding error."""
+    """The chains of 16-bit inputs in float32 arithmetic, where rounding errors cannot hide an error of logic."""
     from miras_kernels.kernels.common import configs
 
     if case.bias.row_coupled and case.value_dim > 32:
@@ -114,7 +114,7 @@ def test_states_in_registers(case, poisoned):
     assert report.ok, report
 
 
-#: a threshold given as a number cannot be moved away from the errors, so there 16 bits may take another side of a kink than 64
+#: a threshold given as a number cannot be moved away from the errors, so 16 bits may be on another side of a kink than 64
 SETTLED = [case for case in LINEAR_CASES if not (case.bias.needs_delta and case.delta == "float")]
 SIXTEEN_BITS = [(case, (torch.bfloat16, torch.float16)[i % 2]) for i, case in enumerate(SETTLED[::3])]
 
@@ -146,7 +146,7 @@ def test_sizes(size, bias, dtype, poisoned):
 
 
 class SixteenBits(TorchDispatchMode):
-    """Matrix products take and give bfloat16, as PyTorch's do under autocast."""
+    """Rounds the operands and results of matrix products to bfloat16, as PyTorch's autocast does."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
@@ -168,7 +168,7 @@ def test_sixteen_bits_are_as_good_as_pytorch_at_sixteen_bits():
             assert error <= 1.5 * relative_error(usual[name], value) + 2.0**-9, (bias, name, error)
 
 
-GATED = {  # sizes of several tiles and blocks, decays to nothing, thresholds of 0, a number's delta
+GATED = {  # sizes of several tiles and blocks, decays to 0
     "tall-lq-momentum": dict(retention=mk.LqRetention(3.0, floor=0.5), momentum=True, key_dim=24, value_dim=40, chunk_size=32, tokens=40),
     "wide-kl": dict(retention=mk.KLRetention(2.0), bias=mk.Huber("norm"), key_dim=72, value_dim=40, tokens=35, chunk_size=32),
     "lq-below-two": dict(retention=mk.LqRetention(1.5), tokens=20),
@@ -187,8 +187,8 @@ def test_gates(name, poisoned):
     assert report.ok, report
 
 
-def test_decays_by_channel_to_nothing(poisoned):
-    """Steps of -1e4 and runs of -50: finite, and right, with momentum that is sometimes 0."""
+def test_decays_by_channel_to_zero(poisoned):
+    """Log-decays of -1e4 and runs of -50, with momentum that is sometimes 0: finite and accurate."""
     case = Case("channels", batch=1, heads=1, tokens=40, chunk_size=32, decay="channel", momentum=True)
     inputs = case.draw(torch.float32, DEVICE)
     with torch.no_grad():
@@ -204,7 +204,7 @@ LARGE = [{}, {"bias": mk.DotProduct()}, {"momentum": True, "retention": mk.Elast
 
 @pytest.mark.parametrize("kind", LARGE, ids=str)
 def test_a_state_that_float16_cannot_hold(kind):
-    """It decays from 65,536 to 1,200 before it is read: operands are scaled where they are rounded, and results lose nothing by it."""
+    """It decays from 65,536 to 1,200 before it is read: operands are scaled before they are rounded, without loss in the results."""
     case = Case("large", batch=1, heads=1, tokens=20, value_dim=16, **kind)
     inputs = case.draw(torch.float16, DEVICE)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_a_state_that_float16_cannot_hold(kind):
         inputs.tensors["q"] *= 0.1
         inputs.tensors["log_decay"][:, 0] = -4.0
     exact, reached = truth(inputs), evaluate(inputs, "triton")
-    assert exact["out"].abs().max() < 65504  # or there would be no such result
+    assert exact["out"].abs().max() < 65504  # the results themselves fit in float16
     for name, value in exact.items():
         if reached[name].dtype == torch.float32 or value.abs().max() < 65504:
             assert relative_error(reached[name], value) < 0.01, name
@@ -228,7 +228,7 @@ def test_bitwise_repeatable(case):
 
 
 def test_compiles_and_traces():
-    """The operator takes the backend: torch.compile sees through it in one graph."""
+    """torch.compile traces a call with this backend in one graph."""
     case = Case("compiled", tokens=20, batch=1, heads=1)
     inputs = case.draw(torch.float32, DEVICE)
     arguments = inputs.arguments()
@@ -246,7 +246,7 @@ def test_compiles_and_traces():
 
 
 def test_names_and_tags_agree():
-    """biases.py, kernels/common/bias.py and csrc/bias.h are one table in three places; so are the retention gates."""
+    """Tags and names in kernels/common/bias.py and retention.py are those of the tables (csrc is checked in tests/core)."""
     from miras_kernels.kernels.common import bias, retention
 
     for module, table in ((bias, BIASES), (retention, GATES)):
@@ -274,7 +274,7 @@ def test_a_planted_bug_is_caught(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [slow("log_decay"), slow("momentum"), "state"])
 def test_a_planted_bug_is_caught_in_the_mlp(name, monkeypatch):
-    """The gradients that both matrices have shares in, and the last of the initial state: the momentum of W2."""
+    """The gradients that sum over both matrices, and that of the last initial matrix: the momentum matrix of W2."""
     backward = triton_backend.backward
 
     def wrong(*args):
@@ -290,9 +290,9 @@ def test_a_planted_bug_is_caught_in_the_mlp(name, monkeypatch):
 
 @pytest.mark.parametrize(("tag", "planted"), [slow(1, "rho * g"), (2, "w * g"), slow(3, "g"), slow(4, "g * sigmoid(a)")])
 def test_a_gate_without_its_derivative_is_caught(tag, planted, monkeypatch):
-    """What phi's pull-back does to the gradient of the state is seen: here it loses a factor or a term."""
+    """A pull-back of phi that loses a factor or a term is caught in the gradient of the state."""
     if DEVICE == "cuda":
-        pytest.skip("changes a kernel's source, which only the interpreter reads anew")
+        pytest.skip("changes a kernel's source, which only the interpreter reads again")
     from miras_kernels.kernels.common import retention
 
     def wrong(g, a, w, along, rho, RETENTION):
@@ -306,7 +306,7 @@ def test_a_gate_without_its_derivative_is_caught(tag, planted, monkeypatch):
 
 
 def test_a_planted_bug_is_caught_at_sixteen_bits(monkeypatch):
-    """A wrong decay of two percent stands out from the rounding of bfloat16."""
+    """Log-decays that are 10 % too small stand out from the rounding of bfloat16."""
     forward = triton_backend.forward
     monkeypatch.setattr(triton_backend, "forward", lambda call, every: forward(call.replace(log_decay=call.log_decay * 0.9), every))
     report = check(Case("planted", tokens=48), "triton", torch.bfloat16, DEVICE)
