@@ -161,7 +161,7 @@ MUTANTS = [
            "o_r[:, None] > o_s[None, :]", "o_r[:, None] >= o_s[None, :]"),
     Mutant("triton-own-writes-without-rho", "kernels/linear/read.py", triton("linear-l2-lq-p1.5"),
            "b_p *= rho", "b_p *= 1.0"),
-    Mutant("triton-channel-momentum-not-decayed", "kernels/linear/channel.py", triton("linear-l2-extreme-channel-decay-momentum"),
+    Mutant("triton-channel-momentum-not-decayed", "kernels/common/decays.py", triton("linear-l2-extreme-channel-decay-momentum"),
            "b_carry = b_carry * b_alpha", "b_carry = b_carry"),
     Mutant("triton-resumed-chunk-from-its-boundary", "kernels/common/chunks.py",
            cases("triton/test_calls.py::test_resuming_anywhere", "linear-huber_coordinate-batch-torch.float32"),

@@ -2,7 +2,6 @@
 
 Every channel v has its own ``gamma_tv`` and ``M_ts,v`` (decays.py; ``M = L`` without momentum), so its pairs are no matrix product:
 
-    channel_decay, channel_momentum   gamma_tv;  M_Cs,v;  with momentum b_tv
     channel_scores                    X = Q K'
     channel_output                    o_tv = gamma_tv (W q_t)_v + rho (b_tv (S q_t)_v - sum_s M_ts,v X_ts U_sv)
     channel_du_bwd                    R_sv = -sum_t M_ts,v X_ts dO_tv;   dX_ts = -sum_v M_ts,v dO_tv U_sv
@@ -47,71 +46,12 @@ def next_weights(b_m, log_decay, steps, row, i_t, o_s, o_v, valid, m_v, H, Dv: t
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def channel_decay(
-    log_decay, position, decays,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
-    ROW = wide(ROW)
-    NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, _, i_slot, i_h = chunk_program(NV, 1)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
-    o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    m_v = inside(o_v, Dv, BV)[None, :]
-    m_t = ((t0 + o_t < eos) & (t0 + o_t >= bos))[:, None] & m_v
-    m_next = ((t0 + o_t + 1 < eos) & (t0 + o_t + 1 >= bos) & (o_t < C - 1))[:, None] & m_v
-    o_tv = ((i_b * T + t0) * H + i_h) * Dv + (o_t * (H * Dv))[:, None] + o_v[None, :]
-    b_g = tl.load(log_decay + o_tv, mask=m_t, other=0.0)  # [C, BV]
-    b_next = tl.load(log_decay + H * Dv + o_tv, mask=m_next, other=0.0)
-    tl.store(decays + o_tv, tl.exp(tl.cumsum(b_g, 0)), mask=m_t)
-    tl.store(decays + ROW * Dv + o_tv, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_t)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def channel_momentum(
-    log_decay, momentum, moves, position, decays,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
-    ROW = wide(ROW)
-    NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, _, i_slot, i_h = chunk_program(NV, 1)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
-    o_v = i_v * BV + tl.arange(0, BV)
-    m_v = inside(o_v, Dv, BV)
-    row = (i_b * T + t0) * H + i_h
-    b_gamma, b_carry = tl.full((BV,), 1.0, tl.float32), tl.zeros((BV,), tl.float32)
-    for i_t in range(0, C):
-        here = (t0 + i_t < eos) & (t0 + i_t >= bos)
-        m_tv, o_tv = only_if(here, m_v), (row + i_t * H) * Dv + o_v
-        b_alpha = tl.exp(tl.load(log_decay + o_tv, mask=m_tv, other=0.0))  # [BV]
-        b_gamma *= b_alpha
-        b_carry = b_carry * b_alpha + tl.load(moves + row + i_t * H, mask=here, other=0.0)
-        tl.store(decays + o_tv, b_gamma, mask=m_tv)
-        tl.store(decays + 2 * ROW * Dv + o_tv, b_carry, mask=m_tv)
-    b_l, b_m = tl.full((BV,), 1.0, tl.float32), tl.zeros((BV,), tl.float32)  # L_Cs, theta_{s+1} M_Cs+1
-    for i in range(0, C):
-        i_s = C - 1 - i
-        here = (t0 + i_s < eos) & (t0 + i_s >= bos)
-        m_sv, o_sv = only_if(here, m_v), (row + i_s * H) * Dv + o_v
-        b_m = tl.where(here, b_m + b_l, b_m)
-        tl.store(decays + ROW * Dv + o_sv, b_m, mask=m_sv)
-        b_l *= tl.exp(tl.load(log_decay + o_sv, mask=m_sv, other=0.0))
-        b_m *= tl.load(momentum + row + i_s * H, mask=here, other=1.0)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
 def channel_scores(
     q, k, position, scores,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
     q_strides, k_strides,
-    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A block ``[BC, BC]`` of one chunk's ``Q K' [t, s]``."""
     NC: tl.constexpr = C // BC
@@ -186,7 +126,7 @@ def channel_du_bwd(
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, SLOTS,
     v_strides,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dv: tl.constexpr, BV: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of R, and its share of dX in ``grad_scores [tiles, slots, H, C, C]``."""
@@ -313,16 +253,6 @@ def channel_decay_bwd(
 
 
 # -------------------------------------------------------------------------------------------------------------- launchers
-
-
-def decays_by_channel(p: Problem, moves: Tensor | None = None) -> Tensor:
-    """gamma_tv and M_Cs,v; with momentum, whose pi is in ``moves``, b_tv: ``[2 or 3, B, T, H, Dv]`` float32."""
-    decays = p.empty(2 if moves is None else 3, p.batch, p.tokens, p.heads, p.value_dim, dtype=torch.float32)
-    if moves is None:
-        launch(channel_decay, p, p.slots.count, "value", decays=decays)
-    else:
-        launch(channel_momentum, p, p.slots.count, "value", moves=moves, decays=decays)
-    return decays
 
 
 def chunk_scores(p: Problem) -> Tensor:

@@ -106,7 +106,7 @@ def queries_bwd(
 
 @triton.jit
 def keys_bwd(
-    q, q_stride, k, k_stride, v, v_stride, lr, decays, moves, pairs, delta,
+    q, q_stride, v, v_stride, lr, decays, moves, pairs, delta,
     states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v, grad_k, inner,
     rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place,
     C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
@@ -239,7 +239,7 @@ def linear_dqk_bwd(
         rho, ROW, row, H, t0, eos, i_k, i_r, C, BC, Dk, Dv, BK, BV, DTYPE, BIAS, CHANNEL_LR, CHANNELS,
     )  # fmt: skip
     keys_bwd(
-        q, q_strides.t, k, k_strides.t, v, v_strides.t, lr, decays, moves, pairs, delta,
+        q, q_strides.t, v, v_strides.t, lr, decays, moves, pairs, delta,
         states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v, grad_k, inner,
         rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place, C, BC, Dk, Dv, BK, BV, DTYPE, BIAS, CHANNEL_LR, CHANNELS,
     )  # fmt: skip
