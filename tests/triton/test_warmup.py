@@ -213,8 +213,8 @@ def codes(kind: warmup.Variant) -> set:
                     x = x.dtype
                 elif name in tiles.LENGTHS:
                     x = "any"
-                elif isinstance(x, int) and parameter.annotation is inspect.Parameter.empty:
-                    x = "1" if x == 1 else "16" if x % 16 == 0 else "any"
+                elif isinstance(x, int | tuple) and parameter.annotation is inspect.Parameter.empty:
+                    x = ["1" if n == 1 else "16" if n % 16 == 0 else "any" for n in (x if isinstance(x, tuple) else (x,))]
                 key.append((name, str(x)))
             found.add((launched.kernel.fn.__name__, launched.config, *key))
     return found
