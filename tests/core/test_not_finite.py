@@ -1,4 +1,4 @@
-"""NaN and infinity in an argument reach what depends on it, as in the reference, and nothing else."""
+"""NaN and infinity in an argument reach the results that depend on it, as in the reference, and no others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {f"{bias.name}-{bias.parameters}": dict(bias=bias) for bias in BIASES}
 KINDS |= {f"{gate.name}-{gate.parameters}": dict(retention=gate) for gate in GATES[1:]}
 KINDS |= {"momentum": dict(momentum=True), "channel": dict(decay="channel")}
 KINDS |= {f"mlp-{name}": dict(memory="mlp", **kind) for name, kind in KINDS.items() if name != "channel"}
-#: of these one kind takes each comparison in the kernels; the interpreter is slow
+#: together these take every comparison in the kernels; few, since the interpreter is slow
 TRITON = {
     "clip": dict(bias=mk.Huber("coordinate")),
     "power-elastic": dict(bias=mk.Lp(2.5), retention=mk.ElasticNetRetention(0.05)),
@@ -30,7 +30,7 @@ HEADS, CHUNK = 2, 16
 
 
 def poisoned(case: Case, at: int) -> tuple[list[tuple[str, float]], Inputs]:
-    """A sample for every argument and value, which stands at token ``at`` of head 0, in one channel where there are several."""
+    """A sample for every argument and value; the value is at token ``at`` of head 0, in one channel if there are several."""
     inputs = case.draw(torch.float32)
     planted = [(name, x) for name in ARGUMENTS if name in inputs.tensors for x in (math.nan, math.inf)]
     planted = [(name, x) for name, x in planted if math.isnan(x) or name not in ("log_decay", "momentum")]
@@ -63,13 +63,13 @@ def assert_as_in_the_reference(kind: dict, backend: str, tokens: int, at: int, g
             continue
         per_token = x.shape[1] == tokens
         assert x.select(2 if per_token else 1, 1).isfinite().all(), f"{name}: another head"
-        if name.startswith("grad_") and "initial" not in name:  # inside a chunk NaN times a weight of 0 is NaN, in one form or another
+        if name.startswith("grad_") and "initial" not in name:  # inside a chunk NaN times a weight of 0 is NaN in some of the forms
             continue
         for i, (argument, value) in enumerate(planted):
             y, wanted_y = (z[i, at:] if per_token else z[i] for z in (x, wanted[name]))
             same = torch.isnan if math.isnan(value) else lambda z: ~z.isfinite()
             y, wanted_y = same(y), same(wanted_y)
-            if name.startswith("grad_"):  # torch.where stops NaN where a product with 0 lets it through, and makes it of infinity
+            if name.startswith("grad_"):  # torch.where stops NaN; a product with 0 passes it, and turns infinity into NaN
                 y, wanted_y = (y & wanted_y, wanted_y) if math.isnan(value) else (y, y)
             assert torch.equal(y, wanted_y), f"{name}: {argument} has a {value}"
     assert found["out"][:, : at // CHUNK * CHUNK].isfinite().all()
