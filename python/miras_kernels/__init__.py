@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .decode.decoder import Decoder
+from .decode import Decoder
 from .memory import explain, linear_memory, mlp_memory
 from .options import options, override
 from .state import MemoryState, OpenChunk

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import decode, dispatch
 from .backends.reference import chunkwise, derived
 from .call import Call
 from .state import MemoryState, OpenChunk
@@ -117,7 +117,11 @@ def _call(
 
 def _forward(call: Call, backend: str, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """``(out, final state tensors, saved for the backward)``."""
-    out, final, saved = dispatch.BACKENDS[backend].forward(call, checkpoint_every)
+    if checkpoint_every == 0 and dispatch.BACKENDS[backend].decodes(call):
+        out, final = decode.read(call, backend)
+        saved: list[Tensor] = []
+    else:
+        out, final, saved = dispatch.BACKENDS[backend].forward(call, checkpoint_every)
     if not call.output_final_state:
         final = []
     elif not _ends_open(call):

@@ -98,11 +98,12 @@ def choose(backend: str, call: Call, differentiate: bool) -> str:
 
 
 def stepper(backend: str, call: Call) -> Callable:
-    """Decoding steps for calls like this one: ``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``, see
-    :mod:`miras_kernels.decode`.
+    """Decoding steps for calls like this one: ``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``, where buffers are
+    :class:`miras_kernels.decode.buffers.Buffers` and gates are tensors.
 
-    Where ``run`` has a method ``bind(buffers)``, that returns a faster ``step(q, k, v, lr, log_decay, delta, momentum, out)`` for these
+    ``run`` may have two methods. ``bind(buffers)`` returns a faster ``step(q, k, v, lr, log_decay, delta, momentum, out)`` for these
     buffers that checks its arguments: it returns the output, or does nothing and returns None if they are not like the call's.
+    ``on_value()`` decodes the call itself from its state, a value, and returns what :func:`miras_kernels.decode.read` does.
 
     Raises:
         ValueError: a backend that cannot decode such tokens, with its reason.

@@ -35,10 +35,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import autograd, dispatch
 from .backends import triton as triton_backend
 from .call import Call
-from .decode.decoder import Decoder
+from .decode import Decoder
 from .memory import linear_memory
 from .options import options
 from .state import MemoryState
@@ -239,7 +239,7 @@ def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
     call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
     every = options.checkpoint_interval(variant.chunk_size) if variant.differentiate else 0
     with launch.recording(lambda *what: found.append(offline.Launch(*what)), target):
-        out, final, saved = backend.forward(call, every)
+        out, final, saved = autograd._forward(call, "triton", every)
         if variant.differentiate:
             backend.backward(call, every, saved, torch.empty_like(out), [torch.empty_like(final[0])] if sizes.state_grad else [])
     return found + (offline.recorded_step(variant.step(sizes), target) if variant.steps else [])

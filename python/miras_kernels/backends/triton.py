@@ -82,11 +82,8 @@ class TritonBackend:
         return steps.stepper(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        from miras_kernels.decode import decoder as decode
         from miras_kernels.kernels.common import launch
 
-        if checkpoint_every == 0 and self.decodes(call):
-            return *decode.forward(call, self.name), []
         forward = _sequence_kernels(call.memory.name).forward
         out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
