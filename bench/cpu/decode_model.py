@@ -1,26 +1,28 @@
-"""A whole model's token: a Llama with memories in the place of attention, and with its attention, after texts of several lengths."""
+"""One token of a whole model: a Llama with memories in place of attention, and with attention, after texts of several lengths."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 
-import harness
-from harness import Watch, figures, interleave, timed, whole_chunks
+import torch
 
-CONTEXTS = {"1k": 1024, "8k": 8192, "64k": 65536}
+from ..common.timing import clock_for, interleave, timed, whole_chunks
+from .cases import Settings
+from .decode_studies import CONTEXTS, head, per_token, worst
+from .watch import Watch
+
 MODEL_CASE = "Llama, 4 layers of 4 heads of 64"
-#: what takes the place of attention in all layers; None: nothing
+#: the preset that replaces attention in all layers; None: nothing
 MODELS = {"linear": "yaad_linear", "mlp": "yaad", "attention": None}
-#: of these presets
+#: the presets' chunk size
 CHUNK = 16
-#: tokens of a prompt that are read at a time
-PIECE = 2048
+#: tokens of the prompt per prefill call
+PREFILL = 2048
 
 
 def llama(preset: str | None, toy: bool):
     """The model, with memories of a preset in all layers or with its attention."""
-    import torch
     import transformers
 
     from miras_kernels.hf import replace_attention
@@ -36,17 +38,14 @@ def llama(preset: str | None, toy: bool):
 
 
 def text(length: int):
-    import torch
-
     return torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(1))
 
 
 def gate(model) -> dict:
-    """Logits of a text whose end is read token by token against those of all of it in float64: within three times the error that it has
-    in float32 read at once, and the roundings of a sum over the hidden channels.
-    """
-    import torch
+    """Logits of a text whose end is decoded token by token, against those of the whole text in float64.
 
+    The budget is three times the error of the whole text in float32, plus the roundings of a sum over the hidden channels.
+    """
     from miras_kernels.hf.compat import CACHE
     from miras_kernels.testing.parity import ARITHMETIC, ULPS, relative_error
 
@@ -60,20 +59,19 @@ def gate(model) -> dict:
 
 
 def steps(model, name: str, context: int) -> tuple[Callable[[], object], int]:
-    """A call that reads a token after so many others, and the bytes of the cache. Attention forgets the token again."""
-    import torch
+    """A call that decodes a token after so many others, and the bytes of the cache. Attention's cache is cropped again after each token."""
     import transformers
 
     from miras_kernels.hf.compat import CACHE
 
     cache, token = transformers.DynamicCache(config=model.config), text(1)
-    if MODELS[name] is None:  # what keys and values are does not matter to the time
+    if MODELS[name] is None:  # the time does not depend on the values of keys and values
         shape = (1, model.config.num_key_value_heads, context, model.config.head_dim)
         for layer in range(model.config.num_hidden_layers):
             cache.update(torch.randn(shape), torch.randn(shape), layer)
     else:
-        for piece in text(context).split(PIECE, dim=1):
-            model(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        for part in text(context).split(PREFILL, dim=1):
+            model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
     def run() -> None:
         model(token, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
@@ -84,24 +82,19 @@ def steps(model, name: str, context: int) -> tuple[Callable[[], object], int]:
     return run, attention or sum(x.nbytes for x in cache.layers)
 
 
-def study_model(size: str, threads: int, settings: dict) -> Iterator[dict]:
+def study_model(size: str, threads: int, settings: Settings) -> Iterator[dict]:
     """A token of a whole model with memories, and with attention, after texts of 1k, 8k and 64k tokens."""
-    import torch
-
-    result = {"study": "model", "case": size, "threads": threads, "clock": harness.clock_for(threads)[0], "notes": []}
-    clock, samplers, cache_bytes = harness.clock_for(threads)[1], {}, {}
+    clock, samplers, cache_bytes = clock_for(threads)[1], {}, {}
     with torch.no_grad():
-        models = {name: llama(preset, settings["toy"]) for name, preset in MODELS.items()}
-        gates = [gate(model) for model in models.values()]
-        result["parity"] = max(gates, key=lambda gate: gate["error"] / gate["budget"])
+        models = {name: llama(preset, settings.toy) for name, preset in MODELS.items()}
+        result = head("model", size, threads, worst([gate(model) for model in models.values()]))
         if not result["parity"]["ok"]:
-            result["notes"].append("parity is red, not timed")
             yield result
             return
         for name, model in models.items():
             for label, context in CONTEXTS.items():
-                run, cache_bytes[f"{name} {label}"] = steps(model, name, context // 64 if settings["toy"] else context)
+                run, cache_bytes[f"{name} {label}"] = steps(model, name, context // 64 if settings.toy else context)
                 samplers[f"{name} {label}"] = timed(run, clock) if MODELS[name] is None else whole_chunks(run, clock, CHUNK)
         with Watch(threads) as watch:
-            times = interleave(samplers, settings["seconds"], settings["min_rounds"])
-    yield {**result, **figures(times, "linear 1k", 1), "cache_bytes": cache_bytes, "watch": watch.report()}
+            times = interleave(samplers, settings.seconds, settings.min_rounds)
+    yield {**result, **per_token(times, "linear 1k", 1), "cache_bytes": cache_bytes, "watch": watch.report()}

@@ -1,13 +1,13 @@
-"""The C++ kernels on this CPU: right first, then how fast, against what PyTorch offers, all in one run.
+"""The C++ kernels on this CPU: parity first, then times against PyTorch, all in one run.
 
-    python bench/cpu.py                        everything, markdown on stdout
-    python bench/cpu.py --json out.json        and JSON; --plots FOLDER draws it
-    python bench/cpu.py --quick                about a minute: one thread, no torch.compile, fewer cases
-    python bench/cpu.py --only shapes,bias     some studies; --list names them
-    python bench/cpu.py --base HEAD            this tree against another commit of it
+    python -m bench.cpu                        everything, markdown on stdout
+    python -m bench.cpu --json out.json        and JSON; --plots FOLDER draws it
+    python -m bench.cpu --quick                about a minute: one thread, no torch.compile, fewer cases
+    python -m bench.cpu --only shapes,bias     some studies; --list names them
+    python -m bench.cpu --base HEAD            this tree against another commit of it
 
-This process only starts others and writes the report: every measurement has a fresh process with the same malloc settings
-for all contenders. docs/benchmarks.md says how to read the numbers, bench/harness.py how they are taken.
+This process only starts others and writes the report: every measurement has a fresh process with the same malloc settings for all
+implementations. docs/benchmarks.md explains how to read the numbers.
 """
 
 from __future__ import annotations
@@ -20,53 +20,39 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ..common import processes, results
+from . import base, plots, program, scaling, studies
+from .cases import ONE_OF_EACH, SHAPES, Settings, registered
+from .report import report, summary
+from .targets import judged
 
-import base
-import harness
-import plots
-import process
-import program
-import scaling
-import studies
-from contenders import RECURRENCE_SHAPES, SHAPES, Settings, registered
-from report import judge, report, summary
-
+MODULE = "bench.cpu"
 STUDIES = {**studies.STUDIES, **scaling.STUDIES}
-#: what a measuring process can do beside the studies that may be asked for
+#: tasks of a measuring process besides the studies that can be asked for
 HELPERS = {**studies.HELPERS, **scaling.HELPERS, **base.STUDIES}
-
-
-# -------------------------------------------------------------------------------------------------------------- main
 
 
 def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], settings: Settings) -> list[tuple[str, str, int]]:
     """``(study, case, threads)`` in order. The comparison with PyTorch runs at every thread count, the rest at the first."""
     found = []
+    pair = [shape for shape in shapes if shape in ONE_OF_EACH] or [shapes[0]]
     for study in only:
         if study == "shapes":
             found += [(study, shape, n) for n in threads for shape in shapes]
         elif study in ("checkpoint", "memory"):
             found += [(study, shape, threads[0]) for shape in shapes]
         elif study == "recurrence":
-            found += [(study, shape, threads[0]) for shape in _some(shapes, RECURRENCE_SHAPES)]
+            found += [(study, shape, threads[0]) for shape in pair]
         elif study == "scaling":
             axes = {"tokens": threads[:1], "heads": threads, "threads": [max(threads)] if max(threads) > 1 else []}
-            for shape in _some(shapes, scaling.SCALING_SHAPES):
-                found += [(study, f"{shape}, {axis}", n) for axis, counts in axes.items() for n in counts]
+            found += [(study, f"{shape}, {axis}", n) for shape in pair for axis, counts in axes.items() for n in counts]
         elif study != "capability" or settings.backend == "cpp":
             found.append((study, shapes[0], threads[0]))
     return found
 
 
-def _some(shapes: Sequence[str], preferred: Sequence[str]) -> list[str]:
-    """The shapes that a study of a few has: of the preferred ones, or else the first."""
-    return [shape for shape in shapes if shape in preferred] or [shapes[0]]
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary_line = __doc__.split("\n", 1)[0]
-    parser = program.cpu_parser(summary_line, tuple(STUDIES), quick="no torch.compile, fewer cases", seconds="8; 1 with --quick")
+    parser = program.parser(MODULE, __doc__.split("\n", 1)[0], tuple(STUDIES), "no torch.compile, fewer cases", "8; 1 with --quick")
     parser.add_argument("--shapes", metavar="SHAPE,...", help=f"some of {', '.join(SHAPES)}, or of the tests' cases")
     parser.add_argument("--compile-seconds", type=float, help="torch.compile is given up after this long (default 300; 0 leaves it out)")
     parser.add_argument("--base", metavar="REF", help="instead of the studies, compare with this commit, which is built elsewhere")
@@ -81,11 +67,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.plots and (missing := plots.missing()):
         parser.error(f"--plots: {missing}")
     default = ("shapes", "bias", "decay") if args.quick else tuple(STUDIES)
-    args.only = program.names(parser, "--only", args.only, tuple(STUDIES), default)
+    args.only = results.chosen(parser, "--only", args.only, tuple(STUDIES), default)
     known = tuple(SHAPES)
     if args.shapes and not {name.strip() for name in args.shapes.split(",")} <= set(SHAPES):
         known += tuple(registered())
-    args.shapes = program.names(parser, "--shapes", args.shapes, known, tuple(SHAPES))
+    args.shapes = results.chosen(parser, "--shapes", args.shapes, known, tuple(SHAPES))
     args.threads = program.thread_counts(parser, args)
     return args
 
@@ -94,9 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report; 1 if a parity gate was red or a measuring process failed."""
     args = parse(arguments)
     if args.worker:
-        spec = process.read(args.worker)
-        study = {**STUDIES, **HELPERS}[spec["study"]]
-        process.tell(study(spec["case"], spec["threads"], Settings(**spec["settings"]), **spec.get("options", {})))
+        processes.serve({name: program.task(study) for name, study in {**STUDIES, **HELPERS}.items()})
         return 0
     if args.show:
         document = json.loads(args.show.read_text())
@@ -106,47 +90,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join([*(f"{name:12s} {study.__doc__.splitlines()[0]}" for name, study in STUDIES.items()), *SHAPES]))
         return 0
-    quick = args.quick
-    settings = Settings(
-        backend=args.backend,
-        seconds=args.seconds if args.seconds is not None else 1.0 if quick else 8.0,
-        min_rounds=3 if quick else 7,
-        compile_seconds=args.compile_seconds if args.compile_seconds is not None else 0.0 if quick else 300.0,
-        quick=quick,
-        toy=args.toy,
-    )
-    common = {"settings": dataclasses.asdict(settings)}
-    (probe,) = process.start("cpu.py", {"study": "probe", "case": "", "threads": 1, **common})
+    compile_seconds = args.compile_seconds if args.compile_seconds is not None else 0.0 if args.quick else 300.0
+    return measure(args, program.settings_of(args, seconds=(8.0, 1.0), min_rounds=(7, 3), compile_seconds=compile_seconds))
+
+
+def measure(args: argparse.Namespace, settings: Settings) -> int:
+    (probe,) = program.start(MODULE, program.request("probe", "", 1, settings))
     if "error" in probe or probe["unavailable"]:
         print(f"bench: backend {args.backend!r} cannot run here: {probe.get('error') or probe['unavailable']}", file=sys.stderr)
         return 1
     with contextlib.ExitStack() as stack:
-        planned, compared = jobs(args.only, args.shapes, args.threads, settings), None
+        planned, compared, options = jobs(args.only, args.shapes, args.threads, settings), None, {}
         if args.base:
             try:
                 compared, options = stack.enter_context(base.prepared(args.base, settings.backend))
             except base.Unusable as error:
                 print(f"bench: {error}", file=sys.stderr)
                 return 1
-            common["options"] = {**options, "launches": 1 if args.toy else args.launches}
+            options["launches"] = 1 if args.toy else args.launches
             planned = [("base", shape, n) for n in args.threads for shape in args.shapes]
-        results = []
-        for i, (study, case, threads) in enumerate(planned, 1):
-            print(f"[{i}/{len(planned)}] {study} {case}, {threads} threads", file=sys.stderr, flush=True)
-            results += process.start("cpu.py", {"study": study, "case": case, "threads": threads, **common})
+        found = program.run(MODULE, planned, settings, **options)
     avx512 = bool(probe["capability"]) and "avx512" in probe["capability"]["possible"]
     document = {
-        "program": "bench/cpu.py", "date": harness.today(), **harness.commit(), "machine": harness.machine(),
-        "versions": probe["versions"], "capability": probe["capability"], "settings": dataclasses.asdict(settings),
-        "malloc": harness.MALLOC, "threads": args.threads, "base": compared, "results": results,
-        "targets": [] if args.toy or args.base else judge(results, args.threads, avx512),
+        **results.heading(MODULE), "machine": results.machine(), "versions": probe["versions"], "capability": probe["capability"],
+        "settings": dataclasses.asdict(settings), "malloc": program.MALLOC, "threads": args.threads, "base": compared, "results": found,
+        "targets": [] if args.toy or args.base else judged(found, args.threads, avx512),
     }  # fmt: skip
-    print(report(document))
-    if args.json:
-        program.write_json(document, args.json)
     _draw(document, args.plots)
-    red = any("error" in r or not all(gate and gate.get("ok") for gate in r["parity"].values()) for r in results)
-    return program.status(document, red, args.strict)
+    red = any("error" in r or not all(gate and gate.get("ok") for gate in r["parity"].values()) for r in found)
+    return program.finish(document, report(document), red, args)
 
 
 def _draw(document: dict, folder: Path | None) -> None:

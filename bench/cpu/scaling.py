@@ -7,13 +7,17 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 
-import harness
-from contenders import BOTH, Settings, agreement, kernel, make_case, parity, parity_of
-from harness import timed
-from studies import measure, memory_of, peak
+import torch
 
-#: whose head dimension, hidden units and chunks are taken
-SCALING_SHAPES = ("D64 C64", "MLP D64 C64")
+import miras_kernels
+from miras_kernels import L2
+
+from ..common.implementations import BOTH, agreement, kernel
+from ..common.timing import clock_for, timed
+from .cases import Settings, make_case, parity, parity_of
+from .studies import measure, memory_of, peak
+from .watch import matrix_product
+
 TOKENS = {f"{n}k": n << 10 for n in (1, 2, 4, 8, 16, 32, 64, 128)}
 TOY_TOKENS = {"48": 48, "96": 96, "192": 192}
 HEADS = {str(n): n for n in (1, 2, 4, 8, 16)}
@@ -22,13 +26,13 @@ FEW_HEADS = 2
 
 
 def study_scaling(name: str, threads: int, settings: Settings) -> Iterator[dict]:
-    """Forward and backward of one sequence of 1k to 128k tokens, of 1 to 16 heads, and by 1 to all threads."""
+    """Forward and backward of one sequence of 1k to 128k tokens, of 1 to 16 heads, and with 1 to all threads."""
     shape, _, axis = name.rpartition(", ")
     yield {"tokens": _tokens, "heads": _heads, "threads": _threads}[axis](shape, threads, settings)
 
 
 def _tokens(shape: str, threads: int, settings: Settings) -> dict:
-    """Each longer sequence continues the shorter ones; peaks are those of processes of their own."""
+    """Each longer sequence continues the shorter ones; each peak is measured in a process of its own."""
     sizes = TOY_TOKENS if settings.toy else {name: n for name, n in TOKENS.items() if not settings.quick or n <= 16 << 10}
     inputs = draw(shape, settings, max(sizes.values()), FEW_HEADS)
     firsts = {name: part(inputs, "tokens", 0, n) for name, n in sizes.items()}
@@ -61,11 +65,9 @@ def _heads(shape: str, threads: int, settings: Settings) -> dict:
 
 def _threads(shape: str, threads: int, settings: Settings) -> dict:
     """The shape as it is; wall time, and ``torch.mm`` with as many threads beside it."""
-    import torch
-
     case = make_case(shape, settings)
     sizes = {str(n): n for n in sorted({*(2**i for i in range(threads.bit_length())), threads})}
-    run, product = kernel(case.draw(torch.float32), settings.backend, BOTH), harness.matrix_product()
+    run, product = kernel(case.draw(torch.float32), settings.backend, BOTH), matrix_product()
 
     def by(n: int, call: Callable[[], object]) -> Callable[[], object]:
         def with_threads() -> object:
@@ -77,20 +79,20 @@ def _threads(shape: str, threads: int, settings: Settings) -> dict:
     expected, gates = by(1, run)(), {"1": parity(case, settings.backend)}
     gates |= {name: _same(by(n, run)(), expected, case.tokens, "one thread") for name, n in sizes.items() if n > 1}
     runs = {name: by(n, run) for name, n in sizes.items()} | {f"mm {name}": by(n, product) for name, n in sizes.items()}
-    samplers = {name: timed(run, harness.clock_for(threads)[1]) for name, run in runs.items()}
+    samplers = {name: timed(run, clock_for(threads)[1]) for name, run in runs.items()}
     return measure(_head(shape, "threads", sizes), samplers, "1", gates, threads, settings)
 
 
 def _measure(shape: str, axis: str, sizes: dict[str, int], inputs: dict, threads: int, settings: Settings) -> dict:
-    """The kernel at all sizes of an axis, taking turns. The smallest is held to float64, the others to pieces of that size."""
+    """The kernel at all sizes of an axis, taking turns. The smallest is compared with float64, the others with parts of that size."""
     runs = {name: kernel(x, settings.backend, BOTH) for name, x in inputs.items()}
     smallest = next(iter(sizes))
     gates = {smallest: parity_of(inputs[smallest], settings.backend)}
     if gates[smallest]["ok"]:
         for name in list(sizes)[1:]:
-            pieces = in_pieces(inputs[name], settings.backend, axis, sizes[smallest])
-            gates[name] = _same(runs[name](), pieces, inputs[name].case.tokens, f"pieces of {smallest} {axis}")
-    samplers = {name: timed(run, harness.clock_for(threads)[1]) for name, run in runs.items()}
+            parts = in_parts(inputs[name], settings.backend, axis, sizes[smallest])
+            gates[name] = _same(runs[name](), parts, inputs[name].case.tokens, f"parts of {smallest} {axis}")
+    samplers = {name: timed(run, clock_for(threads)[1]) for name, run in runs.items()}
     return measure(_head(shape, axis, sizes), samplers, smallest, gates, threads, settings)
 
 
@@ -99,7 +101,7 @@ def _head(shape: str, axis: str, sizes: dict[str, int]) -> dict:
 
 
 def _same(results: tuple, expected: tuple, tokens: int, whom: str) -> dict:
-    """A gate: do results differ by no more than sums over all tokens in another order may?"""
+    """A gate: results may differ by as much as sums over all tokens in another order."""
     from miras_kernels.testing.parity import ARITHMETIC, ULPS
 
     difference, budget = agreement(results, expected), ARITHMETIC * (math.sqrt(tokens) + ULPS)
@@ -119,12 +121,10 @@ def exponent(sizes: dict[str, int], values: dict[str, float]) -> float | None:
 
 
 def promised_bytes(case) -> int:
-    """What autograd may keep between forward and backward, beyond the inputs: the memory at the start of every n-th chunk.
+    """Bytes of the tensors that autograd may hold between forward and backward, beyond the inputs: a checkpoint every n chunks.
 
-    And the initial one, where it is zeros that the call made.
+    And the initial state, where the call made it as zeros.
     """
-    import miras_kernels
-
     every = miras_kernels.options.checkpoint_interval(case.chunk_size)
     states = case.batch * math.ceil(case.tokens / (case.chunk_size * every)) + (case.batch if case.initial == "none" else 0)
     matrices = 2 * case.hidden if case.memory == "mlp" else case.key_dim
@@ -135,15 +135,11 @@ def promised_bytes(case) -> int:
 
 
 def draw(shape: str, settings: Settings, tokens: int, heads: int):
-    """Float32 inputs of one sequence. L2: to draw for a bias with a kink, the reference would have to read all of it.
+    """Float32 inputs of one sequence. The bias is L2: to draw for one with a kink, the reference would have to run over all tokens.
 
-    The decays of an MLP memory are the slighter the longer it lives, all of them together leave a third of it: what LayerNorm makes of
-    a memory that shrinks to nothing overflows.
+    The decays of an MLP memory get slighter with the length, so that all of them together leave a third of it: LayerNorm overflows on
+    a memory that shrinks to nothing.
     """
-    import torch
-
-    from miras_kernels import L2
-
     inputs = make_case(shape, settings, batch=1, tokens=tokens, heads=heads, bias=L2()).draw(torch.float32)
     if inputs.case.memory == "mlp":
         with torch.no_grad():
@@ -152,7 +148,7 @@ def draw(shape: str, settings: Settings, tokens: int, heads: int):
 
 
 def part(inputs, axis: str, start: int, end: int):
-    """Some tokens or some heads of inputs, as leaves of their own that share their memory."""
+    """Some tokens or some heads of inputs, as leaves of their own that share storage."""
     own = lambda x: x.detach().requires_grad_()
     views = cut(inputs, axis, start, end)
     return dataclasses.replace(views, tensors={name: own(x) for name, x in views.tensors.items()}, duals=tuple(map(own, views.duals)))
@@ -173,12 +169,8 @@ def cut(inputs, axis: str, start: int, end: int):
     )  # fmt: skip
 
 
-def in_pieces(inputs, backend: str, axis: str, size: int) -> tuple:
-    """Gradients of a call that is made piece by piece: by tokens, each from the state that the last one left, or by heads."""
-    import torch
-
-    import miras_kernels
-
+def in_parts(inputs, backend: str, axis: str, size: int) -> tuple:
+    """Gradients of a call that is made in parts: of tokens, each from the final state of the one before, or of heads."""
     function = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
     leaves, outputs, state = inputs.leaves(), [], None
     for start in range(0, getattr(inputs.case, axis), size):

@@ -1,15 +1,14 @@
-"""``cpu.py --base REF``: this source tree against another commit of it, both right first, taking turns in one run.
+"""``--base REF``: this source tree against another commit of it; both pass the parity gate, then take turns in one run.
 
-Two processes that run the same code differ by a percent or more for as long as they live: their memory lies elsewhere. So each
-side is launched several times, and every launch has a third process, of this tree again. A difference is told only where the other
-commit was slower than both of them in every launch, or faster than both: for code that is equally fast, one launch says so of a
-given side with a probability of 1/3, whatever the noise is like.
+Two processes that run the same code differ by a percent or more for as long as they live, because their memory is placed differently. So
+each side is launched several times, and every launch has a third process, of this tree again. A difference is reported only where the other
+commit was slower than both of them in every launch, or faster than both: for equally fast code, this happens in one launch with a
+probability of 1/3 for either direction, whatever the noise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import shutil
@@ -20,16 +19,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import harness
-from contenders import DIRECTIONS, Settings
-from harness import ROOT, Watch, interleave, ratio, spread
-from process import Server
+from ..common.implementations import DIRECTIONS
+from ..common.processes import ROOT, Lost
+from ..common.timing import clock_for, interleave, ratio, spread
+from .cases import Settings
+from .program import environment
+from .studies import Server
+from .watch import Watch
 
-#: told by chance: 2 / 3^7, less than once in a thousand
+#: false alarms: 2 / 3^7, less than once in a thousand
 LAUNCHES = 7
-#: fewer launches tell no difference: 2 / 3^5 is less than once in a hundred
+#: with fewer launches no difference is reported: 2 / 3^5 is less than once in a hundred
 FEWEST = 5
-#: a difference below this is none: where code and data happen to lie is worth as much
+#: a smaller difference is not reported: the placement of code and data makes as much
 RESOLUTION = 0.01
 #: the processes of a launch: the other commit, this tree, and this tree again
 SIDES = ("base", "this", "again")
@@ -38,7 +40,7 @@ NO_DIFFERENCE = "no difference"
 
 
 class Unusable(Exception):
-    """The other commit cannot be had or built; says why."""
+    """The other commit cannot be checked out or built."""
 
 
 # ------------------------------------------------------------------------------------------------------- the other commit
@@ -46,7 +48,7 @@ class Unusable(Exception):
 
 @contextlib.contextmanager
 def prepared(ref: str, backend: str) -> Iterator[tuple[dict, dict]]:
-    """The other commit in a temporary git worktree, built: what the report says of it, and options of :func:`study_base`.
+    """The other commit in a temporary git worktree, built: what the document has of it, and options of :func:`study_base`.
 
     Raises:
         Unusable: no such commit, or it does not build.
@@ -64,7 +66,7 @@ def prepared(ref: str, backend: str) -> Iterator[tuple[dict, dict]]:
 
 
 def build(root: Path, commit: str) -> None:
-    """Build the C++ kernels of the other tree; where its sources are this tree's, this tree's extension is the same thing."""
+    """Build the C++ kernels of the other tree, or copy this tree's extension where the sources are the same."""
     extensions = list((ROOT / "python" / "miras_kernels").glob("_C.*.so"))
     if len(extensions) == 1 and _same_sources(commit, extensions[0]):
         print("its C++ sources are those of this tree: no need to build them", file=sys.stderr)
@@ -81,7 +83,7 @@ def build(root: Path, commit: str) -> None:
 
 
 def _same_sources(commit: str, extension: Path) -> bool:
-    """Whether what this tree's extension was built from is what the commit has."""
+    """Whether this tree's extension was built from the sources that the commit has."""
     sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     if any(path.stat().st_mtime > extension.stat().st_mtime for path in sources):
         return False
@@ -110,20 +112,20 @@ def study_base(shape: str, threads: int, settings: Settings, root: str, launches
                 if launch == 0:
                     gates = {side: servers[side].ask("parity") for side in SIDES[:2]}
                     if servers["base"].ask("inputs") != servers["this"].ask("inputs"):
-                        notes.append("the two draw other inputs for this case: times are compared all the same")
+                        notes.append("the two trees draw different inputs for this case; times are compared nevertheless")
                 red = [f"{side}: parity is red, nothing is timed ({gate['worst']})" for side, gate in gates.items() if not gate["ok"]]
                 if red:
                     notes += red
                     break
                 for direction in DIRECTIONS:
-                    found[direction].append(_taking_turns(servers, direction, threads, settings, launches))
-        except RuntimeError as error:  # a process that ended: the other commit may have another interface
-            failure = {"error": f"launch {launch + 1} of {launches}: {error}; what it said is on stderr"}
+                    found[direction].append(_one_launch(servers, direction, threads, settings, launches))
+        except Lost as error:  # the other commit may have another interface
+            failure = {"error": f"launch {launch + 1} of {launches}: {error}; see its stderr"}
             notes.append(failure["error"])
             break
     for direction, seen in found.items():
-        head = {"study": "base", "case": shape, "direction": direction, "threads": threads, "clock": harness.clock_for(threads)[0]}
-        yield {**head, "parity": gates, "notes": notes, **failure, **(summed_up(seen) if seen else {})}
+        head = {"study": "base", "case": shape, "direction": direction, "threads": threads, "clock": clock_for(threads)[0]}
+        yield {**head, "parity": gates, "notes": notes, **failure, **(summarise(seen) if seen else {})}
 
 
 def launched(stack: contextlib.ExitStack, shape: str, threads: int, settings: Settings, root: str) -> dict[str, Server]:
@@ -131,15 +133,14 @@ def launched(stack: contextlib.ExitStack, shape: str, threads: int, settings: Se
     servers = {}
     for side in SIDES:
         tree = Path(root) if side == "base" else ROOT
-        spec = {"study": "serve", "case": shape, "threads": threads, "settings": dataclasses.asdict(settings), "root": str(tree)}
-        servers[side] = stack.enter_context(Server(spec, harness.environment(threads, root=tree)))
+        servers[side] = stack.enter_context(Server(shape, threads, settings, environment(threads, root=tree), root=str(tree)))
     return servers
 
 
-def _taking_turns(servers: dict[str, Server], direction: str, threads: int, settings: Settings, launches: int) -> dict:
+def _one_launch(servers: dict[str, Server], direction: str, threads: int, settings: Settings, launches: int) -> dict:
     """One launch: medians of its rounds."""
     samplers = {side: server.sampler(direction) for side, server in servers.items()}
-    with Watch(threads, [server.process.pid for server in servers.values()]) as watch:
+    with Watch(threads, [server.worker.process.pid for server in servers.values()]) as watch:
         times = interleave(samplers, settings.seconds / launches, settings.min_rounds)
     return {
         "ms": {side: 1e3 * spread(seconds)["median"] for side, seconds in times.items()},
@@ -148,7 +149,7 @@ def _taking_turns(servers: dict[str, Server], direction: str, threads: int, sett
     }
 
 
-def summed_up(launches: Sequence[dict]) -> dict:
+def summarise(launches: Sequence[dict]) -> dict:
     """Medians over launches with their extremes, and the verdict."""
     ratios = {side: [launch["ratios"][side] for launch in launches] for side in ("base", "again")}
     flags = sorted({flag for launch in launches for flag in launch["watch"]["flags"]})
@@ -164,10 +165,10 @@ def summed_up(launches: Sequence[dict]) -> dict:
 
 
 def verdict(base: Sequence[float], again: Sequence[float]) -> str:
-    """What the launches show of this tree: "faster", "slower" or "no difference".
+    """What the launches show: this tree is "faster", "slower", or there is "no difference".
 
     Args:
-        base: time of the other commit over that of this tree, a launch each.
+        base: time of the other commit over that of this tree, one per launch.
         again: time of this tree's second process over that of its first, likewise.
     """
     launches = list(zip(base, again, strict=True))
