@@ -118,11 +118,9 @@ def derived(inputs, direction: str) -> Run | None:
 
 
 def titans(inputs, direction: str) -> Run:
-    """The MLP memory of titans-pytorch in the same sizes, with gradients at each chunk's start; without projections and gates.
-
-    It computes another recurrence, so its results cannot be compared: one decay per chunk, exact gelu, and queries read the state at
-    their chunk's start. Not a dependency: ImportError where it is not installed.
-    """
+    """The MLP memory of titans-pytorch in the same sizes, with gradients at each chunk's start; without projections and gates. It computes
+    another recurrence, so its results cannot be compared: one decay per chunk, exact gelu, and queries read the state at their chunk's
+    start. Not a dependency: ImportError where it is not installed."""
     from titans_pytorch import NeuralMemory
 
     case, q = inputs.case, inputs.tensors["q"].detach().requires_grad_()
@@ -156,10 +154,8 @@ def agreement(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
 
 
 def flops(case) -> dict[str, int]:
-    """Useful floating-point operations: a triangle counts as a triangle, recomputation does not count.
-
-    ``case`` is a test case or anything with its sizes.
-    """
+    """Useful floating-point operations: a triangle counts as a triangle, recomputation does not count. ``case`` is a test case or anything
+    with its sizes."""
     dk, dv, forward, backward = case.key_dim, case.value_dim, 0, 0
     for start in range(0, case.tokens, case.chunk_size):
         c = min(case.chunk_size, case.tokens - start)

@@ -47,9 +47,7 @@ def serve(tasks: dict[str, Callable[..., Iterable]]) -> None:
 
 class Worker:
     """A process of a module that calls :func:`serve` for ``--worker``; it starts with the first request, and anew after it was lost.
-
-    ``prefix``: a program that runs the process.
-    """
+    ``prefix``: a program that runs the process."""
 
     def __init__(self, module: str, env: dict[str, str], prefix: Sequence[str] = ()):
         self.command = [*prefix, sys.executable, "-m", module, "--worker"]
@@ -67,14 +65,14 @@ class Worker:
         if self.process is None:
             self.process = subprocess.Popen(self.command, cwd=ROOT, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                             errors="replace", start_new_session=True)  # fmt: skip
-        results, reason, late = [], "", threading.Event()
-        timer = threading.Timer(1e6 if seconds is None else seconds, lambda: (late.set(), _kill(self.process)))
+        process, results, reason, late = self.process, [], "", threading.Event()
+        timer = threading.Timer(1e6 if seconds is None else seconds, lambda: (late.set(), os.killpg(process.pid, signal.SIGKILL)))
         timer.daemon = True
         timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):
-                print(json.dumps(request), file=self.process.stdin, flush=True)
-            for line in self.process.stdout:
+                print(json.dumps(request), file=process.stdin, flush=True)
+            for line in process.stdout:
                 if not line.startswith(MARK):
                     continue
                 kind, value = json.loads(line[len(MARK) :])
@@ -99,15 +97,9 @@ class Worker:
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            _kill(process)
+            os.killpg(process.pid, signal.SIGKILL)  # with its children: compilers, say
         process.stdout.close()
         return process.wait()
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End a process that we started, with its children (compilers, say)."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def first_line(error: BaseException) -> str:

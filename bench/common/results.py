@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -44,16 +45,13 @@ def versions(*distributions: str) -> dict[str, str | None]:
 def heading(program: str) -> dict:
     """What every document begins with: the program, the date, the commit measured, and whether the files differ from it."""
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return ""
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True).stdout.strip()
 
-    changes = git("status", "--porcelain")
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"program": program, "date": date, "commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
+    return {"program": program, "date": date, "commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
 
 
 def origin(document: dict) -> str:
@@ -81,9 +79,7 @@ def _plain(x: object) -> object:
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What ``path`` leads to in a result, divided by what ``under`` leads to: it must reach ``least`` and should reach ``goal``.
-
-    ``at_most``: smaller is better.
-    """
+    ``at_most``: smaller is better."""
 
     name: str
     study: str
@@ -116,11 +112,8 @@ def _follow(found: object, path: tuple[str, ...]) -> object:
 
 
 def judge(targets: Iterable[Target], results: Sequence[dict], columns: dict[str, dict], doubt: Callable = lambda *_: None) -> list[dict]:
-    """Every target of the studies that ran, with its figure and verdict per column.
-
-    ``columns``: what their results have besides study, case and direction, such as ``{"threads": 2}``. ``doubt(target, result)``: why a
-    figure is not judged, or None.
-    """
+    """Every target of the studies that ran, with its figure and verdict per column. ``columns``: what their results have besides study,
+    case and direction, such as ``{"threads": 2}``. ``doubt(target, result)``: why a figure is not judged, or None."""
     rows, asked = [], {r["study"] for r in results}
     for target in (t for t in targets if t.study in asked):
         row = {"name": target.name, "case": target.case, "at_most": target.at_most, "least": target.least, "goal": target.goal}
@@ -197,12 +190,3 @@ def document_text(title: str, head: Sequence[str], sections: Iterable[tuple[str,
     for name, text in sections:
         lines += ["", f"## {name}", "", text] if text else []
     return "\n".join(lines) + "\n"
-
-
-def chosen(parser, option: str, text: str | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
-    """A comma-separated list of names that are known, or the default where nothing was given."""
-    names = tuple(default) if text is None else tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in known:
-            parser.error(f"{option}: unknown {name!r}: expected some of {', '.join(known)}")
-    return names

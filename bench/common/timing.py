@@ -44,10 +44,8 @@ def whole_chunks(run: Callable[[], object], clock: Clock, chunk: int) -> Sampler
 
 
 def interleave(samplers: dict[str, Sampler], seconds: float, min_rounds: int, slice_seconds: float = SLICE) -> dict[str, list[float]]:
-    """Seconds per call of every implementation, one number per round, all lists of one length.
-
-    The rounds go on for ``seconds``, and are at least ``min_rounds``; ``slice_seconds=0`` makes one call per round, without calibration.
-    """
+    """Seconds per call of every implementation, one number per round, all lists of one length. The rounds go on for ``seconds``, and are at
+    least ``min_rounds``; ``slice_seconds=0`` makes one call per round, without calibration."""
     names, calls = list(samplers), dict.fromkeys(samplers, 1)
     for name in names if slice_seconds else ():
         samplers[name](1)
@@ -90,11 +88,9 @@ def figures(times: dict[str, list[float]], base: str, yardsticks: Sequence[str] 
 
 
 def shares(times: dict[str, list[float]], base: str, work: dict[str, float], yardsticks: dict[str, float]) -> dict:
-    """What ``base`` does per second, and its share of what the machine reached in the same rounds.
-
-    The roofline is the least time possible: the operations at the speed of the matrix product, or the bytes at the speed of the copy,
-    whichever takes longer. ``work``: flops and bytes of a call; ``yardsticks``: those of ``mm`` and ``copy``, which are among the times.
-    """
+    """What ``base`` does per second, and its share of what the machine reached in the same rounds. The roofline is the least time possible:
+    the operations at the speed of the matrix product, or the bytes at the speed of the copy, whichever takes longer. ``work``: flops and
+    bytes of a call; ``yardsticks``: those of ``mm`` and ``copy``, which are among the times."""
     took, mm, copy = (spread(times[name])["median"] for name in (base, "mm", "copy"))
     arithmetic, memory = work["flops"] / yardsticks["mm"], work["bytes"] / yardsticks["copy"]
     rounds = list(zip(times[base], times["mm"], times["copy"], strict=True))

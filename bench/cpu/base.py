@@ -23,18 +23,14 @@ from ..common.implementations import DIRECTIONS
 from ..common.processes import ROOT, Lost
 from ..common.timing import clock_for, interleave, ratio, spread
 from .cases import Settings
-from .program import environment
+from .measuring import environment
 from .studies import Server
 from .watch import Watch
 
-#: false alarms: 2 / 3^7, less than once in a thousand
-LAUNCHES = 7
-#: with fewer launches no difference is reported: 2 / 3^5 is less than once in a hundred
-FEWEST = 5
-#: a smaller difference is not reported: the placement of code and data makes as much
-RESOLUTION = 0.01
-#: the processes of a launch: the other commit, this tree, and this tree again
-SIDES = ("base", "this", "again")
+LAUNCHES = 7  # false alarms: 2 / 3^7, less than once in a thousand
+FEWEST = 5  # with fewer launches no difference is reported: 2 / 3^5 is less than once in a hundred
+RESOLUTION = 0.01  # a smaller difference is not reported: the placement of code and data makes as much
+SIDES = ("base", "this", "again")  # the processes of a launch: the other commit, this tree, and this tree again
 
 NO_DIFFERENCE = "no difference"
 
@@ -43,16 +39,9 @@ class Unusable(Exception):
     """The other commit cannot be checked out or built."""
 
 
-# ------------------------------------------------------------------------------------------------------- the other commit
-
-
 @contextlib.contextmanager
 def prepared(ref: str, backend: str) -> Iterator[tuple[dict, dict]]:
-    """The other commit in a temporary git worktree, built: what the document has of it, and options of :func:`study_base`.
-
-    Raises:
-        Unusable: no such commit, or it does not build.
-    """
+    """The other commit in a temporary git worktree, built: what the document has of it, and options of :func:`study_base`."""
     commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", error=f"--base: expected a commit, got {ref!r}")
     with tempfile.TemporaryDirectory(prefix="miras-base-") as folder:
         root = Path(folder) / "tree"
@@ -66,12 +55,15 @@ def prepared(ref: str, backend: str) -> Iterator[tuple[dict, dict]]:
 
 
 def build(root: Path, commit: str) -> None:
-    """Build the C++ kernels of the other tree, or copy this tree's extension where the sources are the same."""
-    extensions = list((ROOT / "python" / "miras_kernels").glob("_C.*.so"))
-    if len(extensions) == 1 and _same_sources(commit, extensions[0]):
+    """Build the C++ kernels of the other tree, or copy this tree's extension where it was built from the same sources."""
+    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    built = list((ROOT / "python" / "miras_kernels").glob("_C.*.so"))
+    changed = _git("diff", "--name-only", commit, "--", "csrc", "setup.py", error="--base: git diff failed")
+    changed += _git("ls-files", "--others", "--exclude-standard", "--", "csrc", error="--base: git ls-files failed")
+    if len(built) == 1 and not changed and all(path.stat().st_mtime <= built[0].stat().st_mtime for path in sources):
         print("its C++ sources are those of this tree: no need to build them", file=sys.stderr)
-        for built in (extensions[0], extensions[0].with_name("_build_info.py")):
-            shutil.copy2(built, root / built.relative_to(ROOT))
+        for path in (built[0], built[0].with_name("_build_info.py")):
+            shutil.copy2(path, root / path.relative_to(ROOT))
         return
     print("building its C++ kernels, about a minute", file=sys.stderr, flush=True)
     env = dict(os.environ, MIRAS_REQUIRE_CPP="1", MIRAS_CUDA="0")
@@ -82,23 +74,11 @@ def build(root: Path, commit: str) -> None:
         raise Unusable(f"--base: building {commit[:12]} failed:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-20:]))
 
 
-def _same_sources(commit: str, extension: Path) -> bool:
-    """Whether this tree's extension was built from the sources that the commit has."""
-    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    if any(path.stat().st_mtime > extension.stat().st_mtime for path in sources):
-        return False
-    changed = _git("diff", "--name-only", commit, "--", "csrc", "setup.py", error="--base: git diff failed")
-    return not changed + _git("ls-files", "--others", "--exclude-standard", "--", "csrc", error="--base: git ls-files failed")
-
-
 def _git(*arguments: str, error: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         raise Unusable(f"{error} {done.stderr.strip()}".strip())
     return done.stdout.strip()
-
-
-# ------------------------------------------------------------------------------------------------------- the comparison
 
 
 def study_base(shape: str, threads: int, settings: Settings, root: str, launches: int) -> Iterator[dict]:
@@ -110,9 +90,7 @@ def study_base(shape: str, threads: int, settings: Settings, root: str, launches
             with contextlib.ExitStack() as stack:
                 servers = launched(stack, shape, threads, settings, root)
                 if launch == 0:
-                    gates = {side: servers[side].ask("parity") for side in SIDES[:2]}
-                    if servers["base"].ask("inputs") != servers["this"].ask("inputs"):
-                        notes.append("the two trees draw different inputs for this case; times are compared nevertheless")
+                    gates = {side: servers[side].get("parity") for side in SIDES[:2]}
                 red = [f"{side}: parity is red, nothing is timed ({gate['worst']})" for side, gate in gates.items() if not gate["ok"]]
                 if red:
                     notes += red
@@ -140,7 +118,7 @@ def launched(stack: contextlib.ExitStack, shape: str, threads: int, settings: Se
 def _one_launch(servers: dict[str, Server], direction: str, threads: int, settings: Settings, launches: int) -> dict:
     """One launch: medians of its rounds."""
     samplers = {side: server.sampler(direction) for side, server in servers.items()}
-    with Watch(threads, [server.worker.process.pid for server in servers.values()]) as watch:
+    with Watch(threads, [server.process.pid for server in servers.values()]) as watch:
         times = interleave(samplers, settings.seconds / launches, settings.min_rounds)
     return {
         "ms": {side: 1e3 * spread(seconds)["median"] for side, seconds in times.items()},
@@ -165,12 +143,8 @@ def summarise(launches: Sequence[dict]) -> dict:
 
 
 def verdict(base: Sequence[float], again: Sequence[float]) -> str:
-    """What the launches show: this tree is "faster", "slower", or there is "no difference".
-
-    Args:
-        base: time of the other commit over that of this tree, one per launch.
-        again: time of this tree's second process over that of its first, likewise.
-    """
+    """What the launches show: this tree is "faster", "slower", or there is "no difference". ``base``: times of the other commit over those
+    of this tree, one per launch; ``again``: the same of this tree's second process."""
     launches = list(zip(base, again, strict=True))
     if len(launches) < FEWEST or abs(math.log(statistics.median(base))) < math.log1p(RESOLUTION):
         return NO_DIFFERENCE

@@ -14,25 +14,15 @@ from ..common.implementations import BOTH, DIRECTIONS, FORWARD, flops
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every measuring process is told.
-
-    Attributes:
-        backend: the backend that is measured; "cpp" except in tests of this program.
-        seconds: per interleaved measurement.
-        min_rounds: however long they take.
-        compile_seconds: torch.compile is given up after this long per function; 0 leaves it out.
-        quick: fewer implementations and sizes.
-        toy: tiny shapes, to check this program itself.
-        cache_bytes: larger caches of attention are left out.
-    """
+    """What every measuring process is told."""
 
     backend: str = "cpp"
-    seconds: float = 8.0
-    min_rounds: int = 7
-    compile_seconds: float = 300.0
-    quick: bool = False
-    toy: bool = False
-    cache_bytes: int = 0
+    seconds: float = 8.0  # per interleaved measurement
+    min_rounds: int = 7  # however long they take
+    compile_seconds: float = 300.0  # torch.compile is given up after this long per function; 0 leaves it out
+    quick: bool = False  # fewer implementations and sizes
+    toy: bool = False  # tiny shapes, to check this program itself
+    cache_bytes: int = 0  # larger caches of attention are left out
 
 
 SHAPES = {
@@ -51,11 +41,9 @@ MLP_TOY = {**TOY, "memory": "mlp", "value_dim": 16, "hidden": 32}
 
 
 def make_case(shape: str, settings: Settings, **changes) -> Case:
-    """A test case in one of the benchmark's shapes, or the tests' case of that name.
-
-    L2 for a linear memory, coordinate-wise Huber for an MLP. The MLP's decays are slight: LayerNorm amplifies the steps of a memory that
-    shrinks, and after a thousand tokens float32 and float64 would share no digit.
-    """
+    """A test case in one of the benchmark's shapes, or the tests' case of that name. L2 for a linear memory, coordinate-wise Huber for an
+    MLP. The MLP's decays are slight: LayerNorm amplifies the steps of a memory that shrinks, and after a thousand tokens float32 and
+    float64 would share no digit."""
     if shape not in SHAPES:
         return dataclasses.replace(registered()[shape], **changes)
     mlp = shape in MLP_SHAPES
@@ -65,15 +53,13 @@ def make_case(shape: str, settings: Settings, **changes) -> Case:
 
 
 def registered() -> dict[str, Case]:
-    """The tests' own cases by name. They are short: for a look at one that is slow, not for figures to report."""
+    """The tests' own cases by name. They are short: good for a look, not for figures to report."""
     return {case.name: case for case in registry()}
 
 
 def least_work(inputs) -> dict[str, dict[str, int]]:
-    """For both directions what a call has to do at least: ``flops``, and ``bytes`` when inputs are read and results written once.
-
-    The backward reads the inputs again: a model has thousands of other tensors in between.
-    """
+    """For both directions what a call has to do at least: ``flops``, and ``bytes`` when inputs are read and results written once. The
+    backward reads the inputs again: a model has thousands of other tensors in between."""
     case = inputs.case
     parts = [case] if case.lengths is None else [dataclasses.replace(case, batch=1, tokens=n, lengths=None) for n in case.lengths]
     size = lambda *tensors: sum(x.numel() * x.element_size() for x in tensors)

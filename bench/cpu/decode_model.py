@@ -9,16 +9,13 @@ import torch
 
 from ..common.timing import clock_for, interleave, timed, whole_chunks
 from .cases import Settings
-from .decode_studies import CONTEXTS, head, per_token, worst
+from .decode_studies import CONTEXTS, head, per_token
 from .watch import Watch
 
 MODEL_CASE = "Llama, 4 layers of 4 heads of 64"
 #: the preset that replaces attention in all layers; None: nothing
 MODELS = {"linear": "yaad_linear", "mlp": "yaad", "attention": None}
-#: the presets' chunk size
-CHUNK = 16
-#: tokens of the prompt per prefill call
-PREFILL = 2048
+CHUNK, PREFILL = 16, 2048  # the presets' chunk size; tokens of the prompt per prefill call
 
 
 def llama(preset: str | None, toy: bool):
@@ -42,10 +39,8 @@ def text(length: int):
 
 
 def gate(model) -> dict:
-    """Logits of a text whose end is decoded token by token, against those of the whole text in float64.
-
-    The budget is three times the error of the whole text in float32, plus the roundings of a sum over the hidden channels.
-    """
+    """Logits of a text whose end is decoded token by token, against those of the whole text in float64. The budget is three times the error
+    of the whole text in float32, plus the roundings of a sum over the hidden channels."""
     from miras_kernels.hf.compat import CACHE
     from miras_kernels.testing.parity import ARITHMETIC, ULPS, relative_error
 
@@ -87,7 +82,7 @@ def study_model(size: str, threads: int, settings: Settings) -> Iterator[dict]:
     clock, samplers, cache_bytes = clock_for(threads)[1], {}, {}
     with torch.no_grad():
         models = {name: llama(preset, settings.toy) for name, preset in MODELS.items()}
-        result = head("model", size, threads, worst([gate(model) for model in models.values()]))
+        result = head("model", size, threads, *(gate(model) for model in models.values()))
         if not result["parity"]["ok"]:
             yield result
             return

@@ -20,8 +20,6 @@ SIZES = {
 }  # fmt: skip
 TOY = (2, 2, 16, 16)
 CONTEXTS = {"1k": 1024, "8k": 8192, "64k": 65536}
-#: larger caches of attention are left out
-CACHE_BYTES = 6 << 30
 
 
 class Setting:
@@ -57,9 +55,6 @@ def parity(setting: Setting, backend: str) -> dict:
     return {"ok": worst.ok, "error": worst.error, "budget": worst.budget, "tensor": worst.name}
 
 
-# ----------------------------------------------------------------------------------------------------- implementations
-
-
 def by_position(setting: Setting, backend: str, clock: Clock, rounds: int) -> list[float]:
     """Median seconds of a step at each position in its chunk; the last one closes the chunk."""
     reader = setting.decoder(backend)
@@ -83,12 +78,6 @@ def function_steps(setting: Setting) -> Callable[[], object]:
     return run
 
 
-def eager_steps(setting: Setting) -> Callable[[], object]:
-    """The same step in PyTorch, in place on the same buffers (``backends/reference/step.py``)."""
-    reader = setting.decoder("reference")
-    return lambda: reader.step(**setting.token)
-
-
 def baddbmm(setting: Setting) -> Callable[[], object]:
     """Only the matrix products of a linear step, in place, with all shapes prepared: no chunk ends, no checkpoint is copied."""
     n, d = setting.batch * setting.heads, setting.dim
@@ -103,11 +92,6 @@ def baddbmm(setting: Setting) -> Callable[[], object]:
         return torch.bmm(q, state)
 
     return run
-
-
-def touch(x) -> Callable[[], object]:
-    """Read and write a tensor once."""
-    return lambda: x.mul_(1.0)
 
 
 def attention(setting: Setting, context: int) -> Callable[[], object]:
@@ -125,16 +109,22 @@ def attention(setting: Setting, context: int) -> Callable[[], object]:
 
 
 def _latency(memory: str, size: str, threads: int, settings: Settings) -> Iterator[dict]:
-    """A token's latency: the decoder's step, the public function, eager PyTorch, and the state read and written once."""
+    """A token's latency: the decoder's step, the public function, the same step in eager PyTorch (in place on the same buffers), and the
+    state's dual read and written once."""
     setting = Setting(memory, size, settings)
     result = head(memory, size, threads, parity(setting, settings.backend))
     if not result["parity"]["ok"]:
         yield result
         return
-    reader, clock = setting.decoder(settings.backend), clock_for(threads)[1]
-    tokens = {"step": lambda: reader.step(**setting.token), "function": function_steps(setting), "eager": eager_steps(setting)}
+    reader, eager, clock = setting.decoder(settings.backend), setting.decoder("reference"), clock_for(threads)[1]
+    tokens = {
+        "step": lambda: reader.step(**setting.token),
+        "eager": lambda: eager.step(**setting.token),
+        "function": function_steps(setting),
+    }
     samplers = {name: whole_chunks(run, clock, setting.chunk) for name, run in tokens.items()}
-    samplers["touch"] = timed(touch(torch.randn_like(reader.buffers.start)), clock)
+    dual = torch.randn_like(reader.buffers.start)
+    samplers["touch"] = timed(lambda: dual.mul_(1.0), clock)
     if memory == "linear":
         samplers["baddbmm"] = timed(baddbmm(setting), clock)
     with torch.no_grad(), Watch(threads) as watch:
@@ -144,8 +134,9 @@ def _latency(memory: str, size: str, threads: int, settings: Settings) -> Iterat
     yield {**result, **per_token(times, "step", setting.batch), "watch": watch.report()}
 
 
-def head(study: str, size: str, threads: int, gate: dict) -> dict:
-    """What every result begins with."""
+def head(study: str, size: str, threads: int, *gates: dict) -> dict:
+    """What every result begins with; of several gates the one that came closest to its budget."""
+    gate = max(gates, key=lambda gate: gate["error"] / gate["budget"])
     notes = [] if gate["ok"] else ["parity is red, not timed"]
     return {"study": study, "case": size, "threads": threads, "clock": clock_for(threads)[0], "parity": gate, "notes": notes}
 
@@ -157,11 +148,6 @@ def per_token(times: dict[str, list[float]], base: str, batch: int) -> dict:
         "ratios": figures(times, base)["ratios"],
         "tokens_per_second": {name: batch / spread(t)["median"] for name, t in times.items() if name != "touch"},
     }
-
-
-def worst(gates: list[dict]) -> dict:
-    """The gate that came closest to its budget."""
-    return max(gates, key=lambda gate: gate["error"] / gate["budget"])
 
 
 def study_linear(size: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -178,18 +164,18 @@ def study_attention(size: str, threads: int, settings: Settings) -> Iterator[dic
     """One token of both memories against softmax attention with a cache of 1k, 8k and 64k tokens."""
     clock, backend = clock_for(threads)[1], settings.backend
     memories = {memory: Setting(memory, size, settings) for memory in ("linear", "mlp")}
-    result = head("attention", size, threads, worst([parity(setting, backend) for setting in memories.values()]))
+    result = head("attention", size, threads, *(parity(setting, backend) for setting in memories.values()))
     if not result["parity"]["ok"]:
         yield result
         return
     readers = {memory: setting.decoder(backend) for memory, setting in memories.items()}
-    reads = {memory: lambda reader=readers[memory], token=memories[memory].token: reader.step(**token) for memory in memories}
-    samplers = {memory: whole_chunks(read, clock, memories[memory].chunk) for memory, read in reads.items()}
+    read = lambda memory: lambda: readers[memory].step(**memories[memory].token)
+    samplers = {memory: whole_chunks(read(memory), clock, memories[memory].chunk) for memory in memories}
     some = memories["linear"]
     for name, context in CONTEXTS.items():
         context = context // 64 if settings.toy else context
         size_of_cache = 2 * 4 * some.batch * some.heads * context * some.dim
-        if size_of_cache > min(CACHE_BYTES, settings.cache_bytes):
+        if size_of_cache > settings.cache_bytes:
             result["notes"].append(f"attention over {name} left out: its cache would take {size_of_cache / 2**30:.1f} GiB")
             continue
         samplers[name] = timed(attention(some, context), clock)

@@ -12,38 +12,34 @@ from .targets import summary_line
 from .watch import OTHERS, Watch
 
 
-def report(document: dict) -> str:
-    """The whole run."""
-    m = document["machine"]
+def report(document: dict, title: str, sections: Sequence[tuple]) -> str:
+    """The whole run; ``sections``: study, title, and what makes the text of its results."""
+    m, capability = document["machine"], document.get("capability")
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     head = [
-        f"{m['cpu']}, {m['cores']} cores; kernels: {document['capability'] and document['capability']['used']}; {versions(document)}",
+        f"{m['cpu']}, {m['cores']} cores; kernels: {capability and capability['used']}; {versions}",
         f"{origin(document)}. Ratios: median [10th, 90th percentile] of rounds.",
         "1 thread: process CPU time. More threads: wall time. See `docs/benchmarks.md` on how to read this.",
     ]
-    sections = [(title, section([r for r in document["results"] if r["study"] == study])) for study, title, section in _SECTIONS]
-    if document.get("base"):
-        sections.append(_base_section(document["base"], document["results"]))
-    return document_text("miras-kernels on the CPU", head, [*sections, *ending(document)])
-
-
-def versions(document: dict) -> str:
-    return ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
-
-
-def ending(document: dict) -> list[tuple[str, str]]:
-    """The sections on targets and notes."""
+    texts = [(name, section([r for r in document["results"] if r["study"] == study])) for study, name, section in sections]
+    texts += [_base_section(document["base"], document["results"])] if document.get("base") else []
     headers = {str(n): f"{n} thread{'s' if n != 1 else ''} ({clock_for(n)[0]})" for n in document["threads"]}
-    targets = target_table(document, headers) if document["targets"] else ""
-    return [("Targets", targets), ("Notes", "\n".join(f"- {line}" for line in _notes(document["results"])))]
+    texts.append(("Targets", target_table(document, headers) if document["targets"] else ""))
+    return document_text(title, head, [*texts, ("Notes", "\n".join(f"- {line}" for line in _notes(document["results"])))])
 
 
-def summary(document: dict) -> str:
+def gates(result: dict) -> list[dict]:
+    """The parity verdicts of a result: one, or several by name."""
+    return [result["parity"]] if "error" in result["parity"] else list(result["parity"].values())
+
+
+def summary(document: dict, sections: Sequence[tuple]) -> str:
     """The comparison with PyTorch, and how many targets were met, as the README shows them."""
     m, shapes = document["machine"], [r for r in document["results"] if r["study"] == "shapes"]
-    tables = [line for _, title, section in _SECTIONS[:2] if (text := section(shapes)) for line in (title, "", text, "")]
+    tables = [line for _, title, section in sections[:2] if (text := section(shapes)) for line in (title, "", text, "")]
     return "\n".join([
-        f"{m['cpu']}, {m['cores']} cores, {document['capability']['used']}; torch {document['versions']['torch']}; {document['date'][:10]}. "
-        "Ratios are medians of one run in which",
+        f"{m['cpu']}, {m['cores']} cores, {document['capability']['used']}; torch {document['versions']['torch']}; "
+        f"{document['date'][:10]}. Ratios are medians of one run in which",
         "all implementations took turns, after each had passed the parity gate: CPU time for one thread, wall time for more.",
         "", *tables, summary_line(document),
     ])  # fmt: skip
@@ -62,9 +58,6 @@ def _notes(results: Sequence[dict]) -> list[str]:
 def where(r: dict) -> str:
     """Case, direction and threads of a result."""
     return f"{r['case']} {r.get('direction', '')}".strip() + f", {r['threads']} thread{'s' if r['threads'] > 1 else ''}"
-
-
-# ------------------------------------------------------------------------------------------------------------- sections
 
 
 def _comparison(columns: dict[str, str], mlp: bool) -> Callable[[Sequence[dict]], str]:
@@ -149,9 +142,10 @@ def _base_section(base: dict, results: Sequence[dict]) -> tuple[str, str]:
 
 
 _COLUMNS = {"vs eager": "eager", "vs compile (first call)": "compile"}
-_SECTIONS = (
+SECTIONS = (
     ("shapes", "Against PyTorch, float32, L2, scalar decay", _comparison({**_COLUMNS, "vs hand-derived": "derived"}, mlp=False)),
-    ("shapes", "The MLP memory, float32, coordinate-wise Huber, slight decay", _comparison({**_COLUMNS, "vs titans-pytorch": "titans"}, mlp=True)),
+    ("shapes", "The MLP memory, float32, coordinate-wise Huber, slight decay",
+     _comparison({**_COLUMNS, "vs titans-pytorch": "titans"}, mlp=True)),
     ("bias", "Biases", _variants),
     ("recurrence", "Retention gates, momentum and channel-wise gates", _variants),
     ("capability", "Instruction sets", _variants),

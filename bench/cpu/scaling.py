@@ -70,11 +70,7 @@ def _threads(shape: str, threads: int, settings: Settings) -> dict:
     run, product = kernel(case.draw(torch.float32), settings.backend, BOTH), matrix_product()
 
     def by(n: int, call: Callable[[], object]) -> Callable[[], object]:
-        def with_threads() -> object:
-            torch.set_num_threads(n)
-            return call()
-
-        return with_threads
+        return lambda: (torch.set_num_threads(n), call())[1]
 
     expected, gates = by(1, run)(), {"1": parity(case, settings.backend)}
     gates |= {name: _same(by(n, run)(), expected, case.tokens, "one thread") for name, n in sizes.items() if n > 1}
@@ -109,9 +105,6 @@ def _same(results: tuple, expected: tuple, tokens: int, whom: str) -> dict:
     return {"ok": difference <= budget, "worst": worst}
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
 def exponent(sizes: dict[str, int], values: dict[str, float]) -> float | None:
     """The p of ``value = a size^p`` that fits best (least squares of the logarithms); None for fewer than two values."""
     if len(values) < 2:
@@ -121,25 +114,18 @@ def exponent(sizes: dict[str, int], values: dict[str, float]) -> float | None:
 
 
 def promised_bytes(case) -> int:
-    """Bytes of the tensors that autograd may hold between forward and backward, beyond the inputs: a checkpoint every n chunks.
-
-    And the initial state, where the call made it as zeros.
-    """
+    """Bytes of the tensors that autograd may hold between forward and backward, beyond the inputs: a checkpoint every n chunks. And the
+    initial state, where the call made it as zeros."""
     every = miras_kernels.options.checkpoint_interval(case.chunk_size)
     states = case.batch * math.ceil(case.tokens / (case.chunk_size * every)) + (case.batch if case.initial == "none" else 0)
     matrices = 2 * case.hidden if case.memory == "mlp" else case.key_dim
     return 4 * case.heads * states * matrices * case.value_dim
 
 
-# ------------------------------------------------------------------------------------------------------------- inputs
-
-
 def draw(shape: str, settings: Settings, tokens: int, heads: int):
-    """Float32 inputs of one sequence. The bias is L2: to draw for one with a kink, the reference would have to run over all tokens.
-
-    The decays of an MLP memory get slighter with the length, so that all of them together leave a third of it: LayerNorm overflows on
-    a memory that shrinks to nothing.
-    """
+    """Float32 inputs of one sequence. The bias is L2: to draw for one with a kink, the reference would have to run over all tokens. The
+    decays of an MLP memory get slighter with the length, so that all of them together leave a third of it: LayerNorm overflows on a memory
+    that shrinks to nothing."""
     inputs = make_case(shape, settings, batch=1, tokens=tokens, heads=heads, bias=L2()).draw(torch.float32)
     if inputs.case.memory == "mlp":
         with torch.no_grad():
@@ -149,24 +135,18 @@ def draw(shape: str, settings: Settings, tokens: int, heads: int):
 
 def part(inputs, axis: str, start: int, end: int):
     """Some tokens or some heads of inputs, as leaves of their own that share storage."""
-    own = lambda x: x.detach().requires_grad_()
-    views = cut(inputs, axis, start, end)
+    own, views = lambda x: x.detach().requires_grad_(), cut(inputs, axis, start, end)
     return dataclasses.replace(views, tensors={name: own(x) for name, x in views.tensors.items()}, duals=tuple(map(own, views.duals)))
 
 
 def cut(inputs, axis: str, start: int, end: int):
     """Views of some tokens or some heads of inputs."""
-    along = lambda x, dim: x.narrow(dim, start, end - start)
-    norms = ("ln_weight", "ln_bias")  # [H, D]; the other tensors are [B, T, H, ...], states [N, H, ...]
+    along = lambda x, dim: x if dim is None else x.narrow(dim, start, end - start)
+    token, norm, state = (1, None, None) if axis == "tokens" else (2, 0, 1)  # of [B, T, H, ...], LayerNorm's [H, D], states [N, H, ...]
+    tensors = {name: along(x, norm if name.startswith("ln_") else token) for name, x in inputs.tensors.items()}
+    states = {name: tuple(along(x, state) for x in getattr(inputs, name)) for name in ("duals", "grad_duals")}
     case = dataclasses.replace(inputs.case, **{axis: end - start})
-    if axis == "tokens":
-        tensors = {name: x if name in norms else along(x, 1) for name, x in inputs.tensors.items()}
-        return dataclasses.replace(inputs, case=case, tensors=tensors, grad_out=along(inputs.grad_out, 1))
-    return dataclasses.replace(
-        inputs, case=case, tensors={name: along(x, 0 if name in norms else 2) for name, x in inputs.tensors.items()},
-        duals=tuple(along(x, 1) for x in inputs.duals), grad_out=along(inputs.grad_out, 2),
-        grad_duals=tuple(along(x, 1) for x in inputs.grad_duals),
-    )  # fmt: skip
+    return dataclasses.replace(inputs, case=case, tensors=tensors, grad_out=along(inputs.grad_out, token), **states)
 
 
 def in_parts(inputs, backend: str, axis: str, size: int) -> tuple:
@@ -182,5 +162,4 @@ def in_parts(inputs, backend: str, axis: str, size: int) -> tuple:
     return torch.autograd.grad(torch.cat(outputs, 1 if axis == "tokens" else 2), tuple(leaves.values()), inputs.grad_out)
 
 
-STUDIES = {"scaling": study_scaling}
-HELPERS = {"long": study_long}
+STUDIES, HELPERS = {"scaling": study_scaling}, {"long": study_long}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,25 +13,12 @@ import torch
 import miras_kernels
 from miras_kernels import dispatch
 
-from ..common import results
-from ..common.implementations import (
-    BOTH,
-    DIRECTIONS,
-    PLAIN,
-    agreement,
-    compiled,
-    derived,
-    eager,
-    kernel,
-    recurrence,
-    recurrences,
-    refusal,
-    titans,
-)
+from ..common import implementations as impl
+from ..common.implementations import BOTH, DIRECTIONS, PLAIN, agreement, kernel
 from ..common.processes import Worker, first_line
 from ..common.timing import OverBudget, clock_for, figures, interleave, shares, time_limit, timed
 from .cases import Settings, least_work, make_case, parity
-from .program import environment, request, start
+from .measuring import environment, request, start
 from .watch import YARDSTICKS, Watch, matrix_product, memory_copy, peak_rise, saved_bytes
 
 #: PyTorch must agree with the kernel to so much, in float32
@@ -45,12 +31,10 @@ def measure(
     """Time the implementations whose gate is green, in one interleaved run; nothing is timed if that of ``base`` is not.
 
     Args:
-        head: what the result begins with: study, case, direction, perhaps what the backend refused and why ...
-        samplers: implementations by name, see :func:`timing.interleave`.
-        base: the one to which ratios refer: ``ratios[x] = time of x / time of base``.
+        head: what the result begins with: study, case, direction, what the backend refused and why ...
+        samplers: implementations by name (:func:`timing.interleave`); ``ratios`` are their times over that of ``base``.
         gates: parity by implementation; one without a gate of its own is not checked here.
-        work: what a call of ``base`` has to do, from :func:`cases.least_work`; adds GFLOP/s, GB/s and the shares of what ``mm`` and
-            ``copy`` reach, which must be among the samplers.
+        work: of a call of ``base`` (:func:`cases.least_work`), for the shares of what ``mm`` and ``copy`` among the samplers reach.
         helpers: processes in which implementations run.
     """
     result = {**head, "threads": threads, "clock": clock_for(threads)[0], "parity": gates, "notes": []}
@@ -66,9 +50,6 @@ def measure(
     if work is not None:
         result |= shares(times, base, work, YARDSTICKS)
     return {**result, "watch": watch.report()}
-
-
-# ------------------------------------------------------------------------------------------------------ against PyTorch
 
 
 def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -88,13 +69,17 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
 
 def _baselines(inputs, direction: str, settings: Settings) -> tuple[dict[str, Callable], list[str], float | None]:
     """What takes part, notes on what does not, and how long torch.compile took."""
-    runs = {"kernel": kernel(inputs, settings.backend, direction), "eager": eager(inputs, direction), "derived": derived(inputs, direction)}
+    runs = {
+        "kernel": kernel(inputs, settings.backend, direction),
+        "eager": impl.eager(inputs, direction),
+        "derived": impl.derived(inputs, direction),
+    }
     runs, notes, seconds = {name: run for name, run in runs.items() if run}, [], None
     if settings.compile_seconds:
         try:
             began = time.perf_counter()
             with time_limit(settings.compile_seconds):
-                runs["compile"] = compiled(inputs, direction)
+                runs["compile"] = impl.compiled(inputs, direction)
                 runs["compile"]()
             seconds = time.perf_counter() - began
         except OverBudget:
@@ -115,28 +100,23 @@ def _baselines(inputs, direction: str, settings: Settings) -> tuple[dict[str, Ca
         notes.append("titans-pytorch left out, as asked")
     elif inputs.case.memory == "mlp":
         try:
-            runs["titans"] = titans(inputs, direction)
+            runs["titans"] = impl.titans(inputs, direction)
             notes.append("titans: the same sizes, another recurrence; its results are not compared")
         except ImportError as error:
             notes.append(f"titans-pytorch cannot be imported: {error}")
     return runs | {"mm": matrix_product(), "copy": memory_copy()}, notes, seconds
 
 
-# -------------------------------------------------------------------------------------------- the kernel against itself
-
-
-def _variants(study: str, shape: str, threads: int, settings: Settings, cases: dict, base: str, directions=DIRECTIONS) -> Iterator[dict]:
-    """The kernel over cases that differ in one property, by name; ratios to the one named ``base``."""
-    clock = clock_for(threads)[1]
-    drawn = {name: case.draw(dtype) for name, (case, dtype) in cases.items()}
-    asked = {name: refusal(inputs, settings.backend) for name, inputs in drawn.items()}
-    refused = {name: reason for name, reason in asked.items() if reason is not None}
-    served = [name for name in cases if name not in refused]
-    gates = {name: parity(cases[name][0], settings.backend, cases[name][1]) for name in served}
+def _variants(study: str, shape: str, threads: int, settings: Settings, changes: dict, base: str, directions=DIRECTIONS) -> Iterator[dict]:
+    """The kernel over cases that differ in one property (or dtype), by name; ratios to the one named ``base``."""
+    cases = {name: make_case(shape, settings, **change) for name, change in changes.items()}
+    dtypes = {name: torch.bfloat16 if name == "bfloat16" else torch.float32 for name in cases}
+    drawn = {name: case.draw(dtypes[name]) for name, case in cases.items()}
+    refused = {name: reason for name, inputs in drawn.items() if (reason := impl.refusal(inputs, settings.backend)) is not None}
+    gates = {name: parity(case, settings.backend, dtypes[name]) for name, case in cases.items() if name not in refused}
     for direction in directions:
-        head = {"study": study, "case": shape, "direction": direction, "refused": refused}
-        samplers = {name: timed(kernel(drawn[name], settings.backend, direction), clock) for name in served}
-        yield measure(head, samplers, base, gates, threads, settings)
+        samplers = {name: timed(kernel(drawn[name], settings.backend, direction), clock_for(threads)[1]) for name in gates}
+        yield measure({"study": study, "case": shape, "direction": direction, "refused": refused}, samplers, base, gates, threads, settings)
 
 
 def study_bias(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -149,28 +129,24 @@ def study_bias(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     rows = {"l2": rows.pop("l2"), **rows}
     if settings.quick:
         rows = {name: rows[name] for name in ("l2", "huber_switch", "lp 2.5")}
-    cases = {name: (make_case(shape, settings, bias=bias), torch.float32) for name, bias in rows.items()}
-    return _variants("bias", shape, threads, settings, cases, "l2")
+    return _variants("bias", shape, threads, settings, {name: {"bias": bias} for name, bias in rows.items()}, "l2")
 
 
 def study_recurrence(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """Every retention gate, momentum and channel-wise gates against the plain recurrence."""
-    names = recurrences(make_case(shape, settings).memory)
-    cases = {name: (make_case(shape, settings, **recurrence(name)), torch.float32) for name in names}
-    return _variants("recurrence", shape, threads, settings, cases, PLAIN, (BOTH,))
+    changes = {name: impl.recurrence(name) for name in impl.recurrences(make_case(shape, settings).memory)}
+    return _variants("recurrence", shape, threads, settings, changes, PLAIN, (BOTH,))
 
 
 def study_decay(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """Decays that underflow within a chunk against mild ones: they must not lead to denormal numbers."""
     kinds = {"mild (alpha 0.82..1)": "scalar", "none": "none", "strong (alpha 0.05..0.2)": "strong", "extreme": "extreme"}
-    cases = {name: (make_case(shape, settings, decay=kind), torch.float32) for name, kind in kinds.items()}
-    return _variants("decay", shape, threads, settings, cases, "mild (alpha 0.82..1)")
+    return _variants("decay", shape, threads, settings, {name: {"decay": kind} for name, kind in kinds.items()}, "mild (alpha 0.82..1)")
 
 
 def study_dtype(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """bfloat16 inputs against float32 ones; arithmetic and state are float32 in both."""
-    case = make_case(shape, settings)
-    return _variants("dtype", shape, threads, settings, {"float32": (case, torch.float32), "bfloat16": (case, torch.bfloat16)}, "float32")
+    return _variants("dtype", shape, threads, settings, {"float32": {}, "bfloat16": {}}, "float32")
 
 
 def study_checkpoint(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -197,25 +173,22 @@ def study_capability(shape: str, threads: int, settings: Settings) -> Iterator[d
     with contextlib.ExitStack() as stack:
         enter = lambda level: stack.enter_context(Server(shape, threads, settings, environment(threads, capability=level)))
         servers = {level: enter(level) for level in levels}
-        gates = {level: server.ask("parity") for level, server in servers.items()}
-        helpers = [server.worker.process.pid for server in servers.values()]
+        gates = {level: server.get("parity") for level, server in servers.items()}
+        helpers = [server.process.pid for server in servers.values()]
         for direction in DIRECTIONS:
             samplers = {level: server.sampler(direction) for level, server in servers.items()}
             head = {"study": "capability", "case": shape, "direction": direction}
             yield measure(head, samplers, levels[0], gates, threads, settings, helpers=helpers)
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-MEMORY_OF = {"kernel": kernel, "eager": lambda inputs, _, direction: eager(inputs, direction),
-             "derived": lambda inputs, _, direction: derived(inputs, direction)}  # fmt: skip
+MEMORY_OF = {"kernel": lambda inputs, backend: kernel(inputs, backend, BOTH), "eager": lambda inputs, _: impl.eager(inputs, BOTH),
+             "derived": lambda inputs, _: impl.derived(inputs, BOTH)}  # fmt: skip
 
 
 def study_memory(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
     """How far one forward and backward raises the resident memory of a fresh process, per implementation."""
     tiny = make_case(shape, dataclasses.replace(settings, toy=True)).draw(torch.float32)
-    names = [name for name, make in MEMORY_OF.items() if make(tiny, settings.backend, BOTH)]
+    names = [name for name, make in MEMORY_OF.items() if make(tiny, settings.backend)]
     found = {name: peak("peak", f"{shape}|{name}", threads, settings) for name in names}
     peaks, saved = ({name: result.get(key) for name, result in found.items()} for key in ("peak_mib", "saved_mib"))
     share = peaks["kernel"] / peaks["eager"] if peaks["kernel"] and peaks["eager"] else None
@@ -239,51 +212,40 @@ def study_peak(name: str, threads: int, settings: Settings) -> Iterator[dict]:
         if not result["parity"]["ok"]:
             yield {**result, "notes": ["kernel: parity is red, memory not measured"]}
             return
-    make = lambda inputs: MEMORY_OF[who](inputs, settings.backend, BOTH)
+    make = lambda inputs: MEMORY_OF[who](inputs, settings.backend)
     yield result | memory_of(make, tiny.draw(torch.float32), make_case(shape, settings).draw(torch.float32), who)
 
 
 def memory_of(make: Callable, small, inputs, name: str) -> dict:
     """Peak and saved MiB of ``make(inputs)``, a call, after one of ``make(small)``, which loads what is loaded once."""
     make(small)()
-    run = make(inputs)
-    peak_mib = peak_rise(run)
+    peak_mib = peak_rise(run := make(inputs))
     notes = [] if peak_mib is not None else [f"{name}: this system does not allow the peak to be reset"]
     saved = None if name == "derived" else saved_bytes(run, inputs) / 2**20
     return {"peak_mib": peak_mib, "saved_mib": saved, "notes": notes}
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-class Server:
+class Server(Worker):
     """A process that holds a case and checks it or times its calls on request; ``root``: the source tree that it measures."""
 
     def __init__(self, shape: str, threads: int, settings: Settings, env: dict[str, str], **root: str):
-        self.worker, self.request = Worker("bench.cpu", env), request("serve", shape, threads, settings, **root)
+        super().__init__("bench.cpu", env)
+        self.request = request("serve", shape, threads, settings, **root)
 
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.worker.close()
-
-    def ask(self, what: str, count: int = 1):
+    def get(self, what: str, count: int = 1):
         """See :func:`study_serve`. Raises ``Lost`` if the process has ended."""
-        (answer,) = self.worker.ask({**self.request, "what": what, "count": count})
+        (answer,) = self.ask({**self.request, "what": what, "count": count})
         return answer
 
     def sampler(self, direction: str) -> Callable[[int], float]:
-        return lambda count: self.ask(direction, count)
+        return lambda count: self.get(direction, count)
 
 
 def study_serve(shape: str, threads: int, settings: Settings, what: str, count: int) -> Iterator[object]:
-    """The other end of :class:`Server`: parity, a digest of the inputs, or the seconds of so many calls in a direction."""
+    """The other end of :class:`Server`: parity, or the seconds of so many calls in a direction."""
     inputs, samplers = _held(shape, threads, settings)
     if what == "parity":
         yield parity(inputs.case, settings.backend)
-    elif what == "inputs":
-        yield hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in inputs.leaves().values())).hexdigest()
     else:
         yield samplers[what](count)
 
@@ -294,14 +256,6 @@ def _held(shape: str, threads: int, settings: Settings):
     return inputs, {d: timed(kernel(inputs, settings.backend, d), clock_for(threads)[1]) for d in DIRECTIONS}
 
 
-def study_probe(_: str, threads: int, settings: Settings) -> Iterator[dict]:
-    """What is installed and what the measured backend reports of itself."""
-    found = {**results.versions("transformers", "triton"), "torch": torch.__version__, "miras-kernels": miras_kernels.__version__}
-    extension = dispatch.BACKENDS["cpp"].extension
-    capability = {"used": extension.cpu_capability(), "possible": extension.cpu_capabilities()} if extension else None
-    yield {"versions": found, "capability": capability, "unavailable": dispatch.unavailable(settings.backend)}
-
-
 NAMES = ("shapes", "bias", "recurrence", "capability", "decay", "checkpoint", "dtype", "memory")
 STUDIES = {name: globals()[f"study_{name}"] for name in NAMES}
-HELPERS = {"peak": study_peak, "serve": study_serve, "probe": study_probe}
+HELPERS = {"peak": study_peak, "serve": study_serve}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..common.implementations import BOTH, DIRECTIONS, FORWARD, MOMENTUM, PLAIN, retentions
 from ..common.results import Target, judge
@@ -52,21 +52,16 @@ def _against_pytorch() -> Iterator[Target]:
             yield from (Target(f"relative error, {name}", "shapes", s, BOTH, path, limit, at_most=True) for s in shapes)
 
 
-def judged(results: Sequence[dict], threads: Sequence[int], avx512: bool) -> list[dict]:
-    """Every target of the studies that ran. Without AVX-512, or in doubtful conditions, times are not judged."""
+def judged(asked: Iterable[Target], results: Sequence[dict], threads: Sequence[int], avx512: bool) -> list[dict]:
+    """Every target of the studies that ran. Times are not judged without AVX-512, or where one with several threads is flagged."""
 
     def doubt(target: Target, result: dict) -> str | None:
-        if target.path[0] != "parity" and not avx512:
-            return "no AVX-512 here"
-        return flagged(target, result)
+        if target.path[0] == "parity":
+            return None
+        flagged = result["threads"] > 1 and result.get("watch", {}).get("flags")
+        return "no AVX-512 here" if not avx512 else "see notes" if flagged else None
 
-    return judge(targets(), results, {str(n): {"threads": n} for n in threads}, doubt)
-
-
-def flagged(target: Target, result: dict) -> str | None:
-    """With more than one thread, flags of the measurement make a time doubtful (an error is none)."""
-    doubtful = result["threads"] > 1 and result.get("watch", {}).get("flags")
-    return "see notes" if doubtful and target.path[0] != "parity" else None
+    return judge(asked, results, {str(n): {"threads": n} for n in threads}, doubt)
 
 
 def summary_line(document: dict) -> str:

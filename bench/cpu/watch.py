@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,29 +13,22 @@ from pathlib import Path
 
 import torch
 
+from ..common.timing import timed
+
 #: how a flag about foreign load begins
 OTHERS = "other processes used"
 
 
 class Watch:
-    """Notes, while a block runs, how many cores other processes used and whether N threads had N real cores.
+    """Notes, while a block runs, how many cores other processes used and whether N threads had N real cores. ``others``: cores used by
+    other processes than this and its ``helpers``, time stolen by the host included. ``speedup``: of the threads over one on a large matrix
+    product, before and after the block. None where unknown."""
 
-    Attributes:
-        others: cores used by other processes (and stolen by the host), None where /proc/stat is missing.
-        speedup: of ``threads`` threads over one on a large matrix product, before and after the block; None for one thread.
-
-    Args:
-        helpers: processes that work for this one within the block, and do not count as others.
-    """
-
-    #: more foreign load than this is flagged
-    LOAD = 0.1
-    #: share of the ideal speed-up below which the threads shared cores
-    SHARE = 0.9
+    LOAD = 0.1  # more foreign load is flagged
+    SHARE = 0.9  # of the ideal speed-up; with less, the threads shared cores
 
     def __init__(self, threads: int, helpers: Sequence[int] = ()):
-        self.threads = threads
-        self.helpers = helpers
+        self.threads, self.helpers = threads, helpers
         self.others: float | None = None
         self.speedup: tuple[float, float] | None = None
 
@@ -90,25 +84,16 @@ def cpu_seconds(process: int) -> float:
 def _thread_speedup(threads: int) -> float:
     if threads == 1:
         return 1.0
-    times = {}
-    multiply = matrix_product()
+    times, sample = {}, timed(matrix_product(), time.perf_counter)
     for n in (1, threads):
         torch.set_num_threads(n)
-        multiply()
-        samples = []
-        for _ in range(5):
-            began = time.perf_counter()
-            multiply()
-            samples.append(time.perf_counter() - began)
-        times[n] = statistics.median(samples)
+        sample(1)
+        times[n] = statistics.median(sample(1) for _ in range(5))
     return times[1] / times[threads]
 
 
-# ---------------------------------------------------------------------------------------------------------- yardsticks
-
 _MM_SIZE = 1024
-#: of the copied tensor: more than the caches of most machines
-_COPY_BYTES = 128 << 20
+_COPY_BYTES = 128 << 20  # more than the caches of most machines
 #: operations of the matrix product; bytes that the copy reads and writes
 YARDSTICKS = {"mm": 2 * _MM_SIZE**3, "copy": 2 * _COPY_BYTES}
 
@@ -127,9 +112,6 @@ def memory_copy() -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
 def peak_rise(run: Callable[[], object]) -> float | None:
     """How many MiB a call raises the resident memory at its highest; None where the system does not tell."""
     gc.collect()
@@ -138,15 +120,10 @@ def peak_rise(run: Callable[[], object]) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")  # start VmHWM anew
     except (AttributeError, OSError):
         return None
-    before = _resident("VmRSS")
+    resident = lambda name: int(re.search(rf"^{name}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
+    before = resident("VmRSS")  # now
     run()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (the most so far) of this process, in MiB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) / 1024
+    return resident("VmHWM") - before  # the most so far
 
 
 def saved_bytes(run: Callable[[], object], inputs) -> int:

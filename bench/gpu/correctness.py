@@ -12,7 +12,8 @@ import miras_kernels
 from miras_kernels import L2, DotProduct, ElasticNetRetention, Huber, KLRetention, Lp, LqRetention, SigmoidRetention
 from miras_kernels.testing import Case, Inputs, check
 
-from ..common.implementations import BOTH, kernel
+from ..common.implementations import BOTH
+from ..common.implementations import kernel as kernel_of
 from ..common.processes import first_line
 from . import decode
 from .configurations import forced, launches, step_kernels, table
@@ -24,9 +25,6 @@ from .plan import Settings, concerns, shape_of
 CALLS, SMOKE_CALLS = 50, 3
 #: cases that a forced configuration must get right, of those that launch it
 CASES = 3
-
-
-# -------------------------------------------------------------------------------------------------------------- repeat
 
 
 def repeat(settings: Settings, memory: str, name: str) -> Iterator[dict]:
@@ -65,9 +63,6 @@ def _compared(run, settings: Settings, programs: int) -> dict:
 def _bits(x: Tensor) -> Tensor:
     """A copy as bytes, so that NaN equals NaN and 0 differs from -0."""
     return x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
-
-
-# -------------------------------------------------------------------------------------------------------------- parity
 
 
 def parity_cases(settings: Settings) -> list[tuple[Case, torch.dtype]]:
@@ -151,14 +146,12 @@ def _judged(judge, case: Case, dtype: torch.dtype, kernel: str | None, label: st
     return {"status": "ok" if report.ok else "wrong", "detail": detail, "error": worst.error, "budget": worst.budget}
 
 
-# ------------------------------------------------------------------------------------------------------------ launches
-
-
 def launch(settings: Settings, shape: str, name: str, kernel: str | None = None, label: str | None = None) -> Iterator[dict]:
     """A short forward and backward at a shape: it compiles what the full call launches, perhaps with one configuration forced."""
     try:
         with forced(kernel, label, settings):
-            _once(draw(short(shape_of(shape, settings)), name, settings), settings)
+            kernel_of(draw(short(shape_of(shape, settings)), name, settings), settings.backend, BOTH)()
+            synchronize()
     except ValueError as error:
         yield {"status": "refused", "detail": first_line(error)}
     else:
@@ -166,29 +159,15 @@ def launch(settings: Settings, shape: str, name: str, kernel: str | None = None,
 
 
 def launch_all(settings: Settings, memory: str) -> Iterator[dict]:
-    """One call that launches each kernel of a memory: biases and variants of small size, both directions, and decoding steps."""
-    cases = [(case, dtype) for case, dtype in parity_cases(settings) if case.memory == memory and case.key_dim <= 128]
+    """Calls that together launch each kernel of a memory: small cases in both directions, and decoding steps."""
+    cases = [case for case, dtype in parity_cases(settings) if case.memory == memory and case.key_dim <= 128 and dtype == DTYPE]
     with launches(settings) as seen:
-        for case, dtype in cases:
-            if dtype == DTYPE or settings.smoke:
-                yield {"doing": case.name}
-                _once(case.draw(torch.float32, settings.device).to(dtype, settings.device), settings)
-        decode.one_by_one(dataclasses.replace(shape_of(memory, settings), batch=1, tokens=1), settings.backend, settings)()
+        for case in cases:
+            kernel_of(case.draw(torch.float32, settings.device).to(DTYPE, settings.device), settings.backend, BOTH)()
+        decode.chunk_of_steps(dataclasses.replace(shape_of(memory, settings), batch=1, tokens=1), settings.backend, settings)()
         synchronize()
     missing = [name for name in table(settings) if concerns(name, memory) and name not in seen]
     yield {"status": "ok", "detail": f"{len(seen)} kernels; not launched: {', '.join(missing) or 'none'}"}
 
 
-def _once(inputs: Inputs, settings: Settings) -> None:
-    kernel(inputs, settings.backend, BOTH)()
-    synchronize()
-
-
-TASKS = {
-    "repeat": repeat,
-    "repeat_steps": repeat_steps,
-    "parity": parity,
-    "parity_of": parity_of,
-    "launch": launch,
-    "launch_all": launch_all,
-}
+TASKS = {task.__name__: task for task in (repeat, repeat_steps, parity, parity_of, launch, launch_all)}

@@ -17,10 +17,8 @@ FLUSH = 512 * 2**20
 
 
 def sampler(run: Callable[[], object], settings: Settings) -> Sampler:
-    """Seconds of one call. The flush also keeps the device busy while the host enqueues the call.
-
-    ``triton.testing.do_bench`` times one function at a time; here implementations take turns.
-    """
+    """Seconds of one call. The flush also keeps the device busy while the host enqueues the call. ``triton.testing.do_bench`` times one
+    function at a time; here implementations take turns."""
     if settings.device == "cpu":
         return timed(run, time.perf_counter)
     flush = _buffer(settings.device)
@@ -96,15 +94,9 @@ def release() -> None:
 
 
 def describe(settings: Settings) -> dict:
-    """The device, and the assembler that Triton uses; nothing is changed."""
+    """The device; nothing is changed."""
     if settings.device == "cpu" or not torch.cuda.is_available():
         return {"name": "CPU"}
     p = torch.cuda.get_device_properties(0)
-    try:
-        from triton.backends.nvidia.compiler import get_ptxas
-
-        ptxas = get_ptxas(10 * p.major + p.minor).version
-    except Exception as error:
-        ptxas = f"unknown: {error}"
     return {"name": p.name, "architecture": f"sm_{p.major}{p.minor}", "multiprocessors": p.multi_processor_count,
-            "memory_gib": p.total_memory / 2**30, "cuda": torch.version.cuda, "ptxas": ptxas}  # fmt: skip
+            "memory_gib": p.total_memory / 2**30, "cuda": torch.version.cuda}  # fmt: skip

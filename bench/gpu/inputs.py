@@ -28,11 +28,8 @@ def case_of(shape: Shape, name: str, **changes) -> Case:
 
 @functools.lru_cache(maxsize=4)
 def draw(shape: Shape, name: str, settings: Settings) -> Inputs:
-    """Inputs on the device.
-
-    The decays of an MLP memory get slighter with the length, so that all of them together leave a third of it: LayerNorm overflows on a
-    memory that shrinks to nothing.
-    """
+    """Inputs on the device. The decays of an MLP memory get slighter with the length, so that all of them together leave a third of it:
+    LayerNorm overflows on a memory that shrinks to nothing."""
     few = case_of(shape, name, batch=1, tokens=min(shape.tokens, 4 * shape.chunk_size), heads=1)
     drawn = few.draw(torch.float32).to(DTYPE, settings.device)
     tokens = lambda x: x.detach().repeat(shape.batch, -(-shape.tokens // few.tokens), shape.heads, *[1] * (x.dim() - 3))[:, : shape.tokens]

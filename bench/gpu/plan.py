@@ -10,23 +10,15 @@ from ..common.implementations import BOTH, DIRECTIONS, PLAIN, flops, recurrences
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every worker is told.
-
-    Attributes:
-        device: "cuda", or "cpu" for the smoke test.
-        smoke: tiny shapes and no statistics, to check this program itself.
-        seconds: per interleaved measurement, of at least ``min_rounds``.
-        first_seconds: an implementation whose first call takes longer (compilation, tuning) is left out.
-        call_seconds: a baseline that takes longer for a call is timed once, outside the rounds.
-    """
+    """What every worker is told."""
 
     backend: str = "triton"
-    device: str = "cuda"
-    smoke: bool = False
-    seconds: float = 2.0
-    min_rounds: int = 5
-    first_seconds: float = 60.0
-    call_seconds: float = 0.5
+    device: str = "cuda"  # "cpu" for the smoke test
+    smoke: bool = False  # tiny shapes and no statistics, to check this program itself
+    seconds: float = 2.0  # per interleaved measurement
+    min_rounds: int = 5  # however long they take
+    first_seconds: float = 60.0  # an implementation whose first call takes longer (compilation, tuning) is left out
+    call_seconds: float = 0.5  # a baseline whose call takes longer is timed once, outside the rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +44,6 @@ class Shape:
     def biases(self) -> tuple[str, ...]:
         """Biases to time; ratios refer to the first."""
         return ("huber_coordinate", "l2", "huber_switch") if self.hidden else ("l2", "huber_coordinate", "lp 3", "huber_switch", "dot")
-
-    @property
-    def matrices(self) -> tuple[tuple[int, int], ...]:
-        """The shapes of a head's matrices."""
-        dk, dv = self.key_dim, self.value_dim
-        return ((dv, self.hidden), (self.hidden, dk)) if self.hidden else ((dv, dk),)
 
     def __str__(self) -> str:
         sizes = f"{self.batch}x{self.tokens}x{self.heads}x{self.key_dim}"
@@ -91,22 +77,15 @@ def shape_of(name: str, settings: Settings) -> Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A request for a worker.
+    """A request for a worker."""
 
-    Attributes:
-        study: the part of the plan; ``case``: its name in results and notes.
-        seconds: it is given up after this long.
-        alone: it takes times, so it needs the device to itself.
-        tool: the check of compute-sanitizer to run it under.
-    """
-
-    study: str
-    case: str
+    study: str  # the part of the plan
+    case: str  # its name in results and notes
     task: str
     arguments: dict
-    seconds: float
-    alone: bool = False
-    tool: str = ""
+    seconds: float  # it is given up after this long
+    alone: bool = False  # it takes times, so it needs the device to itself
+    tool: str = ""  # the check of compute-sanitizer to run it under
 
 
 def correctness(kernels: dict[str, list[str]], cases: int, settings: Settings) -> Iterator[Item]:
@@ -170,7 +149,7 @@ def least_work(shape: Shape, direction: str, bias: str) -> dict[str, float]:
     forward = 2 * (2 * shape.key_dim + 2 * shape.value_dim) + gates
     backward = 2 * (4 * shape.key_dim + 3 * shape.value_dim) + 2 * gates  # q, k, v, d out read; d q, d k, d v, d gates written
     both = direction == BOTH
-    state = 4 * sum(rows * columns for rows, columns in shape.matrices) if shape.hidden else 0
+    state = 4 * 2 * shape.key_dim * shape.hidden
     moves = 3 if both else 1  # read, and by the backward read again; their gradients written
     heads = shape.batch * shape.heads
     return {"flops": flops(shape)[direction], "bytes": heads * (shape.tokens * (forward + (backward if both else 0)) + moves * state)}

@@ -11,8 +11,6 @@ from .plan import DECODING, FLA, MLP_SMALLEST, MLP_TARGET, RECURRENCE_SHAPES, SH
 #: statuses that make a run red
 RED = ("wrong", "failed", "lost")
 
-# ------------------------------------------------------------------------------------------------------------- targets
-
 
 def targets() -> Iterator[Target]:
     """At the target rows, in bfloat16."""
@@ -44,9 +42,6 @@ def is_red(document: dict) -> bool:
     return "error" in document or not all(gates) or any(r.get("status") in RED for r in document["results"])
 
 
-# -------------------------------------------------------------------------------------------------------------- report
-
-
 def report(document: dict) -> str:
     """The run as markdown."""
     e = document["environment"]
@@ -58,25 +53,22 @@ def report(document: dict) -> str:
     found = document["results"]
     of = lambda *studies: [r for r in found if r["study"] in studies]
     timed = sorted(of("times", "recurrence"), key=lambda r: list(SHAPES).index(r["case"]))
+    lost = [r | {"notes": [f"{r['status']}: {r['detail']}"]} for r in found if r.get("status") in RED and "detail" in r]
+    listed = lambda lines: "\n".join(f"- {line}" for line in lines)
     sections = [
         ("Targets", target_table(document, {"device": "measured"}) if document["targets"] else ""),
         ("Checks", _checks(of("repeat", "parity", "sanitizer"))),
         *((f"{r['study']}: {r['case']} {r['direction']}", _times(r)) for r in timed if "ms" in r),
         ("Decoding, mean over a chunk", _decoding(of("decoding"))),
         ("Configurations by time", _tuning(of("tuning"))),
-        ("Not reached", "\n".join(f"- {line}" for line in document["left_out"])),
-        ("Notes", "\n".join(f"- {line}" for line in notes([*of("times", "recurrence", "decoding", "tuning")], _where) + _failures(found))),
+        ("Not reached", listed(document["left_out"])),
+        ("Notes", listed(notes(found + lost, _where))),
     ]
     return document_text(f"miras-kernels on a GPU: {document['command']}", head, sections)
 
 
 def _where(r: dict) -> str:
     return " ".join(filter(None, (r["study"], r["case"], r.get("kernel"), r.get("direction"))))
-
-
-def _failures(found: Sequence[dict]) -> list[str]:
-    return [f"{_where(r)}: {r['status']}: {r['detail']}" for r in found
-            if r.get("status") in RED and r["study"] not in ("repeat", "parity", "sanitizer")]  # fmt: skip
 
 
 def _checks(found: Sequence[dict]) -> str:
@@ -95,13 +87,7 @@ def _checks(found: Sequence[dict]) -> str:
 def _times(r: dict) -> str:
     rows, base = [], r["base"]
     for name, ms in sorted(r["ms"].items(), key=lambda pair: pair[1]["median"]):
-        ratio = (
-            "1"
-            if name == base
-            else "-"
-            if not base
-            else span(r["ratios"].get(name, {key: x / r["ms"][base]["median"] for key, x in ms.items()}))
-        )
+        ratio = span(r["ratios"].get(name) or {key: x / r["ms"][base]["median"] for key, x in ms.items()}) if base else "-"
         verdict = r["parity"].get(name)
         errors = f"{number(verdict['output_error'])}, {number(verdict['gradient_error'])}" if verdict else "-"
         rows.append([f"**{name}**" if is_ours(name) else name, span(ms, 3, ""), ratio, errors, number(r["first_s"].get(name), 1),
@@ -110,9 +96,9 @@ def _times(r: dict) -> str:
     text = table(["implementation", "ms", f"time / {base or '-'}", "error: output, gradient", "first call s", "peak MiB"], rows)
     if base:
         text += (
-            f"\n\n{base}: {r['gflops'] / 1e3:.1f} of {r['mm_gflops'] / 1e3:.0f} TFLOP/s, {r['gbytes']:.0f} of {r['copy_gbytes']:.0f} GB/s; "
+            f"\n\n{base}: {r['gflops'] / 1e3:.1f} of {r['mm_gflops'] / 1e3:.0f} TFLOP/s, {r['gbytes']:.0f} of {r['copy_gbytes']:.0f} GB/s;"
         )
-        text += f"share of the matrix product {r['share_of_mm']['median']:.2f}, of the roofline {r['share_of_roofline']['median']:.2f}."
+        text += f" share of the matrix product {r['share_of_mm']['median']:.2f}, of the roofline {r['share_of_roofline']['median']:.2f}."
     return text
 
 
@@ -123,10 +109,8 @@ def _decoding(found: Sequence[dict]) -> str:
         for name, ms in sorted(r["ms"].items(), key=lambda pair: pair[1]["median"]):
             verdict = r["parity"].get(name.split(",")[0])
             micro = span({key: 1e3 * x for key, x in ms.items()}, 1, "")
-            rows.append(
-                [r["case"], name, micro, span(r["ratios"].get(name)), number(r["share_of_copy"][name]), gate(verdict) if verdict else "-"]
-            )
-    return table(["size", "implementation", "us a token", "time / eager", "share of the copy's rate", "error/budget"], rows) if rows else ""
+            rows.append([r["case"], name, micro, span(r["ratios"].get(name)), gate(verdict) if verdict else "-"])
+    return table(["size", "implementation", "us a token", "time / eager", "error/budget"], rows) if rows else ""
 
 
 def _tuning(found: Sequence[dict]) -> str:

@@ -83,13 +83,14 @@ class Runner:
             return {"status": "not run", "detail": "needs a GPU" if self.settings.device == "cpu" else "compute-sanitizer not found"}
         env = {**self.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that the end of a tensor is the end of an allocation
         with tempfile.TemporaryDirectory() as folder:
-            log, error = Path(folder) / "log", None
+            log, error, answers = Path(folder) / "log", None, []
             with Worker(MODULE, env, prefix=[tool, "--tool", check, "--log-file", str(log)]) as worker:
                 try:
-                    worker.ask({**request, "settings": dataclasses.asdict(self.settings)}, seconds)
+                    answers = worker.ask({**request, "settings": dataclasses.asdict(self.settings)}, seconds)
                 except Lost as lost:
                     error = str(lost)
-            return read_sanitizer(log.read_text(errors="replace") if log.exists() else "", error)
+            found = read_sanitizer(log.read_text(errors="replace") if log.exists() else "", error)
+            return found | {"detail": "; ".join([found["detail"], *(answer["detail"] for answer in answers)])}
 
     def close(self) -> None:
         for worker in self.workers:

@@ -10,7 +10,8 @@ import torch
 
 from miras_kernels.testing import check
 
-from ..common.implementations import DIRECTIONS, agreement, kernel, refusal
+from ..common.implementations import DIRECTIONS, agreement, refusal
+from ..common.implementations import kernel as kernel_of
 from ..common.processes import first_line
 from ..common.timing import OverBudget, figures, interleave, shares, spread
 from . import baselines
@@ -25,11 +26,9 @@ SAME = 0.05
 
 @functools.cache
 def gate(shape: Shape, name: str, settings: Settings) -> dict:
-    """The parity gate: a short case of the same sizes with an odd tail, against float64 within the tests' budgets.
-
-    Also the relative errors, ours and PyTorch's in bfloat16, of the output and of the worst gradient. An MLP memory has four heads here,
-    since the rounding errors of one head are correlated.
-    """
+    """The parity gate: a short case of the same sizes with an odd tail, against float64 within the tests' budgets. Also the relative
+    errors, ours and PyTorch's in bfloat16, of the output and of the worst gradient. An MLP memory has four heads here, since the rounding
+    errors of one head are correlated."""
     several = 2 if shape.hidden and not settings.smoke else 1
     tokens = (1 if settings.smoke else 2) * shape.chunk_size + 5
     few = dataclasses.replace(shape, batch=several, tokens=tokens, heads=several)
@@ -77,7 +76,7 @@ class Field:
         ours, limit = is_ours(name), self.settings.first_seconds
         if ours:
             self._check(name)
-            run = kernel(draw(self.shape, name, self.settings), self.settings.backend, self.direction)
+            run = kernel_of(draw(self.shape, name, self.settings), self.settings.backend, self.direction)
         else:
             run = baselines.MAKE[name](draw(self.shape, self.base, self.settings), self.direction)
         self.result["first_s"][name], result = first_call(run, limit)
@@ -172,11 +171,11 @@ def tuning(settings: Settings, shape: str, kernel: str, exclude: Sequence[str] =
     yield {**result, "direction": direction, "ms": ms, "chosen": chosen, "fastest": fastest, "chosen_over_fastest": loss}
 
 
-def _call(inputs, settings: Settings, direction: str, kernel_name: str | None = None, label: str | None = None) -> Callable:
-    run = kernel(inputs, settings.backend, direction)
+def _call(inputs, settings: Settings, direction: str, kernel: str | None = None, label: str | None = None) -> Callable:
+    run = kernel_of(inputs, settings.backend, direction)
 
     def call():
-        with forced(kernel_name, label, settings):
+        with forced(kernel, label, settings):
             return run()
 
     return call
