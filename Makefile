@@ -74,7 +74,7 @@ fuzz: $(VENV)/.built  ## random calls against the reference, SECONDS=120 for eac
 test-all: test test-slow test-oldest test-oldest-hf  ## all of these
 
 bench: $(VENV)/.built  ## the CPU benchmark, e.g. ARGS="--quick --plots bench/out" or ARGS="--base HEAD" (docs/benchmarks.md)
-	$(PY) bench/cpu.py $(ARGS)
+	$(PY) -m bench.cpu $(ARGS)
 
 study: $(VENV)/.built  ## which attentional bias remembers what: measure, and write docs/which-bias.md (under ten minutes)
 	$(PY) -m miras_kernels study --json docs/which-bias.json --page docs/which-bias.md --plots docs/which-bias $(ARGS)
