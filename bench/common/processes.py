@@ -60,11 +60,14 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, cwd=ROOT, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        errors="replace", start_new_session=True)  # fmt: skip
+
     def ask(self, request: dict, seconds: float | None = None) -> list:
         """The results of a request; ``Lost`` if the process ends, or takes longer than ``seconds``."""
         if self.process is None:
-            self.process = subprocess.Popen(self.command, cwd=ROOT, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                            errors="replace", start_new_session=True)  # fmt: skip
+            self.start()
         process, results, reason, late = self.process, [], "", threading.Event()
         timer = threading.Timer(1e6 if seconds is None else seconds, lambda: (late.set(), os.killpg(process.pid, signal.SIGKILL)))
         timer.daemon = True

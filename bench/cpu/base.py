@@ -49,7 +49,7 @@ def prepared(ref: str, backend: str) -> Iterator[tuple[dict, dict]]:
         try:
             if backend == "cpp":
                 build(root, commit)
-            yield {"ref": ref, "commit": commit}, {"root": str(root)}
+            yield {"ref": ref, "commit": commit}, {"other": str(root)}
         finally:
             _git("worktree", "remove", "--force", str(root), error="--base: the temporary worktree cannot be removed")
 
@@ -81,14 +81,14 @@ def _git(*arguments: str, error: str) -> str:
     return done.stdout.strip()
 
 
-def study_base(shape: str, threads: int, settings: Settings, root: str, launches: int) -> Iterator[dict]:
+def study_base(shape: str, threads: int, settings: Settings, other: str, launches: int) -> Iterator[dict]:
     """Calls of the public function of both trees."""
     found: dict[str, list[dict]] = {direction: [] for direction in DIRECTIONS}
     gates, notes, failure = {}, [], {}
     for launch in range(launches):
         try:
             with contextlib.ExitStack() as stack:
-                servers = launched(stack, shape, threads, settings, root)
+                servers = launched(stack, shape, threads, settings, other)
                 if launch == 0:
                     gates = {side: servers[side].get("parity") for side in SIDES[:2]}
                 red = [f"{side}: parity is red, nothing is timed ({gate['worst']})" for side, gate in gates.items() if not gate["ok"]]
@@ -106,11 +106,11 @@ def study_base(shape: str, threads: int, settings: Settings, root: str, launches
         yield {**head, "parity": gates, "notes": notes, **failure, **(summarise(seen) if seen else {})}
 
 
-def launched(stack: contextlib.ExitStack, shape: str, threads: int, settings: Settings, root: str) -> dict[str, Server]:
+def launched(stack: contextlib.ExitStack, shape: str, threads: int, settings: Settings, other: str) -> dict[str, Server]:
     """A process for each of :data:`SIDES`, ended with the stack."""
     servers = {}
     for side in SIDES:
-        tree = Path(root) if side == "base" else ROOT
+        tree = Path(other) if side == "base" else ROOT
         servers[side] = stack.enter_context(Server(shape, threads, settings, environment(threads, root=tree), root=str(tree)))
     return servers
 

@@ -231,6 +231,7 @@ class Server(Worker):
     def __init__(self, shape: str, threads: int, settings: Settings, env: dict[str, str], **root: str):
         super().__init__("bench.cpu", env)
         self.request = request("serve", shape, threads, settings, **root)
+        self.start()
 
     def get(self, what: str, count: int = 1):
         """See :func:`study_serve`. Raises ``Lost`` if the process has ended."""

@@ -69,7 +69,7 @@ class FakeServer:
 
 def compare(monkeypatch, **servers: FakeServer) -> list[dict]:
     monkeypatch.setattr(base, "launched", lambda *_: servers)
-    return list(base.study_base("D64 C64", 1, SETTINGS, root="", launches=5))
+    return list(base.study_base("D64 C64", 1, SETTINGS, other="", launches=5))
 
 
 def test_a_difference_is_reported(monkeypatch):
