@@ -252,7 +252,7 @@ class Denial(NamedTuple):
     reason: str
 
 
-#: found by the GPU benchmark, which prints rows for this table, or by offline/resources.py
+#: found by `python -m bench.gpu correctness` or by offline/resources.py
 DENIED: tuple[Denial, ...] = (
     Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w8-s2", "spills up to 40 bytes"),
     Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
