@@ -12,6 +12,6 @@ NEWEST_PYTHON = 14  # for a later one these releases need not have wheels
 packages = [p for p in importlib.metadata.distributions() if p.name.lower() not in ("torch", "miras-kernels", "pip")]
 oldest = max(int(minor) for p in packages for minor in re.findall(r">=\s*3\.(\d+)", p.metadata["Requires-Python"] or ""))
 marker = f'sys_platform == "linux" and python_version >= "3.{oldest}" and python_version <= "3.{NEWEST_PYTHON}"'
-print("# Written by `make update-constraints`: the releases that demo and tests were run with.")
+print("# Written by `make update-constraints`: the releases that demo, tests and documentation were run with.")
 for p in sorted(packages, key=lambda p: p.name.lower()):
     print(f"{p.name}=={p.version.split('+')[0]} ; {marker}")

@@ -12,27 +12,26 @@ import tempfile
 import pytest
 import torch
 
-# Before anything imports triton: without a GPU its kernels run in its interpreter.
+# Set before triton is imported: without a GPU the Triton kernels run in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-# What was verified on this machine must not change what the tests do, nor what they do change it.
+# The tests neither use nor change this machine's verification records.
 os.environ["MIRAS_CACHE"] = tempfile.mkdtemp(prefix="miras-kernels-tests-")
 
 from miras_kernels import dispatch
 
 
 def pytest_configure(config):
-    # A test that wants the kernels and finds none must fail, not skip: the test command builds them.
     torch.manual_seed(0)
     if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton") is not None:
-        hurry_interpreter()
+        speed_up_interpreter()
 
 
-def hurry_interpreter():
-    """Spare Triton's interpreter what takes two thirds of its time and changes no number.
+def speed_up_interpreter():
+    """Skip work of Triton's interpreter that takes two thirds of its time and changes no number.
 
-    It replaces the functions of its language anew in every call of a device function, although once for each is enough; and it checks
-    every sum and product of integers for overflow, of which the sizes of these tests are far (test_addresses.py looks at others).
+    It patches the functions of its language again in every call of a device function, although once per function is enough; and it checks
+    every integer sum and product for overflow, which cannot happen at the sizes of these tests (test_addresses.py covers large ones).
     """
     from triton.runtime import interpreter
 
@@ -53,7 +52,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN, so that reading before writing shows."""
+    """New tensors are filled with NaN, so that reads of uninitialised memory show in the results."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -64,7 +63,7 @@ def poisoned():
 
 @pytest.fixture
 def one_thread():
-    """Torch computes with one thread."""
+    """PyTorch uses one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -73,19 +72,19 @@ def one_thread():
 
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request) -> str:
-    """Each backend that this machine is meant to run."""
+    """Each backend that runs on every machine."""
     assert dispatch.unavailable(request.param) is None
     return request.param
 
 
 @pytest.fixture
 def instruction_set(request, monkeypatch) -> str:
-    """The C++ kernels take the code path that the test's parameter `level` names: they look at the environment in every call."""
+    """Makes the C++ kernels use the instruction set in the test's parameter `level`: they read the environment in every call."""
     from miras_kernels import _C
 
     level = request.getfixturevalue("level")
     if level not in _C.cpu_capabilities():
-        pytest.skip(f"this machine cannot run {level}")
+        pytest.skip(f"this CPU does not support {level}")
     monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)
     assert _C.cpu_capability() == level
     return level

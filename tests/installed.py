@@ -1,6 +1,6 @@
-"""Does an installed package work? `python tests/installed.py`: the C++ kernels of both memories, forward, backward and step by step.
+"""Check an installed package: `python tests/installed.py` runs the C++ kernels of both memories, forward, backward and decoding.
 
-What cibuildwheel runs on every wheel (pyproject.toml), and tests/core/test_packaging.py in new environments. It needs no pytest.
+cibuildwheel runs it for every wheel (pyproject.toml), tests/core/test_packaging.py in new environments. It needs no pytest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> int:
     where = Path(mk.__file__).resolve().parent
     print(f"miras-kernels {mk.__version__} in {where}, torch {torch.__version__}, {_C.cpu_capability()}")
     if Path(__file__).resolve().parent.parent in where.parents and "site-packages" not in where.parts:
-        sys.exit("expected an installed package, got the source tree's")
+        sys.exit("expected an installed package, but miras_kernels was imported from the source tree")
     for threads in (1, 2):
         torch.set_num_threads(threads)
         reports = [check(case, "cpp") for case in CASES] + [check(CASES[0], "cpp", torch.bfloat16)]

@@ -1,7 +1,7 @@
-"""Planted one-line faults, each with the tests that must catch it: ``make mutants`` says which survive.
+"""Mutation testing: one-line faults (mutants), each with the tests that must fail with it. ``make mutants`` lists those that survive.
 
-Each fault is planted alone in a copy of the tree, where only its own tests run, up to the first that fails. Those of the C++ kernels are
-all compiled at once, each behind a condition that an environment variable switches on. The tests must pass without a fault.
+Each mutant is applied alone to a copy of the source tree, in which only its tests run, up to the first failure. The mutants of the C++
+kernels are compiled together, each behind a condition that an environment variable enables. Without a mutant the tests must pass.
 
     python tests/mutants.py [-k NAME] [-j PROCESSES]
 """
@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Mutant(NamedTuple):
-    """A fault: ``text``, which occurs once in ``file``, becomes ``replacement``; in csrc/ but for csrc/cuda both are expressions."""
+    """Replaces ``text``, which must occur once in ``file``, by ``replacement``; in csrc/ (except csrc/cuda) both are expressions."""
 
     name: str
     file: str
-    tests: tuple[str, ...]  # what pytest is given, in tests/
+    tests: tuple[str, ...]  # arguments of pytest, relative to tests/
     text: str
     replacement: str
 
@@ -37,7 +37,7 @@ class Mutant(NamedTuple):
 
 
 def cases(test: str, *names: str) -> tuple[str, ...]:
-    """A parametrized test with some of its parameters."""
+    """A parametrized test with these parameter ids."""
     return tuple(f"{test}[{name}]" for name in names)
 
 
@@ -74,7 +74,7 @@ MUTANTS = [
            cases("core/test_identities.py::test_pieces_are_the_whole", "linear-l2-2-pieces-cpp"),
            "position = 0, open_start = nullptr", "open_start = nullptr"),
     Mutant("cpp-momentum-not-carried-on", "csrc/cpu/linear_forward.h", cpp("momentum-no-state"),
-           "gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S)", "void(0)"),
+           "gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S)", "void(0)"),
     Mutant("cpp-own-writes-without-rho", "csrc/cpu/linear_forward.h", cpp("lq1.5"),
            "store(s.U + i, rho.value * u)", "store(s.U + i, u)"),
     Mutant("cpp-momentum-weight-without-decay", "csrc/cpu/chunk.h", cpp("momentum-strong-decay"),
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant("cpp-key-gradient-without-the-next-chunk", "csrc/cpu/linear_backward.h", cpp("linear-l2"),
            "y.subtract(Rows{s.U_end + i * dvp, dvp}, s.J_plain + j, dkp, 0, task.dv, q_soon)", "void(0)"),
     Mutant("cpp-wrong-checkpoint", "csrc/cpu/linear_backward_task.h",
-           cases("cpp/test_cpp.py::test_keeping_fewer_states_changes_nothing", "1-linear-dot", "2-linear-dot"),
+           cases("cpp/test_cpp.py::test_fewer_checkpoints_change_nothing", "1-linear-dot", "2-linear-dot"),
            "first / p.checkpoint_every", "(first > 0 ? first / p.checkpoint_every - 1 : 0)"),
     Mutant("cpp-rho-gradient-not-divided", "csrc/cpu/linear_backward_gates.h", cpp("lq1.5", "linear-l2-lq-momentum-split"),
            "float(total / x.rho.value)", "float(total)"),
@@ -115,16 +115,16 @@ MUTANTS = [
     Mutant("cpp-mlp-weight-gradient-without-the-prediction", "csrc/cpu/mlp_backward_stages.h", cpp("mlp-huber_norm"),
            "store(s.dweight + j, load(s.dweight + j) + load(de + j) * load(x + j))", "void(0)"),
     Mutant("cpp-mlp-momentum-gradient-without-the-state", "csrc/cpu/mlp_backward.h", cpp("mlp-momentum-common"),
-           "x.add_scaled(s.J[i] + at, dp, gates.carried_end(c))", "void(0)"),
+           "x.add_scaled(s.J[i] + at, dp, gates.momenta_end(c))", "void(0)"),
     # ----------------------------------------------------------------------------------------------- csrc: steps, bindings
     Mutant("cpp-step-keeps-without-decay", "csrc/cpu/step.h", decode("linear-common"),
-           "load(alpha) * load_first(kept + j, n)", "load_first(kept + j, n)"),
+           "load(alpha) * load_first(weights + j, n)", "load_first(weights + j, n)"),
     Mutant("cpp-step-ends-a-chunk-without-momentum", "csrc/cpu/step.h", decode("linear-wide"),
-           "a.add(m.momentum, w.kept_by(1), w.width)", "void(0)"),
+           "a.add(m.momenta, w.row(1), w.width)", "void(0)"),
     Mutant("cpp-step-reads-without-its-own-token", "csrc/cpu/linear_step.h", decode("linear-common"),
            "rho * (load(s.O + j) + own * load(s.U + j))", "rho * load(s.O + j)"),
     Mutant("cpp-mlp-step-without-rho", "csrc/cpu/mlp_step.h", decode("mlp-chunk-1-lq"),
-           "add_multiple(first.read_scale(), written, dp, s.Uq)", "add_multiple(1.0f, written, dp, s.Uq)"),
+           "add_multiple(first.read_scale(), changed, dp, s.Uq)", "add_multiple(1.0f, changed, dp, s.Uq)"),
     Mutant("cpp-steps-advance-by-one-token", "csrc/step_bindings.cpp", decode("linear-common"),
            "(p.state.position[n] + p.T) % p.C", "(p.state.position[n] + 1) % p.C"),
     Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_bindings.cpp", ("core/test_decode.py::test_errors_of_values",),
@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant("cpp-panels-not-added-up", "csrc/bindings.cpp", cases("cpp/test_cpp.py::test_any_number_of_threads", "(1, 1)-dot"),
            "x += from[share * size + i]", "x += 0.0f"),
     # ------------------------------------------------------------------------------------------------- csrc/cuda, emulated
-    Mutant("cuda-carried-momentum-not-decayed", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
-           "kept_1 = alpha * kept[width] + moved_1", "kept_1 = kept[width] + moved_1"),
+    Mutant("cuda-momenta-not-decayed", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
+           "weight_1 = alpha * weights[width] + moves_1", "weight_1 = weights[width] + moves_1"),
     Mutant("cuda-mlp-without-rho", "csrc/cuda/mlp_step.cu", cases("cuda/test_cuda.py::test_sizes", "mlp-entire"),
            "rho_2 * wq", "wq"),
     # ------------------------------------------------------------------------------------------------------------- Triton
@@ -193,8 +193,7 @@ MUTANTS = [
            cases("core/test_identities.py::test_pieces_are_the_whole", "linear-l2-7-pieces-cpp"),
            "return (before + tokens) % call.chunk_size", "return tokens % call.chunk_size"),
     Mutant("gradients-of-a-state-in-the-wrong-places", "python/miras_kernels/autograd.py", cpp("momentum-strong-decay"),
-           "result[STATE] = grads + [None] * (ctx.state_tensors - len(grads))",
-           "result[STATE] = grads[::-1] + [None] * (ctx.state_tensors - len(grads))"),
+           'for name in call.present()] + grads["state"]', 'for name in call.present()] + grads["state"][::-1]'),
     Mutant("packed-offsets-beyond-the-tokens", "python/miras_kernels/validation.py", ("core/test_errors.py",),
            "if values[-1] != t:", "if values[-1] > t:"),
     Mutant("momentum-of-one-accepted", "python/miras_kernels/validation.py", ("core/test_errors.py",),
@@ -202,71 +201,71 @@ MUTANTS = [
     Mutant("float64-computed-in-float32", "python/miras_kernels/validation.py",
            cases("core/test_reference.py::test_vectors", "public-linear_l2_momentum"),
            "return torch.float64 if q.dtype == torch.float64 else torch.float32", "return torch.float32"),
-    Mutant("decoder-loads-what-was-carried-in-twice", "python/miras_kernels/decode/decoder.py",
+    Mutant("decoder-loads-what-was-written-twice", "python/miras_kernels/decode/buffers.py",
            cases("core/test_decode.py::test_state_and_load_are_inverse", "linear-lq-momentum-reference"),
-           "dual - x.gamma() * x.start, 0.0", "dual - x.start, 0.0"),
-    Mutant("decoder-state-counts-a-row-to-come", "python/miras_kernels/decode/decoder.py",
-           ("core/test_decode.py::test_rows_of_tokens_to_come_mean_nothing",),
+           "dual - self.gamma() * self.start, 0.0", "dual - self.start, 0.0"),
+    Mutant("decoder-state-counts-a-row-to-come", "python/miras_kernels/decode/buffers.py",
+           ("core/test_decode.py::test_rows_of_later_tokens_are_ignored",),
            "< 2 + self.position[:, None]", "<= 2 + self.position[:, None]"),
     Mutant("decoder-reorder-leaves-positions", "python/miras_kernels/decode/decoder.py",
-           cases("core/test_decode.py::test_sequences_may_stand_at_different_places", "linear-l2-cpp"),
+           cases("core/test_decode.py::test_sequences_at_different_places", "linear-l2-cpp"),
            "for x in self.buffers.tensors():\n            x.copy_(x.index_select(0, index))",
            "for x in self.buffers.tensors()[:-1]:\n            x.copy_(x.index_select(0, index))"),
-    Mutant("steps-without-the-norms-parameters", "python/miras_kernels/decode/stepping.py",
-           cases("core/test_stepping.py::test_a_block_reads_in_place", "yaad"),
+    Mutant("steps-without-the-norms-parameters", "python/miras_kernels/decode/operator.py",
+           cases("core/test_stepping.py::test_a_block_decodes_in_place", "yaad"),
            "ln_weight, ln_bias = ln_weight.to(dtype), ln_bias.to(dtype)",
            "ln_weight, ln_bias = decoder.norm['ln_weight'], decoder.norm['ln_bias']"),
     Mutant("state-copies-share-positions", "python/miras_kernels/state.py", ("core/test_state.py",),
            "position = of_positions(state.open_chunk.position)", "position = state.open_chunk.position"),
     # ------------------------------------------------------------------------------------------------------ Python: layers
     Mutant("packed-convolution-without-room-for-contexts", "python/miras_kernels/layers/functional.py",
-           cases("layers/test_layers.py::test_packed_sequences_equal_a_loop", "yaad_linear"),
-           "of_token * before  # [T], where", "of_token  # [T], where"),
+           cases("layers/test_layers.py::test_packed_sequences_equal_separate_calls", "yaad_linear"),
+           "of_token * before  # [T], the start", "of_token  # [T], the start"),
     Mutant("padded-outputs-not-zero", "python/miras_kernels/layers/block.py",
            ("layers/test_layers.py::test_padded_outputs_are_zero_even_where_a_projection_has_a_bias",),
            "return out.masked_fill(~mask.unsqueeze(-1), 0), None", "return out, None"),
     Mutant("padding-not-masked", "python/miras_kernels/layers/block.py",
-           cases("layers/test_layers.py::test_padding_is_exact_whatever_it_holds", "yaad_linear-left"),
+           cases("layers/test_layers.py::test_padding_is_exact_for_any_padded_values", "yaad_linear-left"),
            "order = torch.argsort(mask, dim=1, descending=True, stable=True)", "order = torch.arange(mask.shape[1]).expand_as(mask)"),
     Mutant("step-size-not-shared-with-momentum", "python/miras_kernels/layers/block.py",
            cases("layers/test_layers_recurrence.py::test_a_block_equals_the_written_out_recurrence", "titans"),
            'gates["lr"] * (1 - gates["momentum"])', 'gates["lr"]'),
     Mutant("state-of-a-row-of-padding-without-its-position", "python/miras_kernels/layers/state.py",
-           ("layers/test_layers.py::test_a_row_of_padding_alone_keeps_its_state",),
+           ("layers/test_layers.py::test_a_row_of_only_padding_keeps_its_state",),
            "position = write(memory.open_chunk.position, news.open_chunk.position)", "position = memory.open_chunk.position"),
     # ---------------------------------------------------------------------------------------------------------- Python: hf
-    Mutant("hf-grouped-keys-in-another-order", "python/miras_kernels/hf/attention.py", cases(f"{HF}memories_made_from_attention", "Llama"),
+    Mutant("hf-grouped-keys-in-another-order", "python/miras_kernels/hf/attention.py", cases(f"{HF}init_from_attention", "Llama"),
            "t.repeat_interleave(heads // t.shape[2], 2)", "t.repeat(1, 1, heads // t.shape[2], 1)"),
     Mutant("hf-mask-of-the-first-tokens", "python/miras_kernels/hf/attention.py",
-           cases(f"{GENERATE}turns_with_padding_anywhere", "Llama-left"),
+           cases(f"{GENERATE}several_turns_with_padding", "Llama-left"),
            "return mask[:, seen - tokens :] != 0", "return mask[:, :tokens] != 0"),
     Mutant("hf-positions-without-the-past", "python/miras_kernels/hf/attention.py",
-           cases(f"{GENERATE}turns_with_padding_anywhere", "Llama-left"),
+           cases(f"{GENERATE}several_turns_with_padding", "Llama-left"),
            "(before + mask.long().cumsum(1) - 1)", "(mask.long().cumsum(1) - 1)"),
     Mutant("hf-documents-of-one-token-not-seen", "python/miras_kernels/hf/attention.py",
            cases(f"{HF}packed_documents_are_separate", "None-new-Llama-yaad_linear"),
            "position_ids.diff(dim=-1) != 1", "position_ids.diff(dim=-1) < 0"),
     Mutant("hf-cache-not-reordered", "python/miras_kernels/hf/cache.py",
-           (f"{GENERATE}beams_and_samples_do_not_depend_on_the_cache", f"{GENERATE}what_a_cache_can_do"),
+           (f"{GENERATE}beams_and_samples_do_not_depend_on_the_cache", f"{GENERATE}operations_on_a_cache"),
            "self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))", "pass"),
     Mutant("hf-cache-counts-calls", "python/miras_kernels/hf/cache.py",
-           (f"{GENERATE}the_state_does_not_grow_and_lies_in_the_models_cache",),
+           (f"{GENERATE}the_state_is_in_the_models_cache_and_does_not_grow",),
            "self.state, self.length, self.is_initialized = state, self.length + tokens, True",
            "self.state, self.length, self.is_initialized = state, self.length + 1, True"),
     Mutant("hf-static-cache-keeps-its-length", "python/miras_kernels/hf/cache.py",
-           ("hf/test_hf_static.py::test_turns_with_padding_and_a_cache_used_again",),
+           ("hf/test_hf_static.py::test_several_turns_with_padding_and_a_cache_that_is_reused",),
            "self.length.zero_()", "pass"),
     Mutant("hf-static-cache-not-loaded", "python/miras_kernels/hf/cache.py",
-           ("hf/test_hf_static.py::test_turns_with_padding_and_a_cache_used_again",),
+           ("hf/test_hf_static.py::test_several_turns_with_padding_and_a_cache_that_is_reused",),
            "self.decoder.load(state)", "pass"),
     Mutant("hf-loaded-parameters-drawn-anew", "python/miras_kernels/hf/classes.py",
-           ("hf/test_hf_save.py::test_one_missing_tensor_leaves_the_others_as_saved",),
+           ("hf/test_hf_save.py::test_a_missing_tensor_is_initialised_and_the_others_are_loaded",),
            "parameter.copy_(values)", "pass"),
-    Mutant("hf-second-replacement-forgets-the-first", "python/miras_kernels/hf/replace.py", (f"{HF}replacing_in_two_steps",),
+    Mutant("hf-second-replacement-forgets-the-first", "python/miras_kernels/hf/replace.py", (f"{HF}two_calls_replace_different_layers",),
            "new.miras = plan.write([*before, group])", "new.miras = plan.write([group])"),
     Mutant("hf-memory-beside-attention-not-added", "python/miras_kernels/hf/attention.py",
-           cases("hf/test_hf_parallel.py::test_it_begins_as_the_host", "Llama"),
-           "return out + recalled, weights", "return out, weights"),
+           cases("hf/test_hf_parallel.py::test_outputs_do_not_change_before_training", "Llama"),
+           "return out + read, weights", "return out, weights"),
 ]  # fmt: skip
 
 
@@ -276,7 +275,7 @@ def occurrences(mutant: Mutant) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- running
 
-#: before a source of the C++ kernels that has mutants
+#: inserted at the top of a C++ source that has mutants
 SWITCH = """#ifndef MIRAS_MUTANTS
 #define MIRAS_MUTANTS
 #include <cstdlib>
@@ -286,7 +285,7 @@ inline const int miras_mutant = std::getenv("MIRAS_MUTANT") ? std::atoi(std::get
 
 
 def copied(folder: Path, tree: Path = ROOT) -> Path:
-    """A tree without what was built, but for the kernels, and importable before any installed one."""
+    """Copy the source tree without build products, except the C++ kernels, so that it can be imported before an installed package."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "__pycache__", ".*_cache", ".hypothesis", "out")
     shutil.copytree(tree, folder, ignore=ignored, symlinks=True)
     link = folder / "python" / "miras_kernels" / "kernels"
@@ -296,7 +295,7 @@ def copied(folder: Path, tree: Path = ROOT) -> Path:
 
 
 def pytest(tree: Path, tests: tuple[str, ...], **environment: str) -> subprocess.CompletedProcess:
-    """Run tests of a copy."""
+    """Run tests in a copy."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     path = os.pathsep.join(filter(None, [str(tree / "python"), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment}
@@ -311,7 +310,7 @@ def replace(tree: Path, mutant: Mutant, replacement: str) -> None:
 
 
 def build(tree: Path, mutants: list[Mutant]) -> None:
-    """The kernels with all these faults, the i-th of which MIRAS_MUTANT=i switches on."""
+    """Compile the kernels with all these mutants; MIRAS_MUTANT=i enables the i-th."""
     for i, mutant in enumerate(mutants, 1):
         replace(tree, mutant, f"(miras_mutant == {i} ? ({mutant.replacement}) : ({mutant.text}))")
     for file in {mutant.file for mutant in mutants}:

@@ -15,19 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
-    "CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MAX_HIDDEN", "MAX_MLP_HEAD", "MLP_CHUNK_SIZES", "RULES",
-    "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
+    "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
 ]  # fmt: skip
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
 CHUNK_SIZES = (16, 32, 64, 128)
-MLP_CHUNK_SIZES = (16, 32, 64)
-#: narrower heads are padded to MIN_TILE, wider ones than MAX_HEAD are refused
-MIN_TILE, MAX_HEAD = 16, 256
-#: limits of an MLP memory, whose LayerNorm needs a whole row of values at once
-MAX_MLP_HEAD, MAX_HIDDEN = 128, 1024
-#: chunks of a sequence of an MLP memory: `lanes` in mlp/math.py relies on the higher bits of a chunk's number being zero
-MAX_MLP_CHUNKS = 2**21
+#: narrower heads are padded to MIN_TILE; tables/memories.py has the limits of each memory
+MIN_TILE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +61,7 @@ class Key:
     def of(call) -> Key:
         bias, retention = call.bias, call.retention
         return Key(
-            call.q.shape[-1], call.v.shape[-1], padded(call.chunk_size), call.q.element_size(), bias.row_coupled,
-            call.state.dual[0].shape[-1] if call.memory == "mlp" else 0,
+            call.q.shape[-1], call.v.shape[-1], padded(call.chunk_size), call.q.element_size(), bias.row_coupled, call.hidden,
             gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
             channels=call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip

@@ -100,7 +100,7 @@ class Problem:
             TOKENS=self.chunk_size, C=self.rows, BC=self.block, DTYPE=DTYPES[call.q.dtype], BIAS=self.bias, RETENTION=self.retention,
             CHANNEL_LR=call.lr.dim() == 4, CHANNELS=self.key.channels, MOMENTUM=self.key.momentum,
         )  # fmt: skip
-        if call.memory == "mlp":
+        if call.memory.name == "mlp":
             tensors |= dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
             constants |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
         else:

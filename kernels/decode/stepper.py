@@ -12,4 +12,4 @@ from . import linear, mlp
 def stepper(call) -> Callable:
     """``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)`` for calls like this one."""
     with torch.no_grad():
-        return (linear if call.memory == "linear" else mlp).stepper(call)
+        return (linear if call.memory.name == "linear" else mlp).stepper(call)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 import triton
 
-from ...decode.decoder import buffers_for
+from ...decode.buffers import Buffers
 from ..common import configs, launch
 from ..decode.stepper import stepper
 from ..linear import sequence as linear
@@ -66,7 +66,7 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         p, matrices = launch.Problem(call), [torch.empty_like(x) for x in call.state.matrices()]
-        memory = linear if call.memory == "linear" else mlp
+        memory = linear if call.memory.name == "linear" else mlp
         _, _, checkpoints = memory.forward(p, every, call.output_final_state, call.output_final_state)
         memory.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
     return found
@@ -75,7 +75,7 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
 def recorded_step(call, architecture: str = "") -> list[Launch]:
     """The same for a decoding step with the tokens of a call."""
     channels = call.log_decay is not None and call.log_decay.dim() == 4
-    found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channels)
+    found, x = [], Buffers.empty(call.state, call.chunk_size, call.retention, channels)
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         run = stepper(call)
         run(x, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, torch.empty_like(call.v))

@@ -1,4 +1,4 @@
-"""The planted faults of mutants.py are still in place, and the tests that must catch them are there."""
+"""The mutants of mutants.py still apply to the sources, and the tests that must catch them exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mutants import MUTANTS, occurrences
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mutant_has_its_place_and_its_tests(mutant):
+def test_mutant_applies_and_its_tests_exist(mutant):
     assert occurrences(mutant) == 1, f"expected {mutant.text!r} once in {mutant.file}"
     assert mutant.replacement != mutant.text and mutant.tests
     for test in mutant.tests:
@@ -20,7 +20,7 @@ def test_a_mutant_has_its_place_and_its_tests(mutant):
         assert not function or re.search(rf"^def {re.escape(function.split('[')[0])}\(", source, re.MULTILINE), test
 
 
-def test_mutants_are_many_and_have_names():
+def test_mutants_cover_every_folder():
     assert len(MUTANTS) >= 40 and len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     for folder in ("kernels/", "csrc/cpu/", "csrc/cuda/", "python/miras_kernels/layers/", "python/miras_kernels/hf/"):
         assert sum(mutant.file.startswith(folder) for mutant in MUTANTS) >= 2, folder

@@ -1,4 +1,4 @@
-"""Every way to install: what the source distribution holds, how the kernels are compiled, and what is said where they are not."""
+"""Every way to install: contents of the source distribution, compilation of the kernels, the reason reported where they are missing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 from miras_kernels.backends import cpp
 
 ROOT = Path(__file__).resolve().parents[2]
-#: what a build needs, and what a build may have left there
+#: the folders that a build needs, and files that an earlier build may have left there
 FOLDERS, LEFT = ("csrc", "kernels", "python"), ("python/miras_kernels/_build_info.py", "python/miras_kernels/_C.so", "csrc/cpu/x.pyc")
 FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 
-# Notes its arguments, and writes what a compiler would: an object and what it was made of, or a library.
+# Logs its arguments and writes what a compiler would: an object and its dependency file, or a library.
 COMPILER = """#!{python}
 import pathlib, sys
 words = sys.argv[1:]
@@ -36,7 +36,7 @@ FAILS = "#!/bin/sh\necho 'csrc/bindings.cpp:1:1: error: planted' >&2\nexit 1\n"
 
 
 def tracked() -> set[str]:
-    """The files of the folders that git tracks, or would."""
+    """The files of the folders that git tracks or would track."""
     if not (ROOT / ".git").exists():
         pytest.skip("no git repository, so nothing to compare with")
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", *FOLDERS]
@@ -46,7 +46,7 @@ def tracked() -> set[str]:
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A copy of what git tracks, after somebody has built there."""
+    """A copy of the tracked files, with the products of an earlier build."""
     for name in [*tracked(), *FILES]:
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / "tree" / name)
@@ -56,7 +56,7 @@ def tree(tmp_path) -> Path:
 
 
 def run(tree: Path, *words: str, ok: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    """Python with these words in the tree. Settings of whoever runs the tests do not count."""
+    """Run Python with these arguments in the tree, without the MIRAS_* and compiler settings of the test run."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MIRAS_") and k not in ("CXX", "CXXFLAGS")}
     done = subprocess.run([sys.executable, *words], cwd=tree, env=env | {"MIRAS_CUDA": "0"} | environment, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
@@ -93,7 +93,7 @@ def test_the_source_distribution_is_complete(tree):
         assert line in information.splitlines()
 
 
-def test_flags_and_what_is_compiled_again(tree, tmp_path):
+def test_compiler_flags_and_recompilation(tree, tmp_path):
     log = tmp_path / "log"
     compiler = script(tmp_path / "compiler", COMPILER.format(python=sys.executable, log=str(log)))
 
@@ -119,21 +119,21 @@ def test_flags_and_what_is_compiled_again(tree, tmp_path):
     assert compiled() == ["csrc/cpu/level_avx2.cpp"]
 
 
-def test_a_changed_header_compiles_what_includes_it(tree, tmp_path):
+def test_a_changed_header_recompiles_its_includers(tree, tmp_path):
     log = tmp_path / "log"
     compiler = script(tmp_path / "compiler", COMPILER.format(python=sys.executable, log=str(log)))
     build = lambda: run(tree, "setup.py", "-q", "build_ext", "--inplace", CXX=compiler)
     build()
     lines = log.read_text().count(" -c ")
     later = max(path.stat().st_mtime for path in tree.rglob("*")) + 10
-    for name, count in (("csrc/tensor.h", 0), ("csrc/params.h", lines)):  # the compiler said that everything includes the second alone
+    for name, count in (("csrc/tensor.h", 0), ("csrc/params.h", lines)):  # by the dependency files, all objects include the second only
         log.write_text("")
         os.utime(tree / name, (later, later))
         build()
         assert log.read_text().count(" -c ") == count
 
 
-def test_without_a_compiler_it_says_so(tree, tmp_path):
+def test_the_reason_is_reported_without_a_compiler(tree, tmp_path):
     for environment, reason in (
         ({"MIRAS_SKIP_CPP": "1"}, "MIRAS_SKIP_CPP was set"),
         ({"CXX": "/nowhere/c++"}, "there was no C++ compiler (CXX=/nowhere/c++ not found)"),
@@ -146,7 +146,7 @@ def test_without_a_compiler_it_says_so(tree, tmp_path):
         assert reason in run(tree, "setup.py", "-q", "build_py", ok=False, MIRAS_REQUIRE_CPP="1", **environment).stderr
 
 
-def test_a_compiler_that_fails_is_quoted(tree, tmp_path):
+def test_compiler_errors_are_reported(tree, tmp_path):
     compiler = script(tmp_path / "compiler", FAILS)
     run(tree, "setup.py", "-q", "build", "--build-lib", "lib", CXX=compiler)
     wanted = "compiling it failed when the package was installed: csrc/bindings.cpp:1:1: error: planted"
@@ -154,20 +154,26 @@ def test_a_compiler_that_fails_is_quoted(tree, tmp_path):
     assert "error: planted" in run(tree, "setup.py", "-q", "build_ext", ok=False, CXX=compiler, MIRAS_REQUIRE_CPP="1").stderr
 
 
-def test_the_backend_quotes_the_reason(monkeypatch):
+def test_the_backend_reports_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "miras_kernels._C", None)
     monkeypatch.setitem(sys.modules, "miras_kernels._build_info", type(sys)("_build_info"))
     monkeypatch.setattr(sys.modules["miras_kernels._build_info"], "CPP_MISSING", "there was no C++ compiler", raising=False)
     assert cpp._load() == (None, "the extension is not built: there was no C++ compiler")
 
 
-def test_a_torch_that_has_not_what_it_takes():
+def test_a_torch_without_the_dlpack_exchange_api():
     program = (
         "import torch; del torch.Tensor.__dlpack_c_exchange_api__\n"
         "from miras_kernels import dispatch; print(dispatch.unavailable('cpp'))"
     )  # fmt: skip
     wanted = f"it needs torch >= 2.11, and torch {torch.__version__} has no Tensor.__dlpack_c_exchange_api__"
     assert run(ROOT, "-c", program).stdout.strip() == f"the extension cannot be loaded: {wanted}"
+
+
+def test_pre_commit_runs_the_versions_of_the_makefile():
+    pinned = set(re.findall(r"^\w+ +\?= ((?:ruff|clang-format)==\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert len(pinned) == 2
+    assert set(re.findall(r"(?:ruff|clang-format)==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())) == pinned
 
 
 # ------------------------------------------------------------------------------------------------------- slow: by pip
@@ -178,7 +184,7 @@ def pip(tree: Path, *words: str, **options) -> subprocess.CompletedProcess:
 
 
 def install(what: Path | str, where: Path, **options) -> Path:
-    """Into a new environment, which borrows torch alone: its Python."""
+    """Install into a new environment that takes only torch from this one; returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(where)], check=True)
     site = next(where.glob("lib/python*/site-packages"))
     pip(ROOT, "install", "--quiet", "--no-deps", "--target", str(site), str(what), **options)
@@ -195,13 +201,13 @@ def works(wheel: Path, where: Path) -> bool:
 
 @pytest.fixture
 def quick(tmp_path) -> str:
-    """The compiler, which does not optimize."""
+    """The C++ compiler without optimisation."""
     return script(tmp_path / "quick", '#!/bin/sh\nexec c++ "$@" -O0\n')
 
 
 @pytest.mark.slow
-def test_the_source_distribution_installs_and_its_objects_check_themselves(tree, tmp_path, quick):
-    """In pip's isolated environment, which has no torch; then without Python."""
+def test_the_source_distribution_installs_and_its_objects_pass_the_self_check(tree, tmp_path, quick):
+    """Built in pip's isolated environment, which has no torch; the objects are also tested without Python."""
     with tarfile.open(sdist(tree)) as archive:
         archive.extractall(tmp_path / "unpacked")
     [source] = (tmp_path / "unpacked").iterdir()
@@ -209,7 +215,7 @@ def test_the_source_distribution_installs_and_its_objects_check_themselves(tree,
     [wheel] = tmp_path.glob("*.whl")
     assert works(wheel, tmp_path / "env")
     objects = list(source.glob("build/objects-*/csrc/cpu/*.o"))
-    command = [quick, "-std=c++20", "-Icsrc", str(ROOT / "tests" / "selfcheck.cpp"), *map(str, objects), "-o", "selfcheck"]
+    command = [quick, "-std=c++20", "-Icsrc", str(ROOT / "tests" / "cpp" / "selfcheck.cpp"), *map(str, objects), "-o", "selfcheck"]
     subprocess.run(command, check=True, cwd=source)
     done = subprocess.run(["./selfcheck"], capture_output=True, text=True, cwd=source)
     assert done.returncode == 0 and done.stdout.endswith("right\n"), done.stdout
