@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("cpp-read-without-gamma", "csrc/cpu/linear_forward.h", cpp("linear-l2"),
            "o.scale_rows(gates.gamma + i)", "void(0)"),
     Mutant("cpp-resumed-chunk-stays-short", "csrc/cpu/linear_forward.h",
-           cases("core/test_identities.py::test_pieces_are_the_whole", "linear-l2-2-pieces-cpp"),
+           cases("core/test_identities.py::test_pieces_equal_the_whole", "linear-l2-2-pieces-cpp"),
            "position = 0, open_start = nullptr", "open_start = nullptr"),
     Mutant("cpp-momentum-not-carried-on", "csrc/cpu/linear_forward.h", cpp("momentum-no-state"),
            "gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S)", "void(0)"),
@@ -190,7 +190,7 @@ MUTANTS = [
            "b_uq += rho_1 * tl.sum", "b_uq += tl.sum"),
     # -------------------------------------------------------------------------------------------- Python: between functions
     Mutant("end-position-without-the-open-chunk", "python/miras_kernels/autograd.py",
-           cases("core/test_identities.py::test_pieces_are_the_whole", "linear-l2-7-pieces-cpp"),
+           cases("core/test_identities.py::test_pieces_equal_the_whole", "linear-l2-7-pieces-cpp"),
            "return (before + tokens) % call.chunk_size", "return tokens % call.chunk_size"),
     Mutant("gradients-of-a-state-in-the-wrong-places", "python/miras_kernels/autograd.py", cpp("momentum-strong-decay"),
            'for name in call.present()] + grads["state"]', 'for name in call.present()] + grads["state"][::-1]'),

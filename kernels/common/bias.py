@@ -20,9 +20,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 DOT = tl.constexpr(0)
 L2 = tl.constexpr(1)

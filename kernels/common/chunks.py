@@ -1,8 +1,7 @@
 """Which part of the work a program does, and where the tokens and chunks of its sequence lie; the legend is in kernels/README.md."""
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 #: the chunks that a launch of a chain walks: all; the one that was open before; the whole ones; the one left open; a segment
 WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))

@@ -20,7 +20,7 @@ __all__ = [
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
 CHUNK_SIZES = (16, 32, 64, 128)
-#: narrower heads are padded to MIN_TILE; tables/memories.py has the limits of each memory
+#: narrower heads are padded to this; tables/memories.py has the limits of each memory
 MIN_TILE = 16
 
 
@@ -61,7 +61,8 @@ class Key:
     def of(call) -> Key:
         bias, retention = call.bias, call.retention
         return Key(
-            call.q.shape[-1], call.v.shape[-1], padded(call.chunk_size), call.q.element_size(), bias.row_coupled, call.hidden,
+            call.q.shape[-1], call.v.shape[-1], padded(call.chunk_size), call.q.element_size(), bias.row_coupled,
+            call.hidden,
             gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
             channels=call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
@@ -251,7 +252,7 @@ class Denial(NamedTuple):
     reason: str
 
 
-#: found by the GPU benchmark, which prints rows for this table, or by offline/resources.py
+#: found by `python -m bench.gpu correctness` or by offline/resources.py
 DENIED: tuple[Denial, ...] = (
     Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w8-s2", "spills up to 40 bytes"),
     Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
@@ -301,9 +302,8 @@ def denial(architecture: str, kernel: str, config: Config) -> Denial | None:
 @functools.cache
 def toolchain(architecture: str) -> tuple[str, str]:
     """Versions of Triton and of its ptxas for an architecture."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     return triton.__version__, get_ptxas(int(architecture.removeprefix("sm_"))).version if architecture.startswith("sm_") else ""
 

@@ -19,10 +19,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from .chunks import chunk_of, chunk_program
 from .gates import CARRY, LOWEST, UNIT

@@ -8,10 +8,9 @@ momentum_weights_bwd   d log alpha and d theta with momentum, by the recursion o
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from .chunks import chunk_of, chunk_program, token_of
 from .decays import Weights

@@ -1,8 +1,7 @@
 """Loads of a chunk's token gates, decays (computed in decays.py), thresholds, errors and updates."""
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from . import bias as biases
 

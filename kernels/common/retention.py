@@ -22,9 +22,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from . import bias as biases
 

@@ -1,8 +1,7 @@
 """Loads, products and stores of tiles; the legend of names and dimensions is in kernels/README.md."""
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 #: arguments that depend on lengths or the batch: kernels are not specialised to their values
 LENGTHS = ("T", "t", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "END_ROWS", "FIRST", "GROUP")

@@ -1,21 +1,20 @@
-"""Decoding steps of the linear memory ``W' [Dk, Dv]``, one token at a time (docs/mathematics.md, section 11).
+"""Decoding steps of the linear memory ``S = W' [Dk, Dv]``, one token at a time (docs/mathematics.md, section 11).
 
-    e = W_0' k - v;  u = eta psi(e)                                              W_0 = phi(A_0) at the start of the chunk
-    mu <- theta mu;  kappa <- alpha kappa + mu                               weights of the chunk's writes; (k, -u) gets the weight 1
-    o = gamma W_0' q + rho (kappa_0 D' q + kappa_1 S_0' q + sum_i (k_i . q) kappa_i o -u_i)
+    e = S_0' k - v;  u = eta psi(e)                                              S_0 = phi(A_0) at the start of the chunk
+    mu <- theta mu;  kappa <- alpha kappa + mu                                   weights of the chunk's writes; (k, -u) is added with 1
+    o = gamma S_0' q + rho (kappa_0 D' q + kappa_1 M_0' q + sum_i (k_i . q) kappa_i o -u_i)
 
-kappa is ``weights``, mu ``momentum_weights``. ``linear_step_predict`` multiplies the matrices with k and q, one program per ``BV`` values.
-``linear_step_write`` does the rest, one program per head, and at the chunk's end stores ``A`` and ``S`` as the next chunk's start:
+``linear_step_predict`` multiplies the matrices with k and q, one program per ``BV`` values. ``linear_step_write`` does the rest, one
+program per head, and at the chunk's end stores ``A`` and ``M`` as the next chunk's start:
 
-    A = gamma A_0 + kappa_0 D + kappa_1 S_0 - sum_i k_i (kappa_i o u_i)';  S = mu_1 S_0 - sum_i mu_i k_i u_i'
+    A = gamma A_0 + kappa_0 D + kappa_1 M_0 - sum_i k_i (kappa_i o u_i)';  M = mu_1 M_0 - sum_i mu_i k_i u_i'
 """
 
 from __future__ import annotations
 
 import torch
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import bias as biases
 from ..common import retention as retentions
@@ -38,7 +37,7 @@ from .steps import (
     vector,
 )
 
-#: rows of ``products``: W_0' k, W_0' q, D' q, S_0' q
+#: rows of ``products``: S_0' k, S_0' q, D' q, M_0' q
 PRODUCTS = tl.constexpr(4)
 
 
@@ -90,7 +89,7 @@ def linear_step_write(
     i_h = tl.program_id(1).to(tl.int64)
     i_nh = i_n * H + i_h
     row = row_of(position + i_n, C)
-    gate = (i_n * T + t) * H + i_h  # the token's place in the contiguous [N, T, H, ...] gates
+    gate = (i_n * T + t) * H + i_h  # of the token in the contiguous [N, T, H, ...] gates
     start += i_nh * Dk * Dv
     left += i_nh * C * Dk
     right += i_nh * C * Dv
@@ -124,7 +123,7 @@ def linear_step_write(
         b_delta = gate_of(delta, gate, o_v, m_v, Dv, BIAS.delta == 2)
     b_u = gate_of(lr, gate, o_v, m_v, Dv, CHANNEL_LR) * biases.value(b_e, square, b_delta, BIAS)  # [BD]
 
-    # the weights after it, and what it reads of what the chunk wrote
+    # the weights after it, and its read of the chunk's own writes
     o_w, m_w = channels_of(o_v, m_v, CHANNEL_DECAY)
     alpha, b_open = decay_of(log_decay, open_log_decay, gate, o_w, m_w, W)  # [BW]
     b_read = -tl.sum(b_k * b_q) * b_u
@@ -143,7 +142,7 @@ def linear_step_write(
     b_out = tl.exp(b_open) * tl.load(p + Dv, mask=m_v, other=0.0) + scale * b_read
     store(token_of(out, out_strides, i_n, t, i_h) + o_v, b_out, m_v)
 
-    # keep the weights and the token
+    # store the weights and the token's factors
     tl.debug_barrier()
     store_first_weights(weights, momentum_weights, o_w, m_w, b_weights0, b_weights1, moves_1, W)
     for r in tl.range(0, row, BR, disable_licm=True):
@@ -167,9 +166,26 @@ def linear_step_write(
             m_t = inside(o_t, Dv, BV)
             o_x, m_x = channels_of(o_t, m_t, CHANNEL_DECAY)
             b_a = end_tile(
-                start, written, momenta, left, right, weights, momentum_weights, open_log_decay,
-                row, o_k, m_k, o_t, m_t, o_x, m_x, Dk, Dv, W, BR,
-            )  # [BK, BV]  # fmt: skip
+                start,
+                written,
+                momenta,
+                left,
+                right,
+                weights,
+                momentum_weights,
+                open_log_decay,
+                row,
+                o_k,
+                m_k,
+                o_t,
+                m_t,
+                o_x,
+                m_x,
+                Dk,
+                Dv,
+                W,
+                BR,
+            )  # [BK, BV]
             o, m = o_k[:, None] * Dv + o_t[None, :], m_k[:, None] & m_t[None, :]
             if RETENTION.matrix_coupled:
                 total += tl.sum(tl.where(m, retentions.term(b_a, 0.0, RETENTION), 0.0))

@@ -3,14 +3,13 @@
     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                       both matrices at the chunk's start
     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                                the inner gradients
     mu <- theta mu;  kappa <- alpha kappa + mu                                                weights of the chunk's writes
-    zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                            (a, -eta gu), (-eta gz, k) get the weight 1
-    R x = gamma phi(A_0) x + rho (kappa_0 D x + kappa_1 S_0 x + sum_i left_i kappa_i (right_i . x))       left and right swapped for R1'
+    zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                            (a, -eta gu), (-eta gz, k) are added with 1
+    R x = gamma phi(A_0) x + rho (kappa_0 D x + kappa_1 M_0 x + sum_i left_i kappa_i (right_i . x))        left and right swapped for R1'
 
-kappa is ``weights``, mu ``momentum_weights``. Every program has ``BH`` hidden units, a *part* of each matrix; what needs all units waits
-for the next launch:
+Every program has ``BH`` hidden units, a *part* of each matrix; what needs all units waits for the next launch:
 
     mlp_step_predict   z and W2 q of its units, and its part of u
-    mlp_step_write     gz of its units; the factors; aq of its units, its part of R1' aq without the factors, and of a_i . aq for them
+    mlp_step_write     gz of its units; stores the factors; aq of its units, its part of R1' aq without the factors, and of a_i . aq
     mlp_step_finish    the output; at the chunk's end, its part of both matrices as the next chunk's start
 
 Under a gate that couples a whole matrix, or rows of W1, which lie along the hidden units, the first part's program handles the end of a
@@ -20,9 +19,8 @@ chunk alone.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import bias as biases
 from ..common import retention as retentions
@@ -59,7 +57,7 @@ def mlp_step_predict(
     t, H, q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """``hidden [N, H, 2, Hd]``: z and W2 q. ``partial [N, H, 2, parts, D]``: of u; the second of them is ``mlp_step_write``'s."""
+    """``hidden [N, H, 2, Hd]``: z and W2 q. ``partial [N, H, 2, parts, D]``: of u; its second half is written by ``mlp_step_write``."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
@@ -88,14 +86,14 @@ def mlp_step_write(
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
     EPS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """``scores [N, H, parts, C]``: of a_i . aq. ``after [N, H, 2 (2 + C) + 1]``: weights of A and S, log gamma after it."""
+    """``scores [N, H, parts, C]``: parts of a_i . aq. ``after [N, H, 2 (2 + C) + 1]``: weights of A and S, log gamma after it."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     ROWS: tl.constexpr = 2 + C
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
     i_nh = i_n * H + i_h
     row = row_of(position + i_n, C)
-    gate = (i_n * T + t) * H + i_h  # the token's place in the contiguous [N, T, H] gates
+    gate = (i_n * T + t) * H + i_h  # of the token in the contiguous [N, T, H] gates
     left += i_nh * 2 * C * Hd
     right += i_nh * 2 * C * D
     weights += i_nh * ROWS
@@ -146,7 +144,7 @@ def mlp_step_write(
         tl.store(moves_after + 2 + row, 1.0)
         tl.store(after + 2 * ROWS + one, b_open)
     b_zq = gamma * tl.load(hidden + Hd + o_h, mask=m_h, other=0.0)  # [BH]
-    b_wq = b_u2 * tl.sum(b_k * b_q)  # what the chunk has written makes of q
+    b_wq = b_u2 * tl.sum(b_k * b_q)  # the chunk's own writes applied to q
     b_r1 = gamma * b_s1  # [BH, BD]
     if written is not None:
         if weights_0 > 0.0:
@@ -167,7 +165,7 @@ def mlp_step_write(
         b_wq += tl.sum(b_score * b_left, 0)
     b_aq = gelu(b_zq + rho_2 * b_wq)  # [BH]
 
-    # keep the token; its part of what LayerNorm and R1' need
+    # store the token's factors, and this part's sums for LayerNorm and R1'
     b_a = gelu(b_z)
     tl.store(left + row * Hd + o_h, b_a, mask=m_h)
     tl.store(left + (C + row) * Hd + o_h, b_u2, mask=m_h)

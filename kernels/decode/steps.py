@@ -1,10 +1,10 @@
 """Shared parts of both memories' decoding steps: the weights of the chunk's writes, the end of a chunk, and the launches.
 
-A step reads one token into the ``Buffers`` of ``python/miras_kernels/decode/buffers.py``, whose fields the kernels' parameters are named
-after; its definition is ``python/miras_kernels/backends/reference/step.py``. A step only multiplies matrices by vectors, so it takes as
-long as its reads: ``phi(A_0)`` once, for k and q together, and the factors of the open chunk's tokens. The arithmetic is elementwise in
-float32, without tensor cores. The token that ends its chunk writes the matrices; this is decided on the device, since every sequence has its own
-position in its chunk.
+A step reads one token into the ``Buffers`` of ``python/miras_kernels/decode/buffers.py``, whose names the kernels' parameters have; its
+definition is ``python/miras_kernels/backends/reference/step.py``. kappa: ``weights``, mu: ``momentum_weights``.
+A step only multiplies matrices by vectors, so it takes as long as its reads: ``phi(A_0)`` once, for k and q together, and the factors of
+the open chunk's tokens. The arithmetic is elementwise in float32, without tensor cores. The token that ends its chunk writes the matrices;
+this is decided on the device, since every sequence has its own position in its chunk.
 
 A token takes two or three launches. The programs of a launch may run in any order, so only a later launch reads what they write. The first
 launch advances ``position`` and no other program of that launch reads it; in the later ones the token's row is ``position - 1``.
@@ -15,9 +15,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ...tables.biases import Bias
 from ..common import bias as biases
@@ -51,16 +50,16 @@ def advance(position, C: tl.constexpr):
 
 @triton.jit
 def row_of(position, C: tl.constexpr):
-    """The token's place in its chunk, after ``position`` has moved on."""
+    """The token's place in its chunk, after ``position`` has advanced."""
     return ((tl.load(position) + C - 1) % C).to(tl.int32)
 
 
-# ----------------------------------------------------------------------------------------- weights of what a chunk has written
+# ----------------------------------------------------------------------------------------- weights of the chunk's writes
 
 
 @triton.jit
 def channels_of(o_v, m_v, CHANNEL: tl.constexpr):
-    """The columns of ``weights`` for values ``o_v``: those of its own for a channel-wise decay, else the one that all share."""
+    """The columns of ``weights`` for the values ``o_v``: their own for decays by channel, else one that all share."""
     if CHANNEL:
         return o_v, m_v
     else:
@@ -69,7 +68,7 @@ def channels_of(o_v, m_v, CHANNEL: tl.constexpr):
 
 @triton.jit
 def decay_of(log_decay, open_log_decay, row, o_w, m_w, W: tl.constexpr):
-    """``(alpha, log gamma) [BW]`` of a token: its decay, and the chunk's up to it."""
+    """``(alpha, log gamma) [BW]`` of a token: its decay, and that from the chunk's start up to it."""
     b_open = tl.load(open_log_decay + o_w, mask=m_w, other=0.0)
     b_decay = b_open * 0.0
     if log_decay is not None:
@@ -79,7 +78,7 @@ def decay_of(log_decay, open_log_decay, row, o_w, m_w, W: tl.constexpr):
 
 @triton.jit
 def first_weights(weights, momentum_weights, o_w, m_w, alpha, momentum, W: tl.constexpr):
-    """Rows 0 and 1 after the token, ``(kappa_0 [BW], kappa_1 [BW], mu_1)``: ``mu <- theta mu; kappa <- alpha kappa + mu``."""
+    """``(weights_0 [BW], weights_1 [BW], moves_1)`` after the token: ``mu <- theta mu; kappa <- alpha kappa + mu``."""
     b_weights0 = alpha * tl.load(weights + o_w, mask=m_w, other=0.0)
     b_weights1, moves_1 = alpha * 0.0, 0.0
     if momentum_weights is not None:
@@ -99,7 +98,7 @@ def store_first_weights(weights, momentum_weights, o_w, m_w, b_weights0, b_weigh
 
 @triton.jit
 def row_weights(weights, momentum_weights, o_r, m_r, o_w, m_w, alpha, momentum, W: tl.constexpr):
-    """``(weights [BR, BW], momentum_weights [BR])`` of tokens before this one, after it."""
+    """``(weights [BR, BW], momentum_weights [BR])`` of the chunk's earlier tokens, after this token."""
     b_weights = alpha[None, :] * tl.load(weights + (2 + o_r)[:, None] * W + o_w[None, :], mask=m_r[:, None] & m_w[None, :], other=0.0)
     b_moves = tl.full((o_r.shape[0],), 0.0, tl.float32)
     if momentum_weights is not None:
@@ -135,7 +134,7 @@ def end_tile(
     start, written, momenta, left, right, weights, momentum_weights, open_log_decay, row, o_k, m_k, o_v, m_v, o_w, m_w,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the matrices at the end of a chunk, by the weights after its last token: starts A and S of the next one. Returns A's."""
+    """A tile of A (returned) and S at the end of a chunk, from the weights after its last token; stored as the next chunk's start."""
     o, m = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
     b_gamma = tl.exp(tl.load(open_log_decay + o_w, mask=m_w, other=0.0))
     b_a = b_gamma[None, :] * tl.load(start + o, mask=m, other=0.0)

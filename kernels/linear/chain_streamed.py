@@ -16,9 +16,8 @@ The barriers order a program's own writes before its reads. Loads must not move 
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import bias as biases
 from ..common.chunks import HEAD, chain_program, end_of, head_of, of_chunk, segment_of, slot_of

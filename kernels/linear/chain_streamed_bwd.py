@@ -10,9 +10,8 @@ The forward is in chain_streamed.py. ``grad_v`` passes dU from the first stage t
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import bias as biases
 from ..common import retention as retentions

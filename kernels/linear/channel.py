@@ -24,10 +24,9 @@ computes dQ and dK from the dX of `channel_du_bwd`.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.gates import CARRY, load_gate, load_scale, load_update

@@ -9,9 +9,8 @@ A program has ``TILES`` tiles of values, from ``i_tile`` on, and all ``NK`` tile
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import retention as retentions
 from ..common.gates import load_total

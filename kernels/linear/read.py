@@ -10,10 +10,9 @@ where log-decays go by channel.
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.decays import Weights

@@ -17,9 +17,8 @@ needed, the transposed tile is computed (``Ga'``) or read back from memory (``Z'
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common.chunks import HEAD, SEGMENT, head_of, part_of, sequence_of, slot_of
 from ..common.gates import load_scales, load_total

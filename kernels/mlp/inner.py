@@ -13,9 +13,8 @@ enter as J1, J2 do, with Theta_C for dec.
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import bias as biases
 from ..common.chunks import of_chunk

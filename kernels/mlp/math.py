@@ -1,8 +1,7 @@
 """gelu in its tanh form and LayerNorm, with the derivatives that the MLP memory's inner gradient and its backward need."""
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
@@ -14,8 +13,8 @@ ROWS = tl.constexpr(16)
 def lanes(N: tl.constexpr, i_c, STAGE: tl.constexpr):
     """``0 ... N - 1``, for one stage of chunk ``i_c``.
 
-    Adds a zero that the compiler cannot fold (``i_c`` is below ``chunks`` of tables/memories.py), a different one in every stage. Otherwise
-    it would keep offsets, addresses and masks in registers from one stage or chunk to the next, and spill.
+    Adds a zero that the compiler cannot fold (``i_c`` is below ``chunks`` of tables/memories.py), a different one in every stage.
+    Otherwise it would keep offsets, addresses and masks in registers from one stage or chunk to the next, and spill.
     """
     return tl.arange(0, N) + (i_c >> (30 - STAGE)) * 1024
 

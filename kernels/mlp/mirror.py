@@ -8,9 +8,8 @@ A row of W1 is a column of S1; a row of W2 is a row of its tiles.
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import retention as retentions
 from ..common.tiles import inside, store

@@ -16,9 +16,8 @@ matrices.
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common.chunks import HEAD, group_program, of_chunk, slot_of, token_of
 from ..common.gates import CARRY, load_gamma, load_gate, load_scales, pair_decay

@@ -16,9 +16,8 @@ J1 and J2.
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common.chunks import HEAD, of_chunk
 from ..common.gates import CARRY, load_gamma, load_gate, load_to_end, load_total

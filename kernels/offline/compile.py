@@ -12,11 +12,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-import triton
 
 from ...decode.buffers import Buffers
 from ..common import configs, launch

@@ -24,7 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-
 import triton
 
 from ...call import Call
