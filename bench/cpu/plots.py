@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from .report import where
-
-
-def missing() -> str | None:
-    """Why nothing can be drawn, or None."""
-    return None if importlib.util.find_spec("matplotlib") else "needs matplotlib (pip install matplotlib, or the extra 'demo')"
 
 
 def draw(document: dict, folder: Path) -> Path | None:
