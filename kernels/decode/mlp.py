@@ -165,7 +165,7 @@ def mlp_step_write(
         b_wq += tl.sum(b_score * b_left, 0)
     b_aq = gelu(b_zq + rho_2 * b_wq)  # [BH]
 
-    # store the token's factors, and this part's open_log_decay for LayerNorm and R1'
+    # store the token's factors, and this part's sums for LayerNorm and R1'
     b_a = gelu(b_z)
     tl.store(left + row * Hd + o_h, b_a, mask=m_h)
     tl.store(left + (C + row) * Hd + o_h, b_u2, mask=m_h)
