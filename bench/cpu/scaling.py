@@ -151,7 +151,7 @@ def cut(inputs, axis: str, start: int, end: int):
 
 def in_parts(inputs, backend: str, axis: str, size: int) -> tuple:
     """Gradients of a call that is made in parts: of tokens, each from the final state of the one before, or of heads."""
-    function = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
+    function = inputs.case.function
     leaves, outputs, state = inputs.leaves(), [], None
     for start in range(0, getattr(inputs.case, axis), size):
         given = cut(inputs, axis, start, start + size).arguments() | {"backend": backend}
