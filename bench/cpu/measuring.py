@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -57,12 +56,3 @@ def start(module: str, asked: dict, env: dict[str, str] | None = None) -> list[d
             error = f"the measuring process failed: {lost}"
             head = {"study": asked["task"], "case": asked["case"], "threads": asked["threads"], "direction": "", "parity": {}}
             return [*lost.results, {**head, "error": error, "notes": [error]}]
-
-
-def run(module: str, jobs: Sequence[tuple[str, str, int]], settings: Settings, **options) -> list[dict]:
-    """The results of ``(study, case, threads)``, one after the other."""
-    found = []
-    for i, (study, case, threads) in enumerate(jobs, 1):
-        print(f"[{i}/{len(jobs)}] {study} {case}, {threads} threads", file=sys.stderr, flush=True)
-        found += start(module, request(study, case, threads, settings, **options))
-    return found

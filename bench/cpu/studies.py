@@ -112,7 +112,8 @@ def _variants(study: str, shape: str, threads: int, settings: Settings, changes:
     cases = {name: make_case(shape, settings, **change) for name, change in changes.items()}
     dtypes = {name: torch.bfloat16 if name == "bfloat16" else torch.float32 for name in cases}
     drawn = {name: case.draw(dtypes[name]) for name, case in cases.items()}
-    refused = {name: reason for name, inputs in drawn.items() if (reason := impl.refusal(inputs, settings.backend)) is not None}
+    asked = {name: dispatch.explain(inputs.call(), differentiate=True)[settings.backend] for name, inputs in drawn.items()}
+    refused = {name: reason for name, reason in asked.items() if reason is not None}
     gates = {name: parity(case, settings.backend, dtypes[name]) for name, case in cases.items() if name not in refused}
     for direction in directions:
         samplers = {name: timed(kernel(drawn[name], settings.backend, direction), clock_for(threads)[1]) for name in gates}
@@ -257,6 +258,6 @@ def _held(shape: str, threads: int, settings: Settings):
     return inputs, {d: timed(kernel(inputs, settings.backend, d), clock_for(threads)[1]) for d in DIRECTIONS}
 
 
-NAMES = ("shapes", "bias", "recurrence", "capability", "decay", "checkpoint", "dtype", "memory")
-STUDIES = {name: globals()[f"study_{name}"] for name in NAMES}
+STUDIES = {"shapes": study_shapes, "bias": study_bias, "recurrence": study_recurrence, "capability": study_capability, "decay": study_decay,
+           "checkpoint": study_checkpoint, "dtype": study_dtype, "memory": study_memory}  # fmt: skip
 HELPERS = {"peak": study_peak, "serve": study_serve}

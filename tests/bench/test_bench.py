@@ -321,7 +321,7 @@ def test_picture(tmp_path, monkeypatch, capsys):
     path = plots.draw({"results": [result, {**result, "direction": "forward+backward"}]}, tmp_path / "deep")
     assert path.name == "ratios.png" and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     assert plots.draw({"results": [{"study": "bias", "case": "D64 C64"}]}, tmp_path / "none") is None
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):  # before anything is measured
         program.main(cpu.PROGRAM, ["--plots", "somewhere"])
     assert "--plots: needs matplotlib" in capsys.readouterr().err
