@@ -80,6 +80,18 @@ def remainder(a, b):
     return (a - divided(a, b) * b).astype(a.dtype)
 
 
+def upper(a, b, signed: bool):
+    """The upper 64 bits of a product."""
+    halves = lambda x: (x & U64(0xFFFFFFFF), x >> U64(32))
+    (a0, a1), (b0, b1) = halves(a), halves(b)
+    middle = a1 * b0 + ((a0 * b0) >> U64(32))
+    other = a0 * b1 + (middle & U64(0xFFFFFFFF))
+    result = a1 * b1 + (middle >> U64(32)) + (other >> U64(32))
+    if signed:
+        result = result - np.where(a >> U64(63) != 0, b, U64(0)) - np.where(b >> U64(63) != 0, a, U64(0))
+    return result
+
+
 def shifted_left(a, b):
     bits = a.dtype.itemsize * 8
     return np.where(b < bits, a << np.minimum(b, bits - 1).astype(a.dtype), 0).astype(a.dtype)

@@ -79,7 +79,7 @@ def parse(text: str) -> Kernel:
 class _Body:
     def __init__(self, kernel: Kernel, files: dict[str, str]):
         self.kernel, self.files, self.scopes, self.count = kernel, files, [{}], 0
-        self.source, self.inline = "", None
+        self.source, self.inline, self.inlined = "", None, {}
 
     def read(self, text: str, start: int) -> None:
         line, at = text.count("\n", 0, start) + 1, start
@@ -117,10 +117,21 @@ class _Body:
 
     def location(self, text: str) -> None:
         if self.inline is None or self.inline == 0:
-            _, file, line, *_ = text.split()
-            self.source = f"{self.files.get(file, file)}:{line}"
+            found = re.match(r"\.loc\s+(\d+ \d+ \d+)(?:.*inlined_at (\d+ \d+ \d+))?", text)
+            self.inlined[found[1]] = found[2]
+            self.source = self.where(found[1])
         if self.inline is not None:
             self.inline += 1
+
+    def where(self, place: str) -> str:
+        """``file:line``, and in which lines of other files it is inlined."""
+        names, last = [], None
+        while place and len(names) < 5:
+            file, line, _ = place.split()
+            if file != last:
+                names.append(f"{self.files.get(file, file)}:{line}")
+            last, place = file, self.inlined.get(place)
+        return " in ".join(names)
 
     def statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):

@@ -37,6 +37,9 @@ def simple(opcode: str, expression: str, *kinds: str) -> None:
         if len(given) != len(kinds) - 1:
             raise e.unknown("unknown operands")
         values = [e.get(x, kind) for x, kind in zip(given, kinds[1:], strict=True)]
+        if opcode.startswith(("shl", "shr")) and not e.is_array(given[1]) and int(given[1], 0) < int(kinds[0][1:]):
+            e.put(to, f"({values[0]} {'<<' if opcode[2] == 'l' else '>>'} {int(given[1], 0)})", kinds[0])
+            return
         e.put(to, expression.format(**dict(zip("abcd", values, strict=False))), kinds[0], scalar=not any(map(e.is_array, given)))
 
     OPS[opcode] = emit
@@ -67,6 +70,8 @@ def integers() -> None:
             simple(f"mul.wide.{t}", product, wide, t, t)
             simple(f"mad.wide.{t}", f"({product} + {{c}})", wide, t, t, wide)
             simple(f"mul.hi.{t}", f"({product} >> {bits}).astype(np.{kind}{bits})", t, t, t)
+        else:
+            simple(f"mul.hi.{t}", f"A.upper({{a}}, {{b}}, {t[0] == 's'})", u, u, u)
         for name, sign in COMPARISONS.items():
             simple(f"setp.{name}.{t}", f"({{a}} {sign} {{b}})", "pred", t, t)
         for name, sign in UNSIGNED.items():

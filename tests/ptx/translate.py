@@ -140,7 +140,7 @@ class Emitter:
             self.taken = self.guard()
 
     def finish(self, wanted: set[str]) -> Block:
-        leaves = sorted(x for x in self.defined & wanted if not self.end[0].startswith("wgmma"))
+        leaves = sorted(x for x in self.defined & wanted if self.end[0] != "issue")
         arguments = ", ".join(["m", "ix", "n", *map(variable, self.needs)])
         results = "".join(f"{variable(x)}, " for x in leaves)
         source = f"def run({arguments}):\n" + "\n".join(f"    {x}" for x in self.lines) + f"\n    return {self.taken}, ({results})\n"
