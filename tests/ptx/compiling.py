@@ -5,6 +5,7 @@ What it compiles is kept in ``build/ptx`` between runs.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import functools
 import importlib
@@ -35,6 +36,7 @@ def worker() -> concurrent.futures.ProcessPoolExecutor:
     os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(CACHE)}
     try:
         pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        atexit.register(pool.shutdown)
         pool.submit(os.getpid).result()
     finally:
         for name, value in before.items():

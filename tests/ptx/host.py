@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from .parse import parse
 from .shadow import INITIALISED, VALID, Report, Reports, Space
 from .translate import Program
 
-__all__ = ["Faults", "execute", "on_machine"]
+__all__ = ["Faults", "Launch", "on_machine"]
 
 #: what fresh memory is filled with: not a number in float32, bfloat16 and float16. Eight such bytes count as uninitialised
 POISON = 0x7FA7
@@ -34,7 +35,7 @@ class Faults(AssertionError):
         self.reports = reports
 
 
-@functools.cache
+@functools.lru_cache(64)
 def program(ptx: str) -> Program:
     return Program(parse(ptx))
 
@@ -77,30 +78,47 @@ def _mark(valid: np.ndarray, offset: int, x: Tensor) -> None:
         np.lib.stride_tricks.as_strided(valid[offset:], shape, strides)[...] = True
 
 
-def execute(ptx: str, arguments: list, grid: tuple[int, ...], shared: int = 0, counting: bool = False) -> tuple[list[Report], Counts | None]:
-    """Run PTX on CPU tensors and numbers, its parameters in order; those that are missing are null pointers."""
-    made = program(ptx)
-    reports = Reports(made.kernel.name, made.kernel.instructions, made.kernel.threads)
-    memory = Memory([x for x in arguments if isinstance(x, Tensor)], made.granule, reports)
-    values = [FIRST + memory.offset(x) if isinstance(x, Tensor) else x for x in arguments]
-    names = [name for name, _ in made.kernel.parameters]
-    parameters = dict(zip(names, [*values, *[0] * (len(names) - len(values))], strict=True))
-    grid = (*grid, 1, 1)[:3]
-    ctas, batch = np.arange(grid[0] * grid[1] * grid[2]), max(THREADS // made.kernel.threads, 1)
-    counts = Counts(made) if counting else None
-    for i in range(0, len(ctas), batch):
-        Machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, shared, counts).run()
-    memory.back()
-    return list(reports.found.values()), counts
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """PTX, its parameters in order (CPU tensors and numbers; those that are missing are null pointers), the grid, bytes of shared memory."""
+
+    ptx: str
+    arguments: list
+    grid: tuple[int, ...]
+    shared: int = 0
+
+    def run(self, counting: bool = False) -> tuple[list[Report], Counts | None]:
+        made = program(self.ptx)
+        reports = Reports(made.kernel.name, made.kernel.instructions, made.kernel.threads)
+        memory = Memory([x for x in self.arguments if isinstance(x, Tensor)], made.granule, reports)
+        values = [FIRST + memory.offset(x) if isinstance(x, Tensor) else x for x in self.arguments]
+        names = [name for name, _ in made.kernel.parameters]
+        parameters = dict(zip(names, [*values, *[0] * (len(names) - len(values))], strict=True))
+        grid = (*self.grid, 1, 1)[:3]
+        ctas, batch = np.arange(grid[0] * grid[1] * grid[2]), max(THREADS // made.kernel.threads, 1)
+        counts = Counts(made) if counting else None
+        for i in range(0, len(ctas), batch):
+            Machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, self.shared, counts).run()
+        memory.back()
+        return list(reports.found.values()), counts
+
+    def copy(self) -> Launch:
+        """With the same bits in storages of its own."""
+        copies: dict[int, torch.UntypedStorage] = {}
+        of = lambda x: copies.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().clone())
+        moved = lambda x: torch.empty(0, dtype=x.dtype).set_(of(x), x.storage_offset(), x.shape, x.stride())
+        return dataclasses.replace(self, arguments=[moved(x) if isinstance(x, Tensor) else x for x in self.arguments])
 
 
 @contextlib.contextmanager
-def on_machine(architecture: str, allowed: Callable[[Report], bool] | None = None, receive: Callable | None = None) -> Iterator[list[Report]]:
+def on_machine(
+    architecture: str, allowed: Callable[[Report], bool] | None = None, before: Callable[[Launch], None] | None = None, fusion: bool = True
+) -> Iterator[list[Report]]:
     """Within it ``backend="triton"`` runs CPU tensors on the machine, compiled for ``sm_80`` or ``sm_90``.
 
     Args:
         allowed: reports that are collected in what this gives; others are raised.
-        receive: called with (kernel, grid, config, counts) after each launch, if given.
+        before: called with each launch before it runs. fusion: whether the compiler may fuse products and sums.
     """
     from miras_kernels.backends import triton as backend
     from miras_kernels.kernels.common import launch
@@ -110,13 +128,14 @@ def on_machine(architecture: str, allowed: Callable[[Report], bool] | None = Non
     def start(kernel, grid, config, device, arguments) -> None:
         if 0 in grid:
             return
-        made = compiling.compiled(kernel, arguments, config, architecture)
-        reports, counts = execute(made.ptx, [arguments[x] for x in made.arguments], grid, made.shared, receive is not None)
+        made = compiling.compiled(kernel, arguments, config, architecture, fusion)
+        given = Launch(made.ptx, [arguments[x] for x in made.arguments], grid, made.shared)
+        if before is not None:
+            before(given)
+        reports, _ = given.run()
         found.extend(reports)
         if refused := [x for x in reports if allowed is None or not allowed(x)]:
             raise Faults(refused)
-        if receive is not None:
-            receive(kernel, grid, config, counts)
 
     with _replaced((launch, "start", start), (launch, "architecture", lambda device: architecture), (backend, "interpreted", lambda: True)):
         with _poisoned():

@@ -17,6 +17,10 @@ from .translate import Block, Program
 __all__ = ["Hang", "Machine"]
 
 
+#: blocks that a batch of CTAs executes at most
+STEPS = 200_000
+
+
 class Hang(RuntimeError):
     """Threads wait at a barrier that not all threads of their CTA reach."""
 
@@ -87,23 +91,30 @@ class Machine:
     # ------------------------------------------------------------------------------------------------------- scheduling
 
     def run(self) -> None:
-        self.ready[0] = self.local
+        self.ready[0], steps = self.local, 0
         with np.errstate(all="ignore"):
             while self.ready:
-                place = min(self.ready)
+                place, steps = min(self.ready), steps + 1
+                if steps > STEPS:
+                    raise Hang(f"{self.program.kernel.name} does not end: {self.missing()}")
                 threads = self.ready.pop(place)
                 self.step(self.program.blocks[place], place, threads)
         if self.waiting:
-            at, threads = next(iter(self.waiting.values()))
-            raise Hang(self.missing(at, threads))
+            raise Hang(f"{self.program.kernel.name} waits for threads that do not come: {self.missing()}")
         if self.copies:
             copy = self.copies[0]
             self.reports.add("the kernel ends before an asynchronous copy is waited for", copy.at, thread=int(copy.who.thread[0]))
         self.products.end()
 
-    def missing(self, at: int, threads: np.ndarray) -> str:
-        first = self.everyone.thread[threads[0]]
-        return f"{self.program.kernel.name}: {threads.size} of {self.size} threads (one is {self.reports.place(first)}) wait at {self.program.kernel.instructions[at]}"
+    def missing(self) -> str:
+        """Where the threads are that have not ended."""
+        starts = ((self.program.blocks[place].first, threads) for place, threads in self.ready.items())
+        found = []
+        for at, threads in (*starts, *self.waiting.values()):
+            first = self.reports.place(self.everyone.thread[threads[0]])
+            count = "1 thread" if threads.size == 1 else f"{threads.size} threads"
+            found.append(f"{count} ({first}) at {self.program.kernel.instructions[at]}")
+        return "; ".join(found[:8])
 
     def go(self, place: int, threads: np.ndarray) -> None:
         if threads.size:
