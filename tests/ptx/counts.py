@@ -9,11 +9,21 @@ import numpy as np
 
 __all__ = ["Counts", "kind_of"]
 
+#: the first pattern that an opcode begins with
 KINDS = {
-    "tensor": r"mma|wgmma\.mma", "barrier": r"bar\.|barrier|fence|wgmma|cp\.async\.(commit|wait)", "shared": r"(ld|st)\.shared|ldmatrix|stmatrix",
-    "global": r"(ld|st)\.global|cp\.async", "shuffle": r"shfl|vote", "special": r"(ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh|div)\.", "fma": r"(fma|mul|add|sub).*\.f32",
-    "move": r"mov|ld\.param|cvta", "convert": r"cvt", "control": r"bra|ret|exit", "float": r".*\.f(16|32|64)|.*\.bf16", "integer": r".*",
-}  # fmt: skip
+    "tensor": r"mma|wgmma\.mma",
+    "barrier": r"bar\.|barrier|fence|wgmma|cp\.async\.(commit|wait)",
+    "shared": r"(ld|st)\.shared|ldmatrix|stmatrix",
+    "global": r"(ld|st)\.global|cp\.async",
+    "shuffle": r"shfl|vote",
+    "special": r"(ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh|div)\.",
+    "fma": r"(fma|mul|add|sub).*\.f32",
+    "move": r"mov|ld\.param|cvta",
+    "convert": r"cvt",
+    "control": r"bra|ret|exit",
+    "float": r".*\.f(16|32|64)|.*\.bf16",
+    "integer": r".*",
+}
 
 
 def kind_of(opcode: str) -> str:

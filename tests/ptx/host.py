@@ -18,13 +18,29 @@ from .parse import parse
 from .shadow import INITIALISED, VALID, Report, Reports, Space
 from .translate import Program
 
-__all__ = ["Faults", "Launch", "on_machine"]
+__all__ = ["Faults", "Launch", "known", "on_machine"]
 
 #: what fresh memory is filled with: not a number in float32, bfloat16 and float16. Eight such bytes count as uninitialised
 POISON = 0x7FA7
 FIRST, GAP = 0x7F00_0000_0000, 512
 #: threads that run side by side
 THREADS = 4096
+
+
+def known(report: Report) -> bool:
+    """Faults that are not ours, or not mended yet.
+
+    Triton before 3.7 puts no fence.proxy.async between a cp.async and a wgmma that reads its data, and lets a loop overwrite registers that
+    a wgmma still reads (triton-lang/triton pull request 9610 has the fences). The compiler adds up mirrored lanes in mirrored order, so
+    that their sums differ in the last bit, and has several of them store theirs to one place. A chain reads the checkpoint of a spare
+    segment of packed sequences, which nobody wrote, and does nothing with it.
+    """
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    of_old = ("a wgmma reads what no fence.proxy.async followed", "overwrites a register of a wgmma that was not waited for")
+    spare = report.kind == "reads uninitialised memory (global)" and "_chain_fwd" in report.kernel
+    return spare or report.kind.startswith("threads store different bits") or (old and report.kind in of_old)
 
 
 class Faults(AssertionError):
@@ -80,7 +96,7 @@ def _mark(valid: np.ndarray, offset: int, x: Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """PTX, its parameters in order (CPU tensors and numbers; those that are missing are null pointers), the grid, bytes of shared memory."""
+    """PTX, its parameters in order (CPU tensors and numbers; the rest are null pointers), the grid, bytes of shared memory."""
 
     ptx: str
     arguments: list
@@ -120,8 +136,9 @@ def on_machine(
         allowed: reports that are collected in what this gives; others are raised.
         before: called with each launch before it runs. fusion: whether the compiler may fuse products and sums.
     """
-    from miras_kernels.backends import triton as backend
     from miras_kernels.kernels.common import launch
+
+    from miras_kernels.backends import triton as backend
 
     found: list[Report] = []
 
@@ -137,9 +154,9 @@ def on_machine(
         if refused := [x for x in reports if allowed is None or not allowed(x)]:
             raise Faults(refused)
 
-    with _replaced((launch, "start", start), (launch, "architecture", lambda device: architecture), (backend, "interpreted", lambda: True)):
-        with _poisoned():
-            yield found
+    changes = ((launch, "start", start), (launch, "architecture", lambda device: architecture), (backend, "interpreted", lambda: True))
+    with _replaced(*changes), _poisoned():
+        yield found
 
 
 @contextlib.contextmanager

@@ -262,7 +262,8 @@ class Machine:
         if lost.any():
             i = int(lost.argmax())
             winner = np.flatnonzero((rows == rows[i]) & ~lost)
-            self.reports.add(f"threads store different bits to one address ({space.name})", at, at, int(who.thread[i]), int(who.thread[winner[0]]) if winner.size else -1)
+            other = int(who.thread[winner[0]]) if winner.size else -1
+            self.reports.add(f"threads store different bits to one address ({space.name})", at, at, int(who.thread[i]), other)
         # equal bits again, or by another lane of this instruction, are no race
         space.write(g, granules, who, at, same.ravel(), asynchronous)
 

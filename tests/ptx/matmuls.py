@@ -9,11 +9,11 @@ import triton
 def product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
     """``c [M, N] = A B``; each operand lies in memory by rows, or by columns."""
     o_m, o_n, o_k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
-    if A_ROWS:
+    if A_ROWS:  # noqa: SIM108  a constant
         x = tl.load(a + o_m[:, None] * K + o_k[None, :])
     else:
         x = tl.trans(tl.load(a + o_k[:, None] * M + o_m[None, :]))
-    if B_ROWS:
+    if B_ROWS:  # noqa: SIM108
         y = tl.load(b + o_k[:, None] * N + o_n[None, :])
     else:
         y = tl.trans(tl.load(b + o_n[:, None] * K + o_k[None, :]))

@@ -188,7 +188,7 @@ class Products:
         total = np.matmul(numbers(left, kind), numbers(right, kind).swapaxes(1, 2))  # [groups, 64, n]
         # register j: row 16 warp + L / 4 + 8 ((j >> 1) & 1), column 8 (j >> 2) + 2 (L % 4) + (j & 1)
         total = total.reshape(-1, 4, 2, 8, int(n) // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5).reshape(len(d), -1)
-        adds = np.zeros(threads.size, bool) if scale == "0" else registers[scale][threads] if scale in registers else np.ones(threads.size, bool)
+        adds = registers[scale][threads] if scale in registers else np.full(threads.size, scale != "0")
         for j, name in enumerate(d):
             before = registers.get(name, m.undefined(name)).copy()
             sums = np.where(adds, before[threads].view(np.float32).astype(np.float64), 0.0) + total[j]
@@ -237,9 +237,9 @@ class Products:
         bad = (writer != 0) & ~by_writer & ~by_reader
         if bad.any():
             i = int(bad.argmax())
-            m.reports.add(
-                "a wgmma reads what no fence.proxy.async followed", at, int(m.shared.written_at[granules[i]]), int(who.thread[i]), int(writer[i] & THREAD) - 1
-            )  # fmt: skip
+            written = int(m.shared.written_at[granules[i]])
+            kind = "a wgmma reads what no fence.proxy.async followed"
+            m.reports.add(kind, at, written, int(who.thread[i]), int(writer[i] & THREAD) - 1)
 
 
 def addresses(descriptors: np.ndarray, rows: int, transposed: bool, x) -> np.ndarray:

@@ -46,7 +46,7 @@ def register(ops: dict[str, Callable]) -> None:
 
 
 def call(e, line: str, operands: int = 0) -> None:
-    if e.ins.guard is not None or len(e.ins.operands) != operands and e.ins.opcode != "bar.warp.sync":
+    if e.ins.guard is not None or (len(e.ins.operands) != operands and e.ins.opcode != "bar.warp.sync"):
         raise e.unknown("unknown form")
     e.lines.append(line)
 

@@ -24,9 +24,12 @@ def width(opcode: str) -> int:
     return int(re.search(r"\.[bsuf](\d+)$", opcode)[1]) // 8
 
 
-def wgmma(x) -> str:
+def wgmma(x) -> str | None:
     """The method of matrix.Products for an instruction of its kind."""
-    return {"wgmma.fence": "fence", "wgmma.commit_group": "commit", "wgmma.wait_group": "wait"}.get(".".join(x.opcode.split(".")[:2]), "issue")
+    if re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16|f16)\.\1", x.opcode):
+        return "issue"
+    kinds = {"wgmma.fence": "fence", "wgmma.commit_group": "commit", "wgmma.wait_group": "wait"}
+    return kinds.get(x.opcode.removesuffix(".sync.aligned"))
 
 
 def simple(opcode: str, expression: str, *kinds: str) -> None:
@@ -91,17 +94,17 @@ def bits() -> None:
         simple(f"setp.eq.{t}", "({a} == {b})", "pred", t, t)
         simple(f"setp.ne.{t}", "({a} != {b})", "pred", t, t)
     for t in (*BITS, *INTEGERS, "f32", "f64"):
-        kind = "b" + t[1:]
-        simple(f"selp.{t}", "np.where({c}, {a}, {b})", kind, "f" + t[1:] if t[0] == "f" else kind, "f" + t[1:] if t[0] == "f" else kind, "pred")
         if t[0] == "f":
-            simple(f"selp.{t}", f"np.where({{c}}, {{a}}, {{b}}).astype('{'f4' if t == 'f32' else 'f8'}', copy=False)", t, t, t, "pred")
+            simple(f"selp.{t}", f"np.where({{c}}, {{a}}, {{b}}).astype('f{int(t[1:]) // 8}', copy=False)", t, t, t, "pred")
+        else:
+            kind = "b" + t[1:]
+            simple(f"selp.{t}", "np.where({c}, {a}, {b})", kind, kind, kind, "pred")
         OPS[f"mov.{t}"] = move
     simple("mov.pred", "{a}", "pred", "pred")
     simple("prmt.b32", "A.permuted({a}, {b}, {c})", "b32", "b32", "b32", "u32")
     for side, left in (("l", True), ("r", False)):
         simple(f"shf.{side}.wrap.b32", f"A.funnel({{a}}, {{b}}, {{c}}, {left})", "b32", "b32", "b32", "u32")
-    for t in ("b32",):
-        OPS[f"lop3.{t}"] = lop3
+    OPS["lop3.b32"] = lop3
     simple("neg.bf16", "({a} ^ np.uint16(0x8000))", "b16", "b16")
     simple("neg.f16", "({a} ^ np.uint16(0x8000))", "b16", "b16")
     for t in ("bf16x2", "f16x2"):
@@ -136,7 +139,7 @@ def move(e) -> None:
 def floats() -> None:
     for ftz in ("", ".ftz"):
         flush = "A.flushed" if ftz else ""
-        a, b, c = ("{}({{{}}})".format(flush, x) if ftz else f"{{{x}}}" for x in "abc")
+        a, b, c = (f"{flush}({{{x}}})" if ftz else f"{{{x}}}" for x in "abc")
         for rn in ("", ".rn"):
             for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
                 simple(f"{name}{rn}{ftz}.f32", f"{flush}({a} {sign} {b})", "f32", "f32", "f32")

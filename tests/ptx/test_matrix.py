@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-
 from miras_kernels.kernels.common.configs import Config
+
 from ptx import matmuls, matrix
 from ptx.compiling import compiled
 from ptx.host import Launch
@@ -52,8 +52,8 @@ def test_products_of_warps(architecture, a_rows, b_rows):
         multiply(architecture, torch.float16, 16, 64, 16, a_rows, b_rows, warps=1)
 
 
-@pytest.mark.parametrize("seen", [pytest.param(False, id="few"), slow(True)])
-def test_products_of_warpgroups(seen, monkeypatch):
+@pytest.mark.parametrize("every", [pytest.param(False, id="few"), slow(True)])
+def test_products_of_warpgroups(every, monkeypatch):
     """wgmma with operands of every swizzle, by rows and by columns, and for several n."""
     forms, addresses = set(), matrix.addresses
 
@@ -62,13 +62,16 @@ def test_products_of_warpgroups(seen, monkeypatch):
         return addresses(descriptors, rows, transposed, x)
 
     monkeypatch.setattr(matrix, "addresses", noted)
-    sizes = [(16, 16), (32, 32), (64, 64)] if not seen else [(16, 16), (16, 64), (32, 32), (32, 128), (64, 16), (64, 64), (128, 32), (128, 256)]
+    sizes = [(16, 16), (32, 32), (64, 64)]  # (keys, columns)
+    if every:
+        sizes += [(16, 64), (32, 128), (64, 16), (128, 32), (128, 256)]
     for i, (k, n) in enumerate(sizes):
-        for a_rows, b_rows in ROWS if seen else (ROWS[0], ROWS[3]):
-            ptx = multiply("sm_90", (torch.bfloat16, torch.float16)[i % 2], 64 if k < 128 else 128, n, k, a_rows, b_rows, 4 if k < 128 else 8)
+        for a_rows, b_rows in ROWS if every else (ROWS[0], ROWS[3]):
+            rows, warps = (64, 4) if k < 128 else (128, 8)
+            ptx = multiply("sm_90", (torch.bfloat16, torch.float16)[i % 2], rows, n, k, a_rows, b_rows, warps)
             assert f"wgmma.mma_async.sync.aligned.m64n{n}k16" in ptx or n > 64
     assert {swizzle for swizzle, _ in forms} == {1, 2, 3} and {transposed for _, transposed in forms} == {False, True}
-    if seen:
+    if every:
         assert forms == {(swizzle, transposed) for swizzle in (1, 2, 3) for transposed in (False, True)}
 
 

@@ -127,7 +127,10 @@ class Emitter:
                     self.read(name)
             for name in matrix.results(x):
                 self.defined.add(name)
-            self.end = (table.wgmma(x), 0)
+            kind = table.wgmma(x)
+            if kind is None or not self.always:
+                raise self.unknown("unknown instruction")
+            self.end = (kind, 0)
         elif x.opcode.startswith("bra"):
             self.end = ("branch", self.program.block_of[self.program.kernel.labels[x.operands[0]]])
         elif x.opcode in ("ret", "exit"):
