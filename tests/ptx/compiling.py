@@ -65,11 +65,10 @@ def compiled(kernel, arguments: dict, config, architecture: str, fusion: bool = 
 
 
 def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[str], fusion: bool) -> Compiled:
+    import triton
     from miras_kernels.kernels.common import launch
     from miras_kernels.kernels.offline import compile as offline
     from triton.backends.nvidia.compiler import CUDABackend
-
-    import triton
 
     CUDABackend.make_cubin = lambda self, *_: b""
     kernel = getattr(importlib.import_module(module), name)
