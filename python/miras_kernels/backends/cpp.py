@@ -13,6 +13,7 @@ from torch import Tensor
 from ..call import Call
 from ..dispatch import kept_states_like
 from ..options import options
+from .reference.blocks import block_tokens
 
 __all__ = ["CppBackend"]
 
@@ -72,8 +73,9 @@ class CppBackend:
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
         out, dual, carried, start, log_decay, saved = run(
-            *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, checkpoint_every, call.output_final_state
-        )
+            *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, _interval(call, checkpoint_every),
+            call.output_final_state, *_block(call),
+        )  # fmt: skip
         matrices = [dual, start] if call.momentum is None else [dual, carried, start]
         final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
         return out, [*final, log_decay], [saved] if checkpoint_every else []
@@ -99,14 +101,15 @@ class CppBackend:
         return Steps(self.extension, call)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return kept_states_like(call, checkpoint_every)
+        size = block_tokens(call) or call.chunk_size
+        return kept_states_like(call.replace(chunk_size=size), _interval(call, checkpoint_every))
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
         duals = len(call.state.dual)
         *grads, d_dual, d_carried = run(
             *_inputs(call), _offsets(call), saved[0], grad_out, _matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:]),
-            *_rules(call), call.chunk_size, checkpoint_every,
+            *_rules(call), call.chunk_size, _interval(call, checkpoint_every), *_block(call),
         )  # fmt: skip
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
         state = [d_dual] if call.momentum is None else [d_dual, d_carried]
@@ -156,6 +159,17 @@ def _offsets(call: Call) -> Tensor | None:
 def _rules(call: Call) -> list[tuple[int, tuple[float, ...]]]:
     """The bias and the retention gate: their tags and parameters."""
     return [(row.tag, row.parameters) for row in (call.bias, call.retention)]
+
+
+def _block(call: Call) -> tuple[int, ...]:
+    """The linear kernels' argument ``block``."""
+    return () if call.memory == "mlp" else (block_tokens(call),)
+
+
+def _interval(call: Call, checkpoint_every: int) -> int:
+    """How many chunks, or blocks of chunks, share a saved state."""
+    size = block_tokens(call)
+    return max(1, checkpoint_every * call.chunk_size // size) if checkpoint_every and size else checkpoint_every
 
 
 def _load() -> tuple[object | None, str | None]:

@@ -49,7 +49,7 @@ class ReferenceBackend:
             return []
         b, _, h, dk = call.q.shape
         n, dv, dual = derived.saved_chunks(call), call.v.shape[-1], call.state.dual[0]
-        return [dual.new_empty(b, h, n, dv, dk), dual.new_empty(b, h, n, call.chunk_size, dv)]
+        return [dual.new_empty(b, h, n, dv, dk), dual.new_empty(b, h, n, derived.saved_tokens(call), dv)]
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         grad_out = grad_out.to(saved[0].dtype)
