@@ -1,4 +1,4 @@
-// Exact steps of the L2 bias, a block of tokens at a time (docs/mathematics.md, section 12): what forward and backward share.
+// Exact steps of the L2 bias, a block of tokens at a time (docs/mathematics.md, section 13): what forward and backward share.
 //
 // A block holds whole chunks of `chunk` tokens. Where the errors of a chunk are taken, b(t) tokens of the block have been read; with
 // L_ts = gamma_t / gamma_s and r_t = gamma_b(t)

@@ -1,4 +1,4 @@
-// Backward of the linear memory with exact steps of the L2 bias, in blocks of C tokens (docs/mathematics.md, section 12), blocks from last
+// Backward of the linear memory with exact steps of the L2 bias, in blocks of C tokens (docs/mathematics.md, section 13), blocks from last
 // to first, J = gradient of the state a block ends with:
 //
 //   Y   = -P' dO - to_end * (K J') - G' dE    dE = eta * Y    d eta_t = Y_t . E_t    dV = -dE         P = L o Q K'

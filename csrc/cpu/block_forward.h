@@ -1,4 +1,4 @@
-// Forward of the linear memory with exact steps of the L2 bias, in blocks of C tokens (docs/mathematics.md, section 12):
+// Forward of the linear memory with exact steps of the L2 bias, in blocks of C tokens (docs/mathematics.md, section 13):
 //
 //   E, U (see block.h)    O = gamma * (Q A_0') - (L o Q K') U    A_C = gamma_C A_0 - sum_s (gamma_C / gamma_s) U_s k_s'
 //
@@ -10,7 +10,7 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BlockForwardScratch {
-  float *A, *A0;     // [Dk x Dvp]  current state; that at the start of a chunk that was open before the call
+  float *A, *A0;     // [Dk x Dvp]  current state; that at the start of a chunk that is open where the call begins or ends
   float* KT;         // [Dk x Cp]
   float *Q, *V, *O;  // [C x Dkp], [C x Dvp] twice: only where the tensors cannot be used in place
   float *U, *U_end;  // [C x Dvp]
@@ -21,7 +21,7 @@ struct BlockForwardScratch {
 
   MIRAS_FN BlockForwardScratch(Arena& a, const LinearForward& p) : gates(a, p), weights(a, p) {
     const int cp = round_up(p.C, kPad), dkp = round_up(p.Dk, kPad), dvp = round_up(p.panel_width, kPad);
-    A = a.take(p.Dk, dvp), A0 = a.take(p.Dk, p.start ? dvp : 0);
+    A = a.take(p.Dk, dvp), A0 = a.take(p.Dk, p.start || p.final_start ? dvp : 0);
     KT = a.take(p.Dk, cp);
     Q = a.take(p.C, dkp), V = a.take(p.C, dvp), O = a.take(p.C, dvp);
     U = a.take(p.C, dvp), U_end = a.take(p.C, dvp);
@@ -52,7 +52,7 @@ struct BlockForwardTask {
   void put(const StateTensor& to, const float* state) { write_state(to, n, h, task.first, task.dv, dk, state, dvp, s.spare); }
 
   void read_out(Rows Q, WriteSoon out_soon, ReadSoon k_soon);
-  void block(const float* predicting, int next);
+  void block(const float* predicting, int start, int next);
   void run();
 };
 
@@ -79,8 +79,9 @@ void BlockForwardTask::read_out(Rows Q, WriteSoon out_soon, ReadSoon k_soon) {
   if (!out.in_place()) out.write(c, s.O, dvp);
 }
 
-// c tokens, whose first chunk takes its errors at the state `predicting`; `next` tokens come after them.
-void BlockForwardTask::block(const float* predicting, int next) {
+// c tokens, whose first chunk takes its errors at the state `predicting`; `next` tokens come after them. Leaves the state before token
+// `start`, if that is not negative, in A0.
+void BlockForwardTask::block(const float* predicting, int start, int next) {
   s.gates.read(p, b, token, h, c);
   s.weights.read(s.gates, c);
   keys(p.k).transpose_in(c, s.KT, cp);
@@ -97,6 +98,11 @@ void BlockForwardTask::block(const float* predicting, int next) {
   key_scores(s.weights, c, dk, s.KT, cp, s.G, ReadSoon());
   solve_errors(s.gates, s.weights, c, dk, dvp, errors, ReadSoon(keys(p.q), c));
   read_out(Q, WriteSoon(values(p.out), c), k_soon);
+  if (start == 0) __builtin_memcpy(s.A0, s.A, size_t(dk) * dvp * sizeof(float));
+  if (start > 0) {
+    weigh_rows(start, dvp, s.weights.row(start - 1), s.U, s.V);
+    advance(start, dk, s.KT, cp, s.V, dvp, {s.A, s.gates.end(start)}, s.A0, ReadSoon());
+  }
   advance(c, dk, s.KT, cp, s.gates.decays ? s.U_end : s.U, dvp, {s.A, s.gates.end(c)}, s.A, v_soon);
 }
 
@@ -106,34 +112,26 @@ void BlockForwardTask::run() {
   int position = p.position ? int(p.position[n]) : 0;
   float log_decay = position && p.open_log_decay ? p.open_log_decay[n * p.H + h] : 0.0f;
   if (position) read_state(p.start, n, h, task.first, task.dv, dk, s.A0, dvp);
-  bool start_written = false;
-
   const int64_t span = int64_t(p.C) * p.checkpoint_every;
   for (int64_t t = 0; t < length;) {
     const int64_t left = length - t;
-    const int whole = position ? p.chunk - position : p.C;  // an open chunk is a block of its own, and so is one that stays open
+    const int whole = position ? p.chunk - position : p.C;  // the rest of an open chunk is a block of its own
     c = int(left < whole ? left : whole);
-    if (!position && c > p.chunk) c = c / p.chunk * p.chunk;
     token = p.begin(n) + t;
-    const bool closes = (position + c) % p.chunk == 0;
+    const int open = (position + c) % p.chunk;  // tokens of the chunk that stays open, 0 if none does
     if (p.saved && t % span == 0) {
       float* to = p.saved + ((p.slot(n) + t / span) * p.H + h) * dk * p.Dv + task.first;
       copy_out(s.A, dvp, dk, task.dv, to, p.Dv);
     }
-    if (!closes && p.final_start) {
-      put(p.final_start, position ? s.A0 : s.A);
-      start_written = true;
-    }
-    block(position ? s.A0 : s.A, int(left - c < p.C ? left - c : p.C));
-    if (!position) log_decay = 0.0f;
-    for (int i = 0; i < c && s.gates.decays; ++i) log_decay += s.gates.log_decay[i];
-    if (closes) log_decay = 0.0f;
+    block(position ? s.A0 : s.A, open && !position && p.final_start ? c - open : -1, int(left - c < p.C ? left - c : p.C));
+    if (!position || !open) log_decay = 0.0f;
+    for (int i = open > c ? 0 : c - open; i < c && s.gates.decays; ++i) log_decay += s.gates.log_decay[i];
     t += c;
-    position = closes ? 0 : position + c;
+    position = open;
   }
 
   if (p.final_dual) put(p.final_dual, s.A);
-  if (p.final_start && !start_written) put(p.final_start, position ? s.A0 : s.A);  // nothing came in, or the end is a boundary
+  if (p.final_start) put(p.final_start, position ? s.A0 : s.A);
   if (p.final_log_decay && task.panel == 0) p.final_log_decay[n * p.H + h] = log_decay;
 }
 

@@ -136,7 +136,7 @@ def mlp_memory(
     return _run(call, backend)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **arguments) -> dict[str, str | None]:
+def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **arguments) -> dispatch.Explanation:
     """Which backends could serve a call, without running it.
 
     Takes the arguments of :func:`linear_memory`, or of :func:`mlp_memory` if ``ln_weight`` is among them.
@@ -144,7 +144,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | Non
     Returns:
         For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it refuses the
         call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
-        ``backend="auto"`` takes the first one with None.
+        ``backend="auto"`` takes the first one with None. The attribute ``algorithms`` says of those how they would compute it: in chunks,
+        with exact steps in blocks, or token by token.
     """
     defaults = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
                     output_final_state=False, cu_seqlens=None)  # fmt: skip

@@ -80,6 +80,9 @@ class CppBackend:
         final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
         return out, [*final, log_decay], [saved] if checkpoint_every else []
 
+    def block_tokens(self, call: Call) -> int:
+        return block_tokens(call)
+
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are read one by one."""
         return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS[call.memory]

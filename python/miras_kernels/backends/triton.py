@@ -80,6 +80,9 @@ class TritonBackend:
             return "it does not differentiate from a state that was cut inside a chunk"
         return None
 
+    def block_tokens(self, call: Call) -> int:
+        return 0
+
     def decodes(self, call: Call) -> bool:
         """Whether so few tokens are read one by one, if no backward will come."""
         return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS

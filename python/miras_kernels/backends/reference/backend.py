@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...call import Call
 from . import derived, step
+from .blocks import block_tokens
 
 
 class ReferenceBackend:
@@ -26,6 +27,9 @@ class ReferenceBackend:
 
     def environment(self, device: torch.device) -> dict[str, str]:
         return {}
+
+    def block_tokens(self, call: Call) -> int:
+        return block_tokens(call) if derived.covers(call) else 0
 
     def decodes(self, call: Call) -> bool:
         return False

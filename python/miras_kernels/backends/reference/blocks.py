@@ -1,4 +1,4 @@
-"""Exact steps of the L2 bias, a block of tokens at a time (docs/mathematics.md, section 12), with the backward derived by hand.
+"""Exact steps of the L2 bias, a block of tokens at a time (docs/mathematics.md, section 13), with the backward derived by hand.
 
 For the squared error the writes of a block solve a unit lower triangular system (the WY form of the delta rule), so that a short chunk
 costs about what a long one does. A block holds whole chunks; how many is not part of the model.
