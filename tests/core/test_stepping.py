@@ -88,7 +88,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_a_block_that_reads_in_place_takes_whole_rows_only(name):
     block = MemoryBlock(24, 3)
     reader = BlockDecoder(block, block.start(2))
-    with pytest.raises(ValueError, match=f"{name}: a BlockDecoder reads every row whole; expected None, got Tensor"):
+    with pytest.raises(ValueError, match=f"{name}: with a BlockDecoder rows have no padding and are not packed; expected None, got Tensor"):
         block(torch.randn(2, 1, 24), initial_state=reader, **{name: torch.ones(2, 1)})
 
 

@@ -13,9 +13,11 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import dispatch, verification
-from miras_kernels.__main__ import _Elsewhere, main
-from miras_kernels.testing import trial
-from miras_kernels.validation import linear_call
+from miras_kernels.__main__ import main
+from miras_kernels.cli.explain import Placeholder
+from miras_kernels.tables.memories import LINEAR
+from miras_kernels.testing import verifying
+from miras_kernels.validation import make_call
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 KEY = "linear l2 l2 float32"
@@ -137,7 +139,7 @@ def test_a_wrong_kernel_is_found_and_left_alone(monkeypatch, capsys, plant, mode
     assert taken(**wrong, bias=mk.L1()) == "cpp"
     reason = mk.explain(*tokens(**wrong))["cpp"]
     assert reason.startswith("failed verification on 20") and what in reason and reason.endswith("miras_kernels verify after updating")
-    x = linear_call(*tokens(**wrong), None, **SETTINGS)
+    x = make_call(LINEAR, *tokens(**wrong), None, **SETTINGS)
     assert dispatch.choose("auto", x, mode == "sequence") == "reference" and dispatch.choose("cpp", x, True) == "cpp"
     main(["info"])
     assert "2 configurations, 1 failed" in capsys.readouterr().out
@@ -170,14 +172,14 @@ def test_what_is_raised_is_a_failure_but_for_lack_of_memory(monkeypatch):
 
 
 def test_a_case_that_cannot_be_drawn_says_nothing(monkeypatch):
-    monkeypatch.setattr(trial.Case, "_kink_distance", lambda self, inputs: 0.0)
+    monkeypatch.setattr(verifying.Case, "_kink_distance", lambda self, inputs: 0.0)
     found = verify(bias=mk.Huber("norm"), key_dim=2, chunk_size=2)
-    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps its distance from the kink" in str(found)
+    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps a distance from the kink" in str(found)
 
 
 def test_a_device_that_answers_no_more_says_nothing(monkeypatch):
     wrong_forward(dispatch.BACKENDS["cpp"], monkeypatch)
-    monkeypatch.setattr(trial, "_answers", lambda device: False)
+    monkeypatch.setattr(verifying, "_still_works", lambda device: False)
     assert [x.status for x in verify().outcomes] == ["failed", "not verified"]
 
 
@@ -194,7 +196,7 @@ def test_own_sizes_count_for_themselves(monkeypatch):
 
 def test_what_is_tried_covers_the_table():
     """Every bias with every gate for both memories, the plainest first; each with packing, momentum and gates by channel."""
-    pairs = trial._pairs(None, None, None, None)
+    pairs = verifying._pairs(None, None, None, None)
     kinds = [(x.memory, x.bias.name, x.retention.name) for x, _ in pairs]
     assert len(set(kinds)) == len(kinds) == 2 * len(mk.biases.TABLE) * len(mk.retention.TABLE)
     assert kinds[:2] == [("linear", "l2", "l2"), ("mlp", "l2", "l2")] and all("l2" in kind[1:] for kind in kinds[:26])
@@ -242,9 +244,9 @@ def test_the_time_limit(cache, monkeypatch, capsys):
         tried.append(self.key)
         return "wrong" if self.key.startswith("mlp") else None
 
-    monkeypatch.setattr(trial.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(trial._Trial, "_wrong", wrong)
-    monkeypatch.setattr(trial, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
+    monkeypatch.setattr(verifying.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(verifying._Check, "_wrong", wrong)
+    monkeypatch.setattr(verifying, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
     some = dict(bias=mk.L2(), retention=mk.L2Retention(), device="cpu")
     first = mk.verify(**some, seconds=2.5)  # both cases of one configuration, one of the next
     assert [x.status for x in first.outcomes] == ["passed", "not verified", "not verified", "not verified"]
@@ -256,7 +258,7 @@ def test_the_time_limit(cache, monkeypatch, capsys):
     tried.clear()
     mk.verify(**some)
     assert [x.split()[0] for x in tried] == ["linear"] * 4 + ["mlp"] * 2
-    monkeypatch.setattr(trial.time, "monotonic", itertools.count(0, 100).__next__)
+    monkeypatch.setattr(verifying.time, "monotonic", itertools.count(0, 100).__next__)
     assert main(COMMAND.split()) == 2 and "1 " not in capsys.readouterr().out
 
 
@@ -321,7 +323,7 @@ def test_a_folder_that_cannot_be_used(cache, monkeypatch):
     with pytest.warns(UserWarning, match="results of verification are ignored"):
         assert taken() == "cpp"
     found = verify()
-    assert found.ok and "the results are not kept: " in str(found)
+    assert found.ok and "the results could not be stored: " in str(found)
     assert len(verification.results("cpp", CPU)) == 2  # this process knows
     forget(monkeypatch)
     monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError("no")))
@@ -403,13 +405,13 @@ def gpu(monkeypatch):
 
     def call(t: int = 20, dim: int = 64, **settings):
         def make(*shape):
-            x = torch.empty(*shape, device="meta").as_subclass(_Elsewhere)
+            x = torch.empty(*shape, device="meta").as_subclass(Placeholder)
             x.where = GPU
             return x
 
         x = make(1, t, 1, dim)
         given = SETTINGS | dict(initial_state=make(1, dim, dim)) | settings
-        return linear_call(x, x, x, make(1, t, 1), None, **given)
+        return make_call(LINEAR, x, x, x, make(1, t, 1), None, **given)
 
     return call
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ...call import Call
 from ...state import MemoryState
 from ...tables.biases import L2
+from ...tables.memories import LINEAR
 from ...tables.retention import L2Retention
 from .chunkwise import Layout, _decay, _nothing, _per_chunk
 from .sequences import final_state
@@ -28,7 +29,7 @@ BLOCK, SHORT = 32, 16
 def block_tokens(call: Call) -> int:
     """How many tokens a block of this call has, or 0 where it is not computed in blocks."""
     scalar = call.lr.dim() == 3 and (call.log_decay is None or call.log_decay.dim() == 3)
-    exact = call.memory == "linear" and isinstance(call.bias, L2) and isinstance(call.retention, L2Retention) and call.momentum is None
+    exact = call.memory is LINEAR and isinstance(call.bias, L2) and isinstance(call.retention, L2Retention) and call.momentum is None
     return BLOCK // call.chunk_size * call.chunk_size if exact and scalar and call.chunk_size < SHORT else 0
 
 
