@@ -9,6 +9,7 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import _C
+from miras_kernels.__main__ import main
 from miras_kernels.backends.reference import blocks, definition
 from miras_kernels.testing import Case, check, evaluate, relative_error
 from miras_kernels.testing.parity import ARITHMETIC
@@ -133,3 +134,10 @@ def test_explain_says_what_is_computed_in_blocks():
     with torch.no_grad():
         detached = {name: x.detach()[:, :2] if isinstance(x, torch.Tensor) and name != "initial_state" else x for name, x in given.items()}
         assert mk.explain(**{**detached, "initial_state": None}).algorithms["cpp"] == "token by token"
+
+
+def test_the_command_line_says_so_too(capsys):
+    main(["explain", "--chunk", "1", "--dim", "16"])
+    assert "cpp        can serve it, exact steps in blocks of 32 tokens" in capsys.readouterr().out
+    main(["explain", "--chunk", "1", "--dim", "16", "--bias", "l1"])
+    assert "blocks" not in capsys.readouterr().out
