@@ -112,7 +112,7 @@ struct BlockBackwardTask {
   void key_gradient(int64_t block, const ChunkView& dkeys, ReadSoon soon);
   void decay_gradients(int64_t block, const float* A);
   void state_gradient(int c, ReadSoon soon);
-  void block_backward(int64_t block, int64_t kept);
+  void block_backward(int64_t block, int64_t i);
   void run();
 };
 
@@ -127,7 +127,7 @@ void BlockBackwardTask::begin(int64_t block) {
 // Blocks [first, last) forward once more: states, errors and G.
 void BlockBackwardTask::recompute(int64_t first, int64_t last) {
   const int64_t slot = p.slot(n) + first / p.checkpoint_every;
-  copy_in(p.saved + (slot * p.H + h) * dk * p.Dv + task.first, p.Dv, dk, task.dv, s.A, dvp);
+  copy_in(p.checkpoints + (slot * p.H + h) * dk * p.Dv + task.first, p.Dv, dk, task.dv, s.A, dvp);
   for (int64_t block = first; block < last; ++block) {
     const int c = tokens(block);
     const index_t i = block - first;
@@ -276,9 +276,9 @@ void BlockBackwardTask::state_gradient(int c, ReadSoon soon) {
   });
 }
 
-void BlockBackwardTask::block_backward(int64_t block, int64_t kept) {
+void BlockBackwardTask::block_backward(int64_t block, int64_t i) {
   const int c = tokens(block);
-  const float *const A = s.A + kept * state, *const E = s.E + kept * p.C * dvp, *const G = s.G + kept * p.C * cp;
+  const float *const A = s.A + i * state, *const E = s.E + i * p.C * dvp, *const G = s.G + i * p.C * cp;
   const TokenTensor dq_part = part(p.dq, p.key_part, p.grad_dtype), dk_part = part(p.dk, p.key_part, p.grad_dtype);
   const ChunkView dq = keys(dq_part, p.grad_dtype, block), dkeys = keys(dk_part, p.grad_dtype, block);
   const int next = block > 0 ? p.C : 0;  // tokens of the block to come, the one before

@@ -106,10 +106,10 @@ FACTORS += [{"ATEN_CPU_CAPABILITY": path} for path in ("default", "avx2", "avx51
 def test_all_code_paths_of_this_cpu_are_within_their_budgets(i):
     """One factor varied at a time, on a sample of cases with other seeds; kernels and reference."""
     program = (
-        f"import sys; sys.path[:0] = {[str(TESTS), str(TESTS / 'cpp')]!r}\n"
-        "import dataclasses, torch; import test_cpp; from miras_kernels.testing import check\n"
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}]\n"
+        "import dataclasses, torch; from served import SERVED; from miras_kernels.testing import check\n"
         f"torch.set_num_threads({FACTORS[i].get('threads', '1')})\n"
-        f"for n, case in enumerate(test_cpp.SERVED[{i}::10]):\n"
+        f"for n, case in enumerate(SERVED[{i}::10]):\n"
         f"    case = dataclasses.replace(case, seed=case.seed + 7919 * {i + 1} + n)\n"
         "    for backend, dtype in (('cpp', (torch.float32, torch.bfloat16)[n % 4 == 3]), ('reference', torch.float32)):\n"
         "        report = check(case, backend, dtype)\n"

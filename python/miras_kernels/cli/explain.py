@@ -1,9 +1,10 @@
-"""``explain``: what each backend says about a call, and the one that "auto" takes."""
+"""``explain``: which backends can serve a call, and the one that "auto" takes."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory_arguments(parser)
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="need not be there: nothing is computed")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="need not exist here: nothing is computed")
     parser.add_argument("--decay", choices=("none", "scalar", "channel"), default="scalar")
     parser.add_argument("--lr", choices=("scalar", "channel"), default="scalar")
     parser.add_argument("--momentum", action="store_true")
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Placeholder(torch.Tensor):
     """A tensor without data that reports any device. PyTorch's own fake tensors import its compiler, and triton."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    where: Any
     device = property(lambda self: self.where)
 
 
@@ -39,7 +41,7 @@ def _example(args: argparse.Namespace) -> dict[str, str | None]:
     wide = torch.float64 if args.dtype == "float64" else torch.float32
 
     def make(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
-        x = torch.empty(*shape, dtype=dtype, device="meta").as_subclass(Placeholder)
+        x: Placeholder = torch.empty(*shape, dtype=dtype, device="meta").as_subclass(Placeholder)
         x.where = torch.device(args.device)
         return x
 
@@ -61,7 +63,7 @@ def _example(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what each backend says about a call, and the one that "auto" takes."""
+    """Print whether each backend can serve a call, and the one that "auto" takes."""
     try:
         reasons = _example(args)
     except (TypeError, ValueError) as error:

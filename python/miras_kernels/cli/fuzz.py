@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Try random calls against the reference; 1 if one was wrong."""
     from ..testing import fuzzing
 
-    names = fuzzing.backends(args.backend)
+    names = list(fuzzing.backends(args.backend))
     for name in names:
         reason = dispatch.unavailable(name)
         if reason is not None:

@@ -38,7 +38,7 @@ def _transformers() -> str:
 
 def _cpu() -> str:
     threads = f"{torch.get_num_threads()} threads"
-    extension = dispatch.BACKENDS["cpp"].extension
+    extension = getattr(dispatch.BACKENDS["cpp"], "extension", None)
     if extension is None:
         return f"{platform.machine()}, {threads}"
     asked = os.environ.get("MIRAS_CPU_CAPABILITY")

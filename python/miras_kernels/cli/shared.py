@@ -1,10 +1,11 @@
-"""What several subcommands use: parsers of arguments, and the rows that they print."""
+"""Shared by the subcommands: parsers of arguments, and printing of rows."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -34,10 +35,10 @@ def rows_by_name(table: dict) -> dict:
     return {row.name: row for row in table.values()}
 
 
-def row_parser(table: dict, what: str) -> Callable[[str], object]:
+def row_parser(table: dict, what: str) -> Callable[[str], Any]:
     """A parser of ``NAME`` or ``NAME:PARAMETER,...`` for a table of biases or gates."""
 
-    def parse(text: str) -> object:
+    def parse(text: str) -> Any:
         name, _, numbers = text.partition(":")
         rows = rows_by_name(table)
         if name not in rows:

@@ -25,7 +25,7 @@ def _dtype(text: str) -> torch.dtype:
 
 
 def _biases(text: str) -> tuple[biases.Bias, ...]:
-    """Biases with commas between them, as between the parameters of one: a number belongs to the name before it."""
+    """A list of biases. Commas also separate the parameters of one: a number belongs to the name before it."""
     if text == "all":
         return tuple(biases.TABLE.values())
     found: list[str] = []
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=numbers, default=(2048,), metavar="N,...",
                         help="T (default: 2048; any serves all, if the number of heads is a multiple of 16)")  # fmt: skip
     parser.add_argument("--heads", type=numbers, default=(16,), metavar="N,...", help="H (default: 16, which serves its multiples)")
-    parser.add_argument("--target", choices=warmup.TARGETS, help="compile for a chip that is not here, and print what the code needs")
+    parser.add_argument("--target", choices=warmup.TARGETS, help="compile for a chip of another machine, and print what the code needs")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..decode.decoder import Decoder
-from ..decode.stepping import step
+from ..decode import Decoder, step
 from ..state import MemoryState, OpenChunk
 from .presets import Preset
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.reference import chunkwise
 from ..call import Call
-from ..decode.decoder import Decoder
+from ..decode import Decoder
 from ..memory import linear_memory, mlp_memory
 from ..state import MemoryState
 from .cases import Case, Inputs
