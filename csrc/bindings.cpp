@@ -92,11 +92,9 @@ void set_block(LinearParams& p, int64_t block) {
 }
 
 // (out, final dual, final momenta, final start, final open_log_decay, checkpoints), empty if absent
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state,
-                                                                          const OpenChunkTuple<Tensor>& open_chunk,
-                                                                          const OptionalTensor& cu_seqlens, const RuleTuple& rules,
-                                                                          int64_t checkpoint_every, bool output_final_state,
-                                                                          int64_t block) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const OpenChunkTuple<Tensor>& open_chunk,
+               const OptionalTensor& cu_seqlens, const RuleTuple& rules, int64_t checkpoint_every, bool output_final_state, int64_t block) {
   const Tokens x(tokens_);
   const auto& [start, position, open_log_decay] = open_chunk;
   LinearForward p;

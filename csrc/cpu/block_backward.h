@@ -15,18 +15,18 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BlockBackwardScratch {
-  float *A, *E, *G;                     // [segment] of [Dk x Dvp], [C x Dvp], [C x Cp]
-  float* J;                             // [Dk x Dvp]
-  float *A_plain, *J_plain;             // [Dv x Dkp]  not transposed
-  float* KT;                            // [Dk x Cp]
-  float *K, *Q, *dX;                    // [C x Dkp]   dX: dQ, dK where they cannot be written in place
-  float *V, *dO, *dO_gamma, *dE, *dE_r; // [C x Dvp]   dO_gamma, dE_r: gamma dO and r dE, only where decays are given
-  float *U, *U_end;                     // [C x Dvp]
-  float* UT;                            // [Dv x Cp]
-  float *P, *N, *X, *F;                 // [C x Cp]
-  float *deta, *dlog;                   // [Cp]
-  float *read_sums, *write_sums;        // [Cp]
-  float* error_sums;                    // [Cp]  r_t dE_t.A_0 k_t
+  float *A, *E, *G;                      // [segment] of [Dk x Dvp], [C x Dvp], [C x Cp]
+  float* J;                              // [Dk x Dvp]
+  float *A_plain, *J_plain;              // [Dv x Dkp]  not transposed
+  float* KT;                             // [Dk x Cp]
+  float *K, *Q, *dX;                     // [C x Dkp]   dX: dQ, dK where they cannot be written in place
+  float *V, *dO, *dO_gamma, *dE, *dE_r;  // [C x Dvp]   dO_gamma, dE_r: gamma dO and r dE, only where decays are given
+  float *U, *U_end;                      // [C x Dvp]
+  float* UT;                             // [Dv x Cp]
+  float *P, *N, *X, *F;                  // [C x Cp]
+  float *deta, *dlog;                    // [Cp]
+  float *read_sums, *write_sums;         // [Cp]
+  float* error_sums;                     // [Cp]  r_t dE_t.A_0 k_t
   Gates gates;
   BlockWeights weights;
 
@@ -94,9 +94,7 @@ struct BlockBackwardTask {
   }
   MIRAS_FN int64_t token(int64_t block) const { return p.begin(n) + block * p.C; }
   MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t block) const { return {x, dtype, b, token(block), h, 0, dk}; }
-  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t block) const {
-    return {x, p.dtype, b, token(block), h, task.first, task.dv};
-  }
+  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t block) const { return {x, p.dtype, b, token(block), h, task.first, task.dv}; }
   // This panel's share of a gradient that all panels add to
   MIRAS_FN TokenTensor part(TokenTensor x, int64_t stride, Dtype dtype = Dtype::f32) const {
     x.data = static_cast<char*>(x.data) + task.panel * stride * (dtype == Dtype::f32 ? 4 : 2);

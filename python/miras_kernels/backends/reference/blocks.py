@@ -94,7 +94,7 @@ class Blocks:
         q, k, lr, u = self.q, self.k, self.lr, self.lr * errors
         d_out = self.layout.split(grad_out)
 
-        # before: what the output alone asks of the writes, and of the state before them
+        # before: gradients of the writes and of the state before them, through the output alone
         scores = self.pair * (q @ k.transpose(-1, -2))  # P
         from_out = -scores.transpose(-1, -2) @ d_out
         d_read = (self.gamma * d_out).transpose(-1, -2) @ q  # [B, H, N, Dv, Dk]
