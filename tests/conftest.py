@@ -19,6 +19,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 os.environ["MIRAS_CACHE"] = tempfile.mkdtemp(prefix="miras-kernels-tests-")
 
 from miras_kernels import dispatch
+from records import forget
 
 
 def pytest_configure(config):
@@ -48,6 +49,19 @@ def speed_up_interpreter():
 
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["MIRAS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_kernels():
+    """MIRAS_TRITON=ptx:sm_90 (or ptx:sm_80): the Triton kernels run on CPU tensors as compiled for this chip (tests/ptx)."""
+    target = os.environ.get("MIRAS_TRITON")
+    if target is None:
+        yield
+        return
+    from ptx.host import known, on_machine
+
+    with on_machine(target.removeprefix("ptx:"), known):
+        yield
 
 
 @pytest.fixture
@@ -88,3 +102,11 @@ def instruction_set(request, monkeypatch) -> str:
     monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)
     assert _C.cpu_capability() == level
     return level
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for verification records, and a process that has read none."""
+    monkeypatch.setenv("MIRAS_CACHE", str(tmp_path / "cache"))
+    forget(monkeypatch)
+    return tmp_path / "cache"

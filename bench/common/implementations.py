@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import miras_kernels
-from miras_kernels import dispatch
 
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
@@ -42,7 +41,7 @@ def recurrence(name: str) -> dict:
 def kernel(inputs, backend: str, direction: str, **options) -> Run:
     """The public function; ``options`` as in :func:`miras_kernels.override`."""
     arguments = {**inputs.arguments(), "output_final_state": False, "backend": backend}
-    memory = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
+    memory = inputs.case.function
 
     def run() -> Tensor:
         with miras_kernels.override(**options):
@@ -136,11 +135,6 @@ def titans(inputs, direction: str) -> Run:
     leaves = (q, *(x for x in memory.parameters() if x.requires_grad))
     run = lambda: memory(q.flatten(2))[0].unflatten(-1, (case.heads, case.key_dim))
     return differentiated(run, leaves, inputs.grad_out, direction)
-
-
-def refusal(inputs, backend: str) -> str | None:
-    """Why a backend cannot serve a call and its backward, or None."""
-    return dispatch.explain(inputs.call(), differentiate=True)[backend]
 
 
 def agreement(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -19,26 +21,20 @@ from .processes import ROOT
 
 
 def machine() -> dict:
-    """The machine, without names that tell whose it is."""
-    model, flags = platform.processor() or platform.machine(), []
+    """The machine, without names that identify its owner."""
+    found = {"model name": platform.processor() or platform.machine(), "flags": ""}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() == "flags" and not flags:
-                flags = [f for f in value.split() if f.startswith(("avx", "amx", "fma"))]
-    return {"device": "cpu", "cpu": model, "cores": os.cpu_count(), "vector_flags": flags, "system": platform.system(),
+        found |= dict(re.findall(r"^(model name|flags)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    flags = [flag for flag in found["flags"].split() if flag.startswith(("avx", "amx", "fma"))]
+    return {"device": "cpu", "cpu": found["model name"], "cores": os.cpu_count(), "vector_flags": flags, "system": platform.system(),
             "architecture": platform.machine()}  # fmt: skip
 
 
 def versions(*distributions: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), **dict.fromkeys(distributions)}
     for name in distributions:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 
@@ -92,23 +88,18 @@ class Target:
     under: tuple[str, ...] = ()
 
     def value(self, result: dict) -> float | None:
-        over, under = _follow(result, self.path), _follow(result, self.under) if self.under else 1.0
+        follow = lambda path: functools.reduce(lambda found, key: found.get(key) if isinstance(found, dict) else None, path, result)
+        over, under = follow(self.path), follow(self.under) if self.under else 1.0
         return over / under if isinstance(over, (int, float)) and isinstance(under, (int, float)) and under else None
 
     def verdict(self, value: float | None) -> str:
-        """ "goal", "met", "NOT met" or "not measured"."""
+        """One of "goal", "met", "NOT met" and "not measured"."""
         if value is None:
             return "not measured"
         reached = (lambda limit: value <= limit) if self.at_most else (lambda limit: value >= limit)
         if self.goal is not None and reached(self.goal):
             return "goal"
         return "met" if reached(self.least) else "NOT met"
-
-
-def _follow(found: object, path: tuple[str, ...]) -> object:
-    for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
 
 
 def judge(targets: Iterable[Target], results: Sequence[dict], columns: dict[str, dict], doubt: Callable = lambda *_: None) -> list[dict]:

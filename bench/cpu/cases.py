@@ -1,4 +1,4 @@
-"""The CPU benchmark's shapes, what a measuring process is told, and the parity gate before any time is taken."""
+"""The CPU benchmark's shapes, the settings of a measuring process, and the parity gate before any time is taken."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import dataclasses
 import torch
 
 from miras_kernels import Huber
-from miras_kernels.testing import Case, check, evaluate, operands, registry
+from miras_kernels.testing import Case, Inputs, check, evaluate, operands, registry
+from miras_kernels.testing.parity import judge
 
 from ..common.implementations import BOTH, DIRECTIONS, FORWARD, flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every measuring process is told."""
+    """The settings of every measuring process."""
 
     backend: str = "cpp"
     seconds: float = 8.0  # per interleaved measurement
@@ -68,22 +69,11 @@ def least_work(inputs) -> dict[str, dict[str, int]]:
     return {d: {"flops": sum(flops(part)[d] for part in parts), "bytes": moved[d]} for d in DIRECTIONS}
 
 
-def parity(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> dict:
-    """The gate: outputs, final states and every gradient against float64, within the tests' own budgets."""
-    return gate(check(case, backend, dtype))
-
-
-def parity_of(inputs, backend: str) -> dict:
-    """The gate for float32 inputs other than those that the case draws."""
-    from miras_kernels.testing.parity import judge
-
-    return gate(judge(inputs, evaluate(inputs, backend), operands(backend, inputs.grad_out.dtype)))
-
-
-def gate(report) -> dict:
-    """What the results have of a :class:`miras_kernels.testing.Report`."""
-    errors = {row.name: row.error for row in report.rows}
-    worst = report.worst
+def parity(case: Case, backend: str, dtype: torch.dtype = torch.float32, inputs: Inputs | None = None) -> dict:
+    """The gate: outputs, final states and all gradients against float64, within the tests' own budgets. ``inputs``: float32 ones other than
+    those that the case draws."""
+    report = check(case, backend, dtype) if inputs is None else judge(inputs, evaluate(inputs, backend), operands(backend, dtype))
+    errors, worst = {row.name: row.error for row in report.rows}, report.worst
     return {
         "ok": report.ok,
         "forward_error": max(e for name, e in errors.items() if not name.startswith("grad_")),

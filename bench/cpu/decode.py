@@ -14,14 +14,8 @@ from collections.abc import Iterator, Sequence
 
 from ..common.results import Target, gate, table
 from . import decode_studies, program
-from .cases import Settings
 from .decode_model import MODEL_CASE, MODELS, study_model
 from .decode_studies import CONTEXTS, SIZES
-
-
-def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], settings: Settings) -> list[tuple[str, str, int]]:
-    """``(study, case, threads)`` in order; the model has a size of its own."""
-    return [(study, shape, n) for n in threads for study in only for shape in ([MODEL_CASE] if study == "model" else shapes)]
 
 
 def targets() -> Iterator[Target]:
@@ -75,7 +69,10 @@ def _model(found: Sequence[dict]) -> str:
 
 PROGRAM = program.Program(
     module="bench.cpu.decode", title="Decoding on the CPU", studies={**decode_studies.STUDIES, "model": study_model}, helpers={},
-    quick=(*decode_studies.STUDIES, "model"), shapes=tuple(SIZES), jobs=jobs, targets=targets, seconds=(5.0, 0.7), min_rounds=(9, 3),
+    quick=(*decode_studies.STUDIES, "model"), shapes=tuple(SIZES), targets=targets, seconds=(5.0, 0.7), min_rounds=(9, 3),
+    jobs=lambda only, shapes, threads, _: [
+        (study, shape, n) for n in threads for study in only for shape in ([MODEL_CASE] if study == "model" else shapes)
+    ],
     sections=(
         ("linear", "The linear memory", _memory),
         ("mlp", "The MLP memory", _memory),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import miras_kernels
 from ..common.processes import ROOT, Lost, Worker
 from .cases import Settings
 
-#: keeps freed outputs in the process: otherwise page faults, a third of a backward's time, hide the arithmetic of everyone
+#: keeps freed outputs in the process: otherwise page faults, a third of a backward's time, hide the arithmetic
 MALLOC = "glibc.malloc.trim_threshold=1073741824:glibc.malloc.mmap_threshold=1073741824"
 
 
@@ -23,16 +22,12 @@ def environment(threads: int, *, root: Path = ROOT, malloc: bool = True, capabil
     """The environment of a measuring process, which imports the package of the source tree ``root``."""
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root / "python"), env.get("PYTHONPATH")]))
-    if malloc:
-        env["GLIBC_TUNABLES"] = MALLOC
-    if capability is not None:
-        env["MIRAS_CPU_CAPABILITY"] = capability
-    return env
+    env |= {"GLIBC_TUNABLES": MALLOC} if malloc else {}
+    return env | ({} if capability is None else {"MIRAS_CPU_CAPABILITY": capability})
 
 
 def task(study: Callable) -> Callable:
-    """A study as a measuring process does it. The process has ``threads`` threads from here on. RuntimeError where the package does not
-    come from ``root``."""
+    """A study as a measuring process does it: with so many threads, and a RuntimeError where the package does not come from ``root``."""
 
     def run(case: str, threads: int, settings: dict, root: str | None = None, **options) -> Iterator:
         torch.set_num_threads(threads)
@@ -57,12 +52,3 @@ def start(module: str, asked: dict, env: dict[str, str] | None = None) -> list[d
             error = f"the measuring process failed: {lost}"
             head = {"study": asked["task"], "case": asked["case"], "threads": asked["threads"], "direction": "", "parity": {}}
             return [*lost.results, {**head, "error": error, "notes": [error]}]
-
-
-def run(module: str, jobs: Sequence[tuple[str, str, int]], settings: Settings, **options) -> list[dict]:
-    """The results of ``(study, case, threads)``, one after the other."""
-    found = []
-    for i, (study, case, threads) in enumerate(jobs, 1):
-        print(f"[{i}/{len(jobs)}] {study} {case}, {threads} threads", file=sys.stderr, flush=True)
-        found += start(module, request(study, case, threads, settings, **options))
-    return found

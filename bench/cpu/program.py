@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -61,8 +62,8 @@ def parse(program: Program, arguments: Sequence[str] | None) -> argparse.Namespa
         parser.error("--base: it is a study of its own in bench.cpu, without --only")
     if args.launches < 1:
         parser.error(f"--launches: expected at least 1, got {args.launches}")
-    if args.plots and (missing := plots.missing()):
-        parser.error(f"--plots: {missing}")
+    if args.plots and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plots: needs matplotlib (pip install matplotlib, or the extra 'demo')")
     args.only = _names(parser, "--only", args.only, tuple(program.studies), program.quick if args.quick else tuple(program.studies))
     known = program.shapes + (tuple(registered()) if args.shapes and "base" in program.helpers else ())
     args.shapes = _names(parser, "--shapes", args.shapes, known, program.shapes)
@@ -118,7 +119,10 @@ def _measure(program: Program, args: argparse.Namespace) -> int:
                 return 1
             options["launches"] = 1 if args.toy else args.launches
             planned = [("base", shape, n) for n in args.threads for shape in args.shapes]
-        found = measuring.run(program.module, planned, settings, **options)
+        found = []
+        for i, (study, case, threads) in enumerate(planned, 1):
+            print(f"[{i}/{len(planned)}] {study} {case}, {threads} threads", file=sys.stderr, flush=True)
+            found += measuring.start(program.module, measuring.request(study, case, threads, settings, **options))
     extension = dispatch.BACKENDS["cpp"].extension
     capability = {"used": extension.cpu_capability(), "possible": extension.cpu_capabilities()} if extension else None
     avx512 = bool(capability) and "avx512" in capability["possible"]

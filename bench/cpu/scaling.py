@@ -14,15 +14,14 @@ from miras_kernels import L2
 
 from ..common.implementations import BOTH, agreement, kernel
 from ..common.timing import clock_for, timed
-from .cases import Settings, make_case, parity, parity_of
+from .cases import Settings, make_case, parity
 from .studies import measure, memory_of, peak
 from .watch import matrix_product
 
 TOKENS = {f"{n}k": n << 10 for n in (1, 2, 4, 8, 16, 32, 64, 128)}
 TOY_TOKENS = {"48": 48, "96": 96, "192": 192}
 HEADS = {str(n): n for n in (1, 2, 4, 8, 16)}
-#: of a sequence whose tokens are counted
-FEW_HEADS = 2
+FEW_HEADS = 2  # on the axis of tokens
 
 
 def study_scaling(name: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -75,33 +74,33 @@ def _threads(shape: str, threads: int, settings: Settings) -> dict:
     expected, gates = by(1, run)(), {"1": parity(case, settings.backend)}
     gates |= {name: _same(by(n, run)(), expected, case.tokens, "one thread") for name, n in sizes.items() if n > 1}
     runs = {name: by(n, run) for name, n in sizes.items()} | {f"mm {name}": by(n, product) for name, n in sizes.items()}
-    samplers = {name: timed(run, clock_for(threads)[1]) for name, run in runs.items()}
-    return measure(_head(shape, "threads", sizes), samplers, "1", gates, threads, settings)
+    return _timed(shape, "threads", sizes, runs, gates, threads, settings)
 
 
 def _measure(shape: str, axis: str, sizes: dict[str, int], inputs: dict, threads: int, settings: Settings) -> dict:
     """The kernel at all sizes of an axis, taking turns. The smallest is compared with float64, the others with parts of that size."""
     runs = {name: kernel(x, settings.backend, BOTH) for name, x in inputs.items()}
     smallest = next(iter(sizes))
-    gates = {smallest: parity_of(inputs[smallest], settings.backend)}
+    gates = {smallest: parity(inputs[smallest].case, settings.backend, inputs=inputs[smallest])}
     if gates[smallest]["ok"]:
         for name in list(sizes)[1:]:
             parts = in_parts(inputs[name], settings.backend, axis, sizes[smallest])
             gates[name] = _same(runs[name](), parts, inputs[name].case.tokens, f"parts of {smallest} {axis}")
+    return _timed(shape, axis, sizes, runs, gates, threads, settings)
+
+
+def _timed(shape: str, axis: str, sizes: dict[str, int], runs: dict, gates: dict, threads: int, settings: Settings) -> dict:
+    head = {"study": "scaling", "axis": axis, "case": f"{shape}, {axis}", "direction": BOTH, "sizes": sizes}
     samplers = {name: timed(run, clock_for(threads)[1]) for name, run in runs.items()}
-    return measure(_head(shape, axis, sizes), samplers, smallest, gates, threads, settings)
+    return measure(head, samplers, next(iter(sizes)), gates, threads, settings)
 
 
-def _head(shape: str, axis: str, sizes: dict[str, int]) -> dict:
-    return {"study": "scaling", "axis": axis, "case": f"{shape}, {axis}", "direction": BOTH, "sizes": sizes}
-
-
-def _same(results: tuple, expected: tuple, tokens: int, whom: str) -> dict:
+def _same(results: tuple, expected: tuple, tokens: int, other: str) -> dict:
     """A gate: results may differ by as much as sums over all tokens in another order."""
     from miras_kernels.testing.parity import ARITHMETIC, ULPS
 
     difference, budget = agreement(results, expected), ARITHMETIC * (math.sqrt(tokens) + ULPS)
-    worst = {"tensor": f"gradients against {whom}", "error": difference, "budget": budget}
+    worst = {"tensor": f"gradients against {other}", "error": difference, "budget": budget}
     return {"ok": difference <= budget, "worst": worst}
 
 
@@ -151,7 +150,7 @@ def cut(inputs, axis: str, start: int, end: int):
 
 def in_parts(inputs, backend: str, axis: str, size: int) -> tuple:
     """Gradients of a call that is made in parts: of tokens, each from the final state of the one before, or of heads."""
-    function = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
+    function = inputs.case.function
     leaves, outputs, state = inputs.leaves(), [], None
     for start in range(0, getattr(inputs.case, axis), size):
         given = cut(inputs, axis, start, start + size).arguments() | {"backend": backend}

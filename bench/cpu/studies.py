@@ -25,9 +25,7 @@ from .watch import YARDSTICKS, Watch, matrix_product, memory_copy, peak_rise, sa
 SAME = 1e-3
 
 
-def measure(
-    head: dict, samplers: dict, base: str, gates: dict, threads: int, settings: Settings, work: dict | None = None, helpers=()
-) -> dict:
+def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, settings: Settings, work=None, helpers=()) -> dict:
     """Time the implementations whose gate is green, in one interleaved run; nothing is timed if that of ``base`` is not.
 
     Args:
@@ -69,12 +67,9 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
 
 def _baselines(inputs, direction: str, settings: Settings) -> tuple[dict[str, Callable], list[str], float | None]:
     """What takes part, notes on what does not, and how long torch.compile took."""
-    runs = {
-        "kernel": kernel(inputs, settings.backend, direction),
-        "eager": impl.eager(inputs, direction),
-        "derived": impl.derived(inputs, direction),
-    }
-    runs, notes, seconds = {name: run for name, run in runs.items() if run}, [], None
+    runs, notes, seconds = {"kernel": kernel(inputs, settings.backend, direction), "eager": impl.eager(inputs, direction)}, [], None
+    if derived := impl.derived(inputs, direction):
+        runs["derived"] = derived
     if settings.compile_seconds:
         try:
             began = time.perf_counter()
@@ -112,7 +107,8 @@ def _variants(study: str, shape: str, threads: int, settings: Settings, changes:
     cases = {name: make_case(shape, settings, **change) for name, change in changes.items()}
     dtypes = {name: torch.bfloat16 if name == "bfloat16" else torch.float32 for name in cases}
     drawn = {name: case.draw(dtypes[name]) for name, case in cases.items()}
-    refused = {name: reason for name, inputs in drawn.items() if (reason := impl.refusal(inputs, settings.backend)) is not None}
+    asked = {name: dispatch.explain(inputs.call(), differentiate=True)[settings.backend] for name, inputs in drawn.items()}
+    refused = {name: reason for name, reason in asked.items() if reason is not None}
     gates = {name: parity(case, settings.backend, dtypes[name]) for name, case in cases.items() if name not in refused}
     for direction in directions:
         samplers = {name: timed(kernel(drawn[name], settings.backend, direction), clock_for(threads)[1]) for name in gates}
@@ -257,6 +253,6 @@ def _held(shape: str, threads: int, settings: Settings):
     return inputs, {d: timed(kernel(inputs, settings.backend, d), clock_for(threads)[1]) for d in DIRECTIONS}
 
 
-NAMES = ("shapes", "bias", "recurrence", "capability", "decay", "checkpoint", "dtype", "memory")
-STUDIES = {name: globals()[f"study_{name}"] for name in NAMES}
+STUDIES = {"shapes": study_shapes, "bias": study_bias, "recurrence": study_recurrence, "capability": study_capability, "decay": study_decay,
+           "checkpoint": study_checkpoint, "dtype": study_dtype, "memory": study_memory}  # fmt: skip
 HELPERS = {"peak": study_peak, "serve": study_serve}

@@ -30,13 +30,6 @@ from .runner import MODULE, Runner
 COMMANDS = ("correctness", "times")
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """The environment of every worker, which imports the package of this source tree; nothing is installed."""
-    env = dict(os.environ, PYTHONUNBUFFERED="1")
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "python"), env.get("PYTHONPATH")]))
-    return env | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if settings.device == "cpu" else {})
-
-
 def work() -> None:
     """A worker process."""
     import miras_kernels
@@ -52,8 +45,15 @@ def work() -> None:
 
         return run
 
-    tasks = {"probe": probe, **correctness.TASKS, **times.TASKS, **decode.TASKS}
-    serve({name: task(function) for name, function in tasks.items()})
+    checks = (
+        correctness.repeat,
+        correctness.repeat_steps,
+        correctness.parity,
+        correctness.parity_of,
+        correctness.launch,
+        correctness.launch_all,
+    )
+    serve({function.__name__: task(function) for function in (probe, *checks, times.times, times.tuning, decode.decode)})
 
 
 def probe(settings: Settings) -> Iterator[dict]:
@@ -75,7 +75,9 @@ def measure(args: argparse.Namespace) -> int:
     smoke = {"device": "cpu", "smoke": True, "seconds": 0.0, "min_rounds": 1} if args.smoke else {}
     settings, began = Settings(backend=args.backend, **smoke), time.time()
     path = args.json or ROOT / "bench" / "out" / f"gpu-{args.command}.json"
-    runner = Runner(settings, environment(settings), args.jobs, began + 60 * args.minutes)
+    python = os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")]))  # this source tree; nothing is installed
+    env = {**os.environ, "PYTHONPATH": python, **({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if args.smoke else {})}
+    runner = Runner(settings, env, args.jobs, began + 60 * args.minutes)
     document = {**results.heading(MODULE), "command": args.command, "minutes": args.minutes, "settings": dataclasses.asdict(settings),
                 "environment": {}, "results": [], "left_out": [], "targets": []}  # fmt: skip
     items: list[Item] = []

@@ -19,11 +19,6 @@ def table(settings: Settings) -> dict[str, dict[str, object]]:
     return {} if settings.backend != "triton" else {name: {str(c): c for c in found} for name, found in _configs().KERNELS.items()}
 
 
-def step_kernels() -> tuple[str, ...]:
-    """Kernels that only a decoder launches."""
-    return _configs().STEPS
-
-
 def forced(kernel: str | None, label: str | None, settings: Settings):
     """A context in which a kernel's launches take one configuration; None leaves the choice to each kernel."""
     return contextlib.nullcontext() if kernel is None else _configs().force(kernel, table(settings)[kernel][label])

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-import miras_kernels
 from miras_kernels import L2, DotProduct, ElasticNetRetention, Huber, KLRetention, Lp, LqRetention, SigmoidRetention
 from miras_kernels.testing import Case, Inputs, check
 
@@ -16,9 +15,9 @@ from ..common.implementations import BOTH
 from ..common.implementations import kernel as kernel_of
 from ..common.processes import first_line
 from . import decode
-from .configurations import forced, launches, step_kernels, table
+from .configurations import forced, launches, table
 from .device import release, synchronize, usable
-from .inputs import DTYPE, draw, short
+from .inputs import DTYPE, draw
 from .plan import Settings, concerns, shape_of
 
 #: equal calls, whose results must have equal bits: the kernels have no atomics, so a difference is a race
@@ -47,7 +46,7 @@ def repeat_steps(settings: Settings, memory: str) -> Iterator[dict]:
 
 
 def _everything(inputs: Inputs, backend: str) -> list[Tensor]:
-    memory = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
+    memory = inputs.case.function
     out, state = memory(**inputs.arguments(), backend=backend)
     return [out, *state.matrices(), *torch.autograd.grad(out, tuple(inputs.leaves().values()), inputs.grad_out)]
 
@@ -113,7 +112,7 @@ def parity(settings: Settings, index: int) -> Iterator[dict]:
 
 def parity_of(settings: Settings, kernel: str, label: str) -> Iterator[dict]:
     """One configuration of a kernel, on the first cases that launch it."""
-    done, judge = 0, decode.check if kernel in step_kernels() else check
+    done, judge = 0, decode.check if "step" in kernel else check
     for case, dtype in parity_cases(settings):
         if concerns(kernel, case.memory):
             yield {"doing": case.name}
@@ -148,9 +147,11 @@ def _judged(judge, case: Case, dtype: torch.dtype, kernel: str | None, label: st
 
 def launch(settings: Settings, shape: str, name: str, kernel: str | None = None, label: str | None = None) -> Iterator[dict]:
     """A short forward and backward at a shape: it compiles what the full call launches, perhaps with one configuration forced."""
+    size = shape_of(shape, settings)
+    size = dataclasses.replace(size, batch=1, tokens=min(size.tokens, 4 * size.chunk_size))
     try:
         with forced(kernel, label, settings):
-            kernel_of(draw(short(shape_of(shape, settings)), name, settings), settings.backend, BOTH)()
+            kernel_of(draw(size, name, settings), settings.backend, BOTH)()
             synchronize()
     except ValueError as error:
         yield {"status": "refused", "detail": first_line(error)}
@@ -168,6 +169,3 @@ def launch_all(settings: Settings, memory: str) -> Iterator[dict]:
         synchronize()
     missing = [name for name in table(settings) if concerns(name, memory) and name not in seen]
     yield {"status": "ok", "detail": f"{len(seen)} kernels; not launched: {', '.join(missing) or 'none'}"}
-
-
-TASKS = {task.__name__: task for task in (repeat, repeat_steps, parity, parity_of, launch, launch_all)}

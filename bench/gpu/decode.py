@@ -85,6 +85,3 @@ def decode(settings: Settings, shape: str) -> Iterator[dict]:
         run()
     times = interleave({name: sampler(run, settings) for name, run in runs.items()}, settings.seconds, settings.min_rounds, slice_seconds=0)
     yield {**result, **figures({name: [t / size.chunk_size for t in ts] for name, ts in times.items()}, "eager")}
-
-
-TASKS = {"decode": decode}

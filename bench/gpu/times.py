@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from miras_kernels import dispatch
 from miras_kernels.testing import check
 
-from ..common.implementations import DIRECTIONS, agreement, refusal
+from ..common.implementations import DIRECTIONS, agreement
 from ..common.implementations import kernel as kernel_of
 from ..common.processes import first_line
 from ..common.timing import OverBudget, figures, interleave, shares, spread
@@ -97,7 +98,7 @@ class Field:
         self.runs[name] = run
 
     def _check(self, name: str) -> None:
-        reason = refusal(draw(self.shape, name, self.settings), self.settings.backend)
+        reason = dispatch.explain(draw(self.shape, name, self.settings).call(), differentiate=True)[self.settings.backend]
         if reason is not None:
             self.result["refused"][name] = reason
             raise LeftOut(f"refused: {reason}")
@@ -179,6 +180,3 @@ def _call(inputs, settings: Settings, direction: str, kernel: str | None = None,
             return run()
 
     return call
-
-
-TASKS = {"times": times, "tuning": tuning}
