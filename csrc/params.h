@@ -100,6 +100,9 @@ struct LinearParams : MemoryParams {
   int panels = 1;
   int panel_width = 0;
 
+  // Exact steps in blocks (cpu/block.h): tokens of a chunk, C being those of a block; else 0
+  int chunk = 0;
+
   // A and, with momentum, S at the start. Checkpoints are transposed: [slots, H, Dk, Dv], with momentum [slots, H, 2, Dk, Dv].
   StateTensor dual, momenta;
 

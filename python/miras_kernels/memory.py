@@ -152,7 +152,7 @@ def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: 
 
 def explain(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, memory: str | None = None, **arguments
-) -> dict[str, str | None]:
+) -> dispatch.Explanation:
     """Which backends could serve a call, without running it.
 
     Args:
@@ -163,7 +163,8 @@ def explain(
     Returns:
         For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it does not
         support the call, or verification found it wrong on this machine (:func:`miras_kernels.verify`). ``backend="auto"`` takes the
-        first one with None.
+        first one with None. The attribute ``algorithms`` says how those with None would compute it: in chunks, with exact steps in
+        blocks, or token by token.
     """
     arguments.pop("backend", None)
     q, k, v = _autocast(q, k, v)

@@ -30,6 +30,9 @@ class Backend(Protocol):
     def decodes(self, call: Call) -> bool:
         """Whether it reads a call without gradients token by token."""
 
+    def block_tokens(self, call: Call) -> int:
+        """The tokens of a block if it takes the exact steps of a call in blocks (docs/mathematics.md, section 13), else 0."""
+
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine, or None."""
 

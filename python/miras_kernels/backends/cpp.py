@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..call import Call
 from ..options import options
+from ..tables.memories import LINEAR
 from . import checkpoints_like
+from .reference.blocks import block_tokens
 
 __all__ = ["CppBackend"]
 
@@ -58,11 +60,14 @@ class CppBackend:
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = getattr(self.extension, f"{call.memory.name}_forward")
         out, dual, momenta, start, open_log_decay, checkpoints = run(
-            *_inputs(call), opened, _offsets(call), _rules(call), checkpoint_every, call.output_final_state
+            *_inputs(call), opened, _offsets(call), _rules(call), _interval(call, checkpoint_every), call.output_final_state, *_block(call)
         )
         matrices = [dual, start] if call.momentum is None else [dual, momenta, start]
         final = matrices if len(call.memory.matrices) == 1 else [x for pair in matrices for x in pair]
         return out, [*final, open_log_decay], [checkpoints] if checkpoint_every else []
+
+    def block_tokens(self, call: Call) -> int:
+        return block_tokens(call)
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are decoded one by one."""
@@ -75,14 +80,15 @@ class CppBackend:
         return Steps(self.extension, call)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return checkpoints_like(call, checkpoint_every)
+        size = block_tokens(call) or call.chunk_size
+        return checkpoints_like(call.replace(chunk_size=size), _interval(call, checkpoint_every))
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = getattr(self.extension, f"{call.memory.name}_backward")
         duals = len(call.state.dual)
         *grads, d_dual, d_momenta = run(
-            *_inputs(call), _offsets(call), _rules(call), checkpoint_every, saved[0], grad_out,
-            (_matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:])),
+            *_inputs(call), _offsets(call), _rules(call), _interval(call, checkpoint_every), saved[0], grad_out,
+            (_matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:])), *_block(call),
         )  # fmt: skip
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (("ln_weight", "ln_bias") if call.memory.needs_norm else ())
         state = [d_dual] if call.momentum is None else [d_dual, d_momenta]
@@ -148,6 +154,17 @@ def _offsets(call: Call) -> Tensor | None:
 def _rules(call: Call) -> tuple:
     """The tags and parameters of the bias and of the retention gate, and the chunk size."""
     return *((row.tag, row.parameters) for row in (call.bias, call.retention)), call.chunk_size
+
+
+def _block(call: Call) -> tuple[int, ...]:
+    """The linear kernels' argument ``block``."""
+    return (block_tokens(call),) if call.memory is LINEAR else ()
+
+
+def _interval(call: Call, checkpoint_every: int) -> int:
+    """How many chunks, or blocks of chunks, share a checkpoint."""
+    size = block_tokens(call)
+    return max(1, checkpoint_every * call.chunk_size // size) if checkpoint_every and size else checkpoint_every
 
 
 def _load() -> tuple[Any, str | None]:

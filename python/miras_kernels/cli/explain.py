@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     direction = ("forward" if args.no_grad else "forward and backward") + (f", T = {args.tokens}" if args.tokens else "")
     title = f"{args.memory} memory, {args.bias}, {args.retention}, {args.dtype} on {args.device}, {direction}"
-    rows = [(name, f"cannot: {reason}" if reason else can("can serve it", name, args.device)) for name, reason in reasons.items()]
+    note = lambda algorithm: f", {algorithm}" if "blocks" in algorithm else ""
+    served = {name: can("can serve it" + note(algorithm), name, args.device) for name, algorithm in reasons.algorithms.items()}
+    rows = [(name, served.get(name) or f"cannot: {reason}") for name, reason in reasons.items()]
     print_rows(title, rows)
     print(f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}')
     return 0

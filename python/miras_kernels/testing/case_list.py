@@ -63,6 +63,10 @@ def _linear() -> list[Case]:
         Case("linear-l2-long", tokens=1000, batch=1, chunk_size=32, seed=73),
         Case("linear-l2-packed-shared", lengths=(7, 41, 16), initial="shared", seed=74),
     ]
+    cases += [  # exact steps in blocks: docs/mathematics.md, section 13
+        Case("linear-l2-chunk-4-strong-decay", chunk_size=4, decay="strong", tokens=41, layout="fused", seed=75),
+        Case("linear-l2-chunk-8-packed", chunk_size=8, lengths=(0, 1, 8, 41, 5), seed=76),
+    ]
     channel = dict[str, Any](decay="channel", lr="channel", delta="channel")
     cases += [
         Case("linear-huber_coordinate-channel-wise", bias=huber, **channel, seed=90),

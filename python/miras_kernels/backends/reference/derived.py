@@ -17,6 +17,7 @@ from ...call import Call
 from ...state import MemoryState
 from ...tables.memories import LINEAR
 from ...tables.retention import L2Retention
+from .blocks import Blocks, block_tokens
 from .chunkwise import Layout, Tokens, decays, empty
 from .sequences import concatenate, final_state, join, sequences
 
@@ -37,17 +38,27 @@ def covers(call: Call) -> bool:
 
 def saved_chunks(call: Call) -> int:
     """How many chunks the saved tensors have room for: a bound from shapes alone."""
-    tokens = call.q.shape[1]
+    tokens, size = call.q.shape[1], saved_tokens(call)
     if call.cu_seqlens is None:
-        return -(-tokens // call.chunk_size)
-    return tokens // call.chunk_size + call.cu_seqlens.shape[0] - 1
+        return -(-tokens // size)
+    return tokens // size + call.cu_seqlens.shape[0] - 1
+
+
+def saved_tokens(call: Call) -> int:
+    """How many tokens a saved state has each: those of a chunk, or of a block of chunks."""
+    return block_tokens(call) or call.chunk_size
+
+
+def _form(call: Call) -> Blocks | _Chunks:
+    size = block_tokens(call)
+    return Blocks(call, size) if size else _Chunks(call)
 
 
 def forward(call: Call) -> tuple[Tensor, MemoryState, list[Tensor]]:
     """``(out, final state, saved)``; saved are the states at chunk starts and the predictions, ``[B, H, saved_chunks, ...]``."""
     results, saved = [], []
     for part in sequences(call):
-        out, state, tensors = _Chunks(part).forward()
+        out, state, tensors = _form(part).forward()
         results.append((out, state))
         saved.append(tensors)
     out, state = join(call, results)
@@ -63,7 +74,7 @@ def backward(call: Call, saved: list[Tensor], grad_out: Tensor, grad_dual: Tenso
     grads, token, chunk = [], 0, 0
     parts = sequences(call)
     for n, part in enumerate(parts):
-        chunks = _Chunks(part)
+        chunks = _form(part)
         end, last = token + part.q.shape[1], chunk + chunks.chunks
         d_dual = grad_dual if grad_dual is None or len(parts) == 1 else grad_dual[n : n + 1]
         starts, predictions = (x[:, :, chunk:last] for x in saved)
