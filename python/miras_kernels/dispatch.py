@@ -27,6 +27,8 @@ class Backend(Protocol):
     name: str
     #: what "auto" does where it has not been verified on this machine: "take", "warn" (and take) or "leave"
     unverified: str
+    #: the options of the delta rule (:attr:`Call.variants`) that it serves
+    variants: tuple[str, ...]
 
     def files(self) -> list[Path]:
         """What its kernels are read from."""
@@ -127,8 +129,14 @@ def _unusable(name: str, call: Call) -> str | None:
 
 
 def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
-    reason = _unusable(name, call)
+    reason = _unusable(name, call) or _unserved(name, call)
     return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
+
+
+def _unserved(name: str, call: Call) -> str | None:
+    """Which option of the delta rule a backend lacks, or None."""
+    lacks = [option for option in call.variants if option not in BACKENDS[name].variants]
+    return f"it does not serve {lacks[0]}" if lacks else None
 
 
 def _doubt(name: str, call: Call, *, steps: bool = False, differentiate: bool = False, warn: bool = False) -> str | None:

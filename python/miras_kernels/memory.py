@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ def linear_memory(
     retention: Retention = L2Retention(),  # noqa: B008  immutable
     delta: float | Tensor | None = None,
     momentum: Tensor | None = None,
+    erase_k: Tensor | None = None,
+    key_log_decay: Tensor | None = None,
+    decay_first: bool = False,
     chunk_size: int = 64,
     initial_state: MemoryState | Tensor | tuple[Tensor] | None = None,
     output_final_state: bool = False,
@@ -61,13 +65,19 @@ def linear_memory(
         lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are computed with in float32 (float64
             for float64 inputs).
         log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay. Channels are those
-            of the values, so that rows of ``A [Dv, Dk]`` decay. GLA and Kimi Delta Attention decay key channels, its columns;
-            where ``Dk = Dv`` no shape tells them apart, and what is given is taken for values.
+            of the values, so that rows of ``A [Dv, Dk]`` decay; for a decay of its columns see ``key_log_decay``.
         bias: the attentional bias, see :mod:`miras_kernels.biases`.
         retention: the retention gate, see :mod:`miras_kernels.retention`.
         delta: threshold or radius of the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
             ``Huber("coordinate")``.
         momentum: ``theta`` in [0, 1), ``[B, T, H]``.
+        erase_k: ``[B, T, H, Dk]``, the keys whose error is taken, ``e_t = W_0 erase_k_t - v_t``; the write stays along ``k_t``. None: k.
+            Comba (arXiv 2506.02475) erases along another key than it writes. Like the next two arguments it needs ``chunk_size=1`` and
+            ``L2Retention()``, and the backends that do not serve it refuse it.
+        key_log_decay: ``[B, T, H, Dk]``, the decay per key channel, ``A_t = A_{t-1} diag(exp(key_log_decay_t)) + S_t``, in the place of
+            ``log_decay``: gated linear attention (GLA, arXiv 2312.06635, with ``DotProduct()``) and Kimi Delta Attention (KDA,
+            arXiv 2510.26692, with ``decay_first``).
+        decay_first: take the error after the decay, ``e_t = alpha_t A_{t-1} k_t - v_t``: Gated DeltaNet (arXiv 2412.06464) and KDA.
         initial_state: a :class:`MemoryState`, a dual ``[N, H, Dv, Dk]``, or a learned one ``[H, Dv, Dk]`` shared by all
             sequences; None for zeros.
         output_final_state: whether to return the state after the last token.
@@ -83,10 +93,11 @@ def linear_memory(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v, erase_k = _autocast(q, k, v, erase_k)
     call = linear_call(
         q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        erase_k=erase_k, key_log_decay=key_log_decay, decay_first=decay_first,
     )  # fmt: skip
     return _run(call, backend)
 
@@ -152,12 +163,14 @@ def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | Non
     make: Callable[..., Call] = linear_call
     if "ln_weight" in arguments:
         make, defaults = mlp_call, {**defaults, "ln_bias": None, "ln_eps": 1e-6}
+    if "erase_k" in arguments:
+        arguments["erase_k"] = _autocast(q, arguments["erase_k"])[1]
     call = make(*_autocast(q, k, v), lr, log_decay, **{**defaults, **arguments})
     return dispatch.explain(call, _differentiates(call))
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, q, k and v in its dtype, as for a matrix product."""
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, queries, keys and values in its dtype, as for a matrix product."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
@@ -168,7 +181,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _given(call: Call) -> list[Tensor]:
     """The differentiable tensors of a call."""
-    tensors = [call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias]
+    tensors = [call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.erase_k, call.key_log_decay,
+               call.ln_weight, call.ln_bias]  # fmt: skip
     return [x for x in [*tensors, *call.state.tensors()] if x is not None]
 
 

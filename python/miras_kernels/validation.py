@@ -12,15 +12,16 @@ from .call import Call
 from .options import options
 from .state import MemoryState, OpenChunk
 from .tables.biases import Bias
-from .tables.retention import Retention
+from .tables.retention import L2Retention, Retention
 from .tracing import is_plain_eager
 
 __all__ = ["linear_call", "mlp_call"]
 
 
 def linear_call(
-    q, k, v, lr, log_decay, *, bias, retention, delta, momentum, chunk_size, initial_state, output_final_state, cu_seqlens
-) -> Call:
+    q, k, v, lr, log_decay, *, bias, retention, delta, momentum, chunk_size, initial_state, output_final_state, cu_seqlens,
+    erase_k=None, key_log_decay=None, decay_first=False,
+) -> Call:  # fmt: skip
     """Check the arguments of :func:`~miras_kernels.linear_memory` and bring them into one form."""
     shape = _tokens(q, k, v)
     b, t, h, dk = shape
@@ -29,8 +30,9 @@ def linear_call(
     n = _sequences(cu_seqlens, b, t, q)
     gates = _gates(lr, log_decay, delta, momentum, bias, q, (b, t, h), dv, channel_wise=True)
     state = _state(initial_state, q, momentum is not None, chunk_size, n, h, ((dv, dk),), gates["log_decay"])
+    variants = _variants(erase_k, key_log_decay, decay_first, q, gates["log_decay"], chunk_size, retention)
     return Call(
-        memory="linear", q=q, k=k, v=v, **gates, ln_weight=None, ln_bias=None, ln_eps=0.0, state=state, cu_seqlens=cu_seqlens,
+        memory="linear", q=q, k=k, v=v, **gates, **variants, ln_weight=None, ln_bias=None, ln_eps=0.0, state=state, cu_seqlens=cu_seqlens,
         bias=bias, retention=retention, chunk_size=chunk_size, output_final_state=output_final_state,
     )  # fmt: skip
 
@@ -194,6 +196,31 @@ def _gates(lr, log_decay, delta, momentum, bias: Bias, q: Tensor, bth: tuple[int
     else:
         gates["delta"] = torch.full((), float(delta), dtype=_arithmetic(q), device=q.device).expand(bth)
     return gates
+
+
+def _variants(erase_k, key_log_decay, decay_first, q: Tensor, log_decay: Tensor | None, chunk_size: int, retention: Retention) -> dict:
+    """The options of the delta rule: they need single tokens and a dual that is its own primal."""
+    if not isinstance(decay_first, bool):
+        raise TypeError(f"decay_first: expected True or False, got {_describe(decay_first)}")
+    if erase_k is not None:
+        _is_tensor("erase_k", erase_k, q)
+        if erase_k.shape != q.shape:
+            raise ValueError(f"erase_k: expected the shape of k, {tuple(q.shape)}, got {tuple(erase_k.shape)}")
+        if erase_k.dtype != q.dtype:
+            raise TypeError(f"erase_k: expected dtype {q.dtype} as q, got {erase_k.dtype}")
+    if key_log_decay is not None:
+        if log_decay is not None:
+            raise ValueError("key_log_decay: expected log_decay=None beside it (add a decay per token to every key channel), got both")
+        key_log_decay = _tensor("key_log_decay", key_log_decay, q, (tuple(q.shape),), "[B, T, H, Dk]")
+        if _check_values(key_log_decay) and bool((key_log_decay > 0).any()):
+            raise ValueError(f"key_log_decay: expected values <= 0, got a maximum of {key_log_decay.max():g}")
+    given = {"erase_k": erase_k is not None, "key_log_decay": key_log_decay is not None, "decay_first": decay_first}
+    for name in [name for name, used in given.items() if used]:
+        if chunk_size != 1:
+            raise ValueError(f"{name}: needs chunk_size=1 (gradients taken at every token), got chunk_size={chunk_size}")
+        if not isinstance(retention, L2Retention):
+            raise ValueError(f"{name}: needs retention=L2Retention(), got {retention}")
+    return {"erase_k": erase_k, "key_log_decay": key_log_decay, "decay_first": decay_first}
 
 
 def _state(initial, q: Tensor, with_momentum: bool, chunk_size: int, n: int, h: int, matrices: tuple, log_decay) -> MemoryState:

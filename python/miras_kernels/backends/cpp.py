@@ -22,6 +22,7 @@ class CppBackend:
 
     name = "cpp"
     unverified = "take"  # continuous integration runs them
+    variants: tuple[str, ...] = ()
     MAX_HEAD = 256
     MAX_HIDDEN = 1024
     MAX_CHUNK = 256

@@ -66,6 +66,7 @@ class CudaBackend:
 
     name = "cuda"
     unverified = "leave"
+    variants: tuple[str, ...] = ()
     #: of a linear memory, of an MLP memory
     MAX_HEAD, MAX_MLP_HEAD = 256, 128
     MAX_HIDDEN = 1024

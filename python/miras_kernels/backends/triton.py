@@ -22,6 +22,7 @@ class TritonBackend:
 
     name = "triton"
     unverified = "warn"
+    variants: tuple[str, ...] = ()
     #: tokens of a call without gradients that are read one by one: a chunk's products would mostly multiply padding
     STEPS = 4
 

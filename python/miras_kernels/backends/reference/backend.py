@@ -17,6 +17,7 @@ class ReferenceBackend:
 
     name = "reference"
     unverified = "take"  # it is what the others are held to
+    variants: tuple[str, ...] = ("decay_first", "erase_k", "key_log_decay")
 
     def unavailable(self) -> None:
         return None

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ...call import Call
 from ...state import MemoryState
+from . import delta_rule
 from .sequences import final_state, join, open_chunk, sequences
 
 __all__ = ["gelu_derivative", "layer_norm_vjp", "run"]
@@ -195,6 +196,8 @@ def _per_chunk(split: Callable, *tensors: Tensor | None) -> list[Tensor | None]:
 def _run_linear(call: Call) -> tuple[Tensor, MemoryState]:
     if call.q.shape[1] == 0:
         return _nothing(call)
+    if call.variants:
+        return delta_rule.run(call)
     layout, (chain,), log_decay = _chains(call)
     q, k, v, lr, delta = _per_chunk(layout.split, call.q, call.k, call.v, call.lr, call.delta)
     lr, delta = _rows(lr), None if delta is None else _rows(delta)
