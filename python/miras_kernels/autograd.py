@@ -218,8 +218,9 @@ class _Memory(torch.autograd.Function):
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? log_decay, Tensor? delta, Tensor? momentum, Tensor? erase_k, "
-    "Tensor? key_log_decay, Tensor? ln_weight, Tensor? ln_bias, Tensor[] state, Tensor? position, Tensor? cu_seqlens, str memory, float ln_eps, str bias, str gate, SymInt chunk_size, "
-    "bool output_final_state, bool decay_first, str backend, SymInt checkpoint_every"
+    "Tensor? key_log_decay, Tensor? ln_weight, Tensor? ln_bias, Tensor[] state, Tensor? position, Tensor? cu_seqlens, "
+    "str memory, float ln_eps, str bias, str gate, SymInt chunk_size, bool output_final_state, bool decay_first, "
+    "str backend, SymInt checkpoint_every"
 )
 
 

@@ -157,7 +157,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | Non
         call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
         ``backend="auto"`` takes the first one with None.
     """
-    defaults = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
+    defaults: dict[str, Any] = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
                     output_final_state=False, cu_seqlens=None)  # fmt: skip
     arguments.pop("backend", None)
     make: Callable[..., Call] = linear_call

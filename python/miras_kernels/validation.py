@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def mlp_call(
     state = _state(initial_state, q, momentum is not None, chunk_size, n, h, ((d, hidden), (hidden, d)), gates["log_decay"])
     if isinstance(ln_eps, bool) or not isinstance(ln_eps, (int, float)) or not ln_eps > 0:
         raise ValueError(f"ln_eps: expected a number > 0, got {ln_eps!r}")
-    norm = {name: _tensor(name, x, q, ((h, d),), "[H, D]") for name, x in (("ln_weight", ln_weight), ("ln_bias", ln_bias))}
+    norm: dict[str, Any] = {name: _tensor(name, x, q, ((h, d),), "[H, D]") for name, x in (("ln_weight", ln_weight), ("ln_bias", ln_bias))}
     return Call(
         memory="mlp", q=q, k=k, v=v, **gates, **norm, ln_eps=float(ln_eps), state=state, cu_seqlens=cu_seqlens,
         bias=bias, retention=retention, chunk_size=chunk_size, output_final_state=output_final_state,
