@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import sys
 
@@ -125,11 +126,11 @@ def test_a_cache_goes_on_in_pieces_of_several_tokens(name):
 def test_packed_documents_are_separate(name):
     model = accelerate(host(name))
     text, ends = ids(1, 21), [0, 5, 6, 21]
-    position = torch.cat([torch.arange(b - a) for a, b in zip(ends, ends[1:], strict=False)]).unsqueeze(0)
+    position = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(ends)]).unsqueeze(0)
     offsets = torch.tensor(ends, dtype=torch.int32)
     packed = dict(position_ids=position, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=15, max_length_k=15)
     found = model(text, **packed, use_cache=False).logits
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         assert_close(found[:, start:end], model(text[:, start:end], use_cache=False).logits)
     with pytest.raises(ValueError, match="^use_cache: documents packed"):
         model(text, **packed, use_cache=True)

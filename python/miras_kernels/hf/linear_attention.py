@@ -1,8 +1,8 @@
 """The linear attention of models in transformers, run by this library's kernels.
 
 The layers of Qwen3-Next, Qwen3.5, OLMo hybrid and Kimi Linear call functions of their own modules for the delta rule and the convolution
-before it. :func:`accelerate` gives the layers of one model a subclass whose ``forward`` is the same code with other functions in the place of
-those: no module of transformers is changed, parameters and their names stay, and ``accelerate(model, False)`` gives the class back.
+before it. :func:`accelerate` gives the layers of one model a subclass whose ``forward`` is the same code with other functions in the place
+of those: no module of transformers is changed, parameters and their names stay, and ``accelerate(model, False)`` gives the class back.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, enable: bool = True) -> Model:
     """Run the linear-attention layers of a model on this library's kernels, in place.
 
-    For Qwen3-Next, Qwen3.5 (dense and mixture of experts), OLMo hybrid and Kimi Linear in transformers 5.20 or later. Weights, caches (also
-    static ones) and ``generate`` stay as they are; results are equal up to rounding. Documents packed by ``cu_seq_lens_q`` are kept apart, on
-    CPUs too, where transformers refuses them or (Kimi Linear) mixes them; they need ``use_cache=False``.
+    For Qwen3-Next, Qwen3.5 (dense and mixture of experts), OLMo hybrid and Kimi Linear in transformers 5.20 or later. Weights, caches
+    (also static ones) and ``generate`` stay as they are; results are equal up to rounding. Documents packed by ``cu_seq_lens_q`` are kept
+    apart, on CPUs too, where transformers refuses them or (Kimi Linear) mixes them; they need ``use_cache=False``.
 
     Args:
         model: any module with such layers, wrapped or not.
@@ -42,8 +42,8 @@ def accelerate(model: Model, enable: bool = True) -> Model:
         The same model.
 
     Raises:
-        TypeError, ValueError: the model has no such layers, or the installed version of transformers writes them in another way. The model is
-            then unchanged.
+        TypeError, ValueError: the model has no such layers, or the installed version of transformers writes them in another way. The
+            model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module with linear-attention layers, got {type(model).__name__}")
@@ -98,12 +98,12 @@ def _convolution(
     return (out if activation is None else ACT2FN[activation](out)).to(hidden_states.dtype)
 
 
-_GATED = {
+_GATED: dict[str, Callable] = {
     "torch_chunk_gated_delta_rule": _gated_delta_rule,
     "torch_recurrent_gated_delta_rule": _gated_delta_rule,
     "causal_conv1d_fn": _convolution,
 }
-_KIMI = {
+_KIMI: dict[str, Callable] = {
     "chunk_kimi_delta_attention": _kimi_delta_attention,
     "recurrent_kimi_delta_attention": _kimi_delta_attention,
     "causal_conv1d_fn": _convolution,
