@@ -78,7 +78,7 @@ bench: $(VENV)/.built  ## run the CPU benchmark, e.g. ARGS="--quick --plots benc
 	$(PY) bench/cpu.py $(ARGS)
 
 study: $(VENV)/.built  ## measure which attentional bias remembers what, and write docs/which-bias.md (under ten minutes)
-	$(PY) -m miras_kernels study --json docs/which-bias.json --page docs/which-bias.md --plots docs/which-bias $(ARGS)
+	$(PY) -m examples.which_bias --json docs/which-bias.json --page docs/which-bias.md --plot docs/which-bias/recall.png $(ARGS)
 
 lint: $(VENV)/.lint  ## check style with ruff, as CI does
 	$(PY) -m ruff check .

@@ -15,21 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
-    "CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MAX_HIDDEN", "MAX_MLP_HEAD", "MLP_CHUNK_SIZES", "RULES",
-    "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
+    "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
 ]  # fmt: skip
 
 #: rows that a chunk is padded to; a linear memory's may have any number of tokens up to the last
 CHUNK_SIZES = (16, 32, 64, 128)
-MLP_CHUNK_SIZES = (16, 32, 64)
 #: tag of the gate that couples all of a matrix (retention.py)
 LQ = 1
-#: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
-MIN_TILE, MAX_HEAD = 16, 256
-#: of an MLP memory, whose LayerNorm takes a whole row of values at once
-MAX_MLP_HEAD, MAX_HIDDEN = 128, 1024
-#: chunks of a sequence of an MLP memory: the kernels take a higher bit of a chunk's number for a zero (mlp_math.lanes)
-MAX_MLP_CHUNKS = 2**21
+#: tiles are at least this wide, and narrower heads are padded; tables/memories.py has the limits of each memory
+MIN_TILE = 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Problem:
         self.lr, self.log_decay, self.delta, self.momentum = (None if x is None else x.contiguous() for x in gates)
         self.cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
         self.dual = call.state.dual[0]
-        self.hidden = self.dual.shape[-1] if call.memory == "mlp" else 0
+        self.hidden = call.hidden
         self.batch, self.tokens, self.heads, self.key_dim = call.q.shape
         self.value_dim = call.v.shape[-1]
         self.sequences = self.dual.shape[0]
@@ -69,7 +69,7 @@ class Problem:
         self.block = self.key.block_c
         self.blocks = self.rows // self.block
         self.sizes = dict(C=self.rows, DTYPE=DTYPES[call.q.dtype])
-        if call.memory == "mlp":
+        if call.memory.name == "mlp":
             self.sizes |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
             self.layer_norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
         else:
@@ -77,7 +77,7 @@ class Problem:
         rules = rules_of(bias, gate)
         self.retention = {name: rules.pop(name) for name in ("RETENTION", "R0", "R1")}
         self.bias = rules | dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
-        if call.memory == "linear":
+        if call.memory.name == "linear":
             self.bias |= dict(CHANNEL_LR=call.lr.dim() == 4)
 
     def config(self, kernel: str) -> configs.Config:

@@ -200,7 +200,7 @@ class Step:
         bias, gate = call.bias, call.retention
         key = configs.Key(
             call.q.shape[-1], call.v.shape[-1], call.chunk_size, call.q.element_size(), bias.row_coupled,
-            call.state.dual[0].shape[-1] if call.memory == "mlp" else 0, gate.tag, call.momentum is not None,
+            call.hidden, gate.tag, call.momentum is not None,
             call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
         architecture, launches = launch.architecture_of(call.q.device), []
@@ -244,4 +244,4 @@ def stepper(call):
     from . import mlp as mlp_step
 
     with torch.no_grad():
-        return (linear_step if call.memory == "linear" else mlp_step).stepper(call)
+        return (linear_step if call.memory.name == "linear" else mlp_step).stepper(call)

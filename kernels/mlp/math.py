@@ -14,7 +14,7 @@ ROWS = tl.constexpr(16)
 def lanes(N: tl.constexpr, i_c, STAGE: tl.constexpr):
     """``0 ... N - 1`` of chunk ``i_c``, for one stage of what is done to it.
 
-    It adds a zero that the compiler cannot know to be one (``i_c`` is below configs.MAX_MLP_CHUNKS), another for every stage. Otherwise
+    It adds a zero that the compiler cannot know to be one (``i_c`` is below ``chunks`` of tables/memories.py), another for every stage. Otherwise
     offsets, addresses and masks that two stages or two chunks have in common are kept from one to the other, and registers spill.
     """
     return tl.arange(0, N) + (i_c >> (30 - STAGE)) * 1024

@@ -66,7 +66,7 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         p, matrices = launch.Problem(call), [torch.empty_like(x) for x in call.state.matrices()]
-        memory = linear if call.memory == "linear" else mlp
+        memory = linear if call.memory.name == "linear" else mlp
         _, _, checkpoints = memory.forward(p, every, call.output_final_state, call.output_final_state)
         memory.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
     return found

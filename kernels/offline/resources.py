@@ -27,9 +27,10 @@ import torch
 
 import triton
 
+from ...tables import memories
 from ...tables.biases import L2, Bias, DotProduct, Huber, Lp
 from ...tables.retention import KLRetention, L2Retention, LqRetention, Retention
-from ...validation import linear_call, mlp_call
+from ...validation import make_call
 from ..common import configs
 from . import compile as offline
 
@@ -94,11 +95,11 @@ class Specimen:
         )  # fmt: skip
         if self.hidden:
             initial, norm = (meta(n, h, d, self.hidden), meta(n, h, self.hidden, d)), dict(ln_weight=meta(h, d), ln_bias=meta(h, d))
-            make, arguments = mlp_call, arguments | norm | dict(ln_eps=1e-6, initial_state=initial)
+            memory, arguments = memories.MLP, arguments | norm | dict(ln_eps=1e-6, initial_state=initial)
         else:
-            make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
+            memory, arguments = memories.LINEAR, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
         lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
-        call = make(k, k, v, lr, log_decay if self.decays else None, **arguments)
+        call = make_call(memory, k, k, v, lr, log_decay if self.decays else None, **arguments)
         return offline.recorded_step(call) if self.steps else offline.recorded(call, 4)
 
 

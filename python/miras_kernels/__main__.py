@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import itertools
 import os
-import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -354,27 +353,6 @@ def _replay(text: str, names: Sequence[str]) -> int:
     return wrong
 
 
-# ------------------------------------------------------------------------------------------------------------- study
-
-
-def _study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="seconds: one level of each task and tiny budgets; the numbers mean nothing")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of streams, starts and training data (default: 0)")
-    parser.add_argument("--workers", type=_positive, default=min(2, os.cpu_count() or 1), metavar="N",
-                        help="processes that share the work, one thread each; results do not depend on it (default: up to 2)")  # fmt: skip
-    parser.add_argument("--results", type=pathlib.Path, metavar="FILE", help="measure nothing: take an earlier run's JSON")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the results")
-    parser.add_argument("--page", type=pathlib.Path, metavar="FILE", help="write the report, Markdown; with --plots it shows these")
-    parser.add_argument("--plots", type=pathlib.Path, metavar="FOLDER", help="draw them (needs matplotlib)")
-
-
-def study_command(args: argparse.Namespace) -> int:
-    """Measure which attentional bias remembers what."""
-    from .study import program
-
-    return program.command(args)
-
-
 # -------------------------------------------------------------------------------------------------------------- main
 
 #: name: (one line of help, adds arguments, runs)
@@ -382,7 +360,6 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "info": ("versions, devices, backends and options (the default)", lambda parser: None, info),
     "explain": ("which backends can serve a call, and which one 'auto' takes", _explain_arguments, explain_command),
     "fuzz": ("random calls of everything public, checked against the reference", _fuzz_arguments, fuzz_command),
-    "study": ("which attentional bias remembers what: measurements and a report (minutes)", _study_arguments, study_command),
     "verify": ("compare this machine's kernels with the reference; 'auto' then leaves wrong ones alone", _verify_arguments, verify_command),
     "warmup": ("compile the Triton kernels that calls of given sizes need, before a job does", _warmup_arguments, warmup_command),
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from .state import MemoryState
 from .tables.biases import Bias
+from .tables.memories import Memory
 from .tables.retention import Retention
 
 __all__ = ["Call"]
@@ -21,7 +24,7 @@ class Call:
     ``[B, T, H, Dv]``; ``state`` holds ``N`` sequences, ``N = B`` or the number of packed ones.
     """
 
-    memory: str  # "linear" or "mlp"
+    memory: Memory
     q: Tensor
     k: Tensor
     v: Tensor
@@ -44,6 +47,8 @@ class Call:
 
     #: the arguments of shape [B, T, H, ...]
     PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "erase_k", "key_log_decay")
+    #: the differentiable arguments but the initial state
+    DIFFERENTIABLE = (*PER_TOKEN, "ln_weight", "ln_bias")
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -51,5 +56,35 @@ class Call:
         used = {"decay_first": self.decay_first, "erase_k": self.erase_k is not None, "key_log_decay": self.key_log_decay is not None}
         return tuple(name for name, use in used.items() if use)
 
-    def replace(self, **changes) -> Call:
+    @property
+    def hidden(self) -> int:
+        """The memory's hidden size, 0 if it has none."""
+        return self.memory.hidden(self.state.dual)
+
+    def replace(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
+
+    def present(self) -> list[str]:
+        """The names of DIFFERENTIABLE that are not None."""
+        return [name for name in self.DIFFERENTIABLE if getattr(self, name) is not None]
+
+    def differentiable(self) -> list[Tensor]:
+        """Those tensors, then the state's."""
+        return [getattr(self, name) for name in self.present()] + self.state.tensors()
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in one fixed order: the differentiable ones, the state's position, ``cu_seqlens``."""
+        opened = self.state.open_chunk
+        return self.differentiable() + [x for x in (None if opened is None else opened.position, self.cu_seqlens) if x is not None]
+
+    def replace_tensors(self, tensors: Sequence[Tensor]) -> Call:
+        """A call of the same structure with other ``tensors``, in the order of :meth:`tensors`."""
+        names, count = self.present(), len(self.state.tensors())
+        changes: dict[str, Any] = dict(zip(names, tensors, strict=False))
+        rest = list(tensors[len(names) :])
+        state = self.state.replace_tensors(rest[:count])
+        if state.open_chunk is not None:
+            state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=rest[count]))
+        if self.cu_seqlens is not None:
+            changes["cu_seqlens"] = rest[-1]
+        return self.replace(**changes, state=state)

@@ -82,9 +82,9 @@ def stepper(backend: str, call: Call) -> Callable:
         reason = _unusable(name, call) or BACKENDS[name].refuses_steps(call)
         if reason is None and (backend != "auto" or _doubt(name, call, steps=True, warn=True) is None):
             return BACKENDS[name].stepper(call)
-        if backend != "auto":
+        if backend != "auto" or name == "reference":
             raise ValueError(f"backend: {backend!r} cannot decode this: {reason}")
-    raise AssertionError("the reference decodes everything")
+    raise AssertionError("unreachable: the reference is the last candidate")
 
 
 def kept_states_like(call: Call, every: int) -> list[Tensor]:
@@ -125,6 +125,8 @@ def _unusable(name: str, call: Call) -> str | None:
     reason = unavailable(name)
     if reason is None and not BACKENDS[name].runs_on(call.q.device):
         reason = f"it does not run on {call.q.device.type} tensors"
+    if reason is None and name != "reference" and name not in call.memory.kernels:
+        reason = f"it has no kernels for {call.memory.title}"
     return reason
 
 
@@ -145,9 +147,8 @@ def _doubt(name: str, call: Call, *, steps: bool = False, differentiate: bool = 
     if backend.unverified == "take" and not verification.known(name, device):
         return None
     mode = verification.DECODE if steps or (not differentiate and backend.decodes(call)) else verification.SEQUENCE
-    what = verification.configuration(call.memory, call.bias, call.retention, call.q.dtype, mode)
-    hidden = 0 if call.memory == "linear" else int(call.state.dual[0].shape[-1])
-    sizes = verification.sizes(int(call.q.shape[-1]), int(call.v.shape[-1]), hidden, call.chunk_size)
+    what = verification.configuration(call.memory.name, call.bias, call.retention, call.q.dtype, mode)
+    sizes = verification.sizes(int(call.q.shape[-1]), int(call.v.shape[-1]), call.hidden, call.chunk_size)
     return verification.doubt(name, device, what, sizes, backend.unverified, warn)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from .backends.triton import TritonBackend
 from .call import Call
 from .options import options
 from .state import MemoryState
+from .tables import memories
 from .tables.biases import L2, Bias
+from .tables.memories import Memory
 from .tables.retention import L2Retention, Retention
-from .validation import linear_call, mlp_call
+from .validation import make_call
 
 __all__ = ["explain", "linear_memory", "mlp_memory"]
 
@@ -93,13 +94,11 @@ def linear_memory(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    q, k, v, erase_k = _autocast(q, k, v, erase_k)
-    call = linear_call(
-        q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    return run(
+        memories.LINEAR, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend,
         erase_k=erase_k, key_log_decay=key_log_decay, decay_first=decay_first,
     )  # fmt: skip
-    return _run(call, backend)
 
 
 def mlp_memory(
@@ -138,35 +137,49 @@ def mlp_memory(
 
     The other arguments, the returned values and the errors are those of :func:`linear_memory`.
     """
-    q, k, v = _autocast(q, k, v)
-    call = mlp_call(
-        q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
+    return run(
+        memories.MLP, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps,
+        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, backend=backend,
     )  # fmt: skip
-    return _run(call, backend)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **arguments) -> dict[str, str | None]:
+def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, backend: str = "auto",
+        **arguments) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
+    """A memory of :mod:`miras_kernels.tables.memories`, with the arguments of its public function."""
+    call = _call(memory, q, k, v, lr, log_decay, arguments)
+    differentiate = _differentiates(call)
+    name = dispatch.choose(backend, call, differentiate)
+    if call.q.shape[0] == 0 or call.q.shape[1] == 0:
+        return _nothing(call), call.state.map(torch.clone) if call.output_final_state else None
+    return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, memory: str | None = None, **arguments
+) -> dict[str, str | None]:
     """Which backends could serve a call, without running it.
 
-    Takes the arguments of :func:`linear_memory`, or of :func:`mlp_memory` if ``ln_weight`` is among them.
+    Args:
+        memory: "linear" or "mlp"; by default the one that takes the arguments given.
+
+    The other arguments are those of :func:`linear_memory` or :func:`mlp_memory`.
 
     Returns:
         For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it refuses the
         call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
         ``backend="auto"`` takes the first one with None.
     """
-    defaults: dict[str, Any] = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
-                    output_final_state=False, cu_seqlens=None)  # fmt: skip
     arguments.pop("backend", None)
-    make: Callable[..., Call] = linear_call
-    if "ln_weight" in arguments:
-        make, defaults = mlp_call, {**defaults, "ln_bias": None, "ln_eps": 1e-6}
-    if "erase_k" in arguments:
-        arguments["erase_k"] = _autocast(q, arguments["erase_k"])[1]
-    call = make(*_autocast(q, k, v), lr, log_decay, **{**defaults, **arguments})
+    call = _call(memories.find(memory, arguments), q, k, v, lr, log_decay, arguments)
     return dispatch.explain(call, _differentiates(call))
+
+
+def _call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None, arguments: dict[str, Any]) -> Call:
+    q, k, v, erase_k = _autocast(q, k, v, arguments.get("erase_k"))
+    if erase_k is not None:
+        arguments["erase_k"] = erase_k
+    return make_call(memory, q, k, v, lr, log_decay, **arguments)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -179,25 +192,10 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(map(cast, tensors))
 
 
-def _given(call: Call) -> list[Tensor]:
-    """The differentiable tensors of a call."""
-    tensors = [call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.erase_k, call.key_log_decay,
-               call.ln_weight, call.ln_bias]  # fmt: skip
-    return [x for x in [*tensors, *call.state.tensors()] if x is not None]
-
-
 def _differentiates(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in _given(call))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in call.differentiable())
 
 
 def _nothing(call: Call) -> Tensor:
     """The outputs of no token: empty, and with gradients of zero to everything."""
-    return torch.empty_like(call.v) + sum(0 * x.sum() for x in _given(call) if x.requires_grad)
-
-
-def _run(call: Call, backend: str) -> tuple[Tensor, MemoryState | None]:
-    differentiate = _differentiates(call)
-    name = dispatch.choose(backend, call, differentiate)
-    if call.q.shape[0] == 0 or call.q.shape[1] == 0:
-        return _nothing(call), call.state.map(torch.clone) if call.output_final_state else None
-    return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+    return torch.empty_like(call.v) + sum(0 * x.sum() for x in call.differentiable() if x.requires_grad)

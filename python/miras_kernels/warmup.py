@@ -43,8 +43,9 @@ from .memory import linear_memory
 from .options import options
 from .state import MemoryState
 from .tables.biases import Bias
+from .tables.memories import LINEAR
 from .tables.retention import L2Retention
-from .validation import linear_call
+from .validation import make_call
 
 __all__ = ["TARGETS", "Variant", "refusal", "run", "unavailable"]
 
@@ -130,7 +131,7 @@ class Variant:
     def step(self, sizes: Sizes) -> Call:
         """The validated call of a token, on tensors without storage; errors as of :meth:`call`."""
         settings = dict(bias=self.bias, retention=L2Retention(), momentum=None, chunk_size=self.chunk_size)
-        return linear_call(**self.token(sizes, "meta"), **settings, initial_state=None, output_final_state=True, cu_seqlens=None)
+        return make_call(LINEAR, **self.token(sizes, "meta"), **settings, initial_state=None, output_final_state=True, cu_seqlens=None)
 
     def call(self, sizes: Sizes) -> Call:
         """The validated call, on tensors without storage.
@@ -138,7 +139,7 @@ class Variant:
         Raises:
             TypeError, ValueError: a call that the public function refuses.
         """
-        return linear_call(**self.arguments(sizes, "meta"), retention=L2Retention(), momentum=None, initial_state=None)
+        return make_call(LINEAR, **self.arguments(sizes, "meta"), retention=L2Retention(), momentum=None, initial_state=None)
 
 
 def unavailable(target: str | None) -> str | None:

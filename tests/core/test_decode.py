@@ -13,6 +13,7 @@ import miras_kernels as mk
 from miras_kernels import autograd, dispatch, validation
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.call import Call
+from miras_kernels.tables import memories
 from miras_kernels.tables.biases import TABLE as BIASES
 from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case, check_steps, registry, relative_error, steps
@@ -389,7 +390,9 @@ def test_the_public_functions_take_steps_for_short_inputs(case, monkeypatch, poi
         for a, b in itertools.pairwise(cuts):
             out, state = steps.function(case)(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend="cpp")
             outs.append(out)
-    assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == min(backend.STEPS.values())
+    assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == min(
+        row.kernels["cpp"].few for row in memories.TABLE.values()
+    )
     report = check_steps(case, "cpp", cuts=[13], found=steps.final(torch.cat(outs, 1), state))
     assert report.ok, report
 
@@ -418,9 +421,8 @@ def test_the_operator_gives_a_state_of_its_own(shape):
         _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
         short = {**arguments, **cut(arguments, 13, 14), "initial_state": state}
         wanted, after = steps.function(case)(**short, backend="cpp")
-        make = validation.linear_call if case.memory == "linear" else validation.mlp_call
         tokens = [short.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
-        operands = (*autograd._flatten(make(*tokens, **short)), "cpp", 0)
+        operands = (*autograd._flatten(validation.make_call(memories.TABLE[case.memory], *tokens, **short)), "cpp", 0)
         torch.library.opcheck(torch.ops.miras_kernels.memory, operands, test_utils=("test_schema", "test_faketensor"))
         out, final, _ = torch.ops.miras_kernels.memory(*operands)
     assert torch.equal(out, wanted)

@@ -44,7 +44,7 @@ def blocks() -> list:
 def test_python_runs(path, line, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile("\n" * (line - 1) + text, named(path), "exec"), {"__name__": "document"})
+    exec(compile("\n" * (line - 1) + text, named(path), "exec", dont_inherit=True), {"__name__": "document"})
 
 
 def test_every_block_is_found():

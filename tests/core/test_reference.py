@@ -11,9 +11,11 @@ import torch
 import miras_kernels as mk
 import vectors
 from miras_kernels.backends.reference import chunkwise, definition, derived
+from miras_kernels.memory import run
+from miras_kernels.tables import memories
 from miras_kernels.testing import Case, evaluate, registry, relative_error
 from miras_kernels.testing.case_list import BIASES, GATES
-from miras_kernels.validation import linear_call, mlp_call
+from miras_kernels.validation import make_call
 from quick import or_slow, sample
 
 # Two float64 computations of one function: 2^-53 times condition and reduction lengths stays far below this.
@@ -31,12 +33,11 @@ def assert_same(found: dict, wanted: dict, bound: float = EXACT) -> None:
 def test_vectors(path, form):
     config, tensors = vectors.load(path)
     keywords, leaves = vectors.arguments(config, tensors)
-    function, make = (mk.linear_memory, linear_call) if config["memory"] == "linear" else (mk.mlp_memory, mlp_call)
+    memory = memories.TABLE[config["memory"]]
     if form == "public":
-        out, state = function(**keywords, backend="reference")
+        out, state = run(memory, **keywords, backend="reference")
     else:
-        defaults = dict(log_decay=None, delta=None, momentum=None, cu_seqlens=None) | ({"ln_eps": 1e-6} if make is mlp_call else {})
-        call = make(**{**defaults, **keywords})
+        call = make_call(memory, **keywords)
         out, state = {"definition": definition.run, "chunkwise": chunkwise.run}[form](call)
     assert_same(vectors.results(out, state, tensors, leaves), vectors.expected(tensors, leaves))
 

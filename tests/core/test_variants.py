@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import miras_kernels as mk
 from miras_kernels.backends.reference import chunkwise, definition
-from miras_kernels.validation import linear_call
+from miras_kernels.tables.memories import LINEAR
+from miras_kernels.validation import make_call
 
 B, T, H, DK, DV = 2, 37, 2, 5, 3
 VARIANTS = ("decay_first", "erase_k", "key_log_decay")
@@ -50,7 +51,7 @@ def both_ways(arguments: dict, bias, **more) -> list[list[torch.Tensor]]:
     settings = dict(log_decay=None, bias=bias, retention=mk.L2Retention(), delta=None, momentum=None, cu_seqlens=None)
     found = []
     for form in (definition, chunkwise):
-        out, state = form.run(linear_call(**{**settings, **given}))
+        out, state = form.run(make_call(LINEAR, **{**settings, **given}))
         loss = (out * torch.arange(out.numel(), dtype=out.dtype).sin().view_as(out)).sum() + state.dual[0].sin().sum()
         found.append([out, state.dual[0], *torch.autograd.grad(loss, tensors)])
     return found

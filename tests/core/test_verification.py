@@ -14,8 +14,9 @@ import torch
 import miras_kernels as mk
 from miras_kernels import dispatch, verification
 from miras_kernels.__main__ import _Elsewhere, main
+from miras_kernels.tables.memories import LINEAR
 from miras_kernels.testing import trial
-from miras_kernels.validation import linear_call
+from miras_kernels.validation import make_call
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 KEY = "linear l2 l2 float32"
@@ -137,7 +138,7 @@ def test_a_wrong_kernel_is_found_and_left_alone(monkeypatch, capsys, plant, mode
     assert taken(**wrong, bias=mk.L1()) == "cpp"
     reason = mk.explain(*tokens(**wrong))["cpp"]
     assert reason.startswith("failed verification on 20") and what in reason and reason.endswith("miras_kernels verify after updating")
-    x = linear_call(*tokens(**wrong), None, **SETTINGS)
+    x = make_call(LINEAR, *tokens(**wrong), None, **SETTINGS)
     assert dispatch.choose("auto", x, mode == "sequence") == "reference" and dispatch.choose("cpp", x, True) == "cpp"
     main(["info"])
     assert "2 configurations, 1 failed" in capsys.readouterr().out
@@ -409,7 +410,7 @@ def gpu(monkeypatch):
 
         x = make(1, t, 1, dim)
         given = SETTINGS | dict(initial_state=make(1, dim, dim)) | settings
-        return linear_call(x, x, x, make(1, t, 1), None, **given)
+        return make_call(LINEAR, x, x, x, make(1, t, 1), None, **given)
 
     return call
 

@@ -14,10 +14,12 @@ import miras_kernels as mk
 import vectors
 from miras_kernels import dispatch
 from miras_kernels.backends.reference import chunkwise
+from miras_kernels.memory import run
+from miras_kernels.tables import memories
 from miras_kernels.testing import Case, check, evaluate, registry
 from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.testing.parity import compare, spread
-from miras_kernels.validation import linear_call, mlp_call
+from miras_kernels.validation import make_call
 from quick import combinations, or_slow, sample, slow
 
 
@@ -128,15 +130,14 @@ def test_an_unknown_instruction_set_is_an_error():
 def test_vectors(path):
     """Within what rounding does to the file's numbers and to a run with them."""
     config, tensors = vectors.load(path)
-    function, make = (mk.linear_memory, linear_call) if config["memory"] == "linear" else (mk.mlp_memory, mlp_call)
+    memory = memories.TABLE[config["memory"]]
 
     def results(tensors: dict, run) -> dict:
         keywords, leaves = vectors.arguments(config, tensors)
         return vectors.results(*run(keywords), tensors, leaves)
 
-    defaults = dict(log_decay=None, delta=None, momentum=None, cu_seqlens=None) | ({"ln_eps": 1e-6} if make is mlp_call else {})
-    by_chunks = lambda keywords: chunkwise.run(make(**defaults | keywords))
-    found = results({name: x.float() for name, x in tensors.items()}, lambda keywords: function(**keywords, backend="cpp"))
+    by_chunks = lambda keywords: chunkwise.run(make_call(memory, **keywords))
+    found = results({name: x.float() for name, x in tensors.items()}, lambda keywords: run(memory, **keywords, backend="cpp"))
     exact = {name: tensors[name] for name in found}
     budgets = spread(exact, lambda: results({name: x * 1 for name, x in tensors.items()}, by_chunks))
     report = compare(Case(path.stem), torch.float32, found, budgets)

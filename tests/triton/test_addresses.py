@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import miras_kernels as mk
-from miras_kernels.validation import linear_call, mlp_call
+from miras_kernels.tables.memories import LINEAR, MLP
+from miras_kernels.validation import make_call
 
 #: no token count is a multiple of a chunk, so that states end inside one
 CALLS = {
@@ -111,9 +112,9 @@ def call_of(shape: tuple[int, int, int], memory: str = "linear", channels: bool 
         delta=meta(*gate) if "bias" in settings else None, momentum=meta(b, t, h) if momentum else None,
     ) | settings  # fmt: skip
     if memory == "linear":
-        return linear_call(*tokens, meta(*gate), meta(*gate), initial_state=meta(b, h, d, d), **rest)
+        return make_call(LINEAR, *tokens, meta(*gate), meta(*gate), initial_state=meta(b, h, d, d), **rest)
     norm = dict(ln_weight=meta(h, d), ln_bias=meta(h, d), ln_eps=1e-6)
-    return mlp_call(*tokens, meta(*gate), meta(*gate), initial_state=(meta(b, h, d, hidden), meta(b, h, hidden, d)), **norm, **rest)
+    return make_call(MLP, *tokens, meta(*gate), meta(*gate), initial_state=(meta(b, h, d, hidden), meta(b, h, hidden, d)), **norm, **rest)
 
 
 @pytest.fixture

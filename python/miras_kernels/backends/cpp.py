@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,11 +22,6 @@ class CppBackend:
     name = "cpp"
     unverified = "take"  # continuous integration runs them
     variants: tuple[str, ...] = ()
-    MAX_HEAD = 256
-    MAX_HIDDEN = 1024
-    MAX_CHUNK = 256
-    #: the most tokens of a call without gradients that are read one by one; with more, products of whole chunks are faster
-    STEPS: ClassVar[dict[str, int]] = {"linear": 8, "mlp": 4}
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -57,34 +51,27 @@ class CppBackend:
         """What no kernel here takes."""
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
-        heads = max(call.q.shape[-1], call.v.shape[-1])
-        if heads > self.MAX_HEAD:
-            return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
-        if call.memory == "mlp" and call.state.dual[1].shape[-2] > self.MAX_HIDDEN:
-            return f"hidden units are limited to {self.MAX_HIDDEN}, got {call.state.dual[1].shape[-2]}"
-        if call.chunk_size > self.MAX_CHUNK:
-            return f"chunk_size is limited to {self.MAX_CHUNK}, got {call.chunk_size}"
-        return None
+        return call.memory.kernels[self.name].sequences.exceeded_by(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         if checkpoint_every == 0 and self.decodes(call):
             return self._forward_by_steps(call)
         chunk = call.state.open_chunk
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
-        run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
+        run = getattr(self.extension, f"{call.memory.name}_forward")
         out, dual, carried, start, log_decay, saved = run(
             *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, checkpoint_every, call.output_final_state
         )
         matrices = [dual, start] if call.momentum is None else [dual, carried, start]
-        final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
+        final = matrices if len(call.memory.matrices) == 1 else [x for pair in matrices for x in pair]
         return out, [*final, log_decay], [saved] if checkpoint_every else []
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are read one by one."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS[call.memory]
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def _forward_by_steps(self, call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
+        run = getattr(self.extension, f"{call.memory.name}_steps")
         chunk, state = call.state.open_chunk, call.state
         opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
         out, dual, carried, start, log_decay = run(
@@ -103,22 +90,25 @@ class CppBackend:
         return kept_states_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-        run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
+        run = getattr(self.extension, f"{call.memory.name}_backward")
         duals = len(call.state.dual)
         *grads, d_dual, d_carried = run(
             *_inputs(call), _offsets(call), saved[0], grad_out, _matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:]),
             *_rules(call), call.chunk_size, checkpoint_every,
         )  # fmt: skip
-        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
+        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (("ln_weight", "ln_bias") if call.memory.needs_norm else ())
         state = [d_dual] if call.momentum is None else [d_dual, d_carried]
-        return {**dict(zip(names, grads, strict=True)), "state": state if call.memory == "linear" else [x for pair in state for x in pair]}
+        return {
+            **dict(zip(names, grads, strict=True)),
+            "state": state if len(call.memory.matrices) == 1 else [x for pair in state for x in pair],
+        }
 
 
 class Steps:
     """Steps for calls like one: see :func:`miras_kernels.dispatch.stepper`."""
 
     def __init__(self, extension: object, call: Call):
-        self.make = extension.LinearStepper if call.memory == "linear" else extension.MlpStepper
+        self.make = getattr(extension, f"{call.memory.name.capitalize()}Stepper")
         self.call = call
 
     def __call__(self, buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
@@ -138,7 +128,7 @@ class Steps:
 
 
 def _inputs(call: Call) -> tuple:
-    norm = () if call.memory == "linear" else (call.ln_weight, call.ln_bias, call.ln_eps)
+    norm = (call.ln_weight, call.ln_bias, call.ln_eps) if call.memory.needs_norm else ()
     gates = (call.lr, call.log_decay, call.delta, call.momentum)
     return call.q, call.k, call.v, *gates, *norm, _matrices(call, call.state.dual), _matrices(call, call.state.momentum)
 
@@ -147,7 +137,7 @@ def _matrices(call: Call, matrices: Sequence[Tensor] | None) -> Tensor | Sequenc
     """A memory's matrices as the extension takes them: one tensor, or two; None where there are none."""
     if not matrices:
         return None
-    return matrices[0] if call.memory == "linear" else matrices
+    return matrices[0] if len(call.memory.matrices) == 1 else matrices
 
 
 def _offsets(call: Call) -> Tensor | None:

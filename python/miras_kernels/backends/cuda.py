@@ -67,11 +67,6 @@ class CudaBackend:
     name = "cuda"
     unverified = "leave"
     variants: tuple[str, ...] = ()
-    #: of a linear memory, of an MLP memory
-    MAX_HEAD, MAX_MLP_HEAD = 256, 128
-    MAX_HIDDEN = 1024
-    #: tokens of a call that are read one by one
-    STEPS = 4
 
     def __init__(self, path: Path = LIBRARY, device: str = "cuda"):
         self.path, self.device = path, device
@@ -121,18 +116,17 @@ class CudaBackend:
             return "it only decodes: it has no gradients"
         if call.cu_seqlens is not None:
             return "it only decodes: it takes no packed sequences"
-        if call.q.shape[1] > self.STEPS:
-            return f"it only decodes: calls of at most {self.STEPS} tokens, got {call.q.shape[1]}"
+        few = call.memory.kernels[self.name].few
+        if call.q.shape[1] > few:
+            return f"it only decodes: calls of at most {few} tokens, got {call.q.shape[1]}"
         return self.refuses_steps(call)
 
     def refuses_steps(self, call: Call) -> str | None:
         if call.q.dtype not in TOKEN_TYPES:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        head, limit = max(call.q.shape[-1], call.v.shape[-1]), self.MAX_HEAD if call.memory == "linear" else self.MAX_MLP_HEAD
-        if head > limit:
-            return f"head dimensions are limited to {limit}, got {head}"
-        if call.memory == "mlp" and call.state.dual[0].shape[-1] > self.MAX_HIDDEN:
-            return f"hidden sizes are limited to {self.MAX_HIDDEN}, got {call.state.dual[0].shape[-1]}"
+        exceeded = call.memory.kernels[self.name].steps.exceeded_by(call)
+        if exceeded is not None:
+            return exceeded
         if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
             return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
         return None
@@ -141,15 +135,15 @@ class CudaBackend:
         """``run(buffers, q, k, v, lr, log_decay, delta, momentum, out)``: fills a struct and launches; waits for nothing."""
         from ..decode.decoder import thresholds
 
-        launch = getattr(self._loaded[0], f"miras_{call.memory}_step")
+        launch = getattr(self._loaded[0], f"miras_{call.memory.name}_step")
         n, t, h = call.q.shape[:3]
         constant = dict(
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
-            K=call.q.shape[-1] if call.memory == "linear" else call.state.dual[0].shape[-1], V=call.v.shape[-1], C=call.chunk_size,
+            K=call.hidden or call.q.shape[-1], V=call.v.shape[-1], C=call.chunk_size,
         )  # fmt: skip
         bias, gate = (ctypes.c_float * 3)(*call.bias.padded), (ctypes.c_float * 2)(*call.retention.padded)
         threshold, parameters = thresholds(call), {}
-        if call.memory == "mlp":
+        if call.memory.needs_norm:
             parameters = dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias))
         kept = parameters | self._between(call)
         constant |= {name: x.data_ptr() for name, x in kept.items()}
@@ -181,9 +175,9 @@ class CudaBackend:
         """Room for what one launch of a step writes for the next."""
         (n, _, h, d), chunk = call.v.shape, call.chunk_size
         room = lambda *shape: torch.empty(n, h, *shape, dtype=torch.float32, device=call.q.device)
-        if call.memory == "linear":
+        if call.memory.name == "linear":
             return dict(products=room(4, d))
-        hidden = call.state.dual[0].shape[-1]
+        hidden = call.hidden
         parts = -(-hidden // self._loaded[0].miras_mlp_units())
         return dict(hidden=room(2, hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from .. import dispatch
 from ..call import Call
 from ..state import MemoryState, OpenChunk
+from ..tables import memories
 from ..tables.biases import L2, Bias
 from ..tables.retention import L2Retention, LqRetention, Retention
-from ..validation import linear_call, mlp_call
+from ..validation import make_call
 
 __all__ = ["Buffers", "Decoder", "buffers_for", "forward", "thresholds"]
 
@@ -108,6 +109,7 @@ class Decoder:
         chunk_size, bias, retention: of the memory.
         ln_weight, ln_bias, ln_eps: of an MLP memory, ``[H, D]``.
         channel_wise_decay: whether ``log_decay`` will be ``[N, T, H, Dv]``.
+        memory: "linear" or "mlp"; by default the one that takes the arguments given.
         backend: "auto", or the name of one that has steps.
 
     Raises:
@@ -125,11 +127,13 @@ class Decoder:
         ln_bias: Tensor | None = None,
         ln_eps: float = 1e-6,
         channel_wise_decay: bool = False,
+        memory: str | None = None,
         backend: str = "auto",
     ):
         if not isinstance(state, MemoryState):
             raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
         self.settings = dict(chunk_size=chunk_size, bias=bias, retention=retention)
+        self.memory = memories.find(memory, () if ln_weight is None else ("ln_weight",))
         self.norm = {} if ln_weight is None else dict(ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps)
         self.backend = backend
         self.buffers = buffers_for(state, chunk_size, retention, channel_wise_decay)
@@ -186,9 +190,8 @@ class Decoder:
         if channels if log_decay is None else isinstance(log_decay, Tensor) and log_decay.dim() == (3 if channels else 4):
             wanted = "[N, T, H, Dv] (channel_wise_decay=True)" if channels else "[N, T, H]"
             raise ValueError(f"log_decay: expected {wanted}, got {None if log_decay is None else f'shape {tuple(log_decay.shape)}'}")
-        make = mlp_call if self.norm else linear_call
-        call = make(
-            q, k, v, lr, log_decay, delta=delta, momentum=momentum, initial_state=self.state(), output_final_state=True, cu_seqlens=None,
+        call = make_call(
+            self.memory, q, k, v, lr, log_decay, delta=delta, momentum=momentum, initial_state=self.state(), output_final_state=True,
             **self.settings, **self.norm,
         )  # fmt: skip
         if call.state.momentum is not None and self.buffers.momentum is None:
@@ -282,10 +285,10 @@ def _matrices(buffer: Tensor) -> tuple[Tensor, ...]:
 
 def forward(call: Call, backend: str) -> tuple[Tensor, list[Tensor]]:
     """A short call by the steps of a backend, on buffers made for it: its output and its final state's tensors."""
-    norm = {} if call.memory == "linear" else dict(ln_weight=call.ln_weight, ln_bias=call.ln_bias, ln_eps=call.ln_eps)
+    norm = {name: getattr(call, name) for name in memories.NORM} if call.memory.needs_norm else {}
     channel_wise = call.log_decay is not None and call.log_decay.dim() == 4
     settings = dict(chunk_size=call.chunk_size, bias=call.bias, retention=call.retention, channel_wise_decay=channel_wise)
-    reader, out = Decoder(call.state, **settings, **norm, backend=backend), torch.empty_like(call.v)
+    reader, out = Decoder(call.state, **settings, **norm, memory=call.memory.name, backend=backend), torch.empty_like(call.v)
     run = dispatch.BACKENDS[backend].stepper(call)
     run(reader.buffers, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, out)
     return out, reader.state().tensors()

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import dispatch
 from ..call import Call
 from ..state import MemoryState
-from ..tables import biases, retention
+from ..tables import biases, memories, retention
 from ..tracing import is_plain_eager
 from .decoder import Buffers, Decoder, _matrices
 
@@ -56,17 +56,17 @@ def _flatten(decoder: Decoder, q, k, v, lr, log_decay, delta, momentum, ln_weigh
         ln_weight, ln_bias = ln_weight.to(dtype), ln_bias.to(dtype)
     return (
         *(getattr(decoder.buffers, name) for name in _BUFFERS), q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps,
-        settings["bias"].code, settings["retention"].code, settings["chunk_size"], decoder.backend,
+        decoder.memory.name, settings["bias"].code, settings["retention"].code, settings["chunk_size"], decoder.backend,
     )  # fmt: skip
 
 
 def _step(*arguments) -> Tensor:
-    buffers, tokens = Buffers(*arguments[: len(_BUFFERS)]), arguments[len(_BUFFERS) : -4]
+    buffers, tokens = Buffers(*arguments[: len(_BUFFERS)]), arguments[len(_BUFFERS) : -5]
     q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps = tokens
-    bias, gate, chunk_size, backend = arguments[-4:]
+    memory, bias, gate, chunk_size, backend = arguments[-5:]
     state = MemoryState(_matrices(buffers.start), None if buffers.momentum is None else _matrices(buffers.momentum))  # for its shapes
     call = Call(
-        memory="linear" if ln_weight is None else "mlp", q=q, k=k, v=v, lr=lr, log_decay=log_decay, delta=delta, momentum=momentum,
+        memory=memories.TABLE[memory], q=q, k=k, v=v, lr=lr, log_decay=log_decay, delta=delta, momentum=momentum,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, state=state, cu_seqlens=None, bias=biases.from_code(bias),
         retention=retention.from_code(gate), chunk_size=chunk_size, output_final_state=True,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def _step(*arguments) -> Tensor:
 _SCHEMA = ", ".join(f"Tensor({letter}!)? buffer_{name}" for letter, name in zip(string.ascii_lowercase, _BUFFERS, strict=False))
 _SCHEMA += (
     ", Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? log_decay, Tensor? delta, Tensor? momentum, Tensor? ln_weight, "
-    "Tensor? ln_bias, float ln_eps, str bias, str gate, SymInt chunk_size, str backend"
+    "Tensor? ln_bias, float ln_eps, str memory, str bias, str gate, SymInt chunk_size, str backend"
 )
 _operator = torch.library.custom_op(
     "miras_kernels::step", _step, mutates_args=tuple(f"buffer_{name}" for name in _BUFFERS), schema=f"({_SCHEMA}) -> Tensor"

@@ -72,7 +72,8 @@ class BlockDecoder:
 
     def __init__(self, block: MemoryBlock, state: BlockState):
         row = block.preset
-        self.memory = Decoder(state.memory, chunk_size=row.chunk_size, bias=row.bias, retention=row.retention, backend=block.backend)
+        self.memory = Decoder(state.memory, chunk_size=row.chunk_size, bias=row.bias, retention=row.retention,
+                              memory=row.memory, backend=block.backend)  # fmt: skip
         self.conv = state.conv.detach().clone(memory_format=torch.contiguous_format)
 
     def read(self, tokens: dict[str, Any], conv: Tensor) -> Tensor:

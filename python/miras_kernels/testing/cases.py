@@ -17,9 +17,10 @@ from torch import Tensor
 from ..backends.reference import chunkwise
 from ..call import Call
 from ..state import MemoryState
+from ..tables import memories
 from ..tables.biases import L2, Bias, Huber
 from ..tables.retention import L2Retention, Retention
-from ..validation import linear_call, mlp_call
+from ..validation import make_call
 
 __all__ = ["Case", "Inputs"]
 
@@ -71,7 +72,7 @@ class Inputs:
         """The validated call, for the reference modules."""
         arguments = self.arguments()
         tokens = [arguments.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
-        return (linear_call if self.case.memory == "linear" else mlp_call)(*tokens, **arguments)
+        return make_call(memories.TABLE[self.case.memory], *tokens, **arguments)
 
     def leaves(self) -> dict[str, Tensor]:
         """Every tensor that a gradient is asked of, by name."""

@@ -26,10 +26,10 @@ from .. import dispatch
 from ..backends.reference import chunkwise
 from ..memory import linear_memory, mlp_memory
 from ..state import MemoryState
-from ..tables import biases, retention
+from ..tables import biases, memories, retention
 from ..tables.biases import L2, Huber, RobustL2
 from ..tables.retention import ElasticNetRetention, L2Retention, LqRetention
-from ..validation import linear_call, mlp_call
+from ..validation import make_call
 from .cases import Case, Inputs
 from .parity import ARITHMETIC, ULPS, Report, evaluate, expect, judge, margin, operands, relative_error
 
@@ -98,7 +98,7 @@ def _recall(case: Case, arguments: dict, run: str | Callable) -> tuple[Tensor, M
     if callable(run):
         tokens = [arguments[name] for name in TOKENS[:5]]
         rest = {name: x for name, x in arguments.items() if name not in TOKENS[:5]}
-        return run((linear_call if case.memory == "linear" else mlp_call)(*tokens, **rest))
+        return run(make_call(memories.TABLE[case.memory], *tokens, **rest))
     out, state = (linear_memory if case.memory == "linear" else mlp_memory)(**arguments, backend=run)
     assert state is not None, "the arguments ask for it"
     return out, state

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...call import Call
+from ...tables.memories import LINEAR, MLP
 from . import derived, step
 
 
@@ -62,8 +63,8 @@ class ReferenceBackend:
         grads["state"] = [grads.pop("dual")]
         return grads
 
-    def refuses_steps(self, call: Call) -> None:
-        return None
+    def refuses_steps(self, call: Call) -> str | None:
+        return None if call.memory in (LINEAR, MLP) else f"it has no decoding step for {call.memory.title}"
 
     def stepper(self, call: Call) -> Callable:
         return step.stepper(call)

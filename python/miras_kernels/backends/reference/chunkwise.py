@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from ...call import Call
 from ...state import MemoryState
-from . import delta_rule
+from ...tables.memories import LINEAR, MLP
+from . import definition, delta_rule
 from .sequences import final_state, join, open_chunk, sequences
 
 __all__ = ["gelu_derivative", "layer_norm_vjp", "run"]
@@ -27,7 +28,9 @@ __all__ = ["gelu_derivative", "layer_norm_vjp", "run"]
 
 def run(call: Call) -> tuple[Tensor, MemoryState]:
     """``(out [B, T, H, Dv], final state)``; differentiable in every tensor of the call."""
-    run_together = _run_linear if call.memory == "linear" else _run_mlp
+    run_together = MATRIX_FORMS.get(call.memory.name)
+    if run_together is None:
+        return definition.run(call)
     return join(call, [run_together(part) for part in sequences(call)])
 
 
@@ -266,3 +269,7 @@ def _nothing(call: Call) -> tuple[Tensor, MemoryState]:
     """No tokens: an empty output and the state as it was."""
     position, start, log_decay = open_chunk(call)
     return torch.zeros_like(call.v), final_state(call.state.dual, call.state.momentum, position, start, log_decay)
+
+
+#: by memory; one without an entry is run token by token
+MATRIX_FORMS: dict[str, Callable[[Call], tuple[Tensor, MemoryState]]] = {LINEAR.name: _run_linear, MLP.name: _run_mlp}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...call import Call
 from ...state import MemoryState
@@ -22,15 +21,6 @@ def run(call: Call) -> tuple[Tensor, MemoryState]:
     return join(call, [_run_together(part) for part in sequences(call)])
 
 
-def _recall(call: Call, matrices: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    """``M(x)`` for keys ``x [B, H, Dk]`` and one set of matrices per head (SPEC section 5 for the MLP)."""
-    if call.memory == "linear":
-        return (matrices[0] @ x.unsqueeze(-1)).squeeze(-1)
-    w1, w2 = matrices
-    u = (w1 @ F.gelu(w2 @ x.unsqueeze(-1), approximate="tanh")).squeeze(-1)
-    return x + F.layer_norm(u, u.shape[-1:], eps=call.ln_eps) * call.ln_weight + call.ln_bias
-
-
 def _inner_gradient(
     call: Call, primal: tuple[Tensor, ...], k: Tensor, v: Tensor, delta: Tensor | None, erase_k: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -39,7 +29,7 @@ def _inner_gradient(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         primal = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in primal)
-        prediction = _recall(call, primal, k if erase_k is None else erase_k)
+        prediction = call.memory.recall(primal, k if erase_k is None else erase_k, call)
         loss = call.bias.loss(prediction, v, delta)
         psi = call.bias.psi(prediction, v, delta) if loss is None else None  # no closed form: psi is the definition
         if erase_k is not None:
@@ -89,7 +79,7 @@ def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
         gamma = rows(log_decay.exp()) if call.key_log_decay is None else decay
         written = tuple(a - gamma * a0 for a, a0 in zip(dual, start, strict=True))  # D_t
         readout = tuple(gamma * w + rho(a0) * d for w, a0, d in zip(primal, start, written, strict=True))
-        outputs.append(_recall(call, readout, q))
+        outputs.append(call.memory.recall(readout, q, call))
         position = (position + 1) % call.chunk_size
     if position == 0:
         start, log_decay = dual, torch.zeros_like(log_decay)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...call import Call
 from ...state import MemoryState
+from ...tables.memories import LINEAR
 from ...tables.retention import L2Retention
 from .chunkwise import Decay, Layout, _decay, _nothing, _per_chunk
 from .sequences import final_state, join, sequences, together
@@ -26,7 +27,7 @@ __all__ = ["backward", "covers", "forward"]
 def covers(call: Call) -> bool:
     """Whether the hand-derived form computes this call and every gradient that it needs."""
     return (
-        call.memory == "linear"
+        call.memory.name == LINEAR.name
         and isinstance(call.retention, L2Retention)
         and call.momentum is None
         and call.state.open_chunk is None

@@ -36,9 +36,9 @@ def _token(call: Call, x, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay
     """``o [N, H, Dv]`` of one token of every sequence (SPEC sections 2 and 5, one step)."""
     per_row = lambda gate: None if gate is None else gate.reshape(*gate.shape[:2], -1)  # [N, H, 1 or Dv]
     predicting = x.start if x.primal is None else x.primal
-    factors = (_linear_write if call.memory == "linear" else _mlp_write)(call, predicting, k, v, per_row(lr), per_row(delta))
+    factors = (_linear_write if call.memory.name == "linear" else _mlp_write)(call, predicting, k, v, per_row(lr), per_row(delta))
     _append(x, *factors, per_row(log_decay), momentum)
-    out = _read(x, 0, q) if call.memory == "linear" else q + _normalised(call, _read(x, 0, _gelu(_read(x, 1, q))))
+    out = _read(x, 0, q) if call.memory.name == "linear" else q + _normalised(call, _read(x, 0, _gelu(_read(x, 1, q))))
     x.position.add_(1)
     _close_chunks(call, x)
     return out

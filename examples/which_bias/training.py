@@ -1,8 +1,7 @@
-"""Multi-query associative recall: small models of two memory layers, trained with each bias.
+"""Multi-query associative recall (Arora et al., *Zoology*, arXiv 2312.04927): small models of two memory layers, trained with each bias.
 
-A sequence is ``k1 v1 k2 v2 ...``, keys and values drawn anew for each, then every key once more in another order; the model is asked for
-the value of each (Arora et al., *Zoology*, arXiv 2312.04927). Learning rates are chosen on another seed than those that are reported, and
-on the number of pairs that models are trained with.
+A sequence is ``k1 v1 k2 v2 ...``, with new random pairs each time, then every key once more in another order; the model predicts the value
+of each. Learning rates are chosen on a seed that is not reported, by the accuracy at the number of pairs of training.
 """
 
 from __future__ import annotations
@@ -14,26 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import PRESETS, MemoryBlock, Preset
-from ..tables.biases import L1, L2, DotProduct, Huber, Lp, RobustL2
+from miras_kernels.layers import PRESETS, MemoryBlock, Preset
+from miras_kernels.tables.biases import L1, L2, DotProduct, Huber, Lp, RobustL2
 
-__all__ = ["MEMORIES", "Run", "Training", "run"]
+from .results import Run
+
+__all__ = ["MEMORIES", "Training", "run"]
 
 SYMBOLS = 32  # different keys, and as many different values
-WIDTH, HEAD = 64, 16  # channels of the model; of its one head of memory per layer
-PAIRS = 8  # in training: half of what a matrix of HEAD x HEAD holds exactly
-ASKED = (4, 8, 16, 24)  # pairs at the end
-RATES = (5e-3, 1e-2, 2e-2)  # of the optimiser, the same for every memory
-BATCH, WARMUP, FINAL = 32, 20, 0.3  # sequences per step; steps of rising, and share of steps of falling learning rate
-CHUNK = 16  # tokens whose gradients are taken at one point, as in the presets
+WIDTH, HEAD = 64, 16  # channels of the model, and of the one memory head of each layer
+PAIRS = 8  # in training: half of what a HEAD x HEAD matrix can store exactly
+ASKED = (4, 8, 16, 24)  # pairs in evaluation
+RATES = (5e-3, 1e-2, 2e-2)  # learning rates of the optimiser, the same for every memory
+BATCH, WARMUP, FINAL = 32, 20, 0.3  # sequences per step; steps of warmup; share of the steps in which the learning rate decays
+CHUNK = 16  # chunk_size, as in the presets
 
 
 def _linear(bias) -> Preset:
-    """A linear memory with decay; all biases have the same gates."""
+    """A linear memory with decay; all biases have the same token gates."""
     return Preset(bias, "bounded", "token", CHUNK, "this study")
 
 
-#: name -> the memory of a model's layers
+#: name -> preset of the model's layers
 MEMORIES: dict[str, Preset] = {
     "dot product": _linear(DotProduct()),
     "L2": _linear(L2()),
@@ -52,25 +53,10 @@ MEMORIES: dict[str, Preset] = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How much training every memory gets: steps of a run, and runs on reported seeds."""
+    """Steps of a run, and number of reported seeds, the same for every memory."""
 
     steps: int
     repeats: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained model.
-
-    Attributes:
-        rate: the learning rate that was best on the seed for tuning.
-        accuracy: by the number of pairs that are asked for.
-    """
-
-    memory: str
-    seed: int
-    rate: float
-    accuracy: dict[int, float]
 
 
 class _Layer(nn.Module):
@@ -89,7 +75,7 @@ def _model(preset: Preset) -> nn.Sequential:
 
 
 def _draw(count: int, pairs: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences ``[count, 3 * pairs]``, and the values asked for at the last ``pairs`` places."""
+    """Sequences ``[count, 3 * pairs]``, and the values to predict at the last ``pairs`` positions."""
     keys = torch.rand(count, SYMBOLS, generator=g).argsort(-1)[:, :pairs]
     values = torch.randint(SYMBOLS, (count, pairs), generator=g)
     order = torch.rand(count, pairs, generator=g).argsort(-1)
@@ -121,15 +107,15 @@ def _accuracy(model: nn.Module, pairs: int, seed: int) -> float:
 
 
 def seeds(seed: int, training: Training) -> tuple[int, list[int]]:
-    """The seed for choosing a learning rate, and those that are reported: never the same, whatever the study's seed."""
+    """The seed on which the learning rate is chosen, and those that are reported; it is none of them."""
     first = 2_000_000 * seed
     return first, list(range(first + 1_000_000, first + 1_000_000 + training.repeats))
 
 
 def run(memory: str, training: Training, seed: int, train: Callable = _train) -> list[Run]:
-    """Choose the learning rate of a memory, then train it once for every seed."""
+    """Choose a memory's learning rate, then train it once for every reported seed."""
     preset, (tuning, reporting) = MEMORIES[memory], seeds(seed, training)
-    fresh = 500_000  # sequences that are asked about are no training sequences
+    fresh = 500_000  # seeds of evaluation are no seeds of training
     found = [_accuracy(train(preset, rate, training.steps, tuning), PAIRS, tuning + fresh) for rate in RATES]
     rate = RATES[found.index(max(found))]
     runs = []

@@ -1,7 +1,7 @@
 """Streams of key-value pairs, each with one difficulty that has a few levels: one table, and the place to add another.
 
-A task draws, for a level and a seed, the pairs in the order in which they are read, and what is asked afterwards. Keys are unit vectors of
-``DIM`` channels; values have the norm ``sqrt(DIM)``, so that a channel is of size 1. The same seed draws the same keys at every level.
+A task draws, for a level and a seed, pairs in the order in which they are read, and the queries that follow. Keys are unit vectors of
+``DIM`` channels; values have the norm ``sqrt(DIM)``, so that a channel has size 1. The same seed draws the same keys at every level.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Generator, Tensor
 __all__ = ["DIM", "TABLE", "Stream", "Task", "draw"]
 
 DIM = 32
-KEYS = 16  # of the tasks that are not about their number: half of what a matrix of DIM x DIM holds exactly
-READS = 6  # times that a pair is read where something is wrong with a part of the readings
-OUTLIER = 10.0  # norm of a wrong value, in norms of a right one
+KEYS = 16  # in the tasks that do not vary it: half of what a DIM x DIM matrix can store exactly
+READS = 6  # how often each pair is read in the tasks that repeat pairs
+OUTLIER = 10.0  # norm of a wrong value over that of a right one
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What is read, and what is asked then.
+    """Pairs, and the queries that follow them.
 
     Attributes:
         keys, values: ``[T, DIM]``, in the order of reading.
         queries, answers: ``[Q, DIM]``.
-        candidates: ``[M, DIM]``, values of equal norm among which an answer is looked up.
-        right: ``[Q]``, the index of the right one.
+        candidates: ``[M, DIM]``, values of equal norm, among which the nearest to an answer is looked up.
+        right: ``[Q]``, the index of the right candidate.
     """
 
     keys: Tensor
@@ -44,9 +44,8 @@ class Task:
     """A row of the table.
 
     Attributes:
-        name, title: short, and in words.
-        about: what is drawn, as the page says it.
-        levels: from easy to hard, with ``unit``, the format of one in words.
+        title, about: heading and description on the page.
+        levels: from easy to hard; ``unit`` is the format of one.
         draw: ``(level, generator) -> Stream``.
     """
 
@@ -58,7 +57,7 @@ class Task:
     draw: Callable[[float, Generator], Stream]
 
     def level(self, value: float) -> str:
-        """A level in words."""
+        """A level, formatted."""
         return self.unit.format(value)
 
 
@@ -81,12 +80,12 @@ def _values(count: int, g: Generator) -> Tensor:
 
 
 def _rounds(g: Generator) -> Tensor:
-    """Every key ``READS`` times: each round is an order of its own, ``[READS * KEYS]``."""
+    """Indices of keys ``[READS * KEYS]``: ``READS`` rounds over all keys, each in a random order."""
     return torch.rand(READS, KEYS, generator=g).argsort(-1).flatten()
 
 
 def _asked(keys: Tensor, values: Tensor, written_keys: Tensor, written_values: Tensor) -> Stream:
-    """Every key is asked for once, and its value looked up among those of all."""
+    """A stream in which every key is queried once, and the candidates are all values."""
     return Stream(written_keys, written_values, keys, values, values, torch.arange(len(keys)))
 
 
@@ -158,19 +157,19 @@ TABLE: dict[str, Task] = {
     for task in (
         Task("load", "Clean recall against load", f"pairs with random keys, each read once; load is pairs / {DIM}",
              (0.25, 0.5, 1.0, 2.0, 4.0), "load {:g}", _load),
-        Task("outliers", "Grossly wrong values", f"{_EACH}; a share of the readings gives a random value {OUTLIER:g} times as large",
+        Task("outliers", "Grossly wrong values", f"{_EACH}; a share of the readings has a random value {OUTLIER:g} times as large",
              (0.05, 0.1, 0.2, 0.4), "{:.0%} wrong", _outliers),
-        Task("value noise", "Noisy values", f"{_EACH}; every reading's value has Gaussian noise, in sizes of a value's channel",
+        Task("value noise", "Noisy values", f"{_EACH}; Gaussian noise on every value, relative to the size of a channel",
              (1.0, 2.0, 4.0), "noise {:g}", _value_noise),
-        Task("key noise", "Noisy keys", f"{_EACH}; every reading's key, and every query, has Gaussian noise, its norm in norms of a key",
+        Task("key noise", "Noisy keys", f"{_EACH}; Gaussian noise on every key and query, relative to the norm of a key",
              (0.5, 1.0, 2.0), "noise {:g}", _key_noise),
-        Task("collisions", "Keys that collide", f"{_EACH}; keys come in groups of four with a cosine between them",
+        Task("collisions", "Keys that collide", f"{_EACH}; keys come in groups of four with a cosine between any two of a group",
              (0.5, 0.8, 0.95), "cosine {:g}", _collisions),
-        Task("prominence", "A wrong pair repeated", f"{KEYS} pairs; half of the keys come with one wrong value several times before their "
-             "right value comes once; the wrong values are candidates too", (1, 4, 16), "{:g} to 1", _prominence),
-        Task("drift", "A mapping that drifts", f"{_EACH}; a share of every value is new in each round; asked for are the last ones",
+        Task("prominence", "A wrong pair repeated", f"{KEYS} pairs; half of the keys come with one wrong value several times, then once "
+             "with the right one; the wrong values are candidates too", (1, 4, 16), "{:g} to 1", _prominence),
+        Task("drift", "A mapping that drifts", f"{_EACH}; a share of every value is new in each round; queries ask for the latest values",
              (0.1, 0.3, 1.0), "{:.0%} new", _drift),
-        Task("stream", "A stream without end", f"random pairs, each read once; asked for are the last {KEYS}, looked up among all",
+        Task("stream", "A long stream", f"random pairs, each read once; queries ask for the last {KEYS}, the candidates are all values",
              (32, 64, 128, 256), "{:g} pairs", _stream),
     )
 }  # fmt: skip
