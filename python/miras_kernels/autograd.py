@@ -256,7 +256,7 @@ def _operator_backward(ctx, grad_out, grad_final, grad_saved):
     call, grads = _gradients(ctx, _backward_operator, grad_out, grad_final or [])
     of_arguments = dict(zip(call.present(), grads, strict=False))
     # the rest: position, cu_seqlens, and the options of _ARGUMENTS
-    return *map(of_arguments.get, Call.DIFFERENTIABLE), grads[len(of_arguments) :], *(None,) * 10
+    return *map(of_arguments.get, Call.DIFFERENTIABLE), grads[len(of_arguments) :], *(None,) * 11
 
 
 _memory.register_autograd(_operator_backward, setup_context=_setup_context)
