@@ -75,13 +75,24 @@ void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   }
 }
 
+// Exact steps in blocks of so many tokens, or 0: see cpu/block.h
+void set_block(LinearParams& p, int64_t block, bool decay_first) {
+  require(!decay_first || (block > 0 && p.C == 1), "decay first needs exact steps in blocks and chunks of one token");
+  if (block == 0) return;
+  p.decay_first = decay_first;
+  require(p.bias == BiasTag::l2 && p.retention == RetentionTag::l2 && !p.momentum && !p.lr_per_channel && !p.decay_per_channel,
+          "no exact steps in blocks for these rules and gates");
+  require(block >= p.C && block <= 256 && block % p.C == 0, "a block must hold whole chunks, 256 tokens at most");
+  p.chunk = p.C, p.C = int(block);
+}
+
 // (out, final dual, final carried, final start, final open log_decay, saved), empty where there is none
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
     const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
     const OptionalTensor& start, const OptionalTensor& position, const OptionalTensor& open_log_decay,
     const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size, int64_t checkpoint_every,
-    bool output_final_state) {
+    bool output_final_state, int64_t block, bool decay_first) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   LinearForward p;
   fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
@@ -96,6 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
       p.open_log_decay = open.data<float>();
     }
   }
+  set_block(p, block, decay_first);
 
   const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, q.type());
   p.out = tokens(out);
@@ -110,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
   const Tensor saved = new_saved(p, momentum ? 2 : 1, p.Dk, p.Dv);
   if (checkpoint_every > 0) p.saved = saved.data<float>();
 
-  run(cpu::kernels().linear_forward, p);
+  run(p.chunk ? cpu::kernels().block_forward : cpu::kernels().linear_forward, p);
   return {out, final_dual, final_carried, final_start, final_log_decay, saved};
 }
 
@@ -168,10 +180,12 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
                 const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
                 const OptionalTensor& cu_seqlens, const Tensor& saved, const Tensor& grad_out_,
                 const OptionalTensor& grad_final_dual, const OptionalTensor& grad_final_carried, const Code& bias,
-                const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
+                const Code& retention, int64_t chunk_size, int64_t checkpoint_every, int64_t block,
+                bool decay_first) {
   const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
   LinearBackward p;
   fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
+  set_block(p, block, decay_first);
   p.saved = checked_saved(p, saved, momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
@@ -196,7 +210,7 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   OptionalTensor d_carried;
   if (momentum) d_carried = new_states(p.d_carried, p);
 
-  run(cpu::kernels().linear_backward, p);
+  run(p.chunk ? cpu::kernels().block_backward : cpu::kernels().linear_backward, p);
   return {sum_shares(dq, p.panels, q.type()), sum_shares(dk, p.panels, q.type()), dv,
           sum_gate(p, dlr, p.lr_per_channel), sum_gate(p, dlog_decay, p.decay_per_channel),
           sum_gate(p, ddelta, p.delta_per_channel), sum_gate(p, dmomentum, false), d_dual, d_carried};
@@ -349,10 +363,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
   m.def("linear_forward", &miras::linear_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
         "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a, "retention"_a, "chunk_size"_a,
-        "checkpoint_every"_a, "output_final_state"_a);
+        "checkpoint_every"_a, "output_final_state"_a, "block"_a, "decay_first"_a);
   m.def("linear_backward", &miras::linear_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
         "carried"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a, "grad_final_carried"_a, "bias"_a,
-        "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
+        "retention"_a, "chunk_size"_a, "checkpoint_every"_a, "block"_a, "decay_first"_a);
   m.def("mlp_forward", &miras::mlp_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a,
         "ln_bias"_a, "ln_eps"_a, "dual"_a, "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a,
         "retention"_a, "chunk_size"_a, "checkpoint_every"_a, "output_final_state"_a);

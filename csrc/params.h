@@ -100,6 +100,10 @@ struct LinearParams : MemoryParams {
   int panels = 1;
   int panel_width = 0;
 
+  // Exact steps in blocks (cpu/block.h): tokens of a chunk, C being those of a block; else 0
+  int chunk = 0;
+  bool decay_first = false;  // errors are taken after the token's decay; chunks of one token only
+
   // A and, with momentum, S at the start. Saved states are transposed: [S, H, Dk, Dv], with momentum [S, H, 2, Dk, Dv].
   StateTensor dual, carried;
 

@@ -13,6 +13,8 @@
 
 #define MIRAS_LEVEL avx2
 #define MIRAS_LANES 8
+#include "block_backward.h"
+#include "block_forward.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "linear_step.h"
@@ -27,8 +29,8 @@
 namespace miras::cpu {
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels table = {"avx2", avx2::linear_forward, avx2::linear_backward, avx2::mlp_forward,
-                                    avx2::mlp_backward, avx2::linear_step, avx2::mlp_step};
+  static constexpr Kernels table = {"avx2", avx2::linear_forward, avx2::linear_backward, avx2::block_forward, avx2::block_backward,
+                                    avx2::mlp_forward, avx2::mlp_backward, avx2::linear_step, avx2::mlp_step};
   return &table;
 }
 

@@ -13,6 +13,8 @@
 
 #define MIRAS_LEVEL avx512
 #define MIRAS_LANES 16
+#include "block_backward.h"
+#include "block_forward.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "linear_step.h"
@@ -27,8 +29,8 @@
 namespace miras::cpu {
 
 const Kernels* avx512_kernels() {
-  static constexpr Kernels table = {"avx512", avx512::linear_forward, avx512::linear_backward, avx512::mlp_forward,
-                                    avx512::mlp_backward, avx512::linear_step, avx512::mlp_step};
+  static constexpr Kernels table = {"avx512", avx512::linear_forward, avx512::linear_backward, avx512::block_forward, avx512::block_backward,
+                                    avx512::mlp_forward, avx512::mlp_backward, avx512::linear_step, avx512::mlp_step};
   return &table;
 }
 

@@ -4,6 +4,8 @@
 
 #define MIRAS_LEVEL portable
 #define MIRAS_LANES 4
+#include "block_backward.h"
+#include "block_forward.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "linear_step.h"
@@ -14,8 +16,8 @@
 namespace miras::cpu {
 
 const Kernels* portable_kernels() {
-  static constexpr Kernels table = {"portable", portable::linear_forward, portable::linear_backward, portable::mlp_forward,
-                                    portable::mlp_backward, portable::linear_step, portable::mlp_step};
+  static constexpr Kernels table = {"portable", portable::linear_forward, portable::linear_backward, portable::block_forward, portable::block_backward,
+                                    portable::mlp_forward, portable::mlp_backward, portable::linear_step, portable::mlp_step};
   return &table;
 }
 

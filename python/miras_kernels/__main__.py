@@ -168,7 +168,7 @@ class _Elsewhere(torch.Tensor):
     device = property(lambda self: self.where)
 
 
-def _example(args: argparse.Namespace) -> dict[str, str | None]:
+def _example(args: argparse.Namespace) -> dispatch.Explanation:
     """:func:`miras_kernels.explain` of a call like the one described, with tensors that hold no numbers."""
     b, h, d, dv = 1, 1, args.dim, args.value_dim or args.dim
     t, hidden = args.tokens or 2 * args.chunk, args.hidden or 4 * args.dim
@@ -205,7 +205,8 @@ def explain_command(args: argparse.Namespace) -> int:
         return 2
     direction = ("forward" if args.no_grad else "forward and backward") + (f", T = {args.tokens}" if args.tokens else "")
     title = f"{args.memory} memory, {args.bias}, {args.retention}, {args.dtype} on {args.device}, {direction}"
-    rows = [(name, f"cannot: {reason}" if reason else _can("can serve it", name, args.device)) for name, reason in reasons.items()]
+    can = lambda name: _can("can serve it, " + reasons.algorithms[name], name, args.device)
+    rows = [(name, f"cannot: {reason}" if reason else can(name)) for name, reason in reasons.items()]
     _print_rows(title, rows)
     print(f'"auto" takes {next(name for name, reason in reasons.items() if reason is None)}')
     return 0

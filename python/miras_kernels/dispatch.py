@@ -39,6 +39,9 @@ class Backend(Protocol):
     def decodes(self, call: Call) -> bool:
         """Whether it reads a call without gradients token by token."""
 
+    def block_tokens(self, call: Call) -> int:
+        """The tokens of a block where it takes the exact steps of a call in blocks (docs/mathematics.md, section 13), else 0."""
+
     def unavailable(self) -> str | None:
         """Why this backend cannot run here at all, or None."""
 
@@ -152,13 +155,31 @@ def _doubt(name: str, call: Call, *, steps: bool = False, differentiate: bool = 
     return verification.doubt(name, device, what, sizes, backend.unverified, warn)
 
 
-def explain(call: Call, differentiate: bool) -> dict[str, str | None]:
-    """For every backend the reason why "auto" does not take it, or None; those for the call's device come first."""
+class Explanation(dict):
+    """For every backend the reason why "auto" does not take it, or None.
+
+    Attributes:
+        algorithms: how each one that can serve the call would compute it, by name.
+    """
+
+    algorithms: dict[str, str]
+
+
+def explain(call: Call, differentiate: bool) -> Explanation:
+    """What each backend says about a call; those for its device come first."""
     first = candidates(call.q.device)
-    reasons = {name: _refusal(name, call, differentiate) for name in (*first, *(n for n in NAMES[1:] if n not in first))}
+    reasons = Explanation({name: _refusal(name, call, differentiate) for name in (*first, *(n for n in NAMES[1:] if n not in first))})
     for name in first:
         reasons[name] = reasons[name] or _doubt(name, call, differentiate=differentiate)
+    reasons.algorithms = {name: _algorithm(name, call, differentiate) for name, reason in reasons.items() if reason is None}
     return reasons
+
+
+def _algorithm(name: str, call: Call, differentiate: bool) -> str:
+    if not differentiate and BACKENDS[name].decodes(call):
+        return "token by token"
+    size = BACKENDS[name].block_tokens(call)
+    return f"exact steps in blocks of {size} tokens" if size else f"chunks of {call.chunk_size} tokens"
 
 
 #: backends whose absence "auto" mentions once: what is missing, and for which tensors

@@ -157,7 +157,7 @@ def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: 
 
 def explain(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, memory: str | None = None, **arguments
-) -> dict[str, str | None]:
+) -> dispatch.Explanation:
     """Which backends could serve a call, without running it.
 
     Args:
@@ -168,7 +168,8 @@ def explain(
     Returns:
         For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it refuses the
         call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
-        ``backend="auto"`` takes the first one with None.
+        ``backend="auto"`` takes the first one with None. The attribute ``algorithms`` says of those how they would compute it: in chunks,
+        with exact steps in blocks, or token by token.
     """
     arguments.pop("backend", None)
     call = _call(memories.find(memory, arguments), q, k, v, lr, log_decay, arguments)
@@ -179,7 +180,23 @@ def _call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay
     q, k, v, erase_k = _autocast(q, k, v, arguments.get("erase_k"))
     if erase_k is not None:
         arguments["erase_k"] = erase_k
-    return make_call(memory, q, k, v, lr, log_decay, **arguments)
+    return _decayed(make_call(memory, q, k, v, lr, log_decay, **arguments))
+
+
+def _decayed(call: Call) -> Call:
+    """The same without decay where a single token's comes first: it is one of the state, which leaves what every backend serves."""
+    by_channel, first = call.key_log_decay is not None, call.decay_first or not call.bias.reads_memory
+    if call.log_decay is None and not by_channel:
+        return call.replace(decay_first=False) if call.decay_first else call
+    if not call.variants or not first or call.q.shape[1] != 1 or call.cu_seqlens is not None:
+        return call
+    dual = call.state.dual[0]
+    if call.key_log_decay is not None:
+        alpha = call.key_log_decay[:, 0].exp().unsqueeze(-2)
+    elif call.log_decay is not None:
+        alpha = call.log_decay[:, 0].exp().reshape(*dual.shape[:2], -1, 1)
+    state = MemoryState((alpha * dual,), call.state.momentum)
+    return call.replace(state=state, log_decay=None, key_log_decay=None, decay_first=False)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

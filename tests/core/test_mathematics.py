@@ -186,6 +186,41 @@ def test_linear(i):
     assert_same(inputs, results | grads | grad_delta | gates)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_blocks(size):
+    """Section 13: a block of C tokens, some chunks of ``size`` and perhaps the beginning of one."""
+    case = Case("blocks", key_dim=5, value_dim=4, seed=size, **{**TOKENS, "chunk_size": size})
+    inputs, x, theta, (A,), _, (J,), _, dO = drawn(case)
+    q, k, v, lr, alpha = x["q"], x["k"], x["v"], x["lr"], x["log_decay"].exp()
+    w, b = weights(alpha, theta), [t // size * size for t in range(C)]  # b(t + 1): tokens count from 1
+    gamma, L, r = w.gamma[1:], w.M[1:, :, 0], w.gamma[b]  # rows of the weights count from 0, the state before the block
+    L_b = w.M[b, :, 0]
+
+    G = L_b * (k @ k.T)
+    E = torch.linalg.solve(torch.eye(C, dtype=A.dtype) + G * lr[:, 0], r * (k @ A.T) - v)
+    U, P = lr * E, L * (q @ k.T)
+    results = {"out": gamma * (q @ A.T) - P @ U, "final_dual_0": gamma[-1] * A - (L[-1, :, None] * U).T @ k}
+
+    dU, y, dE = -P.T @ dO - L[-1, :, None] * (k @ J.T), torch.zeros_like(E), torch.zeros_like(E)
+    for t in reversed(range(C)):
+        y[t] = dU[t] - G[:, t] @ dE
+        dE[t] = lr[t] * y[t]
+    N, F = L * (dO @ U.T), L_b * (dE @ U.T)
+    grads = {
+        "grad_q": gamma * (dO @ A) - N @ k,
+        "grad_k": r * (dE @ A) - (F + F.T) @ k - N.T @ q - L[-1, :, None] * (U @ J),
+        "grad_v": -dE,
+        "grad_lr": (y * E).sum(-1),
+        "grad_initial_dual_0": gamma[-1] * J + (gamma * dO).T @ q + (r * dE).T @ k,
+    }
+    X, reads = -P * (dO @ U.T), (gamma * (q @ A.T) * dO).sum(-1, keepdim=True)
+    for t in range(size, C):
+        X[b[t] - 1] -= G[t] * (dE @ U.T)[t]
+        reads[b[t] - 1] += (r * (k @ A.T) * dE)[t].sum()
+    kept, inner = L[-1] * (U * (k @ J.T)).sum(-1), gamma[-1] * (J * A).sum()
+    assert_same(inputs, results | grads | {"grad_log_decay": without_momentum(w, X, reads, kept, inner)})
+
+
 def mean(x: Tensor) -> Tensor:
     return x.mean(-1, keepdim=True)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..call import Call
 from ..dispatch import kept_states_like
 from ..options import options
+from ..tables.memories import LINEAR
+from .reference.blocks import block_tokens
 
 __all__ = ["CppBackend"]
 
@@ -21,7 +23,7 @@ class CppBackend:
 
     name = "cpp"
     unverified = "take"  # continuous integration runs them
-    variants: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ("decay_first",)
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -43,6 +45,8 @@ class CppBackend:
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         reason = self._out_of_range(call)
+        if reason is None and call.decay_first and not block_tokens(call):
+            return "it serves decay_first with L2(), lr and log_decay per token, and no momentum"
         if reason is None and differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return reason
@@ -60,15 +64,19 @@ class CppBackend:
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = getattr(self.extension, f"{call.memory.name}_forward")
         out, dual, carried, start, log_decay, saved = run(
-            *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, checkpoint_every, call.output_final_state
-        )
+            *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, _interval(call, checkpoint_every),
+            call.output_final_state, *_block(call),
+        )  # fmt: skip
         matrices = [dual, start] if call.momentum is None else [dual, carried, start]
         final = matrices if len(call.memory.matrices) == 1 else [x for pair in matrices for x in pair]
         return out, [*final, log_decay], [saved] if checkpoint_every else []
 
+    def block_tokens(self, call: Call) -> int:
+        return block_tokens(call)
+
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are read one by one."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
+        return call.cu_seqlens is None and not call.decay_first and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def _forward_by_steps(self, call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         run = getattr(self.extension, f"{call.memory.name}_steps")
@@ -87,14 +95,15 @@ class CppBackend:
         return Steps(self.extension, call)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return kept_states_like(call, checkpoint_every)
+        size = block_tokens(call) or call.chunk_size
+        return kept_states_like(call.replace(chunk_size=size), _interval(call, checkpoint_every))
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = getattr(self.extension, f"{call.memory.name}_backward")
         duals = len(call.state.dual)
         *grads, d_dual, d_carried = run(
             *_inputs(call), _offsets(call), saved[0], grad_out, _matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:]),
-            *_rules(call), call.chunk_size, checkpoint_every,
+            *_rules(call), call.chunk_size, _interval(call, checkpoint_every), *_block(call),
         )  # fmt: skip
         names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (("ln_weight", "ln_bias") if call.memory.needs_norm else ())
         state = [d_dual] if call.momentum is None else [d_dual, d_carried]
@@ -147,6 +156,17 @@ def _offsets(call: Call) -> Tensor | None:
 def _rules(call: Call) -> list[tuple[int, tuple[float, ...]]]:
     """The bias and the retention gate: their tags and parameters."""
     return [(row.tag, row.parameters) for row in (call.bias, call.retention)]
+
+
+def _block(call: Call) -> tuple[int | bool, ...]:
+    """The linear kernels' arguments ``block`` and ``decay_first``."""
+    return (block_tokens(call), call.decay_first) if call.memory == LINEAR else ()
+
+
+def _interval(call: Call, checkpoint_every: int) -> int:
+    """How many chunks, or blocks of chunks, share a saved state."""
+    size = block_tokens(call)
+    return max(1, checkpoint_every * call.chunk_size // size) if checkpoint_every and size else checkpoint_every
 
 
 def _load() -> tuple[object | None, str | None]:

@@ -102,6 +102,9 @@ class CudaBackend:
     def environment(self, device: torch.device) -> dict[str, str]:
         return {}
 
+    def block_tokens(self, call: Call) -> int:
+        return 0
+
     def decodes(self, call: Call) -> bool:
         return True
 

@@ -69,6 +69,9 @@ class TritonBackend:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         return None
 
+    def block_tokens(self, call: Call) -> int:
+        return 0
+
     def decodes(self, call: Call) -> bool:
         """Whether so few tokens are read one by one, if no backward will come."""
         return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few

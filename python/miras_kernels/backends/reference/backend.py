@@ -11,6 +11,7 @@ from torch import Tensor
 from ...call import Call
 from ...tables.memories import LINEAR, MLP
 from . import derived, step
+from .blocks import block_tokens
 
 
 class ReferenceBackend:
@@ -28,6 +29,9 @@ class ReferenceBackend:
 
     def environment(self, device: torch.device) -> dict[str, str]:
         return {}
+
+    def block_tokens(self, call: Call) -> int:
+        return block_tokens(call) if derived.covers(call) else 0
 
     def decodes(self, call: Call) -> bool:
         return False
@@ -51,7 +55,7 @@ class ReferenceBackend:
             return []
         b, _, h, dk = call.q.shape
         n, dv, dual = derived.saved_chunks(call), call.v.shape[-1], call.state.dual[0]
-        return [dual.new_empty(b, h, n, dv, dk), dual.new_empty(b, h, n, call.chunk_size, dv)]
+        return [dual.new_empty(b, h, n, dv, dk), dual.new_empty(b, h, n, derived.saved_tokens(call), dv)]
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         grad_out = grad_out.to(saved[0].dtype)

@@ -1,9 +1,8 @@
-"""The options of the delta rule: decay before the error, keys for erasing, decay per key channel (docs/mathematics.md, section "Variants
-of the delta rule").
+"""The variants of the delta rule: decay before the error, keys for erasing, decay per key channel (docs/mathematics.md, section 14).
 
-All of them take gradients at every token. The squared error without momentum is linear in the state, so a block of tokens is one
-triangular system (the WY form: DeltaNet, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464; Kimi Linear, arXiv 2510.26692). Everything
-else goes token by token. Both are PyTorch that autograd differentiates.
+All of them take gradients at every token. The squared error and the dot product without momentum are linear in the state, so a block of
+tokens is at most one triangular system (the WY form: DeltaNet, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464; Kimi Linear,
+arXiv 2510.26692). Everything else goes token by token. Both are PyTorch that autograd differentiates.
 
 Shapes: B batch, H heads, N blocks, C tokens of a block, R channels of the decay: 1, or Dk for one per key channel.
 """
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from ...call import Call
 from ...state import MemoryState
-from ...tables.biases import L2
+from ...tables.biases import L2, DotProduct
 from .sequences import final_state
 
 __all__ = ["run"]
@@ -28,9 +27,9 @@ _BLOCK, _BLOCK_BY_CHANNEL = 32, 16
 def run(call: Call) -> tuple[Tensor, MemoryState]:
     """``(out [B, T, H, Dv], final state)`` of equally long sequences of at least one token."""
     by_value = call.log_decay is not None and call.log_decay.dim() == 4
-    in_blocks = isinstance(call.bias, L2) and call.momentum is None and call.lr.dim() == 3 and not by_value
+    in_blocks = isinstance(call.bias, L2 | DotProduct) and call.momentum is None and call.lr.dim() == 3 and not by_value
     out, dual, momentum = (_run_blocks if in_blocks else _run_tokens)(call)
-    return out, final_state([dual], None if momentum is None else [momentum], 0, [dual], dual.new_zeros(dual.shape[:2]))
+    return out, final_state([dual], None if momentum is None else [momentum], 0, [dual], dual.new_zeros(dual.shape[: 3 if by_value else 2]))
 
 
 def _run_blocks(call: Call) -> tuple[Tensor, Tensor, None]:
@@ -45,17 +44,18 @@ def _run_blocks(call: Call) -> tuple[Tensor, Tensor, None]:
     q, k, v, lr = map(split, (call.q, call.k, call.v, call.lr.unsqueeze(-1)))
     erase = k if call.erase_k is None else split(call.erase_k)
     upto, before, pair = _decays(call, split, k)
-    # U = lr (E' A_0 - V - M U): the error of a token sees the writes of those before it in its block
-    seen = _scores(erase, k, pair if call.decay_first else F.pad(pair[..., :-1, :, :], (0, 0, 0, 0, 1, 0)), -1)
-    system = torch.eye(size, dtype=k.dtype, device=k.device) + lr * seen
-    solve = lambda right: torch.linalg.solve_triangular(system, lr * right, upper=False, unitriangular=True)
-    of_state, of_values = solve((upto if call.decay_first else before) * erase), solve(v)
+    of_state, of_values = None, lr * v
+    if call.bias.reads_memory:  # U = lr (E' A_0 - V - M U): the error of a token sees the writes of those before it in its block
+        seen = _scores(erase, k, pair if call.decay_first else F.pad(pair[..., :-1, :, :], (0, 0, 0, 0, 1, 0)), -1)
+        system = torch.eye(size, dtype=k.dtype, device=k.device) + lr * seen
+        solve = lambda right: torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        of_state, of_values = solve(lr * (upto if call.decay_first else before) * erase), solve(of_values)
     reads, scores = upto * q, _scores(q, k, pair, 0)
     kept = upto[..., -1:, :]
     writes = pair[..., -1, :, :] * k
     dual, out = call.state.dual[0], []
     for n in range(k.shape[2]):
-        u = of_state[:, :, n] @ dual.transpose(-1, -2) - of_values[:, :, n]
+        u = -of_values[:, :, n] if of_state is None else of_state[:, :, n] @ dual.transpose(-1, -2) - of_values[:, :, n]
         out.append(reads[:, :, n] @ dual.transpose(-1, -2) - scores[:, :, n] @ u)
         dual = kept[:, :, n] * dual - u.transpose(-1, -2) @ writes[:, :, n]
     return torch.cat(out, 2)[:, :, :tokens].transpose(1, 2), dual, None

@@ -18,6 +18,7 @@ from ...call import Call
 from ...state import MemoryState
 from ...tables.memories import LINEAR
 from ...tables.retention import L2Retention
+from .blocks import Blocks, block_tokens
 from .chunkwise import Decay, Layout, _decay, _nothing, _per_chunk
 from .sequences import final_state, join, sequences, together
 
@@ -32,24 +33,34 @@ def covers(call: Call) -> bool:
         and call.momentum is None
         and call.state.open_chunk is None
         and call.lr.dim() == 3
-        and not call.variants
+        and (not call.variants or (call.variants == ("decay_first",) and block_tokens(call) > 0))
         and (call.log_decay is None or call.log_decay.dim() == 3)
     )
 
 
 def saved_chunks(call: Call) -> int:
     """How many chunks the saved tensors have room for: a bound that follows from shapes alone."""
-    tokens = call.q.shape[1]
+    tokens, size = call.q.shape[1], saved_tokens(call)
     if call.cu_seqlens is None:
-        return -(-tokens // call.chunk_size)
-    return tokens // call.chunk_size + call.cu_seqlens.shape[0] - 1
+        return -(-tokens // size)
+    return tokens // size + call.cu_seqlens.shape[0] - 1
+
+
+def saved_tokens(call: Call) -> int:
+    """How many tokens a saved state has each: those of a chunk, or of a block of chunks."""
+    return block_tokens(call) or call.chunk_size
+
+
+def _form(call: Call) -> Blocks | _Chunks:
+    size = block_tokens(call)
+    return Blocks(call, size) if size else _Chunks(call)
 
 
 def forward(call: Call) -> tuple[Tensor, MemoryState, list[Tensor]]:
     """``(out, final state, saved)``; saved are the chunk-start states and the predictions, ``[B, H, saved_chunks, ...]``."""
     results, saved = [], []
     for part in sequences(call):
-        out, state, keep = _Chunks(part).forward()
+        out, state, keep = _form(part).forward()
         results.append((out, state))
         saved.append(keep)
     out, state = join(call, results)
@@ -65,7 +76,7 @@ def backward(call: Call, saved: list[Tensor], grad_out: Tensor, grad_dual: Tenso
     grads, token, chunk = [], 0, 0
     parts = sequences(call)
     for n, part in enumerate(parts):
-        chunks = _Chunks(part)
+        chunks = _form(part)
         end, last = token + part.q.shape[1], chunk + chunks.chunks
         d_dual = grad_dual if grad_dual is None or len(parts) == 1 else grad_dual[n : n + 1]
         grads.append(chunks.backward(*(x[:, :, chunk:last] for x in saved), grad_out[:, token:end], d_dual))
