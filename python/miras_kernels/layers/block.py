@@ -340,7 +340,8 @@ class MemoryBlock(nn.Module):
         if projected is not None and projected.cos is not None and projected.sin is not None:
             q, k = (rotated(t, projected.cos, projected.sin) for t in (q, k))
         recall: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
-        start, scale, norm = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1, dict[str, Any]()
+        start, scale = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
+        norm: dict[str, Any] = {}
         rule = {"decay_first": True} if self.preset.decay_first else {}
         if self.w1 is not None:
             recall, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
