@@ -7,7 +7,7 @@
 namespace miras::dlpack {
 
 constexpr uint32_t kMajorVersion = 1, kMinorVersion = 0;
-constexpr int32_t kCpu = 1;                         // device_type
+constexpr int32_t kCpu = 1;                           // device_type
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;  // codes of dtypes
 
 struct DLDevice {

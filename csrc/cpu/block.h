@@ -75,8 +75,7 @@ static void key_scores(const BlockWeights& weights, int c, int dk, const float* 
 }
 
 // Rows of the triangle of R tokens on the diagonal of a lower triangular M: y_r -= sum_{s <= r} M_rs x_s, x [R x ldx]
-template <int R, int N>
-MIRAS_INLINE void subtract_triangle(Tile<R, N>& y, const float* M, index_t ldm, const float* x, index_t ldx) {
+template <int R, int N> MIRAS_INLINE void subtract_triangle(Tile<R, N>& y, const float* M, index_t ldm, const float* x, index_t ldx) {
   MIRAS_UNROLL
   for (int s = 0; s < R; ++s) {
     MIRAS_UNROLL
@@ -90,10 +89,10 @@ MIRAS_INLINE void subtract_triangle(Tile<R, N>& y, const float* M, index_t ldm, 
 }
 
 struct BlockErrors {
-  const float *kt, *A;     // [Dk x Cp], [Dk x Dvp]
-  const float *v, *G;      // [c x ldv], [c x Cp]
+  const float *kt, *A;  // [Dk x Cp], [Dk x Dvp]
+  const float *v, *G;   // [c x ldv], [c x Cp]
   index_t cp, ldv;
-  float *U, *U_end, *E;    // [c x Dvp]; U_end_s = to_end_s U_s, only where decays are given; E optional
+  float *U, *U_end, *E;  // [c x Dvp]; U_end_s = to_end_s U_s, only where decays are given; E optional
 };
 
 // E and U: the product with A, then forward substitution, a tile of rows in registers.

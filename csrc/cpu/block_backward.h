@@ -15,18 +15,18 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BlockBackwardScratch {
-  float *A, *E, *G;                     // [segment] of [Dk x Dvp], [C x Dvp], [C x Cp]
-  float* J;                             // [Dk x Dvp]
-  float *A_plain, *J_plain;             // [Dv x Dkp]  not transposed
-  float* KT;                            // [Dk x Cp]
-  float *K, *Q, *dX;                    // [C x Dkp]   dX: dQ, dK where they cannot be written in place
-  float *V, *dO, *dO_gamma, *dE, *dE_r; // [C x Dvp]   dO_gamma, dE_r: gamma dO and r dE, only where decays are given
-  float *U, *U_end;                     // [C x Dvp]
-  float* UT;                            // [Dv x Cp]
-  float *P, *N, *X, *F;                 // [C x Cp]
-  float *deta, *dlog;                   // [Cp]
-  float *read_sums, *write_sums;        // [Cp]
-  float* error_sums;                    // [Cp]  r_t dE_t.A_0 k_t
+  float *A, *E, *G;                      // [segment] of [Dk x Dvp], [C x Dvp], [C x Cp]
+  float* J;                              // [Dk x Dvp]
+  float *A_plain, *J_plain;              // [Dv x Dkp]  not transposed
+  float* KT;                             // [Dk x Cp]
+  float *K, *Q, *dX;                     // [C x Dkp]   dX: dQ, dK where they cannot be written in place
+  float *V, *dO, *dO_gamma, *dE, *dE_r;  // [C x Dvp]   dO_gamma, dE_r: gamma dO and r dE, only where decays are given
+  float *U, *U_end;                      // [C x Dvp]
+  float* UT;                             // [Dv x Cp]
+  float *P, *N, *X, *F;                  // [C x Cp]
+  float *deta, *dlog;                    // [Cp]
+  float *read_sums, *write_sums;         // [Cp]
+  float* error_sums;                     // [Cp]  r_t dE_t.A_0 k_t
   Gates gates;
   BlockWeights weights;
 
@@ -94,9 +94,7 @@ struct BlockBackwardTask {
   }
   MIRAS_FN int64_t token(int64_t block) const { return p.begin(n) + block * p.C; }
   MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t block) const { return {x, dtype, b, token(block), h, 0, dk}; }
-  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t block) const {
-    return {x, p.dtype, b, token(block), h, task.first, task.dv};
-  }
+  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t block) const { return {x, p.dtype, b, token(block), h, task.first, task.dv}; }
   // This panel's share of a gradient that all panels add to
   MIRAS_FN TokenTensor part(TokenTensor x, int64_t stride, Dtype dtype = Dtype::f32) const {
     x.data = static_cast<char*>(x.data) + task.panel * stride * (dtype == Dtype::f32 ? 4 : 2);
@@ -112,7 +110,7 @@ struct BlockBackwardTask {
   void key_gradient(int64_t block, const ChunkView& dkeys, ReadSoon soon);
   void decay_gradients(int64_t block, const float* A);
   void state_gradient(int c, ReadSoon soon);
-  void block_backward(int64_t block, int64_t kept);
+  void block_backward(int64_t block, int64_t i);
   void run();
 };
 
@@ -127,7 +125,7 @@ void BlockBackwardTask::begin(int64_t block) {
 // Blocks [first, last) forward once more: states, errors and G.
 void BlockBackwardTask::recompute(int64_t first, int64_t last) {
   const int64_t slot = p.slot(n) + first / p.checkpoint_every;
-  copy_in(p.saved + (slot * p.H + h) * dk * p.Dv + task.first, p.Dv, dk, task.dv, s.A, dvp);
+  copy_in(p.checkpoints + (slot * p.H + h) * dk * p.Dv + task.first, p.Dv, dk, task.dv, s.A, dvp);
   for (int64_t block = first; block < last; ++block) {
     const int c = tokens(block);
     const index_t i = block - first;
@@ -277,9 +275,9 @@ void BlockBackwardTask::state_gradient(int c, ReadSoon soon) {
   });
 }
 
-void BlockBackwardTask::block_backward(int64_t block, int64_t kept) {
+void BlockBackwardTask::block_backward(int64_t block, int64_t i) {
   const int c = tokens(block);
-  const float *const A = s.A + kept * state, *const E = s.E + kept * p.C * dvp, *const G = s.G + kept * p.C * cp;
+  const float *const A = s.A + i * state, *const E = s.E + i * p.C * dvp, *const G = s.G + i * p.C * cp;
   const TokenTensor dq_part = part(p.dq, p.key_part, p.grad_dtype), dk_part = part(p.dk, p.key_part, p.grad_dtype);
   const ChunkView dq = keys(dq_part, p.grad_dtype, block), dkeys = keys(dk_part, p.grad_dtype, block);
   const int next = block > 0 ? p.C : 0;  // tokens of the block to come, the one before

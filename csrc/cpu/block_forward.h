@@ -119,8 +119,8 @@ void BlockForwardTask::run() {
     c = int(left < whole ? left : whole);
     token = p.begin(n) + t;
     const int open = (position + c) % p.chunk;  // tokens of the chunk that stays open, 0 if none does
-    if (p.saved && t % span == 0) {
-      float* to = p.saved + ((p.slot(n) + t / span) * p.H + h) * dk * p.Dv + task.first;
+    if (p.checkpoints && t % span == 0) {
+      float* to = p.checkpoints + ((p.slot(n) + t / span) * p.H + h) * dk * p.Dv + task.first;
       copy_out(s.A, dvp, dk, task.dv, to, p.Dv);
     }
     block(position ? s.A0 : s.A, open && !position && p.final_start ? c - open : -1, int(left - c < p.C ? left - c : p.C));

@@ -72,7 +72,8 @@ def render(results: Results, figure: str | None = None) -> str:
         tasks="\n\n".join(_task(results, task) for task in results.levels),
         width=training.WIDTH, head=training.HEAD, chunk=training.CHUNK, pairs=training.PAIRS, symbols=training.SYMBOLS,
         rates=len(training.RATES), chance=f"{1 / training.SYMBOLS:.2f}",
-        training_coverage=f"{interval_rank(about['training_repeats'])[1]:.0%}", learned=LEARNED, unlearned=", ".join(unlearned) or "none", trained=_trained(results),
+        training_coverage=f"{interval_rank(about['training_repeats'])[1]:.0%}", learned=LEARNED,
+        unlearned=", ".join(unlearned) or "none", trained=_trained(results),
         plot="" if figure is None else f"![Relative error of some methods by task and level]({figure})",
     )  # fmt: skip
     return text.replace("\n\n\n\n", "\n\n")  # where there is no plot

@@ -1,13 +1,13 @@
-"""Decoding steps of the linear memory ``S = W' [Dk, Dv]``, a token at a time.
+"""Decoding steps of the linear memory ``W' [Dk, Dv]``, a token at a time; kappa: ``weights``, mu: ``momentum_weights``.
 
-    e = S_0' k - v;  u = eta psi(e)                                              S_0 = phi(A_0) at the start of the chunk
-    moved <- theta moved;  kept <- alpha kept + moved                            of what the chunk wrote before; (k, -u) is kept with 1
-    o = gamma S_0' q + rho (kept_0 D' q + kept_1 M_0' q + sum_i (k_i . q) kept_i o -u_i)
+    e = W_0' k - v;  u = eta psi(e)                                              W_0 = phi(A_0) at the start of the chunk
+    mu <- theta mu;  kappa <- alpha kappa + mu                               of what the chunk has written; (k, -u) gets the weight 1
+    o = gamma W_0' q + rho (kappa_0 D' q + kappa_1 S_0' q + sum_i (k_i . q) kappa_i o -u_i)
 
-``linear_step_predict`` takes the matrices' products with k and q, a program all keys of ``BV`` values. ``linear_step_write`` does the rest, one
-program a head, and where the chunk closes writes ``A`` and ``M`` as the next one's start:
+``linear_step_predict`` computes the matrices' products with k and q; a program takes all keys of ``BV`` values. ``linear_step_write`` does
+the rest, one program a head, and where the chunk closes writes ``A`` and ``S`` as the next one's start:
 
-    A = gamma A_0 + kept_0 D + kept_1 M_0 - sum_i k_i (kept_i o u_i)';  M = moved_1 M_0 - sum_i moved_i k_i u_i'
+    A = gamma A_0 + kappa_0 D + kappa_1 S_0 - sum_i k_i (kappa_i o u_i)';  S = mu_1 S_0 - sum_i mu_i k_i u_i'
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from .steps import (
     vector,
 )
 
-#: rows of ``products``: S_0' k, S_0' q, D' q, M_0' q
+#: rows of ``products``: W_0' k, W_0' q, D' q, S_0' q
 PRODUCTS = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_step_predict(
-    q, k, predicting, carried, momentum, kept, position, products,
+    q, k, predicting, written, momenta, weights, position, products,
     t, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL_DECAY: tl.constexpr,
 ):  # fmt: skip
@@ -62,21 +62,22 @@ def linear_step_predict(
     p = products + i_nh * PRODUCTS * Dv + o_v
     tl.store(p, tl.sum(b_w * b_k, 0), mask=m_v)
     tl.store(p + Dv, tl.sum(b_w * b_q, 0), mask=m_v)
-    if carried is not None:
+    if written is not None:
         o_w, m_w = channels_of(o_v, m_v, CHANNEL_DECAY)
         b_dq = tl.full((BV,), 0.0, tl.float32)
-        if tl.max(tl.load(kept + i_nh * (2 + C) * W + o_w, mask=m_w, other=0.0), 0) > 0.0:
-            b_dq = tl.sum(tl.load(carried + o, mask=m, other=0.0) * b_q, 0)
+        if tl.max(tl.load(weights + i_nh * (2 + C) * W + o_w, mask=m_w, other=0.0), 0) > 0.0:
+            b_dq = tl.sum(tl.load(written + o, mask=m, other=0.0) * b_q, 0)
         tl.store(p + 2 * Dv, b_dq, mask=m_v)
-    if momentum is not None:
-        tl.store(p + 3 * Dv, tl.sum(tl.load(momentum + o, mask=m, other=0.0) * b_q, 0), mask=m_v)
+    if momenta is not None:
+        tl.store(p + 3 * Dv, tl.sum(tl.load(momenta + o, mask=m, other=0.0) * b_q, 0), mask=m_v)
     if (i_h == 0) & (i_v == 0):
         move_on(position + i_n, C)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_step_write(
-    q, k, v, lr, log_decay, delta, theta, start, primal, rho, carried, momentum, left, right, kept, moved, sums, position, products, out,
+    q, k, v, lr, log_decay, delta, momentum, start, primal, rho, written, momenta,
+    left, right, weights, momentum_weights, open_log_decay, position, products, out,
     t, T, H,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
@@ -94,19 +95,19 @@ def linear_step_write(
     start += i_nh * Dk * Dv
     left += i_nh * C * Dk
     right += i_nh * C * Dv
-    kept += i_nh * (2 + C) * W
-    sums += i_nh * W
+    weights += i_nh * (2 + C) * W
+    open_log_decay += i_nh * W
     momentum_gate, scale = 0.0, 1.0
     if primal is not None:
         primal += i_nh * Dk * Dv
     if rho is not None:
         scale = tl.load(rho + i_nh)
-    if carried is not None:
-        carried += i_nh * Dk * Dv
-    if momentum is not None:
-        momentum += i_nh * Dk * Dv
-        moved += i_nh * (2 + C)
-        momentum_gate = tl.load(theta + gate).to(tl.float32)
+    if written is not None:
+        written += i_nh * Dk * Dv
+    if momenta is not None:
+        momenta += i_nh * Dk * Dv
+        momentum_weights += i_nh * (2 + C)
+        momentum_gate = tl.load(momentum + gate).to(tl.float32)
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BD)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BD)
     b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_k, m_k)  # [BK]
@@ -126,38 +127,38 @@ def linear_step_write(
 
     # the weights after it, and what it reads of what the chunk wrote
     o_w, m_w = channels_of(o_v, m_v, CHANNEL_DECAY)
-    alpha, b_open = decay_of(log_decay, sums, gate, o_w, m_w, W)  # [BW]
+    alpha, b_open = decay_of(log_decay, open_log_decay, gate, o_w, m_w, W)  # [BW]
     b_read = -tl.sum(b_k * b_q) * b_u
-    b_kept0, b_kept1, moved_1 = first_weights(kept, moved, o_w, m_w, alpha, momentum_gate, W)
-    if carried is not None:
-        b_read += b_kept0 * tl.load(p + 2 * Dv, mask=m_v, other=0.0)
-    if momentum is not None:
-        b_read += b_kept1 * tl.load(p + 3 * Dv, mask=m_v, other=0.0)
+    b_weights0, b_weights1, moves_1 = first_weights(weights, momentum_weights, o_w, m_w, alpha, momentum_gate, W)
+    if written is not None:
+        b_read += b_weights0 * tl.load(p + 2 * Dv, mask=m_v, other=0.0)
+    if momenta is not None:
+        b_read += b_weights1 * tl.load(p + 3 * Dv, mask=m_v, other=0.0)
     for r in tl.range(0, row, BR, disable_licm=True):
         o_r = r + tl.arange(0, BR)
         m_r = o_r < row
-        b_kept, _ = row_weights(kept, moved, o_r, m_r, o_w, m_w, alpha, momentum_gate, W)  # [BR, BW]
+        b_weights, _ = row_weights(weights, momentum_weights, o_r, m_r, o_w, m_w, alpha, momentum_gate, W)  # [BR, BW]
         b_left = tl.load(left + o_r[:, None] * Dk + o_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
         b_right = tl.load(right + o_r[:, None] * Dv + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BR, BD]
-        b_read += tl.sum(tl.sum(b_left * b_q[None, :], 1)[:, None] * b_kept * b_right, 0)
+        b_read += tl.sum(tl.sum(b_left * b_q[None, :], 1)[:, None] * b_weights * b_right, 0)
     b_out = tl.exp(b_open) * tl.load(p + Dv, mask=m_v, other=0.0) + scale * b_read
     store(out + i_n * stride_ob + t * stride_ot + i_h * stride_oh + o_v, b_out, m_v)
 
     # keep the weights and the token
     tl.debug_barrier()
-    store_first_weights(kept, moved, o_w, m_w, b_kept0, b_kept1, moved_1, W)
+    store_first_weights(weights, momentum_weights, o_w, m_w, b_weights0, b_weights1, moves_1, W)
     for r in tl.range(0, row, BR, disable_licm=True):
         o_r = r + tl.arange(0, BR)
         m_r = o_r < row
-        b_kept, b_moved = row_weights(kept, moved, o_r, m_r, o_w, m_w, alpha, momentum_gate, W)  # [BR, BW], [BR]
+        b_weights, b_moves = row_weights(weights, momentum_weights, o_r, m_r, o_w, m_w, alpha, momentum_gate, W)  # [BR, BW], [BR]
         tl.debug_barrier()
-        store_row_weights(kept, moved, o_r, m_r, o_w, m_w, b_kept, b_moved, W)
+        store_row_weights(weights, momentum_weights, o_r, m_r, o_w, m_w, b_weights, b_moves, W)
     tl.store(left + row * Dk + o_k, b_k, mask=m_k)
     tl.store(right + row * Dv + o_v, -b_u, mask=m_v)
-    tl.store(kept + (2 + row) * W + o_w, o_w * 0.0 + 1.0, mask=m_w)
-    if moved is not None:
-        tl.store(moved + 2 + row, 1.0)
-    tl.store(sums + o_w, b_open, mask=m_w)
+    tl.store(weights + (2 + row) * W + o_w, o_w * 0.0 + 1.0, mask=m_w)
+    if momentum_weights is not None:
+        tl.store(momentum_weights + 2 + row, 1.0)
+    tl.store(open_log_decay + o_w, b_open, mask=m_w)
 
     if row + 1 == C:
         total = 0.0  # of a gate that couples the matrix
@@ -167,8 +168,9 @@ def linear_step_write(
             m_t = inside(o_t, Dv, BV)
             o_x, m_x = channels_of(o_t, m_t, CHANNEL_DECAY)
             b_a = end_tile(
-                start, carried, momentum, left, right, kept, moved, sums, row, o_k, m_k, o_t, m_t, o_x, m_x, Dk, Dv, W, BR
-            )  # [BK, BV]
+                start, written, momenta, left, right, weights, momentum_weights, open_log_decay,
+                row, o_k, m_k, o_t, m_t, o_x, m_x, Dk, Dv, W, BR,
+            )  # [BK, BV]  # fmt: skip
             o, m = o_k[:, None] * Dv + o_t[None, :], m_k[:, None] & m_t[None, :]
             if RETENTION == retentions.ENTIRE:
                 total += tl.sum(tl.where(m, retentions.term(b_a, 0.0, RETENTION, R0, R1), 0.0))
@@ -183,7 +185,7 @@ def linear_step_write(
                 o, m = o_k[:, None] * Dv + o_t[None, :], m_k[:, None] & inside(o_t, Dv, BV)[None, :]
                 b_a = tl.load(start + o, mask=m, other=0.0)
                 tl.store(primal + o, mapped(b_a, m, 0.0, total, 0, RETENTION, R0, R1), mask=m)
-        begin_weights(kept, moved, sums, o_w, m_w, W)
+        begin_weights(weights, momentum_weights, open_log_decay, o_w, m_w, W)
 
 
 def stepper(call):
@@ -192,7 +194,7 @@ def stepper(call):
     products = torch.empty(n, h, PRODUCTS.value, d, dtype=torch.float32, device=call.q.device)
 
     def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
-        channel = dict(CHANNEL_LR=lr.dim() == 4, CHANNEL_DECAY=buffers.log_decay.dim() == 3)
+        channel = dict(CHANNEL_LR=lr.dim() == 4, CHANNEL_DECAY=buffers.open_log_decay.dim() == 3)
         step.launch(buffers, q, k, v, lr, log_decay, delta, momentum, out, products=products, **channel)
 
     return run

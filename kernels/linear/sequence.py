@@ -30,7 +30,7 @@ from .read import ReadGradients, read_gradients
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
-    """``(out, final state, checkpoints)``: the matrices of every ``every``-th chunk (dispatch.kept_states_like) float32, if every > 0."""
+    """``(out, final state, checkpoints)``: the matrices of every ``every``-th chunk (backends.checkpoints_like) float32, if every > 0."""
     chain, weights = empty_chain(p), chunk_weights(p)
     matrices = p.call.state.matrices()
     segments = p.pieces(p.chunk_size * max(every, 1))

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 import triton
 
-from ...decode.decoder import buffers_for
+from ...decode.buffers import Buffers
 from ..common import configs, launch
 from ..decode import steps
 from ..linear import sequence as linear
@@ -75,7 +75,7 @@ def recorded(call, every: int, architecture: str = "") -> list[Launch]:
 def recorded_step(call, architecture: str = "") -> list[Launch]:
     """The launches of a decoding step with the tokens of a call, likewise."""
     channels = call.log_decay is not None and call.log_decay.dim() == 4
-    found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channels)
+    found, x = [], Buffers.empty(call.state, call.chunk_size, call.retention, channels)
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         run = steps.stepper(call)
         run(x, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, torch.empty_like(call.v))

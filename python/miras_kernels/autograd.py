@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import decode, dispatch
 from .backends.reference import chunkwise, derived
 from .call import Call
 from .state import MemoryState, OpenChunk
@@ -40,7 +40,7 @@ def run(call: Call, backend: str, differentiate: bool, checkpoint_every: int) ->
 
 
 def _run_reference(call: Call) -> tuple[Tensor, MemoryState | None]:
-    """Differentiable PyTorch, for what no operator covers: autograd through it reaches cuts inside a chunk too."""
+    """Plain PyTorch, for calls without an operator; it also differentiates through states cut inside a chunk."""
     dtype = call.state.dual[0].dtype
     erase_k = None if call.erase_k is None else call.erase_k.to(dtype)
     with torch.autocast(call.q.device.type, enabled=False):
@@ -49,14 +49,14 @@ def _run_reference(call: Call) -> tuple[Tensor, MemoryState | None]:
     if not call.output_final_state:
         return out, None
     state = state if _ends_open(call) else MemoryState(state.dual, state.momentum)
-    return out, state.replace_tensors(_not_given(call, state.tensors()))
+    return out, state.replace_tensors(_own_tensors(call, state.tensors()))
 
 
 # ------------------------------------------------------------------------------------------------------ final states
 
 
 def _ends_open(call: Call) -> bool:
-    """Whether a final state must tell where in a chunk its sequences stopped."""
+    """Whether sequences may end inside a chunk, so that the final state needs an open chunk."""
     if not call.output_final_state:
         return False
     return call.cu_seqlens is not None or call.state.open_chunk is not None or call.q.shape[1] % call.chunk_size != 0
@@ -75,7 +75,7 @@ def _structure(call: Call) -> MemoryState:
 
 
 def _end_position(call: Call) -> Tensor:
-    """``[N]``: tokens of its last chunk that each sequence has read, 0 at a boundary."""
+    """``[N]``: tokens that each sequence has read of its last chunk, 0 at a boundary."""
     before = 0 if call.state.open_chunk is None else call.state.open_chunk.position
     if call.cu_seqlens is not None:
         return (before + call.cu_seqlens.diff().to(torch.int64)) % call.chunk_size
@@ -88,7 +88,7 @@ def _end_position(call: Call) -> Tensor:
 
 
 def _flatten(call: Call) -> tuple:
-    """A call as the operators' arguments, less the backend."""
+    """A call as arguments of the operators, without backend and checkpoint_every."""
     open_chunk = call.state.open_chunk
     return (
         call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.erase_k, call.key_log_decay,
@@ -103,7 +103,7 @@ def _call(
     q, k, v, lr, log_decay, delta, momentum, erase_k, key_log_decay, ln_weight, ln_bias, state, position, cu_seqlens,
     memory, ln_eps, bias, gate, chunk_size, output_final_state, decay_first,
 ) -> Call:  # fmt: skip
-    """The call that :func:`_flatten` took apart."""
+    """The inverse of :func:`_flatten`."""
     m = len(TABLE[memory].matrices)
     open_chunk = None if position is None else OpenChunk(position, tuple(state[:m]), state[-1])
     structure = MemoryState(tuple(state[:m]), None if momentum is None else tuple(state[:m]), open_chunk)
@@ -121,16 +121,20 @@ def _call(
 
 def _forward(call: Call, backend: str, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """``(out, final state tensors, saved for the backward)``."""
-    out, final, saved = dispatch.BACKENDS[backend].forward(call, checkpoint_every)
+    if checkpoint_every == 0 and dispatch.BACKENDS[backend].decodes(call):
+        out, final = decode.read(call, backend)
+        saved: list[Tensor] = []
+    else:
+        out, final, saved = dispatch.BACKENDS[backend].forward(call, checkpoint_every)
     if not call.output_final_state:
         final = []
     elif not _ends_open(call):
         final = final[: len(call.state.matrices())]
-    return out, _not_given(call, final), saved
+    return out, _own_tensors(call, final), saved
 
 
-def _not_given(call: Call, final: list[Tensor]) -> list[Tensor]:
-    """``final``, of tensors of their own: an operator's outputs may be neither inputs nor each other, nor a new state the old one."""
+def _own_tensors(call: Call, final: list[Tensor]) -> list[Tensor]:
+    """``final`` with inputs and repeated tensors cloned: an operator's outputs must be distinct from its inputs and from each other."""
     taken: list[Tensor] = call.state.tensors()
     for x in final:
         taken.append(x.clone() if any(x is y for y in taken) else x)
@@ -213,11 +217,11 @@ _ARGUMENTS = (
 def _memory(*arguments):
     *flat, backend, checkpoint_every = arguments
     out, final, saved = _forward(_call(*flat), backend, checkpoint_every)
-    return out, [_own(x) for x in final], saved
+    return out, [_with_own_storage(x) for x in final], saved
 
 
-def _own(x: Tensor) -> Tensor:
-    """A contiguous tensor that shares its memory with no other, as an operator's outputs must be: a state may come as views."""
+def _with_own_storage(x: Tensor) -> Tensor:
+    """A contiguous tensor with a storage of its own, as an operator's outputs must be; a backend may return views."""
     whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 

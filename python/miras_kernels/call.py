@@ -1,4 +1,4 @@
-"""One validated call: what every backend, dispatch and autograd take."""
+"""One validated call, as dispatch, autograd and the backends take it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["Call"]
 class Call:
     """One validated call of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
 
-    Shapes as in SPEC section 1. Gates and states already have the dtype of the arithmetic; ``delta`` is ``[B, T, H]`` or
-    ``[B, T, H, Dv]``; ``state`` holds ``N`` sequences, ``N = B`` or the number of packed ones.
+    Gates and states already have the dtype of the arithmetic; ``delta`` is ``[B, T, H]`` or ``[B, T, H, Dv]``; ``state`` holds ``N``
+    sequences, ``N = B`` or the number of packed ones.
     """
 
     memory: Memory
@@ -60,6 +60,12 @@ class Call:
     def hidden(self) -> int:
         """The memory's hidden size, 0 if it has none."""
         return self.memory.hidden(self.state.dual)
+
+    def exceeds(self, backend: str, *, steps: bool = False) -> str | None:
+        """Which size limit of a backend's kernels this call exceeds, or of those that decode it in ``steps``; or None."""
+        kernels = self.memory.kernels[backend]
+        limits = kernels.steps if steps else kernels.sequences
+        return "it only decodes" if limits is None else limits.exceeded_by(self)
 
     def replace(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)

@@ -1,4 +1,4 @@
-"""The public functions: signatures, shapes, equations."""
+"""The public functions: signatures, shapes and equations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def linear_memory(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
-    r"""A matrix that learns ``k -> v`` while the sequence is read, and answers queries.
+    r"""A matrix that is trained on ``k -> v`` while the sequence is read, and read out with queries.
 
     Within a chunk of ``chunk_size`` tokens, counted from the sequence's start, with the dual :math:`A_0` at the chunk's start
     and the primal :math:`W_0 = \phi(A_0)` (Miras, arXiv 2504.13173, sections 3 and 5)::
@@ -56,20 +56,20 @@ def linear_memory(
         A_t = exp(log_decay_t) A_{t-1} + S_t
         o_t = (gamma_t W_0 + rho (A_t - gamma_t A_0)) q_t        gamma_t = exp(log_decay_1 + ... + log_decay_t)
 
-    ``chunk_size`` is part of the model: the same weights with another chunk size are another model. q and k are neither
-    scaled nor normalised here.
+    ``chunk_size`` is part of the model: changing it changes the outputs of the same weights. q and k are neither scaled nor normalised
+    here.
 
     Args:
         q, k: ``[B, T, H, Dk]``, float64, float32, bfloat16 or float16; any strides. Under autocast they are cast like the
             arguments of a matrix product.
         v: ``[B, T, H, Dv]``, same dtype.
-        lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are computed with in float32 (float64
-            for float64 inputs).
-        log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay. Channels are those
-            of the values, so that rows of ``A [Dv, Dk]`` decay; for a decay of its columns see ``key_log_decay``.
+        lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are converted to float32 (float64 for float64
+            inputs).
+        log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay. Channels are value
+            channels: rows of ``A [Dv, Dk]`` decay. For a decay of its columns, by key channel, see ``key_log_decay``.
         bias: the attentional bias, see :mod:`miras_kernels.biases`.
         retention: the retention gate, see :mod:`miras_kernels.retention`.
-        delta: threshold or radius of the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
+        delta: threshold or radius, for the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
             ``Huber("coordinate")``.
         momentum: ``theta`` in [0, 1), ``[B, T, H]``.
         erase_k: ``[B, T, H, Dk]``, the keys whose error is taken, ``e_t = W_0 erase_k_t - v_t``; the write stays along ``k_t``. None: k.
@@ -82,8 +82,8 @@ def linear_memory(
         initial_state: a :class:`MemoryState`, a dual ``[N, H, Dv, Dk]``, or a learned one ``[H, Dv, Dk]`` shared by all
             sequences; None for zeros.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: ``[N + 1]`` int32 or int64, from 0 to T without decreasing: packs N sequences into ``B = 1``. One of no
-            tokens keeps its state.
+        cu_seqlens: ``[N + 1]`` int32 or int64, from 0 to T without decreasing: N sequences packed into ``B = 1``. The state of an
+            empty one stays as it is.
         backend: "auto", "reference", "cpp", "triton" or "cuda". "auto" takes the fastest that can serve the call on the
             tensors' device, see :func:`explain`.
 
@@ -92,7 +92,7 @@ def linear_memory(
         every tensor argument, initial states included.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
     """
     return run(
         memories.LINEAR, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
@@ -121,17 +121,17 @@ def mlp_memory(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
-    """A two-layer MLP ``M(x) = x + LN(W1 gelu(W2 x))`` that learns ``k -> v`` while the sequence is read.
+    """A two-layer MLP ``M(x) = x + LN(W1 gelu(W2 x))`` that is trained on ``k -> v`` while the sequence is read.
 
-    The recurrence of :func:`linear_memory`, for each matrix with its own dual and mirror map and the same scalar gates;
-    gradients of both are taken at the chunk's start, and the read-out uses both as they stand at the token
-    (Titans, arXiv 2501.00663, section 3; TTT, arXiv 2407.04620; SPEC section 5). gelu is the tanh form; LN is over D.
+    The recurrence of :func:`linear_memory` for each matrix, with a dual and a mirror map of its own and the same scalar gates. Gradients
+    of both are taken at the chunk's start; the read-out at a token uses both matrices of that token (Titans, arXiv 2501.00663,
+    section 3; TTT, arXiv 2407.04620; docs/mathematics.md, section 9). gelu has its tanh form; LN is over D.
 
     Args:
-        q, k, v: ``[B, T, H, D]``: a residual memory needs ``Dk = Dv = D``.
+        q, k, v: ``[B, T, H, D]``: the residual needs ``Dk = Dv = D``.
         lr, log_decay, momentum: ``[B, T, H]``.
         initial_state: a :class:`MemoryState`, or ``(W1, W2)`` with W1 ``[N, H, D, Hd]`` or ``[H, D, Hd]`` and W2
-            ``[N, H, Hd, D]`` or ``[H, Hd, D]``. Required: an MLP cannot start from zeros.
+            ``[N, H, Hd, D]`` or ``[H, Hd, D]``. Required: at zero both gradients are zero.
         ln_weight, ln_bias: ``[H, D]``, parameters of the LayerNorm, fixed in the inner loop.
         ln_eps: > 0.
 
@@ -146,7 +146,7 @@ def mlp_memory(
 
 def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, backend: str = "auto",
         **arguments) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
-    """A memory of :mod:`miras_kernels.tables.memories`, with the arguments of its public function."""
+    """Run a memory of :mod:`miras_kernels.tables.memories`; the arguments are those of its public function."""
     call = _call(memory, q, k, v, lr, log_decay, arguments)
     differentiate = _differentiates(call)
     name = dispatch.choose(backend, call, differentiate)
@@ -166,10 +166,10 @@ def explain(
     The other arguments are those of :func:`linear_memory` or :func:`mlp_memory`.
 
     Returns:
-        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it refuses the
-        call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
-        ``backend="auto"`` takes the first one with None. The attribute ``algorithms`` says of those how they would compute it: in chunks,
-        with exact steps in blocks, or token by token.
+        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it does not
+        support the call, or verification found it wrong on this machine (:func:`miras_kernels.verify`). ``backend="auto"`` takes the
+        first one with None. The attribute ``algorithms`` says how those with None would compute it: in chunks, with exact steps in
+        blocks, or token by token.
     """
     arguments.pop("backend", None)
     call = _call(memories.find(memory, arguments), q, k, v, lr, log_decay, arguments)
@@ -184,11 +184,13 @@ def _call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay
 
 
 def _decayed(call: Call) -> Call:
-    """The same without decay where a single token's comes first: it is one of the state, which leaves what every backend serves."""
-    by_channel, first = call.key_log_decay is not None, call.decay_first or not call.bias.reads_memory
-    if call.log_decay is None and not by_channel:
-        return call.replace(decay_first=False) if call.decay_first else call
-    if not call.variants or not first or call.q.shape[1] != 1 or call.cu_seqlens is not None:
+    """The call with its decay applied to the state, if there is one token and its decay comes first: the rest is the plain rule."""
+    if not call.decay_first and call.key_log_decay is None:
+        return call
+    if call.log_decay is None and call.key_log_decay is None:
+        return call.replace(decay_first=False)
+    comes_first = call.decay_first or not call.bias.reads_memory
+    if not comes_first or call.q.shape[1] != 1 or call.cu_seqlens is not None:
         return call
     dual = call.state.dual[0]
     if call.key_log_decay is not None:
@@ -200,7 +202,7 @@ def _decayed(call: Call) -> Call:
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast, queries, keys and values in its dtype, as for a matrix product."""
+    """Queries, keys and values, under autocast in its dtype, as for a matrix product."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
@@ -214,5 +216,5 @@ def _differentiates(call: Call) -> bool:
 
 
 def _nothing(call: Call) -> Tensor:
-    """The outputs of no token: empty, and with gradients of zero to everything."""
+    """The output of a call without tokens: empty, with zero gradients for every argument."""
     return torch.empty_like(call.v) + sum(0 * x.sum() for x in call.differentiable() if x.requires_grad)

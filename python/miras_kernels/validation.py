@@ -1,4 +1,4 @@
-"""The whole contract of the public functions, checked once: argument, what was expected, what came."""
+"""All checks of the public functions' arguments. Errors name the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tracing import is_plain_eager
 
 __all__ = ["make_call"]
 
-#: the arguments of every memory beside q, k, v, lr and log_decay, with their defaults
+#: the arguments of every memory besides q, k, v, lr and log_decay, with their defaults
 COMMON = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None, output_final_state=False,
               cu_seqlens=None)  # fmt: skip
 #: and of a memory that ends in a LayerNorm
@@ -29,7 +29,7 @@ VARIANTS = dict(erase_k=None, key_log_decay=None, decay_first=False)
 
 
 def make_call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **given: Any) -> Call:
-    """Check the arguments of a memory's function, see :mod:`miras_kernels.memory`, and bring them into one form."""
+    """Check the arguments of a memory's function, see :mod:`miras_kernels.memory`, and convert them to one form."""
     defaults = COMMON | (NORM_DEFAULTS if memory.needs_norm else {}) | (VARIANTS if memory.variants else {})
     if unexpected := [name for name in given if name not in defaults]:
         raise TypeError(f"{memory.title} takes no argument {', '.join(map(repr, unexpected))}")
@@ -65,7 +65,7 @@ def _arithmetic(q: Tensor) -> torch.dtype:
 
 
 def _check_values(x: Tensor) -> bool:
-    """Whether to look at the numbers in ``x``: always possible on the CPU, a wait for the device elsewhere."""
+    """Whether to check the values of ``x``: by default on the CPU only, since elsewhere it would wait for the device."""
     if not is_plain_eager([x]):
         return False
     return x.device.type == "cpu" if options.check_values is None else options.check_values
@@ -125,7 +125,7 @@ def _settings(bias: object, retention: object, chunk_size: object, output_final_
 
 
 def _sequences(cu_seqlens: object, b: int, t: int, q: Tensor) -> int:
-    """How many sequences the call holds."""
+    """The number of sequences in the call."""
     if cu_seqlens is None:
         return b
     if not isinstance(cu_seqlens, Tensor):

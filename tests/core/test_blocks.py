@@ -9,6 +9,7 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import _C
+from miras_kernels.__main__ import main
 from miras_kernels.backends.reference import blocks, definition
 from miras_kernels.testing import Case, check, evaluate, relative_error
 from miras_kernels.testing.parity import ARITHMETIC
@@ -80,19 +81,19 @@ def test_equal_keys_at_the_largest_stable_step(monkeypatch, step, decay, backend
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 def test_pieces_of_chunks_are_the_whole(chunk_size):
     """A cut may lie anywhere in a chunk or a block, and a state tells where its open chunk began."""
-    inputs = Case("pieces", chunk_size=chunk_size, tokens=75).draw(torch.float32)
+    inputs = Case("pieces", chunk_size=chunk_size, tokens=79).draw(torch.float32)
     given = inputs.arguments()
     tokens = {name: given.pop(name) for name in ("q", "k", "v", "lr", "log_decay")}
     with torch.no_grad():
         wanted, end = mk.linear_memory(**tokens, **given, backend="reference")
-        for bounds in ((0, 9, 26, 59, 75), (0, 11, 75), (0, 64, 75)):  # pieces of more tokens than decoding kernels read
+        for bounds in ((0, 9, 26, 59, 79), (0, 11, 79), (0, 64, 79)):  # pieces of more tokens than decoding kernels read
             state, outs = given["initial_state"], []
             for a, b in itertools.pairwise(bounds):
                 piece = {name: x[:, a:b] for name, x in tokens.items()}
                 out, state = mk.linear_memory(**piece, **{**given, "initial_state": state}, backend="cpp")
                 outs.append(out)
             assert relative_error(torch.cat(outs, 1), wanted) < CLOSE
-            assert (state.open_chunk is None) == (75 % chunk_size == 0)
+            assert (state.open_chunk is None) == (chunk_size == 1)
             for x, y in zip(state.tensors(), end.tensors(), strict=True):
                 assert relative_error(x, y) < CLOSE if y.any() else not x.any()
 
@@ -133,3 +134,10 @@ def test_explain_says_what_is_computed_in_blocks():
     with torch.no_grad():
         detached = {name: x.detach()[:, :2] if isinstance(x, torch.Tensor) and name != "initial_state" else x for name, x in given.items()}
         assert mk.explain(**{**detached, "initial_state": None}).algorithms["cpp"] == "token by token"
+
+
+def test_the_command_line_says_so_too(capsys):
+    main(["explain", "--chunk", "1", "--dim", "16"])
+    assert "cpp        can serve it, exact steps in blocks of 32 tokens" in capsys.readouterr().out
+    main(["explain", "--chunk", "1", "--dim", "16", "--bias", "l1"])
+    assert "blocks" not in capsys.readouterr().out

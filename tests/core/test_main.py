@@ -115,7 +115,7 @@ def test_triton_has_no_gpu(capsys, monkeypatch):
 
 
 def test_triton_is_interpreted(capsys, monkeypatch):
-    """It can, but nobody should take that for the kernels' speed; "auto" leaves it alone on the CPU."""
+    """It can run, at a speed that says nothing about the kernels; "auto" skips it on the CPU."""
     with_triton(monkeypatch, interpreted=True)
     main(["info"])
     assert lines(capsys)["triton"] == "can run here" + SLOWLY
@@ -138,7 +138,7 @@ def test_triton_has_a_gpu(capsys, monkeypatch):
 
 
 def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
-    """It decodes, and says so of a call that is no decoding; where it is missing it says why."""
+    """It only decodes, and says so of other calls; where it is missing it says why."""
     backend = dispatch.BACKENDS["cuda"]
     monkeypatch.setattr(backend, "path", tmp_path / "_cuda.so")
     main(["info"])
@@ -147,7 +147,7 @@ def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
     main(["explain", "--device", "cuda", "--no-grad"])
     assert lines(capsys)["cuda"] == "cannot: it only decodes: calls of at most 4 tokens, got 128"
     main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
-    assert lines(capsys)["cuda"].startswith('cannot: not verified on this machine, so "auto" leaves it: run python -m miras_kernels verify')
+    assert lines(capsys)["cuda"].startswith('cannot: not verified on this machine, so "auto" skips it: run python -m miras_kernels verify')
     record = {"linear l2 l2 float32 decode": {"when": "2026-01-01", "failure": None}}
     monkeypatch.setitem(verification._known, ("cuda", torch.device("cuda")), record)
     main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
@@ -158,7 +158,7 @@ def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("interpret", [slow("0"), "1"])
 def test_commands_do_not_import_triton(interpret):
-    """Nor, without a GPU, does `warmup`: it finds out first that there is nothing to do."""
+    """Nor does `warmup` without a GPU, which checks for one first."""
     code = """
 import sys, torch, miras_kernels
 from miras_kernels.__main__ import main
@@ -166,7 +166,7 @@ from miras_kernels.versions import TRANSFORMERS
 for command in ("info", "explain", "explain --device cuda --bias huber_switch", "explain --memory mlp", "warmup --chunk-size 48"):
     main(command.split())
 assert "triton" not in sys.modules, "triton was imported"
-assert "torch._dynamo" not in sys.modules, "half a compiler was imported"
+assert "torch._dynamo" not in sys.modules, "PyTorch's compiler was imported"
 """
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120, env=environment)

@@ -1,4 +1,4 @@
-"""Kernels verified on the machine that runs them: wrong ones are found, remembered and left alone; damaged records count for nothing."""
+"""Kernels verified on the machine that runs them: wrong ones are found, remembered and skipped; damaged records are ignored."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import dispatch, verification
-from miras_kernels.__main__ import _Elsewhere, main
+from miras_kernels.__main__ import main
+from miras_kernels.cli.explain import Placeholder
 from miras_kernels.tables.memories import LINEAR
-from miras_kernels.testing import trial
+from miras_kernels.testing import verifying
 from miras_kernels.validation import make_call
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -34,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def forget(monkeypatch):
-    """As a new process."""
+    """Act as a new process."""
     monkeypatch.setattr(verification, "_known", {})
     monkeypatch.setattr(verification, "_warned", set())
 
@@ -50,12 +51,12 @@ def tokens(t: int, requires_grad: bool = False):
 
 
 def taken(t: int = 20, requires_grad: bool = False, **arguments) -> str:
-    """Who "auto" takes on the CPU, and what explain says of cpp."""
+    """The backend that "auto" takes on the CPU."""
     reasons = mk.explain(*tokens(t, requires_grad), **arguments)
     return next(name for name, reason in reasons.items() if reason is None)
 
 
-# ------------------------------------------------------------------------------------------------------------ what is found
+# ------------------------------------------------------------------------------------------------------------ findings
 
 
 def test_right_kernels_pass(cache, monkeypatch, capsys):
@@ -124,7 +125,7 @@ def wrong_step(backend, monkeypatch):
     ],
     ids=["forward", "without-gradients", "backward", "state", "step"],
 )
-def test_a_wrong_kernel_is_found_and_left_alone(monkeypatch, capsys, plant, mode, what):
+def test_a_wrong_kernel_is_found_and_skipped(monkeypatch, capsys, plant, mode, what):
     backend = dispatch.BACKENDS["cpp"]
     with monkeypatch.context() as planted:
         plant(backend, planted)
@@ -149,7 +150,7 @@ SETTINGS = dict(bias=mk.L2(), retention=mk.L2Retention(), delta=None, momentum=N
                 output_final_state=False, cu_seqlens=None)  # fmt: skip
 
 
-def test_a_decoder_leaves_it_alone_too(monkeypatch):
+def test_a_decoder_skips_it_too(monkeypatch):
     backend = dispatch.BACKENDS["cpp"]
     verification.add("cpp", CPU, {f"{KEY} decode": FAIL})
     monkeypatch.setattr(backend, "stepper", None)
@@ -158,31 +159,31 @@ def test_a_decoder_leaves_it_alone_too(monkeypatch):
     assert torch.isfinite(reader.step(*tokens(12))).all()  # more than a call without gradients would read token by token
 
 
-def test_what_is_raised_is_a_failure_but_for_lack_of_memory(monkeypatch):
+def test_an_exception_is_a_failure_unless_memory_ran_out(monkeypatch):
     def forward(*_):
-        raise error("so it is\nat length")
+        raise error("first line\nsecond line")
 
     monkeypatch.setattr(dispatch.BACKENDS["cpp"], "forward", forward)
     error = torch.OutOfMemoryError
     assert [x.status for x in verify().outcomes] == ["not verified", "passed"]
     error = RuntimeError
     found = verify()
-    assert [x.status for x in found.outcomes] == ["failed", "passed"] and "RuntimeError: so it is (plain)" in str(found)
+    assert [x.status for x in found.outcomes] == ["failed", "passed"] and "RuntimeError: first line (plain)" in str(found)
 
 
-def test_a_case_that_cannot_be_drawn_says_nothing(monkeypatch):
-    monkeypatch.setattr(trial.Case, "_kink_distance", lambda self, inputs: 0.0)
+def test_a_case_that_cannot_be_drawn_is_not_verified(monkeypatch):
+    monkeypatch.setattr(verifying.Case, "_kink_distance", lambda self, inputs: 0.0)
     found = verify(bias=mk.Huber("norm"), key_dim=2, chunk_size=2)
-    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps its distance from the kink" in str(found)
+    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps a distance from the kink" in str(found)
 
 
-def test_a_device_that_answers_no_more_says_nothing(monkeypatch):
+def test_a_device_that_stopped_working_is_not_verified(monkeypatch):
     wrong_forward(dispatch.BACKENDS["cpp"], monkeypatch)
-    monkeypatch.setattr(trial, "_answers", lambda device: False)
+    monkeypatch.setattr(verifying, "_still_works", lambda device: False)
     assert [x.status for x in verify().outcomes] == ["failed", "not verified"]
 
 
-def test_own_sizes_count_for_themselves(monkeypatch):
+def test_results_of_own_sizes_apply_to_these_sizes(monkeypatch):
     with monkeypatch.context() as planted:
         wrong_forward(dispatch.BACKENDS["cpp"], planted)
         found = verify(key_dim=8, value_dim=8, chunk_size=16)
@@ -193,9 +194,9 @@ def test_own_sizes_count_for_themselves(monkeypatch):
     assert found.ok and found.outcomes[0].configuration == "mlp l2 l2 float32 sequence 6x6 hidden 5 chunk 64"
 
 
-def test_what_is_tried_covers_the_table():
+def test_the_trials_cover_the_tables():
     """Every bias with every gate for both memories, the plainest first; each with packing, momentum and gates by channel."""
-    pairs = trial._pairs(None, None, None, None)
+    pairs = verifying._pairs(None, None, None, None)
     kinds = [(x.memory, x.bias.name, x.retention.name) for x, _ in pairs]
     assert len(set(kinds)) == len(kinds) == 2 * len(mk.biases.TABLE) * len(mk.retention.TABLE)
     assert kinds[:2] == [("linear", "l2", "l2"), ("mlp", "l2", "l2")] and all("l2" in kind[1:] for kind in kinds[:26])
@@ -235,7 +236,7 @@ def test_nothing_to_verify(capsys, arguments, printed):
 
 
 def test_the_time_limit(cache, monkeypatch, capsys):
-    """What was not reached is said to be open, is not kept, and comes first the next time; what failed comes last."""
+    """Trials not reached are reported, leave no result, and come first the next time; those that failed come last."""
     clock, tried = [0.0], []
 
     def wrong(self, case, inputs):
@@ -243,9 +244,9 @@ def test_the_time_limit(cache, monkeypatch, capsys):
         tried.append(self.key)
         return "wrong" if self.key.startswith("mlp") else None
 
-    monkeypatch.setattr(trial.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(trial._Trial, "_wrong", wrong)
-    monkeypatch.setattr(trial, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
+    monkeypatch.setattr(verifying.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(verifying._Check, "_wrong", wrong)
+    monkeypatch.setattr(verifying, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
     some = dict(bias=mk.L2(), retention=mk.L2Retention(), device="cpu")
     first = mk.verify(**some, seconds=2.5)  # both cases of one configuration, one of the next
     assert [x.status for x in first.outcomes] == ["passed", "not verified", "not verified", "not verified"]
@@ -257,7 +258,7 @@ def test_the_time_limit(cache, monkeypatch, capsys):
     tried.clear()
     mk.verify(**some)
     assert [x.split()[0] for x in tried] == ["linear"] * 4 + ["mlp"] * 2
-    monkeypatch.setattr(trial.time, "monotonic", itertools.count(0, 100).__next__)
+    monkeypatch.setattr(verifying.time, "monotonic", itertools.count(0, 100).__next__)
     assert main(COMMAND.split()) == 2 and "1 " not in capsys.readouterr().out
 
 
@@ -269,7 +270,7 @@ def record(cache):
     return path
 
 
-def test_another_machine_or_version_knows_nothing(monkeypatch, tmp_path):
+def test_results_of_another_machine_or_version_are_ignored(monkeypatch, tmp_path):
     backend = dispatch.BACKENDS["cpp"]
     verification.add("cpp", CPU, {f"{KEY} sequence": FAIL})
     other = tmp_path / "_C.so"
@@ -300,7 +301,7 @@ def damaged(good: bytes) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def test_a_damaged_record_counts_for_nothing(cache, monkeypatch):
+def test_a_damaged_record_is_ignored(cache, monkeypatch):
     verification.add("cpp", CPU, {f"{KEY} sequence": FAIL, f"{KEY} decode": PASS})
     path = record(cache)
     cases = damaged(path.read_bytes())
@@ -309,7 +310,7 @@ def test_a_damaged_record_counts_for_nothing(cache, monkeypatch):
         forget(monkeypatch)
         with pytest.warns(UserWarning, match=f"{path.name} is ignored"):
             assert taken(20, True) == "cpp"
-        assert "not verified on this machine" in verification.doubt("cpp", CPU, f"{KEY} decode", "", "leave", True)
+        assert "not verified on this machine" in verification.distrust_reason("cpp", CPU, f"{KEY} decode", "", "skip", True)
     forget(monkeypatch)
     with pytest.warns(UserWarning, match="is ignored"):
         assert verify().ok  # and writes a good one
@@ -322,15 +323,15 @@ def test_a_folder_that_cannot_be_used(cache, monkeypatch):
     with pytest.warns(UserWarning, match="results of verification are ignored"):
         assert taken() == "cpp"
     found = verify()
-    assert found.ok and "the results are not kept: " in str(found)
-    assert len(verification.results("cpp", CPU)) == 2  # this process knows
+    assert found.ok and "the results could not be stored: " in str(found)
+    assert len(verification.results("cpp", CPU)) == 2  # they apply in this process
     forget(monkeypatch)
     monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError("no")))
     with pytest.warns(UserWarning, match="PermissionError: no"):
         assert taken() == "cpp"
 
 
-def test_a_process_without_a_home(monkeypatch):
+def test_a_process_without_a_home_directory(monkeypatch):
     for name in ("MIRAS_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(verification.Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -369,8 +370,8 @@ def test_two_writers_lose_nothing(cache, monkeypatch):
     assert not list(cache.glob("*.tmp"))
 
 
-def test_nothing_is_read_twice(monkeypatch):
-    """Nor hashed where nothing was kept."""
+def test_records_are_read_once(monkeypatch):
+    """And kernels are not hashed where there are no records."""
     calls, listdir = [], os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: calls.append(path) or listdir(path))
     monkeypatch.setattr(dispatch.BACKENDS["cpp"], "files", None)
@@ -380,7 +381,7 @@ def test_nothing_is_read_twice(monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_compiled_program_leaves_it_alone(monkeypatch):
+def test_a_compiled_program_skips_it_too(monkeypatch):
     """In one graph: the record is read while PyTorch traces."""
     verification.add("cpp", CPU, {f"{KEY} sequence": FAIL})
     forget(monkeypatch)
@@ -396,7 +397,7 @@ def test_a_compiled_program_leaves_it_alone(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that has one, as far as dispatch can tell: who takes a call of ``t`` tokens there."""
+    """A machine that has one, as far as dispatch can tell; returns a function that makes calls of ``t`` tokens there."""
     for name in ("triton", "cuda"):
         monkeypatch.setattr(dispatch.BACKENDS[name], "unavailable", lambda: None)
         monkeypatch.setattr(dispatch.BACKENDS[name], "stepper", lambda call, name=name: name)
@@ -404,7 +405,7 @@ def gpu(monkeypatch):
 
     def call(t: int = 20, dim: int = 64, **settings):
         def make(*shape):
-            x = torch.empty(*shape, device="meta").as_subclass(_Elsewhere)
+            x = torch.empty(*shape, device="meta").as_subclass(Placeholder)
             x.where = GPU
             return x
 
@@ -415,7 +416,7 @@ def gpu(monkeypatch):
     return call
 
 
-def test_a_gpu_warns_once_of_what_was_not_verified(gpu):
+def test_unverified_triton_kernels_warn_once(gpu):
     command = "run python -m miras_kernels verify --device cuda --memory linear --bias l2 --retention l2 --dtype float32"
     with pytest.warns(UserWarning, match=f"triton kernels have not been verified on this machine for {KEY} sequence: {command}") as seen:
         assert dispatch.choose("auto", gpu(), True) == "triton"
@@ -424,7 +425,7 @@ def test_a_gpu_warns_once_of_what_was_not_verified(gpu):
     assert len(seen) == 1
 
 
-def test_a_gpu_says_nothing_of_what_passed(gpu):
+def test_verified_triton_kernels_do_not_warn(gpu):
     verification.add("triton", GPU, {f"{KEY} sequence": PASS, f"{KEY} decode": PASS})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -434,9 +435,9 @@ def test_a_gpu_says_nothing_of_what_passed(gpu):
 
 
 @pytest.mark.filterwarnings("ignore:miras_kernels. the triton kernels have not been verified")
-def test_hand_written_decoding_is_taken_where_it_passed(gpu):
+def test_cuda_is_used_where_it_was_verified(gpu):
     reason = dispatch.explain(gpu(1), False)
-    assert 'not verified on this machine, so "auto" leaves it: run' in reason["cuda"] and reason["triton"] is None
+    assert 'not verified on this machine, so "auto" skips it: run' in reason["cuda"] and reason["triton"] is None
     assert dispatch.stepper("cuda", gpu(1)) == dispatch.choose("cuda", gpu(1), False) == "cuda"
     verification.add("cuda", GPU, {f"{KEY} decode": PASS})
     assert dispatch.explain(gpu(1), False)["cuda"] is None
@@ -450,7 +451,7 @@ def test_hand_written_decoding_is_taken_where_it_passed(gpu):
     assert callable(dispatch.stepper("auto", gpu(1)))
 
 
-def test_a_size_that_failed_is_left_alone(gpu):
+def test_a_size_that_failed_is_skipped(gpu):
     verification.add("triton", GPU, {f"{KEY} sequence": PASS, f"{KEY} sequence 128x128 chunk 64": FAIL})
     assert dispatch.choose("auto", gpu(dim=64), True) == "triton" and dispatch.choose("auto", gpu(dim=128), True) == "reference"
     reasons = dispatch.explain(gpu(dim=128), True)

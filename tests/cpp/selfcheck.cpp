@@ -165,14 +165,14 @@ std::vector<uint16_t> bfloat16(Floats& x) {  // cuts off, and cuts x too
 
 // Room for a decoder's state of `m` matrices [K, V], W1 and linear duals transposed
 struct Room {
-  Floats start, carried, left, right, kept, log_decay;
+  Floats start, written, left, right, weights, open_log_decay;
   int64_t position = 0;
   Room(int m, int K, int V)
-      : start(kHeads * m * K * V), carried(start.size()), left(kHeads * m * kChunk * K), right(kHeads * m * kChunk * V),
-        kept(kHeads * (2 + kChunk)), log_decay(kHeads) {}
+      : start(kHeads * m * K * V), written(start.size()), left(kHeads * m * kChunk * K), right(kHeads * m * kChunk * V),
+        weights(kHeads * (2 + kChunk)), open_log_decay(kHeads) {}
   void fill(StepBuffers& to) {
-    to.start = start.data(), to.carried = carried.data(), to.left = left.data(), to.right = right.data(), to.kept = kept.data();
-    to.log_decay = log_decay.data(), to.position = &position, to.rows = kChunk;
+    to.start = start.data(), to.written = written.data(), to.left = left.data(), to.right = right.data(), to.weights = weights.data();
+    to.open_log_decay = open_log_decay.data(), to.position = &position, to.rows = kChunk;
   }
 };
 
@@ -215,15 +215,15 @@ void linear(const cpu::Kernels& kernels, const std::string& level) {
   LinearForward p;
   fill(p);
   p.out = tokens(out.data(), V), p.checkpoint_every = kEvery;
-  Floats saved(p.slots() * kHeads * K * V);
-  p.saved = saved.data();
+  Floats checkpoints(p.slots() * kHeads * K * V);
+  p.checkpoints = checkpoints.data();
   kernels.linear_forward(p, 0, p.tasks());
   compare(level + " linear_forward", out, define(problem()), kFloatLimit);
 
   LinearBackward b;
   fill(b);
   Floats dq(in.q.size()), dk(dq), dv(in.v.size()), dlr(in.lr.size()), ddecay(dlr), d_dual(dual.size());
-  b.saved = saved.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), V);
+  b.checkpoints = checkpoints.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), V);
   b.dq = tokens(dq.data(), K), b.dk = tokens(dk.data(), K), b.dv = tokens(dv.data(), V), b.dlr = gate(dlr), b.dlog_decay = gate(ddecay);
   b.d_dual = state(d_dual, V, K);
   kernels.linear_backward(b, 0, b.tasks());
@@ -242,7 +242,7 @@ void linear(const cpu::Kernels& kernels, const std::string& level) {
 
   auto q = bfloat16(in.q), k = bfloat16(in.k), v = bfloat16(in.v);
   std::vector<uint16_t> half(out.size());
-  p.dtype = Dtype::bf16, p.saved = nullptr, p.checkpoint_every = 0;
+  p.dtype = Dtype::bf16, p.checkpoints = nullptr, p.checkpoint_every = 0;
   p.q.data = q.data(), p.k.data = k.data(), p.v.data = v.data(), p.out.data = half.data();
   kernels.linear_forward(p, 0, p.tasks());
   for (size_t i = 0; i < half.size(); ++i) {
@@ -257,8 +257,8 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   Inputs in(D, D);
   Floats w1 = draw(kHeads * D * Hd, 0.5f), w2 = draw(kHeads * Hd * D, 0.5f), out(kTokens * kHeads * D);
   Floats weight = draw(kHeads * D, 0.2f, 1.0f), bias = draw(kHeads * D, 0.2f);
-  const Problem problem{D,        D,        Hd,       wide(in.q), wide(in.k),   wide(in.v),
-                        wide(in.lr), wide(in.decay), wide(w1), wide(w2), wide(weight), wide(bias)};
+  const Problem problem{D,        D,        Hd,           wide(in.q), wide(in.k), wide(in.v), wide(in.lr), wide(in.decay),
+                        wide(w1), wide(w2), wide(weight), wide(bias)};
   const auto fill = [&](MlpParams& p) {
     in.fill(p, D, D);
     p.D = D, p.Hd = Hd, p.ln_weight = weight.data(), p.ln_bias = bias.data(), p.ln_eps = float(kEps);
@@ -267,8 +267,8 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   MlpForward p;
   fill(p);
   p.out = tokens(out.data(), D), p.checkpoint_every = kEvery;
-  Floats saved(p.slots() * kHeads * 2 * Hd * D);
-  p.saved = saved.data();
+  Floats checkpoints(p.slots() * kHeads * 2 * Hd * D);
+  p.checkpoints = checkpoints.data();
   kernels.mlp_forward(p, 0, p.tasks());
   compare(level + " mlp_forward", out, define(problem), kFloatLimit);
 
@@ -276,7 +276,7 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   fill(b);
   Floats dq(in.q.size()), dk(dq), dv(dq), dlr(in.lr.size()), ddecay(dlr);
   Floats d_w1(w1.size()), d_w2(w2.size()), d_weight(weight.size()), d_bias(d_weight);
-  b.saved = saved.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), D);
+  b.checkpoints = checkpoints.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), D);
   b.dq = tokens(dq.data(), D), b.dk = tokens(dk.data(), D), b.dv = tokens(dv.data(), D), b.dlr = gate(dlr), b.dlog_decay = gate(ddecay);
   b.d_dual[0] = state(d_w1, D, Hd), b.d_dual[1] = state(d_w2, Hd, D), b.dln_weight = d_weight.data(), b.dln_bias = d_bias.data();
   kernels.mlp_backward(b, 0, b.tasks());

@@ -1,4 +1,4 @@
-"""The demo, with little time: it ends with its tables and its picture, and keeps validation text out of training."""
+"""examples/demo.py with few steps: its tables and its plot, and that training has no validation text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("preset", [pytest.param("yaad", marks=pytest.mark.slow), "yaad_linear"])
-def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
+def test_it_prints_the_tables_and_writes_the_plot(tmp_path, preset):
     result = run("--preset", preset, "--steps", "3", "--seconds", "1", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
     text = result.stdout
-    assert "\r" not in text + result.stderr  # no bar where there is no terminal
+    assert "\r" not in text + result.stderr  # no progress bar without a terminal
     bits = re.search(r"validation, bits per byte +(\d\.\d+) +(\d\.\d+)", text)
     assert all(3 < float(x) < 9.5 for x in bits.groups())
     assert all(float(x.replace(",", "")) > 0 for x in re.search(r"tokens per second +([\d,]+) +([\d,]+)", text).groups())
@@ -46,12 +46,12 @@ def test_it_ends_with_the_tables_and_a_picture(tmp_path, preset):
     rows = re.search(r"bytes per second +([\d,]+) +([\d,]+)\n.* prompt, bytes +([\d,]+) +([\d,]+)\n.* end, bytes +([\d,]+) +([\d,]+)", text)
     *rates, attention, memory, later, still = (int(x.replace(",", "")) for x in rows.groups())
     assert all(rates) and later > 2 * attention and still == memory  # keys and values of every byte; a state that does not grow
-    assert f"{preset} goes on: " in text and "attention goes on: " in text
+    assert f"{preset} continues: " in text and "attention continues: " in text
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("preset", "expected"), [("yaad", "--preset yaad"), ("", None), ("ttt_mlp", "--preset ttt_mlp")])
-def test_make_hands_the_preset_on(preset, expected):
+def test_make_passes_the_preset(preset, expected):
     result = subprocess.run(["make", "-n", "demo", f"PRESET={preset}"], capture_output=True, text=True, cwd=ROOT, check=True)
     command = next(line for line in result.stdout.splitlines() if "examples/demo.py" in line)
     assert (expected in command) if expected else "--preset" not in command
@@ -66,7 +66,7 @@ def demo():
 
 
 class Quick:
-    """In the place of a model, one that needs no time."""
+    """A replacement for a model, which takes no time."""
 
     def __init__(self):
         self.name, self.curve, self.steps = "quick", [], 0
@@ -80,16 +80,16 @@ class Quick:
 
 
 @pytest.mark.parametrize(("every", "lines"), [(0.0, 7), (60.0, 0)])
-def test_a_line_now_and_then_where_there_is_no_terminal(demo, monkeypatch, capsys, every, lines):
+def test_progress_lines_without_a_terminal(demo, monkeypatch, capsys, every, lines):
     monkeypatch.setattr(demo, "REPORT_EVERY", every)
-    contender = Quick()
-    demo.train([contender], torch.zeros(7, 1, 4, dtype=torch.int64), torch.zeros(99, dtype=torch.int64), 30.0)
+    trained = Quick()
+    demo.train([trained], torch.zeros(7, 1, 4, dtype=torch.int64), torch.zeros(99, dtype=torch.int64), 30.0)
     printed = capsys.readouterr()
-    assert contender.steps == 7 and printed.err == ""
+    assert trained.steps == 7 and printed.err == ""
     assert printed.out.splitlines() == [f"training: step {i} of 7, quick 5.00 bits/byte" for i in range(1, 1 + lines)]
 
 
-def test_no_validation_text_in_training(demo, capsys):
+def test_training_has_no_validation_text(demo, capsys):
     train, valid = (bytes(x.tolist()).decode() for x in demo.load_text())
     assert len(train) > 300_000
     assert len(valid) > 30_000

@@ -13,9 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-methods, page, program, results, search, tasks, training = (
+methods, page, plan, program, results, search, tasks, training = (
     importlib.import_module(f"examples.which_bias.{name}")
-    for name in ("methods", "page", "__main__", "results", "search", "tasks", "training")
+    for name in ("methods", "page", "plan", "__main__", "results", "search", "tasks", "training")
 )
 Cell, Results = results.Cell, results.Results
 
@@ -39,7 +39,7 @@ def test_a_quick_run_writes_all_files(quick):
     found = Results.load((quick / "a.json").read_text())
     assert list(found.levels) == list(tasks.TABLE) and found.names == list(methods.TABLE)
     assert {(c.task, c.level) for c in found.cells} == {(t.name, t.levels[-1]) for t in tasks.TABLE.values()}
-    assert all(len(c.error) == len(c.accuracy) == program.QUICK.budget.repeats for c in found.cells)
+    assert all(len(c.error) == len(c.accuracy) == plan.QUICK.budget.repeats for c in found.cells)
     assert found.trained == ["dot product", "L2"] and len(found.runs) == 4
     text = (quick / "a.md").read_text()
     assert text == page.render(found, "figures/recall.png") and "(figures/recall.png)" in text
@@ -83,8 +83,8 @@ def test_results_repeat_bitwise_and_depend_on_the_seed():
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_processes():
-    plan = dataclasses.replace(program.QUICK, tasks=("drift",), memories=("L2",))
-    alone, shared = (program.measure(plan, 0, workers) for workers in (1, 2))
+    small = dataclasses.replace(plan.QUICK, tasks=("drift",), memories=("L2",))
+    alone, shared = (plan.measure(small, 0, workers) for workers in (1, 2))
     assert shared.cells == alone.cells and shared.runs == alone.runs
     assert [c.task for c in shared.cells] == ["drift"] * len(methods.TABLE)
 
@@ -100,13 +100,13 @@ def test_the_committed_page_is_made_from_the_committed_results():
 
 
 def test_the_committed_results_are_those_of_the_full_plan():
-    found, plan = Results.load((DOCS / "which-bias.json").read_text()), program.FULL
-    assert found.about.items() >= dataclasses.asdict(plan.budget).items()
-    assert found.about["training_steps"] == plan.training.steps
+    found, full = Results.load((DOCS / "which-bias.json").read_text()), plan.FULL
+    assert found.about.items() >= dataclasses.asdict(full.budget).items()
+    assert found.about["training_steps"] == full.training.steps
     assert found.levels == {name: list(task.levels) for name, task in tasks.TABLE.items()}
     assert found.names == list(methods.TABLE) and found.trained == list(training.MEMORIES)
     assert len(found.cells) == len(found.names) * sum(len(t.levels) for t in tasks.TABLE.values())
-    assert {len(found.trained_values(name, training.PAIRS)) for name in found.trained} == {plan.training.repeats}
+    assert {len(found.trained_values(name, training.PAIRS)) for name in found.trained} == {full.training.repeats}
 
 
 def test_the_committed_plot_is_small():
@@ -118,9 +118,9 @@ def test_the_committed_plot_is_small():
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_tuning_and_reporting_use_different_seeds(seed):
-    studies = [set(group) for s in (seed, seed + 1) for group in search.seeds(s, program.FULL.budget)]
+    studies = [set(group) for s in (seed, seed + 1) for group in search.seeds(s, plan.FULL.budget)]
     assert sum(map(len, studies)) == len(set.union(*studies))
-    tuning, reporting = training.seeds(seed, program.FULL.training)
+    tuning, reporting = training.seeds(seed, plan.FULL.training)
     assert tuning not in reporting
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..dispatch import kept_states_like
+from . import checkpoints_like
 
 __all__ = ["TritonBackend"]
 
 
 class TritonBackend:
-    """Fused kernels for both memories, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
+    """Fused kernels, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
 
     name = "triton"
     unverified = "warn"
@@ -35,7 +35,8 @@ class TritonBackend:
 
     def files(self) -> list[Path]:
         spec = importlib.util.find_spec("miras_kernels.kernels")
-        return [path for folder in spec.submodule_search_locations for path in Path(folder).rglob("*.py") if path.parent.name != "offline"]
+        folders = [] if spec is None else spec.submodule_search_locations or []
+        return [path for folder in folders for path in Path(folder).rglob("*.py") if path.parent.name != "offline"]
 
     def environment(self, device: torch.device) -> dict[str, str]:
         import triton
@@ -43,7 +44,7 @@ class TritonBackend:
 
         found = {"triton": triton.__version__}
         if device.type == "cuda" and torch.version.hip is None:
-            for tool in ("ptxas", "ptxas_blackwell"):  # which of them is called depends on the chip
+            for tool in ("ptxas", "ptxas_blackwell"):  # the chip decides which one compiles
                 try:
                     found[tool] = getattr(knobs.nvidia, tool).version
                 except (AttributeError, RuntimeError):
@@ -59,7 +60,7 @@ class TritonBackend:
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if not differentiate and self.decodes(call):
             return self.refuses_steps(call)
-        reason = self._refuses_dtype(call) or call.memory.kernels[self.name].sequences.exceeded_by(call)
+        reason = self._refuses_dtype(call) or call.exceeds(self.name)
         if reason is None and differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return reason
@@ -73,11 +74,11 @@ class TritonBackend:
         return 0
 
     def decodes(self, call: Call) -> bool:
-        """Whether so few tokens are read one by one, if no backward will come."""
+        """Whether a call without gradients has few enough tokens."""
         return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
-        return self._refuses_dtype(call) or call.memory.kernels[self.name].steps.exceeded_by(call)
+        return self._refuses_dtype(call) or call.exceeds(self.name, steps=True)
 
     def stepper(self, call: Call) -> Callable:
         from miras_kernels.kernels.decode import steps
@@ -85,17 +86,14 @@ class TritonBackend:
         return steps.stepper(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        from miras_kernels.decode import decoder as decode
         from miras_kernels.kernels.common import launch
 
-        if checkpoint_every == 0 and self.decodes(call):
-            return *decode.forward(call, self.name), []
         forward = _sequence_kernels(call.memory.name).forward
         out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return kept_states_like(call, checkpoint_every)
+        return checkpoints_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         from miras_kernels.kernels.common import launch
@@ -106,7 +104,7 @@ class TritonBackend:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, as triton decides when it is imported."""
+    """Whether Triton runs kernels in its interpreter: it decides this when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -115,5 +113,5 @@ def _sequence_kernels(memory: str) -> ModuleType:
 
 
 def _may_end_open(call: Call) -> bool:
-    """Whether a final state must tell where in a chunk its sequences stopped, as far as shapes tell."""
+    """Whether sequences can end inside a chunk, as far as shapes tell, so that the final state needs an open chunk."""
     return call.output_final_state and (call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)

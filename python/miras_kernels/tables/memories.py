@@ -71,7 +71,10 @@ class Kernels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Base of the table's rows. Instances are immutable, and equal if of the same row. Kernels of a memory bear its name: ``kernels/mlp/``, ``mlp_forward`` of the C++ extension."""
+    """Base of the table's rows. Instances are immutable.
+
+    Kernels of a memory bear its name: ``kernels/mlp/``, ``mlp_forward`` of the C++ extension.
+    """
 
     name: ClassVar[str] = ""
     #: as in the sentence "... needs Dv = Dk"

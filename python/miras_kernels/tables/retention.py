@@ -1,11 +1,11 @@
-"""Retention gates: one table, and the place to add another.
+"""Retention gates: one table; docs/adding-a-gate.md says how to add one.
 
-Every gate decays the dual by ``alpha_t = exp(log_decay_t)``; they differ in the mirror map from the dual ``A`` to the primal
-``W = phi(A)``, which acts at chunk boundaries, and in the scale ``rho`` of what a chunk has written so far
-(Miras, arXiv 2504.13173, section 5.2; SPEC section 4). A row states ``phi``, ``rho``, a name, a tag and its parameters;
+Every gate decays the dual by ``alpha_t = exp(log_decay_t)``. They differ in the mirror map from the dual ``A`` to the primal
+``W = phi(A)``, which applies at chunk boundaries, and in the scale ``rho`` of the chunk's writes in the read-out
+(Miras, arXiv 2504.13173, section 5.2; docs/mathematics.md, section 5). A row states ``phi``, ``rho``, a name, a tag and its parameters;
 ``kernels/common/retention.py`` and ``csrc/retention.h`` use the same tags.
 
-``A`` is ``[..., R, K]``: one matrix of one head; :class:`LqRetention` sums over all of it, :class:`KLRetention` normalises rows.
+``A`` is ``[..., R, K]``: one matrix of one head. :class:`LqRetention` sums over all of it, :class:`KLRetention` normalises rows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Retention(Row):
         raise NotImplementedError
 
     def rho(self, dual: Tensor) -> Tensor:
-        """Scale of the chunk's own writes in the read-out, ``[..., 1, 1]``, differentiable."""
+        """Scale of the chunk's writes in the read-out, ``[..., 1, 1]``, differentiable."""
         return dual.new_ones(()).expand(*dual.shape[:-2], 1, 1)
 
 
@@ -141,6 +141,6 @@ TABLE: dict[int, Retention] = {
 
 
 def from_code(code: str) -> Retention:
-    """The gate that ``retention.code`` came from."""
+    """The inverse of ``code``."""
     tag, parameters = decode(code)
     return type(TABLE[tag])(*parameters)

@@ -1,4 +1,4 @@
-"""The reference as a backend: the hand-derived form behind the operators, everything else as differentiable PyTorch."""
+"""The reference as a backend. Calls that derived.py covers go through the operators; autograd.py runs the others as plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .blocks import block_tokens
 
 
 class ReferenceBackend:
-    """Serves every call. What :func:`derived.covers` goes through the same operators as the kernels do."""
+    """Serves every call."""
 
     name = "reference"
-    unverified = "take"  # it is what the others are held to
+    unverified = "use"  # the others are compared with it
     variants: tuple[str, ...] = ("decay_first", "erase_k", "key_log_decay")
 
     def unavailable(self) -> None:
@@ -64,8 +64,7 @@ class ReferenceBackend:
         for name in ("q", "k", "v"):
             grads[name] = grads[name].to(call.q.dtype)
         grads = {name: x.contiguous() for name, x in grads.items()}
-        grads["state"] = [grads.pop("dual")]
-        return grads
+        return grads | {"state": [grads.pop("dual")]}
 
     def refuses_steps(self, call: Call) -> str | None:
         return None if call.memory in (LINEAR, MLP) else f"it has no decoding step for {call.memory.title}"

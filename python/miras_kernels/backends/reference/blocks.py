@@ -17,7 +17,7 @@ from ...state import MemoryState
 from ...tables.biases import L2
 from ...tables.memories import LINEAR
 from ...tables.retention import L2Retention
-from .chunkwise import Layout, _decay, _nothing, _per_chunk
+from .chunkwise import Layout, Tokens, decays, empty
 from .sequences import final_state
 
 __all__ = ["Blocks", "block_tokens"]
@@ -29,7 +29,7 @@ BLOCK, SHORT = 32, 16
 def block_tokens(call: Call) -> int:
     """How many tokens a block of this call has, or 0 where it is not computed in blocks."""
     scalar = call.lr.dim() == 3 and (call.log_decay is None or call.log_decay.dim() == 3)
-    exact = call.memory == LINEAR and isinstance(call.bias, L2) and isinstance(call.retention, L2Retention) and call.momentum is None
+    exact = call.memory is LINEAR and isinstance(call.bias, L2) and isinstance(call.retention, L2Retention) and call.momentum is None
     exact = exact and call.erase_k is None and call.key_log_decay is None
     return BLOCK // call.chunk_size * call.chunk_size if exact and scalar and call.chunk_size < SHORT else 0
 
@@ -40,9 +40,8 @@ class Blocks:
     def __init__(self, call: Call, size: int):
         self.call = call
         self.layout = Layout(0, call.q.shape[1], size)
-        self.q, self.k, self.v, lr = _per_chunk(self.layout.split, call.q, call.k, call.v, call.lr)
-        self.lr = lr.unsqueeze(-1)
-        decay = _decay(self.layout, call.log_decay, None, call.q)
+        self.q, self.k, self.v, self.lr, _ = Tokens.of(call, self.layout)
+        decay = decays(self.layout, call.log_decay, None, call.q)
         self.gamma, self.pair = decay.gamma, decay.pair.squeeze(-1)  # [B, H, N, C, 1], L [B, H, N, C, C]
         self.to_end = self.pair[..., -1, :].unsqueeze(-1)
         # with a row for the state before the block, so that row t // chunk_size * chunk_size is that of b(t)
@@ -59,7 +58,7 @@ class Blocks:
         """``(out, final state, [the states before blocks, the errors])``."""
         state = self.call.state.dual[0]
         if self.chunks == 0:
-            out, final = _nothing(self.call)
+            out, final = empty(self.call)
             b, h, dv, dk = state.shape
             return out, final, [state.new_empty(b, h, 0, dv, dk), state.new_empty(b, h, 0, self.layout.size, dv)]
         states, errors = [], []
@@ -98,7 +97,7 @@ class Blocks:
         q, k, lr, u = self.q, self.k, self.lr, self.lr * errors
         d_out = self.layout.split(grad_out)
 
-        # before: what the output alone asks of the writes, and of the state before them
+        # before: gradients of the writes and of the state before them, through the output alone
         scores = self.pair * (q @ k.transpose(-1, -2))  # P
         from_out = -scores.transpose(-1, -2) @ d_out
         d_read = (self.gamma * d_out).transpose(-1, -2) @ q  # [B, H, N, Dv, Dk]

@@ -1,6 +1,6 @@
-"""Token by token: the definition of a memory, to be read beside SPEC sections 2 to 5. Slow, and meant to be.
+"""The definition of a memory, token by token: docs/mathematics.md, section 1. Slow by design.
 
-The only mathematics stated here is the inner loss, the memory and the recurrence; the inner gradient comes from autograd
+It states the recurrence alone; the bias states the inner loss, the memory's row M(x), and the inner gradient comes from autograd
 (with ``create_graph``, so the outer gradients are exact too). Everything else in the project is checked against this file.
 """
 
@@ -31,7 +31,7 @@ def _inner_gradient(
         primal = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in primal)
         prediction = call.memory.recall(primal, k if erase_k is None else erase_k, call)
         loss = call.bias.loss(prediction, v, delta)
-        psi = call.bias.psi(prediction, v, delta) if loss is None else None  # no closed form: psi is the definition
+        psi = call.bias.psi(prediction, v, delta) if loss is None else None  # no closed form, so psi defines it
         if erase_k is not None:
             if psi is None:
                 (psi,) = torch.autograd.grad(loss.sum(), prediction, create_graph=create_graph)
@@ -56,7 +56,7 @@ def _decay(call: Call, t: int) -> Tensor | None:
 def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
     phi, rho = call.retention.phi, call.retention.rho
     position, start, log_decay = open_chunk(call)
-    dual, momentum = call.state.dual, call.state.momentum
+    dual, momenta = call.state.dual, call.state.momentum
     outputs = []
     for t in range(call.q.shape[1]):
         q, k, v, lr = (x[:, t] for x in (call.q, call.k, call.v, call.lr))
@@ -69,8 +69,8 @@ def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
         erase_k = None if call.erase_k is None else call.erase_k[:, t]
         gradient = _inner_gradient(call, predicting, k, v, delta, erase_k)  # g_t k_t' for the linear memory
         step = tuple(-rows(lr) * g for g in gradient)  # S_t
-        if momentum is not None:
-            step = momentum = tuple(rows(call.momentum[:, t]) * s + x for s, x in zip(momentum, step, strict=True))
+        if momenta is not None and call.momentum is not None:
+            step = momenta = tuple(rows(call.momentum[:, t]) * s + x for s, x in zip(momenta, step, strict=True))
         if decay is not None:
             dual = tuple(decay * a for a in dual)
         if call.log_decay is not None:
@@ -84,4 +84,4 @@ def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
     if position == 0:
         start, log_decay = dual, torch.zeros_like(log_decay)
     out = torch.stack(outputs, 1) if outputs else torch.zeros_like(call.v)
-    return out, final_state(dual, momentum, position, start, log_decay)
+    return out, final_state(dual, momenta, position, start, log_decay)

@@ -1,12 +1,11 @@
-"""A decoder's step as an operator, ``miras_kernels::step``, which ``torch.compile`` traces into one graph.
+"""A decoder's step as a custom op, ``miras_kernels::step``, which ``torch.compile`` traces into one graph.
 
 The operator writes a decoder's buffers in place and says so in its schema, so that a compiled program keeps them where they are. It
-finds who takes the step anew in every call: a decoder's own :meth:`~miras_kernels.decode.Decoder.step`, which remembers, cannot be traced.
+chooses the backend in every call: :meth:`Decoder.step <miras_kernels.decode.Decoder.step>`, which remembers its choice, cannot be traced.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import string
 
 import torch
@@ -17,11 +16,10 @@ from ..call import Call
 from ..state import MemoryState
 from ..tables import biases, memories, retention
 from ..tracing import is_plain_eager
-from .decoder import Buffers, Decoder, _matrices
+from .buffers import NAMES, Buffers, unpacked
+from .decoder import Decoder
 
 __all__ = ["step"]
-
-_BUFFERS = tuple(field.name for field in dataclasses.fields(Buffers))
 
 
 def step(
@@ -38,10 +36,10 @@ def step(
     ln_bias: Tensor | None = None,
     ln_eps: float = 1e-6,
 ) -> Tensor:
-    """What :meth:`Decoder.step <miras_kernels.decode.Decoder.step>` does, under ``torch.compile`` too: ``[N, T, H, Dv]``. No gradients.
+    """:meth:`Decoder.step <miras_kernels.decode.Decoder.step>` that also works under ``torch.compile``: ``[N, T, H, Dv]``. No gradients.
 
-    Arguments are not checked: gates are tensors in the dtype of the arithmetic. ``ln_weight`` and ``ln_bias`` are given with every
-    step, since a layer's parameters may have moved or changed since the last one; the decoder's own are not looked at.
+    Arguments are not checked; gates are tensors in the dtype of the arithmetic. ``ln_weight`` and ``ln_bias`` are given with every
+    step, since a layer's parameters may have changed or moved to another device since the last one; the decoder's own are ignored.
     """
     gates = (lr, log_decay, delta, momentum)
     run = _step if is_plain_eager([q, k, v]) else torch.ops.miras_kernels.step
@@ -55,16 +53,16 @@ def _flatten(decoder: Decoder, q, k, v, lr, log_decay, delta, momentum, ln_weigh
     if ln_weight is not None:
         ln_weight, ln_bias = ln_weight.to(dtype), ln_bias.to(dtype)
     return (
-        *(getattr(decoder.buffers, name) for name in _BUFFERS), q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps,
+        *decoder.buffers.all(), q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps,
         decoder.memory.name, settings["bias"].code, settings["retention"].code, settings["chunk_size"], decoder.backend,
     )  # fmt: skip
 
 
 def _step(*arguments) -> Tensor:
-    buffers, tokens = Buffers(*arguments[: len(_BUFFERS)]), arguments[len(_BUFFERS) : -5]
+    buffers, tokens = Buffers(*arguments[: len(NAMES)]), arguments[len(NAMES) : -5]
     q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps = tokens
     memory, bias, gate, chunk_size, backend = arguments[-5:]
-    state = MemoryState(_matrices(buffers.start), None if buffers.momentum is None else _matrices(buffers.momentum))  # for its shapes
+    state = MemoryState(unpacked(buffers.start), None if buffers.momenta is None else unpacked(buffers.momenta))  # for its shapes
     call = Call(
         memory=memories.TABLE[memory], q=q, k=k, v=v, lr=lr, log_decay=log_decay, delta=delta, momentum=momentum,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, state=state, cu_seqlens=None, bias=biases.from_code(bias),
@@ -75,17 +73,17 @@ def _step(*arguments) -> Tensor:
     return out
 
 
-_SCHEMA = ", ".join(f"Tensor({letter}!)? buffer_{name}" for letter, name in zip(string.ascii_lowercase, _BUFFERS, strict=False))
+_SCHEMA = ", ".join(f"Tensor({letter}!)? buffer_{name}" for letter, name in zip(string.ascii_lowercase, NAMES, strict=False))
 _SCHEMA += (
     ", Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? log_decay, Tensor? delta, Tensor? momentum, Tensor? ln_weight, "
     "Tensor? ln_bias, float ln_eps, str memory, str bias, str gate, SymInt chunk_size, str backend"
 )
 _operator = torch.library.custom_op(
-    "miras_kernels::step", _step, mutates_args=tuple(f"buffer_{name}" for name in _BUFFERS), schema=f"({_SCHEMA}) -> Tensor"
+    "miras_kernels::step", _step, mutates_args=tuple(f"buffer_{name}" for name in NAMES), schema=f"({_SCHEMA}) -> Tensor"
 )
 
 
 @_operator.register_fake
 def _fake(*arguments) -> Tensor:
-    v = arguments[len(_BUFFERS) + 2]
+    v = arguments[len(NAMES) + 2]
     return v.new_empty(v.shape)

@@ -1,4 +1,4 @@
-"""The kernels of this machine against the reference, configuration by configuration: :func:`miras_kernels.verify`."""
+"""Compare this machine's kernels with the reference in every configuration: :func:`miras_kernels.verify`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PASSED, FAILED, OPEN = "passed", "failed", "not verified"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A backend in one configuration: "passed", "failed" or "not verified", and why."""
+    """The result of one backend in one configuration: "passed", "failed" or "not verified", and why."""
 
     backend: str
     configuration: str
@@ -40,10 +40,10 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found; printed, a table.
+    """The results of :func:`verify`; prints as a table.
 
     Attributes:
-        unkept: why results could not be kept for other processes, if so.
+        unkept: why the results could not be stored for other processes, or empty.
     """
 
     device: torch.device
@@ -55,12 +55,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether something passed, and nothing failed."""
+        """Whether something passed and nothing failed."""
         return self.count(FAILED) == 0 < self.count(PASSED)
 
     def __str__(self) -> str:
         if not self.outcomes:
-            return f"nothing to verify on {self.device}: no kernels serve this here, python -m miras_kernels explain says why"
+            return f"nothing to verify on {self.device}: no kernels support this here; python -m miras_kernels explain says why"
         groups: dict[str, list[Outcome]] = {}
         for x in self.outcomes:
             memory, _, _, dtype, mode = x.configuration.split()[:5]
@@ -71,7 +71,7 @@ class Verification:
             lines.append(f"{group}  " + "  ".join(f"{part.count(status):{len(status)}d}" for status in (PASSED, FAILED, OPEN)))
         lines += [f"FAILED: {x.backend}, {x.configuration}: {x.why}" for x in self.outcomes if x.status == FAILED]
         lines += [f"{OPEN}: {why}" for why in dict.fromkeys(x.why for x in self.outcomes if x.status == OPEN)]
-        return "\n".join(lines + [f"the results are not kept: {self.unkept}"] * bool(self.unkept))
+        return "\n".join(lines + [f"the results could not be stored: {self.unkept}"] * bool(self.unkept))
 
 
 def verify(
@@ -87,19 +87,20 @@ def verify(
     device: torch.device | str | None = None,
     seconds: float = 60.0,
 ) -> Verification:
-    """Compare the kernels that "auto" would take on this machine with the float64 reference, and remember the results.
+    """Compare the kernels that "auto" would choose on this machine with the float64 reference, and store the results.
 
-    Every configuration is tried plainly, and with packed sequences, momentum, a shared initial state and (linear memories) gates by
-    channel: outputs, final states and every gradient, or a decoder's steps after a prompt, within the budgets of
-    :func:`miras_kernels.testing.check`. "auto" then leaves a backend alone in configurations in which it failed, also in later processes:
-    see :mod:`miras_kernels.verification`.
+    Every configuration is checked with a plain call, and with packed sequences, momentum, a shared initial state and (linear memories)
+    gates per channel: outputs, final states and every gradient, or decoding steps after a prompt, within the budgets of
+    :func:`miras_kernels.testing.check`. From then on "auto" does not choose a backend in configurations in which it failed, also in
+    later processes: see :mod:`miras_kernels.verification`.
 
     Args:
-        memory, bias, retention, dtype: try only these; None for all, the plainest first.
-        key_dim, value_dim, hidden, chunk_size: sizes. If any is given, results count for these sizes alone, and the others are 64,
-            ``key_dim``, ``4 * key_dim`` and 64; ``hidden`` is an MLP memory's.
+        memory, bias, retention, dtype: check only these; None for all, the simplest first.
+        key_dim, value_dim, hidden, chunk_size: sizes. If any is given, the results apply to these sizes only, and the others default to
+            64, ``key_dim``, ``4 * key_dim`` and 64; ``hidden`` is for MLP memories.
         device: by default the GPU, or the CPU where there is none.
-        seconds: when to stop. What was not reached is "not verified", and the next call begins with it; what failed comes last.
+        seconds: time limit. Configurations that were not reached are "not verified", and the next call starts with them; those that
+            failed come last.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -118,20 +119,20 @@ def verify(
     dtypes = (torch.bfloat16, torch.float32, torch.float16) if dtype is None else (dtype,)
     every = itertools.product(_pairs(memory, bias, retention, own), dtypes, (SEQUENCE, DECODE), names)
     serves = functools.cache(_serves)
-    trials = [
-        _Trial(name, mode, pair, dtype, place, own is not None)
+    checks = [
+        _Check(name, mode, pair, dtype, place, own is not None)
         for pair, dtype, mode, name in every
         if all(serves(name, mode, dtype, dataclasses.replace(case, bias=L2(), retention=L2Retention(), seed=0)) for case in pair)
     ]
-    trials.sort(key=_Trial.urgency)
+    checks.sort(key=_Check.order)
     outcomes: list[Outcome] = []
     try:
-        for trial in trials:
-            outcomes.append(trial.run(end))
-            if outcomes[-1].status == FAILED and not _answers(place):
-                end = float("-inf")  # what comes after an illegal address says nothing
+        for one in checks:
+            outcomes.append(one.run(end))
+            if outcomes[-1].status == FAILED and not _still_works(place):
+                end = float("-inf")  # after an illegal address all later results are meaningless
     finally:
-        unkept = _remember(outcomes, place)
+        unkept = _store(outcomes, place)
     return Verification(place, tuple(outcomes), unkept)
 
 
@@ -160,7 +161,7 @@ def _sizes(memory: str | None, **given: int | None) -> dict[str, Any] | None:
 
 
 def _pairs(memory: str | None, bias: Bias | None, retention: Retention | None, own: dict[str, Any] | None) -> list[tuple[Case, Case]]:
-    """A plain case and one with everything, for each memory, bias and gate; the plainest of these first."""
+    """A plain case and one with all features, for each memory, bias and retention gate; the simplest first."""
     every = itertools.product([bias] if bias else BIASES.values(), [retention] if retention else GATES.values())
     rows = sorted(every, key=lambda row: (row[0].name != "l2") + (row[1].name != "l2"))
     return [_pair(m, *row, own) for row in rows for m in ([memory] if memory else ["linear", "mlp"])]
@@ -183,8 +184,8 @@ def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, Any] | N
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trial:
-    """A backend in one configuration."""
+class _Check:
+    """A check of one backend in one configuration."""
 
     backend: str
     mode: str
@@ -201,8 +202,8 @@ class _Trial:
             return name
         return f"{name} {verification.sizes(case.key_dim, case.value_dim, case.hidden * (case.memory == 'mlp'), case.chunk_size)}"
 
-    def urgency(self) -> int:
-        """What is unknown comes first, what failed last."""
+    def order(self) -> int:
+        """Configurations without a result come first, failed ones last."""
         known = verification.results(self.backend, self.device).get(self.key)
         return 0 if known is None else 1 + (known["failure"] is not None)
 
@@ -213,13 +214,13 @@ class _Trial:
             case = _of_mode(case, self.mode)
             try:
                 inputs = inputs_of(case, self.backend, self.dtype, self.device)
-            except RuntimeError as error:  # no draw keeps its distance from a kink
+            except RuntimeError as error:  # no draw keeps a distance from a kink
                 return Outcome(self.backend, self.key, OPEN, str(error))
             try:
                 wrong = self._wrong(case, inputs)
             except torch.OutOfMemoryError:
                 return Outcome(self.backend, self.key, OPEN, "the device's memory is too small")
-            except Exception as error:  # also what a compiler says
+            except Exception as error:  # also errors of the compiler
                 wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             if wrong is not None:
                 return Outcome(self.backend, self.key, FAILED, f"{wrong} ({case.name})")
@@ -247,12 +248,12 @@ def _of_mode(case: Case, mode: str) -> Case:
 
 
 def _serves(name: str, mode: str, dtype: torch.dtype, case: Case) -> bool:
-    """Asked of few cases, with the plainest bias and gate: a backend looks at dtypes and sizes alone."""
+    """Whether a backend supports a case. Its bias and gate do not matter, only dtypes and sizes, so that results can be cached."""
     backend, call = dispatch.BACKENDS[name], _of_mode(case, mode).draw(dtype).call()
     return (backend.refuses_steps(call) if mode == DECODE else backend.refuses(call, True)) is None
 
 
-def _answers(device: torch.device) -> bool:
+def _still_works(device: torch.device) -> bool:
     """Whether a device still computes after a failure."""
     try:
         return torch.ones(2, device=device).sum().item() == 2
@@ -260,8 +261,8 @@ def _answers(device: torch.device) -> bool:
         return False
 
 
-def _remember(outcomes: list[Outcome], device: torch.device) -> str:
-    """Keep what passed and what failed; returns why that cannot be, or nothing."""
+def _store(outcomes: list[Outcome], device: torch.device) -> str:
+    """Store what passed and failed; returns why that is not possible, or ""."""
     unkept, today = "", datetime.date.today().isoformat()
     for name in dict.fromkeys(x.backend for x in outcomes):
         new = {
@@ -270,13 +271,13 @@ def _remember(outcomes: list[Outcome], device: torch.device) -> str:
         }  # fmt: skip
         try:
             verification.add(name, device, new)
-        except (OSError, RuntimeError) as error:  # the latter of a device that answers no more
+        except (OSError, RuntimeError) as error:  # the latter from a device that no longer works
             unkept = str(error)
     return unkept
 
 
 def command(args: argparse.Namespace) -> int:
-    """``python -m miras_kernels verify``: 1 if something was wrong, 2 if nothing could be tried."""
+    """``python -m miras_kernels verify``: 1 if a check failed, 2 if nothing could be checked."""
     dtype = args.dtype and getattr(torch, args.dtype)
     sizes = dict(key_dim=args.dim, value_dim=args.value_dim, hidden=args.hidden, chunk_size=args.chunk)
     print(f"verifying for at most {args.seconds:g} s", flush=True)
