@@ -240,3 +240,83 @@ def test_a_key_has_one_decay():
     x = tokens(("key_log_decay",))
     with pytest.raises(ValueError, match="^key_log_decay: expected log_decay=None beside it"):
         mk.linear_memory(**x, log_decay=torch.zeros(B, T, H, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------------- single tokens
+
+
+@pytest.mark.parametrize("used", [c for c in COMBINATIONS if "decay_first" in c and "erase_k" not in c], ids="+".join)
+@pytest.mark.parametrize("decay", ["token", "value"])
+def test_a_single_token_runs_on_the_kernels_of_the_plain_rule(used, decay, backend):
+    """Its decay is one of the state. Gradients pass it."""
+    x = {name: y.float() if isinstance(y, torch.Tensor) else y for name, y in tokens(used, decay=decay).items()}
+    token = {name: y[:, :1] if isinstance(y, torch.Tensor) and name != "initial_state" else y for name, y in x.items()}
+    leaves = [y.requires_grad_() for y in token.values() if isinstance(y, torch.Tensor)]
+    assert mk.explain(**token)[backend] is None
+    out, state = mk.linear_memory(**token, backend=backend)
+    grads = torch.autograd.grad(out.sum() + state.dual[0].sin().sum(), leaves)
+    exact = {name: y.detach().double().requires_grad_() if isinstance(y, torch.Tensor) else y for name, y in token.items()}
+    settings = dict(bias=mk.L2(), retention=mk.L2Retention(), delta=None, momentum=None, cu_seqlens=None)
+    wanted, end = definition.run(make_call(LINEAR, **{"log_decay": None, **settings, **exact}))
+    leaves = [y for y in exact.values() if isinstance(y, torch.Tensor)]
+    wanted_grads = torch.autograd.grad(wanted.sum() + end.dual[0].sin().sum(), leaves)
+    for a, b in zip((out, state.dual[0], *grads), (wanted, end.dual[0], *wanted_grads), strict=True):
+        assert_same(a.double(), b, 512 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("used", [("decay_first",), ("decay_first", "key_log_decay")], ids="+".join)
+def test_a_decoder_decays_before_its_steps(used, backend):
+    x = {name: y.float() if isinstance(y, torch.Tensor) else y for name, y in tokens(used).items()}
+    out, state = mk.linear_memory(**x, backend="reference")
+    decoder = mk.Decoder(mk.MemoryState((x["initial_state"],)), chunk_size=1, backend=backend)
+    decay, found = x["key_log_decay" if "key_log_decay" in used else "log_decay"], []
+    for t in range(T):
+        decoder.decay(decay[:, t])
+        found.append(decoder.step(*(x[name][:, t : t + 1] for name in ("q", "k", "v", "lr"))))
+    assert_same(torch.cat(found, 1), out, 512 * torch.finfo(torch.float32).eps)
+    assert_same(decoder.state().dual[0], state.dual[0], 512 * torch.finfo(torch.float32).eps)
+
+
+def test_a_decoder_says_what_it_cannot_decay():
+    state = mk.MemoryState((torch.zeros(B, H, DV, DK),))
+    for settings in (dict(chunk_size=2), dict(chunk_size=1, retention=mk.KLRetention())):
+        with pytest.raises(ValueError, match="^decay: needs a linear memory, chunk_size=1 and retention"):
+            mk.Decoder(state, **settings).decay(torch.zeros(B, H))
+    for wrong in (torch.zeros(B, H, DV), 0.5):
+        with pytest.raises(ValueError, match=r"^log_decay: expected shape \[N, H\] or \[N, H, Dk\]"):
+            mk.Decoder(state, chunk_size=1).decay(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------ C++ kernels
+
+
+@pytest.mark.parametrize("sizes", [(9, 8, 8), (33, 40, 20), (100, 17, 65)], ids=str)
+@pytest.mark.parametrize("decay", ["token", None, "strong"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_decay_first_in_the_cpp_kernels(sizes, decay, packed):
+    """Outputs, states and every gradient against the definition in float64."""
+    length, dk, dv = sizes
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *size: torch.randn(*size, generator=generator)
+    n = 1 if packed else B
+    x = dict(q=normal(n, length, H, dk), k=F.normalize(normal(n, length, H, dk), dim=-1), v=normal(n, length, H, dv))
+    x["lr"] = torch.rand(n, length, H, generator=generator)
+    if decay is not None:
+        x["log_decay"] = -torch.rand(n, length, H, generator=generator)
+        if decay == "strong":
+            x["log_decay"] = x["log_decay"] - 30 * (torch.rand(n, length, H, generator=generator) < 0.2)
+    x["initial_state"] = normal(2, H, dv, dk)
+    rest = dict(chunk_size=1, decay_first=True, cu_seqlens=torch.tensor([0, length // 3, length]) if packed else None)
+    results = []
+    for backend, dtype in (("cpp", torch.float32), ("reference", torch.float64)):
+        leaves = {name: y.to(dtype).requires_grad_() for name, y in x.items()}
+        if backend == "cpp":
+            out, state = mk.linear_memory(**leaves, **rest, output_final_state=not packed, backend=backend)
+        else:
+            settings = dict(log_decay=None, bias=mk.L2(), retention=mk.L2Retention(), delta=None, momentum=None, output_final_state=True)
+            out, state = definition.run(make_call(LINEAR, **{**settings, **leaves, **rest}))
+        loss = (out * torch.arange(out.numel()).sin().view_as(out)).sum()
+        loss = loss if packed else loss + state.dual[0].sin().sum()
+        results.append([out, *torch.autograd.grad(loss, list(leaves.values()))])
+    for found, wanted in zip(*results, strict=True):
+        assert_same(found.double(), wanted, 512 * torch.finfo(torch.float32).eps)

@@ -17,7 +17,7 @@ from quick import slow
 
 MASK = torch.tensor(ROWS["left"])
 #: presets with every kind of state: linear and MLP, momentum, another mirror map, chunk_size 1, no dependence on chunk_size
-PRESETS = ("yaad_linear", "deltanet", "mamba2", "titans", "moneta", "yaad")
+PRESETS = ("yaad_linear", "deltanet", "gated_deltanet", "kda", "mamba2", "titans", "moneta", "yaad")
 
 
 def net(architecture="Llama", layers=None, **options):
