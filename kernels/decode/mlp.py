@@ -1,41 +1,41 @@
-"""Decoding steps of the MLP memory ``S1 = W1' [Hd, D]``, ``W2 [Hd, D]``, a token at a time; kappa: ``weights``, mu: ``momentum_weights``.
+"""Decoding steps of the MLP memory ``S1 = W1' [Hd, D]``, ``W2 [Hd, D]``, one token at a time (docs/mathematics.md, section 11).
 
     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                       both matrices at the chunk's start
     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                                the inner gradients
-    mu <- theta mu;  kappa <- alpha kappa + mu                                            of what the chunk has written
-    zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                            (a, -eta gu), (-eta gz, k) get the weight 1
-    R x = gamma phi(A_0) x + rho (kappa_0 D x + kappa_1 S_0 x + sum_i left_i kappa_i (right_i . x))       the other way round for R1'
+    mu <- theta mu;  kappa <- alpha kappa + mu                                                weights of the chunk's writes
+    zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                            (a, -eta gu), (-eta gz, k) are added with 1
+    R x = gamma phi(A_0) x + rho (kappa_0 D x + kappa_1 M_0 x + sum_i left_i kappa_i (right_i . x))        left and right swapped for R1'
 
-Hidden units are shared out, ``BH`` to a program, a *part* of each matrix; what needs all of them waits for the next launch:
+Every program has ``BH`` hidden units, a *part* of each matrix; what needs all units waits for the next launch:
 
     mlp_step_predict   z and W2 q of its units, and its part of u
-    mlp_step_write     gz of its units; the factors; aq of its units, its part of R1' aq without the factors, and of a_i . aq for them
-    mlp_step_finish    the output; where the chunk closes, its part of both matrices, which start the next one
+    mlp_step_write     gz of its units; stores the factors; aq of its units, its part of R1' aq without the factors, and of a_i . aq
+    mlp_step_finish    the output; at the chunk's end, its part of both matrices as the next chunk's start
 
-A gate that couples rows of W1, which run through the hidden units, or a whole matrix, leaves the end of a chunk to the program of the
-first part.
+Under a gate that couples a whole matrix, or rows of W1, which lie along the hidden units, the first part's program handles the end of a
+chunk alone.
 """
 
 from __future__ import annotations
 
 import torch
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import bias as biases
 from ..common import retention as retentions
+from ..common.chunks import token_of
 from ..common.tiles import LENGTHS, inside, store
 from ..mlp.math import gelu, gelu_slope, layer_norm_vjp, normalised
 from .steps import (
     Step,
+    advance,
     begin_weights,
     decay_of,
     end_tile,
     first_weights,
     gate_of,
     mapped,
-    move_on,
     row_of,
     row_weights,
     store_first_weights,
@@ -54,10 +54,10 @@ def sum_of_parts(partial, o_d, m_d, PARTS: tl.constexpr, D: tl.constexpr, BP: tl
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_step_predict(
     q, k, predicting, position, hidden, partial,
-    t, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    t, H, q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """``hidden [N, H, 2, Hd]``: z and W2 q. ``partial [N, H, 2, parts, D]``: of u; the second of them is ``mlp_step_write``'s."""
+    """``hidden [N, H, 2, Hd]``: z and W2 q. ``partial [N, H, 2, parts, D]``: of u; its second half is written by ``mlp_step_write``."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
@@ -65,8 +65,8 @@ def mlp_step_predict(
     o_d, o_h = tl.arange(0, BD), i_p * BH + tl.arange(0, BH)
     m_d, m_h = inside(o_d, D, BD), inside(o_h, Hd, BH)
     o, m = i_nh * 2 * Hd * D + (o_h[:, None] * D + o_d[None, :]), m_h[:, None] & m_d[None, :]
-    b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_d, m_d)[None, :]  # [1, BD]
-    b_k = vector(k, i_n * stride_kb + t * stride_kt + i_h * stride_kh, o_d, m_d)[None, :]  # [1, BD]
+    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
     b_s1 = tl.load(predicting + o, mask=m, other=0.0)  # [BH, BD]
     b_w2 = tl.load(predicting + Hd * D + o, mask=m, other=0.0)  # [BH, BD]
     b_z = tl.sum(b_w2 * b_k, 1)  # [BH]
@@ -75,26 +75,25 @@ def mlp_step_predict(
     tl.store(hidden + Hd + o_h, tl.sum(b_w2 * b_q, 1), mask=m_h)
     tl.store(partial + (i_nh * 2 * PARTS + i_p) * D + o_d, tl.sum(gelu(b_z)[:, None] * b_s1, 0), mask=m_d)
     if (i_h == 0) & (i_p == 0):
-        move_on(position + i_n, C)
+        advance(position + i_n, C)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def mlp_step_write(
     q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias,
     predicting, rho, written, momenta, left, right, weights, momentum_weights, open_log_decay, position, hidden, partial, scores, after,
-    t, T, H, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    t, T, H, q_strides, k_strides, v_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
-    EPS: tl.constexpr, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
+    EPS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """``scores [N, H, parts, C]``: of a_i . aq. ``after [N, H, 2 (2 + C) + 1]``: weights of A and S, log gamma after it."""
+    """``scores [N, H, parts, C]``: parts of a_i . aq. ``after [N, H, 2 (2 + C) + 1]``: weights of A and S, log gamma after it."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     ROWS: tl.constexpr = 2 + C
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
     i_nh = i_n * H + i_h
     row = row_of(position + i_n, C)
-    gate = (i_n * T + t) * H + i_h  # the token's place in the contiguous [N, T, H] gates
+    gate = (i_n * T + t) * H + i_h  # of the token in the contiguous [N, T, H] gates
     left += i_nh * 2 * C * Hd
     right += i_nh * 2 * C * D
     weights += i_nh * ROWS
@@ -112,22 +111,22 @@ def mlp_step_write(
     o_d, o_h = tl.arange(0, BD), i_p * BH + tl.arange(0, BH)
     m_d, m_h = inside(o_d, D, BD), inside(o_h, Hd, BH)
     o, m = i_nh * 2 * Hd * D + (o_h[:, None] * D + o_d[None, :]), m_h[:, None] & m_d[None, :]
-    b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_d, m_d)[None, :]  # [1, BD]
-    b_k = vector(k, i_n * stride_kb + t * stride_kt + i_h * stride_kh, o_d, m_d)[None, :]  # [1, BD]
+    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
 
     # the inner gradient, the same in every part
     b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]  # [1, BD]
     b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]  # [1, BD]
     b_x, b_inverse = normalised(sum_of_parts(partial, o_d, m_d, PARTS, D, BP)[None, :], m_d, D, EPS)
-    b_e = -vector(v, i_n * stride_vb + t * stride_vt + i_h * stride_vh, o_d, m_d)[None, :]
-    if READS:
+    b_e = -vector(token_of(v, v_strides, i_n, t, i_h), o_d, m_d)[None, :]
+    if BIAS.reads_memory:
         b_e = tl.where(m_d[None, :], b_e + b_k + b_x * b_weight + b_bias, 0.0)
     square, b_delta = 0.0, 0.0
-    if COUPLED:
+    if BIAS.row_coupled:
         square = tl.sum(b_e * b_e)
-    if DELTA:
+    if BIAS.delta:
         b_delta = gate_of(delta, gate, o_d, m_d, D, False)
-    b_gu = layer_norm_vjp(b_x, b_inverse, biases.value(b_e, square, b_delta, BIAS, P0, P1, P2) * b_weight, m_d, D)  # [1, BD]
+    b_gu = layer_norm_vjp(b_x, b_inverse, biases.value(b_e, square, b_delta, BIAS) * b_weight, m_d, D)  # [1, BD]
     b_s1 = tl.load(predicting + o, mask=m, other=0.0)  # [BH, BD]
     b_z = tl.load(hidden + o_h, mask=m_h, other=0.0)  # [BH]
     rate = tl.load(lr + gate).to(tl.float32)
@@ -145,7 +144,7 @@ def mlp_step_write(
         tl.store(moves_after + 2 + row, 1.0)
         tl.store(after + 2 * ROWS + one, b_open)
     b_zq = gamma * tl.load(hidden + Hd + o_h, mask=m_h, other=0.0)  # [BH]
-    b_wq = b_u2 * tl.sum(b_k * b_q)  # what the chunk has written makes of q
+    b_wq = b_u2 * tl.sum(b_k * b_q)  # the chunk's own writes applied to q
     b_r1 = gamma * b_s1  # [BH, BD]
     if written is not None:
         if weights_0 > 0.0:
@@ -166,7 +165,7 @@ def mlp_step_write(
         b_wq += tl.sum(b_score * b_left, 0)
     b_aq = gelu(b_zq + rho_2 * b_wq)  # [BH]
 
-    # keep the token; its part of what LayerNorm and R1' need
+    # store the token's factors, and this part's sums for LayerNorm and R1'
     b_a = gelu(b_z)
     tl.store(left + row * Hd + o_h, b_a, mask=m_h)
     tl.store(left + (C + row) * Hd + o_h, b_u2, mask=m_h)
@@ -186,15 +185,15 @@ def mlp_step_write(
 def mlp_step_finish(
     q, ln_weight, ln_bias, start, primal, rho, written, momenta,
     left, right, weights, momentum_weights, open_log_decay, position, partial, scores, after, out,
-    t, H, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+    t, H, q_strides, out_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
-    EPS: tl.constexpr, RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    EPS: tl.constexpr, RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """The first part's program takes the output and the weights, those of the other parts end as soon as they see the chunk open."""
+    """The first part's program computes the output and the weights; the other parts' programs have work only at the end of a chunk."""
     PARTS: tl.constexpr = (Hd + BH - 1) // BH
     ROWS: tl.constexpr = 2 + C
     SIZE: tl.constexpr = Hd * D
-    COUPLES: tl.constexpr = (RETENTION == retentions.ROWS) | (RETENTION == retentions.ENTIRE)
+    COUPLES: tl.constexpr = RETENTION.row_coupled or RETENTION.matrix_coupled
     i_n, i_p = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
     i_h = tl.program_id(1).to(tl.int64)
     i_nh = i_n * H + i_h
@@ -232,10 +231,10 @@ def mlp_step_finish(
             b_right = tl.load(right + o_r[:, None] * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)  # [BR, BD]
             b_uq += rho_1 * tl.sum((b_score * b_weights)[:, None] * b_right, 0)
         b_xq, _ = normalised(b_uq[None, :], m_d, D, EPS)
-        b_q = vector(q, i_n * stride_qb + t * stride_qt + i_h * stride_qh, o_d, m_d)[None, :]  # [1, BD]
+        b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
         b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
         b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        p_out = out + i_n * stride_ob + t * stride_ot + i_h * stride_oh + o_d
+        p_out = token_of(out, out_strides, i_n, t, i_h) + o_d
         store(p_out[None, :], b_q + b_xq * b_weight + b_bias, m_d[None, :])
         weights += i_nh * ROWS
         for r in tl.range(0, row + 3, BR, disable_licm=True):
@@ -256,7 +255,7 @@ def mlp_step_finish(
             first, last = 0, tl.where(i_p == 0, PARTS, 0)
         one = tl.arange(0, 1)
         shift_1 = tl.full((1, BD), retentions.BOTTOM, tl.float32)
-        total_1 = tl.full((1, BD), 0.0, tl.float32)  # of every column of S1, or of all of it in each
+        total_1 = tl.full((1, BD), 0.0, tl.float32)  # of each column of S1, or of all of S1 in each
         total_2 = 0.0
         for i in tl.range(first, last, disable_licm=True):
             o_h = i * BH + tl.arange(0, BH)
@@ -265,39 +264,39 @@ def mlp_step_finish(
             b_a1 = end_tile(
                 start, written, momenta, left, right, after, moves_after, open_after, row, o_h, m_h, o_d, m_d, one, one == 0, Hd, D, 1, BR
             )  # [BH, BD]
-            if RETENTION == retentions.ROWS:
+            if RETENTION.row_coupled:
                 shift = tl.maximum(shift_1, tl.max(tl.where(m, b_a1, retentions.BOTTOM), 0)[None, :])
-                b_term = tl.where(m, retentions.term(tl.where(m, b_a1, shift), shift, RETENTION, R0, R1), 0.0)
+                b_term = tl.where(m, retentions.term(tl.where(m, b_a1, shift), shift, RETENTION), 0.0)
                 total_1 = total_1 * tl.exp(shift_1 - shift) + tl.sum(b_term, 0)[None, :]
                 shift_1 = shift
-            elif RETENTION == retentions.ENTIRE:
-                total_1 += tl.sum(tl.where(m, retentions.term(b_a1, 0.0, RETENTION, R0, R1), 0.0))
-            elif RETENTION != retentions.L2:
-                tl.store(primal + o, mapped(b_a1, m, 0.0, 0.0, 0, RETENTION, R0, R1), mask=m)
+            elif RETENTION.matrix_coupled:
+                total_1 += tl.sum(tl.where(m, retentions.term(b_a1, 0.0, RETENTION), 0.0))
+            elif not RETENTION.is_identity:
+                tl.store(primal + o, mapped(b_a1, m, 0.0, 0.0, 0, RETENTION), mask=m)
             b_a2 = end_tile(
                 start + SIZE, written_2, momenta_2, left + C * Hd, right + C * D, after, moves_after, open_after,
                 row, o_h, m_h, o_d, m_d, one, one == 0, Hd, D, 1, BR,
             )  # [BH, BD]  # fmt: skip
-            if RETENTION == retentions.ENTIRE:
-                total_2 += tl.sum(tl.where(m, retentions.term(b_a2, 0.0, RETENTION, R0, R1), 0.0))
-            elif RETENTION != retentions.L2:
-                tl.store(primal_2 + o, mapped(b_a2, m, 0.0, 0.0, 1, RETENTION, R0, R1), mask=m)
+            if RETENTION.matrix_coupled:
+                total_2 += tl.sum(tl.where(m, retentions.term(b_a2, 0.0, RETENTION), 0.0))
+            elif not RETENTION.is_identity:
+                tl.store(primal_2 + o, mapped(b_a2, m, 0.0, 0.0, 1, RETENTION), mask=m)
         if COUPLES:
             tl.debug_barrier()
-            if RETENTION == retentions.ENTIRE:
-                total_1 += retentions.floor(RETENTION, R0, R1)
-                total_2 += retentions.floor(RETENTION, R0, R1)
-                if i_p == 0:
-                    tl.store(rho + i_nh * 2, tl.max(retentions.scale(total_1, RETENTION, R0, R1)))
-                    tl.store(rho + i_nh * 2 + 1, retentions.scale(total_2, RETENTION, R0, R1))
+            if RETENTION.matrix_coupled:
+                total_1 += retentions.floor(RETENTION)
+                total_2 += retentions.floor(RETENTION)
+                if RETENTION.has_rho and i_p == 0:
+                    tl.store(rho + i_nh * 2, tl.max(retentions.scale(total_1, RETENTION)))
+                    tl.store(rho + i_nh * 2 + 1, retentions.scale(total_2, RETENTION))
             for i in tl.range(first, last, disable_licm=True):
                 o_h = i * BH + tl.arange(0, BH)
                 o, m = o_h[:, None] * D + o_d[None, :], inside(o_h, Hd, BH)[:, None] & m_d[None, :]
                 b_a = tl.load(start + o, mask=m, other=0.0)
-                tl.store(primal + o, mapped(b_a, m, shift_1, total_1, -1, RETENTION, R0, R1), mask=m)
-                if RETENTION == retentions.ENTIRE:
+                tl.store(primal + o, mapped(b_a, m, shift_1, total_1, -1, RETENTION), mask=m)
+                if RETENTION.matrix_coupled:
                     b_a = tl.load(start + SIZE + o, mask=m, other=0.0)
-                    tl.store(primal_2 + o, mapped(b_a, m, 0.0, total_2, -1, RETENTION, R0, R1), mask=m)
+                    tl.store(primal_2 + o, mapped(b_a, m, 0.0, total_2, -1, RETENTION), mask=m)
 
 
 def stepper(call):

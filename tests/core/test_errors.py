@@ -1,4 +1,4 @@
-"""Every refusal: its type, and a text that names the argument, what was expected and what came."""
+"""Every error: its type, and a text that names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def resumed(**changes):
 
 ones = torch.ones
 REFUSED = [
-    # what is given, the error, its text
+    # the call, the error, its text
     (lambda: linear(q=[1.0]), TypeError, "q: expected a tensor, got list of 1"),
     (lambda: linear(q=ones(B, T, DK)), ValueError, "q: expected 4 dimensions [B, T, H, D], got shape (2, 6, 4)"),
     (lambda: linear(q=ones(B, T, H, DK).long()), TypeError, "q: expected a floating-point tensor, got dtype torch.int64"),
@@ -136,14 +136,14 @@ def test_refused(call, error, text):
         call()
 
 
-def test_what_is_refused_is_otherwise_accepted():
+def test_the_calls_are_accepted_without_the_error():
     linear()
     mlp()
     packed([0, 2, 6])
     resumed()
 
 
-def test_values_may_go_unchecked():
+def test_value_checks_can_be_turned_off():
     with mk.override(check_values=False):
         out, _ = linear(log_decay=torch.full((B, T, H), 0.01))
     assert out.isfinite().all()

@@ -19,9 +19,9 @@ from miras_kernels.backends import triton as triton_backend
 from miras_kernels.versions import TRANSFORMERS
 from quick import slow
 
-#: how a row ends for a backend that can, when the tests run triton's interpreter
+#: end of the row of a backend that can run, when the tests use Triton's interpreter
 SLOWLY = ", but in Triton's interpreter, slowly: TRITON_INTERPRET is set"
-#: and for one that "auto" considers
+#: and of one that "auto" considers
 UNVERIFIED = "; not verified: run python -m miras_kernels verify"
 
 
@@ -43,7 +43,7 @@ def test_info_names_versions_and_backends(capsys):
     assert rows["checkpoint_every"] == "None" and rows["check_values"] == "None"
 
 
-def test_info_tells_why_a_backend_is_missing(capsys, monkeypatch):
+def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
     backend = dispatch.BACKENDS["cpp"]
     monkeypatch.setattr(backend, "extension", None)
     monkeypatch.setattr(backend, "missing", "the extension is not built: there was no C++ compiler")
@@ -62,7 +62,7 @@ def test_info_names_the_instruction_set(capsys):
 
 
 def test_info_finds_a_version_under_another_name(capsys, monkeypatch):
-    """As where PyTorch brings a build of triton of its own."""
+    """As for PyTorch builds that come with their own triton."""
 
     def version(name: str) -> str:
         if name == "rocm-triton":
@@ -77,7 +77,7 @@ def test_info_finds_a_version_under_another_name(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("version", "where"), [("5.4.0", "within"), ("5.24.3", "within"), ("5.3.0", "OUTSIDE"), ("5.99.0", "OUTSIDE")])
-def test_info_tells_whether_transformers_is_tested(capsys, monkeypatch, version, where):
+def test_info_says_whether_transformers_is_tested(capsys, monkeypatch, version, where):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     main(["info"])
     assert lines(capsys)["transformers"] == f"{version} ({where} the tested range, {' to '.join(TRANSFORMERS)})"

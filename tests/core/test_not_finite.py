@@ -1,4 +1,4 @@
-"""NaN and infinity in an argument reach what depends on it, as in the reference, and nothing else."""
+"""NaN and infinity in an argument reach the results that depend on it, as in the reference, and no others."""
 
 from __future__ import annotations
 

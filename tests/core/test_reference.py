@@ -1,4 +1,4 @@
-"""The truth, checked three ways: against independent numbers, against itself in other forms, and by finite differences."""
+"""The reference, checked against independent numbers, against its other forms, and by finite differences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.validation import make_call
 from quick import or_slow, sample
 
-# Two float64 computations of one function: 2^-53 times condition and reduction lengths stays far below this.
+# Two float64 computations of one function: 2^-53 times condition and reduction lengths is far below this.
 EXACT = 1e-9
 
 
@@ -53,10 +53,10 @@ def test_every_pair_of_properties_has_a_case():
         for (one, values), (other, others) in itertools.combinations(options, 2):
             found = {(getattr(c, one), getattr(c, other)) for c in cases}
             assert found == set(itertools.product(values, others)), (memory, one, other)
-        assert len(cases) <= len(BIASES) * len(GATES) + 5  # the two largest factors need their product
+        assert len(cases) <= len(BIASES) * len(GATES) + 5  # every pair of the two largest factors needs a case
 
 
-def test_vectors_are_all_there():
+def test_all_vectors_exist():
     assert len(vectors.FILES) == 17
 
 
@@ -64,7 +64,7 @@ SMALL_ENOUGH = [c for c in registry() if c.tokens * c.key_dim <= 4096]
 
 
 @pytest.mark.parametrize("case", or_slow(SMALL_ENOUGH, sample(SMALL_ENOUGH)))
-def test_matrix_form_is_the_definition(case):
+def test_matrix_form_equals_the_definition(case):
     inputs = case.draw(torch.float64)
     assert_same(evaluate(inputs, chunkwise.run), evaluate(inputs, definition.run))
 

@@ -1,9 +1,9 @@
-// The C++ kernels against the definition in double precision, with nothing but a compiler: for machines without torch or Python.
+// The C++ kernels against the definition in double precision; needs only a compiler: for machines without torch or Python.
 //
 //   g++ -O2 -std=c++20 -Icsrc tests/cpp/selfcheck.cpp csrc/cpu/*.cpp -o selfcheck && ./selfcheck
 //
 // Every kernel at every instruction set level that this machine has: forward, backward against central differences, and steps. One bias
-// and one gate are enough here, the rest of the mathematics is the same everywhere and has its own tests.
+// and one gate suffice: the rest is the same on every machine and has its own tests.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +20,7 @@ using Doubles = std::vector<double>;
 namespace {
 
 constexpr int kTokens = 21, kHeads = 2, kChunk = 8, kEvery = 2;
-// Float32 after some hundred operations: well above what rounding does, well below what a mistake does. bfloat16 has 8 bits.
+// Limits well above rounding after some hundred float32 operations, and well below the effect of a mistake. bfloat16 has 8 bits.
 constexpr double kFloatLimit = 1e-4, kBfloatLimit = 2e-2;
 
 // Numbers in (-scale, scale), plus offset
@@ -61,7 +61,7 @@ double spread(const Doubles& u, double& mean) {
   return std::sqrt(square);
 }
 
-// What one head's memory answers to x, and its gradients of |answer - wanted|^2 / 2 if they are asked for
+// M(x) of one head, and the gradients of |M(x) - wanted|^2 / 2 if requested
 Doubles recall(const Problem& p, int h, const Doubles& first, const Doubles& second, const double* x, const double* wanted = nullptr,
                Doubles* d_first = nullptr, Doubles* d_second = nullptr) {
   if (!p.hidden) {
@@ -123,7 +123,7 @@ void compare(const std::string& what, const Floats& got, const Doubles& wanted, 
   double difference = 0, norm = 0;
   for (size_t i = 0; i < wanted.size(); ++i) difference += std::pow(got[i] - wanted[i], 2), norm += std::pow(wanted[i], 2);
   const double error = std::sqrt(difference / norm);
-  const bool right = got.size() == wanted.size() && error <= limit;  // NaN is wrong
+  const bool right = got.size() == wanted.size() && error <= limit;  // a NaN is wrong
   std::printf("%-34s %.1e%s\n", what.c_str(), error, right ? "" : "  WRONG");
   wrong += !right;
 }
@@ -152,7 +152,7 @@ TokenTensor gate(Floats& x) { return {x.data(), kTokens * kHeads, kHeads, 1, 0};
 StateTensor state(Floats& x, int rows, int columns) { return {x.data(), kHeads * rows * columns, rows * columns, columns, 1}; }
 Doubles wide(const Floats& x) { return {x.begin(), x.end()}; }
 
-std::vector<uint16_t> bfloat16(Floats& x) {  // cuts off, and cuts x too
+std::vector<uint16_t> bfloat16(Floats& x) {  // truncates, in x too
   std::vector<uint16_t> bits(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
     uint32_t y;
@@ -163,7 +163,7 @@ std::vector<uint16_t> bfloat16(Floats& x) {  // cuts off, and cuts x too
   return bits;
 }
 
-// Room for a decoder's state of `m` matrices [K, V], W1 and linear duals transposed
+// The buffers of a decoder with `m` matrices [K, V], W1 and linear duals transposed
 struct Room {
   Floats start, written, left, right, weights, open_log_decay;
   int64_t position = 0;
@@ -187,7 +187,7 @@ struct Inputs {
   }
 };
 
-// One token after the other
+// One token at a time
 template <class Params> Floats steps(void (*kernel)(const Params&, int64_t, int64_t), Params p, Inputs& in, int K, int V) {
   Floats out(kTokens * kHeads * V);
   p.T = 1;

@@ -81,9 +81,9 @@ class TritonBackend:
         return self._refuses_dtype(call) or call.exceeds(self.name, steps=True)
 
     def stepper(self, call: Call) -> Callable:
-        from miras_kernels.kernels.decode import steps
+        from miras_kernels.kernels.decode.stepper import stepper
 
-        return steps.stepper(call)
+        return stepper(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         from miras_kernels.kernels.common import launch

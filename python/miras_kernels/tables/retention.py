@@ -36,6 +36,13 @@ class Retention(Row):
 
     #: R0, R1 of kernels/common/retention.py, kRetentionParams of csrc/params.h
     MAX_PARAMETERS: ClassVar[int] = 2
+    #: whether ``phi(A) = A``
+    is_identity: ClassVar[bool] = False
+    #: whether an entry of the primal depends on its whole row of the dual, or on the whole matrix (csrc/retention.h: Coupling)
+    row_coupled: ClassVar[bool] = False
+    matrix_coupled: ClassVar[bool] = False
+    #: whether ``rho`` is not 1
+    has_rho: ClassVar[bool] = False
 
     def phi(self, dual: Tensor) -> Tensor:
         """The mirror map, ``[..., R, K]`` to the same shape."""
@@ -52,6 +59,7 @@ class L2Retention(Retention):
 
     name: ClassVar[str] = "l2"
     tag: ClassVar[int] = 0
+    is_identity: ClassVar[bool] = True
 
     def phi(self, dual):
         return dual
@@ -72,6 +80,8 @@ class LqRetention(Retention):
     floor: float = 1.0
     name: ClassVar[str] = "lq"
     tag: ClassVar[int] = 1
+    matrix_coupled: ClassVar[bool] = True
+    has_rho: ClassVar[bool] = True
 
     def _check(self):
         object.__setattr__(self, "q", number(self, "q", self.q, 1.0))
@@ -96,6 +106,7 @@ class KLRetention(Retention):
     mass: float = 1.0
     name: ClassVar[str] = "kl"
     tag: ClassVar[int] = 2
+    row_coupled: ClassVar[bool] = True
 
     def _check(self):
         object.__setattr__(self, "mass", number(self, "mass", self.mass, 0.0))

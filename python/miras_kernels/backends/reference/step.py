@@ -24,15 +24,15 @@ def stepper(call: Call) -> Callable:
     def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
         dtype = buffers.start.dtype
         for t in range(q.shape[1]):
-            at = lambda x, t=t: None if x is None else x[:, t].to(dtype)
-            out[:, t] = _token(call, buffers, *map(at, (q, k, v, lr, log_decay, delta, momentum)))
+            token: list = [None if x is None else x[:, t].to(dtype) for x in (q, k, v, lr, log_decay, delta, momentum)]
+            out[:, t] = _token(call, buffers, *token)
 
     return run
 
 
 def _token(call: Call, x, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay, delta, momentum) -> Tensor:
     """``o [N, H, Dv]`` of one token of every sequence (docs/mathematics.md, section 11: Cuts and decoding)."""
-    per_row = lambda gate: None if gate is None else gate.reshape(*gate.shape[:2], -1)  # [N, H, 1 or Dv]
+    per_row: Callable = lambda gate: None if gate is None else gate.reshape(*gate.shape[:2], -1)  # [N, H, 1 or Dv]
     predicting = x.start if x.primal is None else x.primal
     factors = (_linear_write if call.memory.name == "linear" else _mlp_write)(call, predicting, k, v, per_row(lr), per_row(delta))
     _append(x, *factors, per_row(log_decay), momentum)
@@ -113,12 +113,14 @@ def _gelu(z: Tensor) -> Tensor:
 
 
 def _normalised(call: Call, u: Tensor) -> Tensor:
+    assert call.ln_weight is not None and call.ln_bias is not None
     return F.layer_norm(u, u.shape[-1:], eps=call.ln_eps) * call.ln_weight + call.ln_bias
 
 
 def _mlp_write(call: Call, w: Tensor, k: Tensor, v: Tensor, lr: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
     z, a, u = _hidden(w, k)
     g = call.bias.psi(k + _normalised(call, u), v, delta)
+    assert call.ln_weight is not None
     g_u = layer_norm_vjp(u, g * call.ln_weight, call.ln_eps)
     g_z = (w[:, :, 0] @ g_u.unsqueeze(-1)).squeeze(-1) * gelu_derivative(z)
     return torch.stack([a, -lr * g_z], 2), torch.stack([-lr * g_u, k], 2)
