@@ -132,7 +132,7 @@ def test_packed_documents_are_separate(name):
     found = model(text, **packed, use_cache=False).logits
     for start, end in itertools.pairwise(ends):
         assert_close(found[:, start:end], model(text[:, start:end], use_cache=False).logits)
-    with pytest.raises(ValueError, match="^use_cache: documents packed"):
+    with pytest.raises(ValueError, match="^use_cache: packed documents"):
         model(text, **packed, use_cache=True)
 
 
