@@ -1,7 +1,7 @@
 // Exact steps of the L2 bias, a block of tokens at a time (docs/mathematics.md, section 13): what forward and backward share.
 //
-// A block holds whole chunks of `chunk` tokens. Where the errors of a chunk are taken, b(t) tokens of the block have been read; with
-// L_ts = gamma_t / gamma_s and r_t = gamma_b(t)
+// A block holds whole chunks of `chunk` tokens. The error of token t is taken at the state after token b(t), the last one before its
+// chunk; with L_ts = gamma_t / gamma_s and r_t = gamma_b(t)
 //
 //   E = r * (K A_0') - V - G U    U = eta * E    G_ts = L_b(t)s k_t.k_s for s <= b(t), else 0
 //
@@ -30,7 +30,7 @@ class BlockWeights {
   // Row t of L where t's error is taken
   MIRAS_FN const float* error_row(int t) const { return row(before(t)); }
 
-  // Right of the diagonal all is zero and stays so.
+  // Zeros, as all entries right of the diagonal remain
   MIRAS_FN void clear(int C) { fill_zero(rows_, (1 + C) * cp_); }
 
   // No token's error sees its own write: M [c x Cp]
@@ -59,7 +59,7 @@ class BlockWeights {
   float* rows_;
 };
 
-// G [c x Cp], from K transposed [Dk x Cp]; visited as far as sweep_lower goes
+// G [c x Cp], from K transposed [Dk x Cp]; written in the tiles that sweep_lower visits
 static void key_scores(const BlockWeights& weights, int c, int dk, const float* kt, index_t cp, float* G, ReadSoon soon) {
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;

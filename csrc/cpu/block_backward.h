@@ -19,8 +19,8 @@ struct BlockBackwardScratch {
   float* J;                              // [Dk x Dvp]
   float *A_plain, *J_plain;              // [Dv x Dkp]  not transposed
   float* KT;                             // [Dk x Cp]
-  float *K, *Q, *dX;                     // [C x Dkp]   dX: dQ, dK where they cannot be written in place
-  float *V, *dO, *dO_gamma, *dE, *dE_r;  // [C x Dvp]   dO_gamma, dE_r: gamma dO and r dE, only where decays are given
+  float *K, *Q, *dX;                     // [C x Dkp]   dX: dQ, dK if they cannot be written in place
+  float *V, *dO, *dO_gamma, *dE, *dE_r;  // [C x Dvp]   dO_gamma, dE_r: gamma dO and r dE, if decays are given
   float *U, *U_end;                      // [C x Dvp]
   float* UT;                             // [Dv x Cp]
   float *P, *N, *X, *F;                  // [C x Cp]
@@ -263,7 +263,7 @@ void BlockBackwardTask::decay_gradients(int64_t block, const float* A) {
   write_gate(part(p.dlog_decay, p.gate_part), b, token(block), h, c, s.dlog);
 }
 
-// J of the block's start over that of its end
+// J of the block's start, in place of that of its end
 void BlockBackwardTask::state_gradient(int c, ReadSoon soon) {
   const float *const dO = decays ? s.dO_gamma : s.dO, *const dE = decays ? s.dE_r : s.dE;
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -309,7 +309,7 @@ void BlockBackwardTask::run() {
   if (p.grad_final_dual) read_state(p.grad_final_dual, n, h, task.first, task.dv, dk, s.J, dvp);
   else fill_zero(s.J, state);
   s.weights.clear(p.C);
-  const int64_t square = int64_t(p.C) * cp;  // tiles that are not visited are zero and stay so
+  const int64_t square = int64_t(p.C) * cp;  // zero in the tiles that are not visited, where nothing is written
   fill_zero(s.P, square), fill_zero(s.N, square), fill_zero(s.X, square), fill_zero(s.F, square);
   fill_zero(s.G, square * p.segment);
 
@@ -318,7 +318,7 @@ void BlockBackwardTask::run() {
     const int64_t first = (last - 1) / every * every;
     recompute(first, last);
     for (int64_t block = last - 1; block >= first; --block) {
-      if (block != last - 1) begin(block);  // the last one is as the recomputation left it
+      if (block != last - 1) begin(block);  // the last one is as recomputing left it
       block_backward(block, block - first);
     }
     last = first;

@@ -12,7 +12,7 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct BlockForwardScratch {
   float *A, *A0;     // [Dk x Dvp]  current state; that at the start of a chunk that is open where the call begins or ends
   float* KT;         // [Dk x Cp]
-  float *Q, *V, *O;  // [C x Dkp], [C x Dvp] twice: only where the tensors cannot be used in place
+  float *Q, *V, *O;  // [C x Dkp], [C x Dvp] twice: if the tensors cannot be used in place
   float *U, *U_end;  // [C x Dvp]
   float *G, *P;      // [C x Cp]    P = L o Q K'
   float* spare;      // [Dv x Dkp]

@@ -217,8 +217,6 @@ void linear(const cpu::Kernels& kernels, const std::string& level) {
   p.out = tokens(out.data(), V), p.checkpoint_every = kEvery;
   Floats checkpoints(p.slots() * kHeads * K * V);
   p.checkpoints = checkpoints.data();
-  kernels.linear_forward(p, 0, p.tasks());
-  compare(level + " linear_forward", out, define(problem()), kFloatLimit);
 
   LinearBackward b;
   fill(b);
@@ -226,10 +224,18 @@ void linear(const cpu::Kernels& kernels, const std::string& level) {
   b.checkpoints = checkpoints.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), V);
   b.dq = tokens(dq.data(), K), b.dk = tokens(dk.data(), K), b.dv = tokens(dv.data(), V), b.dlr = gate(dlr), b.dlog_decay = gate(ddecay);
   b.d_dual = state(d_dual, V, K);
-  kernels.linear_backward(b, 0, b.tasks());
   const Floats* gradients[] = {&dq, &dk, &dv, &dlr, &ddecay, &d_dual};
   const char* names[] = {"q", "k", "v", "lr", "log_decay", "dual"};
-  for (int i = 0; i < 6; ++i) compare_gradient(level + " linear_backward d" + names[i], *gradients[i], problem(), i, in.grad_out);
+  const auto check = [&](const std::string& kernel, auto forward, auto backward) {
+    forward(p, 0, p.tasks());
+    compare(kernel + "_forward", out, define(problem()), kFloatLimit);
+    backward(b, 0, b.tasks());
+    for (int i = 0; i < 6; ++i) compare_gradient(kernel + "_backward d" + names[i], *gradients[i], problem(), i, in.grad_out);
+  };
+  p.chunk = b.chunk = kChunk, p.C = b.C = 2 * kChunk;
+  check(level + " block", kernels.block_forward, kernels.block_backward);
+  p.chunk = b.chunk = 0, p.C = b.C = kChunk;
+  check(level + " linear", kernels.linear_forward, kernels.linear_backward);
 
   LinearStep s;
   fill(s);
