@@ -13,7 +13,7 @@ from ...call import Call
 from ...state import MemoryState
 from .sequences import final_state, join, open_chunk, sequences
 
-__all__ = ["run"]
+__all__ = ["decay_at", "rows", "run"]
 
 
 def run(call: Call) -> tuple[Tensor, MemoryState]:
@@ -31,13 +31,15 @@ def _inner_gradient(
         primal = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in primal)
         prediction = call.memory.recall(primal, k if erase_k is None else erase_k, call)
         loss = call.bias.loss(prediction, v, delta)
-        psi = call.bias.psi(prediction, v, delta) if loss is None else None  # no closed form, so psi defines it
+        if loss is None:  # no closed form, so psi defines it
+            psi = call.bias.psi(prediction, v, delta)
+            if erase_k is None:
+                return torch.autograd.grad(prediction, primal, psi, create_graph=create_graph)
+        elif erase_k is not None:
+            (psi,) = torch.autograd.grad(loss.sum(), prediction, create_graph=create_graph)
         if erase_k is not None:
-            if psi is None:
-                (psi,) = torch.autograd.grad(loss.sum(), prediction, create_graph=create_graph)
             return (psi.unsqueeze(-1) * k.unsqueeze(-2),)
-        if psi is not None:
-            return torch.autograd.grad(prediction, primal, psi, create_graph=create_graph)
+        assert loss is not None
         return torch.autograd.grad(loss.sum(), primal, create_graph=create_graph)
 
 
@@ -46,7 +48,7 @@ def rows(gate: Tensor) -> Tensor:
     return gate.reshape(*gate.shape[:2], -1, 1)
 
 
-def _decay(call: Call, t: int) -> Tensor | None:
+def decay_at(call: Call, t: int) -> Tensor | None:
     """``alpha_t`` as a factor of ``A``: of its rows, or with ``key_log_decay`` of its columns."""
     if call.key_log_decay is not None:
         return call.key_log_decay[:, t].exp().unsqueeze(-2)
@@ -63,7 +65,7 @@ def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
         delta = None if call.delta is None else call.delta[:, t].reshape(*k.shape[:2], -1)
         if position == 0:
             start, log_decay = dual, torch.zeros_like(log_decay)
-        decay = _decay(call, t)
+        decay = decay_at(call, t)
         primal = tuple(phi(a) for a in start)  # W_0
         predicting = tuple(decay * w for w in primal) if call.decay_first and decay is not None else primal
         erase_k = None if call.erase_k is None else call.erase_k[:, t]
@@ -76,7 +78,7 @@ def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
         if call.log_decay is not None:
             log_decay = log_decay + call.log_decay[:, t]
         dual = tuple(a + s for a, s in zip(dual, step, strict=True))  # A_t
-        gamma = rows(log_decay.exp()) if call.key_log_decay is None else decay
+        gamma = rows(log_decay.exp()) if call.key_log_decay is None or decay is None else decay
         written = tuple(a - gamma * a0 for a, a0 in zip(dual, start, strict=True))  # D_t
         readout = tuple(gamma * w + rho(a0) * d for w, a0, d in zip(primal, start, written, strict=True))
         outputs.append(call.memory.recall(readout, q, call))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ...call import Call
 from ...state import MemoryState
 from ...tables.biases import L2, DotProduct
+from .definition import decay_at, rows
 from .sequences import final_state
 
 __all__ = ["run"]
@@ -28,8 +29,8 @@ def run(call: Call) -> tuple[Tensor, MemoryState]:
     """``(out [B, T, H, Dv], final state)`` of equally long sequences of at least one token."""
     by_value = call.log_decay is not None and call.log_decay.dim() == 4
     in_blocks = isinstance(call.bias, L2 | DotProduct) and call.momentum is None and call.lr.dim() == 3 and not by_value
-    out, dual, momentum = (_run_blocks if in_blocks else _run_tokens)(call)
-    return out, final_state([dual], None if momentum is None else [momentum], 0, [dual], dual.new_zeros(dual.shape[: 3 if by_value else 2]))
+    out, dual, momenta = (_run_blocks if in_blocks else _run_tokens)(call)
+    return out, final_state([dual], None if momenta is None else [momenta], 0, [dual], dual.new_zeros(dual.shape[: 3 if by_value else 2]))
 
 
 def _run_blocks(call: Call) -> tuple[Tensor, Tensor, None]:
@@ -82,20 +83,18 @@ def _scores(left: Tensor, right: Tensor, pair: Tensor, diagonal: int) -> Tensor:
 
 
 def _run_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    per_row = lambda gate: gate.reshape(*gate.shape[:2], -1)
-    dual, momentum = call.state.dual[0], None if call.state.momentum is None else call.state.momentum[0]
+    dual, momenta = call.state.dual[0], None if call.state.momentum is None else call.state.momentum[0]
     erase, out = call.k if call.erase_k is None else call.erase_k, []
     for t in range(call.q.shape[1]):
-        decayed = dual
-        if call.key_log_decay is not None:
-            decayed = call.key_log_decay[:, t].exp().unsqueeze(-2) * dual
-        elif call.log_decay is not None:
-            decayed = per_row(call.log_decay[:, t].exp()).unsqueeze(-1) * dual
-        prediction = ((decayed if call.decay_first else dual) @ erase[:, t].unsqueeze(-1)).squeeze(-1)
-        psi = call.bias.psi(prediction, call.v[:, t], None if call.delta is None else per_row(call.delta[:, t]))
-        step = -(per_row(call.lr[:, t]) * psi).unsqueeze(-1) * call.k[:, t].unsqueeze(-2)
-        if momentum is not None:
-            step = momentum = per_row(call.momentum[:, t]).unsqueeze(-1) * momentum + step
+        q, k, v = (x[:, t].unsqueeze(-1) for x in (call.q, call.k, call.v))
+        decay = decay_at(call, t)
+        decayed = dual if decay is None else decay * dual
+        prediction = (decayed if call.decay_first else dual) @ erase[:, t].unsqueeze(-1)
+        delta = None if call.delta is None else rows(call.delta[:, t]).squeeze(-1)
+        psi = call.bias.psi(prediction.squeeze(-1), v.squeeze(-1), delta).unsqueeze(-1)
+        step = -rows(call.lr[:, t]) * psi * k.mT
+        if momenta is not None and call.momentum is not None:
+            step = momenta = rows(call.momentum[:, t]) * momenta + step
         dual = decayed + step
-        out.append((dual @ call.q[:, t].unsqueeze(-1)).squeeze(-1))
-    return torch.stack(out, 1), dual, momentum
+        out.append((dual @ q).squeeze(-1))
+    return torch.stack(out, 1), dual, momenta
