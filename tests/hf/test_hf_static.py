@@ -13,6 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from miras_kernels.hf import replace_attention
 from miras_kernels.hf.cache import StaticMemoryCacheLayer
+from miras_kernels.layers import PRESETS as RULES
 from quick import slow
 
 MASK = torch.tensor(ROWS["left"])
@@ -49,7 +50,7 @@ def test_generation_equals_that_with_a_dynamic_cache(architecture, layers):
 
 @pytest.mark.parametrize(("preset", "layers"), [("yaad", None), *((preset, [0, 2]) for preset in PRESETS)])
 def test_every_kind_of_memory(preset, layers):
-    of = net("Qwen2", layers, preset=preset)
+    of = net("Qwen2", layers, preset=preset, chunk_size=1 if RULES[preset].decay_first else 4)
     options = dict(attention_mask=MASK, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
     grown, static = of.generate(ids(), **options), of.generate(ids(), **options, cache_implementation="static")
     assert torch.equal(grown.sequences, static.sequences)
