@@ -33,7 +33,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-newest update-constraints test-all bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-newest update-constraints test-all ptx bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -49,6 +49,10 @@ test: $(VENV)/.built  ## run the tests, without the slow ones
 
 test-slow: $(VENV)/.built  ## run the slow tests: wider sweeps, whole programs, every CPU code path, all Triton configurations compiled
 	$(ONE_THREAD) $(PY) -m pytest tests -q -m slow $(WORKERS) $(ARGS)
+
+# Triton compiles into build/ptx, which is kept: later runs are much faster.
+ptx: $(VENV)/.built  ## execute the Triton kernels as compiled for sm_80 and sm_90, on the CPU, and look for races (tests/ptx)
+	$(ONE_THREAD) $(PY) -m pytest tests/ptx -q $(WORKERS) $(ARGS)
 
 mutants: $(VENV)/.built  ## mutation testing: one-line faults that the tests must catch; ARGS="-k NAME" for some of them
 	$(PY) tests/mutants.py $(ARGS)

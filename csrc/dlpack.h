@@ -33,7 +33,7 @@ struct DLPackVersion {
   uint32_t major, minor;
 };
 
-// A tensor that somebody owns, who frees it by its deleter.
+// A tensor with an owner, which frees it by the deleter.
 struct DLManagedTensorVersioned {
   DLPackVersion version;
   void* context;

@@ -214,8 +214,7 @@ def speed(preset: str) -> dict[str, float]:
     leaves = tuple(inputs.leaves().values())
     arguments = inputs.arguments() | {"output_final_state": False}
     call = inputs.call().replace(output_final_state=False)
-    memory = miras_kernels.mlp_memory if call.memory.name == "mlp" else miras_kernels.linear_memory
-    implementations = {"kernel": lambda: memory(**arguments)[0], "eager": lambda: chunkwise.run(call)[0]}
+    implementations = {"kernel": lambda: inputs.case.function(**arguments)[0], "eager": lambda: chunkwise.run(call)[0]}
     threads, times = torch.get_num_threads(), {name: [] for name in implementations}
     torch.set_num_threads(1)
     for _ in range(6):

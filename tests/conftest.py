@@ -51,6 +51,19 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ["MIRAS_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled_kernels():
+    """MIRAS_TRITON=ptx:sm_90 (or ptx:sm_80): the Triton kernels run on CPU tensors as compiled for this chip (tests/ptx)."""
+    target = os.environ.get("MIRAS_TRITON")
+    if target is None:
+        yield
+        return
+    from ptx.host import known, on_machine
+
+    with on_machine(target.removeprefix("ptx:"), known):
+        yield
+
+
 @pytest.fixture
 def poisoned():
     """New tensors are filled with NaN, so that reads of uninitialised memory show in the results."""

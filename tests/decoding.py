@@ -11,10 +11,11 @@ import miras_kernels as mk
 from miras_kernels import dispatch
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.call import Call
+from miras_kernels.memory import FUNCTIONS
 from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case, Inputs, check_steps, registry, relative_error
 from miras_kernels.testing.parity import ARITHMETIC, judge
-from miras_kernels.testing.steps import before, check_results, cut, decoder, final, function, inputs_of
+from miras_kernels.testing.steps import before, check_results, cut, decoder, final, inputs_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -77,7 +78,7 @@ LONG = {
 def run(inputs: Inputs, backend: str, cuts: list[int]) -> tuple[torch.Tensor, mk.MemoryState]:
     """Outputs and state of a decoder after a prompt of ``cuts[0]`` tokens, with one step for the tokens between two cuts."""
     arguments = inputs.arguments()
-    _, prompt = function(inputs.case)(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
+    _, prompt = inputs.case.function(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
     reader = decoder(inputs.case, arguments, prompt, backend)
     outs = [reader.step(**cut(arguments, a, b)) for a, b in itertools.pairwise(cuts)]
     return torch.cat(outs, 1).cpu(), reader.state().to("cpu")
@@ -107,7 +108,7 @@ def at_different_places(backend: str, memory: str, device: str = DEVICE) -> None
     )
     inputs = case.draw(torch.float32).to(torch.float32, device)
     arguments = inputs.arguments()
-    read = mk.linear_memory if memory == "linear" else mk.mlp_memory
+    read = FUNCTIONS[memory]
     with torch.no_grad():
         prompts = [
             read(**{**arguments, **cut(arguments, 0, 4 + n)}, backend="reference")[1].map(lambda x, n=n: x[n : n + 1]) for n in range(3)

@@ -48,7 +48,7 @@ def results(inputs: Inputs, backend: str, gradients: bool) -> dict[str, torch.Te
     if gradients:
         return evaluate(inputs, backend)
     with torch.no_grad():
-        out, state = (mk.linear_memory if inputs.case.memory == "linear" else mk.mlp_memory)(**inputs.arguments(), backend=backend)
+        out, state = inputs.case.function(**inputs.arguments(), backend=backend)
     return {"out": out} | {f"final_{i}": x for i, x in enumerate(state.matrices())}
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Lost(RuntimeError):
 
 def serve(tasks: dict[str, Callable[..., Iterable]]) -> None:
     """Answer requests ``{"task": name, **arguments}`` until stdin is closed. An exception ends the process."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not look like an answer
 
@@ -45,14 +47,20 @@ def serve(tasks: dict[str, Callable[..., Iterable]]) -> None:
         say("done")
 
 
+def _end_with(parent: int) -> None:
+    """Do not outlive the program that started this process, not even in a call that never returns."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 class Worker:
     """A process of a module that calls :func:`serve` for ``--worker``; it starts with the first request, and anew after it was lost.
     ``prefix``: a program that runs the process."""
 
     def __init__(self, module: str, env: dict[str, str], prefix: Sequence[str] = ()):
         self.command = [*prefix, sys.executable, "-m", module, "--worker"]
-        self.env = env
-        self.process: subprocess.Popen | None = None
+        self.env, self.process = env, None
 
     def __enter__(self) -> Worker:
         return self
@@ -97,11 +105,9 @@ class Worker:
             return None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its children: compilers, say
-        process.stdout.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=5)
+        os.killpg(process.pid, signal.SIGKILL)  # with its children: compilers, say
         return process.wait()
 
 

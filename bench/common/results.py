@@ -21,7 +21,7 @@ from .processes import ROOT
 
 
 def machine() -> dict:
-    """The machine, without names that tell whose it is."""
+    """The machine, without names that identify its owner."""
     found = {"model name": platform.processor() or platform.machine(), "flags": ""}
     with contextlib.suppress(OSError):
         found |= dict(re.findall(r"^(model name|flags)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))

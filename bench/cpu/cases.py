@@ -1,4 +1,4 @@
-"""The CPU benchmark's shapes, what a measuring process is told, and the parity gate before any time is taken."""
+"""The CPU benchmark's shapes, the settings of a measuring process, and the parity gate before any time is taken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..common.implementations import BOTH, DIRECTIONS, FORWARD, flops
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every measuring process is told."""
+    """The settings of every measuring process."""
 
     backend: str = "cpp"
     seconds: float = 8.0  # per interleaved measurement

@@ -117,11 +117,8 @@ def _latency(memory: str, size: str, threads: int, settings: Settings) -> Iterat
         yield result
         return
     reader, eager, clock = setting.decoder(settings.backend), setting.decoder("reference"), clock_for(threads)[1]
-    tokens = {
-        "step": lambda: reader.step(**setting.token),
-        "eager": lambda: eager.step(**setting.token),
-        "function": function_steps(setting),
-    }
+    tokens = {"step": lambda: reader.step(**setting.token), "eager": lambda: eager.step(**setting.token)}
+    tokens["function"] = function_steps(setting)
     samplers = {name: whole_chunks(run, clock, setting.chunk) for name, run in tokens.items()}
     dual = torch.randn_like(reader.buffers.start)
     samplers["touch"] = timed(lambda: dual.mul_(1.0), clock)

@@ -14,7 +14,7 @@ import miras_kernels
 from ..common.processes import ROOT, Lost, Worker
 from .cases import Settings
 
-#: keeps freed outputs in the process: otherwise page faults, a third of a backward's time, hide the arithmetic of everyone
+#: keeps freed outputs in the process: otherwise page faults, a third of a backward's time, hide the arithmetic
 MALLOC = "glibc.malloc.trim_threshold=1073741824:glibc.malloc.mmap_threshold=1073741824"
 
 
@@ -22,16 +22,12 @@ def environment(threads: int, *, root: Path = ROOT, malloc: bool = True, capabil
     """The environment of a measuring process, which imports the package of the source tree ``root``."""
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root / "python"), env.get("PYTHONPATH")]))
-    if malloc:
-        env["GLIBC_TUNABLES"] = MALLOC
-    if capability is not None:
-        env["MIRAS_CPU_CAPABILITY"] = capability
-    return env
+    env |= {"GLIBC_TUNABLES": MALLOC} if malloc else {}
+    return env | ({} if capability is None else {"MIRAS_CPU_CAPABILITY": capability})
 
 
 def task(study: Callable) -> Callable:
-    """A study as a measuring process does it. The process has ``threads`` threads from here on. RuntimeError where the package does not
-    come from ``root``."""
+    """A study as a measuring process does it: with so many threads, and a RuntimeError where the package does not come from ``root``."""
 
     def run(case: str, threads: int, settings: dict, root: str | None = None, **options) -> Iterator:
         torch.set_num_threads(threads)

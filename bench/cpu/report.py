@@ -137,8 +137,8 @@ def _base_section(base: dict, results: Sequence[dict]) -> tuple[str, str]:
         rows.append(row)
     header = ["shape", "direction", "threads", "this: error", "base: error", "this ms", "base ms", "base / this", "this / this", "verdict"]
     launches = max((r.get("launches", 0) for r in results), default=0)
-    told = f"Medians of {launches} launches [least, most]; this / this is the same code in another process."
-    return f"This tree against {base['ref']} ({base['commit'][:12]})", told + "\n\n" + table(header, rows)
+    caption = f"Medians of {launches} launches [least, most]; this / this is the same code in another process."
+    return f"This tree against {base['ref']} ({base['commit'][:12]})", caption + "\n\n" + table(header, rows)
 
 
 _COLUMNS = {"vs eager": "eager", "vs compile (first call)": "compile"}

@@ -21,8 +21,7 @@ from .watch import matrix_product
 TOKENS = {f"{n}k": n << 10 for n in (1, 2, 4, 8, 16, 32, 64, 128)}
 TOY_TOKENS = {"48": 48, "96": 96, "192": 192}
 HEADS = {str(n): n for n in (1, 2, 4, 8, 16)}
-#: of a sequence whose tokens are counted
-FEW_HEADS = 2
+FEW_HEADS = 2  # on the axis of tokens
 
 
 def study_scaling(name: str, threads: int, settings: Settings) -> Iterator[dict]:
@@ -96,12 +95,12 @@ def _timed(shape: str, axis: str, sizes: dict[str, int], runs: dict, gates: dict
     return measure(head, samplers, next(iter(sizes)), gates, threads, settings)
 
 
-def _same(results: tuple, expected: tuple, tokens: int, whom: str) -> dict:
+def _same(results: tuple, expected: tuple, tokens: int, other: str) -> dict:
     """A gate: results may differ by as much as sums over all tokens in another order."""
     from miras_kernels.testing.parity import ARITHMETIC, ULPS
 
     difference, budget = agreement(results, expected), ARITHMETIC * (math.sqrt(tokens) + ULPS)
-    worst = {"tensor": f"gradients against {whom}", "error": difference, "budget": budget}
+    worst = {"tensor": f"gradients against {other}", "error": difference, "budget": budget}
     return {"ok": difference <= budget, "worst": worst}
 
 
@@ -151,7 +150,7 @@ def cut(inputs, axis: str, start: int, end: int):
 
 def in_parts(inputs, backend: str, axis: str, size: int) -> tuple:
     """Gradients of a call that is made in parts: of tokens, each from the final state of the one before, or of heads."""
-    function = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
+    function = inputs.case.function
     leaves, outputs, state = inputs.leaves(), [], None
     for start in range(0, getattr(inputs.case, axis), size):
         given = cut(inputs, axis, start, start + size).arguments() | {"backend": backend}

@@ -25,9 +25,7 @@ from .watch import YARDSTICKS, Watch, matrix_product, memory_copy, peak_rise, sa
 SAME = 1e-3
 
 
-def measure(
-    head: dict, samplers: dict, base: str, gates: dict, threads: int, settings: Settings, work: dict | None = None, helpers=()
-) -> dict:
+def measure(head: dict, samplers: dict, base: str, gates: dict, threads: int, settings: Settings, work=None, helpers=()) -> dict:
     """Time the implementations whose gate is green, in one interleaved run; nothing is timed if that of ``base`` is not.
 
     Args:
@@ -69,12 +67,9 @@ def study_shapes(shape: str, threads: int, settings: Settings) -> Iterator[dict]
 
 def _baselines(inputs, direction: str, settings: Settings) -> tuple[dict[str, Callable], list[str], float | None]:
     """What takes part, notes on what does not, and how long torch.compile took."""
-    runs = {
-        "kernel": kernel(inputs, settings.backend, direction),
-        "eager": impl.eager(inputs, direction),
-        "derived": impl.derived(inputs, direction),
-    }
-    runs, notes, seconds = {name: run for name, run in runs.items() if run}, [], None
+    runs, notes, seconds = {"kernel": kernel(inputs, settings.backend, direction), "eager": impl.eager(inputs, direction)}, [], None
+    if derived := impl.derived(inputs, direction):
+        runs["derived"] = derived
     if settings.compile_seconds:
         try:
             began = time.perf_counter()

@@ -72,5 +72,5 @@ def summary_line(document: dict) -> str:
         for t, n, m in judged
         if m["verdict"] == "NOT met"
     ]
-    told = f" Not met: {'; '.join(missed)}." if missed else ""
-    return f"{len(judged) - len(missed)} of {len(judged)} figures with a target meet it.{told} `python -m bench.cpu --show` lists them all."
+    rest = f" Not met: {'; '.join(missed)}." if missed else ""
+    return f"{len(judged) - len(missed)} of {len(judged)} figures with a target meet it.{rest} `python -m bench.cpu --show` lists them all."

@@ -113,7 +113,7 @@ def memory_copy() -> Callable[[], object]:
 
 
 def peak_rise(run: Callable[[], object]) -> float | None:
-    """How many MiB a call raises the resident memory at its highest; None where the system does not tell."""
+    """How many MiB a call raises the resident memory at its highest; None where the system does not report it."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # give freed memory back

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-import miras_kernels
 from miras_kernels import L2, DotProduct, ElasticNetRetention, Huber, KLRetention, Lp, LqRetention, SigmoidRetention
 from miras_kernels.testing import Case, Inputs, check
 
@@ -47,7 +46,7 @@ def repeat_steps(settings: Settings, memory: str) -> Iterator[dict]:
 
 
 def _everything(inputs: Inputs, backend: str) -> list[Tensor]:
-    memory = miras_kernels.linear_memory if inputs.case.memory == "linear" else miras_kernels.mlp_memory
+    memory = inputs.case.function
     out, state = memory(**inputs.arguments(), backend=backend)
     return [out, *state.matrices(), *torch.autograd.grad(out, tuple(inputs.leaves().values()), inputs.grad_out)]
 

@@ -38,6 +38,11 @@ def draw(shape: Shape, name: str, settings: Settings) -> Inputs:
     if shape.hidden:
         tensors["log_decay"].mul_(min(1.0, 1024 / shape.tokens))
     duals = tuple(x.detach().repeat(shape.batch, shape.heads, 1, 1) for x in drawn.duals)
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     case = dataclasses.replace(few, batch=shape.batch, tokens=shape.tokens, heads=shape.heads)
-    return Inputs(case, leaves, tuple(x.requires_grad_() for x in duals), tokens(drawn.grad_out), ())
+    return Inputs(
+        case,
+        {name: x.requires_grad_() for name, x in tensors.items()},
+        tuple(x.requires_grad_() for x in duals),
+        tokens(drawn.grad_out),
+        (),
+    )

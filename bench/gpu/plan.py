@@ -10,7 +10,7 @@ from ..common.implementations import BOTH, DIRECTIONS, PLAIN, flops, recurrences
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every worker is told."""
+    """The settings of every worker."""
 
     backend: str = "triton"
     device: str = "cuda"  # "cpu" for the smoke test

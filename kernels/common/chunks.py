@@ -58,7 +58,7 @@ def owner_of(i_s, first, owner, per_sequence):
         return i_s // per_sequence, i_s % per_sequence
     else:
         i_n = tl.load(owner + i_s)
-        return i_n, i_s - tl.load(first + i_n)
+        return i_n, i_s - tl.load(first + tl.maximum(i_n, 0))
 
 
 @triton.jit

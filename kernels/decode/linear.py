@@ -18,7 +18,6 @@ import triton.language as tl
 
 from ..common import bias as biases
 from ..common import retention as retentions
-from ..common.chunks import token_of
 from ..common.tiles import LENGTHS, inside, store
 from .steps import (
     Step,
@@ -30,6 +29,7 @@ from .steps import (
     first_weights,
     gate_of,
     mapped,
+    offset_of,
     row_of,
     row_weights,
     store_first_weights,
@@ -56,8 +56,8 @@ def linear_step_predict(
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     o, m = i_nh * Dk * Dv + (o_k[:, None] * Dv + o_v[None, :]), m_k[:, None] & m_v[None, :]
-    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_k, m_k)[:, None]  # [BK, 1]
-    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_k, m_k)[:, None]  # [BK, 1]
+    b_q = vector(q, offset_of(q_strides, i_n, t, i_h), o_k, m_k)[:, None]  # [BK, 1]
+    b_k = vector(k, offset_of(k_strides, i_n, t, i_h), o_k, m_k)[:, None]  # [BK, 1]
     b_w = tl.load(predicting + o, mask=m, other=0.0)  # [BK, BV]
     p = products + i_nh * PRODUCTS * Dv + o_v
     tl.store(p, tl.sum(b_w * b_k, 0), mask=m_v)
@@ -108,12 +108,12 @@ def linear_step_write(
         momentum_gate = tl.load(momentum + gate).to(tl.float32)
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BD)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BD)
-    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_k, m_k)  # [BK]
-    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_k, m_k)  # [BK]
+    b_q = vector(q, offset_of(q_strides, i_n, t, i_h), o_k, m_k)  # [BK]
+    b_k = vector(k, offset_of(k_strides, i_n, t, i_h), o_k, m_k)  # [BK]
     p = products + i_nh * PRODUCTS * Dv + o_v
 
     # the token's write
-    b_e = -vector(token_of(v, v_strides, i_n, t, i_h), o_v, m_v)  # [BD]
+    b_e = -vector(v, offset_of(v_strides, i_n, t, i_h), o_v, m_v)  # [BD]
     if BIAS.reads_memory:
         b_e += tl.load(p, mask=m_v, other=0.0)
     square, b_delta = 0.0, 0.0
@@ -140,7 +140,7 @@ def linear_step_write(
         b_right = tl.load(right + o_r[:, None] * Dv + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0)  # [BR, BD]
         b_read += tl.sum(tl.sum(b_left * b_q[None, :], 1)[:, None] * b_weights * b_right, 0)
     b_out = tl.exp(b_open) * tl.load(p + Dv, mask=m_v, other=0.0) + scale * b_read
-    store(token_of(out, out_strides, i_n, t, i_h) + o_v, b_out, m_v)
+    store(out + i_n * out_strides.b + t * out_strides.t + i_h * out_strides.h + o_v, b_out, m_v)
 
     # store the weights and the token's factors
     tl.debug_barrier()

@@ -24,7 +24,6 @@ import triton.language as tl
 
 from ..common import bias as biases
 from ..common import retention as retentions
-from ..common.chunks import token_of
 from ..common.tiles import LENGTHS, inside, store
 from ..mlp.math import gelu, gelu_slope, layer_norm_vjp, normalised
 from .steps import (
@@ -36,6 +35,7 @@ from .steps import (
     first_weights,
     gate_of,
     mapped,
+    offset_of,
     row_of,
     row_weights,
     store_first_weights,
@@ -65,8 +65,8 @@ def mlp_step_predict(
     o_d, o_h = tl.arange(0, BD), i_p * BH + tl.arange(0, BH)
     m_d, m_h = inside(o_d, D, BD), inside(o_h, Hd, BH)
     o, m = i_nh * 2 * Hd * D + (o_h[:, None] * D + o_d[None, :]), m_h[:, None] & m_d[None, :]
-    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
-    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_q = vector(q, offset_of(q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_k = vector(k, offset_of(k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
     b_s1 = tl.load(predicting + o, mask=m, other=0.0)  # [BH, BD]
     b_w2 = tl.load(predicting + Hd * D + o, mask=m, other=0.0)  # [BH, BD]
     b_z = tl.sum(b_w2 * b_k, 1)  # [BH]
@@ -111,14 +111,14 @@ def mlp_step_write(
     o_d, o_h = tl.arange(0, BD), i_p * BH + tl.arange(0, BH)
     m_d, m_h = inside(o_d, D, BD), inside(o_h, Hd, BH)
     o, m = i_nh * 2 * Hd * D + (o_h[:, None] * D + o_d[None, :]), m_h[:, None] & m_d[None, :]
-    b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
-    b_k = vector(token_of(k, k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_q = vector(q, offset_of(q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+    b_k = vector(k, offset_of(k_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
 
     # the inner gradient, the same in every part
     b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]  # [1, BD]
     b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]  # [1, BD]
     b_x, b_inverse = normalised(sum_of_parts(partial, o_d, m_d, PARTS, D, BP)[None, :], m_d, D, EPS)
-    b_e = -vector(token_of(v, v_strides, i_n, t, i_h), o_d, m_d)[None, :]
+    b_e = -vector(v, offset_of(v_strides, i_n, t, i_h), o_d, m_d)[None, :]
     if BIAS.reads_memory:
         b_e = tl.where(m_d[None, :], b_e + b_k + b_x * b_weight + b_bias, 0.0)
     square, b_delta = 0.0, 0.0
@@ -231,10 +231,10 @@ def mlp_step_finish(
             b_right = tl.load(right + o_r[:, None] * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)  # [BR, BD]
             b_uq += rho_1 * tl.sum((b_score * b_weights)[:, None] * b_right, 0)
         b_xq, _ = normalised(b_uq[None, :], m_d, D, EPS)
-        b_q = vector(token_of(q, q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
+        b_q = vector(q, offset_of(q_strides, i_n, t, i_h), o_d, m_d)[None, :]  # [1, BD]
         b_weight = tl.load(ln_weight + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
         b_bias = tl.load(ln_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        p_out = token_of(out, out_strides, i_n, t, i_h) + o_d
+        p_out = out + i_n * out_strides.b + t * out_strides.t + i_h * out_strides.h + o_d
         store(p_out[None, :], b_q + b_xq * b_weight + b_bias, m_d[None, :])
         weights += i_nh * ROWS
         for r in tl.range(0, row + 3, BR, disable_licm=True):

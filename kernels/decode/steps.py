@@ -26,16 +26,22 @@ from ..common.tiles import dot
 
 
 @triton.jit
-def vector(x, o, m):
+def vector(x, row, o, m):
     """A token's vector as float32, 0 outside the mask."""
-    return tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+    return tl.load(x + row + o, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def offset_of(strides, i_n, t, i_h):
+    """Of a token and head in q, k or v."""
+    return i_n * strides.b + t * strides.t + i_h * strides.h
 
 
 @triton.jit
 def gate_of(gate, row, o, m, D: tl.constexpr, CHANNEL: tl.constexpr):
     """A token gate as float32: a number, or a vector of the channels ``o``."""
     if CHANNEL:
-        return vector(gate + row * D, o, m)
+        return vector(gate, row * D, o, m)
     else:
         return tl.load(gate + row).to(tl.float32)
 
@@ -72,7 +78,7 @@ def decay_of(log_decay, open_log_decay, row, o_w, m_w, W: tl.constexpr):
     b_open = tl.load(open_log_decay + o_w, mask=m_w, other=0.0)
     b_decay = b_open * 0.0
     if log_decay is not None:
-        b_decay = vector(log_decay + row * W, o_w, m_w)
+        b_decay = vector(log_decay, row * W, o_w, m_w)
     return tl.exp(b_decay), b_open + b_decay
 
 

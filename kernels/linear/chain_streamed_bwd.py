@@ -65,7 +65,7 @@ def update_bwd(
 ):  # fmt: skip
     """dU in ``grad_v``, the gradients of eta and delta, and the row sums for the other gates.
 
-    Returns the first part of d rho and, for a bias that couples rows, ``(eta dU) . e [C]``.
+    Returns the first part of d rho and, for a bias that couples rows, ``||e||^2 [C, 1]`` and ``(eta dU) . e [C]``.
     """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     o_c = tl.arange(0, C)
@@ -139,14 +139,14 @@ def update_bwd(
         tl.store(rows_step + tile_row + row + o_g, b_stepped, mask=m_t)
     if BIAS.delta == 1:
         tl.store(rows_delta + tile_row + row + o_g, b_dd_row, mask=m_t)
-    return drho, b_along
+    return drho, b_square, b_along
 
 
 @triton.jit
 def step_back(
-    p_q, q_stride, p_k, k_stride, p_v, v_stride, lr, decays, moves, delta, duals, momenta, scales, errors, squares, grad_out,
+    p_q, q_stride, p_k, k_stride, p_v, v_stride, lr, decays, moves, delta, duals, momenta, scales, errors, grad_out,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
-    ROW, row, o_last, here, there, state, rho, drho, b_along, m_t, i_c, i_tile, H,
+    ROW, row, o_last, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
     C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,6 @@ def step_back(
     NK: tl.constexpr = (Dk + BK - 1) // BK
     o_c = tl.arange(0, C)
     o_g = o_c * H
-    b_square = load_square(squares, row, o_g, m_t, BIAS)
     if not CHANNELS:
         b_gamma = load_gamma(decays, row, o_g, m_t, C)[:, None]  # [C, 1]
         gamma = load_total(decays, row, o_last)
@@ -275,16 +274,16 @@ def linear_chain_bwd_streamed(
         o_last = (tl.minimum(end - t0, C) - 1) * H
         p_q, p_k, p_v = q + t0 * q_strides.t, k + t0 * k_strides.t, v + t0 * v_strides.t
 
-        drho, b_along = update_bwd(
+        drho, b_square, b_along = update_bwd(
             p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, momenta, scales, errors, squares, from_out,
             grad_states, grad_momenta, grad_v, grad_delta, grad_lr, rows_lr, rows_delta, rows_to_end, rows_step,
             ROW, row, tile_row, here, rho, m_t, i_tile, H, C, Dk, Dv, BK, BV, TILES, DTYPE, BIAS, CHANNEL_LR, CHANNELS,
         )  # fmt: skip
         tl.debug_barrier()
         drho = step_back(
-            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, duals, momenta, scales, errors, squares,
+            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, duals, momenta, scales, errors,
             grad_out, grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
-            ROW, row, o_last, here, there, state, rho, drho, b_along, m_t, i_c, i_tile, H,
+            ROW, row, o_last, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
             C, Dk, Dv, BK, BV, TILES, DTYPE, BIAS, CHANNEL_LR, RETENTION, CHANNELS,
         )  # fmt: skip
         tl.debug_barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,6 +143,10 @@ def mlp_memory(
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, backend=backend,
     )  # fmt: skip
+
+
+#: by name of the memory
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, MemoryState | None]]] = {"linear": linear_memory, "mlp": mlp_memory}
 
 
 def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, backend: str = "auto",

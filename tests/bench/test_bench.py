@@ -85,7 +85,7 @@ def test_no_time_for_a_wrong_kernel(monkeypatch, study):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_mlp_memory_is_compared_too(monkeypatch):
+def test_baselines_of_the_mlp_memory(monkeypatch):
     settings = dataclasses.replace(SETTINGS, backend="reference" if dispatch.unavailable("cpp") else "cpp")
     monkeypatch.setitem(sys.modules, "titans_pytorch", None)
     for result in studies.study_shapes("MLP D64 C16", 1, settings):
@@ -97,7 +97,7 @@ def test_the_mlp_memory_is_compared_too(monkeypatch):
 
 
 def refuse_momentum(monkeypatch, backend: str = "reference") -> None:
-    """The backend is told not to serve momentum."""
+    """The backend refuses momentum."""
     refuses = lambda call, differentiate: None if call.momentum is None else "it has no momentum, so far"
     monkeypatch.setattr(dispatch.BACKENDS[backend], "refuses", refuses, raising=False)
 
@@ -105,7 +105,7 @@ def refuse_momentum(monkeypatch, backend: str = "reference") -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("shape", cases.ONE_OF_EACH)
 def test_gates_and_momentum_against_the_plain_recurrence(monkeypatch, shape):
-    """All of them in one run; what the backend refuses is said and judged as that."""
+    """All of them in one run; refusals of the backend are reported as such."""
     refuse_momentum(monkeypatch)
     (result,) = studies.study_recurrence(shape, 1, SETTINGS)
     names = implementations.recurrences("mlp" if shape in cases.MLP_SHAPES else "linear")
@@ -155,7 +155,7 @@ def test_which_shapes_a_study_has():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_titans_has_our_sizes(dtype):
-    """Where it is installed: an output like ours, gradients of all that it has, in the dtype of the inputs."""
+    """Where it is installed: an output like ours, and gradients of all its parameters, in the dtype of the inputs."""
     pytest.importorskip("titans_pytorch")
     inputs = cases.make_case("MLP D64 C64", SETTINGS).draw(dtype)
     (out,) = implementations.titans(inputs, implementations.FORWARD)()
@@ -272,7 +272,7 @@ def test_bad_arguments(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_helpers_are_no_others():
+def test_cpu_seconds_of_a_helper_process():
     burn = [sys.executable, "-c", "import time; print(1, flush=True); [0 for _ in iter(lambda: time.process_time() < 0.5, False)]; input()"]
     with subprocess.Popen(burn, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()

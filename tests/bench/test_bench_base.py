@@ -54,7 +54,7 @@ def test_verdicts_on_noise(tail):
 
 
 class FakeServer:
-    """Answers like a process whose calls take so long."""
+    """Answers like a process whose calls take so many milliseconds."""
 
     def __init__(self, milliseconds: float, gate: dict = GREEN):
         self.seconds, self.gate, self.process = milliseconds / 1e3, gate, subprocess.Popen(["true"])
@@ -103,7 +103,7 @@ def test_a_process_that_ends_is_an_error(monkeypatch):
         assert "D64 C64" in report._base_section({"ref": "x", "commit": "0" * 40}, [result])[1]
 
 
-def test_a_measuring_process_measures_the_tree_that_was_meant(tmp_path):
+def test_a_process_refuses_to_measure_another_tree(tmp_path):
     with pytest.raises(RuntimeError, match="was asked for, but it was imported from"):
         list(measuring.task(lambda *_: [])("D64 C64", 1, {}, root=str(tmp_path)))
 
@@ -115,7 +115,7 @@ def test_no_such_commit(capsys):
 
 @pytest.mark.slow
 def test_a_commit_against_itself(tmp_path):
-    """In a repository of its own, with one launch: what is built, started, compared, said and cleaned up."""
+    """In a repository of its own, with one launch: building, measuring, the report, and cleaning up."""
     tree, out = tmp_path / "tree", tmp_path / "out.json"
     tree.mkdir()
     for name in ("bench", "csrc", "python"):

@@ -1,4 +1,4 @@
-"""bench.gpu itself: its plans are walked without a GPU; what is wrong, hangs or crashes is reported and costs nothing else."""
+"""bench.gpu itself: its plans are executed without a GPU; an item that fails, hangs or crashes is reported, and the others are done."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_heads_and_threads():
 
 
 def test_the_section_is_right():
-    """Twice the time for four times the tokens is half of linear; half the time with four threads is twice of it."""
+    """Twice the time for four times the tokens is half of linear growth; half the time with four threads is twice the ideal."""
     spread = lambda x: {"median": x, "p10": x, "p90": x}
     common = {"study": "scaling", "threads": 1, "parity": {}}
     tokens = {**common, "case": "A, tokens", "axis": "tokens", "sizes": {"1k": 1024, "4k": 4096}, "ratios": {"4k": spread(2.0)},
@@ -92,7 +92,7 @@ def test_what_is_saved_is_what_is_promised(shape, every):
 
 @pytest.mark.parametrize("longest", [0, 96])
 def test_no_time_for_a_wrong_kernel(monkeypatch, longest):
-    """One that is wrong for all, and one that is wrong for sequences longer than the one that float64 looks at."""
+    """Wrong for all sequences, or only for those longer than the one that is compared with float64."""
     settings = dataclasses.replace(SETTINGS, backend="reference")
     right = dispatch.BACKENDS["reference"].backward
 

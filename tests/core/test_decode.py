@@ -64,7 +64,7 @@ def places(case: Case, lengths: tuple[int, ...]):
     states = []
     for n, length in enumerate(lengths):
         row = {**rows(n), "initial_state": tuple(x[n : n + 1] for x in inputs.duals)}
-        states.append(steps.function(case)(**{**row, **cut(row, 0, length)}, backend="reference")[1])
+        states.append(case.function(**{**row, **cut(row, 0, length)}, backend="reference")[1])
     positions = torch.tensor([length % case.chunk_size for length in lengths])
     state = states[0].replace_tensors([torch.cat(x) for x in zip(*(s.tensors() for s in states), strict=True)])
     state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=positions))
@@ -92,7 +92,7 @@ def prepared(case: Case, backend: str, tokens: int = 13):
     """Arguments and a decoder that has read some of them."""
     arguments = case.draw(torch.float32).arguments()
     with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, tokens)}, backend="reference")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, tokens)}, backend="reference")
     return arguments, decoder(case, arguments, state, backend)
 
 
@@ -127,7 +127,7 @@ def test_state_and_load_are_inverse(case, backend):
     for x, y in zip(reader.state().tensors(), other.state().tensors(), strict=True):
         assert torch.equal(x, y)
     with torch.no_grad():  # the public functions take a decoder's state
-        rest = steps.function(case)(**{**arguments, **cut(arguments, 20, 37), "initial_state": reader.state()}, backend="reference")[0]
+        rest = case.function(**{**arguments, **cut(arguments, 20, 37), "initial_state": reader.state()}, backend="reference")[0]
         for end in (rest, reader.step(**cut(arguments, 20, 37))):
             found = {"on": on, "out": torch.cat([*outs, end], 1)}
             check_results(inputs, found, lambda call: (lambda out: {"on": out[:, 15:20], "out": out[:, 13:]})(chunkwise.run(call)[0]))

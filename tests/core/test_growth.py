@@ -46,7 +46,7 @@ def training(case: Case):
     """A training step: outputs and state, every gradient, and an update of the leaves."""
     inputs = case.draw(torch.float32)
     arguments, leaves = inputs.arguments(), list(inputs.leaves().values())
-    run = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
+    run = case.function
 
     def step() -> None:
         out, state = run(**arguments, backend="cpp")

@@ -17,7 +17,7 @@ BACKENDS = ["reference", "cpp", "triton"]
 
 
 def run(inputs, backend, **changes):
-    memory = mk.linear_memory if inputs.case.memory == "linear" else mk.mlp_memory
+    memory = inputs.case.function
     return memory(**{**inputs.arguments(), **changes}, backend=backend)
 
 

@@ -8,7 +8,6 @@ import itertools
 import pytest
 import torch
 
-import miras_kernels as mk
 import vectors
 from miras_kernels.backends.reference import chunkwise, definition, derived
 from miras_kernels.memory import run
@@ -135,7 +134,7 @@ def test_gradcheck(case):
         given = dict(zip(names, leaves, strict=True))
         duals, momenta = (tuple(given.pop(n) for n in names if n.startswith(f"initial_{kind}")) for kind in ("dual", "momentum"))
         moved = dataclasses.replace(inputs, tensors=given, duals=duals, momenta=momenta)
-        memory = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
+        memory = case.function
         out, state = memory(**moved.arguments(), backend="reference")
         return out, *state.matrices()
 

@@ -22,10 +22,10 @@ def test_short_inputs_are_decoded(case, monkeypatch, poisoned):
     monkeypatch.setattr(Steps, "on_value", lambda self: taken.append(self.call.q.shape[1]) or on_value(self))
     arguments, outs = steps.inputs_of(case, "cpp", torch.float32).arguments(), []
     with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")
         cuts = [13, 14, 15, 16, 17, 18, 20, 23, 24, *range(28, case.tokens, 4), case.tokens]
         for a, b in itertools.pairwise(cuts):
-            out, state = steps.function(case)(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend="cpp")
+            out, state = case.function(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend="cpp")
             outs.append(out)
     few = min(row.kernels["cpp"].few for row in memories.TABLE.values())
     assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == few
@@ -39,10 +39,10 @@ def test_a_state_is_a_value(shape):
     case = Case("value", **shape)
     arguments = case.draw(torch.float32).arguments()
     with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
         for t in range(13, 20):
             before = [x.clone() for x in state.tensors()]
-            _, after = steps.function(case)(**{**arguments, **cut(arguments, t, t + 1), "initial_state": state}, backend="cpp")
+            _, after = case.function(**{**arguments, **cut(arguments, t, t + 1), "initial_state": state}, backend="cpp")
             assert all(torch.equal(x, y) for x, y in zip(state.tensors(), before, strict=True))
             assert not {x.data_ptr() for x in state.tensors()} & {x.data_ptr() for x in after.tensors()}
             state = after
@@ -54,9 +54,9 @@ def test_the_operator_gives_a_state_of_its_own(shape):
     case = Case("operator", initial="dual", **shape)
     arguments = case.draw(torch.float32).arguments()
     with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
         short = {**arguments, **cut(arguments, 13, 14), "initial_state": state}
-        wanted, after = steps.function(case)(**short, backend="cpp")
+        wanted, after = case.function(**short, backend="cpp")
         tokens = [short.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
         operands = (*autograd._flatten(validation.make_call(memories.TABLE[case.memory], *tokens, **short)), "cpp", 0)
         torch.library.opcheck(torch.ops.miras_kernels.memory, operands, test_utils=("test_schema", "test_faketensor"))

@@ -9,7 +9,7 @@ import miras_kernels as mk
 from miras_kernels.decode import operator
 from miras_kernels.layers import PRESETS, BlockDecoder, MemoryBlock
 from miras_kernels.testing import Case
-from miras_kernels.testing.steps import cut, decoder, function
+from miras_kernels.testing.steps import cut, decoder
 
 CASES = [
     Case("linear", bias=mk.Huber("switch"), tokens=24, chunk_size=8),
@@ -25,7 +25,7 @@ def prompted(case: Case, backend: str):
     """Two decoders after a prompt of 13 tokens, and the arguments of the other tokens."""
     arguments = case.draw(torch.float32).arguments()
     arguments = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    _, state = function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend=backend)
+    _, state = case.function(**{**arguments, **cut(arguments, 0, 13)}, backend=backend)
     state = state.detach()
     norm = {name: arguments[name] for name in NORM if name in arguments}
     steps = [{**cut(arguments, t, t + 1), **norm} for t in range(13, 24)]

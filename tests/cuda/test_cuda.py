@@ -22,6 +22,7 @@ from miras_kernels import dispatch
 from miras_kernels.backends import cuda as cuda_backend
 from miras_kernels.backends.cuda import CudaBackend
 from miras_kernels.backends.reference import chunkwise
+from miras_kernels.memory import FUNCTIONS
 from miras_kernels.tables import memories
 from miras_kernels.tables.memories import Kernels, Limits
 from miras_kernels.tables.retention import TABLE as GATES
@@ -184,7 +185,7 @@ def test_a_number_for_delta_may_change(cuda):
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
 def test_the_public_functions_use_it_for_short_inputs(memory, cuda):
     case = Case("short", memory=memory, tokens=20, batch=2, key_dim=8, value_dim=8, hidden=12, decay="scalar", momentum=True)
-    run = mk.linear_memory if memory == "linear" else mk.mlp_memory
+    run = FUNCTIONS[memory]
     inputs = case.draw(torch.float32)
     arguments = inputs.arguments()
     with torch.no_grad():

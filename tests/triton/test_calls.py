@@ -79,7 +79,7 @@ def test_resuming_anywhere_under_a_gate(name):
 
 def assert_pieces_make_the_whole(case: Case, dtype: torch.dtype) -> None:
     """Checked against the whole call's error budget; the open chunk's tensors against that of the final state."""
-    lengths, run = case.lengths, mk.linear_memory if case.memory == "linear" else mk.mlp_memory
+    lengths, run = case.lengths, case.function
     inputs = case.draw(dtype, DEVICE, margin(case, operands("triton", dtype)))
     arguments = inputs.arguments()
     detach = lambda x: x.detach() if isinstance(x, torch.Tensor | mk.MemoryState) else tuple(map(detach, x)) if isinstance(x, tuple) else x
@@ -150,7 +150,7 @@ def test_empty_inputs(shape):
 
 def refusal(**changes) -> str:
     case = Case("refused", **{"tokens": 8, "batch": 1, "heads": 1, **changes})
-    run = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
+    run = case.function
     with pytest.raises(ValueError) as caught:
         run(**case.draw(torch.float32, DEVICE).arguments(), backend="triton")
     return str(caught.value)

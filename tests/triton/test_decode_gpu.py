@@ -12,7 +12,7 @@ from decoding import DEVICE, LONG, PAIRS, SHAPES, assert_right, at_different_pla
 from miras_kernels import dispatch
 from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case
-from miras_kernels.testing.steps import cut, decoder, function
+from miras_kernels.testing.steps import cut, decoder
 
 #: what takes the interpreter seconds: every bias, every retention gate; with momentum, channel-wise and float thresholds
 SAMPLE = [case for i, case in enumerate(PAIRS) if DEVICE == "cuda" or case.memory == "linear" or i % 3 == 0]
@@ -103,7 +103,7 @@ def test_a_step_in_a_graph(memory, backend):
     case = dataclasses.replace(LONG[memory], batch=2, heads=2, tokens=40, chunk_size=16)
     arguments = case.draw(torch.float32, DEVICE).arguments()
     with torch.no_grad():
-        _, state = function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")
         single, graphed = (decoder(case, arguments, state, backend) for _ in range(2))
         wanted = [single.step(**cut(arguments, t, t + 1)) for t in range(13, 34)]
         token = {name: x.clone() for name, x in cut(arguments, 13, 14).items()}

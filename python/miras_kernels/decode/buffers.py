@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..state import MemoryState, OpenChunk
-from ..tables.retention import L2Retention, LqRetention, Retention
+from ..tables.retention import L2Retention, Retention
 
 __all__ = ["NAMES", "Buffers", "packed", "unpacked"]
 
@@ -72,7 +72,7 @@ class Buffers:
         room = lambda *shape: start.new_zeros(n, h, *shape)
         moves, width = state.momentum is not None, [columns] if channel_wise_decay else []
         return Buffers(
-            start, primal=like(not isinstance(retention, L2Retention)), rho=room(m) if isinstance(retention, LqRetention) else None,
+            start, primal=like(not isinstance(retention, L2Retention)), rho=room(m) if retention.has_rho else None,
             written=like(chunk_size > 1), momenta=like(moves), left=room(m, chunk_size, rows), right=room(m, chunk_size, columns),
             weights=room(2 + chunk_size, *(width or [1])), momentum_weights=room(2 + chunk_size) if moves else None,
             open_log_decay=room(*width), position=torch.zeros(n, dtype=torch.int64, device=start.device),

@@ -9,11 +9,12 @@ import dataclasses
 import math
 
 from ..tables.biases import L2, Bias, DotProduct, Huber, Lp
+from ..tables.memories import TABLE
 from ..tables.retention import KLRetention, L2Retention, LqRetention, Retention
 
 __all__ = ["PRESETS", "Preset", "resolve"]
 
-_CHOICES = {"memory": ("linear", "mlp"), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt", "rate", "key_rate"),
+_CHOICES = {"memory": tuple(TABLE), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt", "rate", "key_rate"),
             "momentum": (False, True)}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from ..backends.reference import chunkwise
 from ..call import Call
+from ..memory import FUNCTIONS
 from ..state import MemoryState
-from ..tables import memories
 from ..tables.biases import L2, Bias, Huber
+from ..tables.memories import TABLE, Memory
 from ..tables.retention import L2Retention, Retention
 from ..validation import make_call
 
@@ -50,7 +52,7 @@ class Inputs:
             arguments["delta"] = case.delta_scale
         if case.decay_first:
             arguments["decay_first"] = True
-        if case.memory == "mlp":
+        if case.row.needs_norm:
             arguments |= {"ln_weight": self.tensors["ln_weight"], "ln_bias": self.tensors["ln_bias"], "ln_eps": 1e-6}
         return arguments | {
             "bias": case.bias,
@@ -67,13 +69,13 @@ class Inputs:
             return MemoryState(self.duals, self.momenta)
         if not self.duals:
             return None
-        return self.duals if self.case.memory == "mlp" else self.duals[0]
+        return self.duals if len(self.duals) > 1 else self.duals[0]
 
     def call(self) -> Call:
         """The validated call, for the reference modules."""
         arguments = self.arguments()
         tokens = [arguments.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
-        return make_call(memories.TABLE[self.case.memory], *tokens, **arguments)
+        return make_call(self.case.row, *tokens, **arguments)
 
     def leaves(self) -> dict[str, Tensor]:
         """All tensors that have gradients, by name."""
@@ -142,6 +144,15 @@ class Case:
         return self.name
 
     @property
+    def row(self) -> Memory:
+        return TABLE[self.memory]
+
+    @property
+    def function(self) -> Callable:
+        """The public function of the memory."""
+        return FUNCTIONS[self.memory]
+
+    @property
     def sequences(self) -> int:
         return self.batch if self.lengths is None else len(self.lengths)
 
@@ -193,7 +204,7 @@ class Case:
             tensors["delta"] = gate(kind, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
         rate = 0.5 * min(1.0, dk / self.chunk_size) / self._curvature()
         rate *= {"repeated": 1 / min(dk, self.chunk_size), "huge": 1e-4}.get(self.keys, 1.0)  # smaller where the keys of a chunk repeat
-        if self.memory == "mlp":  # a = gelu(W2 k): a step changes LN(W1 a) by a share of |a|^2 / var(W1 a), about Hd
+        if self.row.needs_norm:  # a = gelu(W2 k): a step changes LN(W1 a) by a share of |a|^2 / var(W1 a), about Hd
             rate /= self.hidden
         tensors["lr"] = gate(self.lr, 0.2 * rate, rate)
         if self.decay == "slight":
@@ -207,12 +218,12 @@ class Case:
             tensors["log_decay"] = gate(self.decay, -0.2, -0.005)
         if self.momentum:
             tensors["momentum"] = uniform(0.0, 0.8, b, t, h)
-        shapes = [(dv, dk)] if self.memory == "linear" else [(dv, self.hidden), (self.hidden, dv)]
+        shapes = self.row.shapes(dk, dv, self.hidden)
         lead = {"dual": (self.sequences, h), "shared": (h,), "none": None}[self.initial]
         duals = () if lead is None else tuple(normal(*lead, *s) / math.sqrt(s[1]) for s in shapes)
         starts = duals or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
         tensors["lr"] /= max(1.0, *(self.retention.rho(x).max().item() for x in starts))  # rho scales the effect of a step on predictions
-        if self.memory == "mlp":
+        if self.row.needs_norm:
             tensors |= {"ln_weight": uniform(0.5, 1.5, h, dv), "ln_bias": 0.1 * normal(h, dv)}
         grad_duals = tuple(normal(self.sequences, h, *s) for s in shapes)
         grad_out = normal(b, t, h, dv)

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.reference import chunkwise
-from ..memory import linear_memory, mlp_memory
 from ..state import MemoryState
 from ..tables import biases, memories, retention
 from ..tables.biases import L2, Huber, RobustL2
@@ -99,7 +98,7 @@ def _run(case: Case, arguments: dict, run: str | Callable) -> tuple[Tensor, Memo
         tokens = [arguments[name] for name in TOKENS[:5]]
         rest = {name: x for name, x in arguments.items() if name not in TOKENS[:5]}
         return run(make_call(memories.TABLE[case.memory], *tokens, **rest))
-    out, state = (linear_memory if case.memory == "linear" else mlp_memory)(**arguments, backend=run)
+    out, state = case.function(**arguments, backend=run)
     assert state is not None, "output_final_state is set"
     return out, state
 
@@ -288,7 +287,7 @@ def examples(backend: str | None = None):
     @st.composite
     def build(draw) -> Example:
         one_of = lambda *values: draw(st.sampled_from(values))
-        memory = one_of("linear", "mlp")
+        memory = one_of(*memories.TABLE)
         linear, dtype = memory == "linear", one_of("float32", "bfloat16", *(("float16",) if backend == "triton" else ()))
         # a number as delta cannot be moved away from errors, so 16-bit products may be on the other side of a kink than float64
         first = linear and one_of(False, False, False, True)  # where the C++ kernels serve it

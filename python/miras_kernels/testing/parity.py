@@ -39,7 +39,6 @@ from torch.nn.functional import hardshrink
 
 from .. import dispatch
 from ..backends.reference import chunkwise
-from ..memory import linear_memory, mlp_memory
 from .cases import KINK_DISTANCE, Case, Inputs
 from .rounding import ARITHMETIC, SMALLEST, ULPS, Rounding
 
@@ -91,7 +90,7 @@ def evaluate(inputs: Inputs, run: str | Callable = "auto") -> dict[str, Tensor]:
     if callable(run):
         out, state = run(inputs.call())
     else:
-        function = linear_memory if inputs.case.memory == "linear" else mlp_memory
+        function = inputs.case.function
         out, state = function(**inputs.arguments(), backend=run)
     results = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
     if state.momentum is not None:

@@ -12,16 +12,11 @@ from torch import Tensor
 from ..backends.reference import chunkwise
 from ..call import Call
 from ..decode import Decoder
-from ..memory import linear_memory, mlp_memory
 from ..state import MemoryState
 from .cases import Case, Inputs
 from .parity import Report, compare, expect, margin, operands
 
 __all__ = ["before", "check_results", "check_steps", "cut", "decoder", "final", "read", "results", "whole"]
-
-
-def function(case: Case):
-    return linear_memory if case.memory == "linear" else mlp_memory
 
 
 def cut(arguments: dict, a: int, b: int) -> dict:
@@ -42,7 +37,7 @@ def read(inputs: Inputs, backend: str, cuts: Sequence[int]) -> dict[str, Tensor]
     case, arguments = inputs.case, inputs.arguments()
     state = arguments["initial_state"]
     if cuts[0]:
-        _, state = function(case)(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
     elif not isinstance(state, MemoryState):
         state = MemoryState(tuple(state) if isinstance(state, tuple) else (state,))
     reader = decoder(case, arguments, state, backend)

@@ -16,12 +16,13 @@ import torch
 from .. import dispatch, verification
 from ..tables.biases import L2, Bias
 from ..tables.biases import TABLE as BIASES
+from ..tables.memories import TABLE
 from ..tables.retention import TABLE as GATES
 from ..tables.retention import L2Retention, Retention
 from ..verification import DECODE, SEQUENCE
 from .cases import Case, Inputs
 from .parity import check, relative_error
-from .steps import check_steps, final, function, inputs_of, whole
+from .steps import check_steps, final, inputs_of, whole
 
 __all__ = ["Outcome", "Verification", "verify"]
 
@@ -137,8 +138,8 @@ def verify(
 
 
 def _validate(memory: object, bias: object, retention: object, dtype: object, seconds: object) -> None:
-    if memory not in (None, "linear", "mlp"):
-        raise ValueError(f"memory: expected 'linear', 'mlp' or None, got {memory!r}")
+    if memory is not None and memory not in TABLE:
+        raise ValueError(f"memory: expected one of {', '.join(map(repr, TABLE))} or None, got {memory!r}")
     for name, x, kind in (("bias", bias, Bias), ("retention", retention, Retention), ("dtype", dtype, torch.dtype)):
         if not isinstance(x, (kind, type(None))):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {x!r}")
@@ -164,7 +165,7 @@ def _pairs(memory: str | None, bias: Bias | None, retention: Retention | None, o
     """A plain case and one with all features, for each memory, bias and retention gate; the simplest first."""
     every = itertools.product([bias] if bias else BIASES.values(), [retention] if retention else GATES.values())
     rows = sorted(every, key=lambda row: (row[0].name != "l2") + (row[1].name != "l2"))
-    return [_pair(m, *row, own) for row in rows for m in ([memory] if memory else ["linear", "mlp"])]
+    return [_pair(m, *row, own) for row in rows for m in ([memory] if memory else TABLE)]
 
 
 def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, Any] | None) -> tuple[Case, Case]:
@@ -234,7 +235,7 @@ class _Check:
         else:
             rows = list(check(case, name, self.dtype, str(self.device)).rows)
             with torch.no_grad():
-                out, state = function(case)(**inputs.arguments(), backend=name)
+                out, state = case.function(**inputs.arguments(), backend=name)
             exact, budgets = whole(inputs.to(torch.float64), 0), {row.name: row for row in rows}
             for part, x in final(out, state).items():
                 error = relative_error(x, exact[part])

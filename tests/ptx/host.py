@@ -1,0 +1,192 @@
+"""Launches: tensors become the machine's global memory, their views the bytes that may be touched."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import compiling
+from .counts import Counts
+from .machine import Machine
+from .parse import parse
+from .shadow import INITIALISED, VALID, Report, Reports, Space
+from .translate import Program
+
+__all__ = ["Faults", "Launch", "known", "on_machine"]
+
+#: what fresh memory is filled with: not a number in float32, bfloat16 and float16. Eight such bytes count as uninitialised
+POISON = 0x7FA7
+FIRST, GAP = 0x7F00_0000_0000, 512
+#: threads that run side by side
+THREADS = 4096
+
+
+def known(report: Report) -> bool:
+    """Faults that are not ours, or not mended yet.
+
+    Triton before 3.7 puts no fence.proxy.async between a cp.async and a wgmma that reads its data, and lets a loop overwrite registers that
+    a wgmma still reads (triton-lang/triton pull request 9610 has the fences). The compiler adds up mirrored lanes in mirrored order, so
+    that their sums differ in the last bit, and has several of them store theirs to one place. A chain reads the checkpoint of a spare
+    segment of packed sequences, which nobody wrote, and does nothing with it.
+    """
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    of_old = ("a wgmma reads what no fence.proxy.async followed", "overwrites a register of a wgmma that was not waited for")
+    spare = report.kind == "reads uninitialised memory (global)" and "_chain_fwd" in report.kernel
+    return spare or report.kind.startswith("threads store different bits") or (old and report.kind in of_old)
+
+
+class Faults(AssertionError):
+    """The reports of a launch."""
+
+    def __init__(self, reports: list[Report]):
+        super().__init__("\n".join(map(str, reports)))
+        self.reports = reports
+
+
+@functools.lru_cache(64)
+def program(ptx: str) -> Program:
+    return Program(parse(ptx))
+
+
+class Memory:
+    """The storages of tensors, side by side with gaps between."""
+
+    def __init__(self, tensors: list[Tensor], granule: int, reports: Reports):
+        self.places: dict[int, tuple[int, np.ndarray]] = {}
+        size = GAP
+        for x in tensors:
+            key, storage = x.untyped_storage().data_ptr(), x.untyped_storage()
+            if key not in self.places:
+                size = -(-size // 64) * 64 + key % 64
+                self.places[key] = (size, torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+                size += storage.nbytes() + GAP
+        flat = np.full(-(-size // 64) * 32, POISON, np.uint16).view(np.uint8)
+        for place, data in self.places.values():
+            flat[place : place + data.size] = data
+        self.space = Space("global", flat, FIRST, granule, reports)
+        valid = np.zeros(flat.size, bool)
+        for x in tensors:
+            _mark(valid, self.offset(x), x)
+        fresh = flat.view(np.uint64) == np.uint64(POISON * 0x1_0001_0001_0001)
+        state = np.where(valid.reshape(-1, granule).all(1), VALID, 0) | np.where(fresh.repeat(8 // granule), 0, INITIALISED)
+        self.space.state[:] = state
+
+    def offset(self, x: Tensor) -> int:
+        return self.places[x.untyped_storage().data_ptr()][0] + x.storage_offset() * x.element_size()
+
+    def back(self) -> None:
+        for place, data in self.places.values():
+            data[:] = self.space.data[place : place + data.size]
+
+
+def _mark(valid: np.ndarray, offset: int, x: Tensor) -> None:
+    if x.numel():
+        shape = (*x.shape, x.element_size())
+        strides = (*(s * x.element_size() for s in x.stride()), 1)
+        np.lib.stride_tricks.as_strided(valid[offset:], shape, strides)[...] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """PTX, its parameters in order (CPU tensors and numbers; the rest are null pointers), the grid, bytes of shared memory."""
+
+    ptx: str
+    arguments: list
+    grid: tuple[int, ...]
+    shared: int = 0
+
+    def run(self, counting: bool = False) -> tuple[list[Report], Counts | None]:
+        made = program(self.ptx)
+        reports = Reports(made.kernel.name, made.kernel.instructions, made.kernel.threads)
+        memory = Memory([x for x in self.arguments if isinstance(x, Tensor)], made.granule, reports)
+        values = [FIRST + memory.offset(x) if isinstance(x, Tensor) else x for x in self.arguments]
+        names = [name for name, _ in made.kernel.parameters]
+        parameters = dict(zip(names, [*values, *[0] * (len(names) - len(values))], strict=True))
+        grid = (*self.grid, 1, 1)[:3]
+        ctas, batch = np.arange(grid[0] * grid[1] * grid[2]), max(THREADS // made.kernel.threads, 1)
+        counts = Counts(made) if counting else None
+        for i in range(0, len(ctas), batch):
+            Machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, self.shared, counts).run()
+        memory.back()
+        return list(reports.found.values()), counts
+
+    def copy(self) -> Launch:
+        """With the same bits in storages of its own."""
+        copies: dict[int, torch.UntypedStorage] = {}
+        of = lambda x: copies.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().clone())
+        moved = lambda x: torch.empty(0, dtype=x.dtype).set_(of(x), x.storage_offset(), x.shape, x.stride())
+        return dataclasses.replace(self, arguments=[moved(x) if isinstance(x, Tensor) else x for x in self.arguments])
+
+
+@contextlib.contextmanager
+def on_machine(
+    architecture: str, allowed: Callable[[Report], bool] | None = None, before: Callable[[Launch], None] | None = None, fusion: bool = True
+) -> Iterator[list[Report]]:
+    """Within it ``backend="triton"`` runs CPU tensors on the machine, compiled for ``sm_80`` or ``sm_90``.
+
+    Args:
+        allowed: reports that are collected in what this gives; others are raised.
+        before: called with each launch before it runs. fusion: whether the compiler may fuse products and sums.
+    """
+    from miras_kernels.kernels.common import launch
+
+    from miras_kernels.backends import triton as backend
+
+    found: list[Report] = []
+
+    def start(kernel, grid, config, device, arguments) -> None:
+        if 0 in grid:
+            return
+        made = compiling.compiled(kernel, arguments, config, architecture, fusion)
+        given = Launch(made.ptx, [arguments[x] if i is None else arguments[x][i] for x, i in made.arguments], grid, made.shared)
+        if before is not None:
+            before(given)
+        reports, _ = given.run()
+        found.extend(reports)
+        if refused := [x for x in reports if allowed is None or not allowed(x)]:
+            raise Faults(refused)
+
+    changes = ((launch, "start", start), (launch, "architecture", lambda device: architecture), (backend, "interpreted", lambda: True))
+    with _replaced(*changes), _poisoned():
+        yield found
+
+
+@contextlib.contextmanager
+def _replaced(*changes: tuple) -> Iterator[None]:
+    before = [(where, name, getattr(where, name)) for where, name, _ in changes]
+    for where, name, new in changes:
+        setattr(where, name, new)
+    try:
+        yield
+    finally:
+        for where, name, old in before:
+            setattr(where, name, old)
+
+
+def _poisoned():
+    """Fresh tensors are filled with POISON."""
+
+    def filled(make: Callable) -> Callable:
+        @functools.wraps(make)
+        def function(*args, **kwargs):
+            x = make(*args, **kwargs)
+            if x.device.type == "cpu" and x.numel() and x.is_contiguous():
+                data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).numpy()
+                data[: data.size // 2 * 2].view(np.uint16)[:] = POISON
+            return x
+
+        return function
+
+    return _replaced(
+        (torch, "empty_like", filled(torch.empty_like)),
+        (torch.Tensor, "new_empty", filled(torch.Tensor.new_empty)),
+        (torch, "empty", filled(torch.empty)),
+    )
