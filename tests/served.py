@@ -50,6 +50,12 @@ TOGETHER = [
     Forgetful("forgetful-momentum", bias=mk.Huber(), decay="channel", momentum=True, tokens=80, chunk_size=32, seed=14),
     Forgetful("forgetful-sigmoid", retention=mk.SigmoidRetention(), decay="channel", momentum=True, lengths=(40, 17), seed=15),
     Forgetful("forgetful-scalar", decay="scalar", momentum=True, tokens=80, chunk_size=32, heads=4, seed=16),
+    # exact steps in several blocks: Triton's interpreter would take a quarter of a minute for each
+    Case("blocks-chunk-1", chunk_size=1, tokens=71, seed=17),
+    Case("blocks-chunk-2-no-decay", chunk_size=2, decay="none", tokens=71, key_dim=19, value_dim=33, seed=18),
+    Case("blocks-chunk-1-extreme-decay", chunk_size=1, decay="extreme", tokens=70, keys="repeated", seed=19),
+    Case("blocks-chunk-1-packed-shared", chunk_size=1, initial="shared", lengths=(7, 41, 0, 33), keys="zero", seed=20),
+    Case("blocks-largest", chunk_size=1, batch=1, heads=1, tokens=70, key_dim=256, value_dim=256, seed=34),
     Case("mlp-lq1.5", retention=mk.LqRetention(1.5), **MLP, seed=21),
     Case("mlp-lq1.5-momentum", bias=mk.Huber(), retention=mk.LqRetention(1.5), momentum=True, **MLP, seed=22),
     Case("mlp-lq3-momentum-odd", bias=mk.Lp(3.0), retention=mk.LqRetention(3.0, 0.5), momentum=True, **ODD, seed=23),
