@@ -61,15 +61,15 @@ class Blocks:
             out, final = empty(self.call)
             b, h, dv, dk = state.shape
             return out, final, [state.new_empty(b, h, 0, dv, dk), state.new_empty(b, h, 0, self.layout.size, dv)]
-        states, errors = [], []
+        states, solved = [], []
         for n in range(self.chunks):
             states.append(state)
             given = self.r[:, :, n] * (self.k[:, :, n] @ state.transpose(-1, -2)) - self.v[:, :, n]
             system = self.scores[:, :, n] * self.lr[:, :, n].transpose(-1, -2)  # (I + G diag(lr)) E = given
-            errors.append(torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True))
-            u_end = self.to_end[:, :, n] * self.lr[:, :, n] * errors[-1]
+            solved.append(torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True))
+            u_end = self.to_end[:, :, n] * self.lr[:, :, n] * solved[-1]
             state = self.gamma[:, :, n, -1:] * state - u_end.transpose(-1, -2) @ self.k[:, :, n]
-        starts, errors = torch.stack(states, 2), torch.stack(errors, 2)
+        starts, errors = torch.stack(states, 2), torch.stack(solved, 2)
         u = self.lr * errors
         out = self.gamma * (self.q @ starts.transpose(-1, -2)) - (self.pair * (self.q @ self.k.transpose(-1, -2))) @ u
         return self.layout.merge(out), self._final(state, starts[:, :, -1], u[:, :, -1]), [starts, errors]
