@@ -83,8 +83,10 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
 }
 
 // Exact steps in blocks of that many tokens, or 0: see cpu/block.h
-void set_block(LinearParams& p, int64_t block) {
+void set_block(LinearParams& p, int64_t block, bool decay_first) {
+  require(!decay_first || (block > 0 && p.C == 1), "decay first needs exact steps in blocks and chunks of one token");
   if (block == 0) return;
+  p.decay_first = decay_first;
   require(p.bias == BiasTag::l2 && p.retention == RetentionTag::l2 && !p.momentum && !p.lr_per_channel && !p.decay_per_channel,
           "no exact steps in blocks for these rules and gates");
   require(block >= p.C && block <= 256 && block % p.C == 0, "a block must hold whole chunks, 256 tokens at most");
@@ -94,7 +96,8 @@ void set_block(LinearParams& p, int64_t block) {
 // (out, final dual, final momenta, final start, final open_log_decay, checkpoints), empty if absent
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const OpenChunkTuple<Tensor>& open_chunk,
-               const OptionalTensor& cu_seqlens, const RuleTuple& rules, int64_t checkpoint_every, bool output_final_state, int64_t block) {
+               const OptionalTensor& cu_seqlens, const RuleTuple& rules, int64_t checkpoint_every, bool output_final_state, int64_t block,
+               bool decay_first) {
   const Tokens x(tokens_);
   const auto& [start, position, open_log_decay] = open_chunk;
   LinearForward p;
@@ -110,7 +113,7 @@ linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const
       p.open_log_decay = open.data<float>();
     }
   }
-  set_block(p, block);
+  set_block(p, block, decay_first);
 
   const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, x.q.type());
   p.out = tokens(out);
@@ -181,13 +184,13 @@ OptionalTensor sum_gate(const LinearParams& p, const OptionalTensor& shares, boo
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, OptionalTensor>
 linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const OptionalTensor& cu_seqlens, const RuleTuple& rules,
                 int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& grad_out_, const GradStateTuple<Tensor>& grad_state,
-                int64_t block) {
+                int64_t block, bool decay_first) {
   const Tokens x(tokens_);
   const Tensor &q = x.q, &v = x.v;
   const auto& [grad_final_dual, grad_final_momenta] = grad_state;
   LinearBackward p;
   fill(p, x, state, cu_seqlens, rules, checkpoint_every);
-  set_block(p, block);
+  set_block(p, block, decay_first);
   p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
@@ -369,9 +372,9 @@ PYBIND11_MODULE(_C, m) {
   miras::find_torch();
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
   m.def("linear_forward", &miras::linear_forward, "tokens"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
-        "output_final_state"_a, "block"_a);
+        "output_final_state"_a, "block"_a, "decay_first"_a);
   m.def("linear_backward", &miras::linear_backward, "tokens"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a, "checkpoints"_a,
-        "grad_out"_a, "grad_state"_a, "block"_a);
+        "grad_out"_a, "grad_state"_a, "block"_a, "decay_first"_a);
   m.def("mlp_forward", &miras::mlp_forward, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a,
         "checkpoint_every"_a, "output_final_state"_a);
   m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,

@@ -102,6 +102,7 @@ struct LinearParams : MemoryParams {
 
   // Exact steps in blocks (cpu/block.h): tokens of a chunk, C being those of a block; else 0
   int chunk = 0;
+  bool decay_first = false;  // errors are taken after the token's decay; chunks of one token only
 
   // A and, with momentum, S at the start. Checkpoints are transposed: [slots, H, Dk, Dv], with momentum [slots, H, 2, Dk, Dv].
   StateTensor dual, momenta;

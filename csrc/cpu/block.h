@@ -5,6 +5,8 @@
 //
 //   E = r * (K A_0') - V - G U    U = eta * E    G_ts = L_b(t)s k_t.k_s for s <= b(t), else 0
 //
+// With decay first the error of token t is taken after its decay: b(t) = t, and G_ts = 0 for s = t.
+//
 // which is a unit lower triangular system, solved row by row. In the kernels C is the number of tokens of a block.
 #pragma once
 
@@ -15,7 +17,7 @@ namespace miras::cpu::MIRAS_LEVEL {
 // The weights of a block, L [(1 + C) x Cp] with a row of zeros for the state before it, and r [Cp]
 class BlockWeights {
  public:
-  MIRAS_FN BlockWeights(Arena& a, const LinearParams& p) : cp_(round_up(p.C, kPad)), chunk_(p.chunk) {
+  MIRAS_FN BlockWeights(Arena& a, const LinearParams& p) : cp_(round_up(p.C, kPad)), chunk_(p.chunk), decay_first_(p.decay_first) {
     rows_ = a.take(1 + p.C, cp_), r = a.take(1, cp_);
   }
 
@@ -23,13 +25,18 @@ class BlockWeights {
 
   // Row t of L, from -1 on
   MIRAS_FN const float* row(int t) const { return rows_ + (1 + t) * cp_; }
-  // The token before t's chunk, -1 where that begins the block
-  MIRAS_FN int before(int t) const { return chunk_ == 1 ? t - 1 : t / chunk_ * chunk_ - 1; }
+  // The token before t's chunk, -1 where that begins the block; with decay first t itself
+  MIRAS_FN int before(int t) const { return decay_first_ ? t : chunk_ == 1 ? t - 1 : t / chunk_ * chunk_ - 1; }
   // Row t of L where t's error is taken
   MIRAS_FN const float* error_row(int t) const { return row(before(t)); }
 
   // Zeros, as all entries right of the diagonal remain
   MIRAS_FN void clear(int C) { fill_zero(rows_, (1 + C) * cp_); }
+
+  // No token's error sees its own write: M [c x Cp]
+  MIRAS_FN void clear_own(int c, float* M) const {
+    for (int t = 0; t < c && decay_first_; ++t) M[t * cp_ + t] = 0.0f;
+  }
 
   // Only products of decays in (0, 1], by rows in registers: L_t = alpha_t L_(t-1) with L_tt = 1
   void read(const Gates& gates, int c) {
@@ -48,6 +55,7 @@ class BlockWeights {
  private:
   index_t cp_;
   int chunk_;
+  bool decay_first_;
   float* rows_;
 };
 
@@ -63,6 +71,7 @@ static void key_scores(const BlockWeights& weights, int c, int dk, const float* 
       for (int n = 0; n < N; ++n) store(G + (i + r) * cp + j + n * kLanes, s.acc[r][n] * load(weight + n * kLanes));
     }
   });
+  weights.clear_own(c, G);
 }
 
 // Rows of the triangle of R tokens on the diagonal of a lower triangular M: y_r -= sum_{s <= r} M_rs x_s, x [R x ldx]

@@ -216,6 +216,7 @@ void BlockBackwardTask::key_pairs(int c, const float* G, bool of_decay) {
       }
     }
   });
+  s.weights.clear_own(c, s.F);
 }
 
 void BlockBackwardTask::query_gradient(int64_t block, const ChunkView& dq) {

@@ -42,8 +42,9 @@ def run(call: Call, backend: str, differentiate: bool, checkpoint_every: int) ->
 def _run_reference(call: Call) -> tuple[Tensor, MemoryState | None]:
     """Plain PyTorch, for calls without an operator; it also differentiates through states cut inside a chunk."""
     dtype = call.state.dual[0].dtype
+    erase_k = None if call.erase_k is None else call.erase_k.to(dtype)
     with torch.autocast(call.q.device.type, enabled=False):
-        out, state = chunkwise.run(call.replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype)))
+        out, state = chunkwise.run(call.replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype), erase_k=erase_k))
     out = out.to(call.v.dtype)
     if not call.output_final_state:
         return out, None
@@ -90,15 +91,17 @@ def _flatten(call: Call) -> tuple:
     """A call as arguments of the operators, without backend and checkpoint_every."""
     open_chunk = call.state.open_chunk
     return (
-        call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias,
+        call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.erase_k, call.key_log_decay,
+        call.ln_weight, call.ln_bias,
         call.state.tensors(), None if open_chunk is None else open_chunk.position, call.cu_seqlens,
         call.memory.name, call.ln_eps, call.bias.code, call.retention.code, call.chunk_size, call.output_final_state,
+        call.decay_first,
     )  # fmt: skip
 
 
 def _call(
-    q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, state, position, cu_seqlens,
-    memory, ln_eps, bias, gate, chunk_size, output_final_state,
+    q, k, v, lr, log_decay, delta, momentum, erase_k, key_log_decay, ln_weight, ln_bias, state, position, cu_seqlens,
+    memory, ln_eps, bias, gate, chunk_size, output_final_state, decay_first,
 ) -> Call:  # fmt: skip
     """The inverse of :func:`_flatten`."""
     m = len(TABLE[memory].matrices)
@@ -109,6 +112,7 @@ def _call(
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, state=structure.replace_tensors(state), cu_seqlens=cu_seqlens,
         bias=biases.from_code(bias), retention=retention.from_code(gate),
         chunk_size=chunk_size, output_final_state=output_final_state,
+        erase_k=erase_k, key_log_decay=key_log_decay, decay_first=decay_first,
     )  # fmt: skip
 
 
@@ -202,9 +206,10 @@ class _Memory(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------------- operators
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? log_decay, Tensor? delta, Tensor? momentum, Tensor? ln_weight, Tensor? ln_bias, "
-    "Tensor[] state, Tensor? position, Tensor? cu_seqlens, str memory, float ln_eps, str bias, str gate, SymInt chunk_size, "
-    "bool output_final_state, str backend, SymInt checkpoint_every"
+    "Tensor q, Tensor k, Tensor v, Tensor lr, Tensor? log_decay, Tensor? delta, Tensor? momentum, Tensor? erase_k, "
+    "Tensor? key_log_decay, Tensor? ln_weight, Tensor? ln_bias, Tensor[] state, Tensor? position, Tensor? cu_seqlens, "
+    "str memory, float ln_eps, str bias, str gate, SymInt chunk_size, bool output_final_state, bool decay_first, "
+    "str backend, SymInt checkpoint_every"
 )
 
 
@@ -255,7 +260,7 @@ def _operator_backward(ctx, grad_out, grad_final, grad_saved):
     call, grads = _gradients(ctx, _backward_operator, grad_out, grad_final or [])
     of_arguments = dict(zip(call.present(), grads, strict=False))
     # the rest: position, cu_seqlens, and the options of _ARGUMENTS
-    return *map(of_arguments.get, Call.DIFFERENTIABLE), grads[len(of_arguments) :], *(None,) * 10
+    return *map(of_arguments.get, Call.DIFFERENTIABLE), grads[len(of_arguments) :], *(None,) * 11
 
 
 _memory.register_autograd(_operator_backward, setup_context=_setup_context)

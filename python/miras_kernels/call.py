@@ -41,11 +41,20 @@ class Call:
     retention: Retention
     chunk_size: int
     output_final_state: bool
+    erase_k: Tensor | None = None
+    key_log_decay: Tensor | None = None
+    decay_first: bool = False
 
     #: the arguments of shape [B, T, H, ...]
-    PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+    PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "erase_k", "key_log_decay")
     #: the differentiable arguments but the initial state
     DIFFERENTIABLE = (*PER_TOKEN, "ln_weight", "ln_bias")
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the options of the delta rule that differ from the plain recurrence."""
+        used = {"decay_first": self.decay_first, "erase_k": self.erase_k is not None, "key_log_decay": self.key_log_decay is not None}
+        return tuple(name for name, use in used.items() if use)
 
     @property
     def hidden(self) -> int:

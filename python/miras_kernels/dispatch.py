@@ -15,7 +15,7 @@ from . import verification
 from .backends import BACKENDS
 from .call import Call
 
-__all__ = ["BACKENDS", "NAMES", "candidates", "choose", "explain", "stepper", "unavailable"]
+__all__ = ["BACKENDS", "NAMES", "candidates", "choose", "explain", "stepper", "unavailable", "unserved"]
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -44,8 +44,14 @@ def _cannot_run(name: str, call: Call) -> str | None:
 
 
 def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
-    reason = _cannot_run(name, call)
+    reason = _cannot_run(name, call) or unserved(name, call)
     return reason if reason is not None else BACKENDS[name].refuses(call, differentiate)
+
+
+def unserved(name: str, call: Call) -> str | None:
+    """Which option of the delta rule a backend does not serve, or None."""
+    lacks = [option for option in call.variants if option not in BACKENDS[name].variants]
+    return f"it does not serve {lacks[0]}" if lacks else None
 
 
 def _distrust_reason(name: str, call: Call, *, steps: bool = False, differentiate: bool = False, warn: bool = False) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ def linear_memory(
     retention: Retention = L2Retention(),  # noqa: B008  immutable
     delta: float | Tensor | None = None,
     momentum: Tensor | None = None,
+    erase_k: Tensor | None = None,
+    key_log_decay: Tensor | None = None,
+    decay_first: bool = False,
     chunk_size: int = 64,
     initial_state: MemoryState | Tensor | tuple[Tensor] | None = None,
     output_final_state: bool = False,
@@ -63,13 +67,19 @@ def linear_memory(
         lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are converted to float32 (float64 for float64
             inputs).
         log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay. Channels are value
-            channels: rows of ``A [Dv, Dk]`` decay. GLA and Kimi Delta Attention decay its columns, by key channel; where
-            ``Dk = Dv`` the shapes are the same, and the gate still applies to value channels.
+            channels: rows of ``A [Dv, Dk]`` decay. For a decay of its columns, by key channel, see ``key_log_decay``.
         bias: the attentional bias, see :mod:`miras_kernels.biases`.
         retention: the retention gate, see :mod:`miras_kernels.retention`.
         delta: threshold or radius, for the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
             ``Huber("coordinate")``.
         momentum: ``theta`` in [0, 1), ``[B, T, H]``.
+        erase_k: ``[B, T, H, Dk]``, the keys whose error is taken, ``e_t = W_0 erase_k_t - v_t``; the write stays along ``k_t``. None: k.
+            Comba (arXiv 2506.02475) erases along another key than it writes. Like the next two arguments it needs ``chunk_size=1`` and
+            ``L2Retention()``, and the backends that do not serve it refuse it.
+        key_log_decay: ``[B, T, H, Dk]``, the decay per key channel, ``A_t = A_{t-1} diag(exp(key_log_decay_t)) + S_t``, in the place of
+            ``log_decay``: gated linear attention (GLA, arXiv 2312.06635, with ``DotProduct()``) and Kimi Delta Attention (KDA,
+            arXiv 2510.26692, with ``decay_first``).
+        decay_first: take the error after the decay, ``e_t = alpha_t A_{t-1} k_t - v_t``: Gated DeltaNet (arXiv 2412.06464) and KDA.
         initial_state: a :class:`MemoryState`, a dual ``[N, H, Dv, Dk]``, or a learned one ``[H, Dv, Dk]`` shared by all
             sequences; None for zeros.
         output_final_state: whether to return the state after the last token.
@@ -88,6 +98,7 @@ def linear_memory(
     return run(
         memories.LINEAR, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend,
+        erase_k=erase_k, key_log_decay=key_log_decay, decay_first=decay_first,
     )  # fmt: skip
 
 
@@ -141,8 +152,7 @@ FUNCTIONS: dict[str, Callable[..., tuple[Tensor, MemoryState | None]]] = {"linea
 def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, backend: str = "auto",
         **arguments) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
     """Run a memory of :mod:`miras_kernels.tables.memories`; the arguments are those of its public function."""
-    q, k, v = _autocast(q, k, v)
-    call = make_call(memory, q, k, v, lr, log_decay, **arguments)
+    call = _call(memory, q, k, v, lr, log_decay, arguments)
     differentiate = _differentiates(call)
     name = dispatch.choose(backend, call, differentiate)
     if call.q.shape[0] == 0 or call.q.shape[1] == 0:
@@ -167,13 +177,37 @@ def explain(
         blocks, or token by token.
     """
     arguments.pop("backend", None)
-    q, k, v = _autocast(q, k, v)
-    call = make_call(memories.find(memory, arguments), q, k, v, lr, log_decay, **arguments)
+    call = _call(memories.find(memory, arguments), q, k, v, lr, log_decay, arguments)
     return dispatch.explain(call, _differentiates(call))
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v, under autocast in its dtype, as for a matrix product."""
+def _call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None, arguments: dict[str, Any]) -> Call:
+    q, k, v, erase_k = _autocast(q, k, v, arguments.get("erase_k"))
+    if erase_k is not None:
+        arguments["erase_k"] = erase_k
+    return _decayed(make_call(memory, q, k, v, lr, log_decay, **arguments))
+
+
+def _decayed(call: Call) -> Call:
+    """The call with its decay applied to the state, if there is one token and its decay comes first: the rest is the plain rule."""
+    if not call.decay_first and call.key_log_decay is None:
+        return call
+    if call.log_decay is None and call.key_log_decay is None:
+        return call.replace(decay_first=False)
+    comes_first = call.decay_first or not call.bias.reads_memory
+    if not comes_first or call.q.shape[1] != 1 or call.cu_seqlens is not None:
+        return call
+    dual = call.state.dual[0]
+    if call.key_log_decay is not None:
+        alpha = call.key_log_decay[:, 0].exp().unsqueeze(-2)
+    elif call.log_decay is not None:
+        alpha = call.log_decay[:, 0].exp().reshape(*dual.shape[:2], -1, 1)
+    state = MemoryState((alpha * dual,), call.state.momentum)
+    return call.replace(state=state, log_decay=None, key_log_decay=None, decay_first=False)
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Queries, keys and values, under autocast in its dtype, as for a matrix product."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors

@@ -24,11 +24,13 @@ COMMON = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chu
               cu_seqlens=None)  # fmt: skip
 #: and of a memory that ends in a LayerNorm
 NORM_DEFAULTS = dict(ln_weight=None, ln_bias=None, ln_eps=1e-6)
+#: and of a memory that takes the variants of the delta rule
+VARIANTS = dict(erase_k=None, key_log_decay=None, decay_first=False)
 
 
 def make_call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **given: Any) -> Call:
     """Check the arguments of a memory's function, see :mod:`miras_kernels.memory`, and convert them to one form."""
-    defaults = COMMON | (NORM_DEFAULTS if memory.needs_norm else {})
+    defaults = COMMON | (NORM_DEFAULTS if memory.needs_norm else {}) | (VARIANTS if memory.variants else {})
     if unexpected := [name for name in given if name not in defaults]:
         raise TypeError(f"{memory.title} takes no argument {', '.join(map(repr, unexpected))}")
     x = {**defaults, **given}
@@ -41,10 +43,11 @@ def make_call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_d
     gates = _gates(memory, lr, log_decay, x["delta"], x["momentum"], x["bias"], q, (b, t, h), dv)
     shapes = [(n, h, *shape) for shape in _matrix_shapes(memory, x["initial_state"], dk, dv)]
     state = _state(x["initial_state"], q, x["momentum"] is not None, x["chunk_size"], shapes, gates["log_decay"])
+    variants = _variants(q, gates["log_decay"], x["chunk_size"], x["retention"], **{name: x[name] for name in VARIANTS if name in x})
     norm = {name: x.get(name) for name in NORM}
     norm = _norm(q, h, dv, **norm) if memory.needs_norm else norm | {"ln_eps": 0.0}
     return Call(
-        memory=memory, q=q, k=k, v=v, **gates, **norm, state=state, cu_seqlens=x["cu_seqlens"],
+        memory=memory, q=q, k=k, v=v, **gates, **variants, **norm, state=state, cu_seqlens=x["cu_seqlens"],
         bias=x["bias"], retention=x["retention"], chunk_size=x["chunk_size"], output_final_state=x["output_final_state"],
     )  # fmt: skip
 
@@ -181,6 +184,33 @@ def _gates(memory: Memory, lr, log_decay, delta, momentum, bias: Bias, q: Tensor
     else:
         gates["delta"] = torch.full((), float(delta), dtype=_arithmetic(q), device=q.device).expand(bth)
     return gates
+
+
+def _variants(
+    q: Tensor, log_decay: Tensor | None, chunk_size: int, retention: Retention, erase_k=None, key_log_decay=None, decay_first=False
+) -> dict:
+    """The options of the delta rule: they need single tokens and a dual that is its own primal."""
+    if not isinstance(decay_first, bool):
+        raise TypeError(f"decay_first: expected True or False, got {_describe(decay_first)}")
+    if erase_k is not None:
+        _is_tensor("erase_k", erase_k, q)
+        if erase_k.shape != q.shape:
+            raise ValueError(f"erase_k: expected the shape of k, {tuple(q.shape)}, got {tuple(erase_k.shape)}")
+        if erase_k.dtype != q.dtype:
+            raise TypeError(f"erase_k: expected dtype {q.dtype} as q, got {erase_k.dtype}")
+    if key_log_decay is not None:
+        if log_decay is not None:
+            raise ValueError("key_log_decay: expected log_decay=None beside it (add a decay per token to every key channel), got both")
+        key_log_decay = _tensor("key_log_decay", key_log_decay, q, (tuple(q.shape),), "[B, T, H, Dk]")
+        if _check_values(key_log_decay) and bool((key_log_decay > 0).any()):
+            raise ValueError(f"key_log_decay: expected values <= 0, got a maximum of {key_log_decay.max():g}")
+    given = {"erase_k": erase_k is not None, "key_log_decay": key_log_decay is not None, "decay_first": decay_first}
+    for name in [name for name, used in given.items() if used]:
+        if chunk_size != 1:
+            raise ValueError(f"{name}: needs chunk_size=1 (gradients taken at every token), got chunk_size={chunk_size}")
+        if not isinstance(retention, L2Retention):
+            raise ValueError(f"{name}: needs retention=L2Retention(), got {retention}")
+    return {"erase_k": erase_k, "key_log_decay": key_log_decay, "decay_first": decay_first}
 
 
 def _matrix_shapes(memory: Memory, initial: Any, dk: int, dv: int) -> tuple[tuple[int, int], ...]:

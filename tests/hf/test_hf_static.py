@@ -13,11 +13,12 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from miras_kernels.hf import replace_attention
 from miras_kernels.hf.cache import StaticMemoryCacheLayer
+from miras_kernels.layers import PRESETS as RULES
 from quick import slow
 
 MASK = torch.tensor(ROWS["left"])
 #: presets with every kind of state: linear and MLP, momentum, another mirror map, chunk_size 1, no dependence on chunk_size
-PRESETS = ("yaad_linear", "deltanet", "mamba2", "titans", "moneta", "yaad")
+PRESETS = ("yaad_linear", "deltanet", "gated_deltanet", "kda", "mamba2", "titans", "moneta", "yaad")
 
 
 def net(architecture="Llama", layers=None, **options):
@@ -49,7 +50,7 @@ def test_generation_equals_that_with_a_dynamic_cache(architecture, layers):
 
 @pytest.mark.parametrize(("preset", "layers"), [("yaad", None), *((preset, [0, 2]) for preset in PRESETS)])
 def test_every_kind_of_memory(preset, layers):
-    of = net("Qwen2", layers, preset=preset)
+    of = net("Qwen2", layers, preset=preset, chunk_size=1 if RULES[preset].decay_first else 4)
     options = dict(attention_mask=MASK, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
     grown, static = of.generate(ids(), **options), of.generate(ids(), **options, cache_implementation="static")
     assert torch.equal(grown.sequences, static.sequences)

@@ -20,6 +20,8 @@ class Backend(Protocol):
     name: str
     #: what "auto" does with a backend that has not been verified on this machine: "use", "warn" (and use) or "skip"
     unverified: str
+    #: the variants of the delta rule (:attr:`Call.variants`) that it serves
+    variants: tuple[str, ...]
 
     def files(self) -> list[Path]:
         """The files that its kernels are read from."""

@@ -24,6 +24,7 @@ class CppBackend:
 
     name = "cpp"
     unverified = "use"  # continuous integration runs them
+    variants: tuple[str, ...] = ("decay_first",)
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -45,6 +46,8 @@ class CppBackend:
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         reason = self._out_of_range(call)
+        if reason is None and call.decay_first and not block_tokens(call):
+            return "it serves decay_first with L2(), lr and log_decay per token, and no momentum"
         if reason is None and differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return reason
@@ -71,7 +74,7 @@ class CppBackend:
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are decoded one by one."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
+        return call.cu_seqlens is None and not call.decay_first and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._out_of_range(call)
@@ -156,9 +159,9 @@ def _rules(call: Call) -> tuple:
     return *((row.tag, row.parameters) for row in (call.bias, call.retention)), call.chunk_size
 
 
-def _block(call: Call) -> tuple[int, ...]:
-    """The linear kernels' argument ``block``."""
-    return (block_tokens(call),) if call.memory is LINEAR else ()
+def _block(call: Call) -> tuple[int | bool, ...]:
+    """The linear kernels' arguments ``block`` and ``decay_first``."""
+    return (block_tokens(call), call.decay_first) if call.memory is LINEAR else ()
 
 
 def _interval(call: Call, checkpoint_every: int) -> int:

@@ -70,6 +70,7 @@ class CudaBackend:
 
     name = "cuda"
     unverified = "skip"
+    variants: tuple[str, ...] = ()
 
     def __init__(self, path: Path = LIBRARY, device: str = "cuda"):
         self.path, self.device = path, device

@@ -24,6 +24,7 @@ class TritonBackend:
 
     name = "triton"
     unverified = "warn"
+    variants: tuple[str, ...] = ()
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import explain
+from ..dispatch import Explanation
 from ..tables import memories
 from .shared import can, memory_arguments, positive, print_rows
 
@@ -33,7 +34,7 @@ class Placeholder(torch.Tensor):
     device = property(lambda self: self.where)
 
 
-def _example(args: argparse.Namespace) -> dict[str, str | None]:
+def _example(args: argparse.Namespace) -> Explanation:
     """:func:`miras_kernels.explain` of a call like the one described, with tensors that hold no numbers."""
     b, h, d, dv = 1, 1, args.dim, args.value_dim or args.dim
     t, hidden = args.tokens or 2 * args.chunk, args.hidden or 4 * args.dim

@@ -159,6 +159,23 @@ class Decoder:
         self.buffers.load(state, self.settings["retention"])
 
     @torch.no_grad()
+    def decay(self, log_decay: Tensor) -> None:
+        """Multiply the dual by ``exp(log_decay)``, ``[N, H]`` or per key channel ``[N, H, Dk]``.
+
+        A step without decay after it is one with ``decay_first``; for linear memories with ``chunk_size=1`` and ``L2Retention()``.
+        """
+        start = self.buffers.start
+        if not self.memory.variants or self.settings["chunk_size"] != 1 or self.buffers.primal is not None:
+            raise ValueError(
+                f"decay: needs a linear memory, chunk_size=1 and retention=L2Retention(), got {self.memory.title}, {self.settings}"
+            )
+        shapes = (start.shape[:2], (*start.shape[:2], start.shape[3]))
+        if not isinstance(log_decay, Tensor) or tuple(log_decay.shape) not in map(tuple, shapes):
+            got = f"shape {tuple(log_decay.shape)}" if isinstance(log_decay, Tensor) else type(log_decay).__name__
+            raise ValueError(f"log_decay: expected shape [N, H] or [N, H, Dk] = {' or '.join(str(tuple(x)) for x in shapes)}, got {got}")
+        start.mul_(log_decay.to(start.dtype).exp().reshape(*start.shape[:2], 1, -1, 1))
+
+    @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
         """Sequence ``n`` continues from the state of sequence ``index[n]``, as in beam search."""
         for x in self.buffers.tensors():

@@ -17,6 +17,9 @@ change until it is trained. Each layer of the cache then holds both keys and val
 
 **From scratch.** :class:`MirasConfig` and :class:`MirasForCausalLM` are the paper's model, see :mod:`miras_kernels.hf.model`.
 
+**Linear attention that is there already.** :func:`accelerate` runs that of Qwen3-Next, Qwen3.5, OLMo hybrid and Kimi Linear on this
+library's kernels, with their own weights, see :mod:`miras_kernels.hf.linear_attention`.
+
 **Generation.** The state of the memories is in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow. Greedy
 search, sampling, beam search, several sequences per prompt, chunked prefill and continuing from a cache all give the results of reading
 the whole text at once. In static caches (``cache_implementation="static"``, :class:`~transformers.StaticCache`) the state is in buffers
@@ -47,6 +50,7 @@ from . import classes
 from .attention import MemoryAttention
 from .cache import MemoryCacheLayer
 from .classes import *  # noqa: F403
+from .linear_attention import accelerate
 from .model import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasForTokenClassification, MirasModel
 from .replace import Report, load, memory_config, replace_attention, report
 
@@ -59,6 +63,7 @@ __all__ = [
     "MirasForTokenClassification",
     "MirasModel",
     "Report",
+    "accelerate",
     "load",
     "memory_config",
     "replace_attention",

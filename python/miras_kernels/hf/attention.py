@@ -136,7 +136,7 @@ def _run_memory(
         batch = Batch(_token_mask(attention_mask, tokens, tokens), None)
     if batch.cu_seqlens is not None:
         if cache is not None:
-            raise ValueError(_PACKED_CACHE)
+            raise ValueError(PACKED_CACHE)
         pack = lambda x: x.flatten(0, 1).unsqueeze(0)
         out, _ = block(pack(x), cu_seqlens=batch.cu_seqlens, projected=projected and projected.map(pack))
         return out.unflatten(1, x.shape[:2]).squeeze(0)
@@ -149,7 +149,7 @@ def _run_memory(
 
 # ----------------------------------------------------------------------------------- padding, packed documents, refusals
 
-_PACKED_CACHE = (
+PACKED_CACHE = (
     "use_cache: packed documents leave no state to continue from; expected use_cache=False (or no position_ids or cu_seq_lens_q that pack "
     "documents), got a cache"
 )
@@ -177,7 +177,7 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
         documents = _documents(tokens, kwargs, mask)
     if documents is not None:
         if cache is not None or kwargs.get("use_cache"):
-            raise ValueError(_PACKED_CACHE)
+            raise ValueError(PACKED_CACHE)
         # Without a mask, the remaining attention layers find the documents by the positions.
         kwargs["use_cache"], kwargs["attention_mask"], mask = False, None, None
         if kwargs.get("position_ids") is None:
@@ -210,7 +210,7 @@ def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iterati
         mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         mask = None if bool(mask.all()) else mask
     if _documents(tokens, inputs, mask) is not None:
-        raise ValueError(_PACKED_CACHE)
+        raise ValueError(PACKED_CACHE)
     return {**inputs, MASK: mask}
 
 

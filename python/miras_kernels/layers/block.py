@@ -167,11 +167,11 @@ class MemoryBlock(nn.Module):
         self.output_gate = nn.Parameter(torch.empty(hidden_size, **where)) if output_gate else None
         self.conv_weight = nn.Parameter(torch.empty(3 * inner, conv_width, **where))
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim, **where))
-        gates = len(self.preset.token_gates) * num_heads
+        gates = sum(self._gate_sizes())
         self.gate_down = nn.Parameter(torch.empty(gate_rank, hidden_size, **where)) if gates else None
         self.gate_up = nn.Parameter(torch.empty(gates, gate_rank, **where)) if gates else None
         self.gate_bias = nn.Parameter(torch.empty(gates, **where)) if gates else None
-        self.decay_rate = nn.Parameter(torch.empty(num_heads, **where)) if self.preset.decay == "dt" else None
+        self.decay_rate = nn.Parameter(torch.empty(num_heads, **where)) if self.preset.decay in ("dt", "rate", "key_rate") else None
         self.w1 = self.w2 = self.ln_weight = self.ln_bias = None
         if self.preset.expansion is not None:
             hidden = self.preset.expansion * self.head_dim
@@ -217,7 +217,14 @@ class MemoryBlock(nn.Module):
         spans = (_SPAN if self.w1 is None else self.preset.chunk_size * self.w1.shape[-1]) * _SPREAD**at
         start = {"lr": torch.zeros_like(spans), "dt": inverse_softplus(1 / spans), "log_decay": inverse_softplus(1 / spans),
                  "delta": inverse_softplus(torch.full_like(spans, error)), "momentum": torch.zeros_like(spans)}  # fmt: skip
+        if self.preset.decay == "key_rate":  # the channels of every head have different spans
+            at = torch.linspace(0, 1, self.head_dim, dtype=torch.float64)
+            start["key_log_decay"] = inverse_softplus(1 / (_SPAN * _SPREAD**at)).repeat(self.num_heads)
         self.gate_bias.copy_(torch.cat([start[name] for name in self.preset.token_gates]))
+
+    def _gate_sizes(self) -> list[int]:
+        """How many numbers a token has for each gate."""
+        return [self.num_heads * (self.head_dim if name == "key_log_decay" else 1) for name in self.preset.token_gates]
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, head_dim={self.head_dim}, preset={self.preset}"
@@ -335,7 +342,9 @@ class MemoryBlock(nn.Module):
         if projected is not None and projected.cos is not None and projected.sin is not None:
             q, k = (rotated(t, projected.cos, projected.sin) for t in (q, k))
         memory: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
-        start, scale, norm = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1, {}
+        start, scale = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
+        norm: dict[str, Any] = {}
+        rule = {"decay_first": True} if self.preset.decay_first else {}
         if self.w1 is not None:
             memory, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
         tokens = dict(q=unit(q), k=unit(k), v=v, **self.gates(x), **norm)
@@ -346,7 +355,7 @@ class MemoryBlock(nn.Module):
             o, state = memory(
                 **tokens, bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size,
                 initial_state=start if initial_state is None else initial_state.memory, output_final_state=output_final_state,
-                cu_seqlens=cu_seqlens, backend=self.backend,
+                cu_seqlens=cu_seqlens, backend=self.backend, **rule,
             )  # fmt: skip
             final = None if state is None else BlockState(state, conv)
         o = wide(o)
@@ -356,7 +365,8 @@ class MemoryBlock(nn.Module):
         return out if self.output_gate is None else out * self.output_gate, final if output_final_state else None
 
     def gates(self, hidden_states: Tensor) -> dict[str, Tensor]:
-        """The token gates of the preset (``lr``, ``log_decay``, ``delta``, ``momentum [B, T, H]``), in float32 (float64 for float64).
+        """The token gates of the preset (``lr``, ``log_decay``, ``delta``, ``momentum [B, T, H]``, ``key_log_decay [B, T, H, D]``), in
+        float32 (float64 for float64).
 
         Autocast does not apply, since bfloat16 cannot represent a decay close to 1.
         """
@@ -366,7 +376,7 @@ class MemoryBlock(nn.Module):
             raw = {}
             if row.token_gates:
                 projected = F.linear(F.linear(x, self.gate_down.to(x.dtype)), self.gate_up.to(x.dtype), self.gate_bias.to(x.dtype))
-                raw = dict(zip(row.token_gates, projected.unflatten(-1, (-1, self.num_heads)).unbind(2), strict=True))
+                raw = dict(zip(row.token_gates, projected.split(self._gate_sizes(), -1), strict=True))
             gates = {}
             if row.lr == "bounded":
                 gates["lr"] = torch.sigmoid(raw["lr"]) * (row.rate / row.chunk_size)
@@ -376,6 +386,11 @@ class MemoryBlock(nn.Module):
                 gates["log_decay"] = -F.softplus(raw["log_decay"])
             elif row.decay == "dt":
                 gates["log_decay"] = -self.decay_rate.to(x.dtype).exp() * gates["lr"]
+            elif row.decay == "rate":
+                gates["log_decay"] = -self.decay_rate.to(x.dtype).exp() * F.softplus(raw["log_decay"])
+            elif row.decay == "key_rate":
+                raw_decay = raw["key_log_decay"].unflatten(-1, (self.num_heads, self.head_dim))
+                gates["key_log_decay"] = -self.decay_rate.to(x.dtype).exp().unsqueeze(-1) * F.softplus(raw_decay)
             elif row.decay == "fixed":
                 gates["log_decay"] = torch.log1p(-torch.exp2(-5 - torch.arange(shape[-1], dtype=x.dtype, device=x.device))).expand(shape)
             if row.bias.needs_delta:

@@ -14,7 +14,8 @@ from ..tables.retention import KLRetention, L2Retention, LqRetention, Retention
 
 __all__ = ["PRESETS", "Preset", "resolve"]
 
-_CHOICES = {"memory": tuple(TABLE), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False, True)}
+_CHOICES = {"memory": tuple(TABLE), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt", "rate", "key_rate"),
+            "momentum": (False, True)}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Preset:
         lr: the step size. ``"bounded"``: from the token, in ``(0, rate / chunk_size)``, which keeps the inner loop stable (see
             :class:`~miras_kernels.layers.MemoryBlock`); ``"one"``: 1; ``"dt"``: the token's time step ``dt = softplus(.)``, as in Mamba-2.
         decay: None; ``"token"``: ``log_decay = -softplus(.)`` from the token; ``"fixed"``: RetNet's ``log(1 - 2^(-5-h))`` for
-            head h; ``"dt"``: ``-exp(a) dt`` with a parameter a per head, as in Mamba-2.
+            head h; ``"dt"``: ``-exp(a) dt`` with a parameter a per head, as in Mamba-2; ``"rate"``: ``-exp(a) softplus(.)`` from the
+            token, as in Gated DeltaNet; ``"key_rate"``: the same for every key channel, as in Kimi Linear.
         chunk_size: tokens whose gradients are taken at the same state. It changes the model's outputs, except for the dot product,
             whose gradient does not depend on the state.
         source: name and paper.
@@ -34,6 +36,7 @@ class Preset:
         momentum: whether there is a momentum in (0, 1), from the token; the step size is then multiplied by ``1 - momentum``, so that a
             run of equal tokens moves the memory as far as without momentum.
         rate: upper end of ``lr * chunk_size`` for ``lr="bounded"``.
+        decay_first: whether errors are taken after the decay; needs a linear memory and ``chunk_size=1``, as ``decay="key_rate"`` does.
         expansion: hidden channels per channel of an MLP memory, ``Hd = expansion * head_dim``; None for a linear memory.
     """
 
@@ -47,6 +50,7 @@ class Preset:
     momentum: bool = False
     expansion: int | None = None
     rate: float = 1.0
+    decay_first: bool = False
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -60,14 +64,20 @@ class Preset:
             raise ValueError(f"expansion: expected an integer >= 1 for an MLP memory, got {self.expansion!r}")
         if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate < math.inf:
             raise ValueError(f"rate: expected a number > 0, got {self.rate!r}")
+        if not isinstance(self.decay_first, bool):
+            raise ValueError(f"decay_first: expected True or False, got {self.decay_first!r}")
+        if (self.decay_first or self.decay == "key_rate") and (self.memory != "linear" or self.chunk_size != 1):
+            name = "decay_first" if self.decay_first else "decay"
+            raise ValueError(f"{name}: {getattr(self, name)!r} needs a linear memory and chunk_size=1, got {self.memory!r} and "
+                             f"chunk_size={self.chunk_size!r}")  # fmt: skip
         if self.momentum and self.lr != "bounded":
             raise ValueError(f"momentum: True needs lr='bounded', got lr={self.lr!r}")
 
     @property
     def token_gates(self) -> tuple[str, ...]:
         """Names of the gates that are projected from the token, in the order of the parameters."""
-        wanted = {"lr": self.lr == "bounded", "dt": self.lr == "dt", "log_decay": self.decay == "token", "delta": self.bias.needs_delta,
-                  "momentum": self.momentum}  # fmt: skip
+        wanted = {"lr": self.lr == "bounded", "dt": self.lr == "dt", "log_decay": self.decay in ("token", "rate"),
+                  "delta": self.bias.needs_delta, "momentum": self.momentum, "key_log_decay": self.decay == "key_rate"}  # fmt: skip
         return tuple(name for name, want in wanted.items() if want)
 
 
@@ -98,6 +108,8 @@ PRESETS: dict[str, Preset] = {
     "l2": Preset(L2(), "bounded", "token", 16, "delta rule by chunks with decay: Titans without momentum, arXiv 2501.00663"),
     "ttt_linear": Preset(L2(), "bounded", None, 16, "TTT-Linear, arXiv 2407.04620"),
     "deltanet": Preset(L2(), "bounded", None, 1, "DeltaNet, arXiv 2406.06484"),
+    "gated_deltanet": Preset(L2(), "bounded", "rate", 1, "Gated DeltaNet, arXiv 2412.06464", decay_first=True),
+    "kda": Preset(L2(), "bounded", "key_rate", 1, "Kimi Delta Attention: Kimi Linear, arXiv 2510.26692", decay_first=True),
     "linear_attention": Preset(DotProduct(), "one", None, 64, "linear attention, arXiv 2006.16236"),
     "retnet": Preset(DotProduct(), "one", "fixed", 64, "RetNet, arXiv 2307.08621"),
     "mamba2": Preset(DotProduct(), "dt", "dt", 64, "the recurrence of Mamba-2, arXiv 2405.21060"),

@@ -78,12 +78,22 @@ class BlockDecoder:
         row = block.preset
         self.memory = Decoder(state.memory, chunk_size=row.chunk_size, bias=row.bias, retention=row.retention,
                               memory=row.memory, backend=block.backend)  # fmt: skip
+        self.decay_first = row.decay_first
         self.conv = state.conv.detach().clone(memory_format=torch.contiguous_format)
 
     def read(self, tokens: dict[str, Any], conv: Tensor) -> Tensor:
         """The memory's outputs for ``tokens``, the arguments of a decoding step; ``conv`` is the convolution's new state."""
         self.conv.copy_(conv.detach())
-        return step(self.memory, **tokens)
+        if not self.decay_first:
+            return step(self.memory, **tokens)
+        outputs = []
+        for t in range(tokens["q"].shape[1]):
+            token = {name: x[:, t : t + 1] for name, x in tokens.items()}
+            decay = [token.pop(name) for name in ("log_decay", "key_log_decay") if name in token]
+            for log_decay in decay:
+                self.memory.decay(log_decay[:, 0])
+            outputs.append(step(self.memory, **token))
+        return torch.cat(outputs, 1)
 
     def load(self, state: BlockState) -> None:
         """Continue from another state of the same shape."""

@@ -89,6 +89,8 @@ class Memory:
     needs_norm: ClassVar[bool] = False
     #: whether lr, log_decay and delta may be ``[B, T, H, Dv]``
     channel_wise: ClassVar[bool] = False
+    #: whether it takes erase_k, key_log_decay and decay_first
+    variants: ClassVar[bool] = False
     #: by backend; the reference needs no entry
     kernels: ClassVar[dict[str, Kernels]] = {}
 
@@ -115,6 +117,7 @@ class _Linear(Memory):
     title: ClassVar[str] = "a linear memory"
     matrices: ClassVar[dict[str, str]] = {"W": "[..., Dv, Dk]"}
     channel_wise: ClassVar[bool] = True
+    variants: ClassVar[bool] = True
     kernels: ClassVar[dict[str, Kernels]] = {
         "cpp": Kernels(Limits(head=256, chunk=256), Limits(head=256, chunk=256), few=8),
         "triton": Kernels(Limits(head=256, chunk=128), Limits(head=256), few=4),

@@ -50,6 +50,8 @@ class Inputs:
         arguments: dict[str, Any] = {name: self.tensors.get(name) for name in LEAVES[:7]}
         if case.delta == "float":
             arguments["delta"] = case.delta_scale
+        if case.decay_first:
+            arguments["decay_first"] = True
         if case.row.needs_norm:
             arguments |= {"ln_weight": self.tensors["ln_weight"], "ln_bias": self.tensors["ln_bias"], "ln_eps": 1e-6}
         return arguments | {
@@ -112,6 +114,7 @@ class Case:
         initial: "none" (zeros), "dual" (one per sequence; with momentum, also initial momentum matrices) or "shared" (one for all).
         lengths: lengths of sequences packed into B = 1, or None.
         keys: "unit" (of norm 1), "zero" (every third one), "repeated" (three of them) or "huge" (of norm 100).
+        decay_first: whether errors are taken after the decay; with chunk_size=1 and L2Retention() only.
         layout: "contiguous", "fused" (q, k, v are slices of one tensor) or "heads_first" (transposed ``[B, H, T, D]``).
     """
 
@@ -134,6 +137,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     layout: str = "contiguous"
     keys: str = "unit"
+    decay_first: bool = False
     seed: int = 0
 
     def __str__(self) -> str:

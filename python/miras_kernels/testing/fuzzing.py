@@ -179,12 +179,12 @@ def _at_a_limit(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
     choices: list[dict] = []
     if case.decay == "none":
         choices.append({"log_decay": like(0.0)})
-    if not case.momentum:
+    if not case.momentum and not case.decay_first:
         choices.append({"momentum": like(0.0)})
-    if case.bias == L2():
+    if case.bias == L2() and not case.decay_first:
         choices += [{"bias": Huber(kind), "delta": like(1e9)} for kind in ("coordinate", "norm", "switch")]
         choices.append({"bias": RobustL2(), "delta": like(0.0)})
-    if case.retention == L2Retention():
+    if case.retention == L2Retention() and not case.decay_first:
         choices += [{"retention": ElasticNetRetention(0.0)}, {"retention": LqRetention(2.0)}]
     change = choices[at % len(choices)] if choices else {}
     out, state = _run(case, arguments | change, run)
@@ -233,7 +233,8 @@ def run_example(example: Example, run: str | Callable) -> None:
         raise Refused(str(error)) from None
     differentiate = example.route == "one call"
     if not callable(run):
-        reason = dispatch.BACKENDS[run].refuses(inputs.call(), differentiate)
+        call = inputs.call()
+        reason = dispatch.unserved(run, call) or dispatch.BACKENDS[run].refuses(call, differentiate)
         if reason is not None:
             raise Refused(reason)
     if example.route == "causality":
@@ -289,7 +290,8 @@ def examples(backend: str | None = None):
         memory = one_of(*memories.TABLE)
         linear, dtype = memory == "linear", one_of("float32", "bfloat16", *(("float16",) if backend == "triton" else ()))
         # a number as delta cannot be moved away from errors, so 16-bit products may be on the other side of a kink than float64
-        bias, exact = draw(float_biases), backend is None or operands(backend, DTYPES[dtype]) == torch.float32
+        first = linear and one_of(False, False, False, True)  # where the C++ kernels serve it
+        bias, exact = L2() if first else draw(float_biases), backend is None or operands(backend, DTYPES[dtype]) == torch.float32
         number = ("float",) if bias.needs_delta and exact else ()
         # their step sizes would make gradients underflow in float16
         huge = () if dtype == "float16" else ("huge",)
@@ -298,10 +300,11 @@ def examples(backend: str | None = None):
         key_dim, per_channel = draw(st.integers(2 if linear else 6, 40)), ("channel",) if linear else ()
         # mild decays for MLP memories: where the primal of one matrix is 0 the other one only decays, and would underflow in float32
         case = Case(
-            "fuzz", memory=memory, bias=bias, retention=draw(gates), seed=draw(st.integers(0, 999)), lengths=lengths,
+            "fuzz", memory=memory, bias=bias, retention=L2Retention() if first else draw(gates), decay_first=first,
+            seed=draw(st.integers(0, 999)), lengths=lengths,
             batch=1 if lengths else draw(st.integers(1, 3)), tokens=sum(lengths) if lengths else draw(st.integers(1, most)),
             heads=draw(st.integers(1, 3)), key_dim=key_dim, value_dim=draw(st.integers(1, 40)) if linear else key_dim,
-            hidden=draw(st.integers(6, 48)), chunk_size=draw(chunk_sizes), momentum=draw(st.booleans()),
+            hidden=draw(st.integers(6, 48)), chunk_size=1 if first else draw(chunk_sizes), momentum=not first and draw(st.booleans()),
             decay=one_of("scalar", "none", "slight", *(("strong", "extreme", "channel", "extreme_channel") if linear else ())),
             delta=one_of("token", *number, *per_channel), lr=one_of("scalar", *per_channel),
             initial=one_of("dual", "shared", *(("none",) if linear else ())),

@@ -19,6 +19,7 @@ class ReferenceBackend:
 
     name = "reference"
     unverified = "use"  # the others are compared with it
+    variants: tuple[str, ...] = ("decay_first", "erase_k", "key_log_decay")
 
     def unavailable(self) -> None:
         return None

@@ -30,6 +30,7 @@ def block_tokens(call: Call) -> int:
     """How many tokens a block of this call has, or 0 where it is not computed in blocks."""
     scalar = call.lr.dim() == 3 and (call.log_decay is None or call.log_decay.dim() == 3)
     exact = call.memory is LINEAR and isinstance(call.bias, L2) and isinstance(call.retention, L2Retention) and call.momentum is None
+    exact = exact and call.erase_k is None and call.key_log_decay is None
     return BLOCK // call.chunk_size * call.chunk_size if exact and scalar and call.chunk_size < SHORT else 0
 
 
@@ -46,7 +47,9 @@ class Blocks:
         # with a row for the state before the block, so that row t // chunk_size * chunk_size is that of b(t)
         self.rows = F.pad(self.pair, [0, 0, 1, 0])
         self.before = torch.arange(size, device=call.q.device) // call.chunk_size * call.chunk_size
-        self.error_pair = self.rows[..., self.before, :]  # L_b(t)s
+        if call.decay_first:  # b(t) = t
+            self.before = self.before + 1
+        self.error_pair = self.rows[..., self.before, :].tril(-1)  # L_b(t)s
         self.r = F.pad(self.gamma, [0, 0, 1, 0], value=1.0)[..., self.before, :]
         self.scores = self.error_pair * (self.k @ self.k.transpose(-1, -2))  # G
         self.chunks = self.q.shape[2]
@@ -58,15 +61,15 @@ class Blocks:
             out, final = empty(self.call)
             b, h, dv, dk = state.shape
             return out, final, [state.new_empty(b, h, 0, dv, dk), state.new_empty(b, h, 0, self.layout.size, dv)]
-        states, errors = [], []
+        states, solved = [], []
         for n in range(self.chunks):
             states.append(state)
             given = self.r[:, :, n] * (self.k[:, :, n] @ state.transpose(-1, -2)) - self.v[:, :, n]
             system = self.scores[:, :, n] * self.lr[:, :, n].transpose(-1, -2)  # (I + G diag(lr)) E = given
-            errors.append(torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True))
-            u_end = self.to_end[:, :, n] * self.lr[:, :, n] * errors[-1]
+            solved.append(torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True))
+            u_end = self.to_end[:, :, n] * self.lr[:, :, n] * solved[-1]
             state = self.gamma[:, :, n, -1:] * state - u_end.transpose(-1, -2) @ self.k[:, :, n]
-        starts, errors = torch.stack(states, 2), torch.stack(errors, 2)
+        starts, errors = torch.stack(states, 2), torch.stack(solved, 2)
         u = self.lr * errors
         out = self.gamma * (self.q @ starts.transpose(-1, -2)) - (self.pair * (self.q @ self.k.transpose(-1, -2))) @ u
         return self.layout.merge(out), self._final(state, starts[:, :, -1], u[:, :, -1]), [starts, errors]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ...call import Call
 from ...state import MemoryState
 from ...tables.memories import LINEAR, MLP
-from . import definition
+from . import definition, delta_rule
 from .sequences import final_state, join, open_chunk, sequences
 
 __all__ = ["Decay", "Layout", "Tokens", "decays", "empty", "gelu_derivative", "layer_norm_vjp", "run"]
@@ -215,6 +215,8 @@ class Tokens(NamedTuple):
 def _run_linear(call: Call) -> tuple[Tensor, MemoryState]:
     if call.q.shape[1] == 0:
         return empty(call)
+    if call.variants:
+        return delta_rule.run(call)
     layout, (chain,), log_decay = _chains(call)
     tokens = Tokens.of(call, layout)
     q, k, v, lr, _ = tokens

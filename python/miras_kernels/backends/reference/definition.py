@@ -13,7 +13,7 @@ from ...call import Call
 from ...state import MemoryState
 from .sequences import final_state, join, open_chunk, sequences
 
-__all__ = ["run"]
+__all__ = ["decay_at", "rows", "run"]
 
 
 def run(call: Call) -> tuple[Tensor, MemoryState]:
@@ -21,21 +21,41 @@ def run(call: Call) -> tuple[Tensor, MemoryState]:
     return join(call, [_run_together(part) for part in sequences(call)])
 
 
-def _inner_gradient(call: Call, primal: tuple[Tensor, ...], k: Tensor, v: Tensor, delta: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradient of the inner loss ``l(M(k), v)`` in each matrix, at ``primal``."""
+def _inner_gradient(
+    call: Call, primal: tuple[Tensor, ...], k: Tensor, v: Tensor, delta: Tensor | None, erase_k: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradient of the inner loss ``l(M(k), v)`` in each matrix, at ``primal``; with ``erase_k`` that of ``l(M(erase_k), v)`` in the
+    prediction, written along ``k``."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         primal = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in primal)
-        prediction = call.memory.recall(primal, k, call)
+        prediction = call.memory.recall(primal, k if erase_k is None else erase_k, call)
         loss = call.bias.loss(prediction, v, delta)
         if loss is None:  # no closed form, so psi defines it
-            grad_outputs = call.bias.psi(prediction, v, delta)
-            return torch.autograd.grad(prediction, primal, grad_outputs, create_graph=create_graph)
+            psi = call.bias.psi(prediction, v, delta)
+            if erase_k is None:
+                return torch.autograd.grad(prediction, primal, psi, create_graph=create_graph)
+        elif erase_k is not None:
+            (psi,) = torch.autograd.grad(loss.sum(), prediction, create_graph=create_graph)
+        if erase_k is not None:
+            return (psi.unsqueeze(-1) * k.unsqueeze(-2),)
+        assert loss is not None
         return torch.autograd.grad(loss.sum(), primal, create_graph=create_graph)
 
 
+def rows(gate: Tensor) -> Tensor:
+    """A gate ``[B, H]`` or ``[B, H, Dv]`` as a factor of the rows of ``A``."""
+    return gate.reshape(*gate.shape[:2], -1, 1)
+
+
+def decay_at(call: Call, t: int) -> Tensor | None:
+    """``alpha_t`` as a factor of ``A``: of its rows, or with ``key_log_decay`` of its columns."""
+    if call.key_log_decay is not None:
+        return call.key_log_decay[:, t].exp().unsqueeze(-2)
+    return None if call.log_decay is None else rows(call.log_decay[:, t].exp())
+
+
 def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
-    rows = lambda gate: gate.reshape(*gate.shape[:2], -1, 1)
     phi, rho = call.retention.phi, call.retention.rho
     position, start, log_decay = open_chunk(call)
     dual, momenta = call.state.dual, call.state.momentum
@@ -45,16 +65,20 @@ def _run_together(call: Call) -> tuple[Tensor, MemoryState]:
         delta = None if call.delta is None else call.delta[:, t].reshape(*k.shape[:2], -1)
         if position == 0:
             start, log_decay = dual, torch.zeros_like(log_decay)
+        decay = decay_at(call, t)
         primal = tuple(phi(a) for a in start)  # W_0
-        gradient = _inner_gradient(call, primal, k, v, delta)  # g_t k_t' for the linear memory
+        predicting = tuple(decay * w for w in primal) if call.decay_first and decay is not None else primal
+        erase_k = None if call.erase_k is None else call.erase_k[:, t]
+        gradient = _inner_gradient(call, predicting, k, v, delta, erase_k)  # g_t k_t' for the linear memory
         step = tuple(-rows(lr) * g for g in gradient)  # S_t
         if momenta is not None and call.momentum is not None:
             step = momenta = tuple(rows(call.momentum[:, t]) * s + x for s, x in zip(momenta, step, strict=True))
+        if decay is not None:
+            dual = tuple(decay * a for a in dual)
         if call.log_decay is not None:
-            dual = tuple(rows(call.log_decay[:, t].exp()) * a for a in dual)
             log_decay = log_decay + call.log_decay[:, t]
         dual = tuple(a + s for a, s in zip(dual, step, strict=True))  # A_t
-        gamma = rows(log_decay.exp())
+        gamma = rows(log_decay.exp()) if call.key_log_decay is None or decay is None else decay
         written = tuple(a - gamma * a0 for a, a0 in zip(dual, start, strict=True))  # D_t
         readout = tuple(gamma * w + rho(a0) * d for w, a0, d in zip(primal, start, written, strict=True))
         outputs.append(call.memory.recall(readout, q, call))

@@ -32,6 +32,7 @@ def covers(call: Call) -> bool:
         and call.momentum is None
         and call.state.open_chunk is None
         and call.lr.dim() == 3
+        and (not call.variants or (call.variants == ("decay_first",) and block_tokens(call) > 0))
         and (call.log_decay is None or call.log_decay.dim() == 3)
     )
 
