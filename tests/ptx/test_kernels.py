@@ -125,12 +125,12 @@ def reported(launch: Launch, without: int | None = None) -> set:
 
 MUTATED = [
     (WIDE, torch.bfloat16, "sm_90", 2, ("linear_chain_fwd", "linear_output")),
-    slow(WIDE, torch.bfloat16, "sm_90", 10, ()),
-    slow(WIDE, torch.float16, "sm_80", 10, ()),
-    slow(dataclasses.replace(LINEAR, retention=mk.LqRetention(), momentum=True), torch.float32, "sm_80", 10, ()),
-    slow(CHANNELS, torch.bfloat16, "sm_90", 10, ()),
-    slow(dataclasses.replace(MLP, chunk_size=64, tokens=130), torch.bfloat16, "sm_90", 10, ()),
-    slow(dataclasses.replace(MLP, retention=mk.KLRetention(), momentum=True), torch.float32, "sm_80", 10, ()),
+    slow(WIDE, torch.bfloat16, "sm_90", 4, ()),
+    slow(WIDE, torch.float16, "sm_80", 4, ()),
+    slow(dataclasses.replace(LINEAR, retention=mk.LqRetention(), momentum=True), torch.float32, "sm_80", 4, ()),
+    slow(CHANNELS, torch.bfloat16, "sm_90", 4, ()),
+    slow(dataclasses.replace(MLP, chunk_size=64, tokens=130), torch.bfloat16, "sm_90", 4, ()),
+    slow(dataclasses.replace(MLP, retention=mk.KLRetention(), momentum=True), torch.float32, "sm_80", 4, ()),
 ]
 
 
