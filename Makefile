@@ -79,10 +79,10 @@ fuzz: $(VENV)/.built  ## compare random calls with the reference, SECONDS=120 fo
 test-all: test test-slow test-oldest test-oldest-hf  ## all tests
 
 bench: $(VENV)/.built  ## run the CPU benchmark, e.g. ARGS="--quick --plots bench/out" or ARGS="--base HEAD" (docs/benchmarks.md)
-	$(PY) bench/cpu.py $(ARGS)
+	$(PY) -m bench.cpu $(ARGS)
 
 study: $(VENV)/.built  ## measure which attentional bias remembers what, and write docs/which-bias.md (under ten minutes)
-	$(PY) -m miras_kernels study --json docs/which-bias.json --page docs/which-bias.md --plots docs/which-bias $(ARGS)
+	$(PY) -m examples.which_bias --json docs/which-bias.json --page docs/which-bias.md --plot docs/which-bias/recall.png $(ARGS)
 
 lint: $(VENV)/.lint  ## check style with ruff, as CI does
 	$(PY) -m ruff check .

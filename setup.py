@@ -1,8 +1,8 @@
-"""Builds miras_kernels._C, the C++ kernels, and miras_kernels/_cuda.so, the CUDA C++ kernels, with nvcc (csrc/cuda/build.py). Neither
-needs torch to build. Everything else is in pyproject.toml.
+"""Builds miras_kernels._C, the C++ kernels, and miras_kernels/_cuda.so, the CUDA C++ kernels, with nvcc (csrc/cuda/build.py). Building
+does not need torch. Everything else is in pyproject.toml.
 
-The package must also install where kernels cannot be built: without a C++ compiler, or without nvcc. Then it installs without them and
-the reason is kept in miras_kernels/_build_info.py, which `backend="cpp"` and `backend="cuda"` quote.
+Without a C++ compiler or without nvcc the package installs without these kernels and writes the reason into
+miras_kernels/_build_info.py; the errors of `backend="cpp"` and `backend="cuda"` quote it.
 
     MIRAS_REQUIRE_CPP=1    a failed build of the C++ kernels is an error (developers, CI, wheels)
     MIRAS_SKIP_CPP=1       do not build the C++ kernels
@@ -35,12 +35,12 @@ CUDA = os.environ.get("MIRAS_CUDA", "")
 BUILD_INFO = "_build_info.py"
 
 SOURCES = [f"csrc/{name}{path.name}" for name in ("", "cpu/") for path in sorted((ROOT / "csrc" / name).glob("*.cpp"))]
-# No -march: the kernels carry their own instruction sets and choose at run time. -O2 is as fast as -O3 here, in half the time.
-# -MMD: the compiler writes down beside each object what it was made of, see outdated().
+# No -march: the kernels are compiled for several instruction sets and choose at run time. -O2 code is as fast as -O3 here and compiles in
+# half the time. -MMD writes each object's dependencies beside it, see outdated().
 COMPILE, LINK = ["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", "-MMD"], []
-if SANITIZE:  # a null pointer needs no check, reading it is a report of AddressSanitizer's; vptr would need the types of other libraries
+if SANITIZE:  # null: AddressSanitizer reports reads of null pointers anyway; vptr would need the types of other libraries
     INSTRUMENT = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr", "-fno-sanitize-recover=all"]
-    CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]  # checks are calls: a quarter less to compile
+    CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]  # checks as calls compile in three quarters of the time
     COMPILE, LINK = ["-O1", "-g1", *COMPILE[2:], *INSTRUMENT, *CALLS], INSTRUMENT
 
 
@@ -50,20 +50,20 @@ def version() -> str:
 
 
 def finish(package: Path, missing: str | None) -> None:
-    """Build the CUDA kernels, which need no torch, and write down what is missing; of the C++ kernels the caller knows it."""
+    """Build the CUDA kernels, and write _build_info.py: ``missing`` is the reason why the C++ kernels are not there, or None."""
     package.mkdir(parents=True, exist_ok=True)
     text = f"""\"\"\"Written by setup.py.\"\"\"
 
-# Why the C++ kernels are not there; None if they are.
+# The reason why the C++ kernels are not there, or None.
 CPP_MISSING = {missing!r}
-# The CUDA kernels, likewise.
+# The same for the CUDA kernels.
 CUDA_MISSING = {build_cuda(package / "_cuda.so")!r}
 """
     (package / BUILD_INFO).write_text(text, encoding="utf-8")
 
 
 def build_cuda(library: Path) -> str | None:
-    """Build the CUDA kernels if they are wanted; the reason why they are not there, or None."""
+    """Build the CUDA kernels if they are wanted; return the reason why they are not there, or None."""
     spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "csrc" / "cuda" / "build.py")
     nvcc = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nvcc)
@@ -97,7 +97,7 @@ def why_not_cuda(nvcc) -> str | None:
 
 
 def why_not() -> str | None:
-    """The reason why the kernels cannot be built here, as far as it is known before trying."""
+    """The reason, if it is known before trying, why the C++ kernels cannot be built here, or None."""
     if SKIP_CPP:
         return "MIRAS_SKIP_CPP was set when the package was installed"
     if importlib.util.find_spec("pybind11") is None:
@@ -109,13 +109,13 @@ def why_not() -> str | None:
 
 
 def compiler() -> str | None:
-    """The command of the C++ compiler: the one that CXX names, else the one that built Python, else a usual one."""
+    """The command of the C++ compiler: that of CXX, else the one that Python was built with, else a common one; None without any."""
     commands = [os.environ["CXX"]] if "CXX" in os.environ else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
     return next((command for command in commands if command.split() and shutil.which(command.split()[0])), None)
 
 
 def outdated(target: str, source: str) -> bool:
-    """Whether an object is older than anything that it was made of."""
+    """Whether an object is older than one of its dependencies."""
     made_of = Path(target).with_suffix(".d")
     try:
         made = os.stat(target).st_mtime
@@ -126,7 +126,7 @@ def outdated(target: str, source: str) -> bool:
 
 
 class BuildPython(build_py):
-    """Also writes what is known so far about the kernels."""
+    """Also writes _build_info.py, as far as it is known."""
 
     def run(self):
         super().run()
@@ -149,11 +149,11 @@ else:
     ParallelCompile(needs_recompile=outdated).install()
 
     class BuildKernels(build_ext):
-        """A failed build leaves a package without kernels and a note why, unless they are required."""
+        """After a failed build the package has no kernels and the reason in _build_info.py, unless they are required."""
 
         def finalize_options(self):
             super().finalize_options()
-            # One lasting place for objects that are compiled alike, so that only what changed is compiled again, under pip too.
+            # Objects of equal flags are kept in one folder, so that only changed files are compiled again, under pip too.
             alike = [os.environ["CXX"], os.environ.get("CXXFLAGS"), *COMPILE, self.plat_name, sys.implementation.cache_tag]
             self.build_temp = str(ROOT / "build" / f"objects-{zlib.crc32(repr(alike).encode()):08x}")
             if SANITIZE:
@@ -187,7 +187,7 @@ else:
             print(f"miras-kernels: installing without the C++ kernels: {missing}", file=sys.stderr)
 
         def destination(self) -> Path:
-            """Where the package lies that the kernels are built for."""
+            """The folder of the package that the kernels are built for."""
             in_source = self.inplace or getattr(self, "editable_mode", False)
             return (ROOT / "python" if in_source else Path(self.build_lib)) / "miras_kernels"
 

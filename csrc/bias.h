@@ -1,8 +1,8 @@
-// Attentional biases: psi(e), the gradient of the inner loss in the prediction, and its derivatives (SPEC section 3).
+// Attentional biases: psi(e), the gradient of the inner loss in the prediction, and its derivatives (docs/mathematics.md, section 4).
 //
 // A bias is a functor over a number type F: a SIMD vector on the CPU, `float` in CUDA. `Math<F>` has the functions.
 //
-//   Row<F> row(norm2, delta)   what a row of e shares: delta itself, or coefficients from |e|^2 if kCouplesRow
+//   Row<F> row(norm2, delta)   what the elements of a row of e share: delta itself, or coefficients from |e|^2 if kCouplesRow
 //   F value(e, row)            psi(e)
 //   F slope(e, g, row)         the diagonal part of d psi / d e, given g = psi(e)
 //   F slope_delta(e, row)      d psi / d delta                                        (if kUsesDelta)
@@ -21,16 +21,16 @@ namespace miras {
 template <class F> struct Math;  // abs, sqrt, min, max, copysign, tanh, sech2, pow, exp_nonpositive: cpu/math.h, cuda/math.h
 
 struct Elementwise {
-  static constexpr bool kPredicts = true;      // psi needs the prediction K W'
-  static constexpr bool kCouplesRow = false;   // psi depends on |e|
+  static constexpr bool kPredicts = true;     // psi needs the prediction K W'
+  static constexpr bool kCouplesRow = false;  // psi depends on |e|
   static constexpr bool kUsesDelta = false;
-  template <class F> using Row = F;            // delta, one per token or per value channel
+  template <class F> using Row = F;  // delta, one per token or per value channel
   template <class F> MIRAS_FN F row(F, F delta) const { return delta; }
   template <class F> MIRAS_FN F slope_delta(F, F) const { return F{}; }
   template <class F> MIRAS_FN F pull(F) const { return F{}; }
 };
 
-// psi = -v: Hebbian. The kernels pass e = -v and skip everything that would follow from the prediction.
+// psi = -v: Hebbian. The kernels pass e = -v and skip everything that depends on the prediction.
 struct DotProduct : Elementwise {
   static constexpr const char* kName = "dot";
   static constexpr bool kPredicts = false;
@@ -97,9 +97,7 @@ struct HuberCoordinate : Elementwise {
   static constexpr bool kUsesDelta = true;
   MIRAS_FN explicit HuberCoordinate(const float*) {}
   template <class F> MIRAS_FN F value(F e, F delta) const { return Math<F>::max(-delta, Math<F>::min(e, delta)); }
-  template <class F> MIRAS_FN F slope(F e, F, F delta) const {
-    return Math<F>::abs(e) <= delta ? F{} + 1.0f : F{};
-  }
+  template <class F> MIRAS_FN F slope(F e, F, F delta) const { return Math<F>::abs(e) <= delta ? F{} + 1.0f : F{}; }
   template <class F> MIRAS_FN F slope_delta(F e, F delta) const {
     return Math<F>::abs(e) <= delta ? F{} : Math<F>::copysign(F{} + 1.0f, e);
   }
@@ -138,15 +136,11 @@ struct HuberSwitch : RowCoupled {
   };
   MIRAS_FN explicit HuberSwitch(const float* p) : sharpness(p[0]) {}
   template <class F> MIRAS_FN Row<F> row(F norm2, F delta) const { return {Math<F>::sqrt(norm2), delta}; }
-  template <class F> MIRAS_FN F value(F e, Row<F> r) const {
-    return r.norm <= r.delta ? e : r.delta * Math<F>::tanh(sharpness * e);
-  }
+  template <class F> MIRAS_FN F value(F e, Row<F> r) const { return r.norm <= r.delta ? e : r.delta * Math<F>::tanh(sharpness * e); }
   template <class F> MIRAS_FN F slope(F e, F, Row<F> r) const {
     return r.norm <= r.delta ? F{} + 1.0f : r.delta * sharpness * Math<F>::sech2(sharpness * e);
   }
-  template <class F> MIRAS_FN F slope_delta(F e, Row<F> r) const {
-    return r.norm <= r.delta ? F{} : Math<F>::tanh(sharpness * e);
-  }
+  template <class F> MIRAS_FN F slope_delta(F e, Row<F> r) const { return r.norm <= r.delta ? F{} : Math<F>::tanh(sharpness * e); }
   template <class F> MIRAS_FN F pull(Row<F>) const { return F{}; }
 };
 
@@ -184,7 +178,7 @@ template <class Function> MIRAS_FN auto with_bias(BiasTag tag, const float* para
   return f(L2(params));
 }
 
-// What the functor of a tag says of itself.
+// The traits of a tag's functor.
 struct BiasTraits {
   const char* name;
   bool predicts, couples_row, uses_delta;

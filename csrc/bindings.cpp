@@ -1,5 +1,5 @@
 // The extension module miras_kernels._C: turns tensors into parameter structs and hands them to the kernels.
-// This, step_bindings.cpp and torch_api.cpp are the only units that know Python.
+// This file, step_bindings.cpp and torch_api.cpp are the only ones that depend on Python.
 #include <array>
 #include <bit>
 #include <map>
@@ -12,29 +12,36 @@
 namespace miras {
 namespace {
 
-using miras::states;  // besides those of a memory, below
+using miras::states;  // besides the overloads below
 
-// A segment never holds more chunks than there are.
+// As Python passes them, with Matrices a tensor, or two of an MLP: duals and momenta; their gradients; start, position and
+// open_log_decay of an open chunk.
+template <class Matrices> using StateTuple = std::tuple<Matrices, std::optional<Matrices>>;
+template <class Matrices> using GradStateTuple = std::tuple<std::optional<Matrices>, std::optional<Matrices>>;
+template <class Matrices> using OpenChunkTuple = std::tuple<std::optional<Matrices>, OptionalTensor, OptionalTensor>;
+
+// A segment has at most as many chunks as the sequence.
 int longest_segment(const MemoryParams& p) {
   return int(std::min<int64_t>(p.checkpoint_every, std::max<int64_t>(1, (p.T + p.C - 1) / p.C)));
 }
 
-// S slots of chunk starts, a matrix or several each; empty without checkpoints
-Tensor new_saved(const MemoryParams& p, int64_t matrices, int64_t rows, int64_t cols) {
+// Slots for the states at chunk starts, of one or several matrices each; empty without checkpoints
+Tensor new_checkpoints(const MemoryParams& p, int64_t matrices, int64_t rows, int64_t cols) {
   if (p.checkpoint_every == 0) return new_float({0});
-  const Tensor saved = matrices == 1 ? new_float({p.slots(), p.H, rows, cols}) : new_float({p.slots(), p.H, matrices, rows, cols});
-  if (p.cu_seqlens) saved.call("zero_");  // packed sequences need not fill all slots
-  return saved;
+  const Tensor checkpoints = matrices == 1 ? new_float({p.slots(), p.H, rows, cols}) : new_float({p.slots(), p.H, matrices, rows, cols});
+  if (p.cu_seqlens) checkpoints.call("zero_");  // packed sequences may leave slots unused
+  return checkpoints;
 }
-float* checked_saved(const MemoryParams& p, const Tensor& saved, int64_t matrices, int64_t rows, int64_t cols) {
-  require(p.checkpoint_every > 0, "the backward needs saved states");
-  require(is_float(saved) && saved.is_contiguous() &&
-              (matrices == 1 ? saved.has_shape({p.slots(), p.H, rows, cols})
-                             : saved.has_shape({p.slots(), p.H, matrices, rows, cols})), "bad saved states");
-  return saved.data<float>();
+float* checked_checkpoints(const MemoryParams& p, const Tensor& checkpoints, int64_t matrices, int64_t rows, int64_t cols) {
+  require(p.checkpoint_every > 0, "the backward needs checkpoints");
+  require(is_float(checkpoints) && checkpoints.is_contiguous() &&
+              (matrices == 1 ? checkpoints.has_shape({p.slots(), p.H, rows, cols})
+                             : checkpoints.has_shape({p.slots(), p.H, matrices, rows, cols})),
+          "bad checkpoints");
+  return checkpoints.data<float>();
 }
 
-// A kernel over all tasks, without the interpreter's lock
+// Runs a kernel over all tasks, without the interpreter's lock
 template <class Params> void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
   pybind11::gil_scoped_release nogil;
   parallel_for(p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
@@ -52,17 +59,17 @@ Tensor new_states(StateTensor& to, const LinearParams& p) {
   return fresh;
 }
 
-void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
-          const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
-          const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
-  fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
-  p.Dk = int(q.size(3)), p.Dv = int(v.size(3));
-  require(p.Dk >= 1 && p.Dk <= 256 && p.Dv >= 1 && p.Dv <= 256, "Dk and Dv must be in 1..256");
+void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+          int64_t checkpoint_every) {
+  const auto& [dual, momenta] = state;
+  fill_tokens(p, x, cu_seqlens, rules, checkpoint_every);
+  p.Dk = int(x.q.size(3)), p.Dv = int(x.v.size(3));
+  require(p.Dk >= 1 && p.Dk <= kMaxHead && p.Dv >= 1 && p.Dv <= kMaxHead, "Dk or Dv is out of range");
   p.dual = states(p, dual, "dual must be float32 [N, H, Dv, Dk]");
-  require(carried.has_value() == momentum.has_value(), "momentum and the carried momentum come together");
-  if (carried) p.carried = states(p, *carried, "carried must be float32 [N, H, Dv, Dk]");
+  require(momenta.has_value() == x.momentum.has_value(), "momentum and momenta come together");
+  if (momenta) p.momenta = states(p, *momenta, "momenta must be float32 [N, H, Dv, Dk]");
 
-  // Fewer heads than threads: share out value rows as well, in panels of at least 32, where nothing couples them.
+  // With fewer heads than threads, split the value rows too, into panels of at least 32 rows, unless something couples them.
   const int64_t heads = p.N * p.H, threads = num_threads();
   p.panels = 1, p.panel_width = p.Dv;
   const bool coupled = bias_traits(p.bias).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
@@ -75,16 +82,15 @@ void fill(LinearParams& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   }
 }
 
-// (out, final dual, final carried, final start, final open log_decay, saved), empty where there is none
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
-    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
-    const OptionalTensor& start, const OptionalTensor& position, const OptionalTensor& open_log_decay,
-    const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size, int64_t checkpoint_every,
-    bool output_final_state) {
-  const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
+// (out, final dual, final momenta, final start, final open_log_decay, checkpoints), empty if absent
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state,
+                                                                          const OpenChunkTuple<Tensor>& open_chunk,
+                                                                          const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                                                                          int64_t checkpoint_every, bool output_final_state) {
+  const Tokens x(tokens_);
+  const auto& [start, position, open_log_decay] = open_chunk;
   LinearForward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
+  fill(p, x, state, cu_seqlens, rules, checkpoint_every);
 
   Tensor open;
   require(start.has_value() == position.has_value(), "start and position come together");
@@ -97,26 +103,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
     }
   }
 
-  const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, q.type());
+  const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, x.q.type());
   p.out = tokens(out);
   const Tensor nothing = new_float({0});
-  Tensor final_dual = nothing, final_carried = nothing, final_start = nothing, final_log_decay = nothing;
+  Tensor final_dual = nothing, final_momenta = nothing, final_start = nothing, final_log_decay = nothing;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
-    if (momentum) final_carried = new_states(p.final_carried, p);
+    if (p.momentum) final_momenta = new_states(p.final_momenta, p);
     final_log_decay = new_float(open_decay_shape(p, p.Dv));
     p.final_log_decay = final_log_decay.data<float>();
   }
-  const Tensor saved = new_saved(p, momentum ? 2 : 1, p.Dk, p.Dv);
-  if (checkpoint_every > 0) p.saved = saved.data<float>();
+  const Tensor checkpoints = new_checkpoints(p, p.momentum ? 2 : 1, p.Dk, p.Dv);
+  if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
   run(cpu::kernels().linear_forward, p);
-  return {out, final_dual, final_carried, final_start, final_log_decay, saved};
+  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
-// ---- results that several tasks write a share of ----
+// ---- results to which several tasks contribute a share ----
 
-// [count, ...], or without that dimension if there is but one
+// [count, ...], or without that dimension if there is only one
 Tensor new_shares(int64_t count, Shape sizes, Type type) {
   if (count != 1) sizes.insert(sizes.begin(), count);
   return new_tensor(sizes, type);
@@ -151,7 +157,7 @@ TokenTensor first_share(const MemoryParams& p, const Tensor& shares, int64_t cha
   return {shares.data(), p.T * p.H * width, p.H * width, width, channels ? 1 : 0};
 }
 
-// The gradient of a gate of a linear memory: panels write their own channels, or else a share of [B, T, H] each.
+// The gradient of a gate of a linear memory: each panel writes its own channels, or else a share of [B, T, H].
 OptionalTensor gate_gradient(TokenTensor& to, const LinearParams& p, const TokenTensor& gate, bool per_channel) {
   if (!gate) return {};
   const Tensor shares = per_channel ? new_float({p.B, p.T, p.H, p.Dv}) : new_shares(p.panels, {p.B, p.T, p.H}, kFloat32);
@@ -162,26 +168,24 @@ OptionalTensor sum_gate(const LinearParams& p, const OptionalTensor& shares, boo
   return shares && !per_channel ? OptionalTensor(sum_shares(*shares, p.panels, kFloat32)) : shares;
 }
 
-// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, d_dual, d_carried)
+// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, d_dual, d_momenta)
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, OptionalTensor>
-linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-                const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& dual, const OptionalTensor& carried,
-                const OptionalTensor& cu_seqlens, const Tensor& saved, const Tensor& grad_out_,
-                const OptionalTensor& grad_final_dual, const OptionalTensor& grad_final_carried, const Code& bias,
-                const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
-  const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
+linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& grad_out_, const GradStateTuple<Tensor>& grad_state) {
+  const Tokens x(tokens_);
+  const Tensor &q = x.q, &v = x.v;
+  const auto& [grad_final_dual, grad_final_momenta] = grad_state;
   LinearBackward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, dual, carried, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
-  p.saved = checked_saved(p, saved, momentum ? 2 : 1, p.Dk, p.Dv);
+  fill(p, x, state, cu_seqlens, rules, checkpoint_every);
+  p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
-  require(grad_out_.has_shape(v.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
-          "grad_out must be like out");
+  require(grad_out_.has_shape(v.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(), "grad_out must be like out");
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
   if (grad_final_dual) p.grad_final_dual = states(p, *grad_final_dual, "grad_final_dual must be like the dual");
-  require(!grad_final_carried || momentum, "a gradient of a momentum that there is not");
-  if (grad_final_carried) p.grad_final_carried = states(p, *grad_final_carried, "grad_final_carried must be like the dual");
+  require(!grad_final_momenta || p.momentum, "a gradient of a momentum that there is not");
+  if (grad_final_momenta) p.grad_final_momenta = states(p, *grad_final_momenta, "grad_final_momenta must be like the dual");
 
   p.grad_dtype = p.panels > 1 ? Dtype::f32 : p.dtype;
   const auto new_keys = [&] { return new_shares(p.panels, {p.B, p.T, p.H, p.Dk}, p.panels > 1 ? kFloat32 : q.type()); };
@@ -193,13 +197,19 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
   const OptionalTensor ddelta = gate_gradient(p.ddelta, p, p.delta, p.delta_per_channel);
   const OptionalTensor dmomentum = gate_gradient(p.dmomentum, p, p.momentum, false);
   const Tensor d_dual = new_states(p.d_dual, p);
-  OptionalTensor d_carried;
-  if (momentum) d_carried = new_states(p.d_carried, p);
+  OptionalTensor d_momenta;
+  if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
   run(cpu::kernels().linear_backward, p);
-  return {sum_shares(dq, p.panels, q.type()), sum_shares(dk, p.panels, q.type()), dv,
-          sum_gate(p, dlr, p.lr_per_channel), sum_gate(p, dlog_decay, p.decay_per_channel),
-          sum_gate(p, ddelta, p.delta_per_channel), sum_gate(p, dmomentum, false), d_dual, d_carried};
+  return {sum_shares(dq, p.panels, q.type()),
+          sum_shares(dk, p.panels, q.type()),
+          dv,
+          sum_gate(p, dlr, p.lr_per_channel),
+          sum_gate(p, dlog_decay, p.decay_per_channel),
+          sum_gate(p, ddelta, p.delta_per_channel),
+          sum_gate(p, dmomentum, false),
+          d_dual,
+          d_momenta};
 }
 
 // ---- MLP memory ----
@@ -207,10 +217,14 @@ linear_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tens
 using Pair = std::array<Tensor, 2>;
 using OptionalPair = std::optional<Pair>;
 
+// ln_weight, ln_bias and ln_eps
+using NormTuple = std::tuple<Tensor, Tensor, double>;
+NormTuple contiguous(const NormTuple& x) { return {std::get<0>(x).contiguous(), std::get<1>(x).contiguous(), std::get<2>(x)}; }
+
 // W1 [N, H, D, Hd] and W2 [N, H, Hd, D]
 void fill_states(StateTensor (&to)[2], const MlpParams& p, const Pair& from, const char* what) {
-  require(is_float(from[0]) && from[0].has_shape({p.N, p.H, p.D, p.Hd}) && is_float(from[1]) &&
-              from[1].has_shape({p.N, p.H, p.Hd, p.D}), what);
+  require(is_float(from[0]) && from[0].has_shape({p.N, p.H, p.D, p.Hd}) && is_float(from[1]) && from[1].has_shape({p.N, p.H, p.Hd, p.D}),
+          what);
   to[0] = states(from[0]), to[1] = states(from[1]);
 }
 Pair new_states(StateTensor (&to)[2], const MlpParams& p) {
@@ -219,38 +233,36 @@ Pair new_states(StateTensor (&to)[2], const MlpParams& p) {
   return fresh;
 }
 
-// ln_weight and ln_bias are contiguous already.
-void fill(MlpParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
-          const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight, const Tensor& ln_bias, double ln_eps,
-          const Pair& dual, const OptionalPair& carried, const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention,
-          int64_t chunk_size, int64_t checkpoint_every) {
-  fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, cu_seqlens, bias, retention, chunk_size, checkpoint_every);
+// ln_weight and ln_bias are contiguous.
+void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple<Pair>& state, const OptionalTensor& cu_seqlens,
+          const RuleTuple& rules, int64_t checkpoint_every) {
+  const auto& [ln_weight, ln_bias, ln_eps] = norm;
+  const auto& [dual, momenta] = state;
+  fill_tokens(p, x, cu_seqlens, rules, checkpoint_every);
   require(!p.lr_per_channel && !p.decay_per_channel && !p.delta_per_channel, "an MLP memory's gates must be [B, T, H]");
-  require(v.has_shape(q.sizes()), "v must be like q");
+  require(x.v.has_shape(x.q.sizes()), "v must be like q");
   require(dual[0].dim() == 4, "W1 must have four dimensions");
-  p.D = int(q.size(3)), p.Hd = int(std::min<int64_t>(dual[0].size(3), 1 << 20));
-  require(p.D >= 1 && p.D <= 256 && p.Hd >= 1 && p.Hd <= 1024, "D must be in 1..256 and Hd in 1..1024");
+  p.D = int(x.q.size(3)), p.Hd = int(std::min<int64_t>(dual[0].size(3), 1 << 20));
+  require(p.D >= 1 && p.D <= kMaxHead && p.Hd >= 1 && p.Hd <= kMaxHidden, "D or Hd is out of range");
   fill_states(p.dual, p, dual, "the duals must be float32 [N, H, D, Hd] and [N, H, Hd, D]");
-  require(carried.has_value() == momentum.has_value(), "momentum and the carried momenta come together");
-  if (carried) fill_states(p.carried, p, *carried, "the carried momenta must be like the duals");
-  for (const Tensor* x : {&ln_weight, &ln_bias})
-    require(is_float(*x) && x->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
+  require(momenta.has_value() == x.momentum.has_value(), "momentum and momenta come together");
+  if (momenta) fill_states(p.momenta, p, *momenta, "the momenta must be like the duals");
+  for (const Tensor* each : {&ln_weight, &ln_bias})
+    require(is_float(*each) && each->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
   p.ln_weight = ln_weight.data<float>(), p.ln_bias = ln_bias.data<float>();
   p.ln_eps = float(ln_eps);
 }
 
 // As linear_forward
-std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
-    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight_, const Tensor& ln_bias_, double ln_eps,
-    const Pair& dual, const OptionalPair& carried, const OptionalPair& start, const OptionalTensor& position,
-    const OptionalTensor& open_log_decay, const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention,
-    int64_t chunk_size, int64_t checkpoint_every, bool output_final_state) {
-  const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
-  const Tensor ln_weight = ln_weight_.contiguous(), ln_bias = ln_bias_.contiguous();
+std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(const TokenTuple& tokens_, const NormTuple& norm_,
+                                                                 const StateTuple<Pair>& state, const OpenChunkTuple<Pair>& open_chunk,
+                                                                 const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                                                                 int64_t checkpoint_every, bool output_final_state) {
+  const Tokens x(tokens_);
+  const NormTuple norm = contiguous(norm_);
+  const auto& [start, position, open_log_decay] = open_chunk;
   MlpForward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, carried, cu_seqlens, bias, retention,
-       chunk_size, checkpoint_every);
+  fill(p, x, norm, state, cu_seqlens, rules, checkpoint_every);
 
   Tensor open;
   require(start.has_value() == position.has_value(), "start and position come together");
@@ -263,46 +275,44 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(
     }
   }
 
-  const Tensor out = new_tensor({p.B, p.T, p.H, p.D}, q.type());
+  const Tensor out = new_tensor({p.B, p.T, p.H, p.D}, x.q.type());
   p.out = tokens(out);
   const Tensor nothing = new_float({0});
-  Pair final_dual = {nothing, nothing}, final_carried = {nothing, nothing}, final_start = {nothing, nothing};
+  Pair final_dual = {nothing, nothing}, final_momenta = {nothing, nothing}, final_start = {nothing, nothing};
   Tensor final_log_decay = nothing;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
-    if (momentum) final_carried = new_states(p.final_carried, p);
+    if (p.momentum) final_momenta = new_states(p.final_momenta, p);
     final_log_decay = new_float({p.N, p.H});
     p.final_log_decay = final_log_decay.data<float>();
   }
-  const Tensor saved = new_saved(p, momentum ? 4 : 2, p.Hd, p.D);
-  if (checkpoint_every > 0) p.saved = saved.data<float>();
+  const Tensor checkpoints = new_checkpoints(p, p.momentum ? 4 : 2, p.Hd, p.D);
+  if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
   run(cpu::kernels().mlp_forward, p);
-  return {out, final_dual, final_carried, final_start, final_log_decay, saved};
+  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
-// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, dln_weight, dln_bias, d_dual, d_carried)
+// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, dln_weight, dln_bias, d_dual, d_momenta)
 std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Pair, OptionalPair>
-mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-             const OptionalTensor& delta, const OptionalTensor& momentum, const Tensor& ln_weight_, const Tensor& ln_bias_,
-             double ln_eps, const Pair& dual, const OptionalPair& carried, const OptionalTensor& cu_seqlens, const Tensor& saved,
-             const Tensor& grad_out_, const OptionalPair& grad_final_dual, const OptionalPair& grad_final_carried, const Code& bias,
-             const Code& retention, int64_t chunk_size, int64_t checkpoint_every) {
-  const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
-  const Tensor ln_weight = ln_weight_.contiguous(), ln_bias = ln_bias_.contiguous();
+mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple<Pair>& state, const OptionalTensor& cu_seqlens,
+             const RuleTuple& rules, int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& grad_out_,
+             const GradStateTuple<Pair>& grad_state) {
+  const Tokens x(tokens_);
+  const Tensor& q = x.q;
+  const NormTuple norm = contiguous(norm_);
+  const auto& [grad_final_dual, grad_final_momenta] = grad_state;
   MlpBackward p;
-  fill(p, q, k, v, lr, log_decay, delta, momentum, ln_weight, ln_bias, ln_eps, dual, carried, cu_seqlens, bias, retention,
-       chunk_size, checkpoint_every);
-  p.saved = checked_saved(p, saved, momentum ? 4 : 2, p.Hd, p.D);
+  fill(p, x, norm, state, cu_seqlens, rules, checkpoint_every);
+  p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 4 : 2, p.Hd, p.D);
   p.segment = longest_segment(p);
 
-  require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(),
-          "grad_out must be like out");
+  require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(), "grad_out must be like out");
   const Tensor grad_out = channels_together(grad_out_);
   p.grad_out = tokens(grad_out);
   if (grad_final_dual) fill_states(p.grad_final_dual, p, *grad_final_dual, "grad_final_dual must be like the duals");
-  require(!grad_final_carried || momentum, "gradients of momenta that there are not");
-  if (grad_final_carried) fill_states(p.grad_final_carried, p, *grad_final_carried, "grad_final_carried must be like the duals");
+  require(!grad_final_momenta || p.momentum, "gradients of momenta that there are not");
+  if (grad_final_momenta) fill_states(p.grad_final_momenta, p, *grad_final_momenta, "grad_final_momenta must be like the duals");
 
   const Tensor dq = new_tensor(q.sizes(), q.type()), dk = new_tensor(q.sizes(), q.type()), dv = new_tensor(q.sizes(), q.type());
   const Tensor dlr = new_float({p.B, p.T, p.H});
@@ -318,13 +328,13 @@ mlp_backward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   const Tensor dln_weight = new_shares(p.N, {p.H, p.D}, kFloat32), dln_bias = new_shares(p.N, {p.H, p.D}, kFloat32);
   p.dln_weight = dln_weight.data<float>(), p.dln_bias = dln_bias.data<float>();
   const Pair d_dual = new_states(p.d_dual, p);
-  OptionalPair d_carried;
-  if (momentum) d_carried = new_states(p.d_carried, p);
+  OptionalPair d_momenta;
+  if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
   run(cpu::kernels().mlp_backward, p);
-  return {dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32),
-          sum_shares(dln_bias, p.N, kFloat32),
-          d_dual, d_carried};
+  return {
+      dq,     dk,       dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32), sum_shares(dln_bias, p.N, kFloat32),
+      d_dual, d_momenta};
 }
 
 std::map<int, std::string> bias_names() {
@@ -347,21 +357,21 @@ PYBIND11_MODULE(_C, m) {
   using namespace pybind11::literals;
   miras::find_torch();
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
-  m.def("linear_forward", &miras::linear_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
-        "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a, "retention"_a, "chunk_size"_a,
+  m.def("linear_forward", &miras::linear_forward, "tokens"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
+        "output_final_state"_a);
+  m.def("linear_backward", &miras::linear_backward, "tokens"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a, "checkpoints"_a,
+        "grad_out"_a, "grad_state"_a);
+  m.def("mlp_forward", &miras::mlp_forward, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a,
         "checkpoint_every"_a, "output_final_state"_a);
-  m.def("linear_backward", &miras::linear_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "dual"_a,
-        "carried"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a, "grad_final_carried"_a, "bias"_a,
-        "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
-  m.def("mlp_forward", &miras::mlp_forward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a,
-        "ln_bias"_a, "ln_eps"_a, "dual"_a, "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "cu_seqlens"_a, "bias"_a,
-        "retention"_a, "chunk_size"_a, "checkpoint_every"_a, "output_final_state"_a);
-  m.def("mlp_backward", &miras::mlp_backward, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a,
-        "ln_bias"_a, "ln_eps"_a, "dual"_a, "carried"_a, "cu_seqlens"_a, "saved"_a, "grad_out"_a, "grad_final_dual"_a,
-        "grad_final_carried"_a, "bias"_a, "retention"_a, "chunk_size"_a, "checkpoint_every"_a);
+  m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
+        "checkpoints"_a, "grad_out"_a, "grad_state"_a);
   miras::bind_steps(m);
   m.def("bias_names", &miras::bias_names);
   m.def("retention_names", &miras::retention_names);
+  m.def("limits", [] {
+    return py::dict("head"_a = miras::kMaxHead, "hidden"_a = miras::kMaxHidden, "chunk"_a = miras::kMaxChunk,
+                    "bias_parameters"_a = miras::kBiasParams, "retention_parameters"_a = miras::kRetentionParams);
+  });
   m.def("cpu_capability", [] { return miras::cpu::kernels().name; });
   m.def("cpu_capabilities", &miras::cpu::capabilities);
 }

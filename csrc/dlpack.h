@@ -7,7 +7,7 @@
 namespace miras::dlpack {
 
 constexpr uint32_t kMajorVersion = 1, kMinorVersion = 0;
-constexpr int32_t kCpu = 1;                         // device_type
+constexpr int32_t kCpu = 1;                           // device_type
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;  // codes of dtypes
 
 struct DLDevice {
@@ -33,7 +33,7 @@ struct DLPackVersion {
   uint32_t major, minor;
 };
 
-// A tensor that somebody owns, who frees it by its deleter.
+// A tensor with an owner, which frees it by the deleter.
 struct DLManagedTensorVersioned {
   DLPackVersion version;
   void* context;

@@ -47,7 +47,7 @@ struct TokenTensor {
   MIRAS_FN explicit operator bool() const { return data != nullptr; }
 };
 
-// A dual and what is shaped like it, a momentum too: [N, H, Dv, Dk] float32.
+// A dual, or momenta or gradients shaped like it: [N, H, Dv, Dk] float32.
 struct StateTensor {
   float* data = nullptr;
   int64_t seq = 0, head = 0, row = 0, col = 0;
@@ -72,9 +72,9 @@ struct MemoryParams {
 
   const int64_t* cu_seqlens = nullptr;  // [N + 1]
 
-  // Chunk-start states for the backward, [S, H, ...] float32 as the kernels hold them: duals A, then with momentum S. Sequence
-  // n keeps the states of its chunks 0, every, 2 every, ... in consecutive slots from `slot(n)` on.
-  float* saved = nullptr;
+  // States at chunk starts for the backward, [slots, H, ...] float32 as the kernels hold them: duals A, then with momentum S. Sequence
+  // n has the states of its chunks 0, every, 2 every, ... in consecutive slots from `slot(n)` on.
+  float* checkpoints = nullptr;
   int checkpoint_every = 0;
 
   MIRAS_FN int64_t begin(int64_t n) const { return cu_seqlens ? cu_seqlens[n] : 0; }
@@ -82,7 +82,7 @@ struct MemoryParams {
   MIRAS_FN int64_t batch(int64_t n) const { return cu_seqlens ? 0 : n; }
 
   // A sequence of l tokens needs ceil(l / span) slots, span = C * every. Packed sequences start at n + floor(begin / span):
-  // consecutive starts are at least 1 + floor(l / span) apart, and S = N + floor(T / span) is enough for all of them.
+  // consecutive starts are at least 1 + floor(l / span) apart, and N + floor(T / span) slots are enough for all of them.
   MIRAS_FN int64_t slot(int64_t n) const {
     const int64_t span = int64_t(C) * checkpoint_every;
     return cu_seqlens ? n + cu_seqlens[n] / span : n * ((T + span - 1) / span);
@@ -100,8 +100,8 @@ struct LinearParams : MemoryParams {
   int panels = 1;
   int panel_width = 0;
 
-  // A and, with momentum, S at the start. Saved states are transposed: [S, H, Dk, Dv], with momentum [S, H, 2, Dk, Dv].
-  StateTensor dual, carried;
+  // A and, with momentum, S at the start. Checkpoints are transposed: [slots, H, Dk, Dv], with momentum [slots, H, 2, Dk, Dv].
+  StateTensor dual, momenta;
 
   MIRAS_FN int64_t tasks() const { return N * H * panels; }
 };
@@ -113,31 +113,30 @@ struct LinearForward : LinearParams {
   const float* open_log_decay = nullptr;  // [N, H] or [N, H, Dv], what the open chunk has decayed so far
 
   TokenTensor out;                                     // [B, T, H, Dv]
-  StateTensor final_dual, final_carried, final_start;  // optional
+  StateTensor final_dual, final_momenta, final_start;  // optional
   float* final_log_decay = nullptr;                    // like open_log_decay, optional
 };
 
 struct LinearBackward : LinearParams {
-  int segment = 1;                                   // chunks of the longest segment: min(checkpoint_every, chunks there can be)
-  TokenTensor grad_out;                              // [B, T, H, Dv]
-  StateTensor grad_final_dual, grad_final_carried;   // optional
+  int segment = 1;                                  // chunks of the longest segment: min(checkpoint_every, chunks there can be)
+  TokenTensor grad_out;                             // [B, T, H, Dv]
+  StateTensor grad_final_dual, grad_final_momenta;  // optional
 
   // With several panels dq, dk and the gradients of gates that are not channel-wise are partial sums, one after the other,
   // `*_part` elements apart, dq and dk float32.
-  Dtype grad_dtype = Dtype::f32;                    // of dq, dk
-  TokenTensor dq, dk, dv;                           // contiguous
-  TokenTensor dlr, dlog_decay, ddelta, dmomentum;   // float32, shaped like the gates; all but dlr optional
+  Dtype grad_dtype = Dtype::f32;                   // of dq, dk
+  TokenTensor dq, dk, dv;                          // contiguous
+  TokenTensor dlr, dlog_decay, ddelta, dmomentum;  // float32, shaped like the gates; all but dlr optional
   int64_t key_part = 0, gate_part = 0;
-  StateTensor d_dual, d_carried;
+  StateTensor d_dual, d_momenta;
 };
 
 // The MLP memory M(x) = x + LN(W1 gelu(W2 x)): duals W1 [N, H, D, Hd] and W2 [N, H, Hd, D], in this order everywhere, and with
-// momentum as many momenta. Saved states are [S, H, 2, Hd, D]: W1 transposed, then W2; with momentum [S, H, 4, Hd, D], S1
-// transposed and S2 after them. A task is one head of one sequence; where there are fewer than threads,
-// the others have nothing to do.
+// momentum as many momenta. Checkpoints are [slots, H, 2, Hd, D]: W1 transposed, then W2; with momentum [slots, H, 4, Hd, D], S1
+// transposed and S2 after them. A task is one head of one sequence; if there are fewer tasks than threads, the other threads idle.
 struct MlpParams : MemoryParams {
   int D = 0, Hd = 0;
-  StateTensor dual[2], carried[2];
+  StateTensor dual[2], momenta[2];
 
   const float *ln_weight = nullptr, *ln_bias = nullptr;  // [H, D], contiguous
   float ln_eps = 0.0f;
@@ -152,44 +151,51 @@ struct MlpForward : MlpParams {
   const float* open_log_decay = nullptr;
 
   TokenTensor out;  // [B, T, H, D]
-  StateTensor final_dual[2], final_carried[2], final_start[2];
+  StateTensor final_dual[2], final_momenta[2], final_start[2];
   float* final_log_decay = nullptr;
 };
 
 struct MlpBackward : MlpParams {
   int segment = 1;
-  TokenTensor grad_out;            // [B, T, H, D]
-  StateTensor grad_final_dual[2], grad_final_carried[2];  // optional
+  TokenTensor grad_out;                                   // [B, T, H, D]
+  StateTensor grad_final_dual[2], grad_final_momenta[2];  // optional
 
   TokenTensor dq, dk, dv;                            // contiguous
   TokenTensor dlr, dlog_decay, ddelta, dmomentum;    // float32; all but dlr optional
   float *dln_weight = nullptr, *dln_bias = nullptr;  // [N, H, D], a share of every sequence
-  StateTensor d_dual[2], d_carried[2];
+  StateTensor d_dual[2], d_momenta[2];
 };
 
 // ---- steps: a few tokens read into a state in place ----
 
-// The buffers of python/miras_kernels/decode/decoder.py, contiguous. A head's m matrices [K, V] are W' [Dk, Dv] of a linear memory, W1'
-// and W2 [Hd, D] of an MLP. With R = C rows of factors
+// The buffers of a decoder, contiguous, in the order of python/miras_kernels/decode/buffers.py, which says what they hold. A head's m
+// matrices [K, V] are W' [Dk, Dv] of a linear memory, W1' and W2 [Hd, D] of an MLP. R = C rows of factors have weights kappa and mu:
 //
-//   A = gamma A_0 + kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) o right_i)'    S = moved_1 S_0 + sum_i moved_(2+i) left_i right_i'
-struct StepBuffers {
-  float* start = nullptr;       // [N, H, m, K, V]  A_0
-  float* primal = nullptr;      // likewise; optional: phi of start
-  float* rho = nullptr;         // [N, H, m]; optional
-  float* carried = nullptr;     // [N, H, m, K, V]  D; optional
-  float* momentum = nullptr;    // likewise, S_0; optional
-  float* left = nullptr;        // [N, H, m, R, K]
-  float* right = nullptr;       // [N, H, m, R, V]
-  float* kept = nullptr;        // [N, H, 2 + R, width]
-  float* moved = nullptr;       // [N, H, 2 + R]; optional
-  float* log_decay = nullptr;   // [N, H, width]  log gamma
-  int64_t* position = nullptr;  // [N]; read by tasks, advanced once all are done
-  int width = 1;                // 1, or Dv
-  int rows = 1;                 // R
+//   A = gamma A_0 + kappa_0 D + kappa_1 S_0 + sum_i left_i (kappa_(2+i) o right_i)'    S = mu_1 S_0 + sum_i mu_(2+i) left_i right_i'
+#define MIRAS_STEP_BUFFERS(BUFFER)                                                \
+  BUFFER(float, start)            /* [N, H, m, K, V]  A_0                      */ \
+  BUFFER(float, primal)           /* likewise; optional: phi of start          */ \
+  BUFFER(float, rho)              /* [N, H, m]; optional                       */ \
+  BUFFER(float, written)          /* [N, H, m, K, V]  D; optional              */ \
+  BUFFER(float, momenta)          /* likewise, S_0; optional                   */ \
+  BUFFER(float, left)             /* [N, H, m, R, K]                           */ \
+  BUFFER(float, right)            /* [N, H, m, R, V]                           */ \
+  BUFFER(float, weights)          /* [N, H, 2 + R, width]  kappa               */ \
+  BUFFER(float, momentum_weights) /* [N, H, 2 + R]  mu; optional               */ \
+  BUFFER(float, open_log_decay)   /* [N, H, width]  log gamma                  */ \
+  BUFFER(int64_t, position)       /* [N]; read by tasks, advanced at the end   */
 
-  // A state as a value: `carried` and `start` hold its dual and, of an open chunk, its start; the dual and the momentum after the
-  // tokens take the places of `carried` and `momentum`. Nothing else has been set, and R = min(T, C) is enough.
+#define MIRAS_BUFFER_NAME(type, name) #name,
+constexpr const char* kStepBuffers[] = {MIRAS_STEP_BUFFERS(MIRAS_BUFFER_NAME)};
+
+struct StepBuffers {
+#define MIRAS_BUFFER_POINTER(type, name) type* name = nullptr;
+  MIRAS_STEP_BUFFERS(MIRAS_BUFFER_POINTER)
+  int width = 1;  // 1, or Dv
+  int rows = 1;   // R
+
+  // A state as a value: `written` and `start` hold its dual and, of an open chunk, its start; the dual and the momenta after the
+  // tokens take the places of `written` and `momenta`. No other buffer has been set, and R = min(T, C) is enough.
   bool by_value = false;
 };
 

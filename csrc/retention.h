@@ -1,15 +1,15 @@
-// Retention gates: how the primal W = phi(A) follows from the dual A, and rho, the scale of what a chunk has written so far in
-// its read-outs (SPEC section 4), with their derivatives.
+// Retention gates: the primal W = phi(A) of the dual A, and rho, the factor of a chunk's own writes in its read-outs
+// (docs/mathematics.md, section 5), with their derivatives.
 //
-// A gate is a functor over a number type F, like a bias; `Math<F>` has the functions. It says which coordinates of A one of W
-// depends on, and has for an incoming gradient g of W:
+// A gate is a functor over a number type F, like a bias; `Math<F>` has the functions. It declares which elements of A an
+// element of W depends on, and has for an incoming gradient g of W:
 //
 //   Coupling::none      itself             W = phi(a)                     dA = phi_vjp(w, g)
 //   Coupling::row       the last axis      W = factor(sum e) e            dA = phi_vjp(w, g, <w, g>)        e = weight(a, max a)
 //   Coupling::matrix    a head's matrix    W = rho a, rho = rho(n)        dA = rho g + pull power_vjp(a)
 //                                          n = sum power(a) + offset()    pull = slope(n) (<a, g> + d rho)
 //
-// so that the sums are the caller's. rho = 1 but for Coupling::matrix.
+// The caller computes the sums. rho = 1 except for Coupling::matrix.
 //
 // Adding a gate: docs/adding-a-gate.md.
 #pragma once
@@ -74,9 +74,7 @@ struct ElasticNetRetention {
   static constexpr Coupling kCoupling = Coupling::none;
   float threshold;
   MIRAS_FN explicit ElasticNetRetention(const float* p) : threshold(p[0]) {}
-  template <class F> MIRAS_FN F phi(F a) const {
-    return Math<F>::copysign(Math<F>::max(Math<F>::abs(a) - threshold, F{}), a);
-  }
+  template <class F> MIRAS_FN F phi(F a) const { return Math<F>::copysign(Math<F>::max(Math<F>::abs(a) - threshold, F{}), a); }
   template <class F> MIRAS_FN F phi_vjp(F w, F g) const { return w == F{} ? F{} : g; }
 };
 
@@ -105,7 +103,7 @@ template <class Function> MIRAS_FN auto with_retention(RetentionTag tag, const f
   return f(L2Retention(params));
 }
 
-// What the functor of a tag says of itself.
+// The traits of a tag's functor.
 struct RetentionTraits {
   const char* name;
   bool identity;

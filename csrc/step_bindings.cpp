@@ -1,4 +1,4 @@
-// Steps: a decoder's, bound once to its buffers and then called for every token, and those of a short call on a state as a value.
+// Decoding steps: a decoder's, bound once to its buffers and called for every token, and a short call's, on a state as a value.
 #include "step_bindings.h"
 
 #include <array>
@@ -12,7 +12,7 @@ namespace {
 
 namespace py = pybind11;
 
-// Numbers of a state that are worth a thread.
+// How many elements of a state are worth a thread.
 constexpr int64_t kGrain = int64_t(1) << 16;
 
 // ---- the two memories ----
@@ -23,7 +23,7 @@ struct Linear {
   static auto kernel(const cpu::Kernels& kernels) { return kernels.linear_step; }
   static void fill(LinearStep& p, int64_t dk, int64_t dv) {
     p.Dk = int(dk), p.Dv = int(dv), p.panel_width = int(dv);
-    require(dk <= 256 && dv <= 256, "Dk and Dv must be in 1..256");
+    require(dk <= kMaxHead && dv <= kMaxHead, "Dk or Dv is out of range");
   }
   static std::array<int64_t, 2> shape(const LinearStep& p) { return {p.Dk, p.Dv}; }
 };
@@ -34,33 +34,40 @@ struct Mlp {
   static auto kernel(const cpu::Kernels& kernels) { return kernels.mlp_step; }
   static void fill(MlpStep& p, int64_t hd, int64_t d) {
     p.Hd = int(hd), p.D = int(d);
-    require(hd <= 1024 && d <= 256, "D must be in 1..256, Hd in 1..1024");
+    require(d <= kMaxHead && hd <= kMaxHidden, "D or Hd is out of range");
     require(!p.lr_per_channel && !p.decay_per_channel && !p.delta_per_channel, "an MLP memory has no channel-wise gates");
   }
   static std::array<int64_t, 2> shape(const MlpStep& p) { return {p.Hd, p.D}; }
 };
 
-// LayerNorm's parameters of an MLP memory
-struct Norm {
-  OptionalTensor weight, bias;
-  double eps;
-};
-void fill_norm(LinearStep&, Norm& norm) { require(!norm.weight && !norm.bias, "a linear memory has no LayerNorm"); }
-void fill_norm(MlpStep& p, Norm& norm) {
-  for (OptionalTensor* x : {&norm.weight, &norm.bias}) {
+// ln_weight, ln_bias and ln_eps of an MLP memory; None for a linear one
+using NormTuple = std::tuple<OptionalTensor, OptionalTensor, double>;
+void fill_norm(LinearStep&, NormTuple& norm) { require(!std::get<0>(norm) && !std::get<1>(norm), "a linear memory has no LayerNorm"); }
+void fill_norm(MlpStep& p, NormTuple& norm) {
+  auto& [weight, bias, eps] = norm;
+  for (OptionalTensor* x : {&weight, &bias}) {
     require(*x && is_float(**x) && (*x)->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
     *x = (*x)->contiguous();
   }
-  p.ln_weight = norm.weight->data<float>(), p.ln_bias = norm.bias->data<float>();
-  p.ln_eps = float(norm.eps);
+  p.ln_weight = weight->data<float>(), p.ln_bias = bias->data<float>();
+  p.ln_eps = float(eps);
 }
 
 // ---- buffers ----
 
-// As python/miras_kernels/decode/decoder.py has them; undefined where there are none
+// The tensors of StepBuffers, undefined if absent.
 struct Buffers {
-  Tensor start, primal, rho, carried, momentum, left, right, kept, moved, log_decay, position;
+#define MIRAS_BUFFER_TENSOR(type, name) Tensor name;
+  MIRAS_STEP_BUFFERS(MIRAS_BUFFER_TENSOR)
 };
+
+// From all buffers in their order
+Buffers buffers_of(const std::vector<OptionalTensor>& given) {
+  require(given.size() == std::size(kStepBuffers), "the number of buffers is wrong");
+  auto next = given.begin();
+#define MIRAS_NEXT_BUFFER(type, name) (next++)->value_or(Tensor()),
+  return {MIRAS_STEP_BUFFERS(MIRAS_NEXT_BUFFER)};
+}
 
 template <class Memory> void fill_buffers(typename Memory::Params& p, const Buffers& x) {
   const auto [K, V] = Memory::shape(p);
@@ -74,26 +81,27 @@ template <class Memory> void fill_buffers(typename Memory::Params& p, const Buff
   const Shape matrices{p.N, p.H, m, K, V};
   state.start = numbers(x.start, matrices, "start must be float32 [N, H, m, K, V]");
   state.primal = numbers(x.primal, matrices, "primal must be like start");
-  state.carried = numbers(x.carried, matrices, "carried must be like start");
-  state.momentum = numbers(x.momentum, matrices, "momentum must be like start");
+  state.written = numbers(x.written, matrices, "written must be like start");
+  state.momenta = numbers(x.momenta, matrices, "momenta must be like start");
   state.rho = numbers(x.rho, {p.N, p.H, m}, "rho must be float32 [N, H, m]");
   const RetentionTraits gate = retention_traits(p.retention);
-  require(state.start && (state.carried || p.C == 1), "the state has no room for what is carried into a chunk");
+  require(state.start && (state.written || p.C == 1), "the state has no buffer for what an open chunk has written");
   require(bool(state.primal) == !gate.identity && bool(state.rho) == (gate.coupling == Coupling::matrix),
-          "primal or rho do not suit the retention gate");
+          "primal or rho do not fit the retention gate");
 
-  const bool channels = x.log_decay.dim() == 3;
-  const char* decays = "log_decay must be float32 [N, H] or [N, H, Dv]";
-  state.log_decay = channels ? numbers(x.log_decay, {p.N, p.H, V}, decays) : numbers(x.log_decay, {p.N, p.H}, decays);
-  require(!p.log_decay || p.decay_per_channel == channels, "decays do not suit the state's log_decay");
+  const bool channels = x.open_log_decay.dim() == 3;
+  const Shape decays = channels ? Shape{p.N, p.H, V} : Shape{p.N, p.H};
+  state.open_log_decay = numbers(x.open_log_decay, decays, "open_log_decay must be float32 [N, H] or [N, H, Dv]");
+  require(!p.log_decay || p.decay_per_channel == channels, "log_decay and open_log_decay must both have channels or none");
   state.width = channels ? int(V) : 1, state.rows = int(rows);
 
   state.left = numbers(x.left, {p.N, p.H, m, rows, K}, "left must be float32 [N, H, m, C, K]");
   state.right = numbers(x.right, {p.N, p.H, m, rows, V}, "right must be float32 [N, H, m, C, V]");
-  state.kept = numbers(x.kept, {p.N, p.H, 2 + rows, state.width}, "kept must be float32 [N, H, 2 + C, 1 or Dv]");
-  state.moved = numbers(x.moved, {p.N, p.H, 2 + rows}, "moved must be float32 [N, H, 2 + C]");
-  require(state.left && state.right && state.kept, "the state has no room for factors");
-  require(bool(p.momentum) == bool(state.momentum) && bool(p.momentum) == bool(state.moved), "momentum needs a state with momentum");
+  state.weights = numbers(x.weights, {p.N, p.H, 2 + rows, state.width}, "weights must be float32 [N, H, 2 + C, 1 or Dv]");
+  state.momentum_weights = numbers(x.momentum_weights, {p.N, p.H, 2 + rows}, "momentum_weights must be float32 [N, H, 2 + C]");
+  require(state.left && state.right && state.weights, "the state has no buffers for factors");
+  require(bool(p.momentum) == bool(state.momenta) && bool(p.momentum) == bool(state.momentum_weights),
+          "momentum needs a state with momentum");
   require(x.position.is(kInt64) && x.position.has_shape({p.N}) && x.position.is_contiguous(), "bad position");
   state.position = x.position.data<int64_t>();
 }
@@ -114,7 +122,7 @@ template <class Memory> void run(const typename Memory::Params& p, const cpu::Ke
 
 // ---- a decoder's steps ----
 
-// What an argument must look like for a step that was prepared.
+// The properties of an argument that a step was prepared for.
 struct Expected {
   Shape sizes;
   Type type = kFloat32;
@@ -125,12 +133,10 @@ struct Expected {
   Expected(const OptionalTensor& x) {
     if (x) *this = Expected(*x);
   }
-  bool fits(py::handle object, const View& x) const {
-    return given ? x.is(type) && x.has_shape(sizes) && x.on_cpu() : object.is_none();
-  }
+  bool fits(py::handle object, const View& x) const { return given ? x.is(type) && x.has_shape(sizes) && x.on_cpu() : object.is_none(); }
 };
 
-// Whether all values of a gate [B, T, H] or [B, T, H, D] are allowed
+// Whether all values of a gate [B, T, H] or [B, T, H, D] are valid
 template <class Allowed> bool all_values(const TokenTensor& x, const Shape& sizes, Allowed&& allowed) {
   const float* data = static_cast<const float*>(x.data);
   const int64_t channels = sizes.size() == 4 ? sizes[3] : 1;
@@ -142,18 +148,17 @@ template <class Allowed> bool all_values(const TokenTensor& x, const Shape& size
   return true;
 }
 
-// Calls of one signature on one decoder's buffers. A call that is not of this signature, or has values that validation.py
-// refuses, does nothing and returns None.
+// Steps of one signature on one decoder's buffers. A call with another signature, or with values that validation.py refuses, does
+// nothing and returns None.
 template <class Memory> class Stepper {
  public:
-  Stepper(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
-          const OptionalTensor& delta, const OptionalTensor& momentum, bool check_values,
-          const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const Buffers& buffers,
-          const Code& bias, const Code& retention, int64_t chunk_size)
-      : kernels_(cpu::kernels()), norm_{ln_weight, ln_bias, ln_eps}, buffers_(buffers),
-        wanted_{q, k, v, lr, log_decay, delta, momentum}, check_values_(check_values) {
-    fill_tokens(p_, q, k, v, lr, log_decay, delta, momentum, {}, bias, retention, chunk_size, 0);
-    const Tensor& start = buffers.start;
+  Stepper(const TokenTuple& tokens, const NormTuple& norm, const std::vector<OptionalTensor>& buffers, const RuleTuple& rules,
+          bool check_values)
+      : kernels_(cpu::kernels()), norm_(norm), buffers_(buffers_of(buffers)), check_values_(check_values) {
+    const Tokens x(tokens);
+    wanted_ = {x.q, x.k, x.v, x.lr, x.log_decay, x.delta, x.momentum};
+    fill_tokens(p_, x, {}, rules, 0);
+    const Tensor &start = buffers_.start, &q = x.q, &v = x.v;
     require(start.dim() == 5, "start must be float32 [N, H, m, K, V]");
     Memory::fill(p_, start.size(3), start.size(4));
     require(start.size(4) == v.size(3) && (Memory::kMatrices == 2 ? start.size(4) : start.size(3)) == q.size(3),
@@ -189,13 +194,13 @@ template <class Memory> class Stepper {
   }
 
  private:
-  // Of an argument whose channels are together, or of a copy
+  // An argument if its channels are together, else a copy
   static TokenTensor rows(py::handle object, const View& x, Tensor& copy) {
     if (are_channels_together(x)) return tokens(x);
     copy = Tensor(py::reinterpret_borrow<py::object>(object)).contiguous();
     return tokens(copy);
   }
-  // One number for all tokens, which is then in delta_number_
+  // One number for all tokens, then stored in delta_number_
   bool is_number(py::handle x) {
     if (!wanted_.delta.given || !PyFloat_Check(x.ptr())) return false;
     delta_number_ = float(PyFloat_AS_DOUBLE(x.ptr()));
@@ -204,13 +209,12 @@ template <class Memory> class Stepper {
   bool values_allowed() const {
     return (!wanted_.log_decay.given || all_values(p_.log_decay, wanted_.log_decay.sizes, [](float x) { return !(x > 0.0f); })) &&
            (!wanted_.delta.given || all_values(p_.delta, wanted_.delta.sizes, [](float x) { return !(x < 0.0f); })) &&
-           (!wanted_.momentum.given ||
-            all_values(p_.momentum, wanted_.momentum.sizes, [](float x) { return !(x < 0.0f || x >= 1.0f); }));
+           (!wanted_.momentum.given || all_values(p_.momentum, wanted_.momentum.sizes, [](float x) { return !(x < 0.0f || x >= 1.0f); }));
   }
 
   typename Memory::Params p_;
   const cpu::Kernels& kernels_;
-  Norm norm_;
+  NormTuple norm_;
   Buffers buffers_;
   struct {
     Expected q, k, v, lr, log_decay, delta, momentum;
@@ -219,30 +223,20 @@ template <class Memory> class Stepper {
   bool check_values_;
 };
 
-Buffers buffers_of(const py::object& x) {
-  const auto find = [&x](const char* name) { return x.attr(name).cast<OptionalTensor>().value_or(Tensor()); };
-  return {find("start"), find("primal"), find("rho"), find("carried"), find("momentum"), find("left"),
-          find("right"), find("kept"), find("moved"), find("log_decay"), find("position")};
-}
-
 template <class Memory> void bind_stepper(py::module_& m, const char* name) {
   using namespace pybind11::literals;
-  const auto make = [](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr, const OptionalTensor& log_decay,
-                       const OptionalTensor& delta, const OptionalTensor& momentum, bool check_values,
-                       const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double ln_eps, const py::object& buffers,
-                       const Code& bias, const Code& retention, int64_t chunk_size) {
-    return std::make_unique<Stepper<Memory>>(q, k, v, lr, log_decay, delta, momentum, check_values, ln_weight, ln_bias, ln_eps,
-                                             buffers_of(buffers), bias, retention, chunk_size);
-  };
   py::class_<Stepper<Memory>>(m, name)
-      .def(py::init(make), "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "check_values"_a, "ln_weight"_a,
-           "ln_bias"_a, "ln_eps"_a, "buffers"_a, "bias"_a, "retention"_a, "chunk_size"_a)
+      .def(py::init<const TokenTuple&, const NormTuple&, const std::vector<OptionalTensor>&, const RuleTuple&, bool>(), "tokens"_a,
+           "norm"_a, "buffers"_a, "rules"_a, "check_values"_a)
       .def("__call__", &Stepper<Memory>::step);
 }
 
 // ---- a short call on a state as a value ----
 
+// As Python passes them: duals and momenta; start, position and open_log_decay of an open chunk. Empty or None if absent.
 using Matrices = std::vector<Tensor>;
+using StateTuple = std::tuple<Matrices, Matrices>;
+using OpenChunkTuple = std::tuple<Matrices, OptionalTensor, OptionalTensor>;
 
 // The matrices of a state, in a buffer [N, H, m, K, V].
 class Held {
@@ -252,7 +246,7 @@ class Held {
 
   float* data() const { return static_cast<float*>(storage_.get()); }
 
-  // As a MemoryState has them: views, all but an MLP's W2 transposed
+  // As in a MemoryState: views, all transposed but an MLP's W2
   Matrices views() const {
     Matrices found;
     for (int i = 0; i < m_; ++i) {
@@ -273,7 +267,8 @@ class Held {
           float* to = data() + (head * m_ + i) * K_ * V_;
           for (int64_t r = 0; r < K_; ++r, to += V_, source += row) {
             if (column == 1) std::copy_n(source, V_, to);
-            else for (int64_t c = 0; c < V_; ++c) to[c] = source[c * column];
+            else
+              for (int64_t c = 0; c < V_; ++c) to[c] = source[c * column];
           }
         }
       });
@@ -287,21 +282,20 @@ class Held {
   Storage storage_;
 };
 
-// (out, duals, momenta, starts, log_decay); starts and log_decay are those of OpenChunk
+// (out, duals, momenta, starts, open_log_decay), the last two of the open chunk
 template <class Memory>
-std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
-    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lr, const OptionalTensor& log_decay,
-    const OptionalTensor& delta, const OptionalTensor& momentum, const OptionalTensor& ln_weight, const OptionalTensor& ln_bias,
-    double ln_eps, const Matrices& dual, const Matrices& carried, const Matrices& start, const OptionalTensor& position,
-    const OptionalTensor& open_log_decay, const Code& bias, const Code& retention, int64_t chunk_size) {
-  const Tensor q = channels_together(q_), k = channels_together(k_), v = channels_together(v_);
+std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(const TokenTuple& tokens_, NormTuple norm, const StateTuple& state_,
+                                                               const OpenChunkTuple& open_chunk, const RuleTuple& rules) {
+  const Tokens x(tokens_);
+  const Tensor &q = x.q, &v = x.v;
+  const auto& [dual, momenta] = state_;
+  const auto& [start, position, open_log_decay] = open_chunk;
   typename Memory::Params p;
-  fill_tokens(p, q, k, v, lr, log_decay, delta, momentum, {}, bias, retention, chunk_size, 0);
+  fill_tokens(p, x, {}, rules, 0);
   require(dual.size() == Memory::kMatrices && dual[0].dim() == 4, "a state has one matrix, or two of an MLP");
   const int64_t rows = dual[0].size(3), cols = dual[0].size(2);
   require(cols == v.size(3) && (Memory::kMatrices == 2 ? cols : rows) == q.size(3), "the state does not fit q and v");
   Memory::fill(p, rows, cols);
-  Norm norm{ln_weight, ln_bias, ln_eps};
   fill_norm(p, norm);
 
   const int64_t m = Memory::kMatrices, room = std::min<int64_t>(p.T, p.C), heads = p.N * p.H, width = p.decay_per_channel ? cols : 1;
@@ -309,7 +303,7 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
   const Held now(p, m, rows, cols), before(p, m, rows, cols);
   std::optional<Held> moving, primal;
   now.copy(dual);
-  if (momentum) moving.emplace(p, m, rows, cols).copy(carried);
+  if (p.momentum) moving.emplace(p, m, rows, cols).copy(momenta);
   if (!gate.identity) primal.emplace(p, m, rows, cols);
   const Tensor decayed = small_tensor(open_decay_shape(p, cols), kFloat32);
   std::vector<int64_t> at(p.N);
@@ -326,10 +320,10 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(
 
   StepBuffers& state = p.state;
   state.by_value = true, state.width = int(width), state.rows = int(room);
-  state.start = before.data(), state.carried = now.data(), state.log_decay = decayed.data<float>(), state.position = at.data();
+  state.start = before.data(), state.written = now.data(), state.open_log_decay = decayed.data<float>(), state.position = at.data();
   state.left = take(heads * m * room * rows), state.right = take(heads * m * room * cols);
-  state.kept = take(heads * (2 + room) * width);
-  if (moving) state.momentum = moving->data(), state.moved = take(heads * (2 + room));
+  state.weights = take(heads * (2 + room) * width);
+  if (moving) state.momenta = moving->data(), state.momentum_weights = take(heads * (2 + room));
   if (primal) state.primal = primal->data();
   if (gate.coupling == Coupling::matrix) state.rho = take(heads * m);
   const Tensor out = small_tensor(v.sizes(), v.type());
@@ -344,12 +338,9 @@ void bind_steps(py::module_& m) {
   using namespace pybind11::literals;
   bind_stepper<Linear>(m, "LinearStepper");
   bind_stepper<Mlp>(m, "MlpStepper");
-  const auto bind = [&m](const char* name, auto function) {
-    m.def(name, function, "q"_a, "k"_a, "v"_a, "lr"_a, "log_decay"_a, "delta"_a, "momentum"_a, "ln_weight"_a, "ln_bias"_a, "ln_eps"_a,
-          "dual"_a, "carried"_a, "start"_a, "position"_a, "open_log_decay"_a, "bias"_a, "retention"_a, "chunk_size"_a);
-  };
-  bind("linear_steps", &steps<Linear>);
-  bind("mlp_steps", &steps<Mlp>);
+  m.def("linear_steps", &steps<Linear>, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "rules"_a);
+  m.def("mlp_steps", &steps<Mlp>, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "rules"_a);
+  m.def("step_buffers", [] { return std::vector<std::string>(std::begin(kStepBuffers), std::end(kStepBuffers)); });
 }
 
 }  // namespace miras

@@ -1,4 +1,4 @@
-// Tensors of torch as the bindings see them: a Python object, and through DLPack where its memory lies.
+// Torch tensors in the bindings: a Python object, and its memory, found through DLPack.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -32,11 +32,11 @@ inline void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(std::string("miras_kernels._C: ") + what);
 }
 
-// What a tensor looks like, for as long as the object lives and is not changed; undefined where there is none.
+// Shape, strides, dtype and memory of a tensor, valid while the object lives and is not changed; undefined if there is none.
 class View {
  public:
   View() = default;
-  // Undefined if the object is no tensor, or one without memory.
+  // Undefined if the object is not a tensor, or has no memory.
   explicit View(pybind11::handle x) {
     if (x.is_none()) return;
     if (torch_api.tensors->dltensor_from_py_object_no_sync(x.ptr(), &x_) == 0) {
@@ -104,7 +104,7 @@ inline Tensor from_managed(dlpack::DLManagedTensorVersioned* managed) {
   return Tensor(pybind11::reinterpret_steal<pybind11::object>(static_cast<PyObject*>(object)));
 }
 
-// A new contiguous tensor on the CPU, not filled.
+// A new uninitialised contiguous tensor on the CPU.
 inline Tensor new_tensor(Sizes sizes, Type type) {
   const auto failed = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
   dlpack::DLTensor wanted{nullptr, {dlpack::kCpu, 0}, int32_t(sizes.size()), type, const_cast<int64_t*>(sizes.data()), nullptr, 0};
@@ -112,13 +112,11 @@ inline Tensor new_tensor(Sizes sizes, Type type) {
   if (torch_api.tensors->managed_tensor_allocator(&wanted, &fresh, nullptr, failed) != 0) throw pybind11::error_already_set();
   return from_managed(fresh);
 }
-inline Tensor new_tensor(std::initializer_list<int64_t> sizes, Type type) {
-  return new_tensor(Sizes(sizes.begin(), sizes.size()), type);
-}
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, Type type) { return new_tensor(Sizes(sizes.begin(), sizes.size()), type); }
 inline Tensor new_float(Sizes sizes) { return new_tensor(sizes, kFloat32); }
 inline Tensor new_float(std::initializer_list<int64_t> sizes) { return new_tensor(sizes, kFloat32); }
 
-// Aligned memory that tensors share; NaN in a build for AddressSanitizer, so that reading before writing shows.
+// Aligned memory shared by tensors; filled with NaN in builds for AddressSanitizer, so that reading before writing shows.
 using Storage = std::shared_ptr<void>;
 inline Storage new_storage(int64_t bytes) {
   const size_t size = (size_t(std::max<int64_t>(bytes, 1)) + 63) / 64 * 64;
@@ -141,12 +139,15 @@ inline Tensor tensor_in(const Storage& storage, void* data, Sizes sizes, Sizes s
   auto* holder = new Holder{{}, storage, {}, {}};
   std::ranges::copy(sizes, holder->sizes), std::ranges::copy(strides, holder->strides);
   const auto release = [](dlpack::DLManagedTensorVersioned* self) { delete static_cast<Holder*>(self->context); };
-  holder->managed = {{dlpack::kMajorVersion, dlpack::kMinorVersion}, holder, release, 0,
+  holder->managed = {{dlpack::kMajorVersion, dlpack::kMinorVersion},
+                     holder,
+                     release,
+                     0,
                      {data, {dlpack::kCpu, 0}, int32_t(sizes.size()), type, holder->sizes, holder->strides, 0}};
   return from_managed(&holder->managed);
 }
 
-// Like new_tensor, without torch's allocator: a third faster, which short calls notice.
+// Like new_tensor, without torch's allocator: a third faster, which matters for short calls.
 inline Tensor small_tensor(Sizes sizes, Type type) {
   int64_t strides[4], count = 1;
   require(sizes.size() <= 4, "a tensor of too many dimensions");
@@ -163,7 +164,5 @@ template <> struct pybind11::detail::type_caster<miras::Tensor> {
     value = miras::Tensor(reinterpret_borrow<object>(x));
     return value.defined();
   }
-  static handle cast(const miras::Tensor& x, return_value_policy, handle) {
-    return x.defined() ? x.object().inc_ref() : none().release();
-  }
+  static handle cast(const miras::Tensor& x, return_value_policy, handle) { return x.defined() ? x.object().inc_ref() : none().release(); }
 };

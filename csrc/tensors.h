@@ -1,8 +1,8 @@
-// From tensors to parameter structs: what all bindings share. What arguments must look like is checked in validation.py; the
-// checks here guard memory.
+// From tensors to parameter structs: what all bindings share. Arguments are validated in validation.py; the checks here guard memory.
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -12,7 +12,7 @@
 
 namespace miras {
 
-// [B, T, H] or [B, T, H, D]. Size-1 and expanded dimensions need nothing special.
+// [B, T, H] or [B, T, H, D]; dimensions may be expanded.
 inline TokenTensor tokens(const View& x) {
   TokenTensor t;
   t.data = x.data();
@@ -29,7 +29,7 @@ inline StateTensor states(const View& x) {
   return s;
 }
 
-// Kernels read channels in vectors.
+// Kernels read channels as vectors.
 inline bool are_channels_together(const View& x) { return x.size(3) == 1 || x.stride(3) == 1; }
 inline Tensor channels_together(const Tensor& x) { return are_channels_together(x) ? x : x.contiguous(); }
 
@@ -40,8 +40,26 @@ inline Dtype dtype_of(const View& x) {
 
 inline bool is_float(const View& x) { return x.on_cpu() && x.is(kFloat32); }
 
+// The largest sizes; a test compares them with python/miras_kernels/tables/memories.py.
+constexpr int64_t kMaxHead = 256, kMaxHidden = 1024, kMaxChunk = 256;
+
 // A row of the table of biases or retention gates: its tag and parameters.
 using Code = std::pair<int64_t, std::vector<double>>;
+
+// A call as Python passes it, in tuples: q, k, v, lr, log_decay, delta and momentum; bias, retention and chunk_size.
+using TokenTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+using RuleTuple = std::tuple<Code, Code, int64_t>;
+
+struct Tokens {
+  Tensor q, k, v, lr;
+  OptionalTensor log_decay, delta, momentum;
+
+  // q, k and v have their channels together.
+  explicit Tokens(const TokenTuple& x) {
+    std::tie(q, k, v, lr, log_decay, delta, momentum) = x;
+    for (Tensor* each : {&q, &k, &v}) *each = channels_together(*each);
+  }
+};
 
 template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&params)[kParams], const Code& code) {
   require(code.first >= 0 && code.first < kCount, "unknown tag of a bias or a retention gate");
@@ -50,7 +68,7 @@ template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&p
   std::copy(code.second.begin(), code.second.end(), params);
 }
 
-// float32 [B, T, H], or [B, T, H, Dv] if `per_channel` is given, which then says so; absent gates have no data
+// float32 [B, T, H], or [B, T, H, Dv] if `per_channel` is given, which is then set; absent gates have no data
 inline TokenTensor gate(const MemoryParams& p, const OptionalTensor& x, int64_t dv, bool* per_channel, const char* what) {
   if (!x) return {};
   const bool channels = per_channel && x->dim() == 4;
@@ -59,16 +77,16 @@ inline TokenTensor gate(const MemoryParams& p, const OptionalTensor& x, int64_t 
   return tokens(*x);
 }
 
-// What all kernels share. q, k, v already have their channels together.
-inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lr,
-                 const OptionalTensor& log_decay, const OptionalTensor& delta, const OptionalTensor& momentum,
-                 const OptionalTensor& cu_seqlens, const Code& bias, const Code& retention, int64_t chunk_size,
-                 int64_t checkpoint_every) {
+// What all kernels share
+inline void fill_tokens(MemoryParams& p, const Tokens& x, const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                        int64_t checkpoint_every) {
+  const auto& [bias, retention, chunk_size] = rules;
+  const Tensor &q = x.q, &k = x.k, &v = x.v;
   require(q.dim() == 4 && v.dim() == 4, "q and v must have four dimensions");
   p.B = q.size(0), p.T = q.size(1), p.H = q.size(2);
   p.N = cu_seqlens ? cu_seqlens->size(0) - 1 : p.B;
   p.C = int(chunk_size);
-  require(chunk_size >= 1 && chunk_size <= 256, "chunk_size must be in 1..256");
+  require(chunk_size >= 1 && chunk_size <= kMaxChunk, "chunk_size is out of range");
   const int64_t dv = v.size(3);
   require(k.has_shape(q.sizes()) && v.has_shape({p.B, p.T, p.H, dv}), "k or v does not fit q");
   require(k.is(q.type()) && v.is(q.type()), "q, k, v must have one dtype");
@@ -76,14 +94,14 @@ inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const
   p.dtype = dtype_of(q);
   p.q = tokens(q), p.k = tokens(k), p.v = tokens(v);
 
-  p.lr = gate(p, lr, dv, &p.lr_per_channel, "lr must be float32 [B, T, H] or [B, T, H, Dv]");
-  p.log_decay = gate(p, log_decay, dv, &p.decay_per_channel, "log_decay must be float32 [B, T, H] or [B, T, H, Dv]");
-  p.delta = gate(p, delta, dv, &p.delta_per_channel, "delta must be float32 [B, T, H] or [B, T, H, Dv]");
-  p.momentum = gate(p, momentum, dv, nullptr, "momentum must be float32 [B, T, H]");
+  p.lr = gate(p, x.lr, dv, &p.lr_per_channel, "lr must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.log_decay = gate(p, x.log_decay, dv, &p.decay_per_channel, "log_decay must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.delta = gate(p, x.delta, dv, &p.delta_per_channel, "delta must be float32 [B, T, H] or [B, T, H, Dv]");
+  p.momentum = gate(p, x.momentum, dv, nullptr, "momentum must be float32 [B, T, H]");
 
   fill_code<BiasTag, kBiasCount>(p.bias, p.bias_params, bias);
   fill_code<RetentionTag, kRetentionCount>(p.retention, p.retention_params, retention);
-  require(bias_traits(p.bias).uses_delta == delta.has_value(), "delta given to a bias without one, or missing");
+  require(bias_traits(p.bias).uses_delta == x.delta.has_value(), "delta given to a bias without one, or missing");
   require(!p.delta_per_channel || !bias_traits(p.bias).couples_row, "delta per channel needs a coordinate-wise bias");
 
   if (cu_seqlens) {
@@ -96,20 +114,17 @@ inline void fill_tokens(MemoryParams& p, const Tensor& q, const Tensor& k, const
   p.checkpoint_every = int(checkpoint_every);
 }
 
-// The contiguous positions of an open chunk, checked.
+// The positions of an open chunk, checked.
 inline const int64_t* positions(const MemoryParams& p, const Tensor& position) {
-  require(position.is(kInt64) && position.has_shape({p.N}) && position.is_contiguous(),
-          "position must be int64 [N]");
+  require(position.is(kInt64) && position.has_shape({p.N}) && position.is_contiguous(), "position must be int64 [N]");
   require(p.checkpoint_every == 0, "no gradients through an open chunk");
   const int64_t* at = position.data<int64_t>();
   for (int64_t n = 0; n < p.N; ++n) require(at[n] >= 0 && at[n] < p.C, "position must be in [0, chunk_size)");
   return at;
 }
 
-// [N, H], or [N, H, Dv] where decays are channel-wise
-inline Shape open_decay_shape(const MemoryParams& p, int64_t dv) {
-  return p.decay_per_channel ? Shape{p.N, p.H, dv} : Shape{p.N, p.H};
-}
+// [N, H], or [N, H, Dv] if decays are channel-wise
+inline Shape open_decay_shape(const MemoryParams& p, int64_t dv) { return p.decay_per_channel ? Shape{p.N, p.H, dv} : Shape{p.N, p.H}; }
 inline Tensor open_decays(const MemoryParams& p, const Tensor& open_log_decay, int64_t dv) {
   require(is_float(open_log_decay) && open_log_decay.has_shape(open_decay_shape(p, dv)),
           "open_log_decay must be float32 [N, H], or [N, H, Dv] if log_decay has channels");

@@ -36,7 +36,7 @@ void find_torch() {
     lacks("DLPack exchange table of version 1");
   torch_api.tensors = tensors;
 
-  // Of torch._C, which is loaded, and of the libraries it was linked with.
+  // Of torch._C, which is loaded, and of the libraries that it is linked with.
   const auto path = torch.attr("_C").attr("__file__").cast<std::string>();
   void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (!library) lacks("library " + path);
@@ -57,7 +57,7 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
     std::atomic_flag failed = ATOMIC_FLAG_INIT;
     std::exception_ptr error;
   } run{body, context, {}, {}};
-  const auto guarded = [](int64_t first, int64_t last, void* self) {  // nothing may be thrown through C
+  const auto guarded = [](int64_t first, int64_t last, void* self) {  // exceptions must not pass through C
     Run& run = *static_cast<Run*>(self);
     try {
       run.body(first, last, run.context);

@@ -1,5 +1,5 @@
-// What the extension takes from the torch that is installed, found when it is imported: C functions alone, so that neither a header
-// nor a library of torch is needed to build it, and one build serves every torch that has them (>= 2.11).
+// What the extension uses of the installed torch, looked up at import: only C functions, so that building needs neither headers nor
+// libraries of torch, and one build works with every torch that has them (>= 2.11).
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ void find_torch();
 
 int64_t num_threads();
 
-// body(first, last) over parts of [0, count) by torch's threads; throws what a part threw first. Needs no interpreter lock.
+// body(first, last) over parts of [0, count) by torch's threads; rethrows the first exception of a part. Needs no interpreter lock.
 void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 template <class Body> void parallel_for(int64_t count, int64_t grain, const Body& body) {
   const auto call = [](int64_t first, int64_t last, void* self) { (*static_cast<const Body*>(self))(first, last); };

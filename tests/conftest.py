@@ -19,6 +19,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 os.environ["MIRAS_CACHE"] = tempfile.mkdtemp(prefix="miras-kernels-tests-")
 
 from miras_kernels import dispatch
+from records import forget
 
 
 def pytest_configure(config):
@@ -101,3 +102,11 @@ def instruction_set(request, monkeypatch) -> str:
     monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)
     assert _C.cpu_capability() == level
     return level
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for verification records, and a process that has read none."""
+    monkeypatch.setenv("MIRAS_CACHE", str(tmp_path / "cache"))
+    forget(monkeypatch)
+    return tmp_path / "cache"

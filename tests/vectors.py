@@ -49,13 +49,13 @@ def arguments(config: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str,
 
 
 def expected(tensors: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a run must give: outputs, final states, gradients, by name."""
+    """The expected outputs, final states and gradients, by name."""
     finals = {name: x for name, x in tensors.items() if name == "out" or name.startswith("final_")}
     return finals | {f"grad_{name}": tensors[f"grad_{name}"] for name in leaves}
 
 
 def results(out: Tensor, state: mk.MemoryState, tensors: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a run gave, under the same names."""
+    """The results of a run, under the same names."""
     found = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
     found |= {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
     loss = (out * tensors["grad_out"]).sum()

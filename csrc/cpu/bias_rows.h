@@ -1,5 +1,5 @@
-// The attentional bias applied to the rows of a chunk: the only place where the kernels meet psi. Everything around it is
-// the same for all biases and compiled once; a call covers a whole chunk.
+// The attentional bias applied to the rows of a chunk: the only place where the kernels use psi. Everything else is the same for all
+// biases and compiled once; one call handles a whole chunk.
 //
 //   c tokens   Dvp value channels of the task, padded; matrices are [c x Dvp] float32 unless said otherwise
 #pragma once
@@ -9,25 +9,22 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BiasRows {
-  int c, cols;                // cols = Dvp
-  const float* params;        // of the bias
-  const float* eta;           // [c], or [c x Dvp] for kernels of kChannelEta
-  const float* delta;         // [c], or [c x Dvp] if per_channel; null where the bias has none
-  bool per_channel;           // delta is
-  const float* v;             // [c x ldv]
+  int c, cols;          // cols = Dvp
+  const float* params;  // of the bias
+  const float* eta;     // [c], or [c x Dvp] in kernels with kChannelEta
+  const float* delta;   // [c], or [c x Dvp] if per_channel; null if the bias uses none
+  bool per_channel;     // delta is
+  const float* v;       // [c x ldv]
   index_t ldv;
 };
 
 template <class Bias, bool kChannelEta> struct BiasKernels {
-  // eta of one token, and what one vector of channels sees of it
+  // eta of one token, as one vector of channels reads it
   MIRAS_INLINE Vec row_eta(const BiasRows& x, int t) { return kChannelEta ? zeros() : broadcast(x.eta[t]); }
-  MIRAS_INLINE Vec eta_at(const BiasRows& x, int t, int j, Vec row) {
-    return kChannelEta ? load(x.eta + index_t(t) * x.cols + j) : row;
-  }
+  MIRAS_INLINE Vec eta_at(const BiasRows& x, int t, int j, Vec row) { return kChannelEta ? load(x.eta + index_t(t) * x.cols + j) : row; }
 
   // What the rows of one token share: delta, or coefficients from |e|^2.
-  template <class Error>
-  MIRAS_INLINE typename Bias::template Row<Vec> shared(const Bias& bias, const BiasRows& x, int t, Error&& error) {
+  template <class Error> MIRAS_INLINE typename Bias::template Row<Vec> shared(const Bias& bias, const BiasRows& x, int t, Error&& error) {
     const Vec delta = Bias::kUsesDelta && !x.per_channel ? broadcast(x.delta[t]) : zeros();
     Vec norm2 = zeros();
     if constexpr (Bias::kCouplesRow) {
@@ -40,7 +37,7 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
     return bias.row(norm2, delta);
   }
 
-  // ... and what one vector of channels sees of it.
+  // ... as one vector of channels reads it.
   template <class Row> MIRAS_INLINE Row at(const BiasRows& x, int t, int j, const Row& row) {
     if constexpr (Bias::kUsesDelta && !Bias::kCouplesRow) {
       if (x.per_channel) return load(x.delta + index_t(t) * x.cols + j);
@@ -129,8 +126,8 @@ static BiasTable bias_table(BiasTag tag, const float* params, bool channel_eta =
   return with_bias(tag, params, [channel_eta]<class Bias>(const Bias&) {
     using Kernels = BiasKernels<Bias, false>;
     using Channels = BiasKernels<Bias, true>;
-    return BiasTable{channel_eta ? Channels::write : Kernels::write, Kernels::grade,
-                     channel_eta ? Channels::pull_back : Kernels::pull_back, Bias::kPredicts, Bias::kUsesDelta};
+    return BiasTable{channel_eta ? Channels::write : Kernels::write, Kernels::grade, channel_eta ? Channels::pull_back : Kernels::pull_back,
+                     Bias::kPredicts, Bias::kUsesDelta};
   });
 }
 

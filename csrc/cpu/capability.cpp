@@ -48,8 +48,7 @@ const Kernels& kernels() {
     if (std::string(asked) == level->name) return *level;
     possible += (possible.empty() ? "" : ", ") + std::string(level->name);
   }
-  throw std::invalid_argument("MIRAS_CPU_CAPABILITY: expected one of " + possible + " (what this machine can run), got '" +
-                              asked + "'");
+  throw std::invalid_argument("MIRAS_CPU_CAPABILITY: expected one of " + possible + " (what this machine can run), got '" + asked + "'");
 }
 
 }  // namespace miras::cpu

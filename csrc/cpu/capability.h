@@ -20,15 +20,15 @@ struct Kernels {
   void (*mlp_step)(const MlpStep&, int64_t first, int64_t last);
 };
 
-// Null where the compiler or the architecture has no such level. Defined in level_*.cpp.
+// Null if the compiler or the architecture has no such level. Defined in level_*.cpp.
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
 
-// What this machine can run, best first.
+// The levels that this machine can run, best first.
 std::vector<std::string> capabilities();
 
-// The best level, or the one that the environment variable MIRAS_CPU_CAPABILITY asks for; throws if there is none such.
+// The best level, or the one that the environment variable MIRAS_CPU_CAPABILITY names; throws if this machine does not have it.
 const Kernels& kernels();
 
 }  // namespace miras::cpu

@@ -2,8 +2,8 @@
 //
 //   O_tv = gamma_tv (W0 q_t)_v + rho (b_tv (S0 q_t)_v - sum_s M_ts,v (q_t.k_s) U_sv)
 //
-// A weight for every pair of tokens and every channel is never held: for one token s at a time, vectorised over v, the
-// recursion m_t = alpha_tv m_(t-1) + Theta_ts with m_s = 1 runs through the chunk. Only products of numbers in [0, 1] again.
+// The weights of all pairs of tokens and channels are never stored: for one token s at a time, vectorised over v, the
+// recursion m_t = alpha_tv m_(t-1) + Theta_ts with m_s = 1 runs through the chunk. Again only numbers in [0, 1] are multiplied.
 //
 //   c tokens (Cp padded)   Dvp value channels of the task, padded, zero in writes and gradients
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// Q K'  [c x Cp], the lower triangle as decayed_scores visits it
+// Q K'  [c x Cp], its lower triangle in the tiles of decayed_scores
 template <class A> static void plain_scores(int c, int dk, A q, const float* kt, index_t cp, float* QK, WriteSoon soon) {
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;
@@ -30,9 +30,9 @@ struct ChannelDecay {
 
   MIRAS_FN ChannelDecay(Arena& arena, const LinearParams& p)
       : on(p.decay_per_channel), dvp(round_up(p.panel_width, kPad)), cp(round_up(p.C, kPad)) {
-    const int rows = on ? p.C : 0, carried = on && p.momentum ? p.C : 0;
+    const int rows = on ? p.C : 0, momenta = on && p.momentum ? p.C : 0;
     alpha = arena.take(rows, dvp), gamma = arena.take(rows, dvp), to_end = arena.take(rows, dvp);
-    log_decay = arena.take(rows, dvp), b = arena.take(carried, dvp), Theta = arena.take(carried, cp);
+    log_decay = arena.take(rows, dvp), b = arena.take(momenta, dvp), Theta = arena.take(momenta, cp);
   }
 
   void read(const LinearParams& p, const Task& task, int64_t batch, int64_t token, int c, const Gates& gates) {
@@ -66,7 +66,7 @@ struct ChannelDecay {
     const float *KJ, *KJS;     // [c x Dvp]  (J k_s)_v, and with momentum (JS k_s)_v
     float *dU, *N;             // [c x Dvp]; [c x Cp]  sum_v M_ts,v U_sv dO_tv
     float* gM;                 // [c x Cp]  with momentum: sum_v of the gradients of M_ts,v, as they add up over t
-    float* dlog;               // [c x Dvp]  what comes through M is added
+    float* dlog;               // [c x Dvp]  the part through M is added
     float *m, *sums;           // [C x kPad] and [2 C x kPad] of scratch
   };
 
@@ -92,7 +92,7 @@ struct ChannelDecay {
 
   // d log alpha through b, from its gradient's last row, which the row gb_end [Dvp] adds to, and from gb [c x Dvp]. `totals` [Cp]
   // receives sums over the channels of gb as it adds up.
-  void carried_gradient(int c, const float* gb, float* gb_end, float* totals, float* dlog) const {
+  void momenta_gradient(int c, const float* gb, float* gb_end, float* totals, float* dlog) const {
     for (int t = c - 1; t >= 0; --t) {
       Vec total = zeros();
       for (int j = 0; j < dvp; j += kLanes) {
@@ -183,7 +183,7 @@ struct ChannelDecay {
   }
 };
 
-// dst row t [cols] = factors of t * src row t; the factors are [c], or [c x cols] where they are channel-wise
+// dst row t [cols] = factors of t * src row t; the factors are [c], or [c x cols] if they are channel-wise
 struct Weights {
   const float* factors;
   bool per_channel;
@@ -211,26 +211,26 @@ struct LinearGates : Gates {
   MIRAS_FN bool fades() const { return Gates::fades() || channel.on; }
   MIRAS_FN Weights from_start() const { return channel.on ? Weights{channel.gamma, true} : Weights{gamma, false}; }
   MIRAS_FN Weights until_end() const { return channel.on ? Weights{channel.to_end, true} : Weights{to_end, false}; }
-  MIRAS_FN Weights of_carried() const { return channel.on ? Weights{channel.b, true} : Weights{b, false}; }
+  MIRAS_FN Weights of_momenta() const { return channel.on ? Weights{channel.b, true} : Weights{b, false}; }
 
-  // gamma_c A and b_c S, terms of A_c: the scales are per column where decays are channel-wise
-  MIRAS_FN Kept kept(const float* A, int c) const {
+  // gamma_c A and b_c S, terms of A_c: the scales are per column if decays are channel-wise
+  MIRAS_FN Scaled dual_at_end(const float* A, int c) const {
     return {A, channel.on ? channel.gamma + index_t(c - 1) * channel.dvp : end(c)};
   }
-  MIRAS_FN Kept kept_carried(const float* S, int c) const {
-    return {S, channel.on ? channel.b + index_t(c - 1) * channel.dvp : carried_end(c)};
+  MIRAS_FN Scaled momenta_at_end(const float* S, int c) const {
+    return {S, channel.on ? channel.b + index_t(c - 1) * channel.dvp : momenta_end(c)};
   }
 
   // A_c from A_0 and the momentum S_0 (see `advance`)
-  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, const float* A, const float* S,
-                    float* next, ReadSoon soon) const {
-    const Kept carried = momentum ? kept_carried(S, c) : Kept{};
-    if (channel.on) advance<true>(c, dk, kt, cp, u_end, dvp, kept(A, c), next, soon, carried);
-    else advance(c, dk, kt, cp, u_end, dvp, kept(A, c), next, soon, carried);
+  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, const float* A, const float* S, float* next,
+                    ReadSoon soon) const {
+    const Scaled momenta = momentum ? momenta_at_end(S, c) : Scaled{};
+    if (channel.on) advance<true>(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
+    else advance(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
   }
   // S_c
-  void advance_carried(int c, int dk, const float* kt, index_t cp, const float* u_step, int dvp, const float* S, float* next) const {
-    if (momentum) advance(c, dk, kt, cp, u_step, dvp, {S, step_carried_end(c)}, next, ReadSoon());
+  void advance_momenta(int c, int dk, const float* kt, index_t cp, const float* u_step, int dvp, const float* S, float* next) const {
+    if (momentum) advance(c, dk, kt, cp, u_step, dvp, {S, step_momenta_end(c)}, next, ReadSoon());
   }
 };
 

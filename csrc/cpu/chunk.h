@@ -10,9 +10,9 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// Which piece of the work a task is.
+// The part of the work that one task does.
 struct Task {
-  int64_t n, h;        // sequence, head
+  int64_t n, h;  // sequence, head
   int panel;
   int first, dv, dvp;  // its value rows [first, first + dv), padded to dvp
 
@@ -30,12 +30,11 @@ struct Task {
 // momentum M = L, weigh the write of token s in the state, the momentum and the state of token t.
 struct Gates {
   float *eta, *alpha, *gamma, *to_end;  // gamma_t = alpha_1 ... alpha_t;  to_end_t = M_ct
-  float *log_decay;
+  float* log_decay;
   float *theta, *pi, *b, *step_end;  // pi_t = theta_1 ... theta_t;  b_t, the weight of S_0 in the state of t;  step_end_t = Theta_ct
   bool decays, momentum;
 
-  MIRAS_FN Gates(Arena& arena, const MemoryParams& p)
-      : decays(p.log_decay && !p.decay_per_channel), momentum(bool(p.momentum)) {
+  MIRAS_FN Gates(Arena& arena, const MemoryParams& p) : decays(p.log_decay && !p.decay_per_channel), momentum(bool(p.momentum)) {
     const int cp = round_up(p.C, kPad), mp = momentum ? cp : 0;
     eta = arena.take(p.lr_per_channel ? 0 : 1, cp);
     alpha = arena.take(1, cp), gamma = arena.take(1, cp), to_end = arena.take(1, cp);
@@ -44,12 +43,12 @@ struct Gates {
   }
 
   MIRAS_FN const float* end(int c) const { return gamma + c - 1; }
-  MIRAS_FN const float* carried_end(int c) const { return b + c - 1; }
-  MIRAS_FN const float* step_carried_end(int c) const { return pi + c - 1; }
+  MIRAS_FN const float* momenta_end(int c) const { return b + c - 1; }
+  MIRAS_FN const float* step_momenta_end(int c) const { return pi + c - 1; }
   // Whether writes fade until the chunk ends: to_end is not all ones.
   MIRAS_FN bool fades() const { return decays || momentum; }
 
-  // Only products of decays in (0, 1] and momenta in [0, 1): nothing overflows, and what underflows is zero.
+  // Only decays in (0, 1] and momentum coefficients in [0, 1) are multiplied: nothing overflows, and underflow gives zero.
   void read(const MemoryParams& p, int64_t batch, int64_t token, int64_t h, int c) {
     if (!p.lr_per_channel) read_gate(p.lr, batch, token, h, c, eta);
     if (decays) {
@@ -94,10 +93,10 @@ static void weigh_rows(int c, int cols, const float* factors, const float* src, 
 }
 
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
-// P and L are zero right of the diagonal as far as a tile was visited; beyond it they are never written.
+// P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere.
 template <bool kKeepL, class A>
-static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P,
-                           float* L, WriteSoon soon) {
+static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P, float* L,
+                           WriteSoon soon) {
   fill_zero(last_row, round_up(c, kPad));
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;  // Q K'
@@ -122,8 +121,8 @@ static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* 
 // The same with momentum, P = M o (Q K'), and if wanted M, Theta and Q K' itself. By rows, Theta_t = theta_t Theta_(t-1) with
 // Theta_tt = 1 and M_t = alpha_t M_(t-1) + Theta_t. last_rows [2 x Cp].
 template <bool kKeep, class A>
-static void momentum_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P,
-                            float* M, float* Theta, float* QK, WriteSoon soon) {
+static void momentum_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P, float* M,
+                            float* Theta, float* QK, WriteSoon soon) {
   float *const last_m = last_rows, *const last_theta = last_rows + cp;
   fill_zero(last_rows, 2 * cp);
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -169,26 +168,26 @@ static void scale(float factor, index_t n, float* x) {
 }
 
 // A term of a state's advance: scale * state. The scale is left in memory (see Tile::add_scaled).
-struct Kept {
+struct Scaled {
   const float *state = nullptr, *scale = nullptr;
 };
 
 // A_c = gamma_c A_0 - sum_s U_end_s k_s'  [Dk x Dvp], transposed like all states, where U_end_s = to_end_s U_s; with momentum a
-// second term, b_c S_0, and likewise for the momentum itself S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be a state kept.
+// second term, b_c S_0, and likewise for the momenta S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be the given state.
 // kPerColumn: scales are [Dvp].
 template <bool kPerColumn = false>
-static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Kept kept, float* next,
-                    ReadSoon soon, Kept more = {}) {
+static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next, ReadSoon soon,
+                    Scaled more = {}) {
   const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
     sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> a;
-      const auto keep = [&](const Kept& x) MIRAS_LAMBDA {
+      const auto keep = [&](const Scaled& x) MIRAS_LAMBDA {
         const float* state = x.state + index_t(i) * dvp + j;
         if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
         else a.add_scaled(state, dvp, x.scale);
       };
       a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
-      keep(kept);
+      keep(dual);
       if constexpr (kMore) keep(more);
       a.store_to(next + index_t(i) * dvp + j, dvp);
     });
@@ -197,12 +196,12 @@ static void advance(int c, int dk, const float* kt, index_t cp, const float* u_e
   else run.template operator()<false>();
 }
 
-// What a chunk did depends on log alpha_r through every path that crosses token r: from a write s < r, or the state before
-// the chunk, to a read t >= r, or the state after it:
+// log alpha_r acts on every path that crosses token r: from a write s < r, or the state before the chunk, to a read t >= r, or the
+// state after it:
 //
 //   d log alpha_r = sum_{s<r<=t} X_ts + sum_{t>=r} reads_t - sum_{s<r} writes_s + through
 //
-// Summed as it stands, without differences of cumulative sums: exact where decays are small and all terms with them.
+// The terms are summed directly, without differences of cumulative sums: accurate also where decays, and so all terms, are small.
 // dlog [Cp] from X [c x Cp], reads and writes [Cp].
 static void decay_gradient(int c, const float* X, index_t cp, const float* reads, const float* writes, float through, float* dlog) {
   for (int r = c - 1; r >= 0; --r) dlog[r] = through += reads[r];
@@ -218,13 +217,13 @@ static void decay_gradient(int c, const float* X, index_t cp, const float* reads
 }
 
 // With momentum M = L Theta takes L's place, and S_0 is read with weights b. From gM, gb, gradients of M [c x Cp] and b [Cp] as they
-// are used, by rows backwards and nothing cancelling:
+// are used, by rows backwards and without cancellation:
 //
 //   d alpha_t = gM_t . M_(t-1) + gb_t b_(t-1),  gM_(t-1) += alpha_t gM_t,  gb_(t-1) += alpha_t gb_t
 //
-// gM and gb are left as they add up. The row gM_end [Cp] adds to the last row of gM.
-static void decay_gradient_with_momentum(const Gates& gates, int c, const float* M, index_t cp, const float* gM_end, float* gM,
-                                         float* gb, const float* reads, float through, float* dlog) {
+// gM and gb hold the accumulated values afterwards. The row gM_end [Cp] adds to the last row of gM.
+static void decay_gradient_with_momentum(const Gates& gates, int c, const float* M, index_t cp, const float* gM_end, float* gM, float* gb,
+                                         const float* reads, float through, float* dlog) {
   const float* later = gM_end;  // row t + 1, as it added up, or the row that adds to the last
   float alpha = 1.0f, later_gb = 0.0f;
   for (int t = c - 1; t >= 0; --t) {
@@ -241,12 +240,12 @@ static void decay_gradient_with_momentum(const Gates& gates, int c, const float*
   }
 }
 
-// d theta from gM and gb as they added up. gTheta and gpi, the gradients of the last row of Theta [Cp] and of pi, add up here:
+// d theta from the accumulated gM and gb. gTheta and gpi, the gradients of the last row of Theta [Cp] and of pi, add up here:
 //
 //   gTheta_t += gM_t,  gpi_t += gb_t,  d theta_t = gTheta_t . Theta_(t-1) + gpi_t pi_(t-1),
 //   gTheta_(t-1) += theta_t gTheta_t,  gpi_(t-1) += theta_t gpi_t
-static void momentum_gradient(const Gates& gates, int c, const float* Theta, index_t cp, const float* gM, const float* gb,
-                              float* gTheta, float gpi, float* dtheta) {
+static void momentum_gradient(const Gates& gates, int c, const float* Theta, index_t cp, const float* gM, const float* gb, float* gTheta,
+                              float gpi, float* dmomentum) {
   for (int t = c - 1; t >= 0; --t) {
     const float theta = gates.theta[t];
     Vec dot = zeros();
@@ -256,7 +255,7 @@ static void momentum_gradient(const Gates& gates, int c, const float* Theta, ind
       if (t > 0) dot += g * load(Theta + (t - 1) * cp + j);
     }
     gpi += gb[t];
-    dtheta[t] = sum(dot) + gpi * (t > 0 ? gates.pi[t - 1] : 1.0f);
+    dmomentum[t] = sum(dot) + gpi * (t > 0 ? gates.pi[t - 1] : 1.0f);
     gpi *= theta;
   }
 }

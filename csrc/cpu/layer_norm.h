@@ -12,8 +12,8 @@ struct LayerNorm {
   float* real;           // [Dp]  1 for the D channels, 0 for the padding
   float eps;
   int d, dp;
-  // Rows of mean zero are centred once more: rounding leaves them a mean, which W1 enlarges where its entries are alike, as
-  // those of a softmax or a sigmoid are. Costs next to nothing and is up to a hundred times as accurate then.
+  // Rows are centred a second time: rounding leaves a small mean, which W1 enlarges where its entries are nearly equal, as those of a
+  // softmax or a sigmoid are. This costs almost nothing and is up to a hundred times as accurate then.
   bool centres_twice;
 
   MIRAS_FN LayerNorm(Arena& a, const MlpParams& p)
@@ -48,7 +48,7 @@ struct LayerNorm {
         square += y * y;
         store(u_x + j, y);
       }
-      centre_again(u_x);  // which moves the sum of squares by the square of a rounding
+      centre_again(u_x);  // changes the sum of squares only by the square of a rounding error
       r[t] = 1.0f / __builtin_sqrtf(mean(square) + eps);
       for (int j = 0; j < dp; j += kLanes) store(u_x + j, broadcast(r[t]) * load(u_x + j));
     }
@@ -74,8 +74,7 @@ struct LayerNorm {
 
   // du, the gradient in u of LN(u) without its affine part, for the gradient y of its output
   void pull_back(int c, const float* x, const float* r, const float* y, float* du) const {
-    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp)
-      pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j); }, du);
+    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp) pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j); }, du);
   }
   // the same for the gradient y of the whole
   void pull_back_weighted(int c, const float* x, const float* r, const float* y, float* du) const {

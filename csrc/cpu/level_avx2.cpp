@@ -27,8 +27,8 @@
 namespace miras::cpu {
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels table = {"avx2", avx2::linear_forward, avx2::linear_backward, avx2::mlp_forward,
-                                    avx2::mlp_backward, avx2::linear_step, avx2::mlp_step};
+  static constexpr Kernels table = {
+      "avx2", avx2::linear_forward, avx2::linear_backward, avx2::mlp_forward, avx2::mlp_backward, avx2::linear_step, avx2::mlp_step};
   return &table;
 }
 

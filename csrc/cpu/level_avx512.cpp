@@ -27,8 +27,9 @@
 namespace miras::cpu {
 
 const Kernels* avx512_kernels() {
-  static constexpr Kernels table = {"avx512", avx512::linear_forward, avx512::linear_backward, avx512::mlp_forward,
-                                    avx512::mlp_backward, avx512::linear_step, avx512::mlp_step};
+  static constexpr Kernels table = {
+      "avx512",        avx512::linear_forward, avx512::linear_backward, avx512::mlp_forward, avx512::mlp_backward, avx512::linear_step,
+      avx512::mlp_step};
   return &table;
 }
 

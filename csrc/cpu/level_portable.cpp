@@ -14,8 +14,13 @@
 namespace miras::cpu {
 
 const Kernels* portable_kernels() {
-  static constexpr Kernels table = {"portable", portable::linear_forward, portable::linear_backward, portable::mlp_forward,
-                                    portable::mlp_backward, portable::linear_step, portable::mlp_step};
+  static constexpr Kernels table = {"portable",
+                                    portable::linear_forward,
+                                    portable::linear_backward,
+                                    portable::mlp_forward,
+                                    portable::mlp_backward,
+                                    portable::linear_step,
+                                    portable::mlp_step};
   return &table;
 }
 

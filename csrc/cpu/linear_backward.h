@@ -1,4 +1,4 @@
-// Backward of the linear memory (SPEC section 2), chunks from last to first, J = gradient of the dual a chunk ends with:
+// Backward of the linear memory (docs/mathematics.md, section 6), chunks from last to first, J = gradient of the dual after a chunk:
 //
 //   dU_s = -rho sum_{t>=s} P_ts dO_t - (gamma_C/gamma_s) J k_s        P = L o (Q K')
 //   d eta_s = dU_s . g_s      dE_s = psi'(E_s) (eta_s dU_s)           dV_s = -dE_s
@@ -11,7 +11,7 @@
 //
 //   d log alpha_r = sum_{s<r<=t} X_ts + sum_{t>=r} gamma_t (W0 q_t).dO_t - sum_{s<r} (gamma_C/gamma_s) U_s.(J k_s) + gamma_C <J, A_0>
 //
-// With momentum, M in L's place, M_Cs in that of gamma_C / gamma_s, and JS = gradient of the momentum a chunk ends with:
+// With momentum, M in L's place, M_Cs in that of gamma_C / gamma_s, and JS = gradient of the momenta after a chunk:
 //
 //   dU_s -= Theta_Cs JS k_s       dQ_t += rho b_t S_0' dO_t       dK_s -= Theta_Cs JS' U_s      d rho += sum_t b_t dO_t . (S_0 q_t)
 //   JS  <- b_C J + pi_C JS + rho sum_t b_t dO_t q_t'
@@ -19,7 +19,7 @@
 //   gM_ts = -rho (q_t.k_s) (dO_t.U_s), gM_Cs -= U_s.(J k_s), gTheta_Cs = -U_s.(JS k_s), gb_t = rho dO_t.(S_0 q_t), gb_C += <J, S_0>,
 //   gpi_C = <JS, S_0>
 //
-// Channel-wise decays: channel_decay.h has what goes through M.
+// With channel-wise decays the part that goes through M is in channel_decay.h.
 //
 // Names and layouts: linear_backward_task.h.
 #pragma once
@@ -66,41 +66,41 @@ void BackwardTask::writes_backward(int c, WriteSoon soon) {
 }
 
 // JS = b_C J + pi_C JS + Q' (rho b dO), from J and JS of the chunk's end (transposed)
-template <bool kChannels> void BackwardTask::carried_gradient(int c) {
+template <bool kChannels> void BackwardTask::momenta_gradient(int c) {
   const LinearGates& gates = s.gates;
-  const Kept kept = gates.kept_carried(s.J, c);
+  const Scaled term = gates.momenta_at_end(s.J, c);
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Cols{s.Q + i, dkp}, s.dO_b + j, dvp, 0, c);
-    y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_carried_end(c));
-    if constexpr (kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, kept.scale + j);
-    else y.add_scaled(s.J + i * dvp + j, dvp, kept.scale);
+    y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_momenta_end(c));
+    if constexpr (kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, term.scale + j);
+    else y.add_scaled(s.J + i * dvp + j, dvp, term.scale);
     y.store_to(s.JS + i * dvp + j, dvp);
   });
 }
 
-// dW0 = Q' (gamma dO) + K' dE, or where W = A at once J = gamma_C J + dW0
+// dW0 = Q' (gamma dO) + K' dE, or directly J = gamma_C J + dW0 if W = A
 template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int c, ReadSoon soon) {
-  const Kept kept = s.gates.kept(s.J, c);
+  const Scaled term = s.gates.dual_at_end(s.J, c);
   sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Cols{s.Q + i, dkp}, s.dO_gamma + j, dvp, 0, c, soon);
     if (bias.predicts) y.add(Cols{s.K + i, dkp}, s.dE + j, dvp, 0, c);
-    if constexpr (kIdentity && kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, kept.scale + j);
-    else if constexpr (kIdentity) y.add_scaled(s.J + i * dvp + j, dvp, kept.scale);
+    if constexpr (kIdentity && kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, term.scale + j);
+    else if constexpr (kIdentity) y.add_scaled(s.J + i * dvp + j, dvp, term.scale);
     y.store_to((kIdentity ? s.J : s.dW) + i * dvp + j, dvp);
   });
 }
 
-// JS and J of the chunk's start over those of its end
+// JS and J of the chunk's start, in place of those of its end
 void BackwardTask::state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon) {
-  if (momentum && channels) carried_gradient<true>(c);
-  else if (momentum) carried_gradient<false>(c);
+  if (momentum && channels) momenta_gradient<true>(c);
+  else if (momentum) momenta_gradient<false>(c);
   if (retention.identity) return channels ? primal_gradient<true, true>(c, soon) : primal_gradient<true, false>(c, soon);
 
   primal_gradient<false, false>(c, soon);
   retention.pull_back(shape(), x.A, x.W, x.rho, drho, s.dW);
-  const float* scale = s.gates.kept(s.J, c).scale;
+  const float* scale = s.gates.dual_at_end(s.J, c).scale;
   shape().each([&](index_t at, int j) MIRAS_LAMBDA {
     const Vec gamma = channels ? load(scale + j) : broadcast(*scale);
     store(s.J + at, gamma * load(s.J + at) + load(s.dW + at));
@@ -112,7 +112,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   const LinearGates& gates = s.gates;
   const TokenTensor dq_part = part(p.dq, p.key_part, p.grad_dtype), dk_part = part(p.dk, p.key_part, p.grad_dtype);
   const ChunkView dq = keys(dq_part, p.grad_dtype, chunk), dkeys = keys(dk_part, p.grad_dtype, chunk);
-  // Brought nearer meanwhile: where the results go, then what the next chunk (the one before) reads.
+  // Prefetched meanwhile: where the results are written, then what the next chunk (the preceding one) reads.
   const int next = chunk > 0 ? p.C : 0;
   ReadSoon q_soon(keys(p.q, p.dtype, chunk - 1), next), dO_soon(values(p.grad_out, chunk - 1), next);
 
@@ -125,7 +125,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   fill_zero(s.read_sums, cp), fill_zero(s.write_sums, cp), fill_zero(s.gTheta, cp);
 
   if (momentum) {
-    carried_reads(c, x);
+    momenta_reads(c, x);
     times_state(c, dk, Rows{s.K, dkp}, s.JS, dvp, s.KJS);
     for (int t = 0; t < c; ++t) s.gTheta[t] = -inner_product(s.U + index_t(t) * dvp, s.KJS + index_t(t) * dvp, dvp);
   }
@@ -136,7 +136,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
     writes_backward(c, WriteSoon(dkeys, c));
   }
 
-  transpose(s.J, dvp, dk, task.dv, s.J_plain, dkp);  // while J is near
+  transpose(s.J, dvp, dk, task.dv, s.J_plain, dkp);  // while J is in the cache
   if (momentum) transpose(s.JS, dvp, dk, task.dv, s.JS_plain, dkp);
 
   // d eta, dE, dV, d delta
@@ -185,8 +185,8 @@ void BackwardTask::run() {
     else fill_zero(to, state);
   };
   read_gradient(p.grad_final_dual, s.J);
-  if (momentum) read_gradient(p.grad_final_carried, s.JS);
-  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, and staying so
+  if (momentum) read_gradient(p.grad_final_momenta, s.JS);
+  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, where nothing is written
   fill_zero(s.P, square), fill_zero(s.M, square), fill_zero(s.N, square), fill_zero(s.X, square);
   if (momentum) fill_zero(s.Theta, square);
   for (int64_t i = 0; retention.identity && i < p.segment; ++i) s.rho[i] = 1.0f, s.rho_slope[i] = 0.0f;
@@ -196,13 +196,13 @@ void BackwardTask::run() {
     const int64_t first = (last - 1) / every * every;
     rerun(first, last);
     for (int64_t chunk = last - 1; chunk >= first; --chunk) {
-      if (chunk != last - 1) begin(chunk);  // the last one is as the rerun left it
+      if (chunk != last - 1) begin(chunk);  // the last one is as recomputing left it
       chunk_backward(chunk, start(chunk - first));
     }
     last = first;
   }
   write_state(p.d_dual, n, h, task.first, task.dv, dk, s.J, dvp, s.J_plain);
-  if (momentum) write_state(p.d_carried, n, h, task.first, task.dv, dk, s.JS, dvp, s.J_plain);
+  if (momentum) write_state(p.d_momenta, n, h, task.first, task.dv, dk, s.JS, dvp, s.J_plain);
 }
 
 static void linear_backward(const LinearBackward& p, int64_t first, int64_t last) {

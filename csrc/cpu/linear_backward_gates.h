@@ -1,12 +1,12 @@
-// Gradients of log alpha, theta and rho in the linear memory's backward (linear_backward.h), and all that goes through M where decays
-// are channel-wise.
+// Gradients of log alpha, theta and rho in the linear memory's backward (linear_backward.h), and everything that goes through M if
+// decays are channel-wise.
 #pragma once
 
 #include "linear_backward_task.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// dU, N, and d log alpha but for what goes through b
+// dU, N, and d log alpha without the part through b
 void BackwardTask::channels_backward(int c, const ChunkStart& x) {
   const ChannelDecay& channel = s.gates.channel;
   const Rows Q{s.Q, dkp};
@@ -23,8 +23,8 @@ void BackwardTask::channels_backward(int c, const ChunkStart& x) {
 }
 
 // rho b_t S_0' dO_t and gb, the gradient of b through the chunk's reads
-void BackwardTask::carried_reads(int c, const ChunkStart& x) {
-  weigh(c, dvp, s.gates.of_carried(), s.dO, s.dO_b);
+void BackwardTask::momenta_reads(int c, const ChunkStart& x) {
+  weigh(c, dvp, s.gates.of_momenta(), s.dO, s.dO_b);
   transpose(x.S, dvp, dk, task.dv, s.S_plain, dkp);
   if (channels) {
     times_state(c, task.dv, Rows{s.dO_b, dvp}, s.S_plain, dkp, s.dQ_b);
@@ -37,7 +37,7 @@ void BackwardTask::carried_reads(int c, const ChunkStart& x) {
   }
 }
 
-// d rho = sum_t dO_t . (b_t S_0 q_t - sum_s P_ts U_s); dO, and all that came of it, has the factor rho
+// d rho = sum_t dO_t . (b_t S_0 q_t - sum_s P_ts U_s); dO, and everything computed from it, has the factor rho
 float BackwardTask::rho_gradient(int c, const ChunkStart& x) const {
   double total = 0.0;
   for (int t = 0; t < c; ++t) {
@@ -48,20 +48,20 @@ float BackwardTask::rho_gradient(int c, const ChunkStart& x) const {
       row += first_lanes(pairs, t + 1 - j);
     }
     total += sum(row);
-    if (momentum) total += channels ? inner_product(s.QS + index_t(t) * dvp, s.gates.channel.b + index_t(t) * dvp, dvp)
-                                    : s.gates.b[t] * s.gb[t];
+    if (momentum)
+      total += channels ? inner_product(s.QS + index_t(t) * dvp, s.gates.channel.b + index_t(t) * dvp, dvp) : s.gates.b[t] * s.gb[t];
   }
   return float(total / x.rho.value);
 }
 
-// d log alpha and d theta, while J and JS are still those of the chunk's end
+// d log alpha and d theta; J and JS are still those of the chunk's end
 void BackwardTask::gate_gradients(int64_t chunk, const ChunkStart& x) {
   const int c = tokens(chunk);
   const LinearGates& gates = s.gates;
   if (momentum) {
     if (channels) {
       column_products(dk, dvp, s.J, x.S, s.columns);
-      gates.channel.carried_gradient(c, s.QS, s.columns, s.gb, s.dlog);
+      gates.channel.momenta_gradient(c, s.QS, s.columns, s.gb, s.dlog);
     } else {
       const float through = *gates.end(c) * inner_product(s.J, x.A, state);
       for (int t = 0; t < round_up(c, kPad); ++t) s.write_sums[t] = -s.write_sums[t];
@@ -69,8 +69,8 @@ void BackwardTask::gate_gradients(int64_t chunk, const ChunkStart& x) {
       decay_gradient_with_momentum(gates, c, s.M, cp, s.write_sums, s.X, s.gb, s.read_sums, through, s.dlog);
     }
     const float* Theta = channels ? gates.channel.Theta : s.Theta;
-    momentum_gradient(gates, c, Theta, cp, s.X, s.gb, s.gTheta, inner_product(s.JS, x.S, state), s.dtheta);
-    put(p.dmomentum, false, chunk, s.dtheta);
+    momentum_gradient(gates, c, Theta, cp, s.X, s.gb, s.gTheta, inner_product(s.JS, x.S, state), s.dmomentum);
+    put(p.dmomentum, false, chunk, s.dmomentum);
   } else if (gates.decays) {
     const float through = *gates.end(c) * inner_product(s.J, x.A, state);
     decay_gradient(c, s.X, cp, s.read_sums, s.write_sums, through, s.dlog);

@@ -1,7 +1,7 @@
-// A task of the linear memory's backward (linear_backward.h): what it holds, and its chunks forward once more.
+// A task of the linear memory's backward (linear_backward.h): its memory, and the recomputation of its chunks.
 //
-// Every `checkpoint_every`-th chunk start was saved. A segment of chunks is first run forward from its start, keeping its
-// states, errors and inner gradients, then backward.
+// There is a checkpoint of every `checkpoint_every`-th chunk. The chunks of a segment are first recomputed forward from its checkpoint,
+// storing their states, errors and inner gradients, then differentiated backward.
 //
 //   c tokens of the chunk (Cp padded)   Dk key channels (Dkp)   Dv value channels of the task (Dvp)
 //   T after a name: transposed. States are held transposed: A, S, W, J, JS [Dk x Dvp].
@@ -12,68 +12,68 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BackwardScratch {
-  // Of a segment: [segment][Dk x Dvp], W and S only where they are needed; [segment][C x Dvp] twice; [segment] twice
+  // Of a segment: [segment][Dk x Dvp], W and S only if they are needed; [segment][C x Dvp] twice; [segment] twice
   float *A, *W, *S, *E, *G;
   float *rho, *rho_slope;
-  float *J, *JS;                       // [Dk x Dvp]
-  float *dW;                           // [Dk x Dvp]  where W = A does not hold
-  float *W_plain, *J_plain;            // [Dv x Dkp]  not transposed
-  float *S_plain, *JS_plain;           // [Dv x Dkp]
-  float *KT;                           // [Dk x Cp]
-  float *K, *Q;                        // [C x Dkp]
-  float *V;                            // [C x Dvp]   where v cannot be read in place
-  float *dO, *dO_gamma, *dO_b;         // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
-  float *U, *U_end, *U_step;           // [C x Dvp]
-  float *UT;                           // [Dv x Cp]
-  float *P, *M, *N, *X;                // [C x Cp]    X with momentum: gM
-  float *QK, *Theta;                   // [C x Cp]    with momentum
-  float *dE;                           // [C x Dvp]   dU at first
-  float *KJ, *KJS, *QW, *QS;           // [C x Dvp]   products of K and Q with states; all but KJS where decays are channel-wise
-  float *dQ_b;                         // [C x Dkp]   rho b_t S_0' dO_t
-  float *dX;                           // [C x Dkp]   dQ, dK where they cannot be written in place
-  float *delta, *ddelta;               // [C] or [C x Dvp]
-  float *deta, *dlog;                  // [Cp] or [C x Dvp]
-  float *read_sums, *write_sums;       // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
-  float *gTheta, *gb, *dtheta;         // [Cp]
-  float *last_rows;                    // [2 x Cp]
-  float *columns;                      // [Dvp]
-  float *m, *sums;                     // of ChannelDecay::Backward
+  float *J, *JS;                   // [Dk x Dvp]
+  float* dW;                       // [Dk x Dvp]  unless W = A
+  float *W_plain, *J_plain;        // [Dv x Dkp]  not transposed
+  float *S_plain, *JS_plain;       // [Dv x Dkp]
+  float* KT;                       // [Dk x Cp]
+  float *K, *Q;                    // [C x Dkp]
+  float* V;                        // [C x Dvp]   if v cannot be read in place
+  float *dO, *dO_gamma, *dO_b;     // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
+  float *U, *U_end, *U_step;       // [C x Dvp]
+  float* UT;                       // [Dv x Cp]
+  float *P, *M, *N, *X;            // [C x Cp]    X with momentum: gM
+  float *QK, *Theta;               // [C x Cp]    with momentum
+  float* dE;                       // [C x Dvp]   dU at first
+  float *KJ, *KJS, *QW, *QS;       // [C x Dvp]   products of K and Q with states; all but KJS if decays are channel-wise
+  float* dQ_b;                     // [C x Dkp]   rho b_t S_0' dO_t
+  float* dX;                       // [C x Dkp]   dQ, dK if they cannot be written in place
+  float *delta, *ddelta;           // [C] or [C x Dvp]
+  float *deta, *dlog;              // [Cp] or [C x Dvp]
+  float *read_sums, *write_sums;   // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
+  float *gTheta, *gb, *dmomentum;  // [Cp]
+  float* last_rows;                // [2 x Cp]
+  float* columns;                  // [Dvp]
+  float *m, *sums;                 // of ChannelDecay::Backward
   LinearGates gates;
 
   MIRAS_FN BackwardScratch(Arena& a, const LinearBackward& p) : gates(a, p) {
     const int cp = round_up(p.C, kPad), dkp = round_up(p.Dk, kPad), dvp = round_up(p.panel_width, kPad);
     const bool momentum(p.momentum), channels = p.decay_per_channel;
-    const int primal = retention_traits(p.retention).identity ? 0 : dvp, carried = momentum ? dvp : 0, wide = channels ? dvp : 0;
+    const int primal = retention_traits(p.retention).identity ? 0 : dvp, momenta = momentum ? dvp : 0, wide = channels ? dvp : 0;
     const int64_t states = int64_t(p.segment) * p.Dk, tokens = int64_t(p.segment) * p.C;
-    A = a.take(states, dvp), W = a.take(states, primal), S = a.take(states, carried);
+    A = a.take(states, dvp), W = a.take(states, primal), S = a.take(states, momenta);
     E = a.take(tokens, dvp), G = a.take(tokens, dvp);
     rho = a.take(1, p.segment), rho_slope = a.take(1, p.segment);
-    J = a.take(p.Dk, dvp), JS = a.take(p.Dk, carried), dW = a.take(p.Dk, primal);
+    J = a.take(p.Dk, dvp), JS = a.take(p.Dk, momenta), dW = a.take(p.Dk, primal);
     W_plain = a.take(p.panel_width, dkp), J_plain = a.take(p.panel_width, dkp);
-    S_plain = a.take(carried, dkp), JS_plain = a.take(carried, dkp);
+    S_plain = a.take(momenta, dkp), JS_plain = a.take(momenta, dkp);
     KT = a.take(p.Dk, cp);
     K = a.take(p.C, dkp), Q = a.take(p.C, dkp);
     V = a.take(p.C, dvp);
-    dO = a.take(p.C, dvp), dO_gamma = a.take(p.C, dvp), dO_b = a.take(p.C, carried);
-    U = a.take(p.C, dvp), U_end = a.take(p.C, dvp), U_step = a.take(p.C, carried);
+    dO = a.take(p.C, dvp), dO_gamma = a.take(p.C, dvp), dO_b = a.take(p.C, momenta);
+    U = a.take(p.C, dvp), U_end = a.take(p.C, dvp), U_step = a.take(p.C, momenta);
     UT = a.take(p.panel_width, cp);
     P = a.take(p.C, cp), M = a.take(p.C, cp), N = a.take(p.C, cp), X = a.take(p.C, cp);
     QK = a.take(momentum ? p.C : 0, cp), Theta = a.take(momentum ? p.C : 0, cp);
     dE = a.take(p.C, dvp);
-    KJ = a.take(p.C, wide), KJS = a.take(p.C, carried), QW = a.take(p.C, wide), QS = a.take(p.C, momentum ? wide : 0);
+    KJ = a.take(p.C, wide), KJS = a.take(p.C, momenta), QW = a.take(p.C, wide), QS = a.take(p.C, momentum ? wide : 0);
     dQ_b = a.take(momentum ? p.C : 0, dkp), dX = a.take(p.C, dkp);
     delta = a.take(p.C, dvp), ddelta = a.take(p.C, dvp);
     deta = p.lr_per_channel ? a.take(p.C, dvp) : a.take(1, cp), dlog = channels ? a.take(p.C, dvp) : a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp);
-    gTheta = a.take(1, cp), gb = a.take(1, cp), dtheta = a.take(1, cp);
+    gTheta = a.take(1, cp), gb = a.take(1, cp), dmomentum = a.take(1, cp);
     last_rows = a.take(2, cp), columns = a.take(1, dvp);
     m = a.take(channels ? p.C : 0, kPad), sums = a.take(channels ? 2 * p.C : 0, kPad);
   }
 };
 
-// What a chunk began with and computed there.
+// The states at a chunk's start and what was computed from them.
 struct ChunkStart {
-  float *A, *W, *S;  // W = A's memory where they are equal
+  float *A, *W, *S;  // W and A share memory if they are equal
   float *E, *G;
   Rho rho;
 };
@@ -105,12 +105,8 @@ struct BackwardTask {
   MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
   MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
 
-  MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t chunk) const {
-    return {x, dtype, b, token(chunk), h, 0, dk};
-  }
-  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t chunk) const {
-    return {x, p.dtype, b, token(chunk), h, task.first, task.dv};
-  }
+  MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t chunk) const { return {x, dtype, b, token(chunk), h, 0, dk}; }
+  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t chunk) const { return {x, p.dtype, b, token(chunk), h, task.first, task.dv}; }
   // This panel's share of a gradient that all panels add to.
   MIRAS_FN TokenTensor part(TokenTensor x, int64_t stride, Dtype dtype = Dtype::f32) const {
     x.data = static_cast<char*>(x.data) + task.panel * stride * (dtype == Dtype::f32 ? 4 : 2);
@@ -125,8 +121,8 @@ struct BackwardTask {
 
   MIRAS_FN ChunkStart start(int64_t i) const {
     float* const A = s.A + i * state;
-    return {A, retention.identity ? A : s.W + i * state, s.S + i * state, s.E + i * p.C * dvp, s.G + i * p.C * dvp,
-            {s.rho[i], s.rho_slope[i]}};
+    return {
+        A, retention.identity ? A : s.W + i * state, s.S + i * state, s.E + i * p.C * dvp, s.G + i * p.C * dvp, {s.rho[i], s.rho_slope[i]}};
   }
 
   BiasRows bias_rows(int64_t chunk) {
@@ -149,10 +145,10 @@ struct BackwardTask {
   void scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon);
   void writes_backward(int c, WriteSoon soon);
   void channels_backward(int c, const ChunkStart& x);
-  void carried_reads(int c, const ChunkStart& x);
+  void momenta_reads(int c, const ChunkStart& x);
   void gate_gradients(int64_t chunk, const ChunkStart& x);
   float rho_gradient(int c, const ChunkStart& x) const;
-  template <bool kChannels> void carried_gradient(int c);
+  template <bool kChannels> void momenta_gradient(int c);
   template <bool kIdentity, bool kChannels> void primal_gradient(int c, ReadSoon soon);
   void state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon);
   void chunk_backward(int64_t chunk, const ChunkStart& x);
@@ -178,10 +174,10 @@ void BackwardTask::writes(int c, const float* g) {
   if (momentum) weigh_rows(c, dvp, gates.step_end, s.U, s.U_step);
 }
 
-// Chunks [first, last) forward once more: states, errors, inner gradients.
+// Recompute chunks [first, last): states, errors, inner gradients.
 void BackwardTask::rerun(int64_t first, int64_t last) {
   const int64_t slot = p.slot(n) + first / p.checkpoint_every, matrix = int64_t(dk) * p.Dv;
-  const float* from = p.saved + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
+  const float* from = p.checkpoints + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
   copy_in(from, p.Dv, dk, task.dv, s.A, dvp);
   if (momentum) copy_in(from + matrix, p.Dv, dk, task.dv, s.S, dvp);
   for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -200,7 +196,7 @@ void BackwardTask::rerun(int64_t first, int64_t last) {
     writes(c, x.G);
     const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1));
     s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, dvp, x.A, x.S, x.A + state, k_soon);
-    s.gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);
+    s.gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);
   }
 }
 

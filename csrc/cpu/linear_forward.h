@@ -1,4 +1,4 @@
-// Forward of the linear memory, chunk by chunk (SPEC section 2), W0 = phi(A_0) and rho the retention gate's, 1 for most:
+// Forward of the linear memory, chunk by chunk (docs/mathematics.md, section 2), with W0 = phi(A_0) and the retention gate's rho, mostly 1:
 //
 //   E = K W0' - V    U = eta psi(E)    O = gamma * (Q W0') - rho (L o Q K') U    A_C = gamma_C A_0 - sum_s (gamma_C / gamma_s) U_s k_s'
 //
@@ -17,33 +17,33 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct ForwardScratch {
-  float *A, *A0;            // [Dk x Dvp]  current dual; that of an open chunk's start
-  float *W, *R;             // [Dk x Dvp]  primal; what an open chunk reads. Only where W = A does not hold
-  float *S;                 // [Dk x Dvp]  momentum
-  float *KT;                // [Dk x Cp]
-  float *Q;                 // [C x Dkp]   only where q cannot be read in place
-  float *V, *O;             // [C x Dvp]   where v and out cannot be used in place
-  float *U, *U_end;         // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
-  float *U_step;            // [C x Dvp]   Theta_Cs U_s
-  float *O_own;             // [C x Dvp]   rho b * (Q S_0'); where decays are channel-wise, also what is read of the chunk's own writes
-  float *P;                 // [C x Cp]    M o Q K', or Q K' where decays are channel-wise
-  float *last_rows;         // [2 x Cp]
-  float *delta;             // [C] or [C x Dvp]
-  float *open_log_decay;    // [1] or [Dvp], padded
-  float *spare;             // [Dv x Dkp]
+  float *A, *A0;          // [Dk x Dvp]  current dual; that of an open chunk's start
+  float *W, *R;           // [Dk x Dvp]  primal; what an open chunk reads. Unless W = A
+  float* S;               // [Dk x Dvp]  momenta
+  float* KT;              // [Dk x Cp]
+  float* Q;               // [C x Dkp]   if q cannot be read in place
+  float *V, *O;           // [C x Dvp]   if v and out cannot be used in place
+  float *U, *U_end;       // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
+  float* U_step;          // [C x Dvp]   Theta_Cs U_s
+  float* O_own;           // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
+  float* P;               // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
+  float* last_rows;       // [2 x Cp]
+  float* delta;           // [C] or [C x Dvp]
+  float* open_log_decay;  // [1] or [Dvp], padded
+  float* spare;           // [Dv x Dkp]
   LinearGates gates;
 
   MIRAS_FN ForwardScratch(Arena& a, const LinearForward& p) : gates(a, p) {
     const int cp = round_up(p.C, kPad), dkp = round_up(p.Dk, kPad), dvp = round_up(p.panel_width, kPad);
-    const int primal = retention_traits(p.retention).identity ? 0 : dvp, carried = p.momentum ? dvp : 0;
+    const int primal = retention_traits(p.retention).identity ? 0 : dvp, momenta = p.momentum ? dvp : 0;
     A = a.take(p.Dk, dvp), A0 = a.take(p.Dk, p.start ? dvp : 0);
     W = a.take(p.Dk, primal), R = a.take(p.Dk, p.start ? primal : 0);
-    S = a.take(p.Dk, carried);
+    S = a.take(p.Dk, momenta);
     KT = a.take(p.Dk, cp);
     Q = a.take(p.C, dkp);
     V = a.take(p.C, dvp), O = a.take(p.C, dvp);
     U = a.take(p.C, dvp), U_end = a.take(p.C, dvp);
-    U_step = a.take(p.C, carried), O_own = a.take(p.C, p.decay_per_channel ? dvp : carried);
+    U_step = a.take(p.C, momenta), O_own = a.take(p.C, p.decay_per_channel ? dvp : momenta);
     P = a.take(p.C, cp);
     last_rows = a.take(2, cp), delta = a.take(p.C, dvp), open_log_decay = a.take(1, dvp);
     spare = a.take(dvp, dkp);
@@ -63,12 +63,11 @@ struct ForwardTask {
   // Of the current chunk
   int64_t token;
   int c;
-  const float* open_start;  // the dual at its start where it was open before the call, else null
+  const float* open_start;  // the dual at its start if it was open before the call, else null
   const float *W, *R;       // the primal for its predictions; what it reads
   Rho rho;
 
-  MIRAS_FN ForwardTask(const LinearForward& params, const BiasTable& table, const Retention& gate, const ForwardScratch& scratch,
-                       int64_t i)
+  MIRAS_FN ForwardTask(const LinearForward& params, const BiasTable& table, const Retention& gate, const ForwardScratch& scratch, int64_t i)
       : p(params), bias(table), retention(gate), s(scratch), task(params, i), momentum(s.gates.momentum) {
     n = task.n, h = task.h, b = p.batch(n), length = p.length(n);
     dk = p.Dk, dkp = round_up(dk, kPad), dvp = task.dvp, cp = round_up(p.C, kPad);
@@ -90,7 +89,7 @@ struct ForwardTask {
   void run();
 };
 
-// An open chunk: predictions are made at its start, reading and writing go on from the current state.
+// An open chunk: predictions use the state at its start, reads and writes go on from the current state.
 void ForwardTask::read_open_chunk(int position) {
   open_start = nullptr;
   fill_zero(s.open_log_decay, round_up(s.gates.channel.on ? dvp : 1, kPad));
@@ -103,10 +102,10 @@ void ForwardTask::read_open_chunk(int position) {
   for (int j = 0; j < (channels ? task.dv : 1); ++j) s.open_log_decay[j] = from[j];
 }
 
-// A, then S, of a chunk's start for the backward
+// The checkpoint of a chunk: A, then S
 void ForwardTask::save(int64_t chunk) const {
   const int64_t slot = p.slot(n) + chunk / p.checkpoint_every, matrix = int64_t(dk) * p.Dv;
-  float* to = p.saved + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
+  float* to = p.checkpoints + (slot * p.H + h) * (momentum ? 2 : 1) * matrix + task.first;
   copy_out(s.A, dvp, dk, task.dv, to, p.Dv);
   if (momentum) copy_out(s.S, dvp, dk, task.dv, to + matrix, p.Dv);
 }
@@ -145,12 +144,12 @@ void ForwardTask::write() {
   }
 }
 
-// P, and O_own where there is something to read besides gamma * (Q R') and P U
+// P, and O_own if there is something to read besides gamma * (Q R') and P U
 void ForwardTask::read_within(Rows Q, WriteSoon soon) {
   const LinearGates& gates = s.gates;
   if (momentum) {
     times_state(c, dk, Q, s.S, dvp, s.O_own);
-    weigh(c, dvp, gates.of_carried(), s.O_own, s.O_own);
+    weigh(c, dvp, gates.of_momenta(), s.O_own, s.O_own);
     if (retention.scales_reads) scale(rho.value, index_t(c) * dvp, s.O_own);
   }
   if (gates.channel.on) {
@@ -187,7 +186,7 @@ void ForwardTask::advance_state(ReadSoon soon) {
   const LinearGates& gates = s.gates;
   const float* u_end = gates.fades() || retention.scales_reads ? s.U_end : s.U;
   gates.advance_dual(c, dk, s.KT, cp, u_end, dvp, s.A, s.S, s.A, soon);
-  gates.advance_carried(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S);
+  gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S);
 }
 
 // The open chunk's log-decay after the chunk's tokens
@@ -203,9 +202,9 @@ void ForwardTask::pass_decays(bool closes) {
 }
 
 void ForwardTask::run() {
-  fill_zero(s.P, int64_t(p.C) * cp);  // right of the diagonal it stays so
+  fill_zero(s.P, int64_t(p.C) * cp);  // nothing is written right of the diagonal
   read_state(p.dual, n, h, task.first, task.dv, dk, s.A, dvp);
-  if (momentum) read_state(p.carried, n, h, task.first, task.dv, dk, s.S, dvp);
+  if (momentum) read_state(p.momenta, n, h, task.first, task.dv, dk, s.S, dvp);
   int position = p.position ? int(p.position[n]) : 0;
   read_open_chunk(position);
   bool start_written = false;
@@ -217,8 +216,8 @@ void ForwardTask::run() {
     token = p.begin(n) + t;
     const bool closes = position + c == p.C;
 
-    if (p.saved && chunk % p.checkpoint_every == 0) save(chunk);
-    if (!closes && p.final_start) {  // this chunk stays open: hand on the state it began with
+    if (p.checkpoints && chunk % p.checkpoint_every == 0) save(chunk);
+    if (!closes && p.final_start) {  // this chunk stays open: return the state at its start
       put(p.final_start, open_start ? open_start : s.A);
       start_written = true;
     }
@@ -243,8 +242,8 @@ void ForwardTask::run() {
   }
 
   if (p.final_dual) put(p.final_dual, s.A);
-  if (p.final_carried) put(p.final_carried, s.S);
-  if (p.final_start && !start_written) put(p.final_start, open_start ? open_start : s.A);  // nothing came in, or the end is a boundary
+  if (p.final_momenta) put(p.final_momenta, s.S);
+  if (p.final_start && !start_written) put(p.final_start, open_start ? open_start : s.A);  // no token, or a chunk boundary
   if (!p.final_log_decay) return;
   if (s.gates.channel.on) {
     float* to = p.final_log_decay + (n * p.H + h) * p.Dv + task.first;

@@ -1,7 +1,7 @@
-// Tokens of the linear memory one after the other, on a decoder's buffers (SPEC section 2), W' [Dk x Dv]:
+// Decoding steps of the linear memory on a decoder's buffers (docs/mathematics.md, section 11), W' [Dk x Dv]:
 //
 //   e = W_0 k - v    u = eta psi(e)    left, right = k, -u
-//   o = gamma W_0 q + rho (kept_0 D q + kept_1 S_0 q + sum_i (left_i . q) kept_(2+i) o right_i)
+//   o = gamma W_0 q + rho (kappa_0 D q + kappa_1 S_0 q + sum_i (left_i . q) kappa_(2+i) o right_i)
 //
 // A task is one head of one sequence: one pass over W_0, for k and q together, and one over the open chunk's factors.
 #pragma once
@@ -28,15 +28,15 @@ struct LinearStepScratch {
         scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Dk, p.Dv) {}
 };
 
-// O = sum_i (left_i . q) kept_(2+i) o right_i
+// O = sum_i (left_i . q) kappa_(2+i) o right_i
 static void read_factors(const StepMatrix& m, const StepWeights& w, TokenRange tokens, const LinearStepScratch& s, Soon soon) {
   const float *left = m.left + index_t(tokens.first) * m.rows, *right = m.right + index_t(tokens.first) * m.cols;
-  const float* const kept = w.kept_by(2 + tokens.first);
+  const float* const weights = w.row(2 + tokens.first);
   const int count = tokens.count();
   for (int i = 0; i < count; i += kLanes) {
     const int n = minimum(kLanes, count - i);
     const Vec dots = row_products<false>(left + index_t(i) * m.rows, n, m.rows, s.Q, nullptr, right + index_t(i) * m.cols).x;
-    store(s.scores + i, w.width == 1 ? dots * load_first(kept + i, n) : dots);
+    store(s.scores + i, w.width == 1 ? dots * load_first(weights + i, n) : dots);
   }
   if (w.width == 1) return products<false>(right, count, m.cols, s.scores, s.O, nullptr, nullptr, soon);
   each_columns(m.cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
@@ -44,7 +44,7 @@ static void read_factors(const StepMatrix& m, const StepWeights& w, TokenRange t
     for (int i = 0; i < count; ++i) {
       const index_t row = index_t(i) * m.cols;
       MIRAS_UNROLL
-      for (int n = 0; n < C::kVectors; ++n) sum[n] += broadcast(s.scores[i]) * (c.load(kept + row, n) * c.load(right + row, n));
+      for (int n = 0; n < C::kVectors; ++n) sum[n] += broadcast(s.scores[i]) * (c.load(weights + row, n) * c.load(right + row, n));
     }
     MIRAS_UNROLL
     for (int n = 0; n < C::kVectors; ++n) c.pad(s.O, n, sum[n]);
@@ -64,7 +64,7 @@ static void read_matrix(const float* M, const StepMatrix& m, const StepWeights& 
   });
 }
 
-// Token t, after `before` in its chunk. What it reads of them does not wait for what it writes.
+// Token t, after the tokens `before` of its chunk. Reading their factors does not depend on the token's own write.
 static void linear_step_token(const LinearStep& p, const BiasTable& bias, const LinearStepScratch& s, const StepMatrix& m,
                               const StepWeights& w, const Task& task, int64_t t, TokenRange before, const float* soon) {
   const int64_t n = task.n, h = task.h;
@@ -77,13 +77,13 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
 
   const float* W0 = m.predicting();
   read_factors(m, w, before, s, {W0, dk});
-  if (m.carried && w.keeps(0)) read_matrix(m.carried, m, w, w.kept_by(0), dvp, s);
-  if (m.momentum && w.keeps(1)) read_matrix(m.momentum, m, w, w.kept_by(1), dvp, s);
+  if (m.written && w.nonzero(0)) read_matrix(m.written, m, w, w.row(0), dvp, s);
+  if (m.momenta && w.nonzero(1)) read_matrix(m.momenta, m, w, w.row(1), dvp, s);
 
   const Soon next{soon, before.count()};
   if (bias.predicts) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, next);
   else products<false>(W0, dk, dv, s.Q, s.Wq, nullptr, nullptr, next);
-  fill_zero(s.U + dv, dvp - dv);  // NaN of another head would pass through |e|^2
+  fill_zero(s.U + dv, dvp - dv);  // a NaN left there by another head would reach |e|^2
   read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
   bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
   scale(-1.0f, dvp, s.U);
@@ -91,8 +91,7 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   copy_out(s.U, 0, 1, dv, m.right + index_t(before.last) * dv, 0);
 
   const Vec own = broadcast(inner_product(s.K, s.Q, round_up(dk, kPad))), rho = broadcast(m.read_scale());
-  for (int j = 0; j < dvp; j += kLanes)
-    store(s.O + j, load(w.gamma + j) * load(s.Wq + j) + rho * (load(s.O + j) + own * load(s.U + j)));
+  for (int j = 0; j < dvp; j += kLanes) store(s.O + j, load(w.gamma + j) * load(s.Wq + j) + rho * (load(s.O + j) + own * load(s.U + j)));
   ChunkView{p.out, p.dtype, n, t, h, 0, dv}.write(1, s.O, 0);
 }
 
@@ -105,7 +104,7 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
   const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
   const Retention gate(p.retention, p.retention_params);
   const int dvp = round_up(p.Dv, kPad);
-  for (float* x : {s.U, s.Wq, s.O, s.more, s.alpha, s.gamma}) fill_zero(x, dvp);  // where nothing is predicted, or nothing is padded
+  for (float* x : {s.U, s.Wq, s.O, s.more, s.alpha, s.gamma}) fill_zero(x, dvp);  // for a bias without predictions, and the padding
 
   const HeadOrder order(p, p.state, first, last);
   for (int64_t turn = first; turn < last; ++turn) {

@@ -6,7 +6,7 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-MIRAS_INLINE Vec round_to_even(Vec x) {  // |x| < 2^22
+MIRAS_INLINE Vec round_to_even(Vec x) {      // |x| < 2^22
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23
   return (x + magic) - magic;
 }
@@ -60,7 +60,7 @@ MIRAS_INLINE Vec exp_nonpositive(Vec x) { return SplitExp(x).value(); }
 // gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivatives.
 struct Gelu {
   static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;  // y = kLinear x + kCubic x^3
-  Vec x, s, t;  // t = 1 - s
+  Vec x, s, t;                                                             // t = 1 - s
   MIRAS_FN explicit Gelu(Vec x) : x(x) {
     const Vec y = x * (kLinear + kCubic * x * x);
     const SplitExp z(y < 0.0f ? y : -y);

@@ -1,4 +1,4 @@
-// Backward of the MLP memory (SPEC section 5), chunks from last to first. J1, J2 = gradients of W1, W2 as a chunk ends with them,
+// Backward of the MLP memory (docs/mathematics.md, section 10), chunks from last to first. J1, J2 = gradients of W1, W2 after a chunk,
 // L_ts = gamma_t / gamma_s for s <= t, U1 = eta Gu, U2 = eta Gz, end_s = gamma_C / gamma_s; the rest is named as in mlp_forward.h.
 //
 // Read-out:
@@ -18,15 +18,15 @@
 //
 // d log alpha as for the linear memory, the pairs and sums of both matrices added up (see decay_gradient).
 //
-// This is L2Retention without momentum. Else, with JS1, JS2 the gradients of the momenta a chunk ends with, M, Theta, b and pi as
-// in Gates, and rho in all that a chunk reads of its own writes (P = rho M o ..):
+// This is for L2Retention without momentum. Otherwise, with JS1, JS2 the gradients of the momenta after a chunk, M, Theta, b and pi as
+// in Gates, and rho in everything that a chunk reads of its own writes (P = rho M o ..):
 //
 //   M for L,  M_C for end                                dU1_s -= Theta_Cs JS1 a_s         dU2_s -= Theta_Cs JS2 k_s
 //   dZq += gelu'(Zq) o rho1 b dUq S1                     dQ += rho2 b dZq S2
 //   dZ -= gelu'(Z) o Theta_C JS1' U1                     dK -= Theta_C JS2' U2
 //   J <- gamma_C J + phi'(A)^T [dW] + d rho d rho / dA   JS1 <- b_C J1 + pi_C JS1 + rho1 sum_t b_t dUq_t aq_t'   (JS2 likewise)
 //
-// with dW what J adds up above, and d rho1 = sum_t dUq_t . (b_t S1 aq_t - sum_s M_ts (aq_t . a_s) U1_s), d rho2 likewise.
+// with dW the sums added to J above, and d rho1 = sum_t dUq_t . (b_t S1 aq_t - sum_s M_ts (aq_t . a_s) U1_s), d rho2 likewise.
 //
 // Names and layouts: mlp_backward_task.h.
 #pragma once
@@ -42,10 +42,10 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
   const float* W2 = start.primal[1];
 
   if (momentum) {
-    predict(c, hd, s.dZqT, cp, start.carried[1], dp, m.part, ReadSoon());
+    predict(c, hd, s.dZqT, cp, start.momenta[1], dp, m.part, ReadSoon());
     fill_zero(s.dots, cp);
     row_dots(c, dp, m.Q, m.part, s.dots);
-    reads_of_carried(c, s.dots, 1, start.rho[1]);
+    reads_of_momenta(c, s.dots, 1, start.rho[1]);
     weigh_rows(c, dp, m.carry[1], m.part, m.part);
   }
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -100,43 +100,43 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
 void MlpBackwardTask::gate_gradients(int64_t chunk, const MlpState& start) {
   const int c = tokens(chunk);
   const Gates& gates = m.gates;
-  const auto along = [&](float* const (&grads)[2], float* const (&states)[2]) {
+  const auto along = [&](float* const(&grads)[2], float* const(&states)[2]) {
     return inner_product(grads[0], states[0], state) + inner_product(grads[1], states[1], state);
   };
   const float through = gates.decays ? *gates.end(c) * along(s.J, start.dual) : 0.0f;
   if (!momentum) {
     if (gates.decays) decay_gradient(c, s.pairs, cp, s.read_sums, s.write_sums, through, s.dlog);
   } else {
-    s.dcarry[c - 1] += along(s.J, start.carried);
+    s.dcarry[c - 1] += along(s.J, start.momenta);
     for (int t = 0; t < cp; ++t) s.write_sums[t] = -s.write_sums[t], s.dstep[t] = -s.dstep[t];
     decay_gradient_with_momentum(gates, c, s.L, cp, s.write_sums, s.pairs, s.dcarry, s.read_sums, through, s.dlog);
-    momentum_gradient(gates, c, s.Theta, cp, s.pairs, s.dcarry, s.dstep, along(s.JS, start.carried), s.dtheta);
-    write_gate(p.dmomentum, b, token(chunk), h, c, s.dtheta);
+    momentum_gradient(gates, c, s.Theta, cp, s.pairs, s.dcarry, s.dstep, along(s.JS, start.momenta), s.dmomentum);
+    write_gate(p.dmomentum, b, token(chunk), h, c, s.dmomentum);
   }
   if (gates.decays) write_gate(p.dlog_decay, b, token(chunk), h, c, s.dlog);
 }
 
-// J and JS of the chunk before
+// J and JS of the preceding chunk
 void MlpBackwardTask::state_gradients(int c, const MlpState& start, const float* dZT, ReadSoon soon) {
   const Gates& gates = m.gates;
   const bool identity = m.retention.identity;
   if (momentum) {
-    const auto carried_gradient = [&](int i, const float* leftT, const float* right) {
+    const auto momenta_gradient = [&](int i, const float* leftT, const float* right) {
       weigh_rows(c, dp, m.carry[i], right, m.part);
       sweep(hd, dp, [&]<int R, int N>(int row, int j) MIRAS_LAMBDA {
         const index_t at = index_t(row) * dp + j;
         Tile<R, N> x;
         x.add(Rows{leftT + index_t(row) * cp, cp}, m.part + j, dp, 0, c);
-        x.add_scaled(s.J[i] + at, dp, gates.carried_end(c));
-        x.add_scaled(s.JS[i] + at, dp, gates.step_carried_end(c));
+        x.add_scaled(s.J[i] + at, dp, gates.momenta_end(c));
+        x.add_scaled(s.JS[i] + at, dp, gates.step_momenta_end(c));
         x.store_to(s.JS[i] + at, dp);
       });
     };
-    carried_gradient(0, m.AqT, s.dUq);
-    carried_gradient(1, s.dZqT, m.Q);
+    momenta_gradient(0, m.AqT, s.dUq);
+    momenta_gradient(1, s.dZqT, m.Q);
   }
 
-  // Over J where W = A; else what W's gradient adds goes through phi first.
+  // In place on J if W = A; else the gradient of W goes through phi first.
   const auto through_phi = [&](int i) {
     if (identity) return;
     m.retention.pull_back(m.shape(i), start.dual[i], start.primal[i], start.rho[i], drho[i], s.dW);
@@ -200,13 +200,13 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
 
 void MlpBackwardTask::run() {
   m.begin(p, h);
-  const auto begin_with = [&](const StateTensor (&grads)[2], float* const (&to)[2]) {
+  const auto begin_with = [&](const StateTensor(&grads)[2], float* const(&to)[2]) {
     if (grads[0]) read_states(grads, n, h, d, hd, to, dp);
     else fill_zero(to[0], state), fill_zero(to[1], state);
   };
   begin_with(p.grad_final_dual, s.J);
-  if (momentum) begin_with(p.grad_final_carried, s.JS);
-  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, and staying so
+  if (momentum) begin_with(p.grad_final_momenta, s.JS);
+  const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, where nothing is written
   fill_zero(s.L, square), fill_zero(s.M1, square), fill_zero(s.M2, square), fill_zero(s.pairs, square);
   if (momentum) fill_zero(s.Theta, square);
   fill_zero(s.dweight, dp), fill_zero(s.dbias, dp);
@@ -218,13 +218,13 @@ void MlpBackwardTask::run() {
     rerun(first, last);
     for (int64_t chunk = last - 1; chunk >= first; --chunk) {
       choose(chunk - first);
-      if (chunk != last - 1) m.read(p, b, token(chunk), h, tokens(chunk));  // the last one is as the rerun left it
+      if (chunk != last - 1) m.read(p, b, token(chunk), h, tokens(chunk));  // the last one is as recomputing left it
       chunk_backward(chunk, chunk - first);
     }
     last = first;
   }
   write_states(p.d_dual, n, h, d, hd, s.J, dp, s.spare);
-  if (momentum) write_states(p.d_carried, n, h, d, hd, s.JS, dp, s.spare);
+  if (momentum) write_states(p.d_momenta, n, h, d, hd, s.JS, dp, s.spare);
   copy_out(s.dweight, dp, 1, d, p.dln_weight + (n * p.H + h) * d, d);
   copy_out(s.dbias, dp, 1, d, p.dln_bias + (n * p.H + h) * d, d);
 }

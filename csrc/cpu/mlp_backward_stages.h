@@ -19,11 +19,11 @@ static void column_dots(int rows, int c, index_t cp, const float* a, const float
   }
 }
 
-// x / rho for an x that is a multiple of rho; rho underflows with all that it multiplies
+// x / rho for an x that is a multiple of rho; if rho underflows, so does everything that it multiplies
 MIRAS_INLINE float unscaled(float x, const Rho& rho) { return rho.value > 0.0f ? x / rho.value : 0.0f; }
 
 // The gradient of b, and d rho's share, from the products <what a token reads of S, its gradient> of matrix i
-void MlpBackwardTask::reads_of_carried(int c, const float* products, int i, const Rho& rho) {
+void MlpBackwardTask::reads_of_momenta(int c, const float* products, int i, const Rho& rho) {
   for (int t = 0; t < c; ++t) {
     s.dcarry[t] += rho.value * products[t];
     drho[i] += m.gates.b[t] * products[t];
@@ -62,10 +62,10 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
     drho[0] = unscaled(total, start.rho[0]);
   }
   if (momentum) {
-    m.hidden_product(c, start.carried[0], s.dUqT, m.partT, ReadSoon());
+    m.hidden_product(c, start.momenta[0], s.dUqT, m.partT, ReadSoon());
     fill_zero(s.dots, cp);
     column_dots(hd, c, cp, m.AqT, m.partT, s.dots);
-    reads_of_carried(c, s.dots, 0, start.rho[0]);
+    reads_of_momenta(c, s.dots, 0, start.rho[0]);
   }
 
   m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -81,7 +81,7 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
   });
 }
 
-// M2, the pairs of W2, dU1, dGu, and over gelu'' o Ga its product with dGz; d eta has the pairs' share of W2
+// M2, the pairs of W2, dU1, dGu, and in place of gelu'' o Ga its product with dGz; d eta gets the share of W2's pairs
 void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* slopeT, float* HT) {
   const float* W1T = start.primal[0];
   const Vec rho = broadcast(start.rho[1].value);
@@ -143,9 +143,8 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Cols{s.dGaT + i, cp}, W1T + j, dp, 0, hd);
-    x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
-      y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes);
-    });
+    x.each([&](int r, int k, Vec& y)
+               MIRAS_LAMBDA { y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dGu + i * dp + j, dp);
   });
 }
@@ -166,7 +165,7 @@ void MlpBackwardTask::inner_backward(int c) {
     s.deta[t] += sum(dot);
   }
 
-  bias.pull_back(m.bias_rows(p, c, s.ones), m.E, m.G, s.dE, s.dlog, s.ddelta);  // what it calls d eta is of no use
+  bias.pull_back(m.bias_rows(p, c, s.ones), m.E, m.G, s.dE, s.dlog, s.ddelta);  // its d eta is not used
 
   for (int t = 0; t < c; ++t) {
     const index_t row = index_t(t) * dp;
@@ -194,7 +193,7 @@ void MlpBackwardTask::inner_backward(int c) {
   transpose(s.dU, dp, c, d, s.dUT, cp);
 }
 
-// dZ over gelu'' o Ga o dGz
+// dZ in place of gelu'' o Ga o dGz
 void MlpBackwardTask::hidden_backward(int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
   const float* W1T = start.primal[0];
   if (momentum) m.hidden_product(c, s.JS[0], s.U1T, m.partT, ReadSoon());

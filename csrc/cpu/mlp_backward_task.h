@@ -1,7 +1,7 @@
-// A task of the MLP memory's backward (mlp_backward.h): what it holds, and its chunks forward once more.
+// A task of the MLP memory's backward (mlp_backward.h): its memory, and the recomputation of its chunks.
 //
-// Every `checkpoint_every`-th chunk start was saved. A segment of chunks is first run forward from its start, keeping its
-// states and what it computed with matrices at the chunks' starts, then backward. Sizes and layouts: mlp_chunk.h.
+// There is a checkpoint of every `checkpoint_every`-th chunk. The chunks of a segment are first recomputed forward from its checkpoint,
+// storing their states and the products with matrices at the chunks' starts, then differentiated backward. Sizes and layouts: mlp_chunk.h.
 #pragma once
 
 #include "mlp_chunk.h"
@@ -10,26 +10,25 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 struct MlpBackwardScratch {
   MlpChunk chunk;
-  MlpStates states;                   // of a segment
-  float *ZT, *GaT, *X, *r;            // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
-  float *J[2], *JS[2];                // [Hd x Dp]  JS with momentum
-  float *dW;                          // [Hd x Dp]  where W is not A
-  float *dO;                          // [C x Dp]
-  float *dUq, *dUq_gamma, *Q_gamma;   // [C x Dp]  rows times gamma_t in the last two
-  float *dU1, *dGu, *dE, *dU, *dX;    // [C x Dp]  dE is dG at first; dX: dQ and dK
-  float *U1T, *dUqT, *dUT;            // [D x Cp]
-  float *dZqT, *dGaT;                 // [Hd x Cp]  gelu'(Zq) at first in dZqT
-  float *L, *M1, *M1T, *M2, *pairs;   // [C x Cp]  pairs: what log alpha has of reads of writes, with momentum what M has
-  float *Theta, *scores1, *scores2;   // [C x Cp]  with momentum: Theta, Aq A', Q K'
-  float *ones, *deta, *ddelta, *dlog;            // [Cp]
-  float *read_sums, *write_sums, *write2_sums;   // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
-  float *dcarry, *dstep, *dtheta;     // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
-  float *dots;                        // [Cp]
-  float *dweight, *dbias;             // [Dp]
-  float *spare;                       // [D x Hdp]
+  MlpStates states;                    // of a segment
+  float *ZT, *GaT, *X, *r;             // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
+  float *J[2], *JS[2];                 // [Hd x Dp]  JS with momentum
+  float* dW;                           // [Hd x Dp]  unless W = A
+  float* dO;                           // [C x Dp]
+  float *dUq, *dUq_gamma, *Q_gamma;    // [C x Dp]  rows times gamma_t in the last two
+  float *dU1, *dGu, *dE, *dU, *dX;     // [C x Dp]  dE is dG at first; dX: dQ and dK
+  float *U1T, *dUqT, *dUT;             // [D x Cp]
+  float *dZqT, *dGaT;                  // [Hd x Cp]  gelu'(Zq) at first in dZqT
+  float *L, *M1, *M1T, *M2, *pairs;    // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
+  float *Theta, *scores1, *scores2;    // [C x Cp]  with momentum: Theta, Aq A', Q K'
+  float *ones, *deta, *ddelta, *dlog;  // [Cp]
+  float *read_sums, *write_sums, *write2_sums;  // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
+  float *dcarry, *dstep, *dmomentum;            // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
+  float* dots;                                  // [Cp]
+  float *dweight, *dbias;                       // [Dp]
+  float* spare;                                 // [D x Hdp]
 
-  MIRAS_FN MlpBackwardScratch(Arena& a, const MlpBackward& p)
-      : chunk(a, p), states(a, p, chunk.retention, p.segment) {
+  MIRAS_FN MlpBackwardScratch(Arena& a, const MlpBackward& p) : chunk(a, p), states(a, p, chunk.retention, p.segment) {
     const int64_t n = p.segment;
     const int dp = chunk.dp, cp = chunk.cp, momentum = chunk.gates.momentum;
     ZT = a.take(n * p.Hd, cp), GaT = a.take(n * p.Hd, cp);
@@ -46,7 +45,7 @@ struct MlpBackwardScratch {
     Theta = a.take(momentum * p.C, cp), scores1 = a.take(momentum * p.C, cp), scores2 = a.take(momentum * p.C, cp);
     ones = a.take(1, cp), deta = a.take(1, cp), ddelta = a.take(1, cp), dlog = a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp), write2_sums = a.take(1, cp);
-    dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dtheta = a.take(momentum, cp);
+    dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dmomentum = a.take(momentum, cp);
     dots = a.take(momentum, cp);
     dweight = a.take(1, dp), dbias = a.take(1, dp);
     spare = a.take(p.D, round_up(p.Hd, kPad));
@@ -80,7 +79,7 @@ struct MlpBackwardTask {
   MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
   MIRAS_FN ChunkView view(const TokenTensor& x, int64_t chunk) const { return m.view(p, x, b, token(chunk), h); }
 
-  // Chunk i of a segment's part of MlpChunk lies in the segment's memory.
+  // Chunk i's part of MlpChunk that is stored for the whole segment.
   void choose(int64_t i) { m.X = s.X + i * rows, m.r = s.r + i * cp; }
 
   void rerun(int64_t first, int64_t last);
@@ -92,14 +91,14 @@ struct MlpBackwardTask {
   void token_gradients(int64_t chunk, const MlpState& start, const float* dZT);
   void gate_gradients(int64_t chunk, const MlpState& start);
   void state_gradients(int c, const MlpState& start, const float* dZT, ReadSoon soon);
-  void reads_of_carried(int c, const float* products, int i, const Rho& rho);
+  void reads_of_momenta(int c, const float* products, int i, const Rho& rho);
   void chunk_backward(int64_t chunk, int64_t i);
   void run();
 };
 
-// Chunks [first, last) forward once more.
+// Recompute chunks [first, last).
 void MlpBackwardTask::rerun(int64_t first, int64_t last) {
-  SavedState(p, n, h, first).read(s.states.at(0));
+  Checkpoint(p, n, h, first).read(s.states.at(0));
   for (int64_t chunk = first; chunk < last; ++chunk) {
     const int64_t i = chunk - first;
     const int c = tokens(chunk);
@@ -113,7 +112,7 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
   }
 }
 
-// What the rerun did not keep of chunk i; gelu'(Z) comes to lie over Z, gelu''(Z) o Ga over Ga.
+// What recomputing did not store of chunk i; gelu'(Z) replaces Z, gelu''(Z) o Ga replaces Ga.
 void MlpBackwardTask::repeat(int64_t i, int c) {
   float *ZT = s.ZT + i * hidden, *GaT = s.GaT + i * hidden;
   m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA {

@@ -1,13 +1,13 @@
-// What the forward and the backward of a chunk of the MLP memory share (SPEC section 5).
+// What the forward and the backward of a chunk of the MLP memory share (docs/mathematics.md, section 9).
 //
 //   c tokens of the chunk (C at most, Cp padded)   D channels (Dp)   Hd hidden units
 //   T after a name: transposed
 //
-// Matrices of a state are held hidden-major, W1T = W1' and W2, both [Hd x Dp], and so is what has hidden units, [Hd x Cp]:
+// The matrices of a state are stored hidden-major, W1T = W1' and W2, both [Hd x Dp], as is everything with hidden units, [Hd x Cp]:
 //
 //   Z' = W2 K'   U = A W1T   Ga' = W1T Gu'   W1T -= A' (..Gu)   W2 -= Gz' (..K)   Zq' = W2 Q' - ..   Uq = Aq W1T - ..
 //
-// Every product finds its second operand in rows, nothing larger than [c x Dp] or [c x c] is transposed, and hidden units need
+// Every product reads its second operand by rows, nothing larger than [c x Dp] or [c x c] is transposed, and hidden units need
 // no padding.
 #pragma once
 
@@ -16,29 +16,29 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// A state as a chunk finds it, W1 (transposed) and W2 each, [Hd x Dp].
+// The state at a chunk's start, W1 (transposed) and W2 each, [Hd x Dp].
 struct MlpState {
   float* dual[2];
-  float* primal[2];   // W = phi(A); the duals themselves where phi is the identity
-  float* carried[2];  // the momenta S; null without
+  float* primal[2];   // W = phi(A); the duals themselves if phi is the identity
+  float* momenta[2];  // S; null without momentum
   Rho* rho;           // [2]
 
   // Duals, then momenta
-  MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : carried[i - 2]; }
+  MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : momenta[i - 2]; }
 };
 
-// Room for the states of so many chunks.
+// Memory for the states of that many chunks.
 struct MlpStates {
   index_t size;  // of a matrix
   bool momentum;
-  float *dual[2], *primal[2], *carried[2];
+  float *dual[2], *primal[2], *momenta[2];
   Rho* rho;
 
   MIRAS_FN MlpStates(Arena& a, const MlpParams& p, const Retention& retention, int64_t n)
       : size(index_t(p.Hd) * round_up(p.D, kPad)), momentum(bool(p.momentum)) {
     for (float*& x : dual) x = a.take(n, size);
     for (int i = 0; i < 2; ++i) primal[i] = retention.identity ? dual[i] : a.take(n, size);
-    for (float*& x : carried) x = a.take(momentum ? n : 0, size);
+    for (float*& x : momenta) x = a.take(momentum ? n : 0, size);
     rho = reinterpret_cast<Rho*>(a.take(n, 2 * sizeof(Rho) / sizeof(float)));
   }
 
@@ -46,7 +46,7 @@ struct MlpStates {
     const auto place = [&](float* x) MIRAS_LAMBDA { return x + chunk * size; };
     return {{place(dual[0]), place(dual[1])},
             {place(primal[0]), place(primal[1])},
-            {momentum ? place(carried[0]) : nullptr, momentum ? place(carried[1]) : nullptr},
+            {momentum ? place(momenta[0]) : nullptr, momentum ? place(momenta[1]) : nullptr},
             rho + 2 * chunk};
   }
 };
@@ -56,24 +56,24 @@ struct MlpChunk {
   Retention retention;
   Gates gates;
   LayerNorm norm;
-  float *K, *Q, *V;                   // [C x Dp]
-  float *KT, *QT;                     // [D x Cp]
-  float *X, *E, *G, *Gu;              // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi; g_u
-  float *GuT;                         // [D x Cp]
-  float *U1, *U1_end, *K_end;         // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
-  float *AT, *GzT;                    // [Hd x Cp]
-  float *slopeT, *AqT;                // [Hd x Cp]  gelu'(Z); gelu(Zq)
-  float *P1, *P2, *P2T;               // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
-  float *Xq;                          // [C x Dp]  LN(Uq) without its affine part
-  float *r, *rq, *weight;             // [Cp]  1 / std of the two; eta gamma_c / gamma_t
-  float *last_rows, *delta;           // [2 x Cp], [Cp]
+  float *K, *Q, *V;            // [C x Dp]
+  float *KT, *QT;              // [D x Cp]
+  float *X, *E, *G, *Gu;       // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi; g_u
+  float* GuT;                  // [D x Cp]
+  float *U1, *U1_end, *K_end;  // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
+  float *AT, *GzT;             // [Hd x Cp]
+  float *slopeT, *AqT;         // [Hd x Cp]  gelu'(Z); gelu(Zq)
+  float *P1, *P2, *P2T;        // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
+  float* Xq;                   // [C x Dp]  LN(Uq) without its affine part
+  float *r, *rq, *weight;      // [Cp]  1 / std of the two; eta gamma_c / gamma_t
+  float *last_rows, *delta;    // [2 x Cp], [Cp]
   // With momentum, M in place of L and to_end in place of gamma_c / gamma_t, and:
-  float *step_weight, *carry[2];      // [Cp]  eta step_end; rho b
-  float *partT, *part;                // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
+  float *step_weight, *carry[2];  // [Cp]  eta step_end; rho b
+  float *partT, *part;            // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
 
   MIRAS_FN MlpChunk(Arena& a, const MlpParams& p)
-      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p.retention, p.retention_params),
-        gates(a, p), norm(a, p) {
+      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p.retention, p.retention_params), gates(a, p),
+        norm(a, p) {
     K = a.take(p.C, dp), Q = a.take(p.C, dp), V = a.take(p.C, dp);
     KT = a.take(d, cp), QT = a.take(d, cp);
     X = a.take(p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = a.take(p.C, dp);
@@ -90,7 +90,7 @@ struct MlpChunk {
     partT = a.take(momentum * hd, cp), part = a.take(momentum * p.C, dp);
   }
 
-  // Once per task: the head's parameters, and zeros right of the diagonals, which stay so.
+  // Once per task: the head's parameters, and zeros right of the diagonals, where nothing is written later.
   void begin(const MlpParams& p, int64_t h) {
     norm.read(p, h);
     fill_zero(P1, int64_t(p.C) * cp), fill_zero(P2, int64_t(p.C) * cp);
@@ -100,7 +100,7 @@ struct MlpChunk {
     return {x, p.dtype, b, token, h, 0, d};
   }
 
-  // What the writes need of a chunk's tokens.
+  // Reads what the writes need of a chunk's tokens.
   void read(const MlpParams& p, int64_t b, int64_t token, int64_t h, int c) {
     gates.read(p, b, token, h, c);
     for (int t = 0; t < c; ++t) weight[t] = gates.eta[t] * gates.to_end[t];
@@ -112,7 +112,7 @@ struct MlpChunk {
     transpose(K, dp, c, d, KT, cp);
     if (p.delta) read_gate(p.delta, b, token, h, c, delta);
   }
-  // What the read-out needs besides.
+  // Reads what the read-out needs in addition.
   void read_queries(const MlpParams& p, int64_t b, int64_t token, int64_t h, int c) {
     view(p, p.q, b, token, h).read(c, Q, dp);
     transpose(Q, dp, c, d, QT, cp);
@@ -127,7 +127,7 @@ struct MlpChunk {
     sweep<N>(hd, round_up(c, kPad), f);
   }
 
-  // ... and visits it vector by vector.
+  // The same, vector by vector.
   template <class Function> MIRAS_FN void each_hidden(int c, Function&& f) const {
     const int cols = round_up(c, kPad);
     for (int i = 0; i < hd; ++i)
@@ -183,26 +183,25 @@ struct MlpChunk {
 
   // The duals and momenta after the chunk; next may be the same as s.
   void advance_both(int c, const MlpState& s, const MlpState& next, ReadSoon soon) {
-    const auto carried = [&](int i) MIRAS_LAMBDA { return Kept{s.carried[i], gates.carried_end(c)}; };
+    const auto momenta = [&](int i) MIRAS_LAMBDA { return Scaled{s.momenta[i], gates.momenta_end(c)}; };
     weigh_rows(c, dp, weight, Gu, U1_end);
     weigh_rows(c, dp, weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, {s.dual[0], gates.end(c)}, next.dual[0], soon, carried(0));
-    advance(c, hd, GzT, cp, K_end, dp, {s.dual[1], gates.end(c)}, next.dual[1], soon, carried(1));
+    advance(c, hd, AT, cp, U1_end, dp, {s.dual[0], gates.end(c)}, next.dual[0], soon, momenta(0));
+    advance(c, hd, GzT, cp, K_end, dp, {s.dual[1], gates.end(c)}, next.dual[1], soon, momenta(1));
     if (!gates.momentum) return;
     weigh_rows(c, dp, step_weight, Gu, U1_end);
     weigh_rows(c, dp, step_weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, {s.carried[0], gates.step_carried_end(c)}, next.carried[0], ReadSoon());
-    advance(c, hd, GzT, cp, K_end, dp, {s.carried[1], gates.step_carried_end(c)}, next.carried[1], ReadSoon());
+    advance(c, hd, AT, cp, U1_end, dp, {s.momenta[0], gates.step_momenta_end(c)}, next.momenta[0], ReadSoon());
+    advance(c, hd, GzT, cp, K_end, dp, {s.momenta[1], gates.step_momenta_end(c)}, next.momenta[1], ReadSoon());
   }
 
-  // What the backward keeps of scores, if L is not null, [C x Cp]; the last two with momentum, where L is M.
+  // Scores that the backward needs, if L is not null, [C x Cp]; the last two with momentum, where L is M.
   struct KeptScores {
     float *L, *Theta, *XY;
   };
 
   // P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
-  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept,
-              WriteSoon soon) {
+  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept, WriteSoon soon) {
     const Cols x{XT, cp};
     if (gates.momentum) {
       const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
@@ -215,7 +214,7 @@ struct MlpChunk {
   }
 
   // carry = rho b
-  void weigh_carried(int c, const Rho* rho) {
+  void weigh_momenta(int c, const Rho* rho) {
     for (int i = 0; i < 2; ++i)
       for (int t = 0; t < round_up(c, kPad); t += kLanes) store(carry[i] + t, rho[i].value * load(gates.b + t));
   }
@@ -227,8 +226,8 @@ struct MlpChunk {
     transpose(P2, cp, c, c, P2T, cp);
     weigh_rows(c, cp, gates.eta, P2T, P2T);
     if (gates.momentum) {
-      weigh_carried(c, s.rho);
-      hidden_product(c, s.carried[1], QT, partT, ReadSoon());
+      weigh_momenta(c, s.rho);
+      hidden_product(c, s.momenta[1], QT, partT, ReadSoon());
     }
     sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
@@ -241,13 +240,13 @@ struct MlpChunk {
     });
   }
 
-  // Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * (Aq S1'), and over it X = LN(Uq)
+  // Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * (Aq S1'), and in its place X = LN(Uq)
   void read_out(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
     const float* W1T = s.primal[0];
     scores(c, hd, AqT, AT, s.rho[0], P1, kept, soon);
     weigh_rows(c, dp, gates.eta, Gu, U1);
     if (gates.momentum) {
-      predict(c, hd, AqT, cp, s.carried[0], dp, part, ReadSoon());
+      predict(c, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
       weigh_rows(c, dp, carry[0], part, part);
     }
     sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -279,15 +278,15 @@ static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d,
   copy_out(from[1], dp, hd, d, x[1].data + n * x[1].seq + h * x[1].head, x[1].row);
 }
 
-// ---- what the backward finds of a chunk's start: duals, then momenta, [2 or 4][Hd x D] ----
-struct SavedState {
+// ---- checkpoints: duals, then momenta, [2 or 4][Hd x D] ----
+struct Checkpoint {
   float* data;
   int matrices, d, hd;
   index_t dp;
 
-  MIRAS_FN SavedState(const MlpParams& p, int64_t n, int64_t h, int64_t chunk)
+  MIRAS_FN Checkpoint(const MlpParams& p, int64_t n, int64_t h, int64_t chunk)
       : matrices(p.momentum ? 4 : 2), d(p.D), hd(p.Hd), dp(round_up(p.D, kPad)) {
-    data = p.saved + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * matrices * hd * d;
+    data = p.checkpoints + ((p.slot(n) + chunk / p.checkpoint_every) * p.H + h) * matrices * hd * d;
   }
   MIRAS_FN float* matrix(int i) const { return data + int64_t(i) * hd * d; }
 

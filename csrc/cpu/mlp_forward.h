@@ -1,4 +1,5 @@
-// Forward of the MLP memory M(x) = x + LN(W1 gelu(W2 x)), chunk by chunk (SPEC section 5). Gradients at the chunk's start:
+// Forward of the MLP memory M(x) = x + LN(W1 gelu(W2 x)), chunk by chunk (docs/mathematics.md, section 9). Inner gradients at the
+// chunk's start:
 //
 //   Z = K W2'   A = gelu(Z)   U = A W1'   E = K + LN(U) - V   Gu = LN'(psi(E))   Gz = (Gu W1) gelu'(Z)
 //
@@ -7,8 +8,8 @@
 //   Zq = gamma * (Q W2') - P2 (eta Gz)   Aq = gelu(Zq)   Uq = gamma * (Aq W1') - P1 (eta Gu)   O = Q + LN(Uq)
 //   W1 <- gamma_C W1 - sum_s (gamma_C/gamma_s) eta_s gu_s a_s'     W2 <- gamma_C W2 - sum_s (gamma_C/gamma_s) eta_s gz_s k_s'
 //
-// This is L2Retention without momentum. Else duals A and momenta S are carried for both matrices, with W = phi(A) and rho of each
-// at the chunk's start, M = L Theta in place of L, and b (see Gates):
+// This is for L2Retention without momentum. Otherwise both matrices have duals A and momenta S, with W = phi(A) and rho of each at the
+// chunk's start, M = L Theta in place of L, and b (see Gates):
 //
 //   Zq = gamma * (Q W2') + rho2 (b * (Q S2') - (M o Q K') (eta Gz))       A <- gamma_C A + b_C S - sum_s M_Cs ...
 //   Uq = gamma * (Aq W1') + rho1 (b * (Aq S1') - (M o Aq A') (eta Gu))    S <- pi_C S - sum_s Theta_Cs ...
@@ -23,9 +24,9 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct MlpForwardScratch {
   MlpChunk chunk;
   MlpStates state, start;  // start: of an open chunk
-  float *ZT;               // [Hd x Cp]
-  float *O;                // [C x Dp]
-  float *spare;            // [D x Hdp]
+  float* ZT;               // [Hd x Cp]
+  float* O;                // [C x Dp]
+  float* spare;            // [D x Hdp]
 
   MIRAS_FN MlpForwardScratch(Arena& a, const MlpForward& p)
       : chunk(a, p), state(a, p, chunk.retention, 1), start(a, p, chunk.retention, p.position ? 1 : 0) {
@@ -35,8 +36,8 @@ struct MlpForwardScratch {
   }
 };
 
-// What an open chunk's tokens read, over W: with g = exp(open_log_decay) what it has decayed so far, from its start A_0 and W_0
-// and the dual A as it stands, g W_0 + rho (A - g A_0), and rho of its start. For W = A that is A.
+// What an open chunk's tokens read, in place of W: g W_0 + rho (A - g A_0), with g = exp(open_log_decay), the chunk's decay so far,
+// its start A_0 and W_0, the current dual A, and rho of the start. If W = A, this is A.
 static void find_open_readout(const MlpChunk& m, float open_log_decay, const MlpState& start, const MlpState& s) {
   const float g = exp_nonpositive(broadcast(open_log_decay))[0];
   for (int i = 0; i < 2; ++i) {
@@ -58,9 +59,9 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
   m.begin(p, h);
   const MlpState state = s.state.at(0), start = s.start.at(0);
   read_states(p.dual, n, h, d, hd, state.dual, dp);
-  if (p.momentum) read_states(p.carried, n, h, d, hd, state.carried, dp);
+  if (p.momentum) read_states(p.momenta, n, h, d, hd, state.momenta, dp);
 
-  // An open chunk: gradients are taken at its start, reading and writing go on from the current state.
+  // An open chunk: inner gradients use the state at its start, reads and writes go on from the current state.
   int position = p.position ? int(p.position[n]) : 0;
   bool opened = position > 0;
   float open_log_decay = 0.0f;
@@ -70,9 +71,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     m.find_primal(start);
     find_open_readout(m, open_log_decay, start, state);
   }
-  const auto write_start = [&] {
-    write_states(p.final_start, n, h, d, hd, (opened ? start : state).dual, dp, s.spare);
-  };
+  const auto write_start = [&] { write_states(p.final_start, n, h, d, hd, (opened ? start : state).dual, dp, s.spare); };
   bool start_written = false;
 
   int64_t chunk = 0;
@@ -81,7 +80,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const bool closes = position + c == p.C;
     const int64_t token = p.begin(n) + t;
 
-    if (p.saved && chunk % p.checkpoint_every == 0) SavedState(p, n, h, chunk).write(state);
+    if (p.checkpoints && chunk % p.checkpoint_every == 0) Checkpoint(p, n, h, chunk).write(state);
     if (!closes && p.final_start[0]) write_start(), start_written = true;  // this chunk stays open
     if (!opened) m.find_primal(state);
 
@@ -107,8 +106,8 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
   }
 
   if (p.final_dual[0]) write_states(p.final_dual, n, h, d, hd, state.dual, dp, s.spare);
-  if (p.final_carried[0]) write_states(p.final_carried, n, h, d, hd, state.carried, dp, s.spare);
-  if (p.final_start[0] && !start_written) write_start();  // nothing came in, or the end is a boundary
+  if (p.final_momenta[0]) write_states(p.final_momenta, n, h, d, hd, state.momenta, dp, s.spare);
+  if (p.final_start[0] && !start_written) write_start();  // no token, or a chunk boundary
   if (p.final_log_decay) p.final_log_decay[n * p.H + h] = open_log_decay;
 }
 

@@ -1,15 +1,15 @@
-// Tokens of the MLP memory M(x) = x + LN(W1 gelu(W2 x)) one after the other, on a decoder's buffers (SPEC section 5). Hidden
+// Decoding steps of the MLP memory M(x) = x + LN(W1 gelu(W2 x)) on a decoder's buffers (docs/mathematics.md, section 11). Hidden
 // unit h has a row in each matrix, S1 = W1' and S2 = W2 [Hd x D]. At the chunk's start, with the primals W_0:
 //
 //   z_h = S2_h . k    a_h = gelu(z_h)    u = sum_h a_h S1_h    e = k + LN(u) - v    gu = LN'(psi(e))    gz_h = (S1_h . gu) gelu'(z_h)
 //
-// What is written has the factors left, right = a, -eta gu of S1 and -eta gz, k of S2, weighed alike. Then
+// A write has the factors left, right = a, -eta gu of S1 and -eta gz, k of S2, with equal weights. Then
 //
 //   zq_h = R2_h . q    aq_h = gelu(zq_h)    uq = sum_h aq_h R1_h    o = q + LN(uq)
 //
-// with R = gamma W_0 + rho (kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) right_i)'), which nobody writes down. A task is one
-// head of one sequence. Two passes over the hidden units, kLanes of them at a time: what is a sum along a row becomes one vector
-// with an element per unit.
+// with R = gamma W_0 + rho (kappa_0 D + kappa_1 S_0 + sum_i left_i (kappa_(2+i) right_i)'), which is never formed. A task is one
+// head of one sequence. Two passes over the hidden units, kLanes of them at a time: sums along rows become one vector with an
+// element per unit.
 #pragma once
 
 #include "layer_norm.h"
@@ -19,14 +19,14 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 struct MlpStepScratch {
   LayerNorm norm;
-  float *K, *Q, *V, *O;    // [Dp]
-  float *X, *E, *G, *Gu;   // [Dp]  LN(u) without its affine part; M(k), then its error; psi; gu
-  float *Uq, *more;        // [Dp]  uq, and LN(uq) over it
-  float *A, *slope, *Aq;   // [Hdp]  gelu(z), gelu'(z), gelu(zq)
-  float *Zq, *written;     // [Hdp]  W2 q; (R2 - gamma W_0) q / rho without the token's own write
-  float* delta;            // [kPad]
-  float *alpha, *gamma;    // [Dp], all the same
-  float* scores;           // [R]
+  float *K, *Q, *V, *O;   // [Dp]
+  float *X, *E, *G, *Gu;  // [Dp]  LN(u) without its affine part; M(k), then its error; psi; gu
+  float *Uq, *more;       // [Dp]  uq, and in its place LN(uq)
+  float *A, *slope, *Aq;  // [Hdp]  gelu(z), gelu'(z), gelu(zq)
+  float *Zq, *changed;    // [Hdp]  W2 q; (R2 - gamma W_0) q / rho without the token's own write
+  float* delta;           // [kPad]
+  float *alpha, *gamma;   // [Dp], all the same
+  float* scores;          // [R]
   StepSpare spare;
 
   MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p) : MlpStepScratch(a, p, round_up(p.D, kPad), round_up(p.Hd, kPad)) {}
@@ -35,8 +35,8 @@ struct MlpStepScratch {
   MIRAS_FN MlpStepScratch(Arena& a, const MlpStep& p, int dp, int hdp)
       : norm(a, p), K(a.take(1, dp)), Q(a.take(1, dp)), V(a.take(1, dp)), O(a.take(1, dp)), X(a.take(1, dp)), E(a.take(1, dp)),
         G(a.take(1, dp)), Gu(a.take(1, dp)), Uq(a.take(1, dp)), more(a.take(1, dp)), A(a.take(1, hdp)), slope(a.take(1, hdp)),
-        Aq(a.take(1, hdp)), Zq(a.take(1, hdp)), written(a.take(1, hdp)), delta(a.take(1, kPad)), alpha(a.take(1, dp)),
-        gamma(a.take(1, dp)), scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Hd, p.D) {}
+        Aq(a.take(1, hdp)), Zq(a.take(1, hdp)), changed(a.take(1, hdp)), delta(a.take(1, kPad)), alpha(a.take(1, dp)), gamma(a.take(1, dp)),
+        scores(a.take(1, round_up(p.state.rows, kPad))), spare(a, p.state, p.Hd, p.D) {}
 };
 
 // y += factor x over n floats, a multiple of kPad
@@ -44,13 +44,13 @@ static void add_multiple(float factor, const float* x, int n, float* y) {
   for (int j = 0; j < n; j += kLanes) store(y + j, load(y + j) + factor * load(x + j));
 }
 
-// scores_i = kept_(2+i) (factor_i . x) of the tokens, from the first of them on
+// scores_i = kappa_(2+i) (factor_i . x) of the tokens, from the first of them on
 static void score_tokens(const float* factors, TokenRange tokens, int cols, const float* x, const StepWeights& w, const MlpStepScratch& s) {
   factors += index_t(tokens.first) * cols;
   for (int i = 0; i < tokens.count(); i += kLanes) {
     const int n = minimum(kLanes, tokens.count() - i);
     const Vec dots = row_products<false>(factors + index_t(i) * cols, n, cols, x).x;
-    store(s.scores + i, dots * load_first(w.kept_by(2 + tokens.first) + i, n));
+    store(s.scores + i, dots * load_first(w.row(2 + tokens.first) + i, n));
   }
 }
 
@@ -102,7 +102,7 @@ static void read_hidden(const StepMatrix& first, const StepMatrix& second, const
     const int units = minimum(kLanes, hd - i);
     const Vec gz = row_products<false>(S1 + index_t(i) * d, units, d, s.Gu).x * load(s.slope + i);
     store_first(left + i, -eta * gz, units);
-    const Vec zq = gamma * load(s.Zq + i) + rho * (load(s.written + i) - own_score * (eta * gz));
+    const Vec zq = gamma * load(s.Zq + i) + rho * (load(s.changed + i) - own_score * (eta * gz));
     store(s.Aq + i, Gelu(zq).value());
     add_rows(S1 + index_t(i) * d, units, d, s.Aq + i, s.Uq);
   }
@@ -125,33 +125,33 @@ static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpSte
   bias.grade({1, dp, p.bias_params, nullptr, p.delta ? s.delta : nullptr, false, s.V, 0}, s.E, s.G);
   s.norm.pull_back_weighted(1, s.X, &r, s.G, s.Gu);
 
-  const float theta = p.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f;
-  w.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, 0, theta, row, dp);
+  const float momentum = p.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f;
+  w.advance(p.log_decay ? address<float>(p.log_decay, n, t, h) : nullptr, 0, momentum, row, dp);
   const float gamma = *w.gamma, minus_eta = -eta;
   weigh_rows(1, dp, &minus_eta, s.Gu, s.more);
   copy_out(s.A, 0, 1, hd, first.left + index_t(row) * hd, 0);
   copy_out(s.more, 0, 1, d, first.right + index_t(row) * d, 0);
   copy_out(s.K, 0, 1, d, second.right + index_t(row) * d, 0);
 
-  // What the state holds beside its start and factors, with weights
-  const Kept older[] = {{first.carried, w.kept_by(0)}, {first.momentum, w.kept_by(1)}};
-  const float* const older_second[] = {second.carried, second.momentum};
+  // The terms of the state besides its start and factors, with their weights
+  const Scaled older[] = {{first.written, w.row(0)}, {first.momenta, w.row(1)}};
+  const float* const older_second[] = {second.written, second.momenta};
   score_tokens(second.right, tokens, d, s.Q, w, s);
-  products<false>(second.left + index_t(tokens.first) * hd, before, hd, s.scores, s.written);
+  products<false>(second.left + index_t(tokens.first) * hd, before, hd, s.scores, s.changed);
   for (int i = 0; i < 2; ++i)
-    if (older[i].state && *older[i].scale != 0.0f) add_product(*older[i].scale, older_second[i], hd, d, s.Q, s.written);
+    if (older[i].state && *older[i].scale != 0.0f) add_product(*older[i].scale, older_second[i], hd, d, s.Q, s.changed);
   read_hidden(first, second, s, eta, gamma, row, s.scores[before]);
 
   score_tokens(first.left, tokens, hd, s.Aq, w, s);
-  float* const written = s.E;
-  products<false>(first.right + index_t(tokens.first) * d, tokens.count(), d, s.scores, written);
-  for (const Kept& x : older) {
+  float* const changed = s.E;
+  products<false>(first.right + index_t(tokens.first) * d, tokens.count(), d, s.scores, changed);
+  for (const Scaled& x : older) {
     if (!x.state || *x.scale == 0.0f) continue;
     products<false>(x.state, hd, d, s.Aq, s.more);
-    add_multiple(*x.scale, s.more, dp, written);
+    add_multiple(*x.scale, s.more, dp, changed);
   }
   scale(gamma, dp, s.Uq);
-  add_multiple(first.read_scale(), written, dp, s.Uq);
+  add_multiple(first.read_scale(), changed, dp, s.Uq);
   s.norm.normalise(1, s.Uq, &r);
   s.norm.affine(1, s.Uq, s.Q, s.O);
   ChunkView{p.out, p.dtype, n, t, h, 0, d}.write(1, s.O, 0);

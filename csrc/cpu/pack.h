@@ -1,4 +1,4 @@
-// Moving matrices between tensors and scratch: float32 or bfloat16 outside, float32 inside, plain or transposed.
+// Copies matrices between tensors and scratch: float32 or bfloat16 outside, float32 inside, plain or transposed.
 //
 //   c tokens   D channels   Cp, Dp the same, rounded up to kPad
 //
@@ -11,7 +11,7 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// Hands out pieces of the thread's scratch. Run once with a null base to learn the size, then again for real.
+// Hands out parts of the thread's scratch. Run once with a null base to measure the size, then again with memory.
 class Arena {
  public:
   MIRAS_FN explicit Arena(float* base) : base_(base) {}
@@ -30,7 +30,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// run(scratch), with room of the thread's own for a Scratch, which lays itself out in an Arena; denormals are zero meanwhile.
+// run(scratch) with a Scratch in the thread's own memory, which it lays out by an Arena; denormals are zero meanwhile.
 template <class Scratch, class Params, class Run> static void with_scratch(const Params& p, Run run) {
   FlushDenormals flush;
   Arena measure(nullptr);
@@ -41,7 +41,7 @@ template <class Scratch, class Params, class Run> static void with_scratch(const
 
 MIRAS_INLINE void fill_zero(float* x, int64_t n) { __builtin_memset(x, 0, size_t(n) * sizeof(float)); }
 
-// Four columns of kLanes rows: the loads put rows 0, 4, 8, ... side by side, what is left is 4 x 4 in every 128 bits.
+// Four columns of kLanes rows: the loads put rows 0, 4, 8, ... side by side, which leaves 4 x 4 in every 128 bits.
 MIRAS_INLINE void transpose_quads(const float* src, index_t ld, Vec (&x)[4]) {
   const Vec a = load_quads(src, ld), b = load_quads(src + ld, ld);
   const Vec c = load_quads(src + 2 * ld, ld), d = load_quads(src + 3 * ld, ld);
@@ -50,8 +50,7 @@ MIRAS_INLINE void transpose_quads(const float* src, index_t ld, Vec (&x)[4]) {
 }
 
 // dst [cols x ld_dst] = transpose of src [rows x cols]; dst's columns from `rows` to the next multiple of kPad become zero.
-template <class T>
-static void transpose(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
+template <class T> static void transpose(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
   for (int i = 0; i < round_up(rows, kPad); i += kLanes) {
     for (int j = 0; j < cols; j += kLanes) {
       const int height = minimum(kLanes, rows - i), width = minimum(kLanes, cols - j);
@@ -77,8 +76,7 @@ static void transpose(const T* src, index_t ld_src, int rows, int cols, float* d
 }
 
 // dst [rows x ld_dst] = src [rows x cols] in float32; columns up to the next multiple of kPad become zero.
-template <class T>
-static void copy_in(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
+template <class T> static void copy_in(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
   const int padded = round_up(cols, kPad);
   for (int i = 0; i < rows; ++i, src += ld_src, dst += ld_dst) {
     int j = 0;
@@ -88,8 +86,7 @@ static void copy_in(const T* src, index_t ld_src, int rows, int cols, float* dst
   }
 }
 
-template <class T>
-static void copy_out(const float* src, index_t ld_src, int rows, int cols, T* dst, index_t ld_dst) {
+template <class T> static void copy_out(const float* src, index_t ld_src, int rows, int cols, T* dst, index_t ld_dst) {
   for (int i = 0; i < rows; ++i, src += ld_src, dst += ld_dst) {
     int j = 0;
     for (; cols - j >= kLanes; j += kLanes) store(dst + j, load(src + j));
@@ -127,9 +124,9 @@ struct ChunkView {
   }
 };
 
-// Brings a chunk of a tensor nearer while a product runs, one line at every other step of its inner loop. Tokens are often a
-// page apart, which the hardware does not predict; all at once would use up the buffers that loads wait in, and long
-// before the use the rows, alike in their low address bits, would push each other out.
+// Prefetches a chunk of a tensor while a product runs, one line at every other step of its inner loop. Tokens are often a page apart,
+// which the hardware does not predict. Prefetching all at once would fill the load buffers; prefetching too early would let the rows,
+// whose low address bits are equal, evict each other.
 template <bool kWrite> class Prefetch {
  public:
   Prefetch() = default;
@@ -178,8 +175,8 @@ static void read_state(const StateTensor& x, int64_t n, int64_t h, int first_row
 }
 
 // to contiguous rows; `spare` [dv x round_up(dk)] is overwritten
-static void write_state(const StateTensor& x, int64_t n, int64_t h, int first_row, int dv, int dk, const float* src,
-                        index_t ld, float* spare) {
+static void write_state(const StateTensor& x, int64_t n, int64_t h, int first_row, int dv, int dk, const float* src, index_t ld,
+                        float* spare) {
   const int ld_spare = round_up(dk, kPad);
   transpose(src, ld, dk, dv, spare, ld_spare);
   copy_out(spare, ld_spare, dv, dk, x.data + n * x.seq + h * x.head + first_row * x.row, x.row);

@@ -1,8 +1,8 @@
-// The retention gates applied to a state: the only place where the kernels meet phi. Once per chunk, over a whole matrix.
+// The retention gates applied to a state: the only place where the kernels use phi. Once per chunk, over a whole matrix.
 //
 // A state is a matrix [rows x cols] in rows of ld floats; columns from cols on are padding, zero in A, W and gradients alike
-// (phi(0) need not be 0). Its last axis, which KLRetention normalises over, runs down the columns where the kernels hold the
-// matrix transposed, along the rows where they do not.
+// (phi(0) need not be 0). Its last axis, which KLRetention normalises over, runs down the columns if the kernels store the matrix
+// transposed, else along the rows.
 #pragma once
 
 #include "../retention.h"
@@ -52,7 +52,7 @@ template <class Gate> struct RetentionKernels {
     return {};
   }
 
-  // dA over dW, from d rho
+  // dA in place of dW, from d rho
   static void pull_back(const float* params, const StateShape& m, const float* A, const float* W, const Rho& rho, float drho,
                         float* dW_dA) {
     const Gate gate(params);
@@ -132,12 +132,12 @@ class Retention {
     });
   }
 
-  bool identity;      // W = A: nothing need be called, and nothing is copied
+  bool identity;      // W = A: nothing is called and nothing is copied
   bool scales_reads;  // rho is not 1
 
   // W = phi(A), rho
   MIRAS_FN Rho primal(const StateShape& m, const float* A, float* W) const { return primal_(params_, m, A, W); }
-  // d A = phi'(A)^T [d W] + d rho d rho / d A, over d W
+  // d A = phi'(A)^T [d W] + d rho d rho / d A, in place of d W
   MIRAS_FN void pull_back(const StateShape& m, const float* A, const float* W, const Rho& rho, float drho, float* dW_dA) const {
     pull_back_(params_, m, A, W, rho, drho, dW_dA);
   }

@@ -9,11 +9,11 @@
 
 namespace miras::cpu {
 
-// 64-byte aligned room for that many floats, private to the calling thread. Invalidates what an earlier call returned.
+// 64-byte aligned memory for that many floats, private to the calling thread. Invalidates what an earlier call returned.
 float* thread_scratch(std::size_t floats);
 
-// For AddressSanitizer, to which scratch is one allocation: all of it is out of bounds until handed out, what lies between two
-// pieces too. What is handed out holds NaN, so that reading before writing shows in the results.
+// AddressSanitizer sees scratch as one allocation: all of it is marked out of bounds until handed out, including the gaps between parts.
+// What is handed out holds NaN, so that reading before writing shows in the results.
 static inline __attribute__((always_inline)) void forbid(float* from, std::size_t floats) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(from, floats * sizeof(float));

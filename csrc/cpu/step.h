@@ -1,9 +1,9 @@
-// What steps of both memories share: a decoder's buffers, read and written where they are (SPEC section 2, one token after the
-// other). An open chunk's tokens are kept as factors of what they wrote, with weights:
+// What the decoding steps of both memories share: a decoder's buffers, read and written in place (docs/mathematics.md, section 11).
+// The writes of an open chunk's tokens are kept as factors, with weights:
 //
-//   A = gamma A_0 + kept_0 D + kept_1 S_0 + sum_i left_i (kept_(2+i) o right_i)'    S = moved_1 S_0 + sum_i moved_(2+i) left_i right_i'
+//   A = gamma A_0 + kappa_0 D + kappa_1 S_0 + sum_i left_i (kappa_(2+i) o right_i)'    S = mu_1 S_0 + sum_i mu_(2+i) left_i right_i'
 //
-// Matrices are written when the chunk closes, and when there are so many factors that it is less to read D and fewer of them.
+// Matrices are written when the chunk closes, and when there are so many factors that adding them to D means reading less.
 //
 // A matrix [K x V] and factors [R x K], [R x V] have rows without padding. Scratch rows have it (Kp, Vp).
 #pragma once
@@ -14,8 +14,8 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 // ---- where a head's state is ----
 
-// The order of a task's heads: forwards and backwards, by turns. Of a state larger than a cache the part that was read last is still
-// there for the next token; always in one order it would just have been replaced.
+// The order of a task's heads, alternately forwards and backwards: of a state larger than a cache, the part that was read last is still
+// cached for the next token. In one fixed order it would have been evicted.
 struct HeadOrder {
   int64_t first, last;
   int step;  // 1 or -1
@@ -24,17 +24,17 @@ struct HeadOrder {
   MIRAS_FN int64_t head(int64_t turn) const { return step > 0 ? turn : first + last - 1 - turn; }
 };
 
-// One matrix of one head, and the factors of what the open chunk has written to it
+// One matrix of one head, and the factors of the open chunk's writes to it
 struct StepMatrix {
   int rows, cols;  // K, V
   LastAxis last;
-  float *start, *primal, *carried, *momentum, *rho;  // null where there are none
-  float *left, *right;                               // [R x K], [R x V]
+  float *start, *primal, *written, *momenta, *rho;  // null if absent
+  float *left, *right;                              // [R x K], [R x V]
 
   MIRAS_FN StepMatrix(const StepBuffers& x, int64_t index, int K, int V, LastAxis last) : rows(K), cols(V), last(last) {
     const int64_t at = index * K * V;
     const auto matrix = [at](float* base) { return base ? base + at : nullptr; };
-    start = matrix(x.start), primal = matrix(x.primal), carried = matrix(x.carried), momentum = matrix(x.momentum);
+    start = matrix(x.start), primal = matrix(x.primal), written = matrix(x.written), momenta = matrix(x.momenta);
     rho = x.rho ? x.rho + index : nullptr;
     left = x.left + index * x.rows * K, right = x.right + index * x.rows * V;
   }
@@ -45,90 +45,90 @@ struct StepMatrix {
   MIRAS_FN index_t size() const { return index_t(rows) * cols; }
 };
 
-// A head's decays and the weights of what its state is made of.
+// A head's decays, and the weights of the terms of its state.
 struct StepWeights {
-  float *kept, *moved, *log_decay;  // [2 + R, width], [2 + R] or null, [width]: in the buffers
+  float *weights, *momentum_weights, *open_log_decay;  // [2 + R, width], [2 + R] or null, [width]: in the buffers
   int width;
-  float *alpha, *gamma;  // [Vp], the same in all columns where decays are not channel-wise
+  float *alpha, *gamma;  // [Vp], the same in all columns unless decays are channel-wise
 
   MIRAS_FN StepWeights(const StepBuffers& x, int64_t head, float* alpha, float* gamma) : width(x.width), alpha(alpha), gamma(gamma) {
-    kept = x.kept + head * (2 + x.rows) * width;
-    moved = x.moved ? x.moved + head * (2 + x.rows) : nullptr;
-    log_decay = x.log_decay + head * width;
+    weights = x.weights + head * (2 + x.rows) * width;
+    momentum_weights = x.momentum_weights ? x.momentum_weights + head * (2 + x.rows) : nullptr;
+    open_log_decay = x.open_log_decay + head * width;
   }
-  MIRAS_FN const float* kept_by(int row) const { return kept + index_t(row) * width; }
-  MIRAS_FN bool keeps(int row) const {
+  MIRAS_FN const float* row(int i) const { return weights + index_t(i) * width; }
+  MIRAS_FN bool nonzero(int i) const {
     for (int j = 0; j < width; ++j)
-      if (kept_by(row)[j] != 0.0f) return true;
+      if (row(i)[j] != 0.0f) return true;
     return false;
   }
-  // How many of `count` tokens have weights of 0, before the first that has not
+  // How many of the first `count` tokens have weights of 0, up to the first that has not
   MIRAS_FN int folded(int count) const {
     int i = 0;
     if (width == 1)
-      while (i + kLanes <= count && largest(Math<Vec>::abs(load(kept + 2 + i))) == 0.0f) i += kLanes;
-    while (i < count && !keeps(2 + i)) ++i;
+      while (i + kLanes <= count && largest(Math<Vec>::abs(load(weights + 2 + i))) == 0.0f) i += kLanes;
+    while (i < count && !nonzero(2 + i)) ++i;
     return i;
   }
   // Token `row` of the chunk, with log-decays x, `stride` apart, or null: S <- theta S + left right', A <- alpha A + S.
-  void advance(const float* x, int64_t stride, float theta, int row, int vp) const {
+  void advance(const float* x, int64_t stride, float momentum, int row, int vp) const {
     decay(x, stride, vp);
     const int before = 2 + row;
-    if (width > 1) return advance_channels(theta, before, vp);
+    if (width > 1) return advance_channels(momentum, before, vp);
     for (int j = 0; j <= before; j += kLanes) {
       const int n = minimum(kLanes, before + 1 - j);
       const IVec at = iota() + j;
       const Vec one = at == before ? broadcast(1.0f) : zeros();
       Vec step = one;
-      if (moved) {
-        step = at < before ? theta * load_first(moved + j, n) : one;
-        store_first(moved + j, step, n);
+      if (momentum_weights) {
+        step = at < before ? momentum * load_first(momentum_weights + j, n) : one;
+        store_first(momentum_weights + j, step, n);
       }
-      store_first(kept + j, at < before ? load(alpha) * load_first(kept + j, n) + (moved ? step : zeros()) : one, n);
+      store_first(weights + j, at < before ? load(alpha) * load_first(weights + j, n) + (momentum_weights ? step : zeros()) : one, n);
     }
   }
 
-  // D and S_0 are all that the state consists of beside its start: D with this weight, and S_0 not yet.
-  MIRAS_FN void restart(float carried) const {
-    for (int j = 0; j < width; ++j) kept[j] = carried, kept[width + j] = 0.0f;
-    if (moved) moved[0] = 0.0f, moved[1] = 1.0f;
+  // The state consists of its start and D with this weight; S_0 has weight 0 in A and 1 in S.
+  MIRAS_FN void restart(float weight) const {
+    for (int j = 0; j < width; ++j) weights[j] = weight, weights[width + j] = 0.0f;
+    if (momentum_weights) momentum_weights[0] = 0.0f, momentum_weights[1] = 1.0f;
   }
   // The weights of tokens first <= i < count become 0.
   MIRAS_FN void drop(int first, int count) const {
-    fill_zero(kept + index_t(2 + first) * width, index_t(count - first) * width);
-    if (moved) fill_zero(moved + 2 + first, count - first);
+    fill_zero(weights + index_t(2 + first) * width, index_t(count - first) * width);
+    if (momentum_weights) fill_zero(momentum_weights + 2 + first, count - first);
   }
 
   // alpha, and gamma after it
   void decay(const float* x, int64_t stride, int vp) const {
     if (x)
-      for (int j = 0; j < width; ++j) log_decay[j] += x[j * stride];
+      for (int j = 0; j < width; ++j) open_log_decay[j] += x[j * stride];
     if (width == 1) {
-      const Vec both = exp_nonpositive(iota() == 0 ? broadcast(x ? *x : 0.0f) : broadcast(*log_decay));
+      const Vec both = exp_nonpositive(iota() == 0 ? broadcast(x ? *x : 0.0f) : broadcast(*open_log_decay));
       for (int j = 0; j < vp; j += kLanes) store(alpha + j, broadcast(both[0])), store(gamma + j, broadcast(both[1]));
       return;
     }
-    for (int j = 0; j < width; ++j) alpha[j] = x ? x[j * stride] : 0.0f, gamma[j] = log_decay[j];
+    for (int j = 0; j < width; ++j) alpha[j] = x ? x[j * stride] : 0.0f, gamma[j] = open_log_decay[j];
     for (int j = 0; j < vp; j += kLanes)
       store(alpha + j, exp_nonpositive(load(alpha + j))), store(gamma + j, exp_nonpositive(load(gamma + j)));
   }
 
  private:
-  void advance_channels(float theta, int before, int vp) const {
+  void advance_channels(float momentum, int before, int vp) const {
     for (int i = 0; i <= before; ++i) {
-      const float step = i == before ? 1.0f : moved ? moved[i] *= theta : 0.0f;
-      float* const row = kept + index_t(i) * width;
+      const float step = i == before ? 1.0f : momentum_weights ? momentum_weights[i] *= momentum : 0.0f;
+      float* const row = weights + index_t(i) * width;
       each_columns(width, [&](const auto& c) MIRAS_LAMBDA {
         for (int n = 0; n < c.kVectors; ++n) c.store(row, n, i < before ? c.padded(alpha, n) * c.load(row, n) + step : zeros() + step);
       });
     }
-    if (moved) moved[before] = 1.0f;
+    if (momentum_weights) momentum_weights[before] = 1.0f;
   }
 };
 
 // ---- matrices ----
 
-// Room for writing them
+// Scratch for writing them
 struct StepSpare {
   float* right;      // [R x Vp]
   float* scales[3];  // [Vp]
@@ -148,7 +148,7 @@ struct TokenRange {
   MIRAS_FN int count() const { return last - first; }
 };
 
-// A sum of matrices with weights of their columns and of what a chunk's tokens have written
+// A sum of matrices, with weights of their columns, and of a chunk's writes
 class StepSum {
  public:
   MIRAS_FN StepSum(const StepMatrix& m, const StepSpare& s) : m_(m), s_(s), vp_(round_up(m.cols, kPad)) {}
@@ -163,7 +163,7 @@ class StepSum {
     matrix_[terms_++] = matrix;
   }
 
-  // to = it all, with the tokens' weights [R x width]; `to` may be a matrix that has been added
+  // to = the sum, with the tokens' weights [R x width]; `to` may be one of the added matrices
   void write(TokenRange tokens, const float* weights, int width, float* to) const {
     each_columns(m_.cols, [&](const auto& c) MIRAS_LAMBDA {
       for (int i = 0; i < tokens.count(); ++i) {
@@ -192,18 +192,18 @@ class StepSum {
   const float* matrix_[3];
 };
 
-// A, or without the chunk's start what has been written since, into `to`, which may be one of the matrices; then S over S_0.
+// A, or without the chunk's start only its writes, into `to`, which may be one of the matrices; then S in place of S_0.
 static void write_matrices(const StepMatrix& m, const StepWeights& w, const StepSpare& spare, TokenRange tokens, bool with_start,
                            float* to) {
   StepSum a(m, spare);
   if (with_start) a.add(m.start, w.gamma, w.width);
-  if (m.carried && w.keeps(0)) a.add(m.carried, w.kept_by(0), w.width);
-  if (m.momentum && w.keeps(1)) a.add(m.momentum, w.kept_by(1), w.width);
-  a.write(tokens, w.kept_by(2), w.width, to);
-  if (!m.momentum) return;
+  if (m.written && w.nonzero(0)) a.add(m.written, w.row(0), w.width);
+  if (m.momenta && w.nonzero(1)) a.add(m.momenta, w.row(1), w.width);
+  a.write(tokens, w.row(2), w.width, to);
+  if (!m.momenta) return;
   StepSum s(m, spare);
-  s.add(m.momentum, w.moved + 1, 1);
-  s.write(tokens, w.moved + 2, 1, m.momentum);
+  s.add(m.momenta, w.momentum_weights + 1, 1);
+  s.write(tokens, w.momentum_weights + 2, 1, m.momenta);
 }
 
 // W_0 = phi(A_0), rho
@@ -221,22 +221,22 @@ static void map_start(const Retention& gate, const StepMatrix& m, const StepSpar
   if (m.rho) *m.rho = scale.value;
 }
 
-// The tokens whose factors the next one, the chunk's `row`-th, has to read. Reading D takes as long as reading K V / (K + V) tokens'
-// factors, so that it pays to add them to D when there are a few more than that, and when there are a few if D is read anyway.
+// The tokens whose factors the next token, the chunk's `row`-th, has to read. Reading D takes as long as reading the factors of
+// K V / (K + V) tokens. So the factors are added to D when there are a few more than that, or just a few if D is read anyway.
 constexpr int kFew = 8;
 template <int kMatrices>
 static TokenRange fold(const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, int row) {
   const StepMatrix& m = matrices[0];
   const TokenRange tokens{w.folded(row), row};
-  const bool carries = m.carried && w.keeps(0);
-  if (tokens.count() < kFew + (carries ? 0 : m.rows * m.cols / (m.rows + m.cols))) return tokens;
-  for (const StepMatrix& each : matrices) write_matrices(each, w, spare, tokens, false, each.carried);
+  const bool reads_written = m.written && w.nonzero(0);
+  if (tokens.count() < kFew + (reads_written ? 0 : m.rows * m.cols / (m.rows + m.cols))) return tokens;
+  for (const StepMatrix& each : matrices) write_matrices(each, w, spare, tokens, false, each.written);
   w.restart(1.0f);
   w.drop(tokens.first, row);
   return {row, row};
 }
 
-// A chunk has been read: the next one starts from the dual.
+// After a chunk's last token: the next chunk starts from the dual.
 template <int kMatrices>
 static void close_chunk(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
                         TokenRange tokens) {
@@ -245,12 +245,12 @@ static void close_chunk(const Retention& gate, const StepMatrix (&matrices)[kMat
     map_start(gate, m, spare);
   }
   w.restart(0.0f);
-  for (int j = 0; j < w.width; ++j) w.log_decay[j] = 0.0f;
+  for (int j = 0; j < w.width; ++j) w.open_log_decay[j] = 0.0f;
 }
 
 // ---- a state as a value ----
 
-// Its dual lies in the place of what is carried: D = A - gamma A_0, or A_0 = A where no chunk is open.
+// The buffer `written` holds the dual: becomes D = A - gamma A_0, or A_0 = A if no chunk is open.
 template <int kMatrices>
 static void begin_value(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
                         bool open, int vp) {
@@ -258,24 +258,24 @@ static void begin_value(const Retention& gate, const StepMatrix (&matrices)[kMat
   if (open) w.decay(nullptr, 0, vp);
   for (const StepMatrix& m : matrices) {
     if (!open) {
-      __builtin_memcpy(m.start, m.carried, size_t(m.size()) * sizeof(float));
+      __builtin_memcpy(m.start, m.written, size_t(m.size()) * sizeof(float));
     } else {
       each_columns(m.cols, [&](const auto& c) MIRAS_LAMBDA {
         for (index_t at = 0; at < m.size(); at += m.cols)
           for (int n = 0; n < c.kVectors; ++n)
-            c.store(m.carried + at, n, c.load(m.carried + at, n) - c.padded(w.gamma, n) * c.load(m.start + at, n));
+            c.store(m.written + at, n, c.load(m.written + at, n) - c.padded(w.gamma, n) * c.load(m.start + at, n));
       });
     }
     map_start(gate, m, spare);
   }
 }
 
-// And back.
+// `written` becomes the dual again.
 template <int kMatrices>
 static void end_value(const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare, TokenRange tokens) {
   for (const StepMatrix& m : matrices) {
-    if (tokens.last > 0) write_matrices(m, w, spare, tokens, true, m.carried);
-    else __builtin_memcpy(m.carried, m.start, size_t(m.size()) * sizeof(float));
+    if (tokens.last > 0) write_matrices(m, w, spare, tokens, true, m.written);
+    else __builtin_memcpy(m.written, m.start, size_t(m.size()) * sizeof(float));
   }
 }
 

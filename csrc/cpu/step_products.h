@@ -1,4 +1,4 @@
-// Products of a matrix with one or two vectors, each element of the matrix read once: what a step spends its time on.
+// Products of a matrix with one or two vectors, each element of the matrix read once: most of a step's time.
 //
 // A matrix [rows x cols] has rows without padding. Scratch rows have it, zero.
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// A piece of every row of a matrix: kVectors whole vectors from column `first` on, or the last `left` columns in one vector.
+// A part of every row of a matrix: kVectors whole vectors from column `first` on, or the last `left` columns in one vector.
 template <int N, bool kWhole> struct Columns {
   static constexpr int kVectors = N;
   int first, left;
@@ -29,7 +29,7 @@ template <int N, bool kWhole> struct Columns {
   MIRAS_FN void pad(float* row, int n, Vec x) const { MIRAS_LEVEL::store(row + first + n * kLanes, x); }
 };
 
-// f(columns) for pieces that cover V columns; what runs along a row is meant to stay in registers meanwhile
+// f(columns) for parts that cover V columns; vectors along a row should stay in registers meanwhile
 template <class Function> MIRAS_FN void each_columns(int V, Function&& f) {
   constexpr int kWide = kLanes == 16 ? 8 : 4;
   int j = 0;
@@ -39,7 +39,7 @@ template <class Function> MIRAS_FN void each_columns(int V, Function&& f) {
   if (j < V) f(Columns<1, false>{j, V - j});
 }
 
-// What the columns of a piece see of a row of scratch, to stay in registers
+// The part of a row of scratch for some columns, to stay in registers
 template <class C> struct Held {
   Vec x[C::kVectors];
   MIRAS_FN Held(const C& c, const float* row) {
@@ -49,7 +49,7 @@ template <class C> struct Held {
   MIRAS_FN Vec operator[](int n) const { return x[n]; }
 };
 
-// What comes nearer while a product runs: so many rows, as long as its own
+// Rows, as long as its own, that are prefetched while a product runs
 struct Soon {
   const float* first = nullptr;
   int rows = 0;
@@ -109,7 +109,7 @@ MIRAS_INLINE Vec block_sums(const Vec (&x)[kLanes / 4]) {
 }
 
 // An element for each of the first `rows` <= kLanes rows of M and zeros after them: M x and, if kTwo, M x2. As many rows from `soon`
-// on come nearer meanwhile, if it is given; those of M itself the hardware foresees.
+// on are prefetched, if it is given; the hardware prefetches those of M itself.
 struct RowProducts {
   Vec x, x2;
 };

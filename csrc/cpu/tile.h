@@ -1,6 +1,6 @@
 // Small matrix products on register tiles: the micro-kernels under every memory.
 //
-//   Tile<R, N>     R rows by N vectors of accumulators; everything that happens to a result happens while it is in registers
+//   Tile<R, N>     R rows by N vectors of accumulators; all operations on a result happen while it is in registers
 //   sweep          visits a matrix tile by tile:        sweep(rows, cols, [&]<int R, int N>(int i, int j) { ... })
 //   sweep_lower    the same for a lower triangle (by rows, columns to the next multiple of kPad)
 //
@@ -18,8 +18,8 @@ struct Rows {
   index_t ld;
   MIRAS_FN Rows at(index_t i) const { return {p + i * ld, ld}; }
 
-  // Walks along k over R rows. Four rows share a pointer: one for each would not fit the general registers, and fetching
-  // them from vector registers takes the ports that multiply. Left to itself the compiler makes one for each.
+  // Iterates along k over R rows. Four rows share a pointer: one for each, as the compiler would make them, would not fit the general
+  // registers, and loading them from vector registers takes the ports that multiply.
   template <int R> struct Walk {
     static constexpr int kPointers = (R + 3) / 4;
     const float* p[kPointers];
@@ -70,7 +70,7 @@ template <int R, int N> struct Tile {
     each([](int, int, Vec& x) MIRAS_LAMBDA { x = zeros(); });
   }
 
-  // += sign * A[:, k0:k1] B[k0:k1, :];  beside(k) runs along (a prefetch)
+  // += sign * A[:, k0:k1] B[k0:k1, :];  beside(k) is called for each k (a prefetch)
   template <int kSign, class A, class Beside>
   MIRAS_FN void product(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside) {
     b += k0 * ldb;

@@ -97,18 +97,10 @@ MIRAS_INLINE Vec first_lanes(Vec x, int n) { return iota() < n ? x : zeros(); }
 
 #if MIRAS_LANES == 16
 // In every group of four: a0 b0 a1 b1, a2 b2 a3 b3; a0 a1 b0 b1, a2 a3 b2 b3.
-MIRAS_INLINE Vec zip_low(Vec a, Vec b) {
-  return MIRAS_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-}
-MIRAS_INLINE Vec zip_high(Vec a, Vec b) {
-  return MIRAS_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-}
-MIRAS_INLINE Vec join_low(Vec a, Vec b) {
-  return MIRAS_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-}
-MIRAS_INLINE Vec join_high(Vec a, Vec b) {
-  return MIRAS_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
+MIRAS_INLINE Vec zip_low(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); }
+MIRAS_INLINE Vec zip_high(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); }
+MIRAS_INLINE Vec join_low(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); }
+MIRAS_INLINE Vec join_high(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); }
 // Four floats each of rows 0, 4, 8, 12
 MIRAS_INLINE Vec load_quads(const float* p, index_t ld) {
   __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(p));
@@ -142,9 +134,7 @@ MIRAS_INLINE Vec zip_high(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 2, 6, 3, 7)
 MIRAS_INLINE Vec join_low(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 0, 1, 4, 5); }
 MIRAS_INLINE Vec join_high(Vec a, Vec b) { return MIRAS_SHUFFLE(a, b, 2, 3, 6, 7); }
 MIRAS_INLINE Vec load_quads(const float* p, index_t) { return load(p); }
-template <class Operation> MIRAS_INLINE float fold(Vec x, Operation with) {
-  return with(with(x[0], x[2]), with(x[1], x[3]));
-}
+template <class Operation> MIRAS_INLINE float fold(Vec x, Operation with) { return with(with(x[0], x[2]), with(x[1], x[3])); }
 #endif
 MIRAS_INLINE float sum(Vec x) {
   return fold(x, [](auto a, auto b) MIRAS_LAMBDA { return a + b; });
@@ -153,7 +143,7 @@ MIRAS_INLINE float largest(Vec x) {
   return fold(x, [](auto a, auto b) MIRAS_LAMBDA { return a > b ? a : b; });
 }
 
-// Denormals flushed to zero while this lives: products of decays pass through their range, 20 times slower otherwise.
+// Flushes denormals to zero while it lives: products of decays reach their range and would be 20 times slower.
 struct FlushDenormals {
 #if defined(__x86_64__)
   unsigned saved;

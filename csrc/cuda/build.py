@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels with nvcc, without torch: `python csrc/cuda/build.py miras_kernels/_cuda.so`. setup.py and the tests use it.
+"""Compile the CUDA kernels with nvcc, without torch: `python csrc/cuda/build.py miras_kernels/_cuda.so`. Used by setup.py and the tests.
 
 CUDA_HOME    where nvcc is, if it is not on the PATH
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("*.cu"))
 HEADERS = [*HERE.glob("*.h"), *HERE.parent.glob("*.h")]
-#: what the library has machine code for; others of these generations run it too, and later ones compile the last one's PTX
+#: the library has machine code for these; other chips of the same generations run it too, and later ones compile the PTX of the last
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 COMPILE = ["-std=c++17", "-O3", f"-I{HERE.parent}", "-Xcompiler", "-fPIC"]
 
 
 def nvcc() -> str | None:
-    """The compiler, or None."""
+    """The path of the compiler, or None."""
     for home in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
         found = shutil.which("nvcc", path=str(Path(home) / "bin"))
         if found:
@@ -29,16 +29,16 @@ def nvcc() -> str | None:
 
 
 def known(compiler: str) -> list[str]:
-    """The architectures that this nvcc can compile for: those before 12.8 have no sm_100."""
+    """The architectures that this nvcc can compile for: versions before 12.8 lack sm_100."""
     listed = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     return [name for name in ARCHITECTURES if name in listed]
 
 
 def build(library: Path) -> None:
-    """Compile all sources into one shared library, unless it is newer than them.
+    """Compile all sources into one shared library, unless it is newer than they are.
 
     Raises:
-        RuntimeError: with what nvcc says.
+        RuntimeError: with nvcc's message.
     """
     if library.exists() and library.stat().st_mtime > max(x.stat().st_mtime for x in [*SOURCES, *HEADERS]):
         return
@@ -60,4 +60,4 @@ if __name__ == "__main__":
     try:
         build(Path(sys.argv[1]))
     except (IndexError, RuntimeError) as error:
-        sys.exit(f"{sys.argv[0]}: {error if isinstance(error, RuntimeError) else 'which file shall the library be?'}")
+        sys.exit(f"{sys.argv[0]}: {error if isinstance(error, RuntimeError) else 'expected the path of the library'}")

@@ -1,4 +1,4 @@
-// The functions of `Math` for one float: what the bias and retention functors, written for the CPU's vectors too, ask for.
+// The functions of `Math` for one float, which the bias and retention functors use; they are written for the CPU's vectors too.
 #pragma once
 
 #include <math.h>
@@ -28,7 +28,7 @@ namespace cuda {
 // gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3)
 struct Gelu {
   static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;  // y = kLinear x + kCubic x^3
-  float x, s, t;  // t = 1 - s
+  float x, s, t;                                                           // t = 1 - s
   MIRAS_FN explicit Gelu(float x) : x(x) {
     const float y = x * (kLinear + kCubic * x * x);
     const float z = expf(-fabsf(y)), larger = 1.0f / (1.0f + z), smaller = z * larger;

@@ -1,28 +1,28 @@
-// Decoding steps of the MLP memory: S1 = W1' [Hd, D] and W2 [Hd, D], a token at a time.
+// Decoding steps of the MLP memory S1 = W1' [Hd, D], W2 [Hd, D], a token at a time; kappa: `weights`, mu: `momentum_weights`.
 //
 //     z = W2 k;  a = gelu(z);  u = S1' a;  e = k + LN(u) - v;  g = psi(e)                   both matrices at the chunk's start
 //     gu = LN-vjp(w g);  gz = gelu'(z) o (S1 gu)                                            the inner gradients
-//     moved <- theta moved;  kept <- alpha kept + moved                                     of what the chunk wrote before
-//     zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                        (a, -eta gu), (-eta gz, k) are kept with 1
-//     R x = gamma phi(A_0) x + rho (kept_0 D x + kept_1 M_0 x + sum_i left_i kept_i (right_i . x))    the other way round for R1'
+//     mu <- theta mu;  kappa <- alpha kappa + mu                                        of what the chunk has written
+//     zq = R2 q;  aq = gelu(zq);  o = q + LN(R1' aq)                                        (a, -eta gu), (-eta gz, k) get the weight 1
+//     R x = gamma phi(A_0) x + rho (kappa_0 D x + kappa_1 S_0 x + sum_i left_i kappa_i (right_i . x))   the other way round for R1'
 //
-// Hidden units are shared out, kUnits to a block, a part of each matrix; what needs all of them waits for the next launch:
+// Each block takes kUnits hidden units, a part of both matrices; what needs all units is left to the next launch:
 //
 //     mlp_predict   z and W2 q of its units, and its part of u
-//     mlp_write     gz of its units; keeps the factors; aq of its units, and its part of R1' aq but for the factors, and of a_i . aq for them
+//     mlp_write     gz of its units; the factors; aq of its units, its part of R1' aq without the factors, and of a_i . aq for them
 //     mlp_finish    the output; where the chunk closes, its part of both matrices, which start the next one
 //
-// Threads stand in groups of kLanes, a group to a hidden unit: a row of both matrices. A thread has kVec neighbouring columns in each of
-// kStrips strips, of k, q and gu as of the rows. The first warp takes the D channels, so that LayerNorm needs no barrier. A gate that
-// couples columns of S1 or a whole matrix leaves the end of a chunk to the block of the first part.
+// Threads form groups of kLanes, one group a hidden unit: a row of both matrices. A thread has kVec neighbouring columns in each of
+// kStrips strips, of the rows and of k, q and gu. The first warp takes the D channels, so that LayerNorm needs no barrier. With a gate
+// that couples columns of S1 or a whole matrix, the block of the first part handles the end of a chunk.
 #include "step.h"
 
 namespace miras::cuda {
 namespace {
 
-constexpr int kMaxChannels = 128, kMaxHidden = 1024, kUnits = 64, kChannels = kMaxChannels / 32;  // of a lane of the first warp
+constexpr int kMaxChannels = kMaxMlpHead, kUnits = 64, kChannels = kMaxChannels / 32;  // kChannels: of a lane of the first warp
 
-// x = (u - m(u)) / deviation over the D channels that a warp shares out, and what its derivative needs. Channel lane + 32 j is x[j].
+// x = (u - m(u)) / deviation over D channels distributed over a warp, and what its derivative needs. x[j] is channel lane + 32 j.
 struct LayerNorm {
   int D;
   float x[kChannels], inverse;
@@ -40,7 +40,7 @@ struct LayerNorm {
     inverse = 1.0f / sqrtf(mean(square) + eps);
     for (int j = 0; j < kChannels; ++j) x[j] *= inverse;
   }
-  // y, the gradient of x, becomes that of u
+  // y, the gradient in x, becomes that in u
   __device__ void pull_back(float* y) const {
     float along[kChannels];
     for (int j = 0; j < kChannels; ++j) along[j] = y[j] * x[j];
@@ -59,24 +59,24 @@ template <int kVec> struct Part {
 
   const Step& p;
   int t, parts, part, n, h, first, last;  // hidden units
-  int64_t head, matrix;                   // of S1 in [N, H, 2, Hd, D]; W2 is behind it
+  int64_t head, matrix;                   // of S1 in [N, H, 2, Hd, D]; W2 follows it
   int group, lane_column;
   float *channels, *partial;  // shared [D], [kWarps][kMaxChannels]
 
   __device__ Part(const Step& p, int t, int parts, float* channels, float* partial)
-      : p(p), t(t), parts(parts), part(blockIdx.x % parts), first(part * kUnits), last(min(first + kUnits, p.K)),
-        head(blockIdx.x / parts), group(thread() / kLanes), lane_column(thread() % kLanes * kVec), channels(channels), partial(partial) {
+      : p(p), t(t), parts(parts), part(blockIdx.x % parts), first(part * kUnits), last(min(first + kUnits, p.K)), head(blockIdx.x / parts),
+        group(thread() / kLanes), lane_column(thread() % kLanes * kVec), channels(channels), partial(partial) {
     n = int(head / p.H), h = int(head % p.H);
     matrix = head * 2 * p.K * p.V;
   }
   __device__ int64_t size() const { return int64_t(p.K) * p.V; }
-  // in what passes between the launches: [N, H, 2, Hd], [N, H, 2, parts, D], [N, H, parts, C], [N, H, 2 (2 + C) + 1]
+  // the workspace: [N, H, 2, Hd], [N, H, 2, parts, D], [N, H, parts, C], [N, H, 2 (2 + C) + 1]
   __device__ float* hidden(int i) const { return p.hidden + (head * 2 + i) * p.K; }
   __device__ float* sums(int i, int of_part) const { return p.partial + ((head * 2 + i) * parts + of_part) * p.V; }
   __device__ float* scores(int of_part) const { return p.scores + (head * parts + of_part) * p.C; }
   __device__ Weights after() const {
-    const float* kept = p.after + head * (2 * (2 + p.C) + 1);
-    return {kept, kept + 2 + p.C, kept + 2 * (2 + p.C)};
+    const float* weights = p.after + head * (2 * (2 + p.C) + 1);
+    return {weights, weights + 2 + p.C, weights + 2 * (2 + p.C)};
   }
   // row `row` of factors of matrix i
   __device__ float* left(int i, int row) const { return p.left + ((head * 2 + i) * p.C + row) * p.K; }
@@ -123,7 +123,7 @@ template <int kVec> struct Part {
       for (int c = 0; c < kVec; ++c) sum += x.strip[s][c] * y.strip[s][c];
     return over_lanes(sum, 1, kLanes, Add{});
   }
-  // the sum of the rows of all groups to `to`
+  // to = the sum of the rows of all groups
   __device__ void over_groups(const Row& x, float* to) const {
     float* mine = partial + thread() / 32 * kMaxChannels;
     for (int s = 0; s < kStrips; ++s)
@@ -147,7 +147,7 @@ template <int kVec> struct Part {
     }
     __syncthreads();
   }
-  // f(hidden unit, whether there is one, offset of its row), whole warps at a time: groups beyond the last unit take the first row along
+  // f(hidden unit, whether it exists, offset of its row), whole warps at a time: groups beyond the last unit read the first row
   template <class Function> __device__ void units(Function&& f) const {
 #pragma unroll 1
     for (int i = first + group; i - group < last; i += kGroups) f(i, i < last, int64_t(i < last ? i : first) * p.V);
@@ -157,7 +157,7 @@ template <int kVec> struct Part {
     const int d = thread() + 32 * j;
     return d < p.V ? f(d) : 0.0f;
   }
-  // channels: gu, in place of u
+  // channels: u becomes gu
   __device__ void inner_gradient() const {
     const float *weight = p.ln_weight + int64_t(h) * p.V, *bias = p.ln_bias + int64_t(h) * p.V;
     if (thread() < 32) {
@@ -231,25 +231,25 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
   const Row gu = x.read(channels);
   const float rate = p.lr[gate], kq = x.dot(k, q);
 
-  // the weights after the token; what the chunk wrote makes of q
-  const float* const kept = p.kept + x.head * (2 + p.C);
-  const float* const moved = p.moved ? p.moved + x.head * (2 + p.C) : nullptr;
-  float* const after = const_cast<float*>(x.after().kept);
-  float* const moved_after = after + 2 + p.C;
-  const float log_alpha = p.log_decay ? p.log_decay[gate] : 0.0f, alpha = expf(log_alpha), open = p.sums[x.head] + log_alpha;
-  const float theta = moved ? p.theta[gate] : 0.0f, moved_1 = moved ? theta * moved[1] : 0.0f;
-  const float kept_0 = alpha * kept[0], kept_1 = alpha * kept[1] + moved_1, gamma = expf(open);
-  const bool writes = x.part == 0;  // what is the same in every part
+  // the weights after the token; the product of the chunk's writes with q
+  const float* const weights = p.weights + x.head * (2 + p.C);
+  const float* const moves = p.momentum_weights ? p.momentum_weights + x.head * (2 + p.C) : nullptr;
+  float* const after = const_cast<float*>(x.after().weights);
+  float* const moves_after = after + 2 + p.C;
+  const float log_alpha = p.log_decay ? p.log_decay[gate] : 0.0f, alpha = expf(log_alpha), open = p.open_log_decay[x.head] + log_alpha;
+  const float momentum = moves ? p.momentum[gate] : 0.0f, moves_1 = moves ? momentum * moves[1] : 0.0f;
+  const float weight_0 = alpha * weights[0], weight_1 = alpha * weights[1] + moves_1, gamma = expf(open);
+  const bool writes = x.part == 0;  // writes what is the same in every part
   if (writes && thread() == 0) {
-    after[0] = kept_0, after[1] = kept_1, after[2 + row] = 1.0f;
-    moved_after[0] = 0.0f, moved_after[1] = moved_1, moved_after[2 + row] = 1.0f;
+    after[0] = weight_0, after[1] = weight_1, after[2 + row] = 1.0f;
+    moves_after[0] = 0.0f, moves_after[1] = moves_1, moves_after[2 + row] = 1.0f;
     after[2 * (2 + p.C)] = open;
   }
   for (int first = 0; first < row; first += kRows) {
     const int count = min(kRows, row - first);
     row_dots(x.right(1, first), p.V, count, token, p.V, [&](int i, float dot) {
-      const float s = moved ? theta * moved[2 + first + i] : 0.0f, w = alpha * kept[2 + first + i] + s;
-      if (writes) after[2 + first + i] = w, moved_after[2 + first + i] = s;
+      const float s = moves ? momentum * moves[2 + first + i] : 0.0f, w = alpha * weights[2 + first + i] + s;
+      if (writes) after[2 + first + i] = w, moves_after[2 + first + i] = s;
       score[i] = w * dot;
     });
     __syncthreads();
@@ -262,7 +262,7 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
     __syncthreads();
   }
 
-  // keep the token, and read
+  // store the token's factors, and read
   const float rho_1 = p.rho ? p.rho[2 * x.head] : 1.0f, rho_2 = p.rho ? p.rho[2 * x.head + 1] : 1.0f;
   const float* const from = p.predicting() + x.matrix;
   Row uq = x.zeros();
@@ -272,13 +272,13 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_write(con
     const float u2 = -rate * x.dot(r1, gu) * unit.slope();
     float wq = (exists ? written[i - x.first] : 0.0f) + u2 * kq;
     x.scale(r1, gamma);
-    if (p.carried && kept_0 > 0.0f) {
-      wq += kept_0 * x.dot(x.read(p.carried + x.matrix + x.size() + at), q);
-      x.add(r1, rho_1 * kept_0, x.read(p.carried + x.matrix + at));
+    if (p.written && weight_0 > 0.0f) {
+      wq += weight_0 * x.dot(x.read(p.written + x.matrix + x.size() + at), q);
+      x.add(r1, rho_1 * weight_0, x.read(p.written + x.matrix + at));
     }
-    if (p.momentum) {
-      wq += kept_1 * x.dot(x.read(p.momentum + x.matrix + x.size() + at), q);
-      x.add(r1, rho_1 * kept_1, x.read(p.momentum + x.matrix + at));
+    if (p.momenta) {
+      wq += weight_1 * x.dot(x.read(p.momenta + x.matrix + x.size() + at), q);
+      x.add(r1, rho_1 * weight_1, x.read(p.momenta + x.matrix + at));
     }
     if (!exists) return;
     const float of_q = Gelu(gamma * x.hidden(1)[i] + rho_2 * wq).value();
@@ -314,7 +314,7 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_finish(co
       if (thread() < count) {
         float sum = 0.0f;
         for (int of_part = 0; of_part < parts; ++of_part) sum += x.scores(of_part)[first + thread()];
-        score[thread()] = rho_1 * sum * after.kept[2 + first + thread()];
+        score[thread()] = rho_1 * sum * after.weights[2 + first + thread()];
       }
       __syncthreads();
       for (int d = thread(); d < p.V; d += kThreads) {
@@ -327,10 +327,10 @@ template <int kVec> __global__ void __launch_bounds__(kThreads, 1) mlp_finish(co
     x.give_out();
     for (int i = thread(); i < row + 3; i += kThreads) {
       const bool begins = closes && i < 2;
-      p.kept[x.head * (2 + p.C) + i] = begins ? 0.0f : after.kept[i];
-      if (p.moved) p.moved[x.head * (2 + p.C) + i] = begins ? float(i) : after.moved[i];
+      p.weights[x.head * (2 + p.C) + i] = begins ? 0.0f : after.weights[i];
+      if (p.momentum_weights) p.momentum_weights[x.head * (2 + p.C) + i] = begins ? float(i) : after.momentum_weights[i];
     }
-    if (thread() == 0) p.sums[x.head] = closes ? 0.0f : *after.sums;
+    if (thread() == 0) p.open_log_decay[x.head] = closes ? 0.0f : *after.open_log_decay;
   }
   const bool whole = p.coupling != Coupling::none;
   if (!closes || (whole && x.part != 0)) return;
@@ -366,5 +366,5 @@ extern "C" int miras_mlp_step(const MirasStep* step, cudaStream_t stream) {
   return p.V % 4 ? launch_mlp<1>(p, stream) : launch_mlp<4>(p, stream);
 }
 
-// Hidden units of a part, by which the caller makes room for what passes between the launches.
+// Hidden units of a part, by which the caller allocates the workspace.
 extern "C" int miras_mlp_units() { return miras::cuda::kUnits; }

@@ -1,13 +1,19 @@
-// What the caller asks about this library.
-#include <stddef.h>
-
+// What the caller asks this library, to know that both were made from the same sources.
 #include "step.h"
+
+#include <stddef.h>
 
 extern "C" {
 
 const char* miras_cuda_error(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
-// Sizes and offsets of MirasStep, by which the caller knows that its struct is this one; returns how many there are.
+// The names of MirasStep's buffers in their order, separated by spaces.
+const char* miras_step_buffers() {
+#define MIRAS_NAME_AND_SPACE(type, name) #name " "
+  return MIRAS_STEP_BUFFERS(MIRAS_NAME_AND_SPACE);
+}
+
+// The size of MirasStep, the offsets of some fields and the limits of the kernels, up to `room` of them; returns how many there are.
 int miras_step_layout(int64_t* layout, int room) {
   const int64_t found[] = {
       sizeof(MirasStep),
@@ -15,8 +21,6 @@ int miras_step_layout(int64_t* layout, int room) {
       offsetof(MirasStep, out),
       offsetof(MirasStep, lr),
       offsetof(MirasStep, start),
-      offsetof(MirasStep, left),
-      offsetof(MirasStep, sums),
       offsetof(MirasStep, position),
       offsetof(MirasStep, ln_weight),
       offsetof(MirasStep, products),
@@ -27,6 +31,9 @@ int miras_step_layout(int64_t* layout, int room) {
       offsetof(MirasStep, N),
       offsetof(MirasStep, lr_per_channel),
       offsetof(MirasStep, delta_per_channel),
+      miras::cuda::kMaxHead,
+      miras::cuda::kMaxMlpHead,
+      miras::cuda::kMaxHidden,
   };
   constexpr int count = sizeof(found) / sizeof(found[0]);
   for (int i = 0; i < count && i < room; ++i) layout[i] = found[i];

@@ -1,13 +1,13 @@
-// Decoding steps: T tokens, usually one, read into decode.Buffers. What both memories share.
+// Decoding steps: T tokens, usually one, read into a decoder's buffers. What both memories share.
 //
-// A step is defined by python/miras_kernels/backends/reference/step.py. A token takes the time of reading phi(A_0), once, for k and q together,
-// and the factors of the open chunk's tokens. The token that ends its chunk writes the matrices; whether it does is read on the device,
-// where each sequence stands somewhere else in its chunk.
+// A step is defined by python/miras_kernels/backends/reference/step.py. A token takes the time of reading phi(A_0), once, for k and q
+// together, and the factors of the open chunk's tokens. The token that ends its chunk writes the matrices; whether it does is read on the
+// device, since every sequence is at its own place in its chunk.
 //
-// A token takes two or three launches, each shared out among blocks that may run in any order: what one of them writes another launch
-// reads. The first launch moves `position` on, which nobody else reads in it; to the later ones the token's row is the one before.
+// A token takes two or three launches, whose blocks may run in any order: what one launch writes the next one reads. The first launch
+// advances `position`, which no other block reads in it; to the later launches the token's row is the one before.
 //
-// This interface knows no torch: miras_kernels/cuda_backend.py fills the struct and passes it by ctypes.
+// This interface does not depend on torch: python/miras_kernels/backends/cuda.py fills the struct and passes it by ctypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,17 +26,15 @@ struct MirasTokens {
   int64_t batch, token, head;
 };
 
-// The state is that of decode.Buffers, which says what its tensors are: matrices [N, H, m, K, V] float32, contiguous; m = 1 and
-// K x V = Dk x Dv of a linear memory; m = 2, K x V = Hd x D of an MLP, W1 transposed and W2. Gates are float32, contiguous: [N, T, H], or
-// [N, T, H, V] where `*_per_channel`. The last five are written by one launch and read by the next; see the kernels.
+// The buffers are those of params.h, width 1, or V if `decay_per_channel`, and R = C. Gates are float32, contiguous: [N, T, H], or
+// [N, T, H, V] if `*_per_channel`. The workspace is written by one launch and read by the next; see the kernels.
 struct MirasStep {
   MirasTokens q, k, v, out;
-  const float *lr, *log_decay, *delta, *theta;                // all but lr may be null
-  float *start, *primal, *rho, *carried, *momentum;           // all but start may be null
-  float *left, *right, *kept, *moved, *sums;                  // moved may be null
-  int64_t* position;                                          // [N]
-  const float *ln_weight, *ln_bias;                           // [H, D] of an MLP
-  float *products, *hidden, *partial, *scores, *after;        // the first of a linear memory, the others of an MLP
+  const float *lr, *log_decay, *delta, *momentum;  // all but lr may be null
+#define MIRAS_BUFFER_FIELD(type, name) type* name;
+  MIRAS_STEP_BUFFERS(MIRAS_BUFFER_FIELD)
+  const float *ln_weight, *ln_bias;                     // [H, D] of an MLP
+  float *products, *hidden, *partial, *scores, *after;  // workspace: the first of a linear memory, the others of an MLP
   float ln_eps;
   float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
   int32_t bias, retention, token_type;
@@ -44,20 +42,23 @@ struct MirasStep {
   int32_t lr_per_channel, decay_per_channel, delta_per_channel;
 };
 
-// 0, or a cudaError_t. Nothing is waited for.
+// 0, or a cudaError_t. They do not synchronise.
 int miras_linear_step(const MirasStep* step, cudaStream_t stream);
 int miras_mlp_step(const MirasStep* step, cudaStream_t stream);
 }
 
 namespace miras::cuda {
 
+// The largest sizes; CudaBackend compares them with python/miras_kernels/tables/memories.py.
+constexpr int kMaxHead = 256, kMaxMlpHead = 128, kMaxHidden = 1024;
+
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kRows = 64;  // of a chunk's factors that a block takes at once
+constexpr int kRows = 64;  // of a chunk's factors that a block reads at once
 
 __device__ inline int thread() { return int(threadIdx.x); }
 
-// What the functors of a step say of themselves, asked once on the host.
+// A step with the traits of its bias and retention gate, looked up once on the host.
 struct Step : MirasStep {
   bool predicts, couples_row;  // the bias: reads the memory; needs |e|^2
   Coupling coupling;           // of the gate
@@ -136,14 +137,14 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// over lanes whose numbers differ in the bits from `low` to below `high`; every one of them gets it
+// op over lanes whose numbers differ in the bits from `low` to below `high`; all of them get the result
 template <class Op> __device__ inline float over_lanes(float x, int low, int high, Op op) {
   for (int bit = low; bit < high; bit *= 2) x = op(x, __shfl_xor_sync(kWholeWarp, x, bit));
   return x;
 }
 __device__ inline float warp_sum(float x) { return over_lanes(x, 1, 32, Add{}); }
 
-// f(row, sum over `length` of row . x) for rows before `count`, by one lane: a warp to some rows, which it loads together
+// f(row, row . x over `length`) for rows before `count`, called by one lane; a warp takes several rows, which it loads together
 template <class Function>
 __device__ inline void row_dots(const float* rows, int stride, int count, const float* x, int length, Function&& f) {
   constexpr int kTogether = 4;
@@ -160,7 +161,7 @@ __device__ inline void row_dots(const float* rows, int stride, int count, const 
   }
 }
 
-// use(i, load(i)) for i before `count`, many loads on their way at once
+// use(i, load(i)) for i before `count`, with many loads in flight
 template <class Load, class Use> __device__ inline void loaded_together(int count, Load&& load, Use&& use) {
   constexpr int kTogether = 16;
   for (int first = 0; first < count; first += kTogether) {
@@ -173,11 +174,11 @@ template <class Load, class Use> __device__ inline void loaded_together(int coun
   }
 }
 
-// over the block; every thread gets it
+// the sum over the block; every thread gets it
 __device__ inline float block_sum(float x) {
   __shared__ float warps[kWarps];
   x = warp_sum(x);
-  __syncthreads();  // the last sum has been read
+  __syncthreads();  // the previous sum has been read
   if (thread() % 32 == 0) warps[thread() / 32] = x;
   __syncthreads();
   x = 0.0f;
@@ -192,18 +193,18 @@ MIRAS_FN float psi(const Step& p, float e, float square, float delta) {
   return with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) { return bias.value(e, bias.row(square, delta)); });
 }
 
-// a summand of what Coupling::matrix couples by
+// a term of the sum of Coupling::matrix
 __device__ inline float matrix_term(const Step& p, float a) { return LqRetention(p.retention_params).power(a); }
-// rho of the sum of them
+// rho from the sum
 __device__ inline float matrix_scale(const Step& p, float total) {
   const LqRetention gate(p.retention_params);
   return float(gate.rho(double(total) + gate.offset()));
 }
-// a summand of what Coupling::row couples by, and the factor of the sum of them
+// a term of the sum of Coupling::row, and the factor from the sum
 __device__ inline float row_term(const Step& p, float a, float max) { return KLRetention(p.retention_params).weight(a, max); }
 __device__ inline float row_factor(const Step& p, float total) { return KLRetention(p.retention_params).factor(total); }
 
-// phi(a), from the row's largest element and the factor of its row or matrix, where the gate couples
+// phi(a); for a gate that couples, from the row's largest element and the factor of its row or matrix
 MIRAS_FN float phi(const Step& p, float a, float max, float factor) {
   return with_retention(RetentionTag(p.retention), p.retention_params, [&](auto gate) {
     using Gate = decltype(gate);
@@ -213,18 +214,18 @@ MIRAS_FN float phi(const Step& p, float a, float max, float factor) {
   });
 }
 
-// ------------------------------------------------------------------------------------------------- where a token stands
+// ------------------------------------------------------------------------------------------------- places in a chunk
 
-// one token more of a sequence's chunk
+// advances a sequence by one token of its chunk
 __device__ inline void move_on(const Step& p, int n) { p.position[n] = (p.position[n] + 1) % p.C; }
-// the token's place in its chunk, after `position` has moved on
+// the token's place in its chunk, after move_on
 __device__ inline int row_of(const Step& p, int n) { return int((p.position[n] + p.C - 1) % p.C); }
 
 // ---------------------------------------------------------------------------------------------------------- a chunk's end
 
 // One matrix of one head: row i of `left` and of `right` are the factors of what token i wrote.
 struct Matrix {
-  float *start, *primal, *carried, *momentum;
+  float *start, *primal, *written, *momenta;
   const float *left, *right;
 
   // matrix i of the `count` of a head
@@ -232,17 +233,17 @@ struct Matrix {
     const int64_t at = (head * count + i) * p.K * p.V, factors = (head * count + i) * p.C;
     start = p.start + at, left = p.left + factors * p.K, right = p.right + factors * p.V;
     primal = p.primal ? p.primal + at : nullptr;
-    carried = p.carried ? p.carried + at : nullptr;
-    momentum = p.momentum ? p.momentum + at : nullptr;
+    written = p.written ? p.written + at : nullptr;
+    momenta = p.momenta ? p.momenta + at : nullptr;
   }
 };
 
-// The weights of what a head's chunk has written, after its last token.
+// The weights of a head's terms after the last token of its chunk.
 struct Weights {
-  const float *kept, *moved, *sums;  // moved is null without momentum
+  const float *weights, *momentum_weights, *open_log_decay;  // momentum_weights is null without momentum
 };
 
-// those of some columns, of a row of `kept` or of `sums`
+// some columns of a row of `weights` or of `open_log_decay`
 template <int kVec> __device__ inline Pack<kVec> load_channels(const Step& p, const float* of, int column) {
   Pack<kVec> x;
 #pragma unroll
@@ -250,14 +251,14 @@ template <int kVec> __device__ inline Pack<kVec> load_channels(const Step& p, co
   return x;
 }
 
-// Rows [first, last) of A and S at the end of a chunk, where the next one starts: a thread takes kDown rows of kVec columns at a time.
-template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, const Weights& weights, int first, int last) {
+// Writes rows [first, last) of A and S at the end of a chunk, the start of the next: a thread takes kDown rows of kVec columns at a time.
+template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, const Weights& w, int first, int last) {
   constexpr int kDown = 4;
   const int across = p.V / kVec, width = p.decay_per_channel ? p.V : 1;
   for (int item = thread(); item < across * ((last - first + kDown - 1) / kDown); item += kThreads) {
     const int column = item % across * kVec, row = first + item / across * kDown, rows = min(kDown, last - row);
     const auto channels = [&](const float* of) { return load_channels<kVec>(p, of, column); };
-    const Pack<kVec> open = channels(weights.sums), of_carried = channels(weights.kept), of_momentum = channels(weights.kept + width);
+    const Pack<kVec> open = channels(w.open_log_decay), of_written = channels(w.weights), of_momenta = channels(w.weights + width);
     Pack<kVec> a[kDown], s[kDown];
 #pragma unroll
     for (int j = 0; j < kDown; ++j) {
@@ -266,23 +267,23 @@ template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, co
       const int64_t at = int64_t(row + j) * p.V + column;
       a[j] = load<kVec>(x.start + at);
       for (int c = 0; c < kVec; ++c) a[j][c] *= expf(open[c]);
-      if (x.carried && any(of_carried)) {
-        const Pack<kVec> d = load<kVec>(x.carried + at);
-        for (int c = 0; c < kVec; ++c) a[j][c] += of_carried[c] * d[c];
+      if (x.written && any(of_written)) {
+        const Pack<kVec> d = load<kVec>(x.written + at);
+        for (int c = 0; c < kVec; ++c) a[j][c] += of_written[c] * d[c];
       }
-      if (x.momentum) {
-        s[j] = load<kVec>(x.momentum + at);
-        for (int c = 0; c < kVec; ++c) a[j][c] += of_momentum[c] * s[j][c], s[j][c] *= weights.moved[1];
+      if (x.momenta) {
+        s[j] = load<kVec>(x.momenta + at);
+        for (int c = 0; c < kVec; ++c) a[j][c] += of_momenta[c] * s[j][c], s[j][c] *= w.momentum_weights[1];
       }
     }
 #pragma unroll 2
     for (int i = 0; i < p.C; ++i) {
-      const Pack<kVec> right = load<kVec>(x.right + int64_t(i) * p.V + column), kept = channels(weights.kept + int64_t(2 + i) * width);
-      const float moved = x.momentum ? weights.moved[2 + i] : 0.0f;
+      const Pack<kVec> right = load<kVec>(x.right + int64_t(i) * p.V + column), weight = channels(w.weights + int64_t(2 + i) * width);
+      const float moves = x.momenta ? w.momentum_weights[2 + i] : 0.0f;
 #pragma unroll
       for (int j = 0; j < kDown; ++j) {
         const float left = x.left[int64_t(i) * p.K + min(row + j, last - 1)];
-        for (int c = 0; c < kVec; ++c) a[j][c] += left * (kept[c] * right[c]), s[j][c] += left * (moved * right[c]);
+        for (int c = 0; c < kVec; ++c) a[j][c] += left * (weight[c] * right[c]), s[j][c] += left * (moves * right[c]);
       }
     }
 #pragma unroll
@@ -290,18 +291,18 @@ template <int kVec> __device__ void end_chunk(const Step& p, const Matrix& x, co
       if (j >= rows) continue;
       const int64_t at = int64_t(row + j) * p.V + column;
       store<kVec>(x.start + at, a[j]);
-      if (x.momentum) store<kVec>(x.momentum + at, s[j]);
+      if (x.momenta) store<kVec>(x.momenta + at, s[j]);
     }
   }
   __syncthreads();
 }
 
-// f(index) of the elements of rows [first, last), one after the other
+// f(index) for every element of rows [first, last)
 template <class Function> __device__ inline void each_element(const Step& p, int first, int last, Function&& f) {
   for (int64_t i = int64_t(first) * p.V + thread(); i < int64_t(last) * p.V; i += kThreads) f(i);
 }
 
-// Of every column, over all rows, f(element) summed up by `op`: into columns[V], which every thread may read when it returns.
+// Reduces f(element) over the rows of every column by `op` into columns[V], which every thread may read afterwards.
 template <class Op, class Function>
 __device__ inline void over_columns(const Step& p, const float* matrix, float* columns, float from, Op op, Function&& f) {
   __shared__ float partial[kThreads];
@@ -318,8 +319,8 @@ __device__ inline void over_columns(const Step& p, const float* matrix, float* c
   __syncthreads();
 }
 
-// The primal of rows [first, last) of a start, all of them where the gate couples more than a row of the buffer; `columns` say whether a
-// row of the memory's matrix is a column of it. Returns rho.
+// The primal of rows [first, last) of a start; all rows if the gate couples more than a row of the buffer. `columns`: a row of the
+// memory's matrix is a column of the buffer. Returns rho.
 __device__ inline float map(const Step& p, const Matrix& x, bool columns, int first, int last) {
   if (p.coupling == Coupling::row && columns) {
     __shared__ float max[kThreads], factor[kThreads];
@@ -329,7 +330,7 @@ __device__ inline float map(const Step& p, const Matrix& x, bool columns, int fi
       const int column = int(i % p.V);
       x.primal[i] = phi(p, x.start[i], max[column], row_factor(p, factor[column]));
     });
-  } else if (p.coupling == Coupling::row) {  // a warp to a row
+  } else if (p.coupling == Coupling::row) {  // one warp a row
     for (int r = first + thread() / 32; r < last; r += kWarps) {
       const float* a = x.start + int64_t(r) * p.V;
       float max = -INFINITY, sum = 0.0f;
@@ -354,8 +355,7 @@ __device__ inline float map(const Step& p, const Matrix& x, bool columns, int fi
 
 // ------------------------------------------------------------------------------------------------------------------ launches
 
-template <class... Arguments>
-int launch(void (*kernel)(Arguments...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
+template <class... Arguments> int launch(void (*kernel)(Arguments...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));

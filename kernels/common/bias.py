@@ -1,7 +1,7 @@
 """Attentional biases on the device: psi(e), the gradient of the inner loss in the prediction, and its derivatives.
 
-Value and derivatives of a bias stand side by side, chosen by the constexpr integer ``BIAS``: the names and numbers of the tags, the
-parameters ``P0, P1, P2`` and the equations are those of ``python/miras_kernels/tables/biases.py`` and ``csrc/bias.h``. The kernels know no bias:
+The value and the derivatives of a bias stand side by side, chosen by ``BIAS.tag``: tags, parameters ``p0, p1, p2`` and equations are those
+of ``python/miras_kernels/tables/biases.py`` and ``csrc/bias.h``. Kernels never compare tags; they ask for the traits in :class:`Bias`.
 
     value(e, square, delta)         psi(e)
     slope(e, square, delta)         the diagonal part of d psi / d e
@@ -9,16 +9,19 @@ parameters ``P0, P1, P2`` and the equations are those of ``python/miras_kernels/
     pull(square, delta)             d psi / d e = diag(slope) + pull e e'         (for biases that couple a row)
 
 so that, for an incoming y:  dE = slope y + pull (e . y) e,  d delta = sum slope_delta y.
-The last three broadcast against ``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (only read by biases that couple it);
-``delta [C, 1]`` or ``[C, BV]``. psi(0) = 0 for all of them: padding stays zero. NaN stays NaN: comparisons must leave it, and tl.minimum
-and tl.maximum drop it unless told not to.
+The last three broadcast against ``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (read only by biases that couple it);
+``delta [C, 1]`` or ``[C, BV]``. psi(0) = 0 for all biases, so padding stays zero. NaN must stay NaN: tl.minimum and
+tl.maximum drop it unless told to propagate it.
 
 Adding a bias: docs/adding-a-bias.md.
 """
 
-import triton.language as tl
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
+import triton.language as tl
 
 DOT = tl.constexpr(0)
 L2 = tl.constexpr(1)
@@ -31,9 +34,26 @@ HUBER_SWITCH = tl.constexpr(7)
 ROBUST_L2 = tl.constexpr(8)
 
 
+class Bias(NamedTuple):
+    """A bias as the kernels take it: one constant, ``BIAS``."""
+
+    tag: int
+    p0: float
+    p1: float
+    p2: float
+    reads_memory: bool  # the dot product does not
+    row_coupled: bool  # psi of one value depends on the whole row of errors
+    delta: int  # 0: none, 1: a threshold per token, 2: one per token and value channel
+
+    @staticmethod
+    def of(bias, delta: int) -> Bias:
+        """From a row of tables/biases.py; ``delta`` as in the field."""
+        return Bias(bias.tag, *bias.padded, bias.reads_memory, bias.row_coupled, delta)
+
+
 @triton.jit
 def tanh(x):
-    """tanh to a few units in the last place: a polynomial near 0, where the other form cancels."""
+    """tanh, accurate to a few units in the last place: a polynomial near 0, where the closed form cancels."""
     t = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - t) / (1.0 + t)
     y = x * x
@@ -50,7 +70,7 @@ def sech2(x):
 
 @triton.jit
 def power(x, EXPONENT: tl.constexpr):
-    """``x^EXPONENT`` for x >= 0; 0^EXPONENT is 0, and 1 for EXPONENT = 0. That of NaN is NaN."""
+    """``x^EXPONENT`` for x >= 0; 0^EXPONENT is 0, and 1 for EXPONENT = 0. NaN stays NaN."""
     if EXPONENT == 0.0:
         return tl.where(x == x, 1.0, x)
     elif EXPONENT == 0.5:
@@ -64,71 +84,71 @@ def power(x, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def value(e, square, delta, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
-    if BIAS == DOT or BIAS == L2:  # for the dot product the kernels pass e = -v
+def value(e, square, delta, BIAS: tl.constexpr):
+    if BIAS.tag == DOT or BIAS.tag == L2:  # for the dot product the kernels pass e = -v
         return e
-    elif BIAS == L1:
-        return tanh(P0 * e)
-    elif BIAS == LP:
-        return P0 * power(tl.abs(e), P0 - 1) * tl.where(e < 0, -1.0, 1.0)
-    elif BIAS == LP_SMOOTH:
-        return P0 * tanh(P1 * e) * power(e * e + P2, (P0 - 1) / 2)
-    elif BIAS == HUBER_COORDINATE:
+    elif BIAS.tag == L1:
+        return tanh(BIAS.p0 * e)
+    elif BIAS.tag == LP:
+        return BIAS.p0 * power(tl.abs(e), BIAS.p0 - 1) * tl.where(e < 0, -1.0, 1.0)
+    elif BIAS.tag == LP_SMOOTH:
+        return BIAS.p0 * tanh(BIAS.p1 * e) * power(e * e + BIAS.p2, (BIAS.p0 - 1) / 2)
+    elif BIAS.tag == HUBER_COORDINATE:
         return tl.maximum(tl.minimum(e, delta, propagate_nan=tl.PropagateNan.ALL), -delta, propagate_nan=tl.PropagateNan.ALL)
-    elif BIAS == HUBER_NORM:
+    elif BIAS.tag == HUBER_NORM:
         return e * tl.where(square <= delta * delta, 1.0, delta * inverse_norm(square))
-    elif BIAS == HUBER_SWITCH:
-        return tl.where(square <= delta * delta, e, delta * tanh(P0 * e))
+    elif BIAS.tag == HUBER_SWITCH:
+        return tl.where(square <= delta * delta, e, delta * tanh(BIAS.p0 * e))
     else:
-        tl.static_assert(BIAS == ROBUST_L2, "a bias without a value")
-        return e * (1.0 + delta * inverse_norm(square + P0))
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias needs a value")
+        return e * (1.0 + delta * inverse_norm(square + BIAS.p0))
 
 
 @triton.jit
-def slope(e, square, delta, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
-    if BIAS == DOT or BIAS == L2:
+def slope(e, square, delta, BIAS: tl.constexpr):
+    if BIAS.tag == DOT or BIAS.tag == L2:
         return 1.0
-    elif BIAS == L1:
-        return P0 * sech2(P0 * e)
-    elif BIAS == LP:
-        return (P0 * (P0 - 1)) * power(tl.abs(e), P0 - 2)
-    elif BIAS == LP_SMOOTH:
-        m = e * e + P2
-        return P0 * power(m, (P0 - 3) / 2) * (P1 * sech2(P1 * e) * m + (P0 - 1) * tanh(P1 * e) * e)
-    elif BIAS == HUBER_COORDINATE:
+    elif BIAS.tag == L1:
+        return BIAS.p0 * sech2(BIAS.p0 * e)
+    elif BIAS.tag == LP:
+        return (BIAS.p0 * (BIAS.p0 - 1)) * power(tl.abs(e), BIAS.p0 - 2)
+    elif BIAS.tag == LP_SMOOTH:
+        m = e * e + BIAS.p2
+        return BIAS.p0 * power(m, (BIAS.p0 - 3) / 2) * (BIAS.p1 * sech2(BIAS.p1 * e) * m + (BIAS.p0 - 1) * tanh(BIAS.p1 * e) * e)
+    elif BIAS.tag == HUBER_COORDINATE:
         return tl.where(tl.abs(e) <= delta, 1.0, 0.0)
-    elif BIAS == HUBER_NORM:
+    elif BIAS.tag == HUBER_NORM:
         return tl.where(square <= delta * delta, 1.0, delta * inverse_norm(square))
-    elif BIAS == HUBER_SWITCH:
-        return tl.where(square <= delta * delta, 1.0, delta * P0 * sech2(P0 * e))
+    elif BIAS.tag == HUBER_SWITCH:
+        return tl.where(square <= delta * delta, 1.0, delta * BIAS.p0 * sech2(BIAS.p0 * e))
     else:
-        tl.static_assert(BIAS == ROBUST_L2, "a bias without a slope")
-        return 1.0 + delta * inverse_norm(square + P0)
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias needs a slope")
+        return 1.0 + delta * inverse_norm(square + BIAS.p0)
 
 
 @triton.jit
-def slope_delta(e, square, delta, BIAS: tl.constexpr, P0: tl.constexpr):
-    if BIAS == HUBER_COORDINATE:
+def slope_delta(e, square, delta, BIAS: tl.constexpr):
+    if BIAS.tag == HUBER_COORDINATE:
         return tl.where(tl.abs(e) <= delta, 0.0, tl.where(e < 0, -1.0, 1.0))
-    elif BIAS == HUBER_NORM:
+    elif BIAS.tag == HUBER_NORM:
         return tl.where(square <= delta * delta, 0.0, inverse_norm(square)) * e
-    elif BIAS == HUBER_SWITCH:
-        return tl.where(square <= delta * delta, 0.0, tanh(P0 * e))
+    elif BIAS.tag == HUBER_SWITCH:
+        return tl.where(square <= delta * delta, 0.0, tanh(BIAS.p0 * e))
     else:
-        tl.static_assert(BIAS == ROBUST_L2, "a bias that uses delta, without its derivative")
-        return e * inverse_norm(square + P0)
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that uses delta needs a slope_delta")
+        return e * inverse_norm(square + BIAS.p0)
 
 
 @triton.jit
-def pull(square, delta, BIAS: tl.constexpr, P0: tl.constexpr):
-    if BIAS == HUBER_NORM:
+def pull(square, delta, BIAS: tl.constexpr):
+    if BIAS.tag == HUBER_NORM:
         r = inverse_norm(square)
         return tl.where(square <= delta * delta, 0.0, -delta * r * r * r)
-    elif BIAS == HUBER_SWITCH:  # the switch itself has no gradient
+    elif BIAS.tag == HUBER_SWITCH:  # the switch has no gradient
         return square * 0.0
     else:
-        tl.static_assert(BIAS == ROBUST_L2, "a bias that couples a row, without its pull")
-        r = inverse_norm(square + P0)
+        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that couples a row needs a pull")
+        r = inverse_norm(square + BIAS.p0)
         return -delta * r * r * r
 
 

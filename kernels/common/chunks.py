@@ -1,16 +1,41 @@
-"""Where the tokens and chunks of a sequence lie."""
-
-import triton.language as tl
+"""Which part of the work a program does, and where the tokens and chunks of its sequence lie; the legend is in kernels/README.md."""
 
 import triton
+import triton.language as tl
 
-#: what a launch of a chain walks: all chunks; the chunk that was open before; the whole ones; the one left open; a segment
+#: the chunks that a launch of a chain walks: all; the one that was open before; the whole ones; the one left open; a segment
 WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
+def chunk_program(TILES: tl.constexpr, BLOCKS: tl.constexpr):
+    """``(tile, block of a chunk, slot, head)`` of a program that takes a part of one chunk."""
+    i = tl.program_id(0)
+    return i % TILES, i // TILES % BLOCKS, (i // (TILES * BLOCKS)).to(tl.int64), tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
+def chain_program(TILES: tl.constexpr):
+    """``(tile, sequence or segment, head)`` of a program that walks chunks."""
+    i = tl.program_id(0)
+    return i % TILES, (i // TILES).to(tl.int64), tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
+def head_of(x, strides, i_b, i_h):
+    """Where a batch row and head of q, k or v begin."""
+    return x + (i_b * strides.b + i_h * strides.h)
+
+
+@triton.jit
+def token_of(x, strides, i_b, t, i_h):
+    """Where a token begins."""
+    return x + (i_b * strides.b + i_h * strides.h + t * strides.t)
+
+
+@triton.jit
 def sequence_of(i_n, cu_seqlens, T):
-    """Batch row, first token and end of sequence ``i_n``: a row of the batch, or a stretch of the only row."""
+    """``(batch row, first token, end)`` of sequence ``i_n``: a row of the batch or, if packed, a range of the only row."""
     if cu_seqlens is None:
         return i_n, i_n * 0, i_n * 0 + T
     else:
@@ -19,7 +44,7 @@ def sequence_of(i_n, cu_seqlens, T):
 
 @triton.jit
 def slot_of(i_n, first, per_sequence):
-    """The first slot of a sequence's chunks (or segments) in a buffer that has one slot for each."""
+    """The first slot of a sequence in a buffer with one slot per chunk (or segment)."""
     if first is None:
         return i_n * per_sequence
     else:
@@ -28,7 +53,7 @@ def slot_of(i_n, first, per_sequence):
 
 @triton.jit
 def owner_of(i_s, first, owner, per_sequence):
-    """``(sequence, index within it)`` of a slot; the sequence is -1 for a spare slot, which nobody uses."""
+    """``(sequence, index within it)`` of a slot; the sequence of an unused slot is -1."""
     if first is None:
         return i_s // per_sequence, i_s % per_sequence
     else:
@@ -38,31 +63,33 @@ def owner_of(i_s, first, owner, per_sequence):
 
 @triton.jit
 def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS: tl.constexpr, C: tl.constexpr):
-    """``(batch row, first token of a slot's chunk, first one of its sequence, end of the chunk)``; an empty chunk for a spare slot."""
+    """``(batch row, first token of a slot's chunk, first one of its sequence, end of the chunk)``; an unused slot gets an empty chunk."""
     i_n, i_c = owner_of(i_slot, first_slot, slot_owner, CHUNKS)
     if first_slot is not None:
-        spare = i_n < 0
+        unused = i_n < 0
         i_n = tl.maximum(i_n, 0)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     t0 = bos + i_c * TOKENS
     if position is not None:
         t0 -= tl.load(position + i_n)
     if first_slot is not None:
-        t0 = tl.where(spare, eos, t0)
+        t0 = tl.where(unused, eos, t0)
     return i_b, t0, bos, end_of(t0, eos, C, TOKENS)
 
 
 @triton.jit
-def of_group(place, cu_seqlens, T, FIRST, GROUP, C: tl.constexpr):
-    """``(sequence, chunk, batch row, first token of the chunk, end of the sequence)`` of a place in a group of chunks (mlp.py)."""
-    i_n, i_c = place // GROUP, (FIRST + place % GROUP).to(tl.int32)
+def group_program(cu_seqlens, T, FIRST, GROUP, C: tl.constexpr):
+    """``(sequence, batch row, head, chunk, first token, end of the sequence, place in the group)`` of a program for a group of chunks."""
+    i_g, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_n, i_c = i_g // GROUP, (FIRST + i_g % GROUP).to(tl.int32)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    return i_n, i_c, i_b, bos + i_c * C, eos
+    t0 = bos + i_c * C
+    return i_n, i_b, i_h, i_c, t0, eos, i_g
 
 
 @triton.jit
 def end_of(t0, eos, C: tl.constexpr, TOKENS: tl.constexpr):
-    """Where the chunk that begins at ``t0`` ends, for kernels that take C rows at once: C where it has as many tokens, or fewer."""
+    """End of the chunk that begins at ``t0``, of TOKENS tokens in C rows; the sequence's end is enough where ``TOKENS == C``."""
     if TOKENS == C:
         return eos
     else:
@@ -71,7 +98,7 @@ def end_of(t0, eos, C: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def of_chunk(o_t, bos, eos, PART: tl.constexpr):
-    """Which tokens belong to the sequence; a chunk that was open before has some that do not."""
+    """Mask of the tokens that belong to the sequence; a chunk that was open before begins with tokens of an earlier call."""
     if PART == HEAD:
         return (o_t < eos) & (o_t >= bos)
     else:
@@ -79,31 +106,34 @@ def of_chunk(o_t, bos, eos, PART: tl.constexpr):
 
 
 @triton.jit
-def stretch_of(i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS: tl.constexpr, PART: tl.constexpr):
-    """What the ``i_s``-th program of a chain walks: ``(sequence, batch row, first token, end)`` and the triple of :func:`part_of`.
+def segment_of(i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS: tl.constexpr, PART: tl.constexpr):
+    """Sequence or segment ``i_s`` of a chain: ``(sequence, batch row, first token, end)`` and the triple of :func:`part_of`.
 
-    A sequence, or one of its segments: no chunks in a spare one.
+    An unused segment has no chunks.
     """
     i_n, i_segment = i_s, i_s * 0
     if PART == SEGMENT:
         i_n, i_segment = owner_of(i_s, first_segment, segment_owner, SEGMENTS)
         if first_segment is not None:
-            spare = i_n < 0
+            unused = i_n < 0
             i_n = tl.maximum(i_n, 0)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS, PART)
     if PART == SEGMENT:
         if first_segment is not None:
-            last = tl.where(spare, first, last)
+            last = tl.where(unused, first, last)
     return i_n, i_b, bos, eos, origin, first, last
 
 
 @triton.jit
 def part_of(i_n, i_segment, bos, eos, position, EVERY, TOKENS: tl.constexpr, PART: tl.constexpr):
-    """``(origin, first, last)``: token 0 of chunk 0 and the chunks to walk; a sequence that resumes inside a chunk begins after origin."""
+    """``(origin, first, last)``: the first token of chunk 0 and the chunks to walk.
+
+    The origin of a sequence that resumes inside a chunk lies before its first token.
+    """
     origin, resumes = bos, 0
     if position is not None:
-        before = tl.where(eos > bos, tl.load(position + i_n), 0)  # no tokens: the chunk that is open stays as it is
+        before = tl.where(eos > bos, tl.load(position + i_n), 0)  # without tokens the open chunk stays as it is
         origin, resumes = bos - before, (before > 0).to(tl.int32)
     first, last, whole = 0, ((eos - origin + TOKENS - 1) // TOKENS).to(tl.int32), ((eos - origin) // TOKENS).to(tl.int32)
     if PART == HEAD:

@@ -1,9 +1,9 @@
-"""Launch configurations: frozen, and the only home of block sizes.
+"""Launch configurations. Block sizes, warps and pipeline stages are set here and nowhere else.
 
-Nothing is tuned at run time. A kernel's configuration follows from the head dimensions, the chunk size, the width of the operands
-and the shape of the bias, never from the batch or the length: a longer sequence compiles nothing anew. `RULES` lists what a
-kernel may be launched with and for what; the first that fits and is not denied is taken. What each needs on each chip, and that none
-spills on NVIDIA's, is held by resources.json beside this file (tests/triton/test_compile.py; resources.py writes it anew).
+Nothing is tuned at run time. A configuration follows from the head dimensions, the chunk size, the operands' width and the kind of bias
+and gate (:class:`Key`), never from batch or length, so a longer sequence compiles nothing new. `RULES` lists the configurations of each
+kernel and the keys they serve; the first that serves the key and is not in `DENIED` is taken. Registers and spills of each configuration
+on each chip are in offline/resources.json, which tests/triton/test_compile.py checks and offline/resources.py writes.
 """
 
 from __future__ import annotations
@@ -15,29 +15,21 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
-    "CHUNK_SIZES", "DENIED", "KERNELS", "MAX_HEAD", "MAX_HIDDEN", "MAX_MLP_HEAD", "MLP_CHUNK_SIZES", "RULES",
-    "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
+    "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
 ]  # fmt: skip
 
-#: rows that a chunk is padded to; a linear memory's may have any number of tokens up to the last
+#: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
 CHUNK_SIZES = (16, 32, 64, 128)
-MLP_CHUNK_SIZES = (16, 32, 64)
-#: tag of the gate that couples all of a matrix (retention.py)
-LQ = 1
-#: tiles are at least this wide, and narrower heads are padded; wider heads than MAX_HEAD are refused
-MIN_TILE, MAX_HEAD = 16, 256
-#: of an MLP memory, whose LayerNorm takes a whole row of values at once
-MAX_MLP_HEAD, MAX_HIDDEN = 128, 1024
-#: chunks of a sequence of an MLP memory: the kernels take a higher bit of a chunk's number for a zero (mlp_math.lanes)
-MAX_MLP_CHUNKS = 2**21
+#: narrower heads are padded to this; tables/memories.py has the limits of each memory
+MIN_TILE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Tile sizes along values and keys (0: all of them), warps, pipeline stages.
 
-    ``registers`` bounds the registers of a thread; 0 leaves it to the compiler, which spills some bytes for the sake of a
-    second program on the same multiprocessor.
+    ``registers`` bounds the registers of a thread; with 0 the compiler may spill some bytes to fit a second program on the same
+    multiprocessor.
     """
 
     block_v: int
@@ -52,21 +44,28 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by.
-
-    Sizes, bytes of an operand, whether the bias couples a row of the error; an MLP's hidden units; tag of the retention gate, whether
-    there is momentum, whether log-decays go by channel.
-    """
+    """What a configuration is chosen by."""
 
     key_dim: int
     value_dim: int
     chunk_size: int  # padded
-    itemsize: int
-    coupled: bool
-    hidden: int = 0
-    retention: int = 0
+    itemsize: int  # bytes of an operand
+    coupled: bool  # the bias couples a row of the error
+    hidden: int = 0  # units of an MLP memory
+    gated: bool = False  # the retention gate has a primal of its own
+    matrix_coupled: bool = False  # it couples the whole matrix
     momentum: bool = False
-    channels: bool = False
+    channels: bool = False  # log-decays differ by value channel
+
+    @staticmethod
+    def of(call) -> Key:
+        bias, retention = call.bias, call.retention
+        return Key(
+            call.q.shape[-1], call.v.shape[-1], padded(call.chunk_size), call.q.element_size(), bias.row_coupled,
+            call.hidden,
+            gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
+            channels=call.log_decay is not None and call.log_decay.dim() == 4,
+        )  # fmt: skip
 
     @property
     def padded_k(self) -> int:
@@ -78,39 +77,39 @@ class Key:
 
     @property
     def entire(self) -> bool:
-        """Whether a head's values cannot be told apart: by a bias that couples a row of the error, or a gate that couples the matrix."""
-        return self.coupled or self.retention == LQ
+        """Whether one program must hold all values of a head: the bias couples a row of the error, or the gate the matrix."""
+        return self.coupled or self.matrix_coupled
 
     @property
     def block_c(self) -> int:
-        """Tokens of a chunk that the parallel kernels take at once."""
+        """Tokens of a chunk in one block of the parallel kernels."""
         return min(self.chunk_size, 64 if self.itemsize == 2 else 32)
 
     def streams(self, chain: str) -> bool:
-        """Whether the states of ``"linear_chain_fwd"`` or ``"linear_chain_bwd"`` stay in memory (linear/chain_streamed.py) or in registers."""
-        if self.retention or self.momentum or self.channels:  # more than one matrix, or passes over it
+        """Whether ``"linear_chain_fwd"`` or ``"linear_chain_bwd"`` keeps its states in memory (chain_streamed.py), not in registers."""
+        if self.gated or self.momentum or self.channels:  # more than one matrix, or several passes over it
             return True
         if _streaming is not None:
             return _streaming
-        widest = {"linear_chain_fwd": 64, "linear_chain_bwd": 32}[chain]  # row of values that a coupling bias can hold
+        widest = {"linear_chain_fwd": 64, "linear_chain_bwd": 32}[chain]  # values of a row that a coupling bias can hold
         tall = chain == "linear_chain_bwd" and self.chunk_size == 128 and self.key_dim > 64
         return self.itemsize == 4 or self.key_dim > 128 or tall or (self.coupled and self.value_dim > widest)
 
     def blocks(self, config: Config) -> tuple[int, int]:
-        """Tile sizes along values and keys: never wider than the padded head dimension."""
+        """Tile sizes along values and keys, at most the padded head dimension."""
         return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
 
     @property
     def part(self) -> int:
-        """Hidden units of an MLP that a program of a decoding step takes: a tile of 4096 entries of either matrix."""
+        """Hidden units of an MLP in one program of a decoding step: a tile of 4096 entries of each matrix."""
         return min(max(MIN_TILE, 4096 // self.padded_v), padded(self.hidden))
 
     def block_hidden(self, config: Config) -> int:
-        """Hidden units of an MLP that are taken at once."""
+        """Hidden units of an MLP in one block."""
         return min(config.block_k, padded(self.hidden))
 
     def tiles(self, kernel: str, config: Config, along: str) -> int:
-        """Programs that share the values or the keys of a head."""
+        """Number of programs among which the values or the keys of a head are divided."""
         if along in ("hidden", "head") or (self.entire and kernel.endswith("_streamed")):
             return 1
         block_v, block_k = self.blocks(config)
@@ -118,7 +117,7 @@ class Key:
 
 
 def padded(d: int) -> int:
-    """The power of two that a head dimension, or a chunk, is padded to."""
+    """The power of two that a head dimension or a chunk is padded to."""
     return max(MIN_TILE, 1 << (d - 1).bit_length())
 
 
@@ -131,21 +130,21 @@ def _wide(key: Key) -> bool:
 
 
 def _wide_pair(key: Key) -> bool:
-    """Two matrices a chain, multiplied without tensor cores."""
+    """A chain of two matrices, multiplied without tensor cores."""
     return key.itemsize == 4 and key.momentum
 
 
 def _busy(key: Key) -> bool:
-    """Two matrices a chain, and weights of their own for every channel."""
+    """A chain of two matrices with weights per channel."""
     return key.itemsize == 2 and key.momentum and key.channels
 
 
 def _tall(key: Key) -> bool:
-    """Either of them in long chunks, or both."""
+    """Two matrices or weights per channel in long chunks, or both at once."""
     return _busy(key) or (key.itemsize == 2 and key.chunk_size == 128 and (key.momentum or key.channels))
 
 
-#: (configuration, whether it serves a key), the preferred one first; at most 8 for a kernel
+#: (configuration, whether it serves a key), the preferred one first; at most 8 per kernel
 RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay": ((Config(16, 16, 4, 1), _always),),
     "linear_chain_fwd": (
@@ -235,7 +234,7 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
 }
 #: the kernels of decoding steps
 STEPS = ("linear_step_predict", "linear_step_write", "mlp_step_predict", "mlp_step_write", "mlp_step_finish")
-#: rows of a chunk's factors that they take at once
+#: rows of a chunk's factors that they read at once
 STEP_ROWS = 16
 
 #: every configuration of every kernel
@@ -243,7 +242,7 @@ KERNELS: dict[str, tuple[Config, ...]] = {kernel: tuple(config for config, _ in 
 
 
 class Denial(NamedTuple):
-    """A configuration that a toolchain gets wrong, or a chip cannot hold. Architecture and versions match as prefixes; "" matches all."""
+    """A configuration that a toolchain miscompiles or a chip cannot hold. Architecture and versions match as prefixes; "" matches all."""
 
     architecture: str  # "sm_90", or "sm_8" for all of its kind
     triton: str
@@ -253,12 +252,12 @@ class Denial(NamedTuple):
     reason: str
 
 
-#: found by `bench/gpu.py`, which prints rows to be put here, or by resources.py
+#: found by `python -m bench.gpu correctness` or by offline/resources.py
 DENIED: tuple[Denial, ...] = (
     Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w8-s2", "spills up to 40 bytes"),
     Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
     Denial("sm_8", "", "", "linear_du_bwd", "v64-k64-w4-s2-r255", "spills 8 bytes"),
-    Denial("sm_8", "", "", "mlp_dq_bwd", "v0-k32-w8-s1-r255", "spills up to 1312 bytes, the narrower one next to none"),
+    Denial("sm_8", "", "", "mlp_dq_bwd", "v0-k32-w8-s1-r255", "spills up to 1312 bytes, the narrower one almost none"),
     Denial("sm_10", "", "", "linear_chain_bwd", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
 )
 
@@ -267,7 +266,7 @@ _streaming: bool | None = None
 
 
 def eligible(kernel: str, key: Key) -> tuple[Config, ...]:
-    """What a kernel may be launched with for a key, the preferred one first."""
+    """The configurations that serve a key, the preferred one first."""
     return tuple(config for config, serves in RULES[kernel] if serves(key))
 
 
@@ -275,7 +274,7 @@ def choose(kernel: str, key: Key, architecture: str = "") -> Config:
     """The configuration of a launch.
 
     Raises:
-        ValueError: nothing fits, or a forced configuration does not.
+        ValueError: no configuration serves the key, or a forced one does not.
     """
     fitting = eligible(kernel, key)
     if kernel in _forced:
@@ -286,12 +285,12 @@ def choose(kernel: str, key: Key, architecture: str = "") -> Config:
     allowed = [config for config in fitting if denial(architecture, kernel, config) is None]
     if not allowed:
         reasons = "; ".join(f"{config}: {denial(architecture, kernel, config).reason}" for config in fitting)
-        raise ValueError(f"{kernel}: no configuration for {key} on {architecture}: {reasons or 'none was made for it'}")
+        raise ValueError(f"{kernel}: no configuration for {key} on {architecture}: {reasons or 'none serves it'}")
     return allowed[0]
 
 
 def denial(architecture: str, kernel: str, config: Config) -> Denial | None:
-    """The row of the deny-list that forbids a configuration on this toolchain, or None."""
+    """The row of `DENIED` that forbids a configuration on this toolchain, or None."""
     for row in DENIED:
         if architecture.startswith(row.architecture) and (row.kernel, row.config) == (kernel, str(config)):
             triton_version, ptxas_version = toolchain(architecture)
@@ -302,17 +301,16 @@ def denial(architecture: str, kernel: str, config: Config) -> Denial | None:
 
 @functools.cache
 def toolchain(architecture: str) -> tuple[str, str]:
-    """Versions of Triton and of the ptxas that it uses for an architecture."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
+    """Versions of Triton and of its ptxas for an architecture."""
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     return triton.__version__, get_ptxas(int(architecture.removeprefix("sm_"))).version if architecture.startswith("sm_") else ""
 
 
 @contextlib.contextmanager
 def force(kernel: str, config: Config) -> Iterator[None]:
-    """Within it every launch of a kernel takes this configuration; one that the sizes cannot use is a ValueError at the launch."""
+    """Within the context every launch of a kernel uses this configuration; a launch that it does not serve raises ValueError."""
     before = dict(_forced)
     _forced[kernel] = config
     try:
@@ -324,7 +322,7 @@ def force(kernel: str, config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stream(whether: bool) -> Iterator[None]:
-    """Within it the chains keep their states in memory, or in registers, whatever the sizes: for tests and measurements."""
+    """Within the context the chains keep their states in memory, or in registers, whatever the sizes; for tests and benchmarks."""
     global _streaming
     before, _streaming = _streaming, whether
     try:

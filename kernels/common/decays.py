@@ -1,16 +1,17 @@
-"""What the gates of a chunk amount to: two small kernels, parallel over chunks.
+"""Weights of a chunk's writes and states from its token gates: small kernels, parallel over chunks (docs/mathematics.md, section 3).
 
     linear_decay       gamma_t, gamma_C / gamma_s, and log-decays whose differences give L_ts = gamma_t / gamma_s
-    momentum_weights   with momentum: gamma, M_C, b as rows of `decays`, pi, Theta_C as rows of `moves`, M as `pairs`, Theta as `steps`
+    momentum_weights   with momentum: gamma, M_C, b as rows of `decays`; pi, Theta_C as rows of `moves`; M as `pairs`, Theta as `steps`
+    channel_decay      decays by channel: gamma_tv, gamma_Cv / gamma_sv
+    channel_momentum   ... with momentum: gamma_tv, M_Cs,v, b_tv
 
-With momentum the weight of the write of token s in the state of token t is no longer L_ts but ``M = L Theta``, with
-``Theta_ts = theta_{s+1} ... theta_t``; the carried S_0 enters the state with weight b_t, the next momentum with pi_t. By rows:
-
-    Theta_t = theta_t Theta_{t-1}, Theta_tt = 1      M_t = alpha_t M_{t-1} + Theta_t
+    Theta_t = theta_t Theta_{t-1}, Theta_tt = 1      M_t = alpha_t M_{t-1} + Theta_t        (rows of Theta and M)
     pi_t = theta_t pi_{t-1},       pi_0 = 1          b_t = alpha_t b_{t-1} + pi_t,      b_0 = 0
 
-Only products of numbers in [0, 1] are formed and nothing is divided: gates may be 0. M is kept in float32, although the kernels round what
-they multiply with it: the gates' gradients are sums of its products over whatever power of alpha is left, and one buffer serves both.
+Without momentum the write of token s has weight L_ts in the state of token t, with momentum ``M_ts``, where ``M = L Theta`` and
+``Theta_ts = theta_{s+1} ... theta_t``. The momentum matrix S_0 at the chunk's start enters the state with weight b_t and the next momentum
+matrix with weight pi_t. Only numbers in [0, 1] are multiplied and nothing is divided, so gates may be 0. M is float32 although the
+products of the forward round it: the gates' gradients read the same buffer and need its digits.
 """
 
 from __future__ import annotations
@@ -18,16 +19,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-
-from ..linear import channel as linear_channel
-from .chunks import chunk_of
+from .chunks import chunk_of, chunk_program
 from .gates import CARRY, LOWEST, UNIT
 from .launch import Problem, launch
-from .tiles import LENGTHS, only_if, wide
+from .tiles import LENGTHS, inside, only_if, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -39,16 +38,16 @@ def linear_decay(
 ):  # fmt: skip
     """``decays [4, B, T, H]``: gamma_t, gamma_C / gamma_s, and the cumulative log-decays in two parts whose differences keep their digits.
 
-    A difference of two sums of -1e4 would leave nothing of a step of -0.01 between them. So every log-decay is cut into a
-    multiple of 2^-10, whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a rest below 2^-11, whose sums are small.
-    The products are summed from their own ends, where nothing cancels.
+    The difference of two sums near -1e4 would lose a step of -0.01 between them. So every log-decay is split into a multiple of 2^-10,
+    whose sums are exact in float32 (128 * 110 * 1024 < 2^24), and a remainder below 2^-11, whose sums are small. gamma_t and
+    gamma_C / gamma_s are each summed from their own end, so nothing cancels.
     """
     ROW = wide(ROW)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
@@ -77,14 +76,14 @@ def momentum_weights(
 ):  # fmt: skip
     """``decays [3, B, T, H]``: gamma_t, M_Cs, b_t; ``moves [2, B, T, H]``: pi_t, Theta_Cs; ``pairs, steps [slots, H, C, C]``: M, Theta.
 
-    Token C is the chunk's last one. Decays that go by channel are left to channel_momentum: `log_decay`, `decays` and `pairs` are None.
+    Token C is the last of the chunk. With decays by channel `log_decay`, `decays` and `pairs` are None (see `channel_momentum`).
     """
     ROW = wide(ROW)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     m_c = (t0 + o_c < eos) & (t0 + o_c >= bos)
@@ -124,21 +123,88 @@ def momentum_weights(
         tl.store(moves + ROW + p_end, b_step, mask=m_end)
 
 
+@triton.jit(do_not_specialize=LENGTHS)
+def channel_decay(
+    log_decay, position, decays,
+    cu_seqlens, first_slot, slot_owner,
+    T, H, CHUNKS, ROW,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dv: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
+    ROW = wide(ROW)
+    NV: tl.constexpr = (Dv + BV - 1) // BV
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
+    m_v = inside(o_v, Dv, BV)[None, :]
+    m_t = ((t0 + o_t < eos) & (t0 + o_t >= bos))[:, None] & m_v
+    m_next = ((t0 + o_t + 1 < eos) & (t0 + o_t + 1 >= bos) & (o_t < C - 1))[:, None] & m_v
+    o_tv = ((i_b * T + t0) * H + i_h) * Dv + (o_t * (H * Dv))[:, None] + o_v[None, :]
+    b_g = tl.load(log_decay + o_tv, mask=m_t, other=0.0)  # [C, BV]
+    b_next = tl.load(log_decay + H * Dv + o_tv, mask=m_next, other=0.0)
+    tl.store(decays + o_tv, tl.exp(tl.cumsum(b_g, 0)), mask=m_t)
+    tl.store(decays + ROW * Dv + o_tv, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_t)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def channel_momentum(
+    log_decay, momentum, moves, position, decays,
+    cu_seqlens, first_slot, slot_owner,
+    T, H, CHUNKS, ROW,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dv: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
+    ROW = wide(ROW)
+    NV: tl.constexpr = (Dv + BV - 1) // BV
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
+    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_v = inside(o_v, Dv, BV)
+    row = (i_b * T + t0) * H + i_h
+    b_gamma, b_carry = tl.full((BV,), 1.0, tl.float32), tl.zeros((BV,), tl.float32)
+    for i_t in range(0, C):
+        here = (t0 + i_t < eos) & (t0 + i_t >= bos)
+        m_tv, o_tv = only_if(here, m_v), (row + i_t * H) * Dv + o_v
+        b_alpha = tl.exp(tl.load(log_decay + o_tv, mask=m_tv, other=0.0))  # [BV]
+        b_gamma *= b_alpha
+        b_carry = b_carry * b_alpha + tl.load(moves + row + i_t * H, mask=here, other=0.0)
+        tl.store(decays + o_tv, b_gamma, mask=m_tv)
+        tl.store(decays + 2 * ROW * Dv + o_tv, b_carry, mask=m_tv)
+    b_l, b_m = tl.full((BV,), 1.0, tl.float32), tl.zeros((BV,), tl.float32)  # L_Cs, theta_{s+1} M_Cs+1
+    for i in range(0, C):
+        i_s = C - 1 - i
+        here = (t0 + i_s < eos) & (t0 + i_s >= bos)
+        m_sv, o_sv = only_if(here, m_v), (row + i_s * H) * Dv + o_v
+        b_m = tl.where(here, b_m + b_l, b_m)
+        tl.store(decays + ROW * Dv + o_sv, b_m, mask=m_sv)
+        b_l *= tl.exp(tl.load(log_decay + o_sv, mask=m_sv, other=0.0))
+        b_m *= tl.load(momentum + row + i_s * H, mask=here, other=1.0)
+
+
 # -------------------------------------------------------------------------------------------------------------- launchers
 
 
 def chunk_decays(p: Problem) -> Tensor | None:
-    """What the log-decays amount to ``[4, B, T, H]``; None without any."""
+    """The decays ``[4, B, T, H]`` of `linear_decay`; None without log-decays."""
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, TOKENS=p.chunk_size, C=p.rows)
-    launch(linear_decay, p, p.slots.count, None, **arguments, **p.tables())
+    launch(linear_decay, p, p.slots.count, None, decays=decays)
+    return decays
+
+
+def decays_by_channel(p: Problem, moves: Tensor | None = None) -> Tensor:
+    """gamma_tv and M_Cs,v; with momentum, whose pi is in ``moves``, b_tv: ``[2 or 3, B, T, H, Dv]`` float32."""
+    decays = p.empty(2 if moves is None else 3, p.batch, p.tokens, p.heads, p.value_dim, dtype=torch.float32)
+    if moves is None:
+        launch(channel_decay, p, p.slots.count, "value", decays=decays)
+    else:
+        launch(channel_momentum, p, p.slots.count, "value", moves=moves, decays=decays)
     return decays
 
 
 class Weights(NamedTuple):
-    """What the gates of every chunk amount to; without momentum, or without any gate, what is not needed is None."""
+    """The weights that the gates of every chunk give; None where they are not needed."""
 
     decays: Tensor | None  # [4, B, T, H] from linear_decay, [3, B, T, H] from momentum_weights, [2 or 3, B, T, H, Dv] by channel
     moves: Tensor | None = None  # [2, B, T, H]   pi, Theta_C
@@ -150,9 +216,9 @@ class Weights(NamedTuple):
 
 
 def chunk_weights(p: Problem, backward: bool = False) -> Weights:
-    """The weights of a call; ``backward`` adds what the gates' gradients read."""
+    """The weights of a call; ``backward`` adds those that only the gates' gradients read."""
     if p.momentum is None:
-        return Weights(linear_channel.decays_by_channel(p) if p.key.channels else chunk_decays(p))
+        return Weights(decays_by_channel(p) if p.key.channels else chunk_decays(p))
     square, by_channel = (p.slots.count, p.heads, p.rows, p.rows), p.key.channels
 
     def empty(wanted: bool, *shape: int) -> Tensor | None:
@@ -162,9 +228,5 @@ def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     weights = Weights(
         empty(not by_channel, 3, *tokens), empty(True, 2, *tokens), empty(not by_channel, *square), empty(backward or by_channel, *square)
     )
-    launch(
-        momentum_weights, p, p.slots.count, None,
-        log_decay=None if by_channel else p.log_decay, momentum=p.momentum, position=p.position, **weights._asdict(),
-        ROW=p.row, TOKENS=p.chunk_size, C=p.rows, **p.tables(),
-    )  # fmt: skip
-    return weights._replace(decays=linear_channel.decays_by_channel(p, weights.moves)) if by_channel else weights
+    launch(momentum_weights, p, p.slots.count, None, log_decay=None if by_channel else p.log_decay, **weights._asdict())
+    return weights._replace(decays=decays_by_channel(p, weights.moves)) if by_channel else weights

@@ -1,19 +1,18 @@
-"""Gradients of log-decay and momentum from sums that the other kernels leave, parallel over chunks.
+"""Gradients of log-decay and momentum from sums of the other backward kernels, parallel over chunks (docs/mathematics.md, section 7).
 
-linear_decay_bwd   d log alpha without momentum: four sums over pairs of a read and a write (linear.py has the equation)
-momentum_pairs_bwd      gM_ts = -rho (q_t . k_s) (dO_t . U_s), what the reads ask of M (linear memory)
-momentum_weights_bwd       with momentum d log alpha and d theta, by the recursion of decays.py backwards
+linear_decay_bwd       d log alpha without momentum: four sums over pairs of a read and a write (equation in linear/sequence.py)
+momentum_pairs_bwd     gM_ts = -rho (q_t . k_s) (dO_t . U_s): the gradient of M from the reads (linear memory)
+momentum_weights_bwd   d log alpha and d theta with momentum, by the recursion of decays.py backwards
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-
-from .chunks import chunk_of
+from .chunks import chunk_of, chunk_program, token_of
 from .decays import Weights
 from .gates import CARRY, load_scale, load_update
 from .launch import Problem, launch
@@ -22,19 +21,19 @@ from .tiles import LENGTHS, dot, fitted, inside, load_tile, only_if, pair_produc
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_decay_bwd(
-    decays, rows_read, rows_pairs, rows_kept, inner, grad_log_decay,
+    decays, rows_read, rows_pairs, rows_to_end, inner, grad_log_decay,
     cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW, SLOTS, READ_ROWS, KEPT_ROWS,
+    T, H, CHUNKS, ROW, SLOTS, READ_ROWS, END_ROWS,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The four sums of d log alpha for one chunk and all heads."""
+    """d log alpha of one chunk and all heads, from its four sums."""
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     BH: tl.constexpr = 16
     NC: tl.constexpr = C // BC
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
     row = (i_b * T + t0) * H
@@ -45,20 +44,20 @@ def linear_decay_bwd(
         p_g = row + o_c[:, None] * H + i_h + o_h[None, :]
         b_read = tl.zeros((C, BH), tl.float32)
         b_pairs = tl.zeros((C, BH), tl.float32)
-        b_kept = tl.zeros((C, BH), tl.float32)
+        b_end_sum = tl.zeros((C, BH), tl.float32)
         b_inner = tl.zeros((BH,), tl.float32)
         for i in range(0, READ_ROWS):
             base = i * ROW
             b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
             b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
-            for i_r in range(0, NC):  # a block of reads has pairs with writes up to it
+            for i_r in range(0, NC):  # a block of reads pairs with the writes up to it
                 m_r = m_before & ((o_c - 1) // BC <= i_r)[:, None]
                 b_pairs += tl.load(rows_pairs + (base * NC + i_r * ROW) + p_g - H, mask=m_r, other=0.0)
-        for i in range(0, KEPT_ROWS):
-            b_kept += tl.load(rows_kept + i * ROW + p_g - H, mask=m_before, other=0.0)
+        for i in range(0, END_ROWS):
+            b_end_sum += tl.load(rows_to_end + i * ROW + p_g - H, mask=m_before, other=0.0)
         last = (tl.minimum(eos - t0, C) - 1) * H
         b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
-        b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_kept, 0) + b_inner[None, :]
+        b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_end_sum, 0) + b_inner[None, :]
         tl.store(grad_log_decay + p_g, b_g, mask=m_g)
 
 
@@ -67,41 +66,38 @@ def momentum_pairs_bwd(
     q, k, v, lr, delta, errors, squares, scales, grad_out, grad_pairs,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A row of blocks ``[BC, BC]`` of one chunk's gM, on and below the diagonal."""
     NC: tl.constexpr = C // BC
-    i_r = tl.program_id(0) % NC
-    i_slot = (tl.program_id(0) // NC).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_r, _, i_slot, i_h = chunk_program(NC, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_t = i_r * BC + tl.arange(0, BC)
     m_t = t0 + o_t < eos
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     grad_out += row * Dv
     rho = load_scale(scales, i_slot * H + i_h)
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
-        b_p = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)  # Q K' [t, s]
+        b_p = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)  # Q K' [t, s]
         b_dp = tl.zeros((BC, BC), tl.float32)  # dO U' [t, s]
         for i_v in range(0, (Dv + BV - 1) // BV):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
             b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
             b_u = load_update(
-                v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+                v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+                Dv, BIAS, CHANNEL_LR,
             )  # [BC, BV]  # fmt: skip
             b_u, scale = fitted(b_u, DTYPE)
             b_dp += dot(b_do, tl.trans(b_u)) * scale
@@ -111,29 +107,29 @@ def momentum_pairs_bwd(
 @triton.jit(do_not_specialize=LENGTHS)
 def momentum_weights_bwd(
     log_decay, momentum, decays, moves, pairs, steps,
-    grad_pairs, rows_read, rows_kept, rows_step, rows_carry, inner,
+    grad_pairs, rows_read, rows_to_end, rows_step, rows_carry, inner,
     grad_log_decay, grad_momentum,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     TOKENS: tl.constexpr, C: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """``d log alpha, d theta [B, T, H]`` of one chunk and all heads. With g for a gradient, token C the chunk's last, backwards from it:
+    """``d log alpha, d theta [B, T, H]`` of one chunk and all heads. With g for a gradient, from the chunk's last token C backwards:
 
         d log alpha_t = alpha_t (gM_t . M_{t-1} + gb_t b_{t-1}) + sum_{r >= t} gamma_r ggamma_r      gTheta_t += gM_t,  gpi_t += gb_t
         d theta_t = gTheta_t . Theta_{t-1} + gpi_t pi_{t-1}
         gM_{t-1} += alpha_t gM_t;  gb_{t-1} += alpha_t gb_t;  gTheta_{t-1} += theta_t gTheta_t;  gpi_{t-1} += theta_t gpi_t
 
-    starting from ``grad_pairs [slots, H, C, C]`` (read on and below the diagonal) for gM, and for its row C also ``rows_kept``;
-    ``rows_step`` for gTheta_C; ``rows_carry`` for gb; ``rows_read`` for gamma_t ggamma_t ``[B, T, H]``; and what the next chunk asks,
-    ``inner [3, slots, H]``: <J, A_0> of gamma_C, <J, S_0> of b_C, <JS, S_0> of pi_C. ``SUMMED``: decays go by channel, channel_decay_bwd
-    has done the sums over them; gTheta is ``grad_pairs + rows_step`` then, gpi is ``rows_carry + <JS, S_0>``, and alpha counts as 0.
+    starting from ``grad_pairs [slots, H, C, C]`` (read on and below the diagonal) for gM, plus ``rows_to_end`` for its row C;
+    ``rows_step`` for gTheta_C; ``rows_carry`` for gb; ``rows_read`` for gamma_t ggamma_t ``[B, T, H]``; and from the next chunk
+    ``inner [3, slots, H]``: <J, A_0> for gamma_C, <J, S_0> for b_C, <JS, S_0> for pi_C. ``SUMMED``: decays go by channel and
+    channel_decay_bwd has summed over them: gTheta is ``grad_pairs + rows_step``, gpi is ``rows_carry + <JS, S_0>``, and alpha counts as 0.
     """
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     BH: tl.constexpr = 16
     i_slot = tl.program_id(0).to(tl.int64)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     count = tl.minimum(eos - t0, C).to(tl.int32)
     o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
@@ -148,7 +144,7 @@ def momentum_weights_bwd(
         b_read = tl.zeros((BH,), tl.float32)
         b_carry = tl.zeros((BH,), tl.float32)  # gb_t
         if not SUMMED:
-            b_pair += tl.load(rows_kept + p_end, mask=m_end, other=0.0)
+            b_pair += tl.load(rows_to_end + p_end, mask=m_end, other=0.0)
             b_read += tl.load(decays + p_last, mask=m_last, other=0.0) * tl.load(p_inner, mask=m_h, other=0.0)
             b_carry += tl.load(p_inner + SLOTS * H, mask=m_h, other=0.0)
         b_step = tl.load(rows_step + p_end, mask=m_end, other=0.0)  # gTheta_t [BH, C]
@@ -185,24 +181,23 @@ def momentum_weights_bwd(
 # -------------------------------------------------------------------------------------------------------------- launchers
 
 
-def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_kept: Tensor, inner: Tensor, block: int) -> Tensor:
+def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_to_end: Tensor, inner: Tensor, block: int) -> Tensor:
     """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs also by blocks of a chunk) and ``inner [tiles, slots, H]``."""
     grad = p.result(dtype=torch.float32)
     launch(
         linear_decay_bwd, p, p.slots.count, None,
-        decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_kept=rows_kept, inner=inner, grad_log_decay=grad, **p.tables(),
-        ROW=p.row, SLOTS=p.slots.count, READ_ROWS=len(rows_read), KEPT_ROWS=len(rows_kept), TOKENS=p.chunk_size, C=p.rows, BC=block,
+        decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_to_end=rows_to_end, inner=inner, grad_log_decay=grad,
+        READ_ROWS=len(rows_read), END_ROWS=len(rows_to_end), BC=block,
     )  # fmt: skip
     return grad
 
 
 def pair_gradient(p: Problem, chain, grad_out: Tensor) -> Tensor:
-    """gM ``[slots, H, C, C]`` float32 of the linear memory, without what the next chunk asks of its last row."""
+    """gM ``[slots, H, C, C]`` float32 of the linear memory, without the next chunk's share in its last row."""
     grad = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
     launch(
         momentum_pairs_bwd, p, p.slots.count * p.blocks, "head",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, delta=p.delta, errors=chain.errors, squares=chain.squares, scales=chain.scales,
-        grad_out=grad_out, grad_pairs=grad, **p.tables(), **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
+        **chain.only("errors", "squares", "scales"), grad_out=grad_out, grad_pairs=grad,
     )  # fmt: skip
     return grad
 
@@ -212,20 +207,20 @@ def gate_gradients(
     weights: Weights,
     grad_pairs: Tensor,
     rows_read: Tensor,
-    rows_kept: Tensor,
+    rows_to_end: Tensor,
     rows_step: Tensor,
     rows_carry: Tensor,
     inner: Tensor,
 ) -> dict[str, Tensor]:
-    """d log alpha (if there is a decay) and d theta ``[B, T, H]``, by argument name; the arguments are those of :func:`momentum_weights_bwd`."""
+    """d log alpha (if there is a decay) and d theta ``[B, T, H]``, by argument name. Arguments as in :func:`momentum_weights_bwd`."""
     by_channel = p.key.channels
     log_decay = None if by_channel else p.log_decay
     grads = {name: p.result(dtype=torch.float32) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
     launch(
         momentum_weights_bwd, p, p.slots.count, None,
-        log_decay=log_decay, momentum=p.momentum, **weights._asdict(), grad_pairs=grad_pairs,
-        rows_read=rows_read, rows_kept=rows_kept, rows_step=rows_step, rows_carry=rows_carry, inner=inner,
+        log_decay=log_decay, **weights._asdict(), grad_pairs=grad_pairs,
+        rows_read=rows_read, rows_to_end=rows_to_end, rows_step=rows_step, rows_carry=rows_carry, inner=inner,
         grad_log_decay=grads.get("log_decay"), grad_momentum=grads["momentum"],
-        **p.tables(), ROW=p.row, SLOTS=p.slots.count, TOKENS=p.chunk_size, C=p.rows, SUMMED=by_channel,
+        SUMMED=by_channel,
     )  # fmt: skip
     return grads

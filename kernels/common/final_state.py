@@ -1,4 +1,4 @@
-"""The state after the last token, of either memory."""
+"""The chunk that a call resumes in, and the state after the last token, of either memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,34 @@ from torch import Tensor
 from .launch import Problem
 
 
+class Opened(NamedTuple):
+    """Of the chunk that a call resumes in, for each of the memory's matrices, float32 and contiguous."""
+
+    primals: tuple[Tensor, ...]  # phi of the chunk's start: what its tokens predict with
+    readouts: tuple[Tensor, ...] = ()  # under a retention gate, what its tokens read before their own writes
+    scales: tuple[Tensor, ...] = ()  # [N, H], rho
+
+
+def opened_chunk(p: Problem) -> Opened:
+    """The read-out of token t is ``gamma_t (gamma W_0 + rho (A - gamma A_0))``.
+
+    A_0 is the dual at the chunk's start, ``W_0 = phi(A_0)``, A the dual that the call starts from, and gamma the decay between them.
+    """
+    opened, retention = p.call.state.open_chunk, p.call.retention
+    if not p.key.gated:
+        return Opened(tuple(x.contiguous() for x in opened.start))
+    gamma = opened.log_decay.exp().reshape(*opened.log_decay.shape[:2], -1, 1)  # [N, H, 1 or Dv, 1]
+    primals, readouts, scales = [], [], []
+    for start, dual in zip(opened.start, p.call.state.dual, strict=True):
+        primal, rho = retention.phi(start), retention.rho(start)
+        primals.append(primal.contiguous())
+        readouts.append((gamma * primal + rho * (dual - gamma * start)).contiguous())
+        scales.append(rho[..., 0, 0].contiguous())
+    return Opened(tuple(primals), tuple(readouts), tuple(scales))
+
+
 class Final(NamedTuple):
-    """The state after the last token, as MemoryState has it; ``start``, ``open_decay`` only where a sequence may end inside a chunk."""
+    """The state after the last token, as in MemoryState; ``start`` and ``open_decay`` only where a sequence may end inside a chunk."""
 
     dual: tuple[Tensor, ...]  # the memory's matrices, float32: [N, H, Dv, Dk], or [N, H, D, Hd] and [N, H, Hd, D]
     start: tuple[Tensor, ...] = ()
@@ -19,12 +45,12 @@ class Final(NamedTuple):
     momentum: tuple[Tensor, ...] = ()  # like dual
 
     def tensors(self) -> list[Tensor]:
-        """All of them, contiguous, in one list."""
+        """All tensors in one list, contiguous."""
         return [x.contiguous() for x in (*self.dual, *self.momentum, *self.start, self.open_decay) if x is not None]
 
 
 def open_chunk_end(p: Problem, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Start and sum of log-decays ``[N, H]`` of the chunk that a sequence ends in; ``start``: the matrices after its whole ones."""
+    """Start, and sum of log-decays ``[N, H]``, of the chunk that a sequence ends in; ``start``: the matrices after its last whole chunk."""
     size, device, opened = p.chunk_size, p.q.device, p.call.state.open_chunk
     before = torch.zeros(p.sequences, dtype=torch.int64, device=device) if p.position is None else p.position
     if p.cu_seqlens is None:

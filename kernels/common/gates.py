@@ -1,28 +1,27 @@
-"""What kernels load of a chunk's tokens: gates and decays (decays.py makes them), thresholds, errors, updates."""
-
-import triton.language as tl
+"""Loads of a chunk's token gates, decays (computed in decays.py), thresholds, errors and updates."""
 
 import triton
+import triton.language as tl
 
 from . import bias as biases
 
-#: exp of anything below is 0 in float32
+#: exp of anything lower is 0 in float32
 LOWEST = tl.constexpr(-110.0)
-#: log-decays are summed in units of 2^-10 and a rest, see `linear_decay`
+#: log-decays are summed as multiples of 2^-10 plus a remainder, see `linear_decay`
 UNIT = tl.constexpr(1024.0)
-#: the row of `decays` that has b_t, where there is momentum
+#: with momentum, the row of `decays` that holds b_t
 CARRY = tl.constexpr(2)
 
 
 @triton.jit
 def load_gate(gate, row, o_g, m_t):
-    """A chunk's gate as float32; 0 beyond the sequence (no step)."""
+    """A token gate of a chunk ``[C]`` as float32; 0 beyond the sequence."""
     return tl.load(gate + row + o_g, mask=m_t, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_gamma(decays, row, o_g, m_t, C: tl.constexpr):
-    """``gamma_t [C]``: decay from the chunk's start to every token."""
+    """``gamma_t [C]``: the decay from the chunk's start to each token."""
     if decays is None:
         return tl.full((C,), 1.0, tl.float32)
     else:
@@ -31,7 +30,7 @@ def load_gamma(decays, row, o_g, m_t, C: tl.constexpr):
 
 @triton.jit
 def load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv: tl.constexpr):
-    """Weights by channel ``[C, BV]`` of a chunk's tokens, from one of the rows ``[B, T, H, Dv]``."""
+    """Weights by channel ``[C, BV]`` of a chunk's tokens, from one row of ``decays [.., B, T, H, Dv]``."""
     o_tv = o_g[:, None] * Dv + o_v[None, :]
     return tl.load(decays + row * Dv + o_tv, mask=m_t[:, None] & m_v[None, :], other=0.0)
 
@@ -56,7 +55,7 @@ def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
 
 @triton.jit
 def load_scale(scales, place):
-    """rho of a chunk and head."""
+    """rho of a chunk and head; 1 for a gate without."""
     if scales is None:
         return 1.0
     else:
@@ -73,7 +72,7 @@ def load_scales(scales, place):
 def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, m_later, m_earlier):
     """Weight of the write of s in the state of t, 0 for s > t: ``L_ts = gamma_t / gamma_s``, with momentum M_ts from the chunk's ``pairs``.
 
-    Offsets of t (later), s (earlier): ``[BC, 1]`` and ``[1, BC]`` or vice versa.
+    The offsets of t (later) and s (earlier) are ``[BC, 1]`` and ``[1, BC]``, or the other way round.
     """
     causal = o_later >= o_earlier
     if pairs is not None:
@@ -88,29 +87,29 @@ def pair_decay(decays, pairs, ROW, row, H, C: tl.constexpr, o_later, o_earlier, 
 
 
 @triton.jit
-def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, DELTA: tl.constexpr):
-    """delta as ``[C, 1]`` or ``[C, BV]``; 0 for a bias without one."""
-    if DELTA == 2:
+def load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, BIAS: tl.constexpr):
+    """The threshold delta as ``[C, 1]`` or ``[C, BV]``; 0 for a bias without one."""
+    if BIAS.delta == 2:
         return tl.load(delta + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
-    elif DELTA == 1:
+    elif BIAS.delta == 1:
         return load_gate(delta, row, o_g, m_t)[:, None]
     else:
         return 0.0
 
 
 @triton.jit
-def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr, READS: tl.constexpr):
-    """A chunk's errors ``[C, BV]``: those the chain stored, or ``-v`` for a bias that reads no memory (v at its chunk's start)."""
-    if READS:
+def load_error(v, stride_t, errors, row, o_c, o_v, o_tv, m_tv, Dv: tl.constexpr, BIAS: tl.constexpr):
+    """A chunk's errors ``[C, BV]``: from the chain, or ``-v`` for a bias that reads no memory. ``v`` points to the chunk's start."""
+    if BIAS.reads_memory:
         return tl.load(errors + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
     else:
         return -tl.load(v + o_c[:, None] * stride_t + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
-    """``||e||^2 [C, 1]`` of every row, which the chain stored for a bias that couples it."""
-    if COUPLED:
+def load_square(squares, row, o_g, m_t, BIAS: tl.constexpr):
+    """``||e||^2 [C, 1]`` of each row, which the chain stored for a bias that couples rows."""
+    if BIAS.row_coupled:
         return load_gate(squares, row, o_g, m_t)[:, None]
     else:
         return 0.0
@@ -118,7 +117,7 @@ def load_square(squares, row, o_g, m_t, COUPLED: tl.constexpr):
 
 @triton.jit
 def load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, CHANNEL_LR: tl.constexpr):
-    """eta as ``[C, 1]`` or ``[C, BV]``."""
+    """The step size eta as ``[C, 1]`` or ``[C, BV]``."""
     if CHANNEL_LR:
         return tl.load(lr + row * Dv + o_tv, mask=m_tv, other=0.0)
     else:
@@ -128,13 +127,12 @@ def load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv: tl.constexpr, CHANNEL_LR: tl.cons
 @triton.jit
 def load_update(
     v, stride_t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-    Dv: tl.constexpr, BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    Dv: tl.constexpr, BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """``U = eta psi(E) [BC, BV]`` of some tokens of a chunk, from what the chain stored."""
     o_g, m_sv = o_s * H, m_s[:, None] & m_v[None, :]
     o_sv = o_g[:, None] * Dv + o_v[None, :]
-    b_e = load_error(v, stride_t, errors, row, o_s, o_v, o_sv, m_sv, Dv, READS)
-    b_square = load_square(squares, row, o_g, m_s, COUPLED)
-    b_delta = load_delta(delta, row, o_g, o_sv, m_s, m_sv, Dv, DELTA)
-    return biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2) * load_lr(lr, row, o_g, o_sv, m_s, m_sv, Dv, CHANNEL_LR)
+    b_e = load_error(v, stride_t, errors, row, o_s, o_v, o_sv, m_sv, Dv, BIAS)
+    b_square = load_square(squares, row, o_g, m_s, BIAS)
+    b_delta = load_delta(delta, row, o_g, o_sv, m_s, m_sv, Dv, BIAS)
+    return biases.value(b_e, b_square, b_delta, BIAS) * load_lr(lr, row, o_g, o_sv, m_s, m_sv, Dv, CHANNEL_LR)

@@ -1,4 +1,4 @@
-"""From a validated call to kernel arguments: geometry, constants, and the one function that launches."""
+"""From a validated call to kernel arguments, and the function that all launches go through."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .bias import Bias
+from .retention import Retention
 
-__all__ = ["Problem", "Slots", "launch", "start", "tiles"]
+__all__ = ["MatrixStrides", "Problem", "Slots", "Strides", "launch", "start", "tiles"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Slots(NamedTuple):
-    """Where the chunks of every sequence lie in a buffer with a slot for each; computed without waiting for the device."""
+    """Where the chunks (or segments) of every sequence lie in a buffer with one slot for each; computed without device synchronisation."""
 
     count: int
     per_sequence: int  # unless packed
     first: Tensor | None  # [N] int64, the first slot of every packed sequence
-    owner: Tensor | None  # [count] int64, the packed sequence of every slot; -1 for a spare one
+    owner: Tensor | None  # [count] int64, the packed sequence of every slot; -1 for an unused one
 
     @staticmethod
     def of(cu_seqlens: Tensor | None, sequences: int, tokens: int, size: int, position: Tensor | None = None) -> Slots:
-        """Slots for pieces of ``size`` tokens; sequence n begins ``position[n]`` tokens inside its first piece."""
+        """Slots of ``size`` tokens each; sequence n begins ``position[n]`` tokens inside its first slot."""
         before = 0 if position is None else size - 1  # at most
         if cu_seqlens is None:
             each = -(-(tokens + before) // size)
@@ -40,6 +42,27 @@ class Slots(NamedTuple):
         return Slots(count, 0, last - (lengths + size - 1) // size, torch.where(owner < sequences, owner, -1))
 
 
+class Strides(NamedTuple):
+    """Of batch, token and head of q, k or v."""
+
+    b: int
+    t: int
+    h: int
+
+    @staticmethod
+    def of(x: Tensor) -> Strides:
+        return Strides(*x.stride()[:3])
+
+
+class MatrixStrides(NamedTuple):
+    """Of sequence, head, value and key of a matrix ``[N, H, Dv, Dk]``."""
+
+    n: int
+    h: int
+    v: int
+    k: int
+
+
 class Problem:
     """A call's tensors as the kernels take them, its sizes and its compile-time constants."""
 
@@ -49,51 +72,46 @@ class Problem:
         gates = (call.lr, call.log_decay, call.delta, call.momentum)
         self.lr, self.log_decay, self.delta, self.momentum = (None if x is None else x.contiguous() for x in gates)
         self.cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
-        self.dual = call.state.dual[0]
-        self.hidden = self.dual.shape[-1] if call.memory == "mlp" else 0
+        self.key = configs.Key.of(call)
+        self.hidden, self.rows, self.block = self.key.hidden, self.key.chunk_size, self.key.block_c
+        self.blocks = self.rows // self.block
         self.batch, self.tokens, self.heads, self.key_dim = call.q.shape
         self.value_dim = call.v.shape[-1]
-        self.sequences = self.dual.shape[0]
+        self.sequences = call.state.dual[0].shape[0]
         self.chunk_size = call.chunk_size
         self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
-        self.rows = configs.padded(call.chunk_size)
-        self.slots = self.pieces(call.chunk_size)
-        self.row = self.batch * self.tokens * self.heads
-        bias, gate = call.bias, call.retention
-        delta = 0 if not bias.needs_delta else call.delta.dim() - 2
-        self.key = configs.Key(
-            self.key_dim, self.value_dim, self.rows, call.q.element_size(), bias.row_coupled, self.hidden,
-            gate.tag, call.momentum is not None, call.log_decay is not None and call.log_decay.dim() == 4,
-        )  # fmt: skip
+        self.slots = self.segments(call.chunk_size)
         self.architecture = architecture_of(call.q.device)
-        self.block = self.key.block_c
-        self.blocks = self.rows // self.block
-        self.sizes = dict(C=self.rows, DTYPE=DTYPES[call.q.dtype])
-        if call.memory == "mlp":
-            self.sizes |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
-            self.layer_norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
+        self.bias = Bias.of(call.bias, 0 if not call.bias.needs_delta else call.delta.dim() - 2)
+        self.retention = Retention.of(call.retention)
+        self.arguments = self._arguments()
+
+    def _arguments(self) -> dict:
+        """What kernels take of the call itself, by the names that all of them use."""
+        call, slots = self.call, self.slots
+        tensors = dict(
+            q=self.q, k=self.k, v=self.v, lr=self.lr, log_decay=self.log_decay, delta=self.delta, momentum=self.momentum,
+            q_strides=Strides.of(self.q), k_strides=Strides.of(self.k), v_strides=Strides.of(self.v), position=self.position,
+            cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner,
+        )  # fmt: skip
+        numbers = dict(T=self.tokens, H=self.heads, CHUNKS=slots.per_sequence, SLOTS=slots.count)
+        numbers["ROW"] = self.batch * self.tokens * self.heads
+        constants = dict(
+            TOKENS=self.chunk_size, C=self.rows, BC=self.block, DTYPE=DTYPES[call.q.dtype], BIAS=self.bias, RETENTION=self.retention,
+            CHANNEL_LR=call.lr.dim() == 4, CHANNELS=self.key.channels, MOMENTUM=self.key.momentum,
+        )  # fmt: skip
+        if call.memory.name == "mlp":
+            tensors |= dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
+            constants |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
         else:
-            self.sizes |= dict(Dk=self.key_dim, Dv=self.value_dim, TOKENS=call.chunk_size)
-        rules = rules_of(bias, gate)
-        self.retention = {name: rules.pop(name) for name in ("RETENTION", "R0", "R1")}
-        self.bias = rules | dict(READS=bias.reads_memory, COUPLED=bias.row_coupled, DELTA=delta)
-        if call.memory == "linear":
-            self.bias |= dict(CHANNEL_LR=call.lr.dim() == 4)
+            constants |= dict(Dk=self.key_dim, Dv=self.value_dim)
+        return tensors | numbers | constants
 
     def config(self, kernel: str) -> configs.Config:
         return configs.choose(kernel, self.key, self.architecture)
 
-    def pieces(self, size: int) -> Slots:
+    def segments(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
-
-    def tables(self) -> dict:
-        """Where the chunks are, for kernels that are parallel over them."""
-        slots = self.slots
-        return dict(cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner, CHUNKS=slots.per_sequence)
-
-    def strides(self, *names: str) -> dict[str, int]:
-        """Strides of batch, token and head of q, k or v."""
-        return {f"stride_{n}{axis}": getattr(self, n).stride(i) for n in names for i, axis in enumerate("bth")}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
@@ -103,9 +121,9 @@ class Problem:
         return self.empty(self.batch, self.tokens, self.heads, *shape, dtype=dtype)
 
     def result(self, *shape: int, dtype: torch.dtype | None = None, tiles: int | None = None) -> Tensor:
-        """What a call returns, or sums up over ``tiles`` to return it, ``[tiles, B, T, H, *shape]``.
+        """A result of the call, or its partial sums ``[tiles, B, T, H, *shape]``.
 
-        0 where no sequence writes: nobody looks whether ``cu_seqlens`` on a device ends before T.
+        Zero-filled for packed sequences, since ``cu_seqlens`` on the device may end before T.
         """
         x = self.empty(*(() if tiles is None else (tiles,)), self.batch, self.tokens, self.heads, *shape, dtype=dtype)
         return x if self.cu_seqlens is None else x.zero_()
@@ -115,19 +133,13 @@ class Problem:
         return self.empty(slots.count, self.heads, self.key_dim, self.value_dim, dtype=dtype)
 
 
-def rules_of(bias, gate) -> dict:
-    """Tags and parameters of a bias and a retention gate, as the kernels take them."""
-    names = ("BIAS", "P0", "P1", "P2", "RETENTION", "R0", "R1")
-    return dict(zip(names, (bias.tag, *bias.padded, gate.tag, *gate.padded), strict=True))
-
-
 def _unit_stride(x: Tensor) -> Tensor:
-    """q, k or v with a contiguous last axis, and a chunk that offsets of 31 bits can span."""
+    """q, k or v with a contiguous last axis, and token strides small enough for 31-bit offsets within a chunk."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()
 
 
 def tiles(kernel: str, problem: Problem, along: str) -> int:
-    """Tiles that a kernel cuts its ``"value"`` or ``"key"`` axis into."""
+    """Number of tiles along a kernel's ``"value"`` or ``"key"`` axis."""
     return problem.key.tiles(kernel, problem.config(kernel), along)
 
 
@@ -139,7 +151,7 @@ def options(config: configs.Config, architecture: str) -> dict:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, or "" where nothing is compiled."""
+    """``"sm_90"``, ``"gfx942"``, or "" on a CPU, where Triton interprets."""
     if device.type != "cuda":
         return ""
     if torch.version.hip:
@@ -148,17 +160,17 @@ def architecture(device: torch.device) -> str:
 
 
 def architecture_of(device: torch.device) -> str:
-    """The architecture that launches are meant for: the device's, or that of a recording."""
+    """The architecture that launches are for: the device's, or that of a recording."""
     return _recorder[1] if _recorder else architecture(device)
 
 
-#: set by `recording`: what receives launches instead of the device, and the architecture they are meant for
+#: set by `recording`: the receiver of launches, and the architecture they are for
 _recorder: tuple[Callable, str] | None = None
 
 
 @contextlib.contextmanager
 def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
-    """Within it nothing is launched: ``receive(kernel, arguments, config)`` gets every launch. Meta tensors will do."""
+    """Within the context nothing is launched: ``receive(kernel, arguments, config)`` is called instead. Tensors may be meta tensors."""
     global _recorder
     before, _recorder = _recorder, (receive, architecture)
     try:
@@ -168,22 +180,26 @@ def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
 
 
 def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
-    """Run a kernel for ``units`` sequences, segments or chunks, x the tiles along an axis x heads if there is one.
+    """Run a kernel for ``units`` sequences, segments or chunks, times the tiles along an axis times heads if there is an axis.
 
-    ``along="hidden"``: an MLP's hidden units, all of whose tiles one program takes; ``"head"``: it takes all keys and values.
+    ``along``: ``"value"``, ``"key"``, ``"hidden"`` (units of an MLP, all of them in one program) or ``"head"`` (all keys and values in
+    one program). ``arguments``: those that the problem does not have, or has otherwise.
     """
-    config = problem.config(kernel.__name__)
-    arguments |= dict(T=problem.tokens, H=problem.heads)
+    name, names = kernel.__name__, kernel.arg_names
+    config, key = problem.config(name), problem.key
+    if unknown := arguments.keys() - set(names):
+        raise TypeError(f"{name} takes no {', '.join(sorted(unknown))}")
+    arguments = problem.arguments | arguments
     if along == "hidden":
-        arguments["BD"], arguments["BH"] = problem.key.padded_v, problem.key.block_hidden(config)
+        arguments |= dict(BD=key.padded_v, BH=key.block_hidden(config))
     elif along:
-        arguments["BV"], arguments["BK"] = problem.key.blocks(config)
-    grid = (units * problem.key.tiles(kernel.__name__, config, along), problem.heads) if along else (units,)
-    start(kernel, grid, config, problem.q.device, arguments)
+        arguments |= dict(zip(("BV", "BK"), key.blocks(config), strict=True))
+    grid = (units * key.tiles(name, config, along), problem.heads) if along else (units,)
+    start(kernel, grid, config, problem.q.device, {name: arguments[name] for name in names})
 
 
 def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.device, arguments: dict) -> None:
-    """What every launch comes to."""
+    """All launches go through this function."""
     if _recorder is not None:
         _recorder[0](kernel, arguments, config)
         return

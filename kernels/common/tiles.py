@@ -1,27 +1,23 @@
-"""How tiles are loaded, multiplied and stored.
-
-Only device functions; the legend of names and dimensions is in README.md beside this file.
-"""
-
-import triton.language as tl
+"""Loads, products and stores of tiles; the legend of names and dimensions is in kernels/README.md."""
 
 import triton
+import triton.language as tl
 
-#: arguments that change with the length of a sequence or the size of a batch: their values are compiled into no kernel
-LENGTHS = ("T", "t", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "KEPT_ROWS", "FIRST", "GROUP")
-#: the interpreter has no bfloat16 arithmetic: there a bfloat16 operand is a float32 tile that holds bfloat16 numbers
+#: arguments that depend on lengths or the batch: kernels are not specialised to their values
+LENGTHS = ("T", "t", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "END_ROWS", "FIRST", "GROUP")
+#: the interpreter has no bfloat16 arithmetic: there a bfloat16 operand is a float32 tile of bfloat16 numbers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def wide(x):
-    """An integer argument as int64: it comes as int32 where it fits, and its products would wrap."""
+    """An integer argument as int64: Triton passes it as int32 where it fits, and its products would wrap."""
     return tl.cast(x, tl.int64)
 
 
 @triton.jit
 def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Which offsets lie in a head dimension: nothing to test where whole tiles cover it."""
+    """Mask of the offsets below D; constant where whole tiles cover it."""
     if D % BLOCK == 0:
         return tl.full((BLOCK,), True, tl.int1)
     else:
@@ -30,25 +26,25 @@ def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def only_if(condition, mask):
-    """``mask`` where a condition on scalars holds, else nothing. Not ``mask & condition``: Triton 3.9's interpreter then makes it int32."""
+    """``mask`` if a scalar condition holds, else all False. (Triton 3.9's interpreter makes ``mask & condition`` int32.)"""
     return tl.where(condition, mask, False)
 
 
 @triton.jit
 def load_tile(x, stride, o_r, o_c, m_r, m_c):
-    """Rows ``o_r`` and columns ``o_c`` of a matrix whose rows are ``stride`` apart; 0 beyond the masks."""
+    """Rows ``o_r`` and columns ``o_c`` of a matrix with row stride ``stride``; 0 outside the masks."""
     return tl.load(x + o_r[:, None] * stride + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
 
 
 @triton.jit
 def store(pointers, x, mask):
-    """Store a float32 tile in the pointers' dtype, to nearest even."""
+    """Store a float32 tile in the pointers' dtype, rounded to nearest even."""
     tl.store(pointers, rounded(x, pointers.dtype.element_ty).to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """``x`` in the dtype of the operands, to nearest even."""
+    """``x`` in the dtype of the operands, rounded to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -68,10 +64,10 @@ def dot(x, y):
 
 @triton.jit
 def fitted(x, DTYPE: tl.constexpr):
-    """``(x / scale in the dtype of the operands, scale)``: a power of two, and 1 unless float16 cannot hold the tile's numbers."""
+    """``(x / scale in the dtype of the operands, scale)``: scale is a power of two, and 1 unless the tile exceeds float16's range."""
     if DTYPE == tl.float16:
         exponent = (tl.max(tl.abs(x)).to(tl.int32, bitcast=True) >> 23) - 127
-        more = tl.maximum(exponent - 14, 0)  # numbers below 2^15 stay as they are
+        more = tl.maximum(exponent - 14, 0)  # scale is 1 for numbers below 2^15
         return (x * ((127 - more) << 23).to(tl.float32, bitcast=True)).to(DTYPE), ((127 + more) << 23).to(tl.float32, bitcast=True)
     else:
         return rounded(x, DTYPE), 1.0

@@ -1,1 +1,1 @@
-"""Decoding steps of both memories."""
+"""Decoding steps of both memories; stepper.py is the way in."""

@@ -1,16 +1,16 @@
-"""The chain of the linear memory (SPEC section 2): sequential in chunks, one program a tile of S, or of its gradient J.
+"""The chain of the linear memory (docs/mathematics.md, sections 2 and 6): sequential; one program per tile of S or of its gradient J.
 
-    linear_chain_fwd   E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))                                     forward, first chunk first
-    linear_chain_bwd     dU = R - dec (K J);  dE = psi'(E) (eta dU);  J <- gamma_C J + Q' (gamma dO) + K' dE    backward, last chunk first
+    linear_chain_fwd   E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))                                       from the first chunk on
+    linear_chain_bwd   dU = R - dec (K J);  dE = psi'(E) (eta dU);  J <- gamma_C J + Q' (gamma dO) + K' dE      from the last chunk back
 
-``S = W' [Dk, Dv]``; decays.py has what the gates of a chunk amount to. A program holds its tile ``[BK, BV]`` in registers in float32,
-with BK covering Dk, and writes what every chunk starts from, its errors and dV for the parallel kernels in the dtype of the operands.
-Values are independent of each other, so BV may be any part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot
-product does not read the memory: there E is neither computed nor stored.
+``S = W' [Dk, Dv]``; ``gamma`` and ``dec = gamma_C / gamma_s`` are those of decays.py. A program holds its tile ``[BK, BV]`` in float32
+registers, BK covering Dk, and stores every chunk's initial state, errors and dV in the operands' dtype for the parallel kernels. Values
+are independent, so BV may be any part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the
+memory: its E is neither computed nor stored. ``dV = -dE`` is a result, and `linear_dqk_bwd` reads it as dE.
 
-chain_streamed.py has the same two for states that fit no registers, for retention gates and for momentum; the launchers here take
-either. A sequence that resumes inside a chunk, or whose state is wanted inside one, is walked in three parts. The backward walks
-`linear_chain_fwd` again from the states that the forward kept. ``dV = -dE`` is a result, and read by `linear_dqk_bwd` as dE.
+chain_streamed.py and chain_streamed_bwd.py do the same for states that do not fit in registers, for retention gates and for momentum; the
+launchers here choose. A sequence that resumes or may end inside a chunk is walked in three launches (chunks.py). The backward recomputes
+the states with `linear_chain_fwd` from the checkpoints.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-
 from ..common import bias as biases
-from ..common import retention as retentions
-from ..common.chunks import HEAD, SEGMENT, end_of, of_chunk, sequence_of, slot_of, stretch_of
+from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, segment_of, sequence_of, slot_of
 from ..common.decays import Weights
+from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
-from ..common.launch import Problem, launch, tiles
+from ..common.launch import MatrixStrides, Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
-from .chain_streamed import linear_chain_bwd_streamed, linear_chain_fwd_streamed
+from .chain_streamed import linear_chain_fwd_streamed
+from .chain_streamed_bwd import linear_chain_bwd_streamed
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -40,20 +40,17 @@ def linear_chain_fwd(
     states, errors, squares, checkpoints, final,
     cu_seqlens, first_slot, first_segment, segment_owner,
     T, H, CHUNKS, ROW, SEGMENTS, EVERY,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_in, stride_ih, stride_iv, stride_ik,
+    k_strides, v_strides,
+    initial_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     PART: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """One tile of S through the chunks of one sequence, or of one of its segments."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_s = (tl.program_id(0) // NV).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_b, bos, eos, origin, first, last = stretch_of(
+    i_v, i_s, i_h = chain_program(NV)
+    i_n, i_b, bos, eos, origin, first, last = segment_of(
         i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS, PART
     )
     slot = slot_of(i_n, first_slot, CHUNKS)
@@ -62,13 +59,13 @@ def linear_chain_fwd(
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     m_kv = m_k[:, None] & m_v[None, :]
-    o_g = o_c * H  # a chunk's gates
+    o_g = o_c * H  # of a chunk's token gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    k = head_of(k, k_strides, i_b, i_h)
+    v = head_of(v, v_strides, i_b, i_h)
     state = (i_n * H + i_h) * Dk * Dv
-    initial += i_s * stride_in + i_h * stride_ih
-    b_s = tl.load(initial + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv, mask=m_kv, other=0.0)  # [BK, BV]
+    initial += i_s * initial_strides.n + i_h * initial_strides.h
+    b_s = tl.load(initial + o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v, mask=m_kv, other=0.0)  # [BK, BV]
 
     for i_c in range(first, last):
         t0 = origin + i_c * TOKENS
@@ -79,25 +76,25 @@ def linear_chain_fwd(
 
         store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_s, m_kv)
         if checkpoints is not None:
-            kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
-            tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
+            checkpoint = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
+            tl.store(checkpoint + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
 
-        b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
-        b_v = load_tile(v + t0 * stride_vt, stride_vt, o_c, o_v, m_t, m_v)  # [C, BV]
-        if READS:
+        b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_v = load_tile(v + t0 * v_strides.t, v_strides.t, o_c, o_v, m_t, m_v)  # [C, BV]
+        if BIAS.reads_memory:
             b_w = b_s
-            if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
+            if PART == HEAD:  # a chunk that was open before predicts with its own start
                 b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
             b_e = fitted_dot(b_k, b_w, DTYPE) - b_v.to(tl.float32)  # [C, BV]
             store(errors + row * Dv + o_tv, b_e, m_tv)
         else:
             b_e = -b_v.to(tl.float32)
         b_square = 0.0
-        if COUPLED:
+        if BIAS.row_coupled:
             b_square = tl.sum(b_e * b_e, 1)[:, None]  # [C, 1]
             tl.store(squares + row + o_g[:, None], b_square, mask=m_t[:, None])
-        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_u = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS)
+        b_u = biases.value(b_e, b_square, b_delta, BIAS)
         if CHANNEL_LR:
             b_u *= load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]
         else:
@@ -113,20 +110,17 @@ def linear_chain_fwd(
 def linear_chain_bwd(
     q, k, v, lr, decays, delta,
     errors, squares, from_out, grad_out, grad_final,
-    grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_kept,
+    grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_to_end,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of J ``[BK, BV]`` from the last chunk of a sequence to its first."""
+    """One tile of J ``[BK, BV]``, from the last chunk of a sequence to its first."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_n = (tl.program_id(0) // NV).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_v, i_n, i_h = chain_program(NV)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     chunks = ((eos - bos + TOKENS - 1) // TOKENS).to(tl.int32)
     slot = slot_of(i_n, first_slot, CHUNKS)
@@ -134,12 +128,12 @@ def linear_chain_bwd(
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = inside(o_k, Dk, BK), inside(o_v, Dv, BV)
     m_kv = m_k[:, None] & m_v[None, :]
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
-    o_g = o_c * H  # a chunk's gates
+    q = head_of(q, q_strides, i_b, i_h)
+    k = head_of(k, k_strides, i_b, i_h)
+    v = head_of(v, v_strides, i_b, i_h)
+    o_g = o_c * H  # of a chunk's token gates
     o_kv, o_tv = o_k[:, None] * Dv + o_v[None, :], o_g[:, None] * Dv + o_v[None, :]
-    o_vk = o_v[None, :] * Dk + o_k[:, None]  # in [N, H, Dv, Dk], once a sequence
+    o_vk = o_v[None, :] * Dk + o_k[:, None]  # in [N, H, Dv, Dk], once per sequence
     state = (i_n * H + i_h) * Dk * Dv
     tile_row = i_v.to(tl.int64) * ROW
 
@@ -155,36 +149,36 @@ def linear_chain_bwd(
         m_tv = m_t[:, None] & m_v[None, :]
 
         store(grad_states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_j, m_kv)
-        b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
-        b_q = load_tile(q + t0 * stride_qt, stride_qt, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
+        b_q = load_tile(q + t0 * q_strides.t, q_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
         b_kj = fitted_dot(b_k, b_j, DTYPE) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
         b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
 
-        b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-        b_square = load_square(squares, row, o_g, m_t, COUPLED)
-        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-        b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
+        b_e = load_error(v + t0 * v_strides.t, v_strides.t, errors, row, o_c, o_v, o_tv, m_tv, Dv, BIAS)
+        b_square = load_square(squares, row, o_g, m_t, BIAS)
+        b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS)
+        b_psi = biases.value(b_e, b_square, b_delta, BIAS)
         if CHANNEL_LR:
             b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, BV]
             tl.store(grad_lr + row * Dv + o_tv, b_du * b_psi, mask=m_tv)
             if decays is not None:
-                tl.store(rows_kept + tile_row + row + o_g, -tl.sum(b_kj * (b_psi * b_lr), 1), mask=m_t)
+                tl.store(rows_to_end + tile_row + row + o_g, -tl.sum(b_kj * (b_psi * b_lr), 1), mask=m_t)
             b_y = b_du * b_lr
         else:
             b_lr = load_gate(lr, row, o_g, m_t)  # [C]
             tl.store(rows_lr + tile_row + row + o_g, tl.sum(b_du * b_psi, 1), mask=m_t)
             if decays is not None:
-                tl.store(rows_kept + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
+                tl.store(rows_to_end + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
             b_y = b_du * b_lr[:, None]
-        b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS, P0, P1, P2)
-        if COUPLED:
+        b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS)
+        if BIAS.row_coupled:
             b_along = tl.sum(b_y * b_e, 1)[:, None]
-            b_de += biases.pull(b_square, b_delta, BIAS, P0) * b_along * b_e
+            b_de += biases.pull(b_square, b_delta, BIAS) * b_along * b_e
         store(grad_v + row * Dv + o_tv, -b_de, m_tv)
-        if DELTA > 0:
-            b_dd = b_y * biases.slope_delta(b_e, b_square, b_delta, BIAS, P0)
-            if DELTA == 2:
+        if BIAS.delta > 0:
+            b_dd = b_y * biases.slope_delta(b_e, b_square, b_delta, BIAS)
+            if BIAS.delta == 2:
                 tl.store(grad_delta + row * Dv + o_tv, b_dd, mask=m_tv)
             else:
                 tl.store(rows_delta + tile_row + row + o_g, tl.sum(b_dd, 1), mask=m_t)
@@ -192,7 +186,7 @@ def linear_chain_bwd(
         b_gamma = load_gamma(decays, row, o_g, m_t, C)
         gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
-        if READS:
+        if BIAS.reads_memory:
             b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
     tl.store(grad_initial + state + o_vk, b_j, mask=m_kv)
 
@@ -201,28 +195,28 @@ def linear_chain_bwd(
 
 
 class Chain(NamedTuple):
-    """What the chain leaves for the parallel kernels."""
+    """The chain's outputs for the parallel kernels."""
 
-    states: Tensor  # [slots, H, Dk, Dv], S at every chunk's start, its primal under a gate; float32 if they are streamed, and for float16
-    errors: Tensor | None  # [B, T, H, Dv], likewise
-    squares: Tensor | None  # [B, T, H] float32, ||e||^2 for a bias that couples a row
-    duals: Tensor | None = None  # [slots, H, Dk, Dv] float32, under a retention gate
-    momenta: Tensor | None = None  # [slots, H, Dk, Dv] float32
-    scales: Tensor | None = None  # [slots, H] float32, rho of a gate that has one
+    states: Tensor  # [slots, H, Dk, Dv]   S at every chunk's start, or its primal; float32 if streamed, and for float16
+    errors: Tensor | None  # [B, T, H, Dv]
+    squares: Tensor | None  # [B, T, H] float32   ||e||^2, for a bias that couples a row
+    duals: Tensor | None = None  # [slots, H, Dk, Dv] float32   A, under a retention gate
+    momenta: Tensor | None = None  # [slots, H, Dk, Dv] float32   S
+    scales: Tensor | None = None  # [slots, H] float32   rho of a gate that has one
 
     def only(self, *names: str) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in names}
 
 
 def empty_chain(p: Problem) -> Chain:
-    gated, float32 = p.retention["RETENTION"] != retentions.L2.value, torch.float32
-    wide = float32 if p.q.dtype == torch.float16 else None  # which could not hold what a decay makes small before it is read
+    gated, float32 = p.key.gated, torch.float32
+    wide = float32 if p.q.dtype == torch.float16 else None  # float16 overflows on states that decay before they are read
     states = p.per_slot(p.slots, float32 if p.key.streams("linear_chain_fwd") and not gated else wide)
-    errors = p.per_token(p.value_dim, dtype=wide) if p.bias["READS"] else None
-    squares = p.per_token(dtype=float32) if p.bias["COUPLED"] else None
+    errors = p.per_token(p.value_dim, dtype=wide) if p.bias.reads_memory else None
+    squares = p.per_token(dtype=float32) if p.bias.row_coupled else None
     duals = p.per_slot(p.slots, float32) if gated else None
     momenta = None if p.momentum is None else p.per_slot(p.slots, float32)
-    scales = p.empty(p.slots.count, p.heads, dtype=float32) if p.retention["RETENTION"] == retentions.LQ.value else None
+    scales = p.empty(p.slots.count, p.heads, dtype=float32) if p.retention.has_rho else None
     return Chain(states, errors, squares, duals, momenta, scales)
 
 
@@ -233,74 +227,52 @@ def walk(
 
     ``initial``: the matrices ``[units, H, Dv, Dk]`` to start from, all with the same strides; ``final [matrices, N, H, Dk, Dv]``.
     """
-    tables = p.tables()
-    del tables["slot_owner"]
-    arguments |= dict(k=p.k, v=p.v, lr=p.lr, decays=weights.decays, delta=p.delta, position=p.position, initial=initial[0])
-    arguments |= dict(zip(("stride_in", "stride_ih", "stride_iv", "stride_ik"), initial[0].stride(), strict=True))
-    arguments |= dict(final=None if final is None else final[0])
-    opened, readouts, scales = _opened(p) if part == HEAD.value else (None, None, None)
-    streamed = p.key.streams("linear_chain_fwd")
-    if streamed:
-        more = dict(enumerate(initial)).get(1), None if final is None or len(final) == 1 else final[1]
-        arguments |= dict(zip(("initial_momentum", "final_momentum"), more, strict=True))
-        arguments |= dict(
-            readouts=readouts,
-            opened_scales=scales,
-            **chain.only("duals", "momenta", "scales"),
-            **p.retention,
-            moves=weights.moves,
-            CHANNELS=p.key.channels,
-        )
+    opened = opened_chunk(p) if part == HEAD.value else None
+    final, final_momentum = (None, None) if final is None else (*final, None)[:2]
+    arguments |= dict(
+        decays=weights.decays, **chain.only("states", "errors", "squares"), PART=part, final=final,
+        initial=initial[0], initial_strides=MatrixStrides(*initial[0].stride()), opened=None if opened is None else opened.primals[0],
+    )  # fmt: skip
+    if not p.key.streams("linear_chain_fwd"):
+        launch(linear_chain_fwd, p, units, "value", **arguments)
+        return
     launch(
-        linear_chain_fwd_streamed if streamed else linear_chain_fwd, p, units, "value",
-        opened=opened, **chain.only("states", "errors", "squares"),
-        **tables, ROW=p.row, **p.strides("k", "v"), PART=part, **p.sizes, **p.bias, **arguments,
+        linear_chain_fwd_streamed, p, units, "value",
+        **chain.only("duals", "momenta", "scales"), moves=weights.moves,
+        initial_momentum=initial[1] if len(initial) > 1 else None, final_momentum=final_momentum,
+        readouts=opened.readouts[0] if opened and opened.readouts else None,
+        opened_scales=opened.scales[0] if opened and opened.scales else None, **arguments,
     )  # fmt: skip
 
 
-def _opened(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of the chunk that a call resumes in: its primal, what its tokens read before writes of their own, and its rho.
-
-    The read-out of token t is ``gamma_t (gamma W_0 + rho (A - gamma A_0))`` with A_0 the dual at the chunk's start, A as it stands, and
-    gamma the decay between them.
-    """
-    opened, gate, dual = p.call.state.open_chunk, p.call.retention, p.dual
-    start = opened.start[0]
-    if p.retention["RETENTION"] == retentions.L2.value:
-        return start.contiguous(), None, None
-    primal, rho = gate.phi(start), gate.rho(start)
-    gamma = opened.log_decay.exp().reshape(*start.shape[:2], -1, 1)
-    return primal.contiguous(), (gamma * primal + rho * (dual - gamma * start)).contiguous(), rho.reshape(*start.shape[:2]).contiguous()
-
-
 def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> Chain:
-    """The chain again from the kept states, all segments at once."""
-    chain, segments = empty_chain(p), p.pieces(p.chunk_size * every)
-    kept = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
+    """Recompute the chain from the checkpoints, all segments at once."""
+    chain, segments = empty_chain(p), p.segments(p.chunk_size * every)
+    initial = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
     walk(
-        p, chain, weights, segments.count, tuple(x.transpose(-1, -2) for x in kept), SEGMENT.value, final=None, checkpoints=None,
+        p, chain, weights, segments.count, tuple(x.transpose(-1, -2) for x in initial), SEGMENT.value, final=None, checkpoints=None,
         EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
     )  # fmt: skip
     return chain
 
 
 class ChainGradients(NamedTuple):
-    """What the chain's backward leaves. Rows, ``[tiles, B, T, H]`` float32, are sums for the gradients of the gates (common/decays_bwd.py)."""
+    """Outputs of the chain's backward. ``rows_*`` ``[tiles, B, T, H]`` float32 are sums for the gates' gradients (decays_bwd.py)."""
 
-    states: Tensor  # [slots, H, Dk, Dv]   J, float32 if it is streamed, and for float16
+    states: Tensor  # [slots, H, Dk, Dv]   J; float32 if streamed, and for float16
     momenta: Tensor | None  # [slots, H, Dk, Dv] float32   JS
     v: Tensor  # [B, T, H, Dv]
-    initial: list[Tensor]  # of the initial dual and, if there is one, momentum: [N, H, Dv, Dk]
+    initial: list[Tensor]  # [N, H, Dv, Dk]   for the initial dual and, with momentum, the momentum matrix
     lr: Tensor  # [B, T, H] or [B, T, H, Dv]
-    delta: Tensor | None  # likewise
-    rows_kept: Tensor | None  # with a gate, unless decays go by channel
+    delta: Tensor | None  # [B, T, H] or [B, T, H, Dv]
+    rows_to_end: Tensor | None  # with decay or momentum, unless decays go by channel
     rows_step: Tensor | None  # with momentum
 
 
 def chain_gradients(
     p: Problem, weights: Weights, chain: Chain, from_out: Tensor, grad_out: Tensor, grad_state: list[Tensor]
 ) -> ChainGradients:
-    """Run :func:`linear_chain_bwd`, or its streamed form, from R and the gradients of the final matrices (none: they are zero)."""
+    """Run :func:`linear_chain_bwd`, or its streamed form, from R and the gradients of the final matrices (an empty list: zeros)."""
     streamed, moving, by_channel = p.key.streams("linear_chain_bwd"), p.momentum is not None, p.key.channels
     kernel, float32 = linear_chain_bwd_streamed if streamed else linear_chain_bwd, torch.float32
     count = tiles(kernel.__name__, p, "value")
@@ -311,34 +283,29 @@ def chain_gradients(
     def channels(wanted: bool) -> Tensor | None:
         return p.result(p.value_dim, dtype=float32) if wanted else None
 
-    channel_lr, delta = p.bias["CHANNEL_LR"], p.bias["DELTA"]
+    channel_lr, delta = p.lr.dim() == 4, p.bias.delta
     rows_lr = None if channel_lr else p.result(dtype=float32, tiles=count)
     rows_delta = p.result(dtype=float32, tiles=count) if delta == 1 else None
     grad_lr, grad_delta = channels(channel_lr), channels(delta == 2)
-    rows_kept, rows_step = rows(not by_channel and (moving or p.log_decay is not None)), rows(moving)
+    rows_to_end, rows_step = rows(not by_channel and (moving or p.log_decay is not None)), rows(moving)
     wide = float32 if streamed or p.q.dtype == torch.float16 else None
     grad_states, grad_momenta = p.per_slot(p.slots, wide), p.per_slot(p.slots, float32) if moving else None
     grad_v = p.result(p.value_dim)
     given = [x.contiguous() for x in grad_state]
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
-    tables = p.tables()
-    del tables["slot_owner"]
     more = {}
     if streamed:
         more = dict(
-            states=chain.states, **chain.only("duals", "momenta", "scales"), **p.retention, moves=weights.moves, CHANNELS=by_channel,
-            grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.retention else None,
-            grad_momenta=grad_momenta, rows_step=rows_step,
+            **chain.only("states", "duals", "momenta", "scales"), moves=weights.moves, grad_momenta=grad_momenta, rows_step=rows_step,
+            grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.gated else None,
             grad_final_momentum=given[1] if moving and given else None, grad_initial_momentum=initial[1] if moving else None,
         )  # fmt: skip
     launch(
         kernel, p, p.sequences, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, decays=weights.decays, delta=p.delta, **chain.only("errors", "squares"),
-        from_out=from_out, grad_out=grad_out, grad_final=given[0] if given else None,
-        grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0], grad_delta=grad_delta, grad_lr=grad_lr,
-        rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept, **more,
-        **tables, ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, **p.bias,
+        decays=weights.decays, **chain.only("errors", "squares"), from_out=from_out, grad_out=grad_out,
+        grad_final=given[0] if given else None, grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0],
+        grad_delta=grad_delta, grad_lr=grad_lr, rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, **more,
     )  # fmt: skip
     of_lr = grad_lr if channel_lr else rows_lr.sum(0)
     of_delta = rows_delta.sum(0) if delta == 1 else grad_delta
-    return ChainGradients(grad_states, grad_momenta, grad_v, initial, of_lr, of_delta, rows_kept, rows_step)
+    return ChainGradients(grad_states, grad_momenta, grad_v, initial, of_lr, of_delta, rows_to_end, rows_step)

@@ -1,45 +1,39 @@
-"""The two chains of the linear memory for states that no program can hold in its registers.
-
-`linear_chain_fwd` and `linear_chain_bwd` (chain.py) keep a tile of all keys on the chip. Where that does not fit (float32, more than 128 keys,
-a bias that couples a wide row of E), these two compute the same from states that stay in memory, in practice in the L2 cache: a chunk's
-state is read tile by tile from its slot and written to the next chunk's, so no address is written twice. A bias that couples a row is
-served by one program for all values, in two passes: all of E and its row norms, then the update. `states` and `grad_states` are float32.
-They also serve what has more than one matrix. Under a retention gate (phi, rho) the chain carries the dual A and predicts with
-W = phi(A); with momentum it carries S beside it:
+"""The forward chain of the linear memory, for states in memory (docs/mathematics.md, sections 2, 3 and 5).
 
     W = phi(A);  E = K W - V;  A <- gamma_C A + b_C S - K' (M_C U);  S <- pi_C S - K' (Theta_C U)
-    dU = rho R - M_C (K J) - Theta_C (K JS);  dW = Q' (gamma dO) + K' dE;  d rho = sum R o U + <Q' (b dO), S>
-    J <- gamma_C J + phi'^T dW + d rho d rho / dA;  JS <- b_C J + pi_C JS + rho Q' (b dO)
 
-W is stored in the operands' dtype in `states`, A and S in float32 in `duals` and `momenta`.
+`linear_chain_fwd` holds a tile of all keys in registers. Where that does not fit (float32, more than 128 keys, a bias that couples a wide
+row of E), this chain computes the same from states in memory, in practice in the L2 cache: it reads a chunk's state tile by tile from its
+slot and writes the next chunk's slot, so no address is written twice. If the bias couples a row, one program takes all values in two
+passes: first all of E and its row norms, then the update. `states` and `grad_states` are float32.
 
-The barriers order a program's own writes before its reads; loads must not be moved across them, hence no software pipelining (stages = 1).
+It also serves calls with more than one matrix: under a retention gate (phi, rho) the chain updates the dual A and predicts with W = phi(A);
+with momentum it updates the momentum matrix S too. W is stored in the operands' dtype in `states`, A and S in float32 in `duals` and
+`momenta`. The backward is in chain_streamed_bwd.py.
+
+The barriers order a program's own writes before its reads. Loads must not move across them, hence no software pipelining (stages = 1).
 """
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
-
 from ..common import bias as biases
-from ..common import retention as retentions
-from ..common.chunks import HEAD, end_of, of_chunk, sequence_of, slot_of, stretch_of
+from ..common.chunks import HEAD, chain_program, end_of, head_of, of_chunk, segment_of, slot_of
 from ..common.gates import (
     CARRY,
     load_delta,
     load_error,
-    load_gamma,
     load_gate,
     load_lr,
     load_row_weights,
-    load_scale,
     load_square,
     load_to_end,
     load_total,
 )
-from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, only_if, rounded, store, wide
-from .mirror import hand_on, mirror, pull_back, reopen, tile_of
+from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, only_if, store, wide
+from .mirror import hand_on, mirror, reopen, tile_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -49,30 +43,28 @@ def linear_chain_fwd_streamed(
     states, duals, momenta, scales, errors, squares, checkpoints, final, final_momentum,
     cu_seqlens, first_slot, first_segment, segment_owner,
     T, H, CHUNKS, ROW, SEGMENTS, EVERY,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_in, stride_ih, stride_iv, stride_ik,
+    k_strides, v_strides,
+    initial_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     PART: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`linear_chain_fwd` for one tile of values, or for all of them if the bias or the retention gate couples them.
+    """`linear_chain_fwd` for one tile of values, or for all values if the bias or the retention gate couples them.
 
-    Under a retention gate ``duals`` holds A and ``states`` its primal; ``momenta`` holds S_0, if there is momentum. ``CHANNELS``: decays
-    go by channel, see channel.py.
+    Under a retention gate ``duals`` holds A and ``states`` its primal; with momentum ``momenta`` holds S. ``CHANNELS``: decays by channel
+    (channel.py).
     """
     ROW = wide(ROW)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE
-    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # for a sequence and head
-    TILES: tl.constexpr = NV if ENTIRE else 1  # for a program
-    MATRICES: tl.constexpr = 1 if momenta is None else 2  # that a checkpoint keeps
-    i_tile = (tl.program_id(0) % PROGRAMS) * TILES
-    i_s = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_b, bos, eos, origin, first, last = stretch_of(
+    ENTIRE: tl.constexpr = BIAS.row_coupled or RETENTION.matrix_coupled
+    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # per sequence and head
+    TILES: tl.constexpr = NV if ENTIRE else 1  # per program
+    MATRICES: tl.constexpr = 1 if momenta is None else 2  # per checkpoint
+    i_p, i_s, i_h = chain_program(PROGRAMS)
+    i_tile = i_p * TILES
+    i_n, i_b, bos, eos, origin, first, last = segment_of(
         i_s, position, cu_seqlens, first_segment, segment_owner, T, SEGMENTS, EVERY, TOKENS, PART
     )
     slot = slot_of(i_n, first_slot, CHUNKS)
@@ -80,19 +72,19 @@ def linear_chain_fwd_streamed(
 
     o_c = tl.arange(0, C)
     o_g = o_c * H
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    k = head_of(k, k_strides, i_b, i_h)
+    v = head_of(v, v_strides, i_b, i_h)
     state = (i_n * H + i_h) * Dk * Dv
-    initial += i_s * stride_in + i_h * stride_ih
+    initial += i_s * initial_strides.n + i_h * initial_strides.h
     if momenta is not None:
-        initial_momentum += i_s * stride_in + i_h * stride_ih
+        initial_momentum += i_s * initial_strides.n + i_h * initial_strides.h
     if duals is None:
         duals = states
 
     at_first = ((slot + first) * H + i_h) * Dk * Dv
     for j in range(0, TILES * NK):
         o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
-        o_kv, o_initial = o_k[:, None] * Dv + o_v[None, :], o_k[:, None] * stride_ik + o_v[None, :] * stride_iv
+        o_kv, o_initial = o_k[:, None] * Dv + o_v[None, :], o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v
         b_s = tl.load(initial + o_initial, mask=m_kv, other=0.0)  # [BK, BV]
         hand_on(duals + at_first, o_kv, final, state, o_kv, first < last, b_s, m_kv)
         if momenta is not None:
@@ -110,35 +102,35 @@ def linear_chain_fwd_streamed(
         there = here + H * Dk * Dv
 
         # W = phi(A)
-        if RETENTION != retentions.L2:
+        if not RETENTION.is_identity:
             if PART == HEAD:
                 reopen(readouts, opened_scales, states, scales, place, i_n * H + i_h, i_tile, Dk, Dv, BK, BV, TILES)
             else:
-                mirror(duals, states, scales, place, i_tile, Dk, Dv, BK, BV, TILES, RETENTION, R0, R1)
+                mirror(duals, states, scales, place, i_tile, Dk, Dv, BK, BV, TILES, RETENTION)
             tl.debug_barrier()
 
         # E = K W - V
-        if READS:
+        if BIAS.reads_memory:
             b_square = tl.zeros((C,), tl.float32)
             for j in range(0, TILES):
                 o_v = (i_tile + j) * BV + tl.arange(0, BV)
                 m_v = inside(o_v, Dv, BV)
                 m_tv = m_t[:, None] & m_v[None, :]
-                b_e = -load_tile(v + t0 * stride_vt, stride_vt, o_c, o_v, m_t, m_v).to(tl.float32)
+                b_e = -load_tile(v + t0 * v_strides.t, v_strides.t, o_c, o_v, m_t, m_v).to(tl.float32)
                 for i_k in range(0, NK):
                     o_k = i_k * BK + tl.arange(0, BK)
                     m_k = inside(o_k, Dk, BK)
                     m_kv = m_k[:, None] & m_v[None, :]
-                    b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
-                    if PART == HEAD:  # the errors of a chunk that was open before are taken at its own start
+                    b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
+                    if PART == HEAD:  # a chunk that was open before predicts with its own start
                         b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
                     else:
                         b_w = tl.load(states + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
                     b_e += fitted_dot(b_k, b_w, DTYPE)
                 store(errors + row * Dv + o_g[:, None] * Dv + o_v[None, :], b_e, m_tv)
-                if COUPLED:
+                if BIAS.row_coupled:
                     b_square += tl.sum(b_e * b_e, 1)
-            if COUPLED:
+            if BIAS.row_coupled:
                 tl.store(squares + row + o_g, b_square, mask=m_t)
             tl.debug_barrier()
 
@@ -151,14 +143,14 @@ def linear_chain_fwd_streamed(
             pi, b_step = tl.load(moves + row + o_last), load_gate(moves + ROW, row, o_g, m_t)  # [C]
             if not CHANNELS:
                 carry = tl.load(decays + CARRY * ROW + row + o_last)
-        b_row = load_square(squares, row, o_g, m_t, COUPLED)
+        b_row = load_square(squares, row, o_g, m_t, BIAS)
         for j in range(0, TILES):
             o_v = (i_tile + j) * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
             o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
-            b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-            b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-            b_psi = biases.value(b_e, b_row, b_delta, BIAS, P0, P1, P2)
+            b_e = load_error(v + t0 * v_strides.t, v_strides.t, errors, row, o_c, o_v, o_tv, m_tv, Dv, BIAS)
+            b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS)
+            b_psi = biases.value(b_e, b_row, b_delta, BIAS)
             b_lr = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
             if CHANNELS:
                 b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
@@ -172,231 +164,19 @@ def linear_chain_fwd_streamed(
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_k = inside(o_k, Dk, BK)
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
-                b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
+                b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
                 b_s = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                 if checkpoints is not None:
-                    kept = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
-                    tl.store(kept + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
+                    checkpoint = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
+                    tl.store(checkpoint + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
                 if momenta is None:
                     b_s = b_s * gamma - dot(tl.trans(b_k), b_u) * scale
                 else:
                     b_m = tl.load(momenta + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                     if checkpoints is not None:
-                        tl.store(kept + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
+                        tl.store(checkpoint + Dk * Dv + o_kv, b_m, mask=only_if(i_c % EVERY == 0, m_kv))
                     b_s = b_s * gamma + b_m * carry - dot(tl.trans(b_k), b_u) * scale
                     b_m = b_m * pi - dot(tl.trans(b_k), b_us) * scale_step
                     hand_on(momenta + there, o_kv, final_momentum, state, o_kv, i_c + 1 < last, b_m, m_kv)
                 hand_on(duals + there, o_kv, final, state, o_kv, i_c + 1 < last, b_s, m_kv)
         tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def linear_chain_bwd_streamed(
-    q, k, v, lr, decays, moves, delta,
-    states, duals, momenta, scales, errors, squares, from_out, grad_out, grad_final, grad_final_momentum,
-    grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum, grad_delta, grad_lr,
-    rows_lr, rows_delta, rows_kept, rows_step,
-    cu_seqlens, first_slot,
-    T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """`linear_chain_bwd` for one tile of values, or for all of them if the bias or the retention gate couples them.
-
-    `grad_v` holds dU between the passes. Under a retention gate J is the gradient of the dual; `grad_primal [N, H, Dk, Dv]` holds that of
-    the primal, where the gate couples its entries. `grad_momenta` holds JS, the gradient of the momentum.
-    """
-    ROW = wide(ROW)
-    NK: tl.constexpr = (Dk + BK - 1) // BK
-    NV: tl.constexpr = (Dv + BV - 1) // BV
-    ENTIRE: tl.constexpr = COUPLED or RETENTION == retentions.ENTIRE
-    COUPLING: tl.constexpr = RETENTION == retentions.ROWS or RETENTION == retentions.ENTIRE
-    PROGRAMS: tl.constexpr = 1 if ENTIRE else NV  # for a sequence and head
-    TILES: tl.constexpr = NV if ENTIRE else 1  # for a program
-    i_p = tl.program_id(0) % PROGRAMS
-    i_tile = i_p * TILES
-    i_n = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    chunks = ((eos - bos + TOKENS - 1) // TOKENS).to(tl.int32)
-    slot = slot_of(i_n, first_slot, CHUNKS)
-
-    o_c = tl.arange(0, C)
-    o_g = o_c * H
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
-    state = (i_n * H + i_h) * Dk * Dv
-    tile_row = i_p.to(tl.int64) * ROW
-
-    at_last = ((slot + chunks - 1) * H + i_h) * Dk * Dv
-    for j in range(0, TILES * NK):
-        o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
-        o_kv, o_vk = o_k[:, None] * Dv + o_v[None, :], o_v[None, :] * Dk + o_k[:, None]
-        b_j = tl.zeros((BK, BV), tl.float32)
-        if grad_final is not None:
-            b_j += tl.load(grad_final + state + o_vk, mask=m_kv, other=0.0)
-        hand_on(grad_states + at_last, o_kv, grad_initial, state, o_vk, chunks > 0, b_j, m_kv)
-        if momenta is not None:
-            b_m = tl.zeros((BK, BV), tl.float32)
-            if grad_final is not None:
-                b_m += tl.load(grad_final_momentum + state + o_vk, mask=m_kv, other=0.0)
-            hand_on(grad_momenta + at_last, o_kv, grad_initial_momentum, state, o_vk, chunks > 0, b_m, m_kv)
-    tl.debug_barrier()
-
-    for i in range(0, chunks):
-        i_c = chunks - 1 - i
-        t0 = bos + i_c * TOKENS
-        end = end_of(t0, eos, C, TOKENS)
-        m_t = t0 + o_c < end
-        row = (i_b * T + t0) * H + i_h
-        place = (slot + i_c) * H + i_h
-        here = place * Dk * Dv
-        there = here - H * Dk * Dv
-        rho = load_scale(scales, place)
-
-        # dU = rho R - dec (K J) - Theta_C (K JS), and what a row of it sums to
-        drho = 0.0
-        if not CHANNELS:
-            b_to_end = load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, 1]
-        if not CHANNEL_LR:
-            b_lr = load_gate(lr, row, o_g, m_t)  # [C]
-        if momenta is not None:
-            b_step = load_gate(moves + ROW, row, o_g, m_t)  # [C]
-            b_stepped = tl.zeros((C,), tl.float32)
-        b_square = load_square(squares, row, o_g, m_t, COUPLED)
-        b_dlr = tl.zeros((C,), tl.float32)
-        b_kept = tl.zeros((C,), tl.float32)
-        b_dd_row = tl.zeros((C,), tl.float32)
-        b_along = tl.zeros((C,), tl.float32)
-        for j in range(0, TILES):
-            o_v = (i_tile + j) * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
-            b_kj = tl.zeros((C, BV), tl.float32)
-            b_km = tl.zeros((C, BV), tl.float32)
-            for i_k in range(0, NK):
-                o_k = i_k * BK + tl.arange(0, BK)
-                m_k = inside(o_k, Dk, BK)
-                b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
-                o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
-                b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-                b_kj += fitted_dot(b_k, b_j, DTYPE)
-                if momenta is not None:
-                    b_km += fitted_dot(b_k, tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0), DTYPE)
-            if CHANNELS:
-                b_to_end = load_row_weights(decays + ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
-            b_r = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
-            if momenta is None:
-                b_kj *= b_to_end
-                b_du = b_r * rho - b_kj  # [C, BV]
-            else:
-                b_du = b_r * rho - b_kj * b_to_end - b_km * b_step[:, None]
-            store(grad_v + row * Dv + o_tv, b_du, m_tv)
-            b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-            b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-            b_psi = biases.value(b_e, b_square, b_delta, BIAS, P0, P1, P2)
-            b_eta = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
-            if CHANNEL_LR:
-                tl.store(grad_lr + row * Dv + o_tv, b_du * b_psi, mask=m_tv)
-                b_kept -= tl.sum(b_kj * (b_psi * b_eta), 1)
-            else:
-                b_dlr += tl.sum(b_du * b_psi, 1)
-                b_kept -= tl.sum(b_kj * b_psi, 1)
-            if momenta is not None:
-                b_stepped -= tl.sum(b_km * (b_psi * b_eta), 1)
-            if scales is not None:
-                drho += tl.sum(b_r * (b_psi * b_eta))
-            if DELTA > 0:
-                b_dd = b_du * b_eta * biases.slope_delta(b_e, b_square, b_delta, BIAS, P0)
-                if DELTA == 2:
-                    tl.store(grad_delta + row * Dv + o_tv, b_dd, mask=m_tv)
-                else:
-                    b_dd_row += tl.sum(b_dd, 1)
-            if COUPLED:
-                b_along += tl.sum((b_du * b_eta if CHANNEL_LR else b_du) * b_e, 1)
-        if not CHANNEL_LR:
-            b_kept *= b_lr
-            b_along *= b_lr
-            tl.store(rows_lr + tile_row + row + o_g, b_dlr, mask=m_t)
-        if rows_kept is not None:
-            tl.store(rows_kept + tile_row + row + o_g, b_kept, mask=m_t)
-        if momenta is not None:
-            tl.store(rows_step + tile_row + row + o_g, b_stepped, mask=m_t)
-        if DELTA == 1:
-            tl.store(rows_delta + tile_row + row + o_g, b_dd_row, mask=m_t)
-        tl.debug_barrier()
-
-        # dE = psi'(E) (eta dU);  dW = Q' (gamma dO) + K' dE;  J <- gamma_C J + phi' dW;  JS <- b_C J + pi_C JS + rho Q' (b dO)
-        o_last = (tl.minimum(end - t0, C) - 1) * H
-        if not CHANNELS:
-            b_gamma = load_gamma(decays, row, o_g, m_t, C)[:, None]  # [C, 1]
-            gamma = load_total(decays, row, o_last)
-        if momenta is not None:
-            pi = tl.load(moves + row + o_last)
-            if not CHANNELS:
-                carry = tl.load(decays + CARRY * ROW + row + o_last)
-                b_carry = load_gate(decays + CARRY * ROW, row, o_g, m_t)[:, None]  # [C, 1]
-        for j in range(0, TILES):
-            o_v = (i_tile + j) * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            o_tv, m_tv = o_g[:, None] * Dv + o_v[None, :], m_t[:, None] & m_v[None, :]
-            b_eta = load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR)  # [C, 1] or [C, BV]
-            b_y = tl.load(grad_v + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) * b_eta
-            b_e = load_error(v + t0 * stride_vt, stride_vt, errors, row, o_c, o_v, o_tv, m_tv, Dv, READS)
-            b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, DELTA)
-            b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS, P0, P1, P2)  # [C, BV]
-            if COUPLED:
-                b_de += biases.pull(b_square, b_delta, BIAS, P0) * b_along[:, None] * b_e
-            b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
-            if CHANNELS:
-                b_gamma = load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
-                gamma = tl.load(decays + (row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
-                if momenta is not None:
-                    b_carry = load_row_weights(decays + CARRY * ROW * Dv, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]
-                    carry = tl.load(decays + (CARRY * ROW + row + o_last) * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
-            if momenta is not None:
-                b_dc = rounded(b_do * b_carry, DTYPE)  # [C, BV]
-            b_do = rounded(b_do * b_gamma, DTYPE)  # [C, BV]
-            for i_k in range(0, NK):
-                o_k = i_k * BK + tl.arange(0, BK)
-                m_k = inside(o_k, Dk, BK)
-                m_kv = m_k[:, None] & m_v[None, :]
-                b_q = load_tile(q + t0 * stride_qt, stride_qt, o_c, o_k, m_t, m_k)  # [C, BK]
-                o_kv, o_vk = o_k[:, None] * Dv + o_v[None, :], o_v[None, :] * Dk + o_k[:, None]
-                b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-                if momenta is not None:
-                    b_read = dot(tl.trans(b_q), b_dc)  # [BK, BV]
-                    if scales is not None:
-                        drho += tl.sum(b_read * tl.load(momenta + here + o_kv, mask=m_kv, other=0.0))
-                    b_m = b_j * carry + tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0) * pi + b_read * rho
-                    hand_on(grad_momenta + there, o_kv, grad_initial_momentum, state, o_vk, i_c > 0, b_m, m_kv)
-                b_j *= gamma
-                if RETENTION == retentions.L2:
-                    b_j += dot(tl.trans(b_q), b_do)
-                else:
-                    b_g = dot(tl.trans(b_q), b_do)  # [BK, BV]
-                if READS:
-                    b_k = load_tile(k + t0 * stride_kt, stride_kt, o_c, o_k, m_t, m_k)  # [C, BK]
-                    if RETENTION == retentions.L2:
-                        b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
-                    else:
-                        b_g += fitted_dot(tl.trans(b_k), b_de, DTYPE)
-                if COUPLING:
-                    tl.store(grad_primal + state + o_kv, b_g, mask=m_kv)
-                else:
-                    if RETENTION != retentions.L2:
-                        b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
-                        b_j += retentions.pull(b_g, b_a, b_a, 0.0, rho, RETENTION, R0, R1)
-                    hand_on(grad_states + there, o_kv, grad_initial, state, o_vk, i_c > 0, b_j, m_kv)
-            store(grad_v + row * Dv + o_tv, -b_de, m_tv)
-        tl.debug_barrier()
-        if COUPLING:
-            pull_back(
-                states, duals, grad_states, grad_primal, grad_initial, decays, row + o_last, place, state, i_c, i_tile, rho, drho, H,
-                Dk, Dv, BK, BV, TILES, RETENTION, R0, R1, CHANNELS,
-            )  # fmt: skip
-            tl.debug_barrier()

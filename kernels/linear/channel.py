@@ -1,16 +1,15 @@
-"""A log-decay for every value channel, ``[B, T, H, Dv]``: what replaces the parallel stages of the linear memory.
+"""Log-decays by value channel, ``[B, T, H, Dv]``: parallel kernels of the linear memory (docs/mathematics.md, section 8).
 
-Every channel v has its own ``gamma_tv`` and ``M_ts,v`` (decays.py; ``M = L`` without momentum), so a chunk's pairs are no matrix product:
+Every channel v has its own ``gamma_tv`` and ``M_ts,v`` (decays.py; ``M = L`` without momentum), so its pairs are no matrix product:
 
-    channel_decay, channel_momentum   gamma_tv;  M_Cs,v;  with momentum b_tv
     channel_scores                    X = Q K'
     channel_output                    o_tv = gamma_tv (W q_t)_v + rho (b_tv (S q_t)_v - sum_s M_ts,v X_ts U_sv)
-    channel_du_bwd                       R_sv = -sum_t M_ts,v X_ts dO_tv;   dX_ts = -sum_v M_ts,v dO_tv U_sv
-    channel_decay_bwd                d log alpha_tv, and what it leaves for d theta
+    channel_du_bwd                    R_sv = -sum_t M_ts,v X_ts dO_tv;   dX_ts = -sum_v M_ts,v dO_tv U_sv
+    channel_decay_bwd                 d log alpha_tv, and its sums for d theta
 
-The pairs are walked token by token with a tile ``M_t [C, BV]`` of all earlier tokens, ``M_t = alpha_t M_{t-1} + Theta_t``: products of
-numbers in [0, 1], no exponential of a difference, whatever the decays. A decay's gradient is summed over just the pairs that it lies
-between. With ``M_rs = sum_u L_ru Theta_us`` these are pairs of a read r and an earlier token u, whose weight is ``L_ru,v``:
+The kernels go through the pairs token by token with a tile ``M_t [C, BV]`` of all earlier tokens, ``M_t = alpha_t M_{t-1} + Theta_t``:
+products of numbers in [0, 1] and no exponential of a difference, whatever the decays. A decay's gradient is the sum over the pairs that it
+lies between. With ``M_rs = sum_u L_ru Theta_us`` these are pairs of a read r and an earlier token u with weight ``L_ru,v``:
 
     d log alpha_tv = sum_{r >= t} gamma_rv (W q_r)_v dO_rv + gamma_Cv <J, A>_v + sum_{r >= t > u} h_ru,v + sum_{u < t} h_u,v
     h_ru,v = rho dO_rv L_ru,v (pi_u (S q_r)_v - sum_s Theta_us X_rs U_sv)
@@ -18,19 +17,18 @@ between. With ``M_rs = sum_u L_ru Theta_us`` these are pairs of a read r and an 
     gTheta_us = -rho sum_rv L_ru,v dO_rv X_rs U_sv - sum_v L_Cu,v (J k_s)_v U_sv
     gpi_u = rho sum_rv L_ru,v dO_rv (S q_r)_v + sum_v L_Cu,v <J, S>_v
 
-Without momentum ``Theta = 1`` and pi = 0. The chains are those of chain_streamed.py, with weights by channel; dQ and dK come from
-`linear_dqk_bwd`, which reads dX instead of making it.
+Without momentum ``Theta = 1`` and pi = 0. The chains are those of chain_streamed.py, with weights by channel; `linear_dqk_bwd`
+computes dQ and dK from the dX of `channel_du_bwd`.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-
-from ..common.chunks import chunk_of
+from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.gates import CARRY, load_gate, load_scale, load_update
 from ..common.launch import Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, pair_products, store, wide
@@ -38,7 +36,7 @@ from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if,
 
 @triton.jit
 def next_weights(b_m, log_decay, steps, row, i_t, o_s, o_v, valid, m_v, H, Dv: tl.constexpr, C: tl.constexpr):
-    """``M_t [C, BV]`` from ``M_{t-1}``, or ``L_t`` where `steps` (the chunk's Theta) is None; unchanged by a token that is not there."""
+    """``M_t [C, BV]`` from ``M_{t-1}``, or ``L_t`` where `steps` (the chunk's Theta) is None; unchanged for tokens outside the sequence."""
     b_alpha = tl.exp(tl.load(log_decay + (row + i_t * H) * Dv + o_v, mask=only_if(valid, m_v), other=0.0))  # [BV]
     if steps is None:
         return tl.where(only_if(valid, o_s == i_t)[:, None], 1.0, b_m * b_alpha[None, :])
@@ -47,85 +45,22 @@ def next_weights(b_m, log_decay, steps, row, i_t, o_s, o_v, valid, m_v, H, Dv: t
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def channel_decay(
-    log_decay, position, decays,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``decays [2, B, T, H, Dv]``: gamma_tv and gamma_Cv / gamma_sv, each summed from its own end."""
-    ROW = wide(ROW)
-    NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
-    o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    m_v = inside(o_v, Dv, BV)[None, :]
-    m_t = ((t0 + o_t < eos) & (t0 + o_t >= bos))[:, None] & m_v
-    m_next = ((t0 + o_t + 1 < eos) & (t0 + o_t + 1 >= bos) & (o_t < C - 1))[:, None] & m_v
-    o_tv = ((i_b * T + t0) * H + i_h) * Dv + (o_t * (H * Dv))[:, None] + o_v[None, :]
-    b_g = tl.load(log_decay + o_tv, mask=m_t, other=0.0)  # [C, BV]
-    b_next = tl.load(log_decay + H * Dv + o_tv, mask=m_next, other=0.0)
-    tl.store(decays + o_tv, tl.exp(tl.cumsum(b_g, 0)), mask=m_t)
-    tl.store(decays + ROW * Dv + o_tv, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_t)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def channel_momentum(
-    log_decay, momentum, moves, position, decays,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``decays [3, B, T, H, Dv]``: gamma_tv, M_Cs,v, b_tv; ``M_Cs = L_Cs + theta_{s+1} M_Cs+1`` from the end."""
-    ROW = wide(ROW)
-    NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
-    i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
-    o_v = i_v * BV + tl.arange(0, BV)
-    m_v = inside(o_v, Dv, BV)
-    row = (i_b * T + t0) * H + i_h
-    b_gamma, b_carry = tl.full((BV,), 1.0, tl.float32), tl.zeros((BV,), tl.float32)
-    for i_t in range(0, C):
-        here = (t0 + i_t < eos) & (t0 + i_t >= bos)
-        m_tv, o_tv = only_if(here, m_v), (row + i_t * H) * Dv + o_v
-        b_alpha = tl.exp(tl.load(log_decay + o_tv, mask=m_tv, other=0.0))  # [BV]
-        b_gamma *= b_alpha
-        b_carry = b_carry * b_alpha + tl.load(moves + row + i_t * H, mask=here, other=0.0)
-        tl.store(decays + o_tv, b_gamma, mask=m_tv)
-        tl.store(decays + 2 * ROW * Dv + o_tv, b_carry, mask=m_tv)
-    b_l, b_m = tl.full((BV,), 1.0, tl.float32), tl.zeros((BV,), tl.float32)  # L_Cs, theta_{s+1} M_Cs+1
-    for i in range(0, C):
-        i_s = C - 1 - i
-        here = (t0 + i_s < eos) & (t0 + i_s >= bos)
-        m_sv, o_sv = only_if(here, m_v), (row + i_s * H) * Dv + o_v
-        b_m = tl.where(here, b_m + b_l, b_m)
-        tl.store(decays + ROW * Dv + o_sv, b_m, mask=m_sv)
-        b_l *= tl.exp(tl.load(log_decay + o_sv, mask=m_sv, other=0.0))
-        b_m *= tl.load(momentum + row + i_s * H, mask=here, other=1.0)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
 def channel_scores(
     q, k, position, scores,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    q_strides, k_strides,
+    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A block ``[BC, BC]`` of one chunk's ``Q K' [t, s]``."""
     NC: tl.constexpr = C // BC
-    i_s, i_r = tl.program_id(0) % NC, tl.program_id(0) // NC % NC
-    i_slot = (tl.program_id(0) // (NC * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_s, i_r, i_slot, i_h = chunk_program(NC, NC)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_s = i_r * BC + tl.arange(0, BC), i_s * BC + tl.arange(0, BC)
     m_t, m_s = (t0 + o_t < eos) & (t0 + o_t >= bos), (t0 + o_s < eos) & (t0 + o_s >= bos)
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    b_x = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    b_x = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)
     tl.store(scores + (i_slot * H + i_h) * C * C + o_t[:, None] * C + o_s[None, :], b_x)
 
 
@@ -135,16 +70,14 @@ def channel_output(
     states, errors, squares, momenta, scales, scores, out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh,
+    q_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[C, BV]`` of one chunk's output."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)
@@ -152,8 +85,8 @@ def channel_output(
     row = (i_b * T + t0) * H + i_h
     o_tv = (o_t * (H * Dv))[:, None] + o_v[None, :]
     place = i_slot * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     scores += place * C * C
     rho = load_scale(scales, place)
     if steps is not None:
@@ -164,7 +97,7 @@ def channel_output(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [C, BK]
+        b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [C, BK]
         o_kv, m_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :], m_k[:, None] & m_v[None, :]
         b_o += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
         if momenta is not None:
@@ -173,8 +106,8 @@ def channel_output(
     if momenta is not None:
         b_o += b_carried * (tl.load(decays + (CARRY * ROW + row) * Dv + o_tv, mask=m_tv, other=0.0) * rho)
     b_u = load_update(
-        v, stride_vt, lr, delta, errors, squares, row, H, o_t, o_v, m_t, m_v,
-        Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        v, v_strides.t, lr, delta, errors, squares, row, H, o_t, o_v, m_t, m_v,
+        Dv, BIAS, CHANNEL_LR,
     )  # [C, BV]  # fmt: skip
     b_u *= rho
     b_m = tl.zeros((C, BV), tl.float32)  # M_t [s, v]
@@ -191,28 +124,26 @@ def channel_du_bwd(
     v, lr, log_decay, steps, delta, errors, squares, scores, grad_out, from_out, grad_scores,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, SLOTS,
-    stride_vb, stride_vt, stride_vh,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    v_strides,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dv: tl.constexpr, BV: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[C, BV]`` of R, and its share of dX, to ``grad_scores [tiles, slots, H, C, C]``."""
+    """A tile ``[C, BV]`` of R, and its share of dX in ``grad_scores [tiles, slots, H, C, C]``."""
     SLOTS = wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    v = token_of(v, v_strides, i_b, t0, i_h)
     scores += (i_slot * H + i_h) * C * C
     grad_scores += ((i_v * SLOTS + i_slot) * H + i_h) * C * C
     if steps is not None:
         steps += (i_slot * H + i_h) * C * C
     b_u = load_update(
-        v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-        Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+        Dv, BIAS, CHANNEL_LR,
     )  # [C, BV]  # fmt: skip
     b_r = tl.zeros((C, BV), tl.float32)
     b_m = tl.zeros((C, BV), tl.float32)  # M_t [s, v]
@@ -232,16 +163,14 @@ def channel_decay_bwd(
     states, duals, momenta, errors, squares, scales, scores, grad_states, grad_out, grad_log_decay, grad_steps, rows_carry,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[C, BV]`` of one chunk's d log alpha; with momentum its share of gTheta and gpi, a row of each for every tile."""
+    """A tile ``[C, BV]`` of one chunk's d log alpha; with momentum also its share of gTheta and gpi, one row per tile."""
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    i_v, i_h = tl.program_id(0) % NV, tl.program_id(1).to(tl.int64)
-    i_slot = (tl.program_id(0) // NV).to(tl.int64)
+    i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
@@ -249,15 +178,15 @@ def channel_decay_bwd(
     row = (i_b * T + t0) * H + i_h
     o_sv = (o_s * (H * Dv))[:, None] + o_v[None, :]
     place = i_slot * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     scores += place * C * C
     if duals is None:
         duals = states
 
     b_read = tl.zeros((C, BV), tl.float32)  # W q
-    b_kept = tl.zeros((C, BV), tl.float32)  # J k
+    b_end_sum = tl.zeros((C, BV), tl.float32)  # J k
     b_inner = tl.zeros((BV,), tl.float32)  # <J, A>
     b_carried = tl.zeros((C, BV), tl.float32)  # S q
     b_inner_carry = tl.zeros((BV,), tl.float32)  # <J, S>
@@ -266,23 +195,23 @@ def channel_decay_bwd(
         m_k = inside(o_k, Dk, BK)
         m_kv = m_k[:, None] & m_v[None, :]
         o_kv = place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
-        b_q = load_tile(q, stride_qt, o_s, o_k, m_s, m_k)  # [C, BK]
-        b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [C, BK]
+        b_q = load_tile(q, q_strides.t, o_s, o_k, m_s, m_k)  # [C, BK]
+        b_k = load_tile(k, k_strides.t, o_s, o_k, m_s, m_k)  # [C, BK]
         b_j = tl.load(grad_states + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
         b_read += fitted_dot(b_q, tl.load(states + o_kv, mask=m_kv, other=0.0), DTYPE)
-        b_kept += fitted_dot(b_k, b_j, DTYPE)
+        b_end_sum += fitted_dot(b_k, b_j, DTYPE)
         b_inner += tl.sum(b_j * tl.load(duals + o_kv, mask=m_kv, other=0.0), 0)
         if momenta is not None:
             b_s0 = tl.load(momenta + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
             b_carried += fitted_dot(b_q, b_s0, DTYPE)
             b_inner_carry += tl.sum(b_j * b_s0, 0)
     b_u = load_update(
-        v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-        Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+        v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+        Dv, BIAS, CHANNEL_LR,
     )  # [C, BV]  # fmt: skip
     b_do = tl.load(grad_out + row * Dv + o_sv, mask=m_sv, other=0.0).to(tl.float32)  # [C, BV]
     b_read *= b_do * tl.load(decays + row * Dv + o_sv, mask=m_sv, other=0.0)
-    b_kept *= -b_u
+    b_end_sum *= -b_u
     b_do *= load_scale(scales, place)
     if momenta is not None:
         b_theta = tl.load(steps + place * C * C + o_s[:, None] * C + o_s[None, :])  # Theta [u, s]
@@ -290,15 +219,15 @@ def channel_decay_bwd(
         b_gtheta = tl.zeros((C, C), tl.float32)  # [u, s]
         b_gpi = tl.zeros((C,), tl.float32)
 
-    b_crossing = tl.zeros((C, BV), tl.float32)  # at u: the sum of h over what lies after u
+    b_crossing = tl.zeros((C, BV), tl.float32)  # at u: the sum of h over later tokens
     b_l = tl.zeros((C, BV), tl.float32)  # L_t [u, v]
-    for i_t in range(0, C + 1):  # the last row is what the next chunk asks
+    for i_t in range(0, C + 1):  # the last row: gradients from the next chunk
         valid = (i_t < C) & (t0 + i_t < eos)
         b_l = next_weights(b_l, log_decay, None, row, i_t, o_s, o_v, valid, m_v, H, Dv, C)
         b_at = only_if(i_t < C, o_s == i_t)[:, None]
         b_out = tl.where(i_t < C, tl.sum(tl.where(b_at, b_do, 0.0), 0), 1.0)  # [BV]
         b_x = tl.load(scores + i_t * C + o_s, mask=only_if(i_t < C, m_s), other=0.0)  # [C]
-        b_writes = tl.where(i_t < C, -b_x[:, None] * b_u, b_kept)  # [s, v]
+        b_writes = tl.where(i_t < C, -b_x[:, None] * b_u, b_end_sum)  # [s, v]
         b_weight = b_l * b_out[None, :]  # [u, v]
         if momenta is None:
             b_h = b_weight * b_writes
@@ -325,24 +254,10 @@ def channel_decay_bwd(
 # -------------------------------------------------------------------------------------------------------------- launchers
 
 
-def decays_by_channel(p: Problem, moves: Tensor | None = None) -> Tensor:
-    """gamma_tv and M_Cs,v; with momentum, whose pi is in ``moves``, b_tv: ``[2 or 3, B, T, H, Dv]`` float32."""
-    decays = p.empty(2 if moves is None else 3, p.batch, p.tokens, p.heads, p.value_dim, dtype=torch.float32)
-    arguments = dict(log_decay=p.log_decay, position=p.position, decays=decays, ROW=p.row, **p.tables(), **p.sizes)
-    if moves is None:
-        launch(channel_decay, p, p.slots.count, "value", **arguments)
-    else:
-        launch(channel_momentum, p, p.slots.count, "value", momentum=p.momentum, moves=moves, **arguments)
-    return decays
-
-
 def chunk_scores(p: Problem) -> Tensor:
     """``Q K' [slots, H, C, C]`` float32."""
     scores = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
-    launch(
-        channel_scores, p, p.slots.count * p.blocks**2, "head",
-        q=p.q, k=p.k, position=p.position, scores=scores, **p.tables(), **p.strides("q", "k"), **p.sizes, BC=p.block,
-    )  # fmt: skip
+    launch(channel_scores, p, p.slots.count * p.blocks**2, "head", scores=scores)
     return scores
 
 
@@ -351,22 +266,20 @@ def output(p: Problem, weights, chain) -> Tensor:
     out = p.result(p.value_dim)
     launch(
         channel_output, p, p.slots.count, "value",
-        q=p.q, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "steps"), delta=p.delta, position=p.position,
-        **chain.only("states", "errors", "squares", "momenta", "scales"), scores=chunk_scores(p), out=out,
-        **p.tables(), ROW=p.row, **p.strides("q", "v"), **p.sizes, **p.bias,
+        **weights.only("decays", "steps"), **chain.only("states", "errors", "squares", "momenta", "scales"),
+        scores=chunk_scores(p), out=out,
     )  # fmt: skip
     return out
 
 
-def pre(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, less rho."""
+def du_from_output(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, without the factor rho."""
     from_out = p.per_token(p.value_dim)
     grad_scores = p.empty(tiles("channel_du_bwd", p, "value"), *scores.shape, dtype=torch.float32)
     launch(
         channel_du_bwd, p, p.slots.count, "value",
-        v=p.v, lr=p.lr, log_decay=p.log_decay, steps=weights.steps, delta=p.delta, errors=chain.errors, squares=chain.squares,
-        scores=scores, grad_out=grad_out, from_out=from_out, grad_scores=grad_scores, SLOTS=p.slots.count,
-        **p.tables(), **p.strides("v"), **p.sizes, **p.bias,
+        steps=weights.steps, **chain.only("errors", "squares"), scores=scores,
+        grad_out=grad_out, from_out=from_out, grad_scores=grad_scores,
     )  # fmt: skip
     return from_out, grad_scores.sum(0)
 
@@ -379,9 +292,7 @@ def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tens
         partial = [p.empty(count, *shape, dtype=torch.float32) for shape in (scores.shape, p.momentum.shape)]
     launch(
         channel_decay_bwd, p, p.slots.count, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, log_decay=p.log_decay, **weights.only("decays", "moves", "steps"), delta=p.delta,
-        **chain.only("states", "duals", "momenta", "errors", "squares", "scales"), scores=scores,
-        grad_states=grad_states, grad_out=grad_out, grad_log_decay=grad, grad_steps=partial[0], rows_carry=partial[1],
-        **p.tables(), ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, **p.bias,
+        **weights.only("decays", "moves", "steps"), **chain.only("states", "duals", "momenta", "errors", "squares", "scales"),
+        scores=scores, grad_states=grad_states, grad_out=grad_out, grad_log_decay=grad, grad_steps=partial[0], rows_carry=partial[1],
     )  # fmt: skip
     return grad, *(x.sum(0) for x in partial if x is not None)

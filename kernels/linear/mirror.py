@@ -1,17 +1,16 @@
-"""The mirror map of the linear memory's retention gates (SPEC section 4), on a program's tiles of one chunk's state; for chain_streamed.py.
+"""The mirror map of the linear memory's retention gates (docs/mathematics.md, section 5): stages of the streamed chains.
 
-    mirror      W = phi(A), and rho of a gate that has one                        forward
-    reopen      of a chunk that was open before, what its tokens read instead     forward
-    pull_back   J <- gamma_C J + phi'(A)' dW + d rho d rho / dA                   backward
+    mirror      W = phi(A), and rho of a gate that has one                                      forward
+    reopen      the same for a chunk that was open before, from what its tokens read instead    forward
+    pull_back   J <- gamma_C J + phi'(A)' dW + d rho d rho / dA                                 backward
 
-A program has ``TILES`` tiles of values from ``i_tile`` on and all keys, ``NK`` tiles of them.
+A program has ``TILES`` tiles of values, from ``i_tile`` on, and all ``NK`` tiles of keys of one chunk's state.
 """
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from ..common import retention as retentions
 from ..common.gates import load_total
@@ -28,7 +27,7 @@ def tile_of(j, i_tile, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV:
 
 @triton.jit
 def hand_on(slot, o_slot, end, state, o_end, more, b_x, m_kv):
-    """A tile of a matrix to the next chunk's slot or, where no ``more`` chunks come, to ``end`` at ``state``, if that is wanted."""
+    """Store a tile in the next chunk's slot or, after the last chunk (``more`` is 0), in ``end`` at ``state`` unless ``end`` is None."""
     tl.store(slot + o_slot, b_x, mask=only_if(more, m_kv))
     if end is not None:
         tl.store(end + state + o_end, b_x, mask=only_if(more == 0, m_kv))
@@ -38,36 +37,37 @@ def hand_on(slot, o_slot, end, state, o_end, more, b_x, m_kv):
 def mirror(
     duals, states, scales, place, i_tile,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+    RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """``W = phi(A)`` of a program's tiles of one chunk and head, rounded to the operands' dtype; and rho, of a gate that has one."""
+    """``W = phi(A)`` of one chunk and head, rounded to the operands' dtype, and rho of a gate that has one."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
-    PAD: tl.constexpr = retentions.BOTTOM if RETENTION == retentions.ROWS else 0.0
+    PAD: tl.constexpr = retentions.BOTTOM if RETENTION.row_coupled else 0.0
     here = place * Dk * Dv
-    total = retentions.floor(RETENTION, R0, R1)
-    if RETENTION == retentions.ENTIRE:
+    total = retentions.floor(RETENTION)
+    if RETENTION.matrix_coupled:
         for j in range(0, TILES * NK):
             o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
             b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=0.0)  # [BK, BV]
-            total += tl.sum(retentions.term(b_a, 0.0, RETENTION, R0, R1))
-        tl.store(scales + place, retentions.scale(total, RETENTION, R0, R1))
+            total += tl.sum(retentions.term(b_a, 0.0, RETENTION))
+        if RETENTION.has_rho:
+            tl.store(scales + place, retentions.scale(total, RETENTION))
     for j in range(0, TILES):
         o_v = (i_tile + j) * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         b_shift, b_total = tl.full((BV,), retentions.BOTTOM, tl.float32), tl.zeros((BV,), tl.float32) + total
-        if RETENTION == retentions.ROWS:  # a row of A is a column here
+        if RETENTION.row_coupled:  # a row of A is a column here
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 m_kv = inside(o_k, Dk, BK)[:, None] & m_v[None, :]
                 b_a = tl.load(duals + here + o_k[:, None] * Dv + o_v[None, :], mask=m_kv, other=PAD)  # [BK, BV]
                 b_max = tl.maximum(b_shift, tl.max(b_a, 0))
-                b_total = b_total * tl.exp(b_shift - b_max) + tl.sum(retentions.term(b_a, b_max[None, :], RETENTION, R0, R1), 0)
+                b_total = b_total * tl.exp(b_shift - b_max) + tl.sum(retentions.term(b_a, b_max[None, :], RETENTION), 0)
                 b_shift = b_max
         for i_k in range(0, NK):
             o_k = i_k * BK + tl.arange(0, BK)
             o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
             b_a = tl.load(duals + here + o_kv, mask=m_kv, other=PAD)  # [BK, BV]
-            store(states + here + o_kv, retentions.primal(b_a, b_shift[None, :], b_total[None, :], RETENTION, R0, R1), m_kv)
+            store(states + here + o_kv, retentions.primal(b_a, b_shift[None, :], b_total[None, :], RETENTION), m_kv)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def reopen(
     readouts, opened_scales, states, scales, place, opened, i_tile,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """What `mirror` leaves, for a chunk that was open before: from ``readouts [N, H, Dv, Dk]`` and ``opened_scales [N, H]``."""
+    """As `mirror`, for a chunk that was open before: from ``readouts [N, H, Dv, Dk]`` and ``opened_scales [N, H]``."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     for j in range(0, TILES * NK):
         o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
@@ -89,16 +89,16 @@ def reopen(
 def pull_back(
     states, duals, grad_states, grad_primal, grad_initial, decays, end, place, state, i_c, i_tile, rho, drho, H,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, CHANNELS: tl.constexpr,
+    RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``J <- gamma_C J + phi' dW + drho d rho / dA`` of a program's tiles, for a gate that couples entries: the sums first, then J."""
+    """``J <- gamma_C J + phi' dW + drho d rho / dA`` for a gate that couples entries: the sums first, then J."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
     here = place * Dk * Dv
     there = here - H * Dk * Dv
     along = drho
     if not CHANNELS:
         gamma = load_total(decays, end, 0)
-    if RETENTION == retentions.ENTIRE:
+    if RETENTION.matrix_coupled:
         for j in range(0, TILES * NK):
             o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
             o_kv = o_k[:, None] * Dv + o_v[None, :]
@@ -111,7 +111,7 @@ def pull_back(
         b_along = tl.zeros((BV,), tl.float32) + along
         if CHANNELS:
             gamma = tl.load(decays + end * Dv + o_v, mask=m_v, other=0.0)[None, :]  # [1, BV]
-        if RETENTION == retentions.ROWS:  # a row of A is a column here
+        if RETENTION.row_coupled:  # a row of A is a column here
             for i_k in range(0, NK):
                 o_k = i_k * BK + tl.arange(0, BK)
                 o_kv, m_kv = o_k[:, None] * Dv + o_v[None, :], inside(o_k, Dk, BK)[:, None] & m_v[None, :]
@@ -125,5 +125,5 @@ def pull_back(
             b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
             b_w = tl.load(states + here + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
             b_j = tl.load(grad_states + here + o_kv, mask=m_kv, other=0.0) * gamma
-            b_j += retentions.pull(b_g, b_a, b_w, b_along[None, :], rho, RETENTION, R0, R1)
+            b_j += retentions.pull(b_g, b_a, b_w, b_along[None, :], rho, RETENTION)
             hand_on(grad_states + there, o_kv, grad_initial, state, o_v[None, :] * Dk + o_k[:, None], i_c > 0, b_j, m_kv)

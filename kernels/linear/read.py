@@ -1,30 +1,25 @@
-"""What the linear memory reads (SPEC section 2), parallel over chunks, from what the chain left (chain.py).
+"""The output of the linear memory and its gradient in the updates (docs/mathematics.md, sections 2 and 6), parallel over chunks.
 
-    linear_output   O = gamma (Q S) - (L o Q K') U,  U = eta psi(E)                                       forward
-    linear_du_bwd      R = -P' dO,  P = L o (Q K')                                                           backward, before the chain
-    linear_dqk_bwd      dS = -L o (dO U');  dQ = gamma (dO S') + dS K;  dK = dE S' - (dec U) J' + dS' Q       backward, after it
+    linear_output   O = gamma (Q S) - (L o Q K') U,  U = eta psi(E)       forward, after the chain
+    linear_du_bwd   R = -(L o Q K')' dO                                   backward, before the chain
 
-Under a retention gate the primal W takes the place of S, the output scales a chunk's own writes by rho, and R and dS are scaled by it;
-J is the gradient of the dual. With momentum L is M, ``O = gamma (Q W) + rho (b (Q S_0) - (M o Q K') U)`` with the carried S_0, and J
-has its pair JS. channel.py takes the place of `linear_output` and `linear_du_bwd` where log-decays go by channel.
+Under a retention gate the primal W replaces S and rho scales the chunk's own writes. With momentum M replaces L, and
+``O = gamma (Q W) + rho (b (Q S_0) - (M o Q K') U)`` with the momentum matrix S_0 at the chunk's start. channel.py replaces both kernels
+where log-decays go by channel.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-
-from ..common.chunks import chunk_of
+from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.decays import Weights
-from ..common.gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update, pair_decay
-from ..common.launch import Problem, launch, tiles
-from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, pair_products, rounded, store, wide
-from .chain import Chain, ChainGradients
+from ..common.gates import CARRY, load_gamma, load_gate, load_scale, load_update, pair_decay
+from ..common.launch import Problem, launch
+from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, pair_products, rounded, store, wide
+from .chain import Chain
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -33,30 +28,27 @@ def linear_output(
     states, errors, squares, momenta, scales, out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BV]`` of one chunk's output: the state it started from, then the writes of its own tokens, block by block."""
+    """A tile ``[BC, BV]`` of one chunk's output: reads of the initial state, then of the chunk's own writes, block by block."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
-    i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
-    i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_v, i_r, i_slot, i_h = chunk_program(NV, NC)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
 
     o_t, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
     place = i_slot * H + i_h
     states += place * Dk * Dv
     rho = load_scale(scales, place)
@@ -67,7 +59,7 @@ def linear_output(
     for i_k in range(0, (Dk + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = inside(o_k, Dk, BK)
-        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
+        b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [BC, BK]
         b_w = load_tile(states, Dv, o_k, o_v, m_k, m_v)  # [BK, BV]
         b_o += fitted_dot(b_q, b_w, DTYPE)
     b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]
@@ -76,20 +68,20 @@ def linear_output(
         for i_k in range(0, (Dk + BK - 1) // BK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = inside(o_k, Dk, BK)
-            b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
+            b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [BC, BK]
             p_s = momenta + place * Dk * Dv + o_k[:, None] * Dv + o_v[None, :]
             b_carried += fitted_dot(b_q, tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0), DTYPE)
         b_o += b_carried * (load_gate(decays + CARRY * ROW, row, o_t * H, m_t) * rho)[:, None]
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = (t0 + o_s < eos) & (t0 + o_s >= bos)
-        b_p = pair_products(q, stride_qt, o_t, m_t, k, stride_kt, o_s, m_s, BC, Dk, BK)  # [t, s]
+        b_p = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)  # [t, s]
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[:, None], o_s[None, :], m_t[:, None], m_s[None, :])
         if scales is not None:
             b_p *= rho
         b_u = load_update(
-            v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-            Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
+            v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
+            Dv, BIAS, CHANNEL_LR,
         )  # [BC, BV]  # fmt: skip
         b_o -= fitted_dot(rounded(b_p, DTYPE), b_u, DTYPE)
     store(out + row * Dv + o_t[:, None] * (H * Dv) + o_v[None, :], b_o, m_t[:, None] & m_v[None, :])
@@ -100,26 +92,24 @@ def linear_du_bwd(
     q, k, decays, pairs, grad_out, from_out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    q_strides, k_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[BC, BV]`` of R: what the output alone asks of one chunk's updates."""
+    """A tile ``[BC, BV]`` of R, the gradient of one chunk's updates from its output."""
     ROW = wide(ROW)
     NV: tl.constexpr = (Dv + BV - 1) // BV
     NC: tl.constexpr = C // BC
-    i_v, i_r = tl.program_id(0) % NV, tl.program_id(0) // NV % NC
-    i_slot = (tl.program_id(0) // (NV * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    i_v, i_r, i_slot, i_h = chunk_program(NV, NC)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
-        if t0 >= eos:  # a spare slot
+        if t0 >= eos:  # an unused slot
             return
     o_s, o_v = i_r * BC + tl.arange(0, BC), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
     grad_out += row * Dv
     if pairs is not None:
         pairs += (i_slot * H + i_h) * C * C
@@ -132,201 +122,13 @@ def linear_du_bwd(
         for i_k in range(0, (Dk + BK - 1) // BK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = inside(o_k, Dk, BK)
-            b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
-            b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [BC, BK]
+            b_q = load_tile(q, q_strides.t, o_t, o_k, m_t, m_k)  # [BC, BK]
+            b_k = load_tile(k, k_strides.t, o_s, o_k, m_s, m_k)  # [BC, BK]
             b_p += dot(b_k, tl.trans(b_q))
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
         b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
         b_r -= dot(rounded(b_p, DTYPE), b_do)
     store(from_out + row * Dv + o_s[:, None] * (H * Dv) + o_v[None, :], b_r, m_s[:, None] & m_v[None, :])
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def linear_dqk_bwd(
-    q, k, v, lr, decays, moves, pairs, delta,
-    states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v,
-    grad_q, grad_k, rows_read, rows_pairs, rows_carry, inner,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS, ROW, SLOTS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr, CHANNEL_LR: tl.constexpr,
-):  # fmt: skip
-    """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, each one large accumulator at a time (two with momentum).
-
-    ``grad_scores [slots, H, C, C]``: dX where decays go by channel (channel.py), and `decays` are rows of channels then.
-    """
-    ROW, SLOTS = wide(ROW), wide(SLOTS)
-    NK: tl.constexpr = (Dk + BK - 1) // BK
-    NV: tl.constexpr = (Dv + BV - 1) // BV
-    NC: tl.constexpr = C // BC
-    CHANNELS: tl.constexpr = grad_scores is not None
-    PAIRS: tl.constexpr = rows_pairs is not None  # a log-decay without momentum: momentum_pairs_bwd sums them otherwise
-    i_k, i_r = tl.program_id(0) % NK, tl.program_id(0) // NK % NC
-    i_slot = (tl.program_id(0) // (NK * NC)).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
-    if first_slot is not None:
-        if t0 >= eos:  # a spare slot
-            return
-    o_r, o_k = i_r * BC + tl.arange(0, BC), i_k * BK + tl.arange(0, BK)
-    m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
-    m_rk = m_r[:, None] & m_k[None, :]
-    row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
-    v += i_b * stride_vb + i_h * stride_vh + t0 * stride_vt
-    place = i_slot * H + i_h
-    states += place * Dk * Dv
-    grad_states += place * Dk * Dv
-    rho = load_scale(scales, place)
-    if pairs is not None:
-        pairs += place * C * C
-    if CHANNELS:
-        grad_scores += place * C * C
-    if momenta is not None:
-        momenta += place * Dk * Dv
-        grad_momenta += place * Dk * Dv
-    grad_out += row * Dv
-    grad_v += row * Dv
-
-    # dQ = gamma (dO W') + rho b (dO S') + dP K
-    b_dq = tl.zeros((BC, BK), tl.float32)
-    for i_v in range(0, NV):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = inside(o_v, Dv, BV)
-        b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
-        if CHANNELS:
-            b_do = load_row_weights(decays, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
-            b_do = rounded(b_do, DTYPE)
-        b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
-        b_dq += fitted_dot(b_do, b_w, DTYPE)
-    if not CHANNELS:
-        b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
-    b_q = load_tile(q, stride_qt, o_r, o_k, m_r, m_k)  # [BC, BK]
-    b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
-    if rows_read is not None:
-        tl.store(rows_read + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_r)
-    if momenta is not None:
-        b_carried = tl.zeros((BC, BK), tl.float32)
-        for i_v in range(0, NV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
-            b_m = tl.load(momenta + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
-            if CHANNELS:
-                b_do = load_row_weights(decays + CARRY * ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv) * b_do.to(tl.float32)
-                b_do = rounded(b_do, DTYPE)
-            b_carried += fitted_dot(b_do, b_m, DTYPE)
-        b_carried *= rho
-        if CHANNELS:
-            b_dq += b_carried
-        else:
-            tl.store(rows_carry + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_carried * b_q.to(tl.float32), 1), mask=m_r)
-            b_dq += b_carried * load_gate(decays + CARRY * ROW, row, o_r * H, m_r)[:, None]
-    for i_s in range(0, i_r + 1):
-        o_s = i_s * BC + tl.arange(0, BC)
-        m_s = t0 + o_s < eos
-        if CHANNELS:
-            b_ds = tl.load(grad_scores + o_r[:, None] * C + o_s[None, :])  # [t, s]
-        else:
-            b_dp = tl.zeros((BC, BC), tl.float32)  # [t, s]
-            for i_v in range(0, NV):
-                o_v = i_v * BV + tl.arange(0, BV)
-                m_v = inside(o_v, Dv, BV)
-                b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
-                b_u = load_update(
-                    v, stride_vt, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
-                )  # [BC, BV]  # fmt: skip
-                b_u, scale = fitted(b_u, DTYPE)
-                b_dp += dot(b_do, tl.trans(b_u)) * scale
-            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
-        if scales is not None:
-            b_ds *= rho
-        b_k = load_tile(k, stride_kt, o_s, o_k, m_s, m_k)  # [BC, BK]
-        if PAIRS:  # pairs of a read after token s and a write up to it
-            b_pairs = b_ds * dot(b_q, tl.trans(b_k))
-            b_crossing = tl.where(o_r[:, None] > o_s[None, :], tl.cumsum(b_pairs, 1) + b_before[:, None], 0.0)
-            tile_row = (i_k * NC + i_r).to(tl.int64) * ROW
-            tl.store(rows_pairs + tile_row + row + o_s * H, tl.sum(b_crossing, 0), mask=m_s)
-            b_before += tl.sum(b_pairs, 1)
-        b_ds, scale = fitted(b_ds, DTYPE)
-        b_dq += dot(b_ds, b_k) * scale
-    store(grad_q + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dq, m_rk)
-
-    # dK = dE W' - (dec U) J' - (Theta_C U) JS' + dP' Q
-    b_dk = tl.zeros((BC, BK), tl.float32)
-    if not CHANNELS:
-        b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
-    if momenta is not None:
-        b_step = load_gate(moves + ROW, row, o_r * H, m_r)
-    product = 0.0  # <J, A>, and with momentum ...
-    product_carry = 0.0  # <J, S>
-    product_pi = 0.0  # <JS, S>
-    for i_v in range(0, NV):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = inside(o_v, Dv, BV)
-        m_vk = m_v[:, None] & m_k[None, :]
-        b_u = load_update(
-            v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
-            Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
-        )  # [BC, BV]  # fmt: skip
-        b_j = tl.load(grad_states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-        if CHANNELS:
-            b_to_end = load_row_weights(decays + ROW * Dv, row, o_r * H, o_v, m_r, m_v, Dv)
-            b_u_end, scale = fitted(b_u * b_to_end, DTYPE)
-        else:
-            b_u_end, scale = fitted(b_u * b_to_end[:, None], DTYPE)
-        b_dk -= fitted_dot(b_u_end, b_j, DTYPE) * scale
-        if momenta is not None:
-            p_m = o_k[None, :] * Dv + o_v[:, None]
-            b_m, b_jm = tl.load(momenta + p_m, mask=m_vk, other=0.0), tl.load(grad_momenta + p_m, mask=m_vk, other=0.0)  # [BV, BK]
-            b_u_step, scale = fitted(b_u * b_step[:, None], DTYPE)
-            b_dk -= fitted_dot(b_u_step, b_jm, DTYPE) * scale
-            product_carry += tl.sum(b_m * b_j)
-            product_pi += tl.sum(b_m * b_jm)
-        if READS or (inner is not None and duals is None):
-            b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-        if READS:
-            b_dv = load_tile(grad_v, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
-            b_dk -= fitted_dot(b_dv, b_w, DTYPE)  # dE = -dV
-        if inner is not None:
-            if duals is not None:
-                b_w = tl.load(duals + place * Dk * Dv + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-            product += tl.sum(b_w.to(tl.float32) * b_j.to(tl.float32))
-    if inner is not None:
-        p_inner = inner + (i_k * SLOTS + i_slot) * H + i_h
-        tl.store(p_inner, product, mask=i_r == 0)
-        if momenta is not None:
-            tl.store(p_inner + NK * SLOTS * H, product_carry, mask=i_r == 0)
-            tl.store(p_inner + 2 * NK * SLOTS * H, product_pi, mask=i_r == 0)
-    for i_t in range(i_r, NC):
-        o_t = i_t * BC + tl.arange(0, BC)
-        m_t = t0 + o_t < eos
-        if CHANNELS:
-            b_ds = tl.load(grad_scores + o_t[None, :] * C + o_r[:, None])  # [s, t]
-        else:
-            b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed anew, since transposing the other goes wrong in some compilers
-            for i_v in range(0, NV):
-                o_v = i_v * BV + tl.arange(0, BV)
-                m_v = inside(o_v, Dv, BV)
-                b_u = load_update(
-                    v, stride_vt, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
-                    Dv, BIAS, P0, P1, P2, READS, COUPLED, DELTA, CHANNEL_LR,
-                )  # [BC, BV]  # fmt: skip
-                b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
-                b_u, scale = fitted(b_u, DTYPE)
-                b_dp += dot(b_u, tl.trans(b_do)) * scale
-            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
-        if scales is not None:
-            b_ds *= rho
-        b_q = load_tile(q, stride_qt, o_t, o_k, m_t, m_k)  # [BC, BK]
-        b_ds, scale = fitted(b_ds, DTYPE)
-        b_dk += dot(b_ds, b_q) * scale
-    store(grad_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
 
 
 # -------------------------------------------------------------------------------------------------------------- launchers
@@ -337,57 +139,13 @@ def output(p: Problem, weights: Weights, chain: Chain) -> Tensor:
     out = p.result(p.value_dim)
     launch(
         linear_output, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "pairs"), delta=p.delta, position=p.position,
-        **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
-        **p.tables(), ROW=p.row, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
+        **weights.only("decays", "pairs"), **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
     )  # fmt: skip
     return out
 
 
-def pre(p: Problem, weights: Weights, grad_out: Tensor) -> Tensor:
-    """R ``[B, T, H, Dv]``, less rho."""
+def du_from_output(p: Problem, weights: Weights, grad_out: Tensor) -> Tensor:
+    """R ``[B, T, H, Dv]``, without the factor rho."""
     from_out = p.per_token(p.value_dim)
-    launch(
-        linear_du_bwd, p, p.slots.count * p.blocks, "value",
-        q=p.q, k=p.k, **weights.only("decays", "pairs"), grad_out=grad_out, from_out=from_out, **p.tables(), ROW=p.row,
-        **p.strides("q", "k"), **p.sizes, BC=p.block,
-    )  # fmt: skip
+    launch(linear_du_bwd, p, p.slots.count * p.blocks, "value", **weights.only("decays", "pairs"), grad_out=grad_out, from_out=from_out)
     return from_out
-
-
-class ReadGradients(NamedTuple):
-    """What :func:`linear_dqk_bwd` leaves. All but dQ and dK are sums for the gradients of the gates, float32, a row for each tile of keys."""
-
-    q: Tensor  # [B, T, H, Dk]
-    k: Tensor  # [B, T, H, Dk]
-    rows_read: Tensor | None  # [tiles, B, T, H], with a decay, unless it goes by channel
-    rows_pairs: Tensor | None  # [tiles x blocks of a chunk, B, T, H], likewise, without momentum
-    rows_carry: Tensor | None  # [tiles, B, T, H], with momentum, unless decays go by channel
-    inner: Tensor | None  # [tiles, slots, H] <J, A>, with momentum [3, tiles, slots, H] also <J, S>, <JS, S>
-
-
-def read_gradients(
-    p: Problem, weights: Weights, chain: Chain, of_chain: ChainGradients, grad_scores: Tensor | None, grad_out: Tensor
-) -> ReadGradients:
-    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dX where decays go by channel."""
-    moving, by_channel = p.momentum is not None, p.key.channels
-    decaying = p.log_decay is not None and not by_channel
-    count, float32 = tiles("linear_dqk_bwd", p, "key"), torch.float32
-
-    def rows(wanted: bool, blocks: int = 1) -> Tensor | None:
-        return p.empty(count * blocks, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
-
-    products = (3,) if moving else ()
-    grads = ReadGradients(
-        p.result(p.key_dim), p.result(p.key_dim),
-        rows(decaying), rows(decaying and not moving, p.blocks), rows(moving and not by_channel),
-        p.empty(*products, count, p.slots.count, p.heads, dtype=float32) if decaying or moving else None,
-    )  # fmt: skip
-    launch(
-        linear_dqk_bwd, p, p.slots.count * p.blocks, "key",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, **weights.only("decays", "moves", "pairs"), delta=p.delta, **chain._asdict(),
-        grad_scores=grad_scores, grad_states=of_chain.states, grad_momenta=of_chain.momenta, grad_out=grad_out, grad_v=of_chain.v,
-        grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_pairs=grads.rows_pairs, rows_carry=grads.rows_carry,
-        inner=grads.inner, **p.tables(), ROW=p.row, SLOTS=p.slots.count, **p.strides("q", "k", "v"), **p.sizes, BC=p.block, **p.bias,
-    )  # fmt: skip
-    return grads

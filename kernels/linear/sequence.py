@@ -1,16 +1,16 @@
-"""The linear memory (SPEC section 2): what a forward and a backward launch, in order.
+"""The linear memory (docs/mathematics.md, sections 2, 6 and 7): the launches of a forward and a backward, in order.
 
-    forward     decays.py: the gates;  chain.py: S and E of every chunk;  read.py: the output
-    backward    decays.py;  the chain's states and errors again;  linear_du_bwd, linear_chain_bwd, linear_dqk_bwd;  common/decays_bwd.py: the gates
+    forward     decays.py: weights from the gates;  chain.py: S and E of every chunk;  read.py: the output
+    backward    decays.py;  chain.py: S and E recomputed;  linear_du_bwd;  linear_chain_bwd;  linear_dqk_bwd;  decays_bwd.py: gates
 
-A token's log-decay scales whatever the state at the chunk's start and earlier tokens left to later reads and to the next
-chunk. Its gradient is summed over just these pairs, from the products themselves (dS as in read.py):
+A token's log-decay scales what the state at the chunk's start and earlier tokens contribute to later reads and to the next chunk. Its
+gradient is the sum over these pairs, taken from the products themselves (dS as in dqk.py):
 
     d log alpha_t = sum_{r >= t} gamma_r q_r'S dO_r  +  sum_{r >= t > s} (dS o Q K')_rs  -  sum_{s < t} dec_s U_s'(J'k_s)  +  gamma_C <J, S>
 
-The shorter forms in the literature, ``cumsum(q.dq - k.dk)``, subtract numbers of order 1 where the result may be any power
-smaller. Sums over values or keys are left as partial ones, a row of ``[R, B, T, H]`` for each tile, and added afterwards: no atomics,
-the same bits every time.
+The shorter form in the literature, ``cumsum(q.dq - k.dk)``, subtracts numbers of order 1 where the result may be orders of magnitude
+smaller. Each tile of values or keys writes its partial sums to a row of ``[tiles, B, T, H]``, added afterwards: no atomics, so results
+are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ..common.launch import Problem
 from . import channel as linear_channel
 from . import read as linear_read
 from .chain import Chain, ChainGradients, chain_gradients, empty_chain, recompute, walk
-from .read import ReadGradients, read_gradients
+from .dqk import ReadGradients, read_gradients
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
-    """``(out, final state, checkpoints)``: the matrices of every ``every``-th chunk (dispatch.kept_states_like) float32, if every > 0."""
+    """``(out, final state, checkpoints)``; checkpoints: float32 matrices of every ``every``-th chunk, None for ``every = 0``."""
     chain, weights = empty_chain(p), chunk_weights(p)
     matrices = p.call.state.matrices()
-    segments = p.pieces(p.chunk_size * max(every, 1))
+    segments = p.segments(p.chunk_size * max(every, 1))
     several = () if len(matrices) == 1 else (len(matrices),)
     checkpoints = p.empty(segments.count, p.heads, *several, p.key_dim, p.value_dim, dtype=torch.float32) if every else None
 
@@ -61,15 +61,15 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
 
 
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-    """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: the dual and, if there is one, the momentum."""
+    """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: dual and, with momentum, momentum matrix."""
     weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
     chain = recompute(p, weights, checkpoints, every)
     scores = grad_scores = None
     if p.key.channels:
         scores = linear_channel.chunk_scores(p)
-        from_out, grad_scores = linear_channel.pre(p, weights, chain, scores, grad_out)
+        from_out, grad_scores = linear_channel.du_from_output(p, weights, chain, scores, grad_out)
     else:
-        from_out = linear_read.pre(p, weights, grad_out)
+        from_out = linear_read.du_from_output(p, weights, grad_out)
     of_chain = chain_gradients(p, weights, chain, from_out, grad_out, grad_state)
     del from_out
     of_reads = read_gradients(p, weights, chain, of_chain, grad_scores, grad_out)
@@ -94,15 +94,15 @@ def _gate_gradients(
         grads = {"log_decay": log_decay}
         if p.momentum is not None:
             grad_steps, rows_carry = of_steps
-            rows = dict(rows_read=None, rows_kept=None, rows_step=of_chain.rows_step.sum(0), rows_carry=rows_carry)
+            rows = dict(rows_read=None, rows_to_end=None, rows_step=of_chain.rows_step.sum(0), rows_carry=rows_carry)
             grads |= gate_gradients(p, weights, grad_steps, inner=of_reads.inner.sum(1), **rows)
         return grads
     if p.momentum is not None:
         read = None if of_reads.rows_read is None else of_reads.rows_read.sum(0)
-        rows = dict(rows_read=read, rows_kept=of_chain.rows_kept.sum(0), rows_step=of_chain.rows_step.sum(0))
+        rows = dict(rows_read=read, rows_to_end=of_chain.rows_to_end.sum(0), rows_step=of_chain.rows_step.sum(0))
         rows |= dict(rows_carry=of_reads.rows_carry.sum(0), inner=of_reads.inner.sum(1))
         return gate_gradients(p, weights, pair_gradient(p, chain, grad_out), **rows)
     if p.log_decay is None:
         return {}
-    sums = (of_reads.rows_read, of_reads.rows_pairs, of_chain.rows_kept, of_reads.inner)
+    sums = (of_reads.rows_read, of_reads.rows_pairs, of_chain.rows_to_end, of_reads.inner)
     return {"log_decay": decay_gradient(p, weights.decays, *sums, p.block)}

@@ -1,34 +1,32 @@
-"""The chain of the MLP memory (SPEC section 5): one program a sequence and head, walking its chunks by stages.
+"""The chains of the MLP memory (docs/mathematics.md, sections 9 and 10): one program per sequence and head, chunk by chunk, in stages.
 
-    mlp_chain_fwd   mirror, weigh, predict, inner_gradient, read, put_out, write                        forward, first chunk first
-    mlp_chain_bwd     ask_update, through_rows, ask_hidden, carry_first, carry_second, pull_back          backward, last chunk first
+    mlp_chain_fwd   mirror, weigh, predict, inner_gradient, read, put_out, write                             from the first chunk on
+    mlp_chain_bwd   update_bwd, inner_gradient_bwd, hidden_bwd, first_matrix_bwd, second_matrix_bwd, pull_back    from the last chunk back
 
-``S1 = W1' [Hd, D]`` and ``W2 [Hd, D]`` lie side by side in ``memory [.., 2, Hd, D]`` float32, which belongs to the program: it is
-read and written in place, ``BH`` hidden units at a time, and never grows, so that it stays in the caches of the chip. Three passes over
-the hidden units make a chunk: predict, read, write. The barriers between the stages order what threads wrote for each other.
+``S1 = W1' [Hd, D]`` and ``W2 [Hd, D]`` lie side by side in the program's own ``memory [.., 2, Hd, D]`` float32. It is read and written
+in place, ``BH`` hidden units at a time, and does not grow with the sequence, so it stays in the chip's caches. A chunk takes three passes
+over the hidden units: predict, read, write. The barriers between the stages order the threads' writes before each other's reads.
 
-With a gate `memory` holds the duals, and all products but those of `write` take their phi, which `mirror` puts into ``states``; what a
-token reads of its own chunk is scaled by rho. With momentum `memory [.., 4, Hd, D]` holds M1', M2 of both matrices as well, and L is M of
-decays.py.
+With a retention gate `memory` holds the duals; `mirror` puts their phi into ``states``, which all products but those of `write` read, and
+rho scales a chunk's own writes. With momentum `memory [.., 4, Hd, D]` also holds the momentum matrices M1', M2, and M of decays.py
+replaces L.
 
-No tile that a matrix product left in registers is transposed into another product: the compilers of several Triton releases get
-that wrong. Where a product needs it, the transposed tile is computed (``Ga'``) or read back from memory (``Z'``, ``Gu'``).
+A tile that a matrix product left in registers is never transposed into another product: several Triton releases miscompile that. Where
+needed, the transposed tile is computed (``Ga'``) or read back from memory (``Z'``, ``Gu'``).
 """
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
-
-from ..common import retention as retentions
-from ..common.chunks import HEAD, SEGMENT, part_of, sequence_of, slot_of
+from ..common.chunks import HEAD, SEGMENT, head_of, part_of, sequence_of, slot_of
 from ..common.gates import load_scales, load_total
 from ..common.tiles import LENGTHS, wide
-from .inner import ask_hidden, ask_update, inner_gradient, predict, through_rows
+from .inner import hidden_bwd, inner_gradient, inner_gradient_bwd, predict, update_bwd
 from .mirror import mirror, pull_back
 from .read import put_out, read, weigh
-from .write import carry_first, carry_second, inner_products, keep, write
+from .write import first_matrix_bwd, inner_products, save, second_matrix_bwd, write
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -38,23 +36,22 @@ def mlp_chain_fwd(
     hidden, updates, pairs, scores, checkpoints, states, duals, momenta, scales, sums, out,
     cu_seqlens, first_slot, first_segment,
     T, H, CHUNKS, ROW, SEGMENTS, EVERY, FIRST, GROUP,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
     PART: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, MOMENTUM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RETENTION: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """One memory through the chunks of one sequence, or of one of its segments.
 
-    A segment (``PART == SEGMENT``) keeps of every chunk what the backward reads: ``states`` before it (the primals), Z in ``hidden``, Gu
-    in ``updates``, U in ``sums``; with a gate also ``duals``, and rho in ``scales`` if it has one; with momentum ``momenta``.
-    Otherwise these hold one chunk, and ``out`` is written.
+    For a segment (``PART == SEGMENT``) every chunk has its own ``states`` before it (the primals), Z in ``hidden``, Gu in ``updates`` and U
+    in ``sums`` for the backward; with a gate also ``duals``, and ``scales`` if it has rho; with momentum ``momenta``. Otherwise these hold
+    one chunk at a time, and ``out`` is written.
     """
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
     MATRICES: tl.constexpr = 4 if MOMENTUM else 2
-    GATED: tl.constexpr = RETENTION != retentions.L2
+    GATED: tl.constexpr = not RETENTION.is_identity
     i_s = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_n, i_segment = i_s, i_s * 0
@@ -63,9 +60,9 @@ def mlp_chain_fwd(
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, C, PART)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    q = head_of(q, q_strides, i_b, i_h)
+    k = head_of(k, k_strides, i_b, i_h)
+    v = head_of(v, v_strides, i_b, i_h)
     ln_weight += i_h * D
     ln_bias += i_h * D
     memory += (i_s * H + i_h) * MATRICES * SIZE
@@ -76,7 +73,7 @@ def mlp_chain_fwd(
     for i_c in tl.range(first, last, disable_licm=True):
         t0 = origin + i_c * C
         row = (i_b * T + t0) * H + i_h  # of the chunk's first token in the contiguous [B, T, H, ...] tensors
-        p_q, p_k, p_v = q + t0 * stride_qt, k + t0 * stride_kt, v + t0 * stride_vt
+        p_q, p_k, p_v = q + t0 * q_strides.t, k + t0 * k_strides.t, v + t0 * v_strides.t
         place = i_s
         if PART == SEGMENT:
             place = i_s * EVERY + i_c - first
@@ -91,20 +88,20 @@ def mlp_chain_fwd(
             p_momenta = momenta + place * 2 * SIZE
         if checkpoints is not None:
             if i_c % EVERY == 0:
-                keep(memory, checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * MATRICES * SIZE, i_c, MATRICES, D, Hd, BD, BH)
+                save(memory, checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * MATRICES * SIZE, i_c, MATRICES, D, Hd, BD, BH)
 
         predicting, reading = memory, memory
         rho1, rho2 = 1.0, 1.0
-        if PART == HEAD:  # a chunk that was open before takes its gradients at its own start
+        if PART == HEAD:  # a chunk that was open before predicts with its own start
             predicting = opened + place * 2 * SIZE
             if GATED:
                 reading = readouts + place * 2 * SIZE
-            if RETENTION == retentions.ENTIRE:
+            if RETENTION.has_rho:
                 rho1, rho2 = load_scales(opened_scales, place)
         elif GATED:
             predicting = states + place * 2 * SIZE
             reading = predicting
-            rho1, rho2 = mirror(memory, predicting, i_c, D, Hd, BD, BH, RETENTION, R0, R1)
+            rho1, rho2 = mirror(memory, predicting, i_c, D, Hd, BD, BH, RETENTION)
             if scales is not None:
                 tl.store(scales + place * 2, rho1)
                 tl.store(scales + place * 2 + 1, rho2)
@@ -114,25 +111,25 @@ def mlp_chain_fwd(
             p_pairs, p_scores = pairs + place * C * C, scores + place * C * C
             if MOMENTUM:
                 p_pairs = pairs + ((slot_of(i_n, first_slot, CHUNKS) + i_c) * H + i_h) * C * C
-            weigh(p_q, p_k, decays, p_pairs, p_scores, stride_qt, stride_kt, ROW, row, H, t0, bos, eos, i_c, D, C, BD, PART, MOMENTUM)
-        predict(p_k, predicting, p_z, p_u, p_copy, stride_kt, t0, bos, eos, i_c, D, Hd, C, BD, BH, DTYPE, PART)
+            weigh(p_q, p_k, decays, p_pairs, p_scores, q_strides.t, k_strides.t, ROW, row, H, t0, bos, eos, i_c, D, C, BD, PART, MOMENTUM)
+        predict(p_k, predicting, p_z, p_u, p_copy, k_strides.t, t0, bos, eos, i_c, D, Hd, C, BD, BH, DTYPE, PART)
         tl.debug_barrier()
         inner_gradient(
-            p_k, p_v, delta, ln_weight, ln_bias, p_u, p_gu, stride_kt, stride_vt, row, H, t0, bos, eos, i_c,
-            D, C, BD, EPS, PART, BIAS, P0, P1, P2, READS, COUPLED, DELTA,
+            p_k, p_v, delta, ln_weight, ln_bias, p_u, p_gu, k_strides.t, v_strides.t, row, H, t0, bos, eos, i_c,
+            D, C, BD, EPS, PART, BIAS,
         )  # fmt: skip
         tl.debug_barrier()
         if out is not None:
             read(
                 p_q, lr, decays, reading, predicting, moving, rho1, rho2,
-                p_z, p_gu, p_pairs, p_scores, p_u, stride_qt, ROW, row, H, t0, bos, eos, i_c,
+                p_z, p_gu, p_pairs, p_scores, p_u, q_strides.t, ROW, row, H, t0, bos, eos, i_c,
                 D, Hd, C, BD, BH, DTYPE, PART, RETENTION,
             )  # fmt: skip
             tl.debug_barrier()
-            put_out(p_q, ln_weight, ln_bias, p_u, out + row * D, stride_qt, H, t0, bos, eos, i_c, D, C, BD, EPS, PART)
+            put_out(p_q, ln_weight, ln_bias, p_u, out + row * D, q_strides.t, H, t0, bos, eos, i_c, D, C, BD, EPS, PART)
             tl.debug_barrier()
         write(
-            p_k, lr, decays, moves, memory, predicting, moving, p_z, p_gu, p_duals, p_momenta, stride_kt, ROW, row, H, t0, bos, eos, i_c,
+            p_k, lr, decays, moves, memory, predicting, moving, p_z, p_gu, p_duals, p_momenta, k_strides.t, ROW, row, H, t0, bos, eos, i_c,
             D, Hd, C, BD, BH, DTYPE, PART, RETENTION,
         )  # fmt: skip
         tl.debug_barrier()
@@ -143,32 +140,31 @@ def mlp_chain_bwd(
     q, k, v, lr, decays, moves, delta, ln_weight, ln_bias,
     states, duals, momenta, scales, hidden, updates, sums, inner_grad, hidden_q, grad_sums, grad_scores, grad_norm, grad_scales,
     grad_hidden_q, from_hidden, from_updates, from_inner, row_sums, grad_sum,
-    grad_memory, grad_primal, grad_k, grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_kept, rows_step, inner,
+    grad_memory, grad_primal, grad_k, grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_to_end, rows_step, inner,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW, SLOTS, FIRST, GROUP,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_strides, k_strides, v_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
-    BIAS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    READS: tl.constexpr, COUPLED: tl.constexpr, DELTA: tl.constexpr,
-    RETENTION: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, MOMENTUM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RETENTION: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """J1, J2 (and JS1, JS2), in place in ``grad_memory``, from the last chunk of a group to its first.
 
-    ``from_inner`` becomes dGz, ``from_hidden`` dZ. ``row_sums``, ``grad_sum`` and ``grad_primal`` hold one chunk.
+    ``from_inner`` becomes dGz and ``from_hidden`` dZ. ``row_sums``, ``grad_sum`` and ``grad_primal`` hold one chunk at a time.
     """
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     SIZE: tl.constexpr = Hd * D
     MATRICES: tl.constexpr = 4 if MOMENTUM else 2
-    GATED: tl.constexpr = RETENTION != retentions.L2
+    GATED: tl.constexpr = not RETENTION.is_identity
     i_n = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     last = tl.minimum(((eos - bos + C - 1) // C).to(tl.int32), FIRST + GROUP)
     slot = slot_of(i_n, first_slot, CHUNKS)
     own = i_n * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    q = head_of(q, q_strides, i_b, i_h)
+    k = head_of(k, k_strides, i_b, i_h)
+    v = head_of(v, v_strides, i_b, i_h)
     ln_weight += i_h * D
     ln_bias += i_h * D
     grad_memory += own * MATRICES * SIZE
@@ -187,7 +183,7 @@ def mlp_chain_bwd(
         place = (i_n * GROUP + i_c - FIRST) * H + i_h
         t0 = bos + i_c * C
         row = (i_b * T + t0) * H + i_h
-        p_q, p_k, p_v = q + t0 * stride_qt, k + t0 * stride_kt, v + t0 * stride_vt
+        p_q, p_k, p_v = q + t0 * q_strides.t, k + t0 * k_strides.t, v + t0 * v_strides.t
         at_hidden, at_tokens = place * C * Hd, place * C * D
         p_w, p_z, p_ga, p_inner, p_hidden = (
             states + place * 2 * SIZE, hidden + at_hidden, inner_grad + at_hidden, from_inner + at_hidden, from_hidden + at_hidden
@@ -207,32 +203,32 @@ def mlp_chain_bwd(
             if MOMENTUM:
                 tl.store(p_of_inner + SLOTS * H, product_carry)
                 tl.store(p_of_inner + 2 * SLOTS * H, product_pi)
-        ask_update(
-            p_k, lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, row_sums, rows_lr, rows_kept, rows_step,
-            stride_kt, ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
+        update_bwd(
+            p_k, lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, row_sums, rows_lr, rows_to_end, rows_step,
+            k_strides.t, ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
-        through_rows(
+        inner_gradient_bwd(
             p_k, p_v, lr, decays, moves, delta, ln_weight, ln_bias, sums + at_tokens, row_sums, from_updates + at_tokens,
-            grad_norm + place * 2 * D, grad_sum, grad_v + row * D, grad_delta + row * D if DELTA == 2 else None, grad_layer_norm,
-            rows_lr, rows_delta, rows_kept, rows_step, stride_kt, stride_vt, ROW, row, H, t0, eos, i_c,
-            D, C, BD, EPS, BIAS, P0, P1, P2, READS, COUPLED, DELTA,
+            grad_norm + place * 2 * D, grad_sum, grad_v + row * D, grad_delta + row * D if BIAS.delta == 2 else None, grad_layer_norm,
+            rows_lr, rows_delta, rows_to_end, rows_step, k_strides.t, v_strides.t, ROW, row, H, t0, eos, i_c,
+            D, C, BD, EPS, BIAS,
         )  # fmt: skip
         tl.debug_barrier()
-        product = ask_hidden(
+        product = hidden_bwd(
             lr, decays, moves, grad_memory, moving, p_w, p_z, p_ga, p_inner, p_hidden, p_gu, grad_sum, ROW, row, H, t0, eos, i_c,
             D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
-        carry_first(
+        first_matrix_bwd(
             decays, moves, grad_memory, moving, primal, p_z, hidden_q + at_hidden, p_inner, p_gu, grad_sum, grad_sums + at_tokens, rho1,
             ROW, row, H, t0, eos, i_c, D, Hd, C, BD, BH, DTYPE,
         )  # fmt: skip
         tl.debug_barrier()
-        product += carry_second(
+        product += second_matrix_bwd(
             p_q, p_k, lr, decays, moves, grad_memory + SIZE, moving2, primal2, p_w + SIZE, p_z, p_ga, p_hidden, grad_hidden_q + at_hidden,
-            grad_scores + place * C * C, grad_v + row * D, grad_k + row * D, rho2, stride_qt, stride_kt, ROW, row, H, t0, eos, i_c,
-            D, Hd, C, BD, BH, DTYPE, READS,
+            grad_scores + place * C * C, grad_v + row * D, grad_k + row * D, rho2, q_strides.t, k_strides.t, ROW, row, H, t0, eos, i_c,
+            D, Hd, C, BD, BH, DTYPE, BIAS,
         )  # fmt: skip
         if inner is not None and not (GATED or MOMENTUM):
             tl.store(inner + (slot + i_c) * H + i_h, product)
@@ -244,6 +240,6 @@ def mlp_chain_bwd(
             gamma = load_total(decays, row, (tl.minimum(eos - t0, C) - 1) * H)
             p_duals = duals + place * 2 * SIZE
             pull_back(
-                grad_memory, primal, p_duals, p_w, gamma, grad_rho1, grad_rho2, rho1, rho2, i_c, D, Hd, BD, BH, RETENTION, R0, R1
+                grad_memory, primal, p_duals, p_w, gamma, grad_rho1, grad_rho2, rho1, rho2, i_c, D, Hd, BD, BH, RETENTION
             )  # fmt: skip
             tl.debug_barrier()

@@ -1,21 +1,20 @@
-"""What the MLP memory adds to the linear one: gelu in its tanh form and LayerNorm, with the derivatives that an inner gradient asks for."""
-
-import triton.language as tl
+"""gelu in its tanh form and LayerNorm, with the derivatives that the MLP memory's inner gradient and its backward need."""
 
 import triton
+import triton.language as tl
 
 TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
-#: tokens that go through LayerNorm at once
+#: tokens per block of LayerNorm
 ROWS = tl.constexpr(16)
 
 
 @triton.jit
 def lanes(N: tl.constexpr, i_c, STAGE: tl.constexpr):
-    """``0 ... N - 1`` of chunk ``i_c``, for one stage of what is done to it.
+    """``0 ... N - 1``, for one stage of chunk ``i_c``.
 
-    It adds a zero that the compiler cannot know to be one (``i_c`` is below configs.MAX_MLP_CHUNKS), another for every stage. Otherwise
-    offsets, addresses and masks that two stages or two chunks have in common are kept from one to the other, and registers spill.
+    Adds a zero that the compiler cannot fold (``i_c`` is below ``chunks`` of tables/memories.py), a different one in every stage.
+    Otherwise it would keep offsets, addresses and masks in registers from one stage or chunk to the next, and spill.
     """
     return tl.arange(0, N) + (i_c >> (30 - STAGE)) * 1024
 
@@ -48,7 +47,7 @@ def gelu_curve(x):
 
 @triton.jit
 def row_mean(x, D: tl.constexpr):
-    """``[C, 1]``, the mean of a row whose padding is zero."""
+    """``[C, 1]``: the mean of each row; padding must be zero."""
     return (tl.sum(x, 1) / D)[:, None]
 
 
@@ -62,7 +61,7 @@ def normalised(u, m_d, D: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def layer_norm_vjp(x, inverse, grad, m_d, D: tl.constexpr):
-    """Gradient in the input of LayerNorm (without its affine part) for a gradient of its output ``x``. Linear and symmetric in ``grad``."""
+    """Input gradient of LayerNorm without its affine part, for the gradient of its output ``x``. Linear and symmetric in ``grad``."""
     return tl.where(m_d[None, :], inverse * (grad - row_mean(grad, D) - x * row_mean(grad * x, D)), 0.0)
 
 

@@ -1,26 +1,25 @@
-"""What the MLP memory reads: the read-out of a chunk, stages of `mlp_chain_fwd`, and its backward, two kernels that are parallel over chunks.
+"""The read-out of the MLP memory: stages of `mlp_chain_fwd`, and its backward in two kernels, parallel over chunks
+(docs/mathematics.md, sections 9 and 10).
 
     P = L o Q K'                                                                              weigh
     Zq = gamma (Q W2') - P (eta Gz);  Aq = gelu(Zq);  Uq = gamma (Aq S1) - (L o Aq A') U1     read
     O = Q + LN(Uq)                                                                            put_out
 
-    the same again;  dUq = LN-vjp(w dO; Uq);  N1 = -L o (dUq U1')                             mlp_read_bwd
+    the same recomputed;  dUq = LN-vjp(w dO; Uq);  N1 = -L o (dUq U1')                        mlp_read_bwd
     dAq = gamma (dUq S1') + N1 A;  dZq = gelu'(Zq) dAq;  N2 = -L o (dZq U2');                 mlp_dq_bwd
     dQ = dO + gamma (dZq W2) + N2 K;  RA = N1' Aq;  R1 = -(L o Aq A')' dUq;  R2 = -P' dZq
 
-with ``U1 = eta Gu, U2 = eta Gz``. With momentum L becomes M, and Zq, Uq gain ``b (Q M2')`` and ``b (Aq M1')`` of the carried momenta;
-a gate's rho scales these and what L or M multiplies, and is part of N1, N2, R1 and R2. Its gradient is ``sum(own writes o dUq)``, those
-of both matrices.
+with ``U1 = eta Gu, U2 = eta Gz``. With momentum M replaces L, and Zq, Uq gain ``b (Q M2')`` and ``b (Aq M1')`` of the momentum matrices.
+A gate's rho scales these terms and those with L or M, and is part of N1, N2, R1 and R2; its gradient is ``sum(own writes o dUq)`` for both
+matrices.
 """
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
-
-from ..common import retention as retentions
-from ..common.chunks import HEAD, of_chunk, of_group, slot_of
+from ..common.chunks import HEAD, group_program, of_chunk, slot_of, token_of
 from ..common.gates import CARRY, load_gamma, load_gate, load_scales, pair_decay
 from ..common.tiles import LENGTHS, dot, inside, load_tile, rounded, store, wide
 from .math import ROWS, crossing, gelu, gelu_slope, lanes, layer_norm_vjp, normalised
@@ -31,7 +30,7 @@ def weigh(
     q, k, decays, p_pairs, p_scores, stride_qt, stride_kt, ROW, row, H, t0, bos, eos, i_c,
     D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PART: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """L (with momentum it is there: M) and ``L o Q K'`` of a chunk, for the read."""
+    """L (with momentum M, which is given) and ``L o Q K'`` of a chunk, for `read`."""
     o_c, o_d = lanes(C, i_c, 1), lanes(BD, i_c, 1)
     m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
     o_cc = o_c[:, None] * C + o_c[None, :]
@@ -52,7 +51,7 @@ def read(
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
     RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """Uq, in the place of U. ``reading`` is what a token reads before writes of its chunk, ``predicting`` where gradients are taken."""
+    """Uq, in place of U. Tokens read the matrices ``reading``; the inner gradients are those of the matrices ``predicting``."""
     o_c, o_d = lanes(C, i_c, 4), lanes(BD, i_c, 4)
     m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
     o_g, o_cd, o_cc = o_c * H, o_c[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
@@ -74,11 +73,11 @@ def read(
         b_back = rounded(tl.load(predicting + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
         b_gz = rounded(dot(b_gu, tl.trans(b_back)) * gelu_slope(b_z) * b_lr[:, None], DTYPE)  # [C, BH]
         b_w2 = rounded(tl.load(reading + Hd * D + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
-        b_own = dot(b_p, b_gz)  # [C, BH], what the chunk has written so far, up to its sign
+        b_own = dot(b_p, b_gz)  # [C, BH], the chunk's own writes so far, negated
         if moving is not None:
             b_m2 = rounded(tl.load(moving + Hd * D + o_hd, mask=m_hd, other=0.0), DTYPE)  # [BH, BD]
             b_own -= dot(b_q, tl.trans(b_m2)) * b_carry[:, None]
-        if RETENTION == retentions.ENTIRE:
+        if RETENTION.has_rho:
             b_own *= rho2
         b_zq = dot(b_q, tl.trans(b_w2)) * b_gamma[:, None] - b_own
         b_aq = rounded(gelu(b_zq), DTYPE)
@@ -97,7 +96,7 @@ def read(
     b_own = dot(rounded(b_scores, DTYPE), rounded(b_u1, DTYPE))
     if moving is not None:
         b_own -= b_carried * load_gate(decays + CARRY * ROW, row, o_g, m_t)[:, None]
-    if RETENTION == retentions.ENTIRE:
+    if RETENTION.has_rho:
         b_own *= rho1
     b_uq = b_uq * load_gamma(decays, row, o_g, m_t, C)[:, None] - b_own
     tl.store(p_u + o_cd, b_uq, mask=m_d[None, :])
@@ -128,25 +127,23 @@ def mlp_read_bwd(
     inner_grad, hidden_q, grad_sums, scores, grad_scores, grad_norm, weights, rows_pairs, grad_pairs, rows_carry, grad_scales,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW, FIRST, GROUP,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk: ``Ga``, ``Zq``, ``dUq``, ``rho1 L o Aq A'``, ``N1``, and its shares of dw, db and the gates' gradients.
 
-    ``weights`` becomes L, or M from ``pairs``.
+    Stores L, or M from ``pairs``, in ``weights``.
     """
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
-    place = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c, i_b, t0, eos = of_group(place, cu_seqlens, T, FIRST, GROUP, C)
+    i_n, i_b, i_h, i_c, t0, eos, place = group_program(cu_seqlens, T, FIRST, GROUP, C)
     if t0 >= eos:
         return
     place = place * H + i_h
     slot = (slot_of(i_n, first_slot, CHUNKS) + i_c) * H + i_h
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
     states += place * 2 * SIZE
     if momenta is not None:
         momenta += place * 2 * SIZE
@@ -161,8 +158,8 @@ def mlp_read_bwd(
     o_c, o_d = lanes(C, i_c, 0), lanes(BD, i_c, 0)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     o_cc = o_c[:, None] * C + o_c[None, :]
-    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
-    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_q = load_tile(q, q_strides.t, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, k_strides.t, o_c, o_d, m_t, m_d)  # [C, BD]
     if pairs is not None:
         b_decay = tl.load(pairs + slot * C * C + o_cc)  # [t, s]
     else:
@@ -174,7 +171,7 @@ def mlp_read_bwd(
     o_c, o_d = lanes(C, i_c, 1), lanes(BD, i_c, 1)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     o_g = o_c * H
-    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_q = load_tile(q, q_strides.t, o_c, o_d, m_t, m_d)  # [C, BD]
     b_p = tl.load(scores + o_c[:, None] * C + o_c[None, :])  # [t, s]
     b_gu = tl.load(updates + o_c[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)  # [C, BD]
     b_lr, b_gamma = load_gate(lr, row, o_g, m_t), load_gamma(decays, row, o_g, m_t, C)  # [C]
@@ -250,22 +247,20 @@ def mlp_dq_bwd(
     grad_hidden_q, from_hidden, from_updates, from_inner, grad_q, rows_read, rows_pairs, grad_pairs, rows_carry, grad_scales,
     cu_seqlens, first_slot,
     T, H, CHUNKS, ROW, FIRST, GROUP,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk: dQ, and what the output alone asks of A (RA), U1 (R1) and U2 (R2). ``grad_scores`` is N1 before and N2 after."""
+    """Of one chunk: dQ, and the gradients of A (RA), U1 (R1) and U2 (R2) from the output. ``grad_scores``: N1 before, N2 after."""
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
-    place = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_n, i_c, i_b, t0, eos = of_group(place, cu_seqlens, T, FIRST, GROUP, C)
+    i_n, i_b, i_h, i_c, t0, eos, place = group_program(cu_seqlens, T, FIRST, GROUP, C)
     if t0 >= eos:
         return
     place = place * H + i_h
     slot = (slot_of(i_n, first_slot, CHUNKS) + i_c) * H + i_h
     row = (i_b * T + t0) * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh + t0 * stride_qt
-    k += i_b * stride_kb + i_h * stride_kh + t0 * stride_kt
+    q = token_of(q, q_strides, i_b, t0, i_h)
+    k = token_of(k, k_strides, i_b, t0, i_h)
     states += place * 2 * SIZE
     if momenta is not None:
         momenta += place * 2 * SIZE
@@ -283,8 +278,8 @@ def mlp_dq_bwd(
     b_du = tl.load(grad_sums + place * C * D + o_cd, mask=m_d[None, :], other=0.0)  # [C, BD], dUq
     b_p1 = tl.load(scores + o_cc_transposed)  # [s, t]
     store(from_updates + place * C * D + o_cd, -dot(b_p1, b_du), m_d[None, :])  # R1
-    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
-    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_q = load_tile(q, q_strides.t, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, k_strides.t, o_c, o_d, m_t, m_d)  # [C, BD]
     b_p = dot(b_k, tl.trans(b_q)) * tl.load(weights + o_cc_transposed)  # [s, t]
     if scales is not None:
         b_p *= rho2
@@ -338,8 +333,8 @@ def mlp_dq_bwd(
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     m_td, o_g = m_t[:, None] & m_d[None, :], o_c * H
     o_td, o_cc = o_g[:, None] * D + o_d[None, :], o_c[:, None] * C + o_c[None, :]
-    b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
-    b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_q = load_tile(q, q_strides.t, o_c, o_d, m_t, m_d)  # [C, BD]
+    b_k = load_tile(k, k_strides.t, o_c, o_d, m_t, m_d)  # [C, BD]
     b_dq *= load_gamma(decays, row, o_g, m_t, C)[:, None]
     if rows_read is not None:
         tl.store(rows_read + row + o_g, b_read + tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_t)

@@ -1,13 +1,14 @@
-"""The MLP memory (SPEC section 5): what a forward and a backward launch, in order.
+"""The MLP memory (docs/mathematics.md, sections 9 and 10): the launches of a forward and a backward, in order.
 
-    forward    decays.py: the gates;  mlp_chain_fwd
-    backward   decays.py;  for groups of chunks, the last group first: mlp_chain_fwd again, mlp_read_bwd, mlp_dq_bwd, mlp_chain_bwd;  common/decays_bwd.py
+    forward    decays.py: weights from the gates;  mlp_chain_fwd
+    backward   decays.py;  for each group of chunks, the last first: mlp_chain_fwd to recompute, mlp_read_bwd, mlp_dq_bwd, mlp_chain_bwd;
+               decays_bwd.py: gates
 
-A group has segments between kept states, as many as fill a chip: mlp_chain_fwd runs them all at once, and the memory between the kernels
-does not grow with the sequence. What passes between them is in the dtype of the operands, except where it is normalised.
+A group has as many segments as fill a chip. mlp_chain_fwd recomputes them all at once, and the workspace between the kernels does not grow
+with the sequence. It has the operands' dtype, except for what LayerNorm reads.
 
-Without momentum gradients of log-decays are summed over pairs as in linear.py, of both matrices. With momentum both matrices' shares of
-gM and gb are added up for common/decays_bwd.py. Of LayerNorm's parameters every head of every sequence keeps its own sum.
+Without momentum the gradients of log-decays are summed over pairs as in linear/sequence.py, for both matrices; with momentum both
+matrices' shares of gM and gb are added for decays_bwd.py. The gradients of LayerNorm's parameters are summed per head of each sequence.
 """
 
 from __future__ import annotations
@@ -17,65 +18,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common import retention as retentions
 from ..common.chunks import BODY, HEAD, SEGMENT, TAIL, WHOLE
 from ..common.decays import Weights, chunk_weights
 from ..common.decays_bwd import decay_gradient, gate_gradients
-from ..common.final_state import Final, open_chunk_end
+from ..common.final_state import Final, open_chunk_end, opened_chunk
 from ..common.launch import Problem, launch
 from .chain import mlp_chain_bwd, mlp_chain_fwd
 from .read import mlp_dq_bwd, mlp_read_bwd
 
-#: chunks x heads of a group, at least: several for every multiprocessor of the largest chips
-CROWD = 1024
+#: chunks times heads of a group, at least: several for every multiprocessor of the largest chips
+MIN_GROUP = 1024
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
-    """``(out, final state, checkpoints)``: all matrices of every ``every``-th chunk ``[slots, H, 2 or 4, Hd, D]`` float32, if every > 0."""
-    weights, out, memory = chunk_weights(p), p.result(p.value_dim), together(p.call.state.matrices())
-    segments = p.pieces(p.chunk_size * max(every, 1))
+    """``(out, final state, checkpoints)``; checkpoints ``[slots, H, 2 or 4, Hd, D]``: as in linear/sequence.py."""
+    weights, out, memory = chunk_weights(p), p.result(p.value_dim), pack(p.call.state.matrices())
+    segments = p.segments(p.chunk_size * max(every, 1))
     checkpoints = p.empty(segments.count, *memory.shape[1:], dtype=torch.float32) if every else None
 
     def walk(part: int) -> None:
         opened = _opened(p) if part == HEAD.value else dict(opened=None, readouts=None, opened_scales=None)
         chunk, float32 = (p.sequences, p.heads, p.chunk_size), torch.float32
-        _launch_chain(
-            p, p.sequences, part, decays=weights.decays, moves=weights.moves, memory=memory, **opened,
+        launch(
+            mlp_chain_fwd, p, p.sequences, "hidden",
+            PART=part, **weights.only("decays", "moves"), memory=memory, **opened,
             hidden=p.empty(*chunk, p.hidden), updates=p.empty(*chunk, p.value_dim), sums=p.empty(*chunk, p.value_dim, dtype=float32),
             pairs=p.empty(*chunk, p.chunk_size, dtype=float32) if weights.pairs is None else weights.pairs,
-            scores=p.empty(*chunk, p.chunk_size), states=p.empty(*memory.shape[:2], 2, *memory.shape[3:]) if p.key.retention else None,
+            scores=p.empty(*chunk, p.chunk_size), states=p.empty(*memory.shape[:2], 2, *memory.shape[3:]) if p.key.gated else None,
             checkpoints=checkpoints, duals=None, momenta=None, scales=None, out=out,
             first_segment=segments.first, SEGMENTS=segments.per_sequence, EVERY=max(every, 1), FIRST=0, GROUP=1,
         )  # fmt: skip
 
     if p.position is None and not may_end_open:
         walk(WHOLE.value)
-        after = apart(memory)
+        after = unpack(memory)
         return out, Final(after[:2], momentum=after[2:]) if wants_final else None, checkpoints
     if p.position is not None:
         walk(HEAD.value)
     walk(BODY.value)
-    start = apart(memory[:, :, :2].clone())
+    start = unpack(memory[:, :, :2].clone())
     walk(TAIL.value)
-    after = apart(memory)
+    after = unpack(memory)
     return out, Final(after[:2], *open_chunk_end(p, start), after[2:]), checkpoints
 
 
 class Group(NamedTuple):
-    """What a group of segments leaves for the backward: for every chunk of ``[N, segments, every]`` and head ..."""
+    """The recomputed forward of a group, for every chunk of ``[N, segments, every]`` and head."""
 
     states: Tensor  # [chunks, H, 2, Hd, D]   W1' and W2 before the chunk
     hidden: Tensor  # [chunks, H, C, Hd]   Z
     updates: Tensor  # [chunks, H, C, D]   Gu
     sums: Tensor  # [chunks, H, C, D] float32   U
-    duals: Tensor | None  # [chunks, H, 2, Hd, D] float32   what the states are phi of
+    duals: Tensor | None  # [chunks, H, 2, Hd, D] float32   A, with ``states = phi(A)``
     momenta: Tensor | None  # [chunks, H, 2, Hd, D]
     scales: Tensor | None  # [chunks, H, 2] float32   rho
 
+    def only(self, *names: str) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in names}
+
 
 def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, first: int, count: int) -> Group:
-    """Segments ``first ... first + count`` of every sequence again, all at once."""
-    segments = p.pieces(p.chunk_size * every)
+    """Recompute segments ``first ... first + count`` of every sequence, all at once."""
+    segments = p.segments(p.chunk_size * every)
     of_group = torch.arange(first, first + count, device=checkpoints.device)
     starts = segments.first if segments.first is not None else torch.arange(p.sequences, device=checkpoints.device) * segments.per_sequence
     memory = checkpoints[(starts[:, None] + of_group).flatten().clamp_max(segments.count - 1)]
@@ -84,19 +88,20 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, fir
     group = Group(
         p.empty(*matrices), p.empty(chunks, p.heads, c, p.hidden), p.empty(chunks, p.heads, c, p.value_dim),
         p.empty(chunks, p.heads, c, p.value_dim, dtype=float32),
-        p.empty(*matrices, dtype=float32) if p.key.retention else None, p.empty(*matrices) if p.key.momentum else None,
-        p.empty(chunks, p.heads, 2, dtype=float32) if p.key.retention == retentions.ENTIRE.value else None,
+        p.empty(*matrices, dtype=float32) if p.key.gated else None, p.empty(*matrices) if p.key.momentum else None,
+        p.empty(chunks, p.heads, 2, dtype=float32) if p.retention.has_rho else None,
     )  # fmt: skip
-    _launch_chain(
-        p, p.sequences * count, SEGMENT.value, decays=weights.decays, moves=weights.moves, memory=memory,
+    launch(
+        mlp_chain_fwd, p, p.sequences * count, "hidden",
+        PART=SEGMENT.value, **weights.only("decays", "moves"), memory=memory,
         opened=None, readouts=None, opened_scales=None, **group._asdict(), pairs=None, scores=None, checkpoints=None, out=None,
         first_segment=segments.first, SEGMENTS=segments.per_sequence, EVERY=every, FIRST=first, GROUP=count,
     )  # fmt: skip
     return group
 
 
-class Between(NamedTuple):
-    """What the three kernels hand to each other, for every chunk of a group and head."""
+class Workspace(NamedTuple):
+    """What the three backward kernels pass to each other, for every chunk of a group and head."""
 
     inner_grad: Tensor  # [chunks, H, C, Hd]   Ga
     hidden_q: Tensor  # [chunks, H, C, Hd]   Zq
@@ -112,13 +117,13 @@ class Between(NamedTuple):
     grad_scales: Tensor | None  # [chunks, H, 2] float32   d rho
 
     @staticmethod
-    def of(p: Problem, chunks: int) -> Between:
+    def of(p: Problem, chunks: int) -> Workspace:
         wide = [p.empty(chunks, p.heads, p.chunk_size, p.hidden) for _ in range(5)]
         narrow = [p.empty(chunks, p.heads, p.chunk_size, p.value_dim) for _ in range(2)]
         square = [p.empty(chunks, p.heads, p.chunk_size, p.chunk_size, dtype=x) for x in (None, None, torch.float32)]
-        scaled = p.key.retention == retentions.ENTIRE.value
+        scaled = p.retention.has_rho
         rest = [p.empty(chunks, p.heads, *x, dtype=torch.float32) if x else None for x in ((2, p.value_dim), (2,) if scaled else None)]
-        return Between(*wide, *narrow, *square, *rest)
+        return Workspace(*wide, *narrow, *square, *rest)
 
     def only(self, *names: str) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in names}
@@ -128,100 +133,77 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     """Gradients by argument name, ``state`` for the initial matrices: ``[N, H, D, Hd]`` and ``[N, H, Hd, D]``, then their momenta."""
     weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
     decays, moving = weights.decays, p.key.momentum
-    float32, decaying, per_token = torch.float32, p.log_decay is not None, p.bias["DELTA"] == 1
+    float32, decaying, per_token = torch.float32, p.log_decay is not None, p.bias.delta == 1
 
     def rows(count: int, wanted: bool = True) -> Tensor | None:
         return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
     rows_lr, rows_delta = p.result(dtype=float32), p.result(dtype=float32) if per_token else None
-    rows_kept, rows_read, rows_pairs = rows(1, decaying or moving), rows(1, decaying), rows(2, decaying and not moving)
+    rows_to_end, rows_read, rows_pairs = rows(1, decaying or moving), rows(1, decaying), rows(2, decaying and not moving)
     rows_carry, rows_step = rows(1, moving), rows(1, moving)
     grad_pairs = p.empty(p.slots.count, p.heads, p.chunk_size, p.chunk_size, dtype=float32) if moving else None
     inner = p.empty(3 if moving else 1, p.slots.count, p.heads, dtype=float32) if decaying or moving else None
     grad_q, grad_k, grad_v = (p.result(p.value_dim) for _ in range(3))
-    grad_delta = p.result(p.value_dim, dtype=float32) if p.bias["DELTA"] == 2 else None
-    grad_memory = together(tuple(grad_state) or tuple(torch.zeros_like(x) for x in p.call.state.matrices()))
-    grad_primal = torch.empty_like(grad_memory[:, :, :2]) if p.key.retention else None
+    grad_delta = p.result(p.value_dim, dtype=float32) if p.bias.delta == 2 else None
+    grad_memory = pack(tuple(grad_state) or tuple(torch.zeros_like(x) for x in p.call.state.matrices()))
+    grad_primal = torch.empty_like(grad_memory[:, :, :2]) if p.key.gated else None
     grad_layer_norm = p.empty(p.sequences, p.heads, 2, p.value_dim, dtype=float32).zero_()
     row_sums = p.empty(p.sequences, p.heads, 3 if moving else 2, p.chunk_size, p.value_dim, dtype=float32)
     grad_sum = p.empty(p.sequences, p.heads, p.chunk_size, p.value_dim)
 
     longest = -(-p.tokens // (p.chunk_size * every))  # segments of a sequence, at most
-    count = min(longest, -(-CROWD // (every * p.sequences * p.heads)))
-    between = Between.of(p, p.sequences * count * every)
+    count = min(longest, -(-MIN_GROUP // (every * p.sequences * p.heads)))
+    workspace = Workspace.of(p, p.sequences * count * every)
     for first in reversed(range(0, longest, count)):
         group = recompute(p, weights, checkpoints, every, first, count)
-        common = dict(q=p.q, k=p.k, lr=p.lr, decays=decays, cu_seqlens=p.cu_seqlens, first_slot=p.slots.first, CHUNKS=p.slots.per_sequence)
-        common |= dict(ROW=p.row, FIRST=first * every, GROUP=count * every, **p.strides("q", "k"))
-        common |= dict(states=group.states, momenta=group.momenta, scales=group.scales, hidden=group.hidden)
-        sizes = {name: x for name, x in p.sizes.items() if name != "EPS"}
+        common = dict(decays=decays, FIRST=first * every, GROUP=count * every, **group.only("states", "momenta", "scales", "hidden"))
         chunks = p.sequences * count * every
-        shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **between.only("grad_scales"))
+        shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **workspace.only("grad_scales"))
         launch(
             mlp_read_bwd, p, chunks, "hidden",
-            ln_weight=p.layer_norm["ln_weight"], grad_out=grad_out, pairs=weights.pairs, updates=group.updates,
-            **between.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "grad_norm", "weights"),
-            rows_pairs=None if rows_pairs is None else rows_pairs[0], **shares, **common, **p.sizes,
+            grad_out=grad_out, pairs=weights.pairs, updates=group.updates,
+            **workspace.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "grad_norm", "weights"),
+            rows_pairs=None if rows_pairs is None else rows_pairs[0], **shares, **common,
         )  # fmt: skip
         launch(
             mlp_dq_bwd, p, chunks, "hidden",
-            grad_out=grad_out, **between.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "weights"),
-            **between.only("grad_hidden_q", "from_hidden", "from_updates", "from_inner"), grad_q=grad_q,
-            rows_read=rows_read, rows_pairs=None if rows_pairs is None else rows_pairs[1], **shares, **common, **sizes,
+            grad_out=grad_out, **workspace.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "weights"),
+            **workspace.only("grad_hidden_q", "from_hidden", "from_updates", "from_inner"), grad_q=grad_q,
+            rows_read=rows_read, rows_pairs=None if rows_pairs is None else rows_pairs[1], **shares, **common,
         )  # fmt: skip
         launch(
             mlp_chain_bwd, p, p.sequences, "hidden",
-            v=p.v, delta=p.delta, moves=weights.moves, **p.layer_norm, duals=group.duals, updates=group.updates, sums=group.sums,
-            **{name: x for name, x in between._asdict().items() if name not in ("scores", "weights")}, row_sums=row_sums, grad_sum=grad_sum,
-            grad_memory=grad_memory, grad_primal=grad_primal, grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
-            grad_layer_norm=grad_layer_norm,
-            rows_lr=rows_lr, rows_delta=rows_delta, rows_kept=rows_kept, rows_step=rows_step, inner=inner, SLOTS=p.slots.count, **common,
-            **p.strides("v"), **p.sizes, **p.bias, **p.retention, MOMENTUM=moving,
+            moves=weights.moves, **group.only("duals", "updates", "sums"),
+            **{name: x for name, x in workspace._asdict().items() if name not in ("scores", "weights")},
+            row_sums=row_sums, grad_sum=grad_sum, grad_memory=grad_memory, grad_primal=grad_primal, grad_layer_norm=grad_layer_norm,
+            grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
+            rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, rows_step=rows_step, inner=inner, **common,
         )  # fmt: skip
 
-    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr, "state": list(apart(grad_memory))}
+    grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr, "state": list(unpack(grad_memory))}
     grads["ln_weight"], grads["ln_bias"] = grad_layer_norm.sum(0).unbind(1)
     if moving:
-        added = {"rows_read": None if rows_read is None else rows_read[0], "rows_kept": rows_kept[0]}
+        added = {"rows_read": None if rows_read is None else rows_read[0], "rows_to_end": rows_to_end[0]}
         grads |= gate_gradients(p, weights, grad_pairs, rows_step=rows_step[0], rows_carry=rows_carry[0], inner=inner, **added)
     elif decaying:
-        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_kept, inner, p.chunk_size)
+        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_to_end, inner, p.chunk_size)
     if p.delta is not None:
         grads["delta"] = rows_delta if per_token else grad_delta
     return grads
 
 
-def together(matrices: tuple[Tensor, ...]) -> Tensor:
+def pack(matrices: tuple[Tensor, ...]) -> Tensor:
     """``W1 [N, H, D, Hd], W2 [N, H, Hd, D], momenta likewise -> [N, H, 2 or 4, Hd, D]``, the first of a pair transposed; a copy."""
     return torch.stack([x if i % 2 else x.transpose(-1, -2) for i, x in enumerate(matrices)], 2)
 
 
-def apart(memory: Tensor) -> tuple[Tensor, ...]:
-    """The inverse of :func:`together`; views."""
+def unpack(memory: Tensor) -> tuple[Tensor, ...]:
+    """The inverse of :func:`pack`; views."""
     return tuple(x if i % 2 else x.transpose(-1, -2) for i, x in enumerate(memory.unbind(2)))
 
 
 def _opened(p: Problem) -> dict[str, Tensor | None]:
-    """Of the chunk that a call resumes in: its primals, what its tokens read before writes of their own, and rho.
-
-    The read-out of token t is ``gamma_t (gamma W_0 + rho (A - gamma A_0))`` with A_0 the dual at the chunk's start, A as it stands, and
-    gamma the decay between them.
-    """
-    opened, gate = p.call.state.open_chunk, p.call.retention
-    if not p.key.retention:
-        return dict(opened=together(opened.start), readouts=None, opened_scales=None)
-    gamma = opened.log_decay.exp()[..., None, None]
-    rhos = [gate.rho(x) for x in opened.start]
-    primals = [gate.phi(x) for x in opened.start]
-    pairs = zip(p.call.state.dual, opened.start, primals, rhos, strict=True)
-    readouts = tuple(gamma * w + rho * (a - gamma * start) for a, start, w, rho in pairs)
-    return dict(opened=together(tuple(primals)), readouts=together(readouts), opened_scales=torch.stack([x[..., 0, 0] for x in rhos], 2))
-
-
-def _launch_chain(p: Problem, units: int, part: int, **arguments) -> None:
-    launch(
-        mlp_chain_fwd, p, units, "hidden",
-        q=p.q, k=p.k, v=p.v, lr=p.lr, delta=p.delta, **p.layer_norm, position=p.position, cu_seqlens=p.cu_seqlens, ROW=p.row,
-        first_slot=p.slots.first, CHUNKS=p.slots.per_sequence,
-        **p.strides("q", "k", "v"), PART=part, **p.sizes, **p.bias, **p.retention, MOMENTUM=p.key.momentum, **arguments,
-    )  # fmt: skip
+    """The chunk that a call resumes in, as `mlp_chain_fwd` takes it."""
+    x = opened_chunk(p)
+    readouts, scales = (pack(x.readouts), torch.stack(x.scales, 2)) if x.readouts else (None, None)
+    return dict(opened=pack(x.primals), readouts=readouts, opened_scales=scales)

@@ -1,26 +1,24 @@
-"""What a chunk of the MLP memory writes, and the gradients of what it leaves: stages of `mlp_chain_fwd` and `mlp_chain_bwd`.
+"""The writes of a chunk of the MLP memory, and the gradients of its matrices: stages of the chains (docs/mathematics.md, sections 9, 10).
 
     S1 <- gamma_C S1 - A' (dec eta Gu);   W2 <- gamma_C W2 - (dec eta Gz)' K                                write
 
-    J1 <- gamma_C J1 + Aq' (gamma dUq) + (gelu'(Z) dGz)' Gu + A' dU                                         carry_first
-    dK = N2' Q + dE + dZ W2 - (dec U2) J2;  J2 <- gamma_C J2 + (gamma dZq)' Q + dZ' K                       carry_second
+    J1 <- gamma_C J1 + Aq' (gamma dUq) + (gelu'(Z) dGz)' Gu + A' dU                                         first_matrix_bwd
+    dK = N2' Q + dE + dZ W2 - (dec U2) J2;  J2 <- gamma_C J2 + (gamma dZq)' Q + dZ' K                       second_matrix_bwd
 
 With momentum ``dec`` is M_C, and
 
     S1 += b_C M1;  W2 += b_C M2;  M1 <- pi_C M1 - A' (Theta_C eta Gu);  M2 <- pi_C M2 - (Theta_C eta Gz)' K
     JS1 <- b_C J1 + pi_C JS1 + rho1 Aq' (b dUq);   JS2 <- b_C J2 + pi_C JS2 + rho2 (b dZq)' Q
 
-Without a retention gate J1 and J2 gain the gradient of the matrices as it is. With one it is gathered in ``grad_primal``, and they gain
-``phi'(A)'`` of it and what d rho asks (mirror.py).
+With a retention gate the gradient of the matrices is gathered in ``grad_primal``, and `pull_back` (mirror.py) adds ``phi'(A)'`` of it to
+J1 and J2.
 """
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
-
-from ..common import retention as retentions
 from ..common.chunks import HEAD, of_chunk
 from ..common.gates import CARRY, load_gamma, load_gate, load_to_end, load_total
 from ..common.tiles import dot, inside, load_tile, rounded, store
@@ -28,15 +26,15 @@ from .math import gelu, gelu_slope, lanes
 
 
 @triton.jit
-def keep(memory, kept, i_c, MATRICES: tl.constexpr, D: tl.constexpr, Hd: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
-    """All matrices to ``kept``, as they stand."""
+def save(memory, checkpoint, i_c, MATRICES: tl.constexpr, D: tl.constexpr, Hd: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
+    """Copy all matrices to a checkpoint."""
     o_d = lanes(BD, i_c, 0)
     m_d = inside(o_d, D, BD)
     for i in tl.range(0, (Hd + BH - 1) // BH, disable_licm=True):
         o_h = i * BH + lanes(BH, i_c, 0)
         o_hd, m_hd = o_h[:, None] * D + o_d[None, :], inside(o_h, Hd, BH)[:, None] & m_d[None, :]
         for matrix in tl.static_range(MATRICES):
-            tl.store(kept + matrix * Hd * D + o_hd, tl.load(memory + matrix * Hd * D + o_hd, mask=m_hd, other=0.0), mask=m_hd)
+            tl.store(checkpoint + matrix * Hd * D + o_hd, tl.load(memory + matrix * Hd * D + o_hd, mask=m_hd, other=0.0), mask=m_hd)
 
 
 @triton.jit
@@ -45,7 +43,7 @@ def write(
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
     RETENTION: tl.constexpr,
 ):  # fmt: skip
-    """All matrices at the chunk's end, in place; a segment's duals and momenta before."""
+    """All matrices after the chunk, in place; copies the duals and momenta before it, for a segment."""
     SIZE: tl.constexpr = Hd * D
     o_c, o_d = lanes(C, i_c, 7), lanes(BD, i_c, 7)
     m_t, m_d = of_chunk(t0 + o_c, bos, eos, PART), inside(o_d, D, BD)
@@ -68,7 +66,7 @@ def write(
         b_s1 = tl.load(memory + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
         b_w2 = tl.load(memory + SIZE + o_hd, mask=m_hd, other=0.0)  # [BH, BD]
         b_back = b_s1
-        if PART == HEAD or RETENTION != retentions.L2:
+        if PART == HEAD or not RETENTION.is_identity:
             b_back = tl.load(predicting + o_hd, mask=m_hd, other=0.0)
         if p_duals is not None:
             tl.store(p_duals + o_hd, b_s1, mask=m_hd)
@@ -92,7 +90,7 @@ def write(
 
 @triton.jit
 def inner_products(p_memory, p_duals, p_moving, p_momenta, i_c, D: tl.constexpr, Hd: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
-    """``<J, A>, <J, S>, <JS, S>`` of both matrices, with the duals and momenta before the chunk; 0 without momenta."""
+    """``<J, A>, <J, S>, <JS, S>`` of both matrices, with the duals and momenta before the chunk; the last two are 0 without momentum."""
     o_d = lanes(BD, i_c, 0)
     m_d = inside(o_d, D, BD)
     product, product_carry, product_pi = 0.0, 0.0, 0.0
@@ -110,11 +108,11 @@ def inner_products(p_memory, p_duals, p_moving, p_momenta, i_c, D: tl.constexpr,
 
 
 @triton.jit
-def carry_first(
+def first_matrix_bwd(
     decays, moves, p_memory, p_moving, p_primal, p_z, p_zq, p_inner, p_gu, p_du, p_duq, rho, ROW, row, H, t0, eos, i_c,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """J1 of the chunk before, or with a gate dW1 in ``p_primal``; JS1."""
+    """J1 of the chunk before, or with a gate dW1 in ``p_primal``; JS1, with momentum."""
     o_c, o_d = lanes(C, i_c, 4), lanes(BD, i_c, 4)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     o_g, o_cd = o_c * H, o_c[:, None] * D + o_d[None, :]
@@ -151,12 +149,15 @@ def carry_first(
 
 
 @triton.jit
-def carry_second(
+def second_matrix_bwd(
     q, k, lr, decays, moves, p_memory, p_moving, p_primal, p_w, p_z, p_ga, p_dz, p_dzq, p_scores, p_dv, grad_k, rho,
     stride_qt, stride_kt, ROW, row, H, t0, eos, i_c,
-    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, READS: tl.constexpr,
+    D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """dK; J2 of the chunk before, or with a gate dW2 in ``p_primal``; JS2; returns ``<J2, W2>``. Pointers to the second of two matrices."""
+    """dK; J2 of the chunk before, or with a gate dW2 in ``p_primal``; JS2, with momentum. Returns ``<J2, W2>``.
+
+    Pointers to matrices point to the second of two.
+    """
     o_c, o_d = lanes(C, i_c, 5), lanes(BD, i_c, 5)
     m_t, m_d = t0 + o_c < eos, inside(o_d, D, BD)
     m_td, o_g = m_t[:, None] & m_d[None, :], o_c * H
@@ -167,7 +168,7 @@ def carry_second(
     b_q = load_tile(q, stride_qt, o_c, o_d, m_t, m_d)  # [C, BD]
     b_n = tl.load(p_scores + o_c[None, :] * C + o_c[:, None])  # [s, t]
     b_dk = dot(b_n, b_q)  # [C, BD]
-    if READS:
+    if BIAS.reads_memory:
         b_dk -= tl.load(p_dv + o_td, mask=m_td, other=0.0).to(tl.float32)  # dE = -dV
     b_k = load_tile(k, stride_kt, o_c, o_d, m_t, m_d)  # [C, BD]
     if p_moving is not None:

@@ -1,1 +1,4 @@
-"""Compiles kernels for GPUs that are not here, and records what they need. No user imports it."""
+"""Compiles kernels without the GPU they are for, and records what they need.
+
+Used by ``python -m miras_kernels warmup --target`` (imported inside its functions) and by the tests; no call of a memory imports it.
+"""

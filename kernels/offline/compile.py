@@ -1,6 +1,6 @@
-"""Compile the kernels for a chip that is not here, and read what the machine code needs: registers, spills, shared memory.
+"""Compile the kernels without the chip they are for, and read registers, spills and shared memory from the machine code.
 
-Nothing is written down twice: the launchers run on meta tensors, and what they would launch is compiled instead.
+The launchers themselves run, on meta tensors, and what they would launch is compiled instead.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import triton
-
-from ...decode.decoder import buffers_for
+from ...decode.buffers import Buffers
 from ..common import configs, launch
-from ..decode import steps
+from ..decode.stepper import stepper
 from ..linear import sequence as linear
 from ..mlp import sequence as mlp
 
@@ -39,7 +38,7 @@ POINTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch as the launcher asked for it."""
+    """One recorded launch."""
 
     kernel: object
     arguments: dict
@@ -48,7 +47,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What compiled code needs.
+    """What the compiled code needs.
 
     Attributes:
         registers: per thread. spills: bytes of local memory per thread (AMD: spilled vector registers).
@@ -62,39 +61,43 @@ class Resources:
 
 
 def recorded(call, every: int, architecture: str = "") -> list[Launch]:
-    """The launches of a call's forward and backward on an architecture; tensors may be on the meta device."""
+    """The launches of a call's forward and backward on an architecture. Tensors may be on the meta device."""
     found = []
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
         p, matrices = launch.Problem(call), [torch.empty_like(x) for x in call.state.matrices()]
-        memory = linear if call.memory == "linear" else mlp
+        memory = linear if call.memory.name == "linear" else mlp
         _, _, checkpoints = memory.forward(p, every, call.output_final_state, call.output_final_state)
         memory.backward(p, checkpoints, every, torch.empty_like(call.v), matrices)
     return found
 
 
 def recorded_step(call, architecture: str = "") -> list[Launch]:
-    """The launches of a decoding step with the tokens of a call, likewise."""
+    """The same for a decoding step with the tokens of a call."""
     channels = call.log_decay is not None and call.log_decay.dim() == 4
-    found, x = [], buffers_for(call.state, call.chunk_size, call.retention, channels)
+    found, x = [], Buffers.empty(call.state, call.chunk_size, call.retention, channels)
     with launch.recording(lambda *what: found.append(Launch(*what)), architecture):
-        run = steps.stepper(call)
+        run = stepper(call)
         run(x, call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, torch.empty_like(call.v))
     return found
 
 
 def source(given: Launch) -> ASTSource:
-    """The launch specialised as Triton's launcher would: None and 1 are constants, multiples of 16 are known as such."""
+    """The launch specialised as Triton's launcher does it: None and 1 are constants, multiples of 16 are marked."""
     constexprs, signature, attributes = {}, {}, {}
+
+    def kind(x, place: tuple[int, ...], constant: bool, general: bool):
+        """The type of an argument, or of one of a tuple's members."""
+        if isinstance(x, tuple) and not constant:
+            return type(x)(*(kind(member, (*place, i), constant, general) for i, member in enumerate(x)))
+        if constant or x is None or (isinstance(x, int) and x == 1 and not general):
+            constexprs[place] = x
+            return "constexpr"
+        if isinstance(x, Tensor) or (x % 16 == 0 and not general):
+            attributes[place] = [["tt.divisibility", 16]]
+        return POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" if -(2**31) <= x < 2**31 else "i64"
+
     for i, parameter in enumerate(given.kernel.params):
-        x = given.arguments[parameter.name]
-        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1 and not parameter.do_not_specialize):
-            signature[parameter.name], constexprs[parameter.name] = "constexpr", x
-        elif isinstance(x, Tensor):
-            signature[parameter.name], attributes[(i,)] = POINTERS[x.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= x < 2**31 else "i64"
-            if x % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind(given.arguments[parameter.name], (i,), parameter.is_constexpr, parameter.do_not_specialize)
     return ASTSource(fn=given.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 

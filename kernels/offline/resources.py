@@ -1,14 +1,14 @@
-"""What every configuration needs on every chip: compiled here, for chips that need not be.
+"""Registers, spills and shared memory of every configuration on every chip, from compiling alone.
 
     python -m miras_kernels.kernels.offline.resources                    compile everything, write resources.json beside this file
     python -m miras_kernels.kernels.offline.resources --cover            every configuration once for every chip, write that
-    python -m miras_kernels.kernels.offline.resources --check            compile everything, compare with it
-    python -m miras_kernels.kernels.offline.resources --check --quick    of the commonest calls only
+    python -m miras_kernels.kernels.offline.resources --check            compile everything, compare with resources.json
+    python -m miras_kernels.kernels.offline.resources --check --quick    the most common calls only
     python -m miras_kernels.kernels.offline.resources --check --cover    every configuration once for every chip
-    python -m miras_kernels.kernels.offline.resources --only sm_90:D64   some of it, printed
+    python -m miras_kernels.kernels.offline.resources --only sm_90:D64   only jobs with this text in their name; prints
 
-A specimen is a call whose launches are recorded and compiled, each under every configuration that serves it. resources.json
-holds registers, spilled bytes, shared memory and the kind of tensor-core instruction for each, per version of Triton.
+A specimen is a call whose launches are recorded and compiled, each with every configuration that serves it. resources.json has
+registers, spilled bytes, shared memory and the kind of tensor-core instruction of each, per version of Triton.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-
 import triton
 
+from ...call import Call
+from ...tables import memories
 from ...tables.biases import L2, Bias, DotProduct, Huber, Lp
 from ...tables.retention import KLRetention, L2Retention, LqRetention, Retention
-from ...validation import linear_call, mlp_call
+from ...validation import make_call
 from ..common import configs
 from . import compile as offline
 
@@ -39,7 +40,7 @@ __all__ = [
 
 TABLE = Path(__file__).with_name("resources.json")
 
-#: kernels that have nothing for tensor cores to multiply: gates' and decoding's
+#: kernels without products for tensor cores: those of the gates and of decoding
 NO_PRODUCTS = (
     "linear_decay", "linear_decay_bwd", "momentum_weights", "momentum_weights_bwd", "channel_decay", "channel_momentum", "channel_du_bwd",
     *configs.STEPS,
@@ -51,7 +52,7 @@ LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 
 @dataclasses.dataclass(frozen=True)
 class Specimen:
-    """A call to compile. ``final``: with final state, inside a chunk, and packed; else training without either."""
+    """A call to compile. ``final``: packed, with a final state inside a chunk; otherwise training without either."""
 
     key_dim: int
     value_dim: int
@@ -66,17 +67,20 @@ class Specimen:
     momentum: bool = False
     channel_lr: bool = False
     channel_decay: bool = False
-    steps: bool = False  # decoding a token instead
+    steps: bool = False  # a decoding step instead
 
     def __str__(self) -> str:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
         marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "steps") if getattr(self, name)]
-        marks += ([self.retention.name] if self.retention.tag else []) + ([] if self.decays else ["no_decay"])
+        marks += ([] if self.retention.is_identity else [self.retention.name]) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
 
     def launches(self) -> list[offline.Launch]:
-        """What a forward and backward of it launch, or a step."""
+        """What its forward and backward launch, or its decoding step."""
+        return offline.recorded_step(self.call()) if self.steps else offline.recorded(self.call(), 4)
+
+    def call(self) -> Call:
         b, t, h = (4, 1, 16) if self.steps else (1 if self.final else 2, 4096, 16)
 
         def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -94,12 +98,11 @@ class Specimen:
         )  # fmt: skip
         if self.hidden:
             initial, norm = (meta(n, h, d, self.hidden), meta(n, h, self.hidden, d)), dict(ln_weight=meta(h, d), ln_bias=meta(h, d))
-            make, arguments = mlp_call, arguments | norm | dict(ln_eps=1e-6, initial_state=initial)
+            memory, arguments = memories.MLP, arguments | norm | dict(ln_eps=1e-6, initial_state=initial)
         else:
-            make, arguments = linear_call, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
+            memory, arguments = memories.LINEAR, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
         lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
-        call = make(k, k, v, lr, log_decay if self.decays else None, **arguments)
-        return offline.recorded_step(call) if self.steps else offline.recorded(call, 4)
+        return make_call(memory, k, k, v, lr, log_decay if self.decays else None, **arguments)
 
 
 def _specimens() -> Iterator[Specimen]:
@@ -139,7 +142,7 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(64, 64, 64, retention=KLRetention(), momentum=True, hidden=256)
     yield Specimen(128, 128, 32, retention=LqRetention(), momentum=True, final=True, hidden=256, dtype=torch.float16)
     yield Specimen(32, 32, 16, hidden=48, dtype=float32)
-    # steps: those with the most to hold come first
+    # decoding steps; those with the largest tiles first
     for d, hidden in ((128, 0), (64, 256), (128, 1024)):
         yield Specimen(d, d, 64, switch, hidden=hidden, retention=KLRetention(), momentum=True, steps=True)
     yield Specimen(256, 256, 64, channel_lr=True, channel_decay=True, retention=KLRetention(), momentum=True, steps=True)
@@ -151,7 +154,7 @@ def _specimens() -> Iterator[Specimen]:
 
 
 SPECIMENS: dict[str, Specimen] = {str(x): x for x in _specimens()}
-#: the commonest calls: held by every run of the tests
+#: the most common calls
 QUICK = (
     "D64-C64-huber_coordinate-bfloat16", "D128-C64-huber_coordinate-bfloat16", "D128-C64-huber_switch-bfloat16",
     "D64-C64-l2-bfloat16-steps", "D64-C64-H256-huber_switch-bfloat16-momentum-steps-kl",
@@ -160,7 +163,7 @@ QUICK = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One thing to compile: a launch of a specimen, by its place among those of its kernel, under a configuration, for a target."""
+    """One compilation: a launch of a specimen, by its place among its kernel's launches, with a configuration, for a target."""
 
     specimen: str
     kernel: str
@@ -173,17 +176,17 @@ class Job:
 
     @property
     def multiplies(self) -> bool:
-        """Whether its matrix products have operands for tensor cores."""
+        """Whether its matrix products can use tensor cores."""
         return self.kernel not in NO_PRODUCTS and SPECIMENS[self.specimen].dtype != torch.float32
 
 
 def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) -> list[Job]:
-    """Everything to compile: every configuration that serves a specimen and is not denied on a target, and nothing twice."""
+    """All compilations: every configuration that serves a specimen and is not denied on a target, without duplicates."""
     found, seen = [], set()
     for name in specimens:
         recorded = SPECIMENS[name].launches()
         for kernel in dict.fromkeys(given.kernel.__name__ for given in recorded):
-            for config in configs.eligible(kernel, key_of(name)):
+            for config in configs.eligible(kernel, configs.Key.of(SPECIMENS[name].call())):
                 with configs.force(kernel, config):
                     launches = [given for given in SPECIMENS[name].launches() if given.kernel.__name__ == kernel]
                 for place, given in enumerate(launches):
@@ -193,13 +196,6 @@ def jobs(targets: Iterable[str], specimens: Iterable[str] = tuple(SPECIMENS)) ->
                         allowed = [target for target in targets if configs.denial(target, kernel, config) is None]
                         found += [Job(name, kernel, place, config, target) for target in allowed]
     return found
-
-
-def key_of(specimen: str) -> configs.Key:
-    s = SPECIMENS[specimen]
-    return configs.Key(
-        s.key_dim, s.value_dim, s.chunk_size, s.dtype.itemsize, s.bias.row_coupled, s.hidden, s.retention.tag, s.momentum, s.channel_decay
-    )
 
 
 def compile_job(job: Job) -> offline.Resources:
@@ -215,11 +211,11 @@ def measure(wanted: list[Job], processes: int = 2) -> Iterator[tuple[Job, offlin
 
 
 def spills_allowed(job: Job) -> float:
-    """Bytes of spilled registers that are put up with, per thread.
+    """The largest number of spilled bytes per thread that is accepted.
 
-    None, but: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (none in chunks
-    of 64 on sm_90); 128 on sm_80 for the backward chain of two matrices in float32; for the MLP memory 64 backward, and a bound only,
-    forward and backward, in float32, on sm_80, and for chunks of fewer than 64 tokens with heads wider than 64: there products take their
+    0, except: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (it spills none in
+    chunks of 64 on sm_90); 128 for the float32 backward chain of two matrices on sm_80; 64 for the backward of the MLP memory; and 1536
+    for the MLP memory in float32, on sm_80, and for heads wider than 64 in chunks of fewer than 64 tokens, where products take their
     operands from registers.
     """
     if not job.target.startswith("sm_"):
@@ -237,7 +233,7 @@ def spills_allowed(job: Job) -> float:
 
 
 def problems(job: Job, found: offline.Resources) -> list[str]:
-    """What is wrong with a configuration, whatever the table says."""
+    """Limits that a compiled configuration exceeds."""
     wrong = []
     if found.spills > spills_allowed(job):
         wrong.append(f"spills {found.spills} bytes")
@@ -249,7 +245,7 @@ def problems(job: Job, found: offline.Resources) -> list[str]:
 
 
 def table_key() -> str:
-    """The version of Triton, under which the table has its figures."""
+    """The version of Triton, the key of its figures in the table."""
     return triton.__version__.split("+")[0]
 
 
@@ -269,7 +265,7 @@ def write(figures: dict[str, list]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
-    parser.add_argument("--quick", action="store_true", help="the commonest calls only; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="the most common calls only; writes nothing")
     parser.add_argument("--cover", action="store_true", help="every configuration once for every target")
     parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains this; prints, writes nothing")
     parser.add_argument("--targets", default=",".join(offline.TARGETS), metavar="TARGET,...")
@@ -280,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = list({(job.target, job.kernel, job.config): job for job in reversed(wanted)}.values())
     figures, wrong, known = {}, [], read().get(table_key())
     if args.check and known is None:
-        print(f"the table has no Triton {table_key()}: only spills, shared memory and tensor cores are judged")
+        print(f"the table has no Triton {table_key()}: only spills, shared memory and tensor cores are checked")
     for job, found in measure(wanted):
         figures[str(job)] = list(dataclasses.astuple(found))
         wrong += problems(job, found)
@@ -289,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(figures)}/{len(wanted)} {job} {figures[str(job)]}", flush=True)
     if not (args.check or args.only or args.quick):
         write(figures)
-    print("\n".join(wrong) or "nothing spills, all fits")
+    print("\n".join(wrong) or "all within limits")
     return bool(wrong)
 
 

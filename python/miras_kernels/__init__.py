@@ -1,8 +1,8 @@
-"""miras-kernels: fused kernels for sequence models that are associative memories trained while they read."""
+"""miras-kernels: fused kernels for sequence models that are associative memories trained at test time."""
 
 from typing import TYPE_CHECKING, Any
 
-from .decode.decoder import Decoder
+from .decode import Decoder
 from .memory import explain, linear_memory, mlp_memory
 from .options import options, override
 from .state import MemoryState, OpenChunk
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``verify`` comes when it is asked for: it brings what only tests need."""
+    """Import ``verify`` on first use: it needs modules that only testing needs."""
     if name != "verify":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .testing import verify

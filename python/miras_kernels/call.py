@@ -1,13 +1,16 @@
-"""One validated call: what every backend, dispatch and autograd take."""
+"""One validated call, as dispatch, autograd and the backends take it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from .state import MemoryState
 from .tables.biases import Bias
+from .tables.memories import Memory
 from .tables.retention import Retention
 
 __all__ = ["Call"]
@@ -17,11 +20,11 @@ __all__ = ["Call"]
 class Call:
     """One validated call of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
 
-    Shapes as in SPEC section 1. Gates and states already have the dtype of the arithmetic; ``delta`` is ``[B, T, H]`` or
-    ``[B, T, H, Dv]``; ``state`` holds ``N`` sequences, ``N = B`` or the number of packed ones.
+    Gates and states already have the dtype of the arithmetic; ``delta`` is ``[B, T, H]`` or ``[B, T, H, Dv]``; ``state`` holds ``N``
+    sequences, ``N = B`` or the number of packed ones.
     """
 
-    memory: str  # "linear" or "mlp"
+    memory: Memory
     q: Tensor
     k: Tensor
     v: Tensor
@@ -41,6 +44,44 @@ class Call:
 
     #: the arguments of shape [B, T, H, ...]
     PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+    #: the differentiable arguments but the initial state
+    DIFFERENTIABLE = (*PER_TOKEN, "ln_weight", "ln_bias")
 
-    def replace(self, **changes) -> Call:
+    @property
+    def hidden(self) -> int:
+        """The memory's hidden size, 0 if it has none."""
+        return self.memory.hidden(self.state.dual)
+
+    def exceeds(self, backend: str, *, steps: bool = False) -> str | None:
+        """Which size limit of a backend's kernels this call exceeds, or of those that decode it in ``steps``; or None."""
+        kernels = self.memory.kernels[backend]
+        limits = kernels.steps if steps else kernels.sequences
+        return "it only decodes" if limits is None else limits.exceeded_by(self)
+
+    def replace(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
+
+    def present(self) -> list[str]:
+        """The names of DIFFERENTIABLE that are not None."""
+        return [name for name in self.DIFFERENTIABLE if getattr(self, name) is not None]
+
+    def differentiable(self) -> list[Tensor]:
+        """Those tensors, then the state's."""
+        return [getattr(self, name) for name in self.present()] + self.state.tensors()
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in one fixed order: the differentiable ones, the state's position, ``cu_seqlens``."""
+        opened = self.state.open_chunk
+        return self.differentiable() + [x for x in (None if opened is None else opened.position, self.cu_seqlens) if x is not None]
+
+    def replace_tensors(self, tensors: Sequence[Tensor]) -> Call:
+        """A call of the same structure with other ``tensors``, in the order of :meth:`tensors`."""
+        names, count = self.present(), len(self.state.tensors())
+        changes: dict[str, Any] = dict(zip(names, tensors, strict=False))
+        rest = list(tensors[len(names) :])
+        state = self.state.replace_tensors(rest[:count])
+        if state.open_chunk is not None:
+            state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=rest[count]))
+        if self.cu_seqlens is not None:
+            changes["cu_seqlens"] = rest[-1]
+        return self.replace(**changes, state=state)

@@ -1,4 +1,4 @@
-"""The public functions: signatures, shapes, equations."""
+"""The public functions: signatures, shapes and equations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from .backends.triton import TritonBackend
 from .call import Call
 from .options import options
 from .state import MemoryState
+from .tables import memories
 from .tables.biases import L2, Bias
+from .tables.memories import Memory
 from .tables.retention import L2Retention, Retention
-from .validation import linear_call, mlp_call
+from .validation import make_call
 
 __all__ = ["explain", "linear_memory", "mlp_memory"]
 
@@ -41,7 +43,7 @@ def linear_memory(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
-    r"""A matrix that learns ``k -> v`` while the sequence is read, and answers queries.
+    r"""A matrix that is trained on ``k -> v`` while the sequence is read, and read out with queries.
 
     Within a chunk of ``chunk_size`` tokens, counted from the sequence's start, with the dual :math:`A_0` at the chunk's start
     and the primal :math:`W_0 = \phi(A_0)` (Miras, arXiv 2504.13173, sections 3 and 5)::
@@ -51,28 +53,28 @@ def linear_memory(
         A_t = exp(log_decay_t) A_{t-1} + S_t
         o_t = (gamma_t W_0 + rho (A_t - gamma_t A_0)) q_t        gamma_t = exp(log_decay_1 + ... + log_decay_t)
 
-    ``chunk_size`` is part of the model: the same weights with another chunk size are another model. q and k are neither
-    scaled nor normalised here.
+    ``chunk_size`` is part of the model: changing it changes the outputs of the same weights. q and k are neither scaled nor normalised
+    here.
 
     Args:
         q, k: ``[B, T, H, Dk]``, float64, float32, bfloat16 or float16; any strides. Under autocast they are cast like the
             arguments of a matrix product.
         v: ``[B, T, H, Dv]``, same dtype.
-        lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are computed with in float32 (float64
-            for float64 inputs).
-        log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay. Channels are those
-            of the values, so that rows of ``A [Dv, Dk]`` decay. GLA and Kimi Delta Attention decay key channels, its columns;
-            where ``Dk = Dv`` no shape tells them apart, and what is given is taken for values.
+        lr: step sizes ``eta``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``. Gates are converted to float32 (float64 for float64
+            inputs).
+        log_decay: ``log(alpha) <= 0``, ``[B, T, H]`` or channel-wise ``[B, T, H, Dv]``; None for no decay. Channels are value
+            channels: rows of ``A [Dv, Dk]`` decay. GLA and Kimi Delta Attention decay its columns, by key channel; where
+            ``Dk = Dv`` the shapes are the same, and the gate still applies to value channels.
         bias: the attentional bias, see :mod:`miras_kernels.biases`.
         retention: the retention gate, see :mod:`miras_kernels.retention`.
-        delta: threshold or radius of the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
+        delta: threshold or radius, for the biases that have one: a float, ``[B, T, H]``, or ``[B, T, H, Dv]`` for
             ``Huber("coordinate")``.
         momentum: ``theta`` in [0, 1), ``[B, T, H]``.
         initial_state: a :class:`MemoryState`, a dual ``[N, H, Dv, Dk]``, or a learned one ``[H, Dv, Dk]`` shared by all
             sequences; None for zeros.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: ``[N + 1]`` int32 or int64, from 0 to T without decreasing: packs N sequences into ``B = 1``. One of no
-            tokens keeps its state.
+        cu_seqlens: ``[N + 1]`` int32 or int64, from 0 to T without decreasing: N sequences packed into ``B = 1``. The state of an
+            empty one stays as it is.
         backend: "auto", "reference", "cpp", "triton" or "cuda". "auto" takes the fastest that can serve the call on the
             tensors' device, see :func:`explain`.
 
@@ -81,14 +83,12 @@ def linear_memory(
         every tensor argument, initial states included.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
     """
-    q, k, v = _autocast(q, k, v)
-    call = linear_call(
-        q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    return run(
+        memories.LINEAR, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend,
     )  # fmt: skip
-    return _run(call, backend)
 
 
 def mlp_memory(
@@ -111,53 +111,68 @@ def mlp_memory(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
-    """A two-layer MLP ``M(x) = x + LN(W1 gelu(W2 x))`` that learns ``k -> v`` while the sequence is read.
+    """A two-layer MLP ``M(x) = x + LN(W1 gelu(W2 x))`` that is trained on ``k -> v`` while the sequence is read.
 
-    The recurrence of :func:`linear_memory`, for each matrix with its own dual and mirror map and the same scalar gates;
-    gradients of both are taken at the chunk's start, and the read-out uses both as they stand at the token
-    (Titans, arXiv 2501.00663, section 3; TTT, arXiv 2407.04620; SPEC section 5). gelu is the tanh form; LN is over D.
+    The recurrence of :func:`linear_memory` for each matrix, with a dual and a mirror map of its own and the same scalar gates. Gradients
+    of both are taken at the chunk's start; the read-out at a token uses both matrices of that token (Titans, arXiv 2501.00663,
+    section 3; TTT, arXiv 2407.04620; docs/mathematics.md, section 9). gelu has its tanh form; LN is over D.
 
     Args:
-        q, k, v: ``[B, T, H, D]``: a residual memory needs ``Dk = Dv = D``.
+        q, k, v: ``[B, T, H, D]``: the residual needs ``Dk = Dv = D``.
         lr, log_decay, momentum: ``[B, T, H]``.
         initial_state: a :class:`MemoryState`, or ``(W1, W2)`` with W1 ``[N, H, D, Hd]`` or ``[H, D, Hd]`` and W2
-            ``[N, H, Hd, D]`` or ``[H, Hd, D]``. Required: an MLP cannot start from zeros.
+            ``[N, H, Hd, D]`` or ``[H, Hd, D]``. Required: at zero both gradients are zero.
         ln_weight, ln_bias: ``[H, D]``, parameters of the LayerNorm, fixed in the inner loop.
         ln_eps: > 0.
 
     The other arguments, the returned values and the errors are those of :func:`linear_memory`.
     """
-    q, k, v = _autocast(q, k, v)
-    call = mlp_call(
-        q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
+    return run(
+        memories.MLP, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps,
+        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, backend=backend,
     )  # fmt: skip
-    return _run(call, backend)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **arguments) -> dict[str, str | None]:
+#: by name of the memory
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, MemoryState | None]]] = {"linear": linear_memory, "mlp": mlp_memory}
+
+
+def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, backend: str = "auto",
+        **arguments) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
+    """Run a memory of :mod:`miras_kernels.tables.memories`; the arguments are those of its public function."""
+    q, k, v = _autocast(q, k, v)
+    call = make_call(memory, q, k, v, lr, log_decay, **arguments)
+    differentiate = _differentiates(call)
+    name = dispatch.choose(backend, call, differentiate)
+    if call.q.shape[0] == 0 or call.q.shape[1] == 0:
+        return _nothing(call), call.state.map(torch.clone) if call.output_final_state else None
+    return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, memory: str | None = None, **arguments
+) -> dict[str, str | None]:
     """Which backends could serve a call, without running it.
 
-    Takes the arguments of :func:`linear_memory`, or of :func:`mlp_memory` if ``ln_weight`` is among them.
+    Args:
+        memory: "linear" or "mlp"; by default the one that takes the arguments given.
+
+    The other arguments are those of :func:`linear_memory` or :func:`mlp_memory`.
 
     Returns:
-        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it refuses the
-        call, or it is not trusted with it on this machine (:func:`miras_kernels.verify`).
-        ``backend="auto"`` takes the first one with None.
+        For every backend, fastest first for the tensors' device, None if it can serve the call, else the reason why not: it does not
+        support the call, or verification found it wrong on this machine (:func:`miras_kernels.verify`). ``backend="auto"`` takes the
+        first one with None.
     """
-    defaults = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None,
-                    output_final_state=False, cu_seqlens=None)  # fmt: skip
     arguments.pop("backend", None)
-    make: Callable[..., Call] = linear_call
-    if "ln_weight" in arguments:
-        make, defaults = mlp_call, {**defaults, "ln_bias": None, "ln_eps": 1e-6}
-    call = make(*_autocast(q, k, v), lr, log_decay, **{**defaults, **arguments})
+    q, k, v = _autocast(q, k, v)
+    call = make_call(memories.find(memory, arguments), q, k, v, lr, log_decay, **arguments)
     return dispatch.explain(call, _differentiates(call))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, q, k and v in its dtype, as for a matrix product."""
+    """q, k and v, under autocast in its dtype, as for a matrix product."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
@@ -166,24 +181,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(cast, tensors))
 
 
-def _given(call: Call) -> list[Tensor]:
-    """The differentiable tensors of a call."""
-    tensors = [call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias]
-    return [x for x in [*tensors, *call.state.tensors()] if x is not None]
-
-
 def _differentiates(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in _given(call))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in call.differentiable())
 
 
 def _nothing(call: Call) -> Tensor:
-    """The outputs of no token: empty, and with gradients of zero to everything."""
-    return torch.empty_like(call.v) + sum(0 * x.sum() for x in _given(call) if x.requires_grad)
-
-
-def _run(call: Call, backend: str) -> tuple[Tensor, MemoryState | None]:
-    differentiate = _differentiates(call)
-    name = dispatch.choose(backend, call, differentiate)
-    if call.q.shape[0] == 0 or call.q.shape[1] == 0:
-        return _nothing(call), call.state.map(torch.clone) if call.output_final_state else None
-    return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+    """The output of a call without tokens: empty, with zero gradients for every argument."""
+    return torch.empty_like(call.v) + sum(0 * x.sum() for x in call.differentiable() if x.requires_grad)

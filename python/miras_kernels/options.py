@@ -1,4 +1,4 @@
-"""Process-wide choices that change time or memory, never results."""
+"""Process-wide options that change time or memory use, never results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Options", "options", "override"]
 class Options:
     """
     Attributes:
-        checkpoint_every: how many chunks share one saved state for the backward, which runs the chunks between two saved
-            states again. 1 keeps every chunk's start: least arithmetic, most memory. None picks about one state per 256 tokens.
+        checkpoint_every: the forward keeps a checkpoint, the state at a chunk's start, every so many chunks; the backward recomputes
+            the chunks between two of them. 1: least arithmetic, most memory. None: about one checkpoint per 256 tokens.
         check_values: whether values are checked as well as shapes (``log_decay <= 0``, ``delta >= 0``, ``cu_seqlens``).
-            None does so for CPU tensors outside torch.compile: elsewhere a check would wait for the device.
+            None: for CPU tensors outside torch.compile, since elsewhere a check would wait for the device.
     """
 
     checkpoint_every: int | None = None
@@ -30,7 +30,7 @@ class Options:
         super().__setattr__(name, value)
 
     def checkpoint_interval(self, chunk_size: int) -> int:
-        """Chunks per saved state for this chunk size."""
+        """Chunks per checkpoint for this chunk size."""
         return self.checkpoint_every or max(1, 256 // chunk_size)
 
 

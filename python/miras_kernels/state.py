@@ -1,4 +1,4 @@
-"""What a memory carries from one token to the next (SPEC section 6)."""
+"""The recurrent state of a memory (docs/mathematics.md, sections 1 and 11)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["MemoryState", "OpenChunk"]
 
 @dataclasses.dataclass(frozen=True)
 class OpenChunk:
-    """The chunk a sequence was cut in: its remaining tokens still take their gradients at the chunk's start.
+    """The unfinished chunk that a sequence stopped in: its remaining tokens still take their gradients at the chunk's start.
 
     Attributes:
-        position: int64 ``[N]``, tokens this chunk has already consumed, ``0 <= position < chunk_size``, per sequence.
+        position: int64 ``[N]``, tokens of the chunk that each sequence has read, ``0 <= position < chunk_size``.
         start: the duals at the chunk's start, shaped like ``MemoryState.dual``. Where ``position`` is 0 it is the dual itself.
         log_decay: ``[N, H]`` (or ``[N, H, Dv]`` for channel-wise decay), the sum of the chunk's log-decays so far.
     """
@@ -31,13 +31,13 @@ class OpenChunk:
 class MemoryState:
     """The recurrent state of ``N`` sequences (the batch, or the sequences packed by ``cu_seqlens``).
 
-    A state is a value: the library never writes into one. Its size does not depend on how much has been read.
+    A state is a value: no function writes into one. Its size does not depend on the number of tokens read.
 
     Attributes:
         dual: the matrices ``A`` after the last token: ``([N, H, Dv, Dk],)`` for a linear memory,
             ``([N, H, D, Hd], [N, H, Hd, D])`` for an MLP memory; float32, or float64 for float64 inputs.
-        momentum: the matrices ``S``, shaped like ``dual``, or None without momentum.
-        open_chunk: None when every sequence stands at a chunk boundary.
+        momentum: the momentum matrices ``S``, shaped like ``dual``, or None without momentum.
+        open_chunk: None if every sequence ended at a chunk boundary.
     """
 
     dual: tuple[Tensor, ...]
@@ -45,18 +45,18 @@ class MemoryState:
     open_chunk: OpenChunk | None = None
 
     def matrices(self) -> tuple[Tensor, ...]:
-        """Duals, then momenta: what the next token adds to."""
+        """Duals, then momentum matrices."""
         return (*self.dual, *(self.momentum or ()))
 
     def tensors(self) -> list[Tensor]:
-        """All floating-point tensors in one fixed order: duals, momenta, chunk starts, the open chunk's log-decay."""
+        """All floating-point tensors in a fixed order: duals, momentum matrices, chunk starts, the open chunk's log-decay."""
         parts = list(self.matrices())
         if self.open_chunk is not None:
             parts += [*self.open_chunk.start, self.open_chunk.log_decay]
         return parts
 
     def replace_tensors(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> MemoryState:
-        """A state of the same structure holding ``tensors``, given in the order of :meth:`tensors`."""
+        """A state of the same structure with other ``tensors``, in the order of :meth:`tensors`."""
         m = len(self.dual)
         head, rest = tuple(tensors[:m]), list(tensors[m:])
         momentum = None
@@ -68,11 +68,11 @@ class MemoryState:
         return MemoryState(head, momentum, open_chunk)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
-        """Apply ``function`` to every tensor, the integer positions included (index the batch, move, detach ...)."""
+        """Apply ``function`` to every tensor, integer positions included: to index the batch, move, detach ..."""
         return self._mapped(function, function)
 
     def detach(self) -> MemoryState:
-        """The same numbers without a gradient history: truncated back-propagation through time."""
+        """The state without its gradient history, for truncated backpropagation through time."""
         return self.map(torch.Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> MemoryState:

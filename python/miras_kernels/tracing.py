@@ -1,4 +1,4 @@
-"""Is PyTorch only computing, or is somebody watching?"""
+"""Whether PyTorch computes plainly, or traces, transforms or intercepts operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["is_plain_eager"]
 
 
 def is_plain_eager(tensors: Iterable[Tensor]) -> bool:
-    """Eager PyTorch on ordinary tensors with numbers in them: nothing traces, fakes, transforms or intercepts operators."""
+    """Whether this is eager PyTorch on ordinary tensors with data: no tracing, fake tensors, transforms or dispatch modes."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -1,9 +1,10 @@
-"""The whole contract of the public functions, checked once: argument, what was expected, what came."""
+"""All checks of the public functions' arguments. Errors name the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,54 +12,40 @@ from torch import Tensor
 from .call import Call
 from .options import options
 from .state import MemoryState, OpenChunk
-from .tables.biases import Bias
-from .tables.retention import Retention
+from .tables.biases import L2, Bias
+from .tables.memories import NORM, Memory
+from .tables.retention import L2Retention, Retention
 from .tracing import is_plain_eager
 
-__all__ = ["linear_call", "mlp_call"]
+__all__ = ["make_call"]
+
+#: the arguments of every memory besides q, k, v, lr and log_decay, with their defaults
+COMMON = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None, output_final_state=False,
+              cu_seqlens=None)  # fmt: skip
+#: and of a memory that ends in a LayerNorm
+NORM_DEFAULTS = dict(ln_weight=None, ln_bias=None, ln_eps=1e-6)
 
 
-def linear_call(
-    q, k, v, lr, log_decay, *, bias, retention, delta, momentum, chunk_size, initial_state, output_final_state, cu_seqlens
-) -> Call:
-    """Check the arguments of :func:`~miras_kernels.linear_memory` and bring them into one form."""
-    shape = _tokens(q, k, v)
-    b, t, h, dk = shape
+def make_call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, **given: Any) -> Call:
+    """Check the arguments of a memory's function, see :mod:`miras_kernels.memory`, and convert them to one form."""
+    defaults = COMMON | (NORM_DEFAULTS if memory.needs_norm else {})
+    if unexpected := [name for name in given if name not in defaults]:
+        raise TypeError(f"{memory.title} takes no argument {', '.join(map(repr, unexpected))}")
+    x = {**defaults, **given}
+    b, t, h, dk = _tokens(q, k, v)
     dv = v.shape[-1]
-    _settings(bias, retention, chunk_size, output_final_state)
-    n = _sequences(cu_seqlens, b, t, q)
-    gates = _gates(lr, log_decay, delta, momentum, bias, q, (b, t, h), dv, channel_wise=True)
-    state = _state(initial_state, q, momentum is not None, chunk_size, n, h, ((dv, dk),), gates["log_decay"])
+    if memory.square and dv != dk:
+        raise ValueError(f"v: {memory.title} needs Dv = Dk = {dk}, got shape {tuple(v.shape)}")
+    _settings(x["bias"], x["retention"], x["chunk_size"], x["output_final_state"])
+    n = _sequences(x["cu_seqlens"], b, t, q)
+    gates = _gates(memory, lr, log_decay, x["delta"], x["momentum"], x["bias"], q, (b, t, h), dv)
+    shapes = [(n, h, *shape) for shape in _matrix_shapes(memory, x["initial_state"], dk, dv)]
+    state = _state(x["initial_state"], q, x["momentum"] is not None, x["chunk_size"], shapes, gates["log_decay"])
+    norm = {name: x.get(name) for name in NORM}
+    norm = _norm(q, h, dv, **norm) if memory.needs_norm else norm | {"ln_eps": 0.0}
     return Call(
-        memory="linear", q=q, k=k, v=v, **gates, ln_weight=None, ln_bias=None, ln_eps=0.0, state=state, cu_seqlens=cu_seqlens,
-        bias=bias, retention=retention, chunk_size=chunk_size, output_final_state=output_final_state,
-    )  # fmt: skip
-
-
-def mlp_call(
-    q, k, v, lr, log_decay, *, bias, retention, delta, momentum, chunk_size, initial_state, output_final_state, cu_seqlens,
-    ln_weight, ln_bias, ln_eps,
-) -> Call:  # fmt: skip
-    """Check the arguments of :func:`~miras_kernels.mlp_memory` and bring them into one form."""
-    b, t, h, d = _tokens(q, k, v)
-    if v.shape[-1] != d:
-        raise ValueError(f"v: an MLP memory needs Dv = Dk = {d}, got shape {tuple(v.shape)}")
-    _settings(bias, retention, chunk_size, output_final_state)
-    n = _sequences(cu_seqlens, b, t, q)
-    gates = _gates(lr, log_decay, delta, momentum, bias, q, (b, t, h), d, channel_wise=False)
-    if initial_state is None:
-        raise ValueError("initial_state: an MLP memory needs its two matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got None")
-    duals = initial_state.dual if isinstance(initial_state, MemoryState) else initial_state
-    if not isinstance(duals, (tuple, list)) or len(duals) != 2 or not all(isinstance(x, Tensor) and x.dim() >= 2 for x in duals):
-        raise ValueError(f"initial_state: expected two matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got {_describe(duals)}")
-    hidden = duals[0].shape[-1]
-    state = _state(initial_state, q, momentum is not None, chunk_size, n, h, ((d, hidden), (hidden, d)), gates["log_decay"])
-    if isinstance(ln_eps, bool) or not isinstance(ln_eps, (int, float)) or not ln_eps > 0:
-        raise ValueError(f"ln_eps: expected a number > 0, got {ln_eps!r}")
-    norm = {name: _tensor(name, x, q, ((h, d),), "[H, D]") for name, x in (("ln_weight", ln_weight), ("ln_bias", ln_bias))}
-    return Call(
-        memory="mlp", q=q, k=k, v=v, **gates, **norm, ln_eps=float(ln_eps), state=state, cu_seqlens=cu_seqlens,
-        bias=bias, retention=retention, chunk_size=chunk_size, output_final_state=output_final_state,
+        memory=memory, q=q, k=k, v=v, **gates, **norm, state=state, cu_seqlens=x["cu_seqlens"],
+        bias=x["bias"], retention=x["retention"], chunk_size=x["chunk_size"], output_final_state=x["output_final_state"],
     )  # fmt: skip
 
 
@@ -75,7 +62,7 @@ def _arithmetic(q: Tensor) -> torch.dtype:
 
 
 def _check_values(x: Tensor) -> bool:
-    """Whether to look at the numbers in ``x``: always possible on the CPU, a wait for the device elsewhere."""
+    """Whether to check the values of ``x``: by default on the CPU only, since elsewhere it would wait for the device."""
     if not is_plain_eager([x]):
         return False
     return x.device.type == "cpu" if options.check_values is None else options.check_values
@@ -135,7 +122,7 @@ def _settings(bias: object, retention: object, chunk_size: object, output_final_
 
 
 def _sequences(cu_seqlens: object, b: int, t: int, q: Tensor) -> int:
-    """How many sequences the call holds."""
+    """The number of sequences in the call."""
     if cu_seqlens is None:
         return b
     if not isinstance(cu_seqlens, Tensor):
@@ -159,12 +146,12 @@ def _sequences(cu_seqlens: object, b: int, t: int, q: Tensor) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def _gates(lr, log_decay, delta, momentum, bias: Bias, q: Tensor, bth: tuple[int, int, int], dv: int, *, channel_wise: bool) -> dict:
+def _gates(memory: Memory, lr, log_decay, delta, momentum, bias: Bias, q: Tensor, bth: tuple[int, int, int], dv: int) -> dict:
     def gate(name: str, x: object, per_channel: bool) -> Tensor:
-        if not channel_wise and isinstance(x, Tensor) and x.dim() == 4:
-            raise ValueError(f"{name}: channel-wise gates [B, T, H, Dv] need a linear memory; an MLP memory takes [B, T, H] = {bth}, "
+        if not memory.channel_wise and isinstance(x, Tensor) and x.dim() == 4:
+            raise ValueError(f"{name}: channel-wise gates [B, T, H, Dv] need a linear memory; {memory.title} takes [B, T, H] = {bth}, "
                              f"got {tuple(x.shape)}")  # fmt: skip
-        if per_channel and channel_wise:
+        if per_channel and memory.channel_wise:
             return _tensor(name, x, q, (bth, (*bth, dv)), "[B, T, H] or [B, T, H, Dv]")
         return _tensor(name, x, q, (bth,), "[B, T, H]")
 
@@ -196,9 +183,31 @@ def _gates(lr, log_decay, delta, momentum, bias: Bias, q: Tensor, bth: tuple[int
     return gates
 
 
-def _state(initial, q: Tensor, with_momentum: bool, chunk_size: int, n: int, h: int, matrices: tuple, log_decay) -> MemoryState:
-    """The initial state with every tensor ``[N, H, ...]`` in the dtype of the arithmetic."""
-    shapes = [(n, h, *m) for m in matrices]
+def _matrix_shapes(memory: Memory, initial: Any, dk: int, dv: int) -> tuple[tuple[int, int], ...]:
+    """The shapes of the memory's matrices; a hidden size is read from the initial ones."""
+    if not memory.needs_initial_state:
+        return memory.shapes(dk, dv, 0)
+    wanted = f"{len(memory.matrices)} matrices ({memory.shape_words()})"
+    if initial is None:
+        raise ValueError(f"initial_state: {memory.title} needs its {wanted}, got None")
+    duals = initial.dual if isinstance(initial, MemoryState) else initial
+    several = isinstance(duals, (tuple, list)) and len(duals) == len(memory.matrices)
+    if not several or not all(isinstance(x, Tensor) and x.dim() >= 2 for x in duals):
+        raise ValueError(f"initial_state: expected {wanted}, got {_describe(duals)}")
+    return memory.shapes(dk, dv, memory.hidden(tuple(duals)))
+
+
+def _norm(q: Tensor, h: int, d: int, ln_weight, ln_bias, ln_eps) -> dict:
+    """The parameters of a memory's LayerNorm."""
+    if isinstance(ln_eps, bool) or not isinstance(ln_eps, (int, float)) or not ln_eps > 0:
+        raise ValueError(f"ln_eps: expected a number > 0, got {ln_eps!r}")
+    weights = {name: _tensor(name, x, q, ((h, d),), "[H, D]") for name, x in (("ln_weight", ln_weight), ("ln_bias", ln_bias))}
+    return weights | dict(ln_eps=float(ln_eps))
+
+
+def _state(initial, q: Tensor, with_momentum: bool, chunk_size: int, shapes: list[tuple[int, int, int, int]], log_decay) -> MemoryState:
+    """The initial state with every tensor ``[N, H, ...]`` in the dtype of the arithmetic; ``shapes`` are those of the matrices."""
+    n, h = shapes[0][:2]
     if initial is None:
         dual = tuple(torch.zeros(s, dtype=_arithmetic(q), device=q.device) for s in shapes)
         return MemoryState(dual, tuple(map(torch.zeros_like, dual)) if with_momentum else None)

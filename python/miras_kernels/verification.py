@@ -1,9 +1,9 @@
-"""What :func:`miras_kernels.verify` found on this machine, kept in files and looked up by "auto".
+"""Results of :func:`miras_kernels.verify` on this machine, kept in files, which decide what "auto" skips.
 
 A *configuration* is a memory, a bias, a retention gate, a dtype and a mode: "sequence" (chunks, with and without gradients) or "decode"
-(token by token). What is found with a caller's sizes counts for these sizes, what is found with the default ones for all. Results are
-kept in :func:`folder`, one JSON file per backend and :func:`machine`, which is read once per process and device. A file that cannot
-be read, or is of another machine or version, counts as none.
+(token by token). Results with a caller's sizes apply to these sizes, results with the default sizes to all. They are kept in
+:func:`folder`, one JSON file per backend and :func:`machine`, which is read once per process and device. A file that cannot be read, or
+is of another machine or version, is ignored.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from pathlib import Path
 
 import torch
 
-from .tables import biases, retention
+import miras_kernels
 
-__all__ = ["COMMAND", "DECODE", "SEQUENCE", "add", "configuration", "doubt", "folder", "known", "machine", "results", "sizes", "state"]
+from .backends import BACKENDS
+from .tables.biases import Bias
+from .tables.retention import Retention
+
+__all__ = [
+    "COMMAND", "DECODE", "SEQUENCE", "add", "configuration", "distrust_reason", "folder", "known", "machine", "results", "sizes", "state",
+]  # fmt: skip
 
 SCHEMA = 1
 COMMAND = "python -m miras_kernels verify"
@@ -32,8 +38,8 @@ _known: dict[tuple[str, torch.device], dict[str, dict]] = {}
 _warned: set[str] = set()
 
 
-def configuration(memory: str, bias: biases.Bias, gate: retention.Retention, dtype: torch.dtype, mode: str) -> str:
-    return f"{memory} {bias.name} {gate.name} {str(dtype).removeprefix('torch.')} {mode}"
+def configuration(memory: str, bias: Bias, retention: Retention, dtype: torch.dtype, mode: str) -> str:
+    return f"{memory} {bias.name} {retention.name} {str(dtype).removeprefix('torch.')} {mode}"
 
 
 def sizes(key_dim: int, value_dim: int, hidden: int, chunk_size: int) -> str:
@@ -53,13 +59,16 @@ def folder() -> Path | None:
 
 
 def machine(name: str, device: torch.device) -> dict[str, str]:
-    """All that a backend's results depend on."""
-    from . import __version__, dispatch
-
-    backend, digest = dispatch.BACKENDS[name], hashlib.sha256()
+    """Everything that a backend's results depend on."""
+    backend, digest = BACKENDS[name], hashlib.sha256()
     for path in sorted(backend.files()):
         digest.update(path.name.encode() + path.read_bytes())
-    found = {"miras-kernels": __version__, "torch": torch.__version__, "kernels": digest.hexdigest(), **backend.environment(device)}
+    found = {
+        "miras-kernels": miras_kernels.__version__,
+        "torch": torch.__version__,
+        "kernels": digest.hexdigest(),
+        **backend.environment(device),
+    }
     if device.type != "cuda":
         return found | {"device": platform.machine()}
     card = torch.cuda.get_device_properties(device)
@@ -70,7 +79,7 @@ def _driver() -> str:
     for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
             return Path(path).read_text().splitlines()[0]
-    return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())  # where the kernel's module is out of sight
+    return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())  # in a container without the driver's files
 
 
 def _path(place: Path, name: str, here: dict[str, str]) -> Path:
@@ -78,14 +87,14 @@ def _path(place: Path, name: str, here: dict[str, str]) -> Path:
 
 
 def _read(path: Path, here: dict[str, str]) -> dict[str, dict]:
-    """The results in a file; none, with a warning, if they cannot be read or are another machine's."""
+    """The results in a file; none, with a warning, if it cannot be read or is of another machine."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["schema"] != SCHEMA or content["machine"] != here:
             raise ValueError("it was written by another version or on another machine")
         results = {key: {"when": x["when"], "failure": x["failure"]} for key, x in content["results"].items()}
         if not all(isinstance(x["when"], str) and isinstance(x["failure"], (str, type(None))) for x in results.values()):
-            raise TypeError("a result is no text")
+            raise TypeError("a result is not text")
         return results
     except FileNotFoundError:
         return {}
@@ -95,7 +104,7 @@ def _read(path: Path, here: dict[str, str]) -> dict[str, dict]:
 
 
 def results(name: str, device: torch.device) -> dict[str, dict]:
-    """What is known of a backend on a device. Where nothing has been kept, nothing is hashed."""
+    """The results of a backend on a device. Kernels are hashed only if there is a file of results."""
     found = _known.get((name, device))
     if found is None:
         found = {}
@@ -106,14 +115,14 @@ def results(name: str, device: torch.device) -> dict[str, dict]:
                 found = _read(_path(place, name, here), here)
         except FileNotFoundError:
             pass
-        except Exception as error:  # whatever is wrong with the folder or the driver, a memory's call must not end here
+        except Exception as error:  # a fault of the folder or the driver must not fail a memory's call
             _warn_once(f"{name} {device}", f"results of verification are ignored: {type(error).__name__}: {error}")
         _known[name, device] = found
     return found
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """One writer at a time, where files can be locked."""
     with path.with_suffix(".lock").open("w") as lock:
         with contextlib.suppress(ImportError, OSError):
@@ -127,7 +136,7 @@ def add(name: str, device: torch.device, new: dict[str, dict]) -> None:
     """Add results, for this process and in the file.
 
     Raises:
-        OSError: the file cannot be written; this process knows them all the same.
+        OSError: the file cannot be written; the results still apply in this process.
     """
     _known[name, device] = results(name, device) | new
     place, here = folder(), machine(name, device)
@@ -135,7 +144,7 @@ def add(name: str, device: torch.device, new: dict[str, dict]) -> None:
         raise OSError("there is no home directory; set MIRAS_CACHE to a folder")
     place.mkdir(parents=True, exist_ok=True)
     path = _path(place, name, here)
-    with _alone(path):
+    with _locked(path):
         content = {"schema": SCHEMA, "machine": here, "results": _read(path, here) | new}
         whole = path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -145,39 +154,39 @@ def add(name: str, device: torch.device, new: dict[str, dict]) -> None:
             whole.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------- what dispatch asks
+# ---------------------------------------------------------------------------------------------------- for dispatch
 
 
 def known(name: str, device: torch.device) -> bool:
-    """Whether anything is known of a backend on a device."""
+    """Whether there are results of a backend on a device."""
     return bool(results(name, device))
 
 
-def doubt(name: str, device: torch.device, configuration: str, sizes: str, unverified: str, warn: bool) -> str | None:
-    """Why "auto" leaves a backend alone in a configuration, or None.
+def distrust_reason(name: str, device: torch.device, configuration: str, sizes: str, unverified: str, warn: bool) -> str | None:
+    """Why "auto" skips a backend in a configuration, or None.
 
     Args:
-        unverified: what to do where nothing is known of it: "take", "warn" (once, if asked to) or "leave".
+        unverified: what to do without results of it: "use", "warn" (once, if ``warn``) or "skip".
     """
     here = results(name, device)
     found = [here[key] for key in (configuration, f"{configuration} {sizes}") if key in here]
     for result in found:
         if result["failure"] is not None:
             return f"failed verification on {result['when']}: {result['failure']}; run {COMMAND} after updating"
-    if found or unverified == "take":
+    if found or unverified == "use":
         return None
-    memory, bias, gate, dtype, _ = configuration.split()
-    command = f"run {COMMAND} --device {device.type} --memory {memory} --bias {bias} --retention {gate} --dtype {dtype}"
-    if unverified == "leave":
-        return f'not verified on this machine, so "auto" leaves it: {command}'
+    memory, bias, retention, dtype, _ = configuration.split()
+    command = f"run {COMMAND} --device {device.type} --memory {memory} --bias {bias} --retention {retention} --dtype {dtype}"
+    if unverified == "skip":
+        return f'not verified on this machine, so "auto" skips it: {command}'
     if warn:
         _warn_once(name, f"the {name} kernels have not been verified on this machine for {configuration}: {command}")
     return None
 
 
-# A compiled program keeps the backend that it was traced with. torch.compiler.assume_constant_result sets this mark too, but imports half
-# a compiler.
-known._dynamo_marked_constant = doubt._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A compiled program keeps the backend that it was traced with. torch.compiler.assume_constant_result sets this mark too, but it imports
+# the compiler.
+known._dynamo_marked_constant = distrust_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _warn_once(key: str, text: str) -> None:
@@ -187,7 +196,7 @@ def _warn_once(key: str, text: str) -> None:
 
 
 def state(name: str, device: torch.device) -> str:
-    """What is known of a backend, in a few words."""
+    """The results of a backend, in a few words."""
     found = results(name, device).values()
     if not found:
         return f"not verified: run {COMMAND}"

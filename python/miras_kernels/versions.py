@@ -1,10 +1,10 @@
-"""Which versions of other packages the tests have run with; nothing of them is imported."""
+"""The versions of other packages that the tests run with; none is imported."""
 
 from __future__ import annotations
 
 import re
 
-#: transformers: the oldest version that is tested and the newest, of which every patch counts
+#: transformers: the oldest and the newest version tested; every patch release of the newest is included
 TRANSFORMERS = ("5.4", "5.24")
 
 

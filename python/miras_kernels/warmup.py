@@ -1,22 +1,22 @@
-"""Compile the Triton kernels before a job needs them: what ``python -m miras_kernels warmup`` does.
+"""Compile the Triton kernels before a job needs them: ``python -m miras_kernels warmup``.
 
-Where there is a GPU the calls are made, through the public function and with zeros in every tensor: Triton then keeps exactly
-the code that later calls look for, in its cache folder. Elsewhere the launches are recorded on tensors without storage and
-compiled for a named chip, for people who want to read what the compiler made of them.
+With a GPU, it makes the calls through the public function, with zeros in every tensor, so that Triton stores the code that later calls
+look for in its cache folder. Without one, it records the launches on tensors without storage and compiles them for a named chip, to show
+what the compiler makes of them.
 
-**Which later calls find their code.** Triton compiles anew for another value of what a kernel takes as a constant (head dimensions,
-chunk size, dtype, bias and its parameters, whether there is a decay, packing, a gradient), and of an integer argument it looks
-at two more things: whether it is 1 and whether it is a multiple of 16. These integers are
+**Which later calls find their code.** Triton compiles again for every value of a kernel's constants (head dimensions, chunk size, dtype,
+bias and its parameters, whether there is a decay, packing, a gradient). Of integer arguments it distinguishes 1, multiples of 16 and
+others. These integers are
 
 * H, and B T H;
 * the strides of q, k and v.
 
 So a run with H = 16, the command's default, serves every T and B, every H that is a multiple of 16, and q, k and v in any memory
-order, if the head dimensions are multiples of 16. Other numbers of heads are served by warming up with them (``--heads 8``);
-then B T must be a multiple of 16 where H is not. With ``--steps`` a :class:`~miras_kernels.Decoder` finds its code, too, for any B and any
-number of tokens. What is never warmed: calls that resume from a state cut inside a chunk, thresholds per channel, and on AMD's GPUs tensors
-beyond 2 GiB; they compile when they come. So does code for another kind of GPU, another version of triton or of this package. A loop that
-also evaluates without gradients needs a second run with ``--no-grad``.
+order, if the head dimensions are multiples of 16. Other numbers of heads need a run with them (``--heads 8``); B T must then be a multiple
+of 16 where H is not. With ``--steps`` a :class:`~miras_kernels.Decoder` finds its code too, for any B and any number of tokens. Never
+compiled in advance: calls that resume from a state cut inside a chunk, thresholds per channel, and on AMD GPUs tensors beyond 2 GiB. A run
+serves one kind of GPU and one version of triton and of this package. A loop that also evaluates without gradients needs a second run with
+``--no-grad``.
 
 Importing this module does not import triton.
 """
@@ -30,30 +30,31 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import autograd, dispatch
 from .backends import triton as triton_backend
 from .call import Call
-from .decode.decoder import Decoder
+from .decode import Decoder
 from .memory import linear_memory
 from .options import options
 from .state import MemoryState
 from .tables.biases import Bias
+from .tables.memories import LINEAR
 from .tables.retention import L2Retention
-from .validation import linear_call
+from .validation import make_call
 
 __all__ = ["TARGETS", "Variant", "refusal", "run", "unavailable"]
 
-#: what code can be compiled for without having it; kernels/offline/compile.py, which imports triton, says how
+#: chips that code can be compiled for without having one; see kernels/offline/compile.py
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Sizes(NamedTuple):
-    """What of a call Triton sees only as integers that are 1, a multiple of 16, or neither."""
+    """The sizes of a call that Triton distinguishes only as 1, a multiple of 16, or neither."""
 
     tokens: int
     heads: int
@@ -66,8 +67,8 @@ class Variant:
     """One kind of call: one set of compile-time constants, and the sizes to make it with.
 
     Attributes:
-        decay, differentiate, packed, final_state: whether there are log-decays; a backward; ``cu_seqlens``; a state returned.
-        steps: whether a decoder will read tokens likewise.
+        decay, differentiate, packed, final_state: whether there are log-decays; a backward; ``cu_seqlens``; a returned state.
+        steps: whether a decoder's steps are compiled too.
     """
 
     key_dim: int
@@ -90,16 +91,16 @@ class Variant:
         return f"k{self.key_dim} v{self.value_dim} chunk {self.chunk_size} {str(self.dtype).removeprefix('torch.')} {bias}"
 
     def others(self) -> str:
-        """What a command's variants have in common."""
+        """The settings that a command's variants share."""
         words = ["forward and backward" if self.differentiate else "forward", "decay" if self.decay else "no decay"]
         words += ["packed"] * self.packed + ["final state"] * self.final_state + ["steps"] * self.steps
         several = lambda numbers: " and ".join(map(str, numbers))
         return f"{', '.join(words)}; B = {self.batch}, T = {several(self.tokens)}, H = {several(self.heads)}"
 
     def sizes(self) -> list[Sizes]:
-        """Sizes of the calls to make; the first one uses all that this kind of call has.
+        """Sizes of the calls to make; the first one uses everything that this kind of call has.
 
-        A final state may be part of the loss or only be handed on, and may lie inside a chunk or at its end.
+        The final state may be part of the loss or not, and may lie inside a chunk or at its end.
         """
         grads = (True, False) if self.final_state and self.differentiate else (False,)
         sequences, more = (3, (0,)) if self.packed else (self.batch, (0, 1) if self.final_state else (0,))
@@ -107,13 +108,15 @@ class Variant:
         return [Sizes(tokens + more, heads, sequences, grad) for tokens, more, heads, grad in every]
 
     def arguments(self, sizes: Sizes, device: str) -> dict:
-        """Arguments of :func:`~miras_kernels.linear_memory` for one of the sizes, every tensor full of zeros."""
+        """Arguments of :func:`~miras_kernels.linear_memory` for one of the sizes, all zeros."""
         b, t, h = (self.batch, *sizes[:2])
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device, requires_grad=self.differentiate)
 
-        given = {name: zeros(b, t, h, d, dtype=self.dtype) for name, d in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim))}
+        given: dict[str, Any] = {
+            name: zeros(b, t, h, d, dtype=self.dtype) for name, d in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim))
+        }
         given |= dict(lr=zeros(b, t, h), log_decay=zeros(b, t, h) if self.decay else None)
         given |= dict(bias=self.bias, delta=1.0 if self.bias.needs_delta else None, chunk_size=self.chunk_size)
         given |= dict(output_final_state=self.final_state, cu_seqlens=None)
@@ -128,21 +131,21 @@ class Variant:
         return {name: given[name] for name in ("q", "k", "v", "lr", "log_decay", "delta")}
 
     def step(self, sizes: Sizes) -> Call:
-        """The validated call of a token, on tensors without storage; errors as of :meth:`call`."""
-        settings = dict(bias=self.bias, retention=L2Retention(), momentum=None, chunk_size=self.chunk_size)
-        return linear_call(**self.token(sizes, "meta"), **settings, initial_state=None, output_final_state=True, cu_seqlens=None)
+        """The validated call of one token, on tensors without storage; raises as :meth:`call` does."""
+        settings = dict[str, Any](bias=self.bias, retention=L2Retention(), momentum=None, chunk_size=self.chunk_size)
+        return make_call(LINEAR, **self.token(sizes, "meta"), **settings, initial_state=None, output_final_state=True, cu_seqlens=None)
 
     def call(self, sizes: Sizes) -> Call:
         """The validated call, on tensors without storage.
 
         Raises:
-            TypeError, ValueError: a call that the public function refuses.
+            TypeError, ValueError: as the public function does.
         """
-        return linear_call(**self.arguments(sizes, "meta"), retention=L2Retention(), momentum=None, initial_state=None)
+        return make_call(LINEAR, **self.arguments(sizes, "meta"), retention=L2Retention(), momentum=None, initial_state=None)
 
 
 def unavailable(target: str | None) -> str | None:
-    """Why nothing can be compiled here, for the GPU that is here or for a named one; None if it can."""
+    """Why nothing can be compiled here, for the GPU of this machine or for a target; or None."""
     reason = dispatch.unavailable("triton")
     if importlib.util.find_spec("triton") is None:
         return reason
@@ -151,12 +154,12 @@ def unavailable(target: str | None) -> str | None:
     if target is not None:
         return None
     if not torch.cuda.is_available():
-        return "no GPU here: the kernels are compiled by running them; --target sm_90, say, compiles for one that is elsewhere"
+        return "no GPU here: the kernels are compiled by running them; --target sm_90, say, compiles for another machine"
     return reason
 
 
 def refusal(variant: Variant) -> str | None:
-    """Why calls of a kind cannot be served, in the words of the public function or of the backend; None if they can."""
+    """Why calls of a kind cannot be served, from the public function or the backend; or None."""
     for sizes in variant.sizes():
         try:
             call = variant.call(sizes)
@@ -169,11 +172,11 @@ def refusal(variant: Variant) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ on the GPU that is here
+# ------------------------------------------------------------------------------------------------ for this machine's GPU
 
 
 class Counts:
-    """How many kernels Triton compiled, and how many it found compiled."""
+    """How many kernels Triton compiled, and how many it found in its cache."""
 
     def __init__(self):
         self.compiled = self.found = 0
@@ -184,7 +187,7 @@ class Counts:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counts]:
-    """Counts what Triton compiles within the ``with`` block."""
+    """Count what Triton compiles within the ``with`` block."""
     from triton import knobs
 
     before, knobs.compilation.listener = knobs.compilation.listener, Counts()
@@ -195,15 +198,15 @@ def counting() -> Iterator[Counts]:
 
 
 def make_calls(variant: Variant, device: str) -> None:
-    """Every call of a kind, forward and, if it has one, backward; and a decoder's step."""
+    """Make every call of a kind, with its backward if it has one, and a decoder's step."""
     for sizes in variant.sizes():
         if variant.steps:
             state = MemoryState((torch.zeros(variant.batch, sizes.heads, variant.value_dim, variant.key_dim, device=device),))
             reader = Decoder(state, chunk_size=variant.chunk_size, bias=variant.bias, backend="triton")
             reader.step(**variant.token(sizes, device))
-        out, state = linear_memory(**variant.arguments(sizes, device), backend="triton")
+        out, final = linear_memory(**variant.arguments(sizes, device), backend="triton")
         if variant.differentiate:
-            results = [out, *(state.dual if sizes.state_grad else ())]
+            results = [out, *(final.dual if final is not None and sizes.state_grad else ())]
             torch.autograd.backward(results, [torch.zeros_like(x) for x in results])
 
 
@@ -224,11 +227,11 @@ def _compile_here(variants: Sequence[Variant]) -> None:
     print(f"{compiled} kernels compiled; Triton keeps them in {knobs.cache.dir}")
 
 
-# ------------------------------------------------------------------------------------------------ for one that is elsewhere
+# --------------------------------------------------------------------------------------------------- for another machine
 
 
 def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
-    """What a call would launch on a target, as ``kernels.offline`` compiles it."""
+    """The launches of a call on a target, for ``kernels.offline`` to compile."""
     from .kernels.common import launch
     from .kernels.offline import compile as offline
 
@@ -236,14 +239,14 @@ def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
     call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
     every = options.checkpoint_interval(variant.chunk_size) if variant.differentiate else 0
     with launch.recording(lambda *what: found.append(offline.Launch(*what)), target):
-        out, final, saved = backend.forward(call, every)
+        out, final, saved = autograd._forward(call, "triton", every)
         if variant.differentiate:
             backend.backward(call, every, saved, torch.empty_like(out), [torch.empty_like(final[0])] if sizes.state_grad else [])
     return found + (offline.recorded_step(variant.step(sizes), target) if variant.steps else [])
 
 
 def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
-    """One call of each kind: other sizes, as far as they need other code, need nearly the same registers."""
+    """One call of each kind: other sizes may need other code, but nearly the same registers."""
     from .kernels.offline import compile as offline
 
     variants = [dataclasses.replace(variant, tokens=variant.tokens[:1], heads=variant.heads[:1]) for variant in variants]
@@ -253,7 +256,7 @@ def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
         seen = set()
         for given in launches(variant, variant.sizes()[0], target):
             code = (offline.source(given).hash(), given.config)
-            if code in seen:  # the backward runs some of the forward's kernels again
+            if code in seen:  # the backward recomputes with some of the forward's kernels
                 continue
             seen.add(code)
             start = time.perf_counter()
@@ -266,7 +269,7 @@ def _compile_elsewhere(variants: Sequence[Variant], target: str) -> None:
 
 
 def _name(given) -> str:
-    """A kernel's name; the chain's also says what it walks, since it is launched for several things."""
+    """A kernel's name; that of the chain also says which part it walks, since it is launched for several."""
     from .kernels.common import chunks
 
     parts = {getattr(chunks, part).value: part.lower() for part in ("WHOLE", "HEAD", "BODY", "TAIL", "SEGMENT")}
@@ -277,12 +280,12 @@ def _name(given) -> str:
 
 
 def run(variants: Sequence[Variant], target: str | None) -> int:
-    """Compile what calls of these kinds need, for the GPU here or for a target of TARGETS; the command's exit status."""
-    reasons = ((f"{variant}: ", refusal(variant)) for variant in variants)
-    wrong = next(((what, reason) for what, reason in reasons if reason is not None), ("", unavailable(target)))
-    if wrong[1] is not None:
-        print(f"warmup: {''.join(wrong)}", file=sys.stderr)
-        return 2
+    """Compile what calls of these kinds need, for this machine's GPU or for one of TARGETS; returns the command's exit status."""
+    reasons = [*((f"{variant}: ", refusal(variant)) for variant in variants), ("", unavailable(target))]
+    for what, reason in reasons:
+        if reason is not None:
+            print(f"warmup: {what}{reason}", file=sys.stderr)
+            return 2
     if target is None:
         _compile_here(variants)
     else:

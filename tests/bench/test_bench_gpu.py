@@ -1,378 +1,396 @@
-"""bench/gpu.py itself: its plan walked without a GPU, and that what is wrong, hangs or dies is told and costs nothing else."""
+"""bench.gpu itself: its plans are executed without a GPU; an item that fails, hangs or crashes is reported, and the others are done."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from bench_gpu_toy import (
-    BENCH,
-    BOTH,
-    FORWARD,
-    MLP_SMALLEST,
-    MLP_TARGET,
-    ONE,
-    SMALLEST,
-    TARGET,
-    TOY,
-    gpu,
-    gpu_configs,
-    gpu_gate,
-    gpu_parts,
-    gpu_peers,
-    gpu_plan,
-    gpu_process,
-    gpu_report,
-    gpu_verdicts,
-)
+from torch.overrides import TorchFunctionMode
+
+from bench.common import processes, results
+from bench.common.implementations import BOTH, FORWARD, recurrences
+from bench.gpu import __main__ as gpu
+from bench.gpu import correctness, decode, device, inputs, plan, report, runner, times
+from miras_kernels import dispatch
+from miras_kernels.testing import parity
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = plan.Settings(backend="reference", device="cpu", smoke=True, seconds=0.0, min_rounds=2)
 
 
-def dry_run(path: Path, *arguments: str, backend: str = "reference") -> tuple[subprocess.CompletedProcess, dict]:
-    command = [sys.executable, str(BENCH / "gpu.py"), "--dry-run", "--backend", backend, "--jobs", "1", "--json", str(path), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "TRITON_INTERPRET": "1"})
+def run_bench(path: Path, command: str, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
+    """The program in the smoke test."""
+    whole = [sys.executable, "-m", "bench.gpu", command, "--smoke", "--json", str(path), *arguments]
+    done = subprocess.run(whole, check=False, capture_output=True, text=True, timeout=900, cwd=ROOT)
     return done, json.loads(path.read_text())
 
 
-# --------------------------------------------------------------------------------------------------------- the whole
+def timed(direction: str = FORWARD, names=("l2", "eager"), shape: str = plan.SMALLEST, settings=SMOKE, exclude=()) -> dict:
+    (result,) = (r for r in times.times(settings, shape, direction, names, exclude) if "doing" not in r)
+    return {"study": "times", "case": shape, **result}
+
+
+@pytest.fixture(autouse=True)
+def fresh(one_thread):
+    """One thread, and nothing remembered from other tests."""
+    times.gate.cache_clear()
+    inputs.draw.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------------------- programs
 
 
 @pytest.mark.slow
-def test_dry_run(tmp_path):
-    """Every part, with a configuration that is wrong: it is told, and everything else is done."""
-    shapes = (TARGET, SMALLEST, MLP_TARGET, MLP_SMALLEST)
-    done, document = dry_run(tmp_path / "out" / "gpu.json", "--shapes", ",".join(shapes), "--plant", "wrong=reference_forward b")
-    assert done.returncode == 1, done.stderr
-    assert {"date", "commit", "modified", "settings", "took_s", *gpu_plan.PARTS} <= set(document)
-    assert not any("error" in document[part] for part in gpu_plan.PARTS)
-    assert document["environment"]["versions"]["torch"] == torch.__version__
-
-    verdicts = {(r["kernel"], r["label"]): r["status"] for r in document["parity"]["results"]}
-    assert verdicts.pop(("reference_forward", "b")) == "wrong"
-    assert set(verdicts.values()) == {"ok"} and (None, None) in verdicts
-    ((*_, kernel, label, reason),) = document["parity"]["deny"]
-    assert (kernel, label) == ("reference_forward", "b") and "error 1.0e+00, budget" in reason
-    assert "'reference_forward', 'b', 'huber_coordinate D16 C16 bfloat16: " in done.stdout  # ready to be pasted
-
-    assert document["sanitizer"]["notes"] == ["needs a GPU"]
-    assert document["ceilings"]["copy_bytes_per_s"] > 0 and document["ceilings"]["matmul_flops_per_s"] > 0
-    results = {(r["shape"], r["direction"]): r for part in ("bench", "mlp") for r in document[part]["results"]}
-    assert set(results) == {(shape, direction) for shape in shapes for direction in (FORWARD, BOTH)}
-    for (shape, _), result in results.items():
-        mlp = shape in (MLP_TARGET, MLP_SMALLEST)
-        base, peer = ("huber_coordinate", "titans-pytorch") if mlp else ("l2", "fla delta rule")
-        ours = {TARGET: gpu_plan.OURS, SMALLEST: gpu_plan.OURS[:2], MLP_TARGET: gpu_plan.MLP_OURS, MLP_SMALLEST: (base,)}[shape]
-        assert set(result["ms"]) == {*ours, "eager"}
-        assert all(x["p10"] <= x["median"] <= x["p90"] and x["p10"] > 0 for x in result["ms"].values())
-        assert result["base"] == base and base not in result["ratios"]
-        assert all(g["ok"] and 0 < g["output_error"] < g["worst"]["budget"] for g in result["gates"].values())
-        assert f"{peer}: needs a GPU" in result["notes"] and result["once_ms"] == result["refused"] == result["failed"] == {}
-    assert document["bench"]["first"]["first_s"]["l2"] > 0
-    for result, (shape, count) in zip(document["recurrence"]["results"], [(TARGET, 8), (MLP_SMALLEST, 6)], strict=True):
-        assert (result["shape"], result["direction"], result["base"], result["refused"]) == (shape, BOTH, "plain", {})
-        assert len(result["ms"]) == len(result["gates"]) == count and all(g["ok"] for g in result["gates"].values())
-    assert all(r["notes"] == ["needs a GPU"] for r in document["memory"]["results"])
-    timed = {(r["shape"], r["kernel"]): r for r in document["tuning"]["results"]}
-    assert timed[TARGET, "reference_forward"]["notes"] == ["b: wrong, not timed"]
-    assert timed[TARGET, "reference_forward"]["chosen"] == timed[TARGET, "reference_forward"]["fastest"] == "a"
-
-
-@pytest.mark.slow
-def test_dry_run_of_the_kernels(tmp_path):
-    """The Triton kernels in the interpreter, for as much as one shape takes."""
-    pytest.importorskip("triton")
-    shapes, parts = f"{SMALLEST},{MLP_SMALLEST}", ("parity", "bench", "mlp")
-    done, document = dry_run(tmp_path / "gpu.json", "--shapes", shapes, "--only", ",".join(parts), backend="triton")
-    missing = document["environment"].get("unavailable")
-    if missing:
-        pytest.skip(missing)
-    assert document["environment"]["triton"]["version"]
-    assert not any("error" in document[part] for part in ("environment", *parts)), done.stderr
-    kernels = {r["kernel"] for r in document["parity"]["results"]} - {None}
-    assert {
-        "linear_chain_fwd",
-        "linear_output",
-        "linear_du_bwd",
-        "linear_chain_bwd",
-        "linear_dqk_bwd",
-        "mlp_chain_fwd",
-        "mlp_chain_bwd",
-    } <= kernels
-    assert {r["status"] for r in document["parity"]["results"]} <= {"ok", "unused"}, done.stdout
-    assert all("l2" in r["ms"] for r in document["bench"]["results"]), done.stdout
-    assert all("huber_coordinate" in r["ms"] for r in document["mlp"]["results"]), done.stdout
-    assert done.returncode == 0
-
-
-@pytest.mark.slow
-def test_a_crash_costs_its_configuration_alone(tmp_path):
-    done, document = dry_run(tmp_path / "gpu.json", "--only", "parity,ceilings", "--plant", "crash=reference_forward a")
-    assert done.returncode == 1
-    verdicts = {(r["kernel"], r["label"]): r["status"] for r in document["parity"]["results"]}
-    assert verdicts.pop(("reference_forward", "a")) == "crashed"
-    assert set(verdicts.values()) == {"ok"}
-    ((*_, kernel, label, reason),) = document["parity"]["deny"]
-    assert (kernel, label) == ("reference_forward", "a") and "the process ended with status 7" in reason
-    assert "copy_bytes_per_s" in document["ceilings"]
-
-
-def test_no_time_is_left_out_and_said(tmp_path):
-    done, document = dry_run(tmp_path / "gpu.json", "--minutes", "0.02", "--shapes", SMALLEST)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_correctness(tmp_path, backend):
+    done, document = run_bench(tmp_path / "out" / "gpu.json", "correctness", "--backend", backend, "--jobs", "1", "--minutes", "10")
+    if "cannot run here" in document.get("error", ""):
+        pytest.skip(document["error"])
     assert done.returncode == 0, done.stderr
-    late = "left out: time"
-    assert document["tests"]["status"] in ("left out", "missing") and document["ceilings"]["notes"] == [late]
-    assert {r["status"] for r in document["parity"]["results"]} == {"left out"} and document["parity"]["deny"] == []
-    for part in ("bench", "mlp", "recurrence", "memory", "tuning"):
-        assert document[part]["results"] == [] and all(text.endswith(late) for text in document[part]["left_out"])
-    assert done.stdout.count(late) > 3
+    assert done.stderr.startswith("plan: repeat: 4 items") and document["left_out"] == []
+    states = {(r["study"], r["status"]) for r in document["results"]}
+    assert {("repeat", "ok"), ("parity", "ok"), ("sanitizer", "not run")} <= states
+    assert states <= {("repeat", "ok"), ("parity", "ok"), ("parity", "not launched"), ("sanitizer", "not run")}
+    configurations = document["environment"]["configurations"]
+    asked = {r["case"] for r in document["results"] if r["study"] == "parity"}
+    assert {f"{kernel} {label}" for kernel, labels in configurations.items() for label in labels} <= asked
+    assert bool(configurations) == (backend == "triton")
+    assert "## Checks" in done.stdout and document["took_s"] > 0
 
 
 @pytest.mark.slow
-def test_merge_show_and_summary(tmp_path, capsys):
-    """Parts of two runs in one document, which can be shown again."""
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
-    dry_run(first, "--only", "ceilings")
-    _, document = dry_run(second, "--only", "parity", "--merge", str(first))
-    assert document["ceilings"] == json.loads(first.read_text())["ceilings"]
-    assert document["merged"] == "a.json" and "parity" in document
-    assert gpu.main(["--show", str(second)]) == 0
-    assert "## Ceilings" in capsys.readouterr().out
-    assert gpu.main(["--show", str(second), "--summary"]) == 0
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_times(tmp_path, backend):
+    done, document = run_bench(tmp_path / "gpu.json", "times", "--backend", backend, "--jobs", "1", "--minutes", "14")
+    if "cannot run here" in document.get("error", ""):
+        pytest.skip(document["error"])
+    assert done.returncode == 0, done.stderr
+    assert document["left_out"] == [] and {"date", "commit", "modified", "settings"} <= set(document)
+    found = {(r["study"], r["case"], r["direction"]): r for r in document["results"] if r["study"] in ("times", "recurrence")}
+    assert len(found) == 8
+    for (study, shape, _), r in found.items():
+        names = recurrences(plan.SHAPES[shape].memory) if study == "recurrence" else plan.SHAPES[shape].biases[:1]
+        assert {*names, "mm", "copy"} <= set(r["ms"]) and r["base"] == names[0] and r["share_of_roofline"]["median"] > 0
+        assert all(r["parity"][name]["ok"] for name in names) and all(x["median"] > 0 for x in r["ms"].values())
+    assert all({backend, "eager"} <= set(r["ms"]) for r in document["results"] if r["study"] == "decoding")
+    tuned = [r for r in document["results"] if r["study"] == "tuning"]
+    assert len(tuned) == (backend == "triton")
+    assert all(r["chosen"] and r["chosen_over_fastest"] >= 1 for r in tuned)
+    shown = subprocess.run([sys.executable, "-m", "bench.gpu", "--show", tmp_path / "gpu.json"], capture_output=True, text=True, cwd=ROOT)
+    assert shown.stdout == done.stdout and "fla delta rule: did not run" in shown.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------ verdicts
-
-
-def row(status: str, case: str = "x") -> dict:
-    return {
-        "case": case,
-        "status": status,
-        "launches": {"k1": "a", "k2": "a"},
-        "worst": {"name": "out", "error": 0.5, "budget": 0.01},
-        "note": "n",
-    }
-
-
-def verdict(kernel, label, *rows, status=None) -> dict:
-    return {"kernel": kernel, "label": label, "cases": list(rows), "status": status or rows[0]["status"], "error": None, "at": ""}
-
-
-def test_a_configuration_is_not_blamed_for_another_kernel():
-    """The chosen configuration of k1 is wrong: the rows of k2 fail with it and stay undecided; k1's other one is right."""
-    results = [
-        verdict(None, None, row("wrong")),
-        verdict("k1", "a", row("wrong")),
-        verdict("k1", "b", row("ok")),
-        verdict("k2", "a", row("wrong")),
-        verdict("k2", "b", row("wrong"), row("wrong", case="y")),
-    ]
-    gpu_verdicts.settle(results)
-    assert [r["status"] for r in results[1:]] == ["wrong", "ok", "undecided", "wrong"]
-    device = {"device": {"architecture": "sm_90"}, "triton": {"version": "3.6.0", "ptxas_version": "12.8"}}
-    assert gpu_verdicts.deny(results, device) == [
-        ["sm_90", "3.6.0", "12.8", "k1", "a", "x: out error 5.0e-01, budget 1.0e-02"],
-        ["sm_90", "3.6.0", "12.8", "k2", "b", "y: out error 5.0e-01, budget 1.0e-02"],
-    ]
-
-
-def test_what_an_answer_says():
-    say = lambda answer: gpu_verdicts.verdict(answer)["status"]
-    assert say(None) == "left out"
-    assert say(gpu_process.Answer([row("ok")], error="illegal access", fate="crashed")) == "crashed"
-    assert say(gpu_process.Answer([row("ok"), row("wrong")])) == "wrong"
-    assert say(gpu_process.Answer([row("ok"), row("not for this case")])) == "ok"
-    assert say(gpu_process.Answer([row("not for this case")])) == "unused"
-
-
-def test_sanitizer_output():
-    read = gpu_verdicts.read_sanitizer
-    assert read(0, "========= ERROR SUMMARY: 0 errors\n") == {"status": "ok", "found": 0, "lines": []}
-    wrong = read(99, "========= Invalid __global__ read of size 4\n========= ERROR SUMMARY: 3 errors\n")
-    assert (wrong["status"], wrong["found"], len(wrong["lines"])) == ("wrong", 3, 2)
-    races = read(0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n")
-    assert races["status"] == "ok"
-    assert read(1, "========= Error: Device not supported\n")["status"] == "did not run"
-    assert read(None, "") == {"status": "late", "error": "took too long"}
-
-
-def test_targets_are_judged():
-    ms = lambda **times: {name: {"median": t} for name, t in times.items()}
-    both = {"shape": TARGET, "direction": BOTH, "ms": ms(l2=10.0, huber_coordinate=11.0, dot=14.0) | {"fla delta rule": {"median": 11.0}}}
-    gate = {"output_error": 0.004, "output_error_eager": 0.002, "gradient_error": 0.009, "gradient_error_eager": 0.009}
-    document = {"bench": {"results": [{**both, "gates": {"l2": gate}}], "first": {"first_s": {"l2": 12.0}}}, "ceilings": ONE}
-    verdicts = {t["name"]: (t["value"], t["verdict"]) for t in gpu_report.judge(document)}
-    find = lambda *words: next(v for name, v in verdicts.items() if all(w in name for w in words))
-    assert find("huber_coordinate", "fastest delta rule") == (1.0, "met")
-    assert find("lp 3", "fastest delta rule") == (None, "not measured")
-    assert find(BOTH, "dot / l2") == (1.4, "NOT met")
-    assert find("nothing compiled") == (12.0, "met")
-    assert find("output error, smooth", "PyTorch") == (2.0, "NOT met")
-    assert find("gradient error, smooth") == (0.009, "NOT met")
-    assert find("gradient error, Huber") == (None, "not measured")
-
-
-def test_every_case_can_be_drawn():
-    """Of the checks on a device: where psi jumps, a draw in 16 bits has to keep its distance."""
-    real = dataclasses.replace(TOY, toy=False)
-    cases = [*gpu_configs.parity_cases(real), *gpu_configs.parity_cases(TOY)]
-    for shape in (gpu_plan.SHAPES[TARGET], gpu_plan.SHAPES[SMALLEST], gpu_plan.SHAPES[MLP_TARGET]):
-        cases += [(gpu_gate.short_case(gpu_gate.few_chunks(shape, real), bias), torch.bfloat16) for bias in shape.ours]
-    assert len({case.name for case, _ in cases[:9]}) == 9
-    for case, dtype in cases:
-        inputs = case.draw(dtype, margin=4 * torch.finfo(dtype).eps * case.delta_scale)
-        assert inputs.call().bias == case.bias and inputs.tensors["q"].dtype == dtype
-
-
-# ---------------------------------------------------------------------------------------------------- floors and time
-
-
-def test_floors():
-    """A token of a head in bytes and operations, by hand; the traffic is that of the design."""
-    for dim, forward, backward in ((64, 1176, 3368), (128, 2840, 7976)):
-        shape = gpu_plan.Shape(1, 64, 1, dim)
-        assert gpu_plan.traffic_bytes(shape, FORWARD) == 64 * forward
-        assert gpu_plan.traffic_bytes(shape, BOTH) == 64 * (forward + backward)
-        assert gpu_plan.io_bytes(shape, FORWARD) == 64 * (8 * dim + 8)
-        assert gpu_plan.io_bytes(shape, BOTH, "huber_switch") == 64 * (8 * dim + 12 + 14 * dim + 24)
-    mlp = gpu_plan.Shape(1, 64, 1, 64, 64, 256)
-    assert gpu_plan.io_bytes(mlp, FORWARD, "huber_coordinate") == 64 * (8 * 64 + 12) + 131072
-    assert gpu_plan.io_bytes(mlp, BOTH, "huber_coordinate") == 64 * (22 * 64 + 36) + 3 * 131072
-    assert gpu_plan.traffic_bytes(mlp, FORWARD) == 64 * (512 + 24)
-    backward = 2 * 512 + 4 * 1024 + 2 * (18 * 256 + 27 * 64 + 6 * 64) + 40
-    assert gpu_plan.traffic_bytes(mlp, BOTH) == 64 * (512 + 24 + backward)
-    floors = gpu_plan.floors_ms(mlp, BOTH, "huber_coordinate", ONE)
-    assert floors["arithmetic"] == pytest.approx(1e3 * 3 * (14 * 64 * 64 * 256 + 2 * 64 * 65 * (64 + 256)) / 1e14)
-    floors = gpu_plan.floors_ms(gpu_plan.Shape(1, 64, 1, 64), FORWARD, "l2", ONE)
-    flops = 6 * 64**3 + 64 * 65 * 128
-    assert floors["arithmetic"] == pytest.approx(1e3 * flops / 1e14) and floors["memory"] == pytest.approx(1e3 * 64 * 520 / 1e12)
-    assert floors["roofline"] == max(floors["arithmetic"], floors["memory"])
-
-
-def test_the_target_rows_are_what_they_are_meant_to_be():
-    shape = gpu_plan.SHAPES[MLP_TARGET]
-    assert (shape.batch * shape.tokens, shape.heads, shape.key_dim, shape.hidden, shape.chunk_size) == (65536, 16, 64, 256, 64)
-    shape = gpu_plan.SHAPES[TARGET]
-    assert (shape.batch * shape.tokens, shape.heads, shape.key_dim, shape.chunk_size) == (65536, 32, 128, 64)
-    assert list(gpu_plan.SHAPES)[:2] == [TARGET, MLP_TARGET] and {SMALLEST, MLP_SMALLEST} <= set(gpu_plan.SHAPES)
-    wanted = {*gpu_plan.WARMED, *gpu_plan.RECURRENCE_SHAPES, *gpu_plan.COMPILED_AT["linear"], *gpu_plan.COMPILED_AT["mlp"]}
-    assert wanted <= set(gpu_plan.SHAPES) and {shape.chunk_size for shape in gpu_plan.SHAPES.values() if shape.hidden} == {16, 64}
-    assert set(gpu_plan.SHARES) == set(gpu_plan.PARTS) == set(gpu_parts.DO)
-
-
-def test_budget():
-    budget = gpu_plan.Budget(10)
-    share, shares = budget.part_end("bench", ["mlp", "tuning"]) - time.time(), gpu_plan.SHARES
-    assert share == pytest.approx(600 * shares["bench"] / (shares["bench"] + shares["mlp"] + shares["tuning"]), abs=2)
-    assert budget.part_end("tuning", []) == pytest.approx(budget.end, abs=1)
-    assert gpu_plan.Budget(0).part_end("tests", []) <= time.time()
-
-
-def test_worker_answers_dies_and_comes_back():
-    """One that takes too long is ended; the next item has a fresh process."""
-    worker = gpu_process.Worker(TOY, gpu_process.environment(TOY, [BENCH.parent / "python"], None))
-    try:
-        late = worker.ask({"task": "ceilings"}, 0.0)
-        assert (late.fate, late.results, worker.process) == ("late", [], None)
-        done = worker.ask({"task": "ceilings"}, 60.0)
-        assert done.fate == "done" and done.results[0]["matmul_size"] == 64
-        failed = worker.ask({"task": "unknown"}, 60.0)
-        assert (failed.fate, failed.error) == ("failed", "KeyError: 'unknown'")
-        process = worker.process
-        assert worker.ask({"task": "ceilings"}, 60.0).fate == "done" and worker.process is process
-    finally:
-        worker.close()
-    assert process.poll() is not None
-
-
-def test_spread_asks_everyone_and_stops_in_time():
-    class Fake:
-        def ask(self, item, seconds):
-            if item["n"] == 2:
-                raise RuntimeError("broken")
-            return gpu_process.Answer([item])
-
-    items, end = [{"n": n} for n in range(5)], time.time() + 60
-    answers = {item["n"]: answer for item, answer in gpu_process.spread(items, [Fake(), Fake()], 9, end)}
-    assert len(answers) == 5
-    assert answers[2].error == "RuntimeError: broken" and answers[4].results == [{"n": 4}]
-    assert [answer for _, answer in gpu_process.spread([{"n": 0}], [Fake()], 9, time.time())] == [None]
-
-
-def test_limited_ends_what_takes_too_long():
-    began = time.time()
-    assert gpu_process.limited([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), 1.0)[0] is None
-    assert time.time() - began < 20
-    assert gpu_process.limited([sys.executable, "-c", "print('hi')"], dict(os.environ), 30.0) == (0, "hi\n")
-
-
-# ------------------------------------------------------------------------------------------------------- environment
-
-
-def test_site_has_the_kernels(tmp_path):
-    site = gpu_process.site(tmp_path)
-    code = "import importlib.util as u, miras_kernels; print(miras_kernels.__file__); print(u.find_spec('miras_kernels.kernels').origin)"
-    status, output = gpu_process.limited([sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(site)}, 60.0, cwd=tmp_path)
-    assert status == 0, output
-    assert all(line.startswith(str(site)) for line in output.split())
-
-
-def test_wheels_are_unpacked(tmp_path):
-    info = "peer-1.0.dist-info"
-    with zipfile.ZipFile(tmp_path / "peer-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("peer/__init__.py", "")
-        wheel.writestr("peer/bin/ptxas", "")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    target, trouble = gpu_process.install(tmp_path, tmp_path / "to")
-    assert trouble is None and (target / "peer" / "__init__.py").exists()
-    assert gpu_process.find_ptxas("wheels", target) == str(target / "peer" / "bin" / "ptxas")
-    assert gpu_process.find_ptxas("/a/ptxas", None) == "/a/ptxas" and gpu_process.find_ptxas("wheels", None) is None
-    assert gpu_process.install(tmp_path / "to", tmp_path / "to2")[1].startswith("no wheels in ")
-
-
-def test_worker_environment(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/last")
-    env = gpu_process.environment(dataclasses.replace(TOY, device="cuda"), [Path("/a"), Path("/b")], "/p/ptxas")
-    assert env["PYTHONPATH"] == os.pathsep.join(["/a", "/b", "/last"])
-    assert env["TRITON_PTXAS_PATH"] == env["TRITON_PTXAS_BLACKWELL_PATH"] == "/p/ptxas"
-    assert gpu_process.environment(TOY, [], None)["TRITON_INTERPRET"] == "1"
-
-
-# ------------------------------------------------------------------------------------------------------ command line
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "times", "--backend", "reference", "--json", str(tmp_path / "a.json")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1 and "reference on cuda cannot run here: there is no GPU here" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "speed"], "--only: unknown 'speed': expected some of environment, tests"),
-        (["--shapes", "1x1"], "--shapes: unknown '1x1': expected some of 8x8192x32x128"),
-        (["--jobs", "0"], "--jobs and --minutes must be positive, got 0 and 9"),
+        ([], "expected one of correctness, times"),
+        (["times", "--jobs", "0"], "--jobs and --minutes must be positive, got 0 and 6"),
+        (["speed"], "invalid choice: 'speed'"),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         gpu.main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_list(capsys):
-    assert gpu.main(["--list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in (*gpu_plan.PARTS, *gpu_plan.SHAPES, *gpu_peers.PEERS))
+# ------------------------------------------------------------------------------------------------------------ correctness
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, str(BENCH / "gpu.py"), "--backend", "reference", "--json", str(tmp_path / "a.json")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "reference on cuda cannot run here" in done.stdout
+@pytest.fixture
+def wrong_gradients(monkeypatch):
+    """The gradients of k of the backend are ten per cent too large."""
+    right = parity.evaluate
+    wrong = lambda inputs, run="auto": (lambda found: found | ({"grad_k": 1.1 * found["grad_k"]} if run == "reference" else {}))(
+        right(inputs, run)
+    )
+    monkeypatch.setattr(parity, "evaluate", wrong)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_race_is_found(monkeypatch, broken):
+    """A call whose results differ in the last bit of one number."""
+    right, calls = correctness._everything, []
+
+    def racy(*arguments):
+        found = right(*arguments)
+        calls.append(1)
+        if broken and len(calls) == 2:
+            found[0].view(torch.int16).view(-1)[7] ^= 1
+        return found
+
+    monkeypatch.setattr(correctness, "_everything", racy)
+    (result,) = correctness.repeat(SMOKE, "linear", "plain")
+    assert (result["status"], result["differing"], result["calls"]) == (("wrong", 1, 3) if broken else ("ok", 0, 3))
+
+
+def test_bits():
+    same = lambda x, y: torch.equal(correctness._bits(torch.tensor(x)), correctness._bits(torch.tensor(y)))
+    assert same(math.nan, math.nan) and same(1.5, 1.5) and not same(0.0, -0.0) and not same(1.0, 1.0000001)
+
+
+def test_repeated_calls_fill_a_gpu():
+    """More programs than multiprocessors: sequences x heads alone are 256, an H200 has 132."""
+    assert all(shape.batch * shape.heads == 256 for shape in plan.MANY.values()) and correctness.CALLS == 50
+
+
+@pytest.mark.usefixtures("wrong_gradients")
+def test_a_wrong_kernel_is_found(monkeypatch):
+    wrong, steps = correctness.parity(SMOKE, 0)
+    assert wrong["status"] == "wrong" and "grad_k error" in wrong["detail"] and steps["status"] == "ok"
+    monkeypatch.setattr(parity, "evaluate", lambda *_: 1 / 0)
+    assert next(correctness.parity(SMOKE, 0))["detail"].endswith("ZeroDivisionError: division by zero")
+    assert report.is_red({"results": [{**wrong, "study": "parity"}]})
+
+
+def test_every_case_can_be_drawn():
+    """Where psi jumps, a draw in 16 bits has to keep its distance."""
+    cases = correctness.parity_cases(dataclasses.replace(SMOKE, smoke=False))
+    assert len({case.name for case, _ in cases}) == len(cases) and {case.memory for case, _ in cases} == {"linear", "mlp"}
+    for case, dtype in cases:
+        drawn = case.draw(dtype, margin=4 * torch.finfo(dtype).eps * case.delta_scale)
+        assert drawn.call().bias == case.bias and drawn.tensors["q"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("log", "error", "status"),
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", None, "ok"),
+        ("========= Invalid __global__ read of size 4\n========= ERROR SUMMARY: 3 errors\n", "the process ended", "wrong"),
+        ("========= ERROR SUMMARY: 0 errors\n", "no answer within 150 s", "lost"),
+        ("========= Error: Device not supported\n", None, "not run"),
+        ("", "no answer within 150 s", "not run"),
+    ],
+)
+def test_sanitizer_output(log, error, status):
+    found = runner.read_sanitizer(log, error)
+    assert found["status"] == status and found["detail"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- times
+
+
+@pytest.mark.usefixtures("wrong_gradients")
+@pytest.mark.parametrize("direction", [FORWARD, BOTH])
+def test_no_time_for_a_wrong_kernel(direction):
+    result = timed(direction)
+    assert not result["parity"]["l2"]["ok"] and result["base"] is None and set(result["ms"]) == {"eager", "mm", "copy"}
+    assert any(text.startswith("l2: parity is red, not timed (grad_k: error") for text in result["notes"])
+    assert report.is_red({"results": [result]}) and "l2" not in report._times(result)
+
+
+def test_no_time_where_a_result_is_not_finite(monkeypatch):
+    monkeypatch.setattr(times, "kernel_of", lambda inputs, *_: lambda: (torch.full_like(inputs.grad_out, math.inf),))
+    result = timed()
+    assert set(result["ms"]) == {"eager", "mm", "copy"} and report.is_red({"results": [result]})
+    assert "l2: parity is red, not timed (not all results are finite)" in result["notes"]
+
+
+def test_baselines_that_fail_or_compute_something_else_are_left_out(monkeypatch):
+    monkeypatch.setitem(times.baselines.MAKE, "eager", lambda inputs, direction: lambda: (torch.zeros_like(inputs.grad_out),))
+    monkeypatch.setitem(times.baselines.MAKE, "compile", lambda inputs, direction: lambda: 1 / 0)
+    result = timed(names=["l2", "eager", "compile", "huber_coordinate"], exclude=["huber_coordinate"])
+    assert set(result["ms"]) == {"l2", "mm", "copy"}
+    assert any(text.startswith("eager: computes something else than l2") for text in result["notes"])
+    assert "compile: did not run: ZeroDivisionError: division by zero" in result["notes"]
+    assert "huber_coordinate: left out, the process was lost with it" in result["notes"]
+
+
+def test_a_slow_baseline_is_timed_once(monkeypatch):
+    monkeypatch.setitem(times.baselines.MAKE, "eager", lambda inputs, direction: lambda: (time.sleep(0.3), inputs.grad_out)[1:])
+    monkeypatch.setattr(times, "SAME", math.inf)
+    result = timed(settings=dataclasses.replace(SMOKE, call_seconds=0.2))
+    assert 300 <= result["ms"]["eager"]["median"] < 2000 and "eager" not in result["ratios"]
+    assert "eager: too slow for the rounds, timed once" in result["notes"] and "| eager" in report._times(result)
+    slow = timed(settings=dataclasses.replace(SMOKE, first_seconds=0.2))
+    assert "eager: did not run: its first call took longer than 0 s" in slow["notes"]
+
+
+def test_refusals_are_reported(monkeypatch):
+    refuses = lambda call, differentiate: "it has no momentum, so far" if call.momentum is not None else None
+    monkeypatch.setattr(dispatch.BACKENDS["reference"], "refuses", refuses, raising=False)
+    for shape in plan.RECURRENCE_SHAPES:
+        names = recurrences(plan.SHAPES[shape].memory)
+        result = timed(BOTH, names, shape) | {"study": "recurrence"}
+        assert result["base"] == "plain" and set(result["ms"]) == {*names, "mm", "copy"} - {"momentum"}
+        assert result["refused"] == {"momentum": "it has no momentum, so far"} and "| **momentum** " in report._times(result)
+        verdicts = {t["name"]: t["measured"]["device"]["verdict"] for t in results.judge(report.targets(), [result], {"device": {}})
+                    if t["case"] == shape}  # fmt: skip
+        assert [v for name, v in verdicts.items() if "momentum" in name] == ["refused: see notes"]
+
+
+def test_no_time_for_wrong_steps(monkeypatch):
+    backend = dispatch.BACKENDS["reference"]
+    right = backend.stepper
+
+    def wrong(call):
+        run = right(call)
+        return lambda buffers, q, k, v, lr, *others: run(buffers, q, k, v, 1.1 * lr, *others)
+
+    name = next(iter(plan.DECODING))
+    (result,) = (r for r in decode.decode(SMOKE, name) if "doing" not in r)
+    assert set(result["ms"]) == {"reference", "eager"}
+    monkeypatch.setattr(backend, "stepper", wrong, raising=False)
+    (result,) = (r for r in decode.decode(SMOKE, name) if "doing" not in r)
+    assert set(result["ms"]) == {"eager"} and result["notes"][0].startswith("reference: parity is red, not timed (")
+    assert report.is_red({"results": [result]})
+
+
+def test_targets_are_judged():
+    ms = {name: {"median": t} for name, t in {"l2": 10.0, "huber_coordinate": 11.0, "fla delta rule": 11.0}.items()}
+    gate = {"ok": True, "output_error": 0.004, "output_error_eager": 0.002, "gradient_error": 0.009, "gradient_error_eager": 0.009}
+    row = {"study": "times", "case": plan.TARGET, "direction": BOTH, "ms": ms, "ratios": {"dot": {"median": 1.4}}, "parity": {"l2": gate}}
+    judged = {t["name"]: t["measured"]["device"] for t in results.judge(report.targets(), [row], {"device": {}})}
+    verdict = lambda name: tuple(judged[name].values())
+    assert verdict("huber_coordinate: time of fla delta rule / ours") == (1.0, "met")
+    assert verdict("lp 3: time of fla delta rule / ours") == (None, "not measured")
+    assert verdict("forward+backward, dot / l2") == (1.4, "NOT met")
+    assert verdict("relative RMS output error, l2 / PyTorch's") == (2.0, "NOT met")
+    assert verdict("relative RMS gradient error, l2") == (0.009, "NOT met")
+
+
+def test_least_work():
+    """A token of a head in bytes, by hand."""
+    shape, mlp = plan.Shape(1, 64, 1, 64), plan.Shape(1, 64, 1, 64, 64, 256)
+    assert plan.least_work(shape, FORWARD, "l2") == {"flops": 6 * 64**3 + 64 * 65 * 128, "bytes": 64 * (8 * 64 + 8)}
+    assert plan.least_work(shape, BOTH, "huber_switch")["bytes"] == 64 * (8 * 64 + 12 + 14 * 64 + 24)
+    assert plan.least_work(mlp, BOTH, "huber_coordinate")["bytes"] == 64 * (22 * 64 + 36) + 3 * 131072
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+
+
+def worker() -> processes.Worker:
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
+    return processes.Worker("worker_for_tests", env)
+
+
+def test_worker_answers_dies_and_comes_back():
+    with worker() as made:
+        assert made.ask({"task": "echo", "value": 1})[0] == 1
+        first = made.process
+        for request, seconds, reason in (
+            ({"task": "fail", "value": 0}, 60.0, "ZeroDivisionError: division by zero"),
+            ({"task": "die", "value": "x"}, 60.0, "the process ended with status 7"),
+            ({"task": "hang", "value": "x"}, 4.0, "no answer within 4 s"),
+        ):
+            with pytest.raises(processes.Lost, match=reason) as lost:
+                made.ask(request, seconds)
+            assert lost.value.results == ([{"doing": "x"}] if request["value"] else []) and made.process is None
+        assert made.ask({"task": "echo", "value": 2})[0] == 2 and made.process is not first
+        last = made.process
+    assert last.poll() is not None
+
+
+def made_runner(seconds: float = 60.0) -> runner.Runner:
+    return runner.Runner(SMOKE, {}, 1, time.time() + seconds)
+
+
+def test_an_item_is_done_again_without_what_lost_its_process(monkeypatch):
+    asked = []
+
+    def ask(self, request, seconds=None):
+        asked.append(request.get("exclude", []))
+        if "b" in asked[-1]:
+            return [{"doing": "a"}, {"ms": {}}]
+        raise processes.Lost("no answer within 120 s", [{"doing": "a"}, {"doing": "b"}])
+
+    monkeypatch.setattr(processes.Worker, "ask", ask)
+    item = plan.Item("times", "s", "times", {"names": ["a", "b"]}, 120)
+    assert made_runner().do(item) == [{"study": "times", "case": "s", "ms": {}}] and asked == [[], ["b"]]
+    lost = made_runner().do(dataclasses.replace(item, task="parity"))
+    assert lost == [{"study": "times", "case": "s", "status": "lost", "detail": "b: no answer within 120 s"}]
+    assert report.is_red({"results": lost})
+
+
+def test_no_time_left_is_reported(monkeypatch):
+    monkeypatch.setattr(processes.Worker, "ask", lambda self, request, seconds=None: [{"status": "ok"}])
+    items, said = [plan.Item("parity", str(i), "parity", {}, 9, alone=i > 1) for i in range(4)], []
+    made_runner().run(items, lambda item, found: said.append((item.case, len(found))))
+    made_runner(seconds=0).run(items, lambda item, found: said.append((item.case, len(found))))
+    assert sorted(said[:4]) == [(str(i), 1) for i in range(4)] and sorted(said[4:]) == [(str(i), 0) for i in range(4)]
+
+
+def test_plans():
+    real = dataclasses.replace(SMOKE, smoke=False)
+    kernels = {"linear_output": ["a", "b"], "linear_decay": ["a"], "mlp_dq_bwd": ["a", "b"], "mlp_step_write": ["a", "b"]}
+    items = list(plan.correctness(kernels, 3, real))
+    assert [item.study for item in items][:16].count("repeat") == 16  # 8 recurrences and steps of one memory, 6 and steps of the other
+    assert [item.arguments for item in items if item.task == "parity_of"][:2] == [{"kernel": k, "label": "a"} for k in list(kernels)[:2]]
+    assert sum(item.task == "parity_of" for item in items) == 7 and sum(bool(item.tool) for item in items) == 4
+    items = list(plan.times(kernels, real))
+    assert all(item.alone == (item.study != "compilation") for item in items)
+    rows = [(item.case, item.arguments["direction"]) for item in items if item.study == "times"]
+    assert rows[:4] == [(shape, direction) for shape in (plan.TARGET, plan.MLP_TARGET) for direction in (BOTH, FORWARD)]
+    tuned = [(item.case, item.arguments["kernel"]) for item in items if item.study == "tuning"]
+    assert tuned == [(plan.TARGET, "linear_output"), (plan.MLP_TARGET, "mlp_dq_bwd")]
+    first, *_ = (item for item in items if item.study == "times")
+    assert first.arguments["names"] == [*plan.SHAPES[plan.TARGET].biases, "eager", *plan.FLA]
+    sizes = lambda name: (lambda s: (s.batch * s.tokens, s.heads, s.key_dim, s.hidden, s.chunk_size))(plan.SHAPES[name])
+    assert sizes(plan.TARGET) == (65536, 32, 128, 0, 64) and sizes(plan.MLP_TARGET) == (65536, 16, 64, 256, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------- device
+
+
+class FakeEvent:
+    """Every event is a millisecond after the one before."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.clock += 1.0
+        self.at = FakeEvent.clock
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Replaces the device "cuda" by the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = {name: "cpu" if name == "device" and x == "cuda" else x for name, x in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def test_times_on_a_device(monkeypatch):
+    """The code that needs a GPU runs on CPU tensors, with fake clocks and counters."""
+    fakes = {"Event": FakeEvent, "memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 4 * 2**20,
+             "reset_peak_memory_stats": lambda: None,
+             "get_device_properties": lambda _: type("Properties", (), {"total_memory": 2**30})}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(device, "FLUSH", 8)
+    device._buffer.cache_clear()
+    settings = dataclasses.replace(SMOKE, device="cuda")
+    monkeypatch.setattr(times, "gate", lambda *_: {"ok": True, "output_error": 0.0, "gradient_error": 0.0})
+    monkeypatch.setattr(inputs.Inputs, "to", lambda self, dtype, device="cpu", to=inputs.Inputs.to: to(self, dtype, "cpu"))
+    with OnTheCpu():
+        result = timed(BOTH, ("l2", "huber_switch", "eager"), settings=settings)
+    device._buffer.cache_clear()
+    assert all(ms["median"] == 1.0 for ms in result["ms"].values()) and result["ratios"]["eager"]["median"] == 1.0
+    assert set(result["peak_mib"]) == {"l2", "huber_switch", "eager"} and result["peak_mib"]["l2"] == 3.0
+    assert result["peak_share"]["l2"] == 3 / 1024
+    assert "| **l2** " in report._times(result)

@@ -1,27 +1,21 @@
-"""The studies of growth and the pictures of bench/cpu.py: that they fit what was measured, and that a wrong kernel gets neither."""
+"""The study of scaling: its figures agree with what was measured, and a wrong kernel gets none."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import miras_kernels
+from bench.common import implementations
+from bench.cpu import __main__ as cpu
+from bench.cpu import cases, report, scaling, watch
 from miras_kernels import dispatch
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
-contenders, cpu, plots, report, scaling, studies = map(
-    importlib.import_module, ("contenders", "cpu", "plots", "report", "scaling", "studies")
-)
-
 BACKEND = "reference" if dispatch.unavailable("cpp") else "cpp"
-SETTINGS = contenders.Settings(backend=BACKEND, seconds=0.0, min_rounds=2, compile_seconds=0, toy=True)
+SETTINGS = cases.Settings(backend=BACKEND, seconds=0.0, min_rounds=2, compile_seconds=0, toy=True)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +33,7 @@ def scaled(shape: str, axis: str, threads: int = 1, settings=SETTINGS) -> dict:
     return result
 
 
-@pytest.mark.parametrize("shape", scaling.SCALING_SHAPES)
+@pytest.mark.parametrize("shape", cases.ONE_OF_EACH)
 def test_tokens(shape):
     result = scaled(shape, "tokens")
     assert (result["case"], result["threads"], result["notes"]) == (f"{shape}, tokens", 1, [])
@@ -48,7 +42,7 @@ def test_tokens(shape):
     assert set(result["ratios"]) == set(result["sizes"]) - {"48"}
     assert result["saved_mib"] == result["promised_mib"] and result["saved_over_promised"] == 1.0
     assert all(result["peak_mib"][name] >= 0 for name in result["sizes"])
-    section = report._scaling_section([result])
+    section = report._scaling([result])
     rows = [line for line in section.splitlines() if line.startswith(f"| {shape}, tokens")]
     assert [row.split("|")[2].strip() for row in rows] == list(scaling.TOY_TOKENS)
     assert f"- {shape}, tokens: time grows as tokens^" in section and "promised MiB" in section
@@ -59,12 +53,12 @@ def test_heads_and_threads():
     assert set(heads["ms"]) == {"1", "2", "4"} and all(gate["ok"] for gate in heads["parity"].values())
     threads = scaled("D64 C64", "threads", threads=2)
     assert set(threads["ms"]) == {"1", "2", "mm 1", "mm 2"} and threads["clock"] == "wall"
-    section = report._scaling_section([heads, threads])
+    section = report._scaling([heads, threads])
     assert "torch.mm" in section and "MiB" not in section and section.count("| D64 C64, heads") == 3
 
 
 def test_the_section_is_right():
-    """Twice the time for four times the tokens is half of linear; half the time with four threads is twice of it."""
+    """Twice the time for four times the tokens is half of linear growth; half the time with four threads is twice the ideal."""
     spread = lambda x: {"median": x, "p10": x, "p90": x}
     common = {"study": "scaling", "threads": 1, "parity": {}}
     tokens = {**common, "case": "A, tokens", "axis": "tokens", "sizes": {"1k": 1024, "4k": 4096}, "ratios": {"4k": spread(2.0)},
@@ -72,7 +66,7 @@ def test_the_section_is_right():
     times = {"1": 1.0, "4": 0.5, "mm 1": 8.0, "mm 4": 2.0}
     threads = {**common, "case": "A, threads", "axis": "threads", "sizes": {"1": 1, "4": 4}, "ratios": {"4": spread(0.5)},
                "ms": {name: spread(x) for name, x in times.items()}}  # fmt: skip
-    by_tokens, by_threads = report._scaling_section([tokens]), report._scaling_section([threads])
+    by_tokens, by_threads = report._scaling([tokens]), report._scaling([threads])
     assert "0.50x [0.50, 0.50]" in by_tokens and "torch.mm" not in by_tokens
     assert "2.00x [2.00, 2.00]" in by_threads and "| 1.00x" in by_threads
 
@@ -85,12 +79,12 @@ def test_exponent(power):
 
 
 @pytest.mark.skipif(BACKEND != "cpp", reason="what the kernels keep; the C++ kernels are not built here")
-@pytest.mark.parametrize("shape", scaling.SCALING_SHAPES)
+@pytest.mark.parametrize("shape", cases.ONE_OF_EACH)
 @pytest.mark.parametrize("every", [1, 3])
 def test_what_is_saved_is_what_is_promised(shape, every):
     inputs = scaling.draw(shape, SETTINGS, 150, 2)  # ten chunks, the last one short
     with miras_kernels.override(checkpoint_every=every):
-        saved = studies.saved_bytes(contenders.kernel(inputs, "cpp", contenders.BOTH), inputs)
+        saved = watch.saved_bytes(implementations.kernel(inputs, "cpp", implementations.BOTH), inputs)
         assert saved == scaling.promised_bytes(inputs.case)
     d, matrices = (16, 2 * 32) if shape.startswith("MLP") else (12, 16)
     assert saved == 4 * 2 * (math.ceil(10 / every) + (not shape.startswith("MLP"))) * d * matrices
@@ -98,7 +92,7 @@ def test_what_is_saved_is_what_is_promised(shape, every):
 
 @pytest.mark.parametrize("longest", [0, 96])
 def test_no_time_for_a_wrong_kernel(monkeypatch, longest):
-    """One that is wrong for all, and one that is wrong for sequences longer than the one that float64 looks at."""
+    """Wrong for all sequences, or only for those longer than the one that is compared with float64."""
     settings = dataclasses.replace(SETTINGS, backend="reference")
     right = dispatch.BACKENDS["reference"].backward
 
@@ -115,31 +109,7 @@ def test_no_time_for_a_wrong_kernel(monkeypatch, longest):
 
 
 def test_which_jobs_there_are():
-    found = cpu.jobs(("scaling",), tuple(contenders.SHAPES), [1, 2], SETTINGS)
+    found = cpu.jobs(("scaling",), tuple(cases.SHAPES), [1, 2], SETTINGS)
     assert found[:4] == [("scaling", f"D64 C64, {axis}", n) for axis, n in (("tokens", 1), ("heads", 1), ("heads", 2), ("threads", 2))]
-    assert {job[1].rpartition(", ")[0] for job in found} == set(scaling.SCALING_SHAPES)
+    assert {job[1].rpartition(", ")[0] for job in found} == set(cases.ONE_OF_EACH)
     assert not [job for job in cpu.jobs(("scaling",), ("D64 C64",), [1], SETTINGS) if "threads" in job[1]]
-
-
-# -------------------------------------------------------------------------------------------------------------- plots
-
-
-@pytest.mark.slow
-def test_plots(tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    spans = {side: {"median": 1.2, "low": 1.1, "high": 1.3} for side in ("base", "again")}
-    compared = {"study": "base", "case": "D64 C64", "direction": "forward", "threads": 1, "ratios": spans, "verdict": "faster"}
-    results = [*studies.study_shapes("D64 C64", 1, SETTINGS), scaled("D64 C64", "tokens"), scaled("D64 C64", "threads", 2), compared]
-    assert set(results[0]["ms"]) >= {"kernel", "mm", "copy"} and not {"mm", "copy"} & set(results[0]["ratios"])
-    paths = plots.draw({"results": results}, tmp_path / "deep" / "plots")
-    assert [path.name for path in paths] == ["ratios.png", "roofline.png", "scaling.png", "base.png"]
-    for path in paths:
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
-    assert plots.draw({"results": [{"study": "bias", "case": "D64 C64"}]}, tmp_path / "none") == []
-
-
-def test_pictures_are_refused_before_anything_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        cpu.main(["--plots", "somewhere"])
-    assert stop.value.code == 2 and "--plots: needs matplotlib" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Token by token in place: the same numbers as the whole sequence at once, whatever the memory, the gate and the place in a chunk."""
+"""A Decoder computes, token by token and in place, what the whole sequence gives at once: every memory, gate and place in a chunk."""
 
 from __future__ import annotations
 
@@ -10,42 +10,14 @@ import pytest
 import torch
 
 import miras_kernels as mk
-from miras_kernels import autograd, dispatch, validation
+from decoding import MLP, PAIRS, SIZES
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.call import Call
 from miras_kernels.tables.biases import TABLE as BIASES
 from miras_kernels.tables.retention import TABLE as GATES
-from miras_kernels.testing import Case, check_steps, registry, relative_error, steps
+from miras_kernels.testing import Case, check_steps, relative_error, steps
 from miras_kernels.testing.steps import before, check_results, cut, decoder, results
 
-PAIRS = [case for case in registry() if "-pairs-" in case.name and case.lengths is None and case.initial != "none"]
-MLP = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
-SIZES = [
-    Case("linear-one-by-one", key_dim=1, value_dim=1),
-    Case("linear-odd", key_dim=19, value_dim=33, retention=GATES[2], decay="channel", lr="channel"),
-    Case("linear-wide", key_dim=48, value_dim=136, retention=GATES[1], momentum=True, heads=1),
-    Case("linear-common", key_dim=64, value_dim=64),
-    Case("linear-largest", key_dim=256, value_dim=256, heads=1, batch=1, momentum=True),
-    Case("linear-many-heads", batch=9, heads=8, key_dim=64, value_dim=64),
-    Case("linear-chunk-1", chunk_size=1),
-    Case("linear-chunk-1-momentum", chunk_size=1, momentum=True),
-    *(Case(f"linear-chunk-1-{gate.name}", chunk_size=1, retention=gate, decay="strong", seed=i) for i, gate in GATES.items() if i),
-    Case("linear-chunk-3-lq", chunk_size=3, retention=GATES[1], momentum=True),
-    Case("linear-long-chunk", key_dim=9, value_dim=11, chunk_size=50, tokens=110, retention=GATES[1], momentum=True, decay="channel"),
-    Case("linear-extreme-channel-decay", decay="extreme_channel", tokens=60, retention=GATES[4]),
-    Case("linear-float-delta", bias=mk.Huber("norm"), delta="float"),
-    Case("linear-channel-delta", bias=mk.Huber("coordinate"), delta="channel", value_dim=21),
-    Case("linear-fused", layout="fused"),
-    Case("linear-heads-first", layout="heads_first"),
-    Case("mlp-odd", **MLP | dict(key_dim=19, value_dim=19, hidden=37), retention=GATES[3], momentum=True),
-    Case("mlp-tiny", **MLP | dict(key_dim=1, value_dim=1, hidden=3), bias=mk.Huber("coordinate"), batch=1),
-    Case("mlp-common", **MLP | dict(key_dim=64, value_dim=64, hidden=256), batch=1, chunk_size=8),
-    Case("mlp-wide", **MLP | dict(key_dim=136, value_dim=136, hidden=40), retention=GATES[3], batch=1),
-    Case("mlp-long-chunk", **MLP, chunk_size=50, tokens=110, retention=GATES[2], momentum=True),
-    Case("mlp-chunk-1", **MLP, chunk_size=1),
-    Case("mlp-chunk-1-lq", **MLP, chunk_size=1, retention=GATES[1]),
-    Case("mlp-fused-float-delta", **MLP, bias=mk.RobustL2(), delta="float", layout="fused"),
-]
 CUTS = [13, 14, 15, 16, 17, 20, 36]  # in chunks of 16: into a chunk, across its end, several at once
 
 
@@ -71,7 +43,7 @@ def test_kernels_continue_a_prompt_of_sixteen_bits(case, dtype, poisoned):
 
 
 @pytest.mark.parametrize("case", [case for case in SIZES[::3] if not case.momentum], ids=str)
-def test_from_the_very_beginning(case, poisoned):
+def test_kernels_start_without_a_prompt(case, poisoned):
     report = check_steps(case, "cpp", torch.float32, range(case.tokens + 1))
     assert report.ok, report
 
@@ -79,20 +51,20 @@ def test_from_the_very_beginning(case, poisoned):
 @pytest.mark.parametrize("case", [*PAIRS, *SIZES][::4], ids=str)
 @pytest.mark.parametrize("level", ["avx2", "portable"])
 def test_every_instruction_set(level, case, poisoned, instruction_set):
-    """On the other code paths of the same binary."""
+    """The other code paths of the same binary."""
     report = check_steps(case, "cpp", torch.float32, [*CUTS, case.tokens])
     assert report.ok, report
 
 
 def places(case: Case, lengths: tuple[int, ...]):
-    """A batch whose sequences have read so many tokens: its inputs, state, and the rest of the batch."""
+    """A batch whose sequences have read ``lengths`` tokens: its inputs, state, and the tokens that are left."""
     inputs = dataclasses.replace(case, batch=len(lengths)).draw(torch.float32)
     arguments, more = inputs.arguments(), case.tokens - max(lengths)
     rows = lambda n: {name: x[n : n + 1] if isinstance(x, torch.Tensor) and name in Call.PER_TOKEN else x for name, x in arguments.items()}
     states = []
     for n, length in enumerate(lengths):
         row = {**rows(n), "initial_state": tuple(x[n : n + 1] for x in inputs.duals)}
-        states.append(steps.function(case)(**{**row, **cut(row, 0, length)}, backend="reference")[1])
+        states.append(case.function(**{**row, **cut(row, 0, length)}, backend="reference")[1])
     positions = torch.tensor([length % case.chunk_size for length in lengths])
     state = states[0].replace_tensors([torch.cat(x) for x in zip(*(s.tensors() for s in states), strict=True)])
     state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=positions))
@@ -104,13 +76,13 @@ def places(case: Case, lengths: tuple[int, ...]):
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("gate", GATES.values(), ids=lambda g: g.name)
 @pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
-def test_sequences_may_stand_at_different_places(backend, gate, shape):
+def test_sequences_at_different_places(backend, gate, shape):
     case, lengths = Case("places", retention=gate, initial="dual", tokens=53, chunk_size=8, **shape), (3, 17, 21, 12)
     with torch.no_grad():
         inputs, state, tokens, more = places(case, lengths)
         order = torch.tensor([2, 0, 3, 1])
         reader = decoder(case, inputs.arguments(), state.map(lambda x: x[order]), backend)
-        reader.reorder(order.argsort())  # their places go with them
+        reader.reorder(order.argsort())  # positions are reordered too
         found = torch.cat([reader.step(**cut(tokens, a, b)) for a, b in itertools.pairwise([*range(10), 20, more])], 1)
         own = lambda out: {"out": torch.cat([out[n : n + 1, length : length + more] for n, length in enumerate(lengths)])}
         check_results(inputs, {"out": found}, lambda call: own(chunkwise.run(call)[0]))
@@ -120,7 +92,7 @@ def prepared(case: Case, backend: str, tokens: int = 13):
     """Arguments and a decoder that has read some of them."""
     arguments = case.draw(torch.float32).arguments()
     with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, tokens)}, backend="reference")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, tokens)}, backend="reference")
     return arguments, decoder(case, arguments, state, backend)
 
 
@@ -154,8 +126,8 @@ def test_state_and_load_are_inverse(case, backend):
         assert torch.equal(other.step(**cut(arguments, t, t + 1)), outs[-1])
     for x, y in zip(reader.state().tensors(), other.state().tensors(), strict=True):
         assert torch.equal(x, y)
-    with torch.no_grad():  # a decoder's state is any function's
-        rest = steps.function(case)(**{**arguments, **cut(arguments, 20, 37), "initial_state": reader.state()}, backend="reference")[0]
+    with torch.no_grad():  # the public functions take a decoder's state
+        rest = case.function(**{**arguments, **cut(arguments, 20, 37), "initial_state": reader.state()}, backend="reference")[0]
         for end in (rest, reader.step(**cut(arguments, 20, 37))):
             found = {"on": on, "out": torch.cat([*outs, end], 1)}
             check_results(inputs, found, lambda call: (lambda out: {"on": out[:, 15:20], "out": out[:, 13:]})(chunkwise.run(call)[0]))
@@ -169,7 +141,7 @@ def read_from(token: int, out: torch.Tensor, state: mk.MemoryState) -> dict[str,
 @pytest.mark.parametrize("case", [case for case in ROUND if case.chunk_size > 1], ids=str)
 def test_matrices_are_written_when_a_chunk_closes(case, backend):
     arguments, reader = prepared(case, backend)
-    matrices = lambda: [x.clone() for x in (reader.buffers.start, reader.buffers.carried, reader.buffers.momentum) if x is not None]
+    matrices = lambda: [x.clone() for x in (reader.buffers.start, reader.buffers.written, reader.buffers.momenta) if x is not None]
     before = matrices()
     reader.step(**cut(arguments, 13, 15))
     assert all(torch.equal(x, y) for x, y in zip(matrices(), before, strict=True))
@@ -180,15 +152,15 @@ def test_matrices_are_written_when_a_chunk_closes(case, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("case", [case for case in ROUND if case.chunk_size > 1], ids=str)
-def test_rows_of_tokens_to_come_mean_nothing(case, backend):
+def test_rows_of_later_tokens_are_ignored(case, backend):
     arguments, reader = prepared(case, backend)
     _, other = prepared(case, backend)
     for r in (reader, other):
         r.step(**cut(arguments, 13, 18))  # two tokens into the next chunk
     x = other.buffers
-    x.left[..., 2:, :], x.right[..., 2:, :], x.kept[:, :, 4:] = 3.0, -5.0, 7.0
-    if x.moved is not None:
-        x.moved[:, :, 4:] = 11.0
+    x.left[..., 2:, :], x.right[..., 2:, :], x.weights[:, :, 4:] = 3.0, -5.0, 7.0
+    if x.momentum_weights is not None:
+        x.momentum_weights[:, :, 4:] = 11.0
     for a, b in zip(reader.state().tensors(), other.state().tensors(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(reader.step(**cut(arguments, 18, 37)), other.step(**cut(arguments, 18, 37)))
@@ -197,7 +169,7 @@ def test_rows_of_tokens_to_come_mean_nothing(case, backend):
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("case", ROUND, ids=str)
 def test_reorder(case, backend):
-    """Sequences trade places, as in beam search: what they have read goes with them."""
+    """Sequences are reordered as in beam search, with everything that they have read."""
     arguments, reader = prepared(case, backend)
     index = torch.tensor([1, 1])
     places = [x.data_ptr() for x in reader.buffers.tensors()]
@@ -212,17 +184,17 @@ def test_reorder(case, backend):
 
 @pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
 def test_a_long_chunk_keeps_few_factors(shape):
-    """The kernels add factors to what is carried once reading them would take longer than reading that."""
+    """The kernels add the factors to ``written`` once reading them would take longer than reading that matrix."""
     case = Case("few", **{**dict(key_dim=8, value_dim=8), **shape}, chunk_size=50, tokens=100)
     arguments, reader = prepared(case, "cpp", 50)
     x, most = reader.buffers, 0
     for t in range(50, 99):
         reader.step(**cut(arguments, t, t + 1))
-        weights = x.kept[:, :, 2 : 2 + t - 49]
+        weights = x.weights[:, :, 2 : 2 + t - 49]
         assert torch.equal(weights[:, :, -1], torch.ones_like(weights[:, :, -1]))
         most = max(most, int((weights != 0).sum(2).max()))
     assert most == 8 + x.start[0, 0, 0].numel() // sum(x.start.shape[-2:])
-    assert (x.kept[:, :, 0] != 0).all()
+    assert (x.weights[:, :, 0] != 0).all()
     assert check_steps(case, "cpp", cuts=[50, *range(51, 101)]).ok
 
 
@@ -268,7 +240,7 @@ def test_strides_out_and_gates_of_other_dtypes(case):
     assert torch.equal(torch.cat(found, 1), reader.step(**wide))
 
 
-def test_a_number_for_delta_may_change():
+def test_delta_as_a_number_may_change():
     case = Case("number", bias=mk.Huber("coordinate"), delta="float")
     arguments, reader = prepared(case, "cpp")
     _, other = prepared(case, "cpp")
@@ -290,7 +262,7 @@ def test_steps_allocate_only_their_output(case, backend):
     assert reader.buffers.position.tolist() == [37 % case.chunk_size] * 2
 
 
-def test_auto_takes_the_kernels():
+def test_auto_uses_the_kernels():
     arguments, reader = prepared(Case("auto"), "auto")
     reader.step(**cut(arguments, 13, 14))
     assert type(reader._latest).__name__ == "LinearStepper"
@@ -335,8 +307,8 @@ def test_errors_name_the_argument(changes, error, message, first):
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        (Case("theta", momentum=True), {"momentum": torch.ones(2, 1, 2)}, r"momentum: expected values in \[0, 1\)"),
-        (Case("theta", momentum=True), {"momentum": None}, "initial_state.momentum: the state carries momentum"),
+        (Case("momentum", momentum=True), {"momentum": torch.ones(2, 1, 2)}, r"momentum: expected values in \[0, 1\)"),
+        (Case("momentum", momentum=True), {"momentum": None}, "initial_state.momentum: the state carries momentum"),
         (Case("delta", bias=mk.Huber("norm")), {"delta": torch.full((2, 1, 2), -1.0)}, "delta: expected values >= 0"),
         (Case("delta", bias=mk.Huber("norm")), {"delta": -1.0}, "delta: expected a finite value >= 0, got -1.0"),
         (Case("delta", bias=mk.Huber("norm")), {"delta": math.inf}, "delta: expected a finite value >= 0, got inf"),
@@ -356,7 +328,7 @@ def test_a_decoder_needs_a_state():
 
 @pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
 def test_a_planted_bug_is_caught(monkeypatch, shape):
-    """The comparison can fail: a step that forgets a little of the decay, or one chunk's end, is seen."""
+    """The comparison can fail: it finds a step with a slightly wrong decay, and one that does not close its chunk."""
     case, cuts = Case("planted", **shape), range(13, 38)
     assert check_steps(case, "cpp", cuts=cuts).ok
     right = mk.Decoder.step
@@ -371,61 +343,6 @@ def test_a_planted_bug_is_caught(monkeypatch, shape):
     for wrong in (decays_less, forgets_an_end):
         monkeypatch.setattr(mk.Decoder, "step", wrong)
         assert not check_steps(case, "cpp", cuts=cuts).ok
-
-
-# --------------------------------------------------------------------------------- the public functions on a few tokens
-
-
-@pytest.mark.parametrize("case", [*PAIRS[::2], *SIZES], ids=str)
-def test_the_public_functions_take_steps_for_short_inputs(case, monkeypatch, poisoned):
-    """Cut into single tokens and short runs: the uncut result, on the kernels, whatever the gates."""
-    backend, taken = dispatch.BACKENDS["cpp"], []
-    by_steps = type(backend)._forward_by_steps
-    monkeypatch.setattr(type(backend), "_forward_by_steps", lambda self, call: taken.append(call.q.shape[1]) or by_steps(self, call))
-    arguments, outs = steps.inputs_of(case, "cpp", torch.float32).arguments(), []
-    with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="reference")
-        cuts = [13, 14, 15, 16, 17, 18, 20, 23, 24, *range(28, case.tokens, 4), case.tokens]
-        for a, b in itertools.pairwise(cuts):
-            out, state = steps.function(case)(**{**arguments, **cut(arguments, a, b), "initial_state": state}, backend="cpp")
-            outs.append(out)
-    assert taken == [b - a for a, b in itertools.pairwise(cuts)] and max(taken) == 4 == min(backend.STEPS.values())
-    report = check_steps(case, "cpp", cuts=[13], found=steps.final(torch.cat(outs, 1), state))
-    assert report.ok, report
-
-
-@pytest.mark.parametrize("shape", [{}, MLP], ids=["linear", "mlp"])
-def test_a_state_is_a_value(shape):
-    """A short call leaves the state it is given alone, and returns one of its own."""
-    case = Case("value", **shape)
-    arguments = case.draw(torch.float32).arguments()
-    with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
-        for t in range(13, 20):
-            before = [x.clone() for x in state.tensors()]
-            _, after = steps.function(case)(**{**arguments, **cut(arguments, t, t + 1), "initial_state": state}, backend="cpp")
-            assert all(torch.equal(x, y) for x, y in zip(state.tensors(), before, strict=True))
-            assert not {x.data_ptr() for x in state.tensors()} & {x.data_ptr() for x in after.tensors()}
-            state = after
-
-
-@pytest.mark.parametrize("shape", [{}, MLP | dict(batch=1, heads=1)], ids=["linear", "mlp"])
-def test_the_operator_gives_a_state_of_its_own(shape):
-    """What torch.compile calls for a few tokens: contiguous tensors, as its fake promises, none of which shares memory with another."""
-    case = Case("operator", initial="dual", **shape)
-    arguments = case.draw(torch.float32).arguments()
-    with torch.no_grad():
-        _, state = steps.function(case)(**{**arguments, **cut(arguments, 0, 13)}, backend="cpp")
-        short = {**arguments, **cut(arguments, 13, 14), "initial_state": state}
-        wanted, after = steps.function(case)(**short, backend="cpp")
-        make = validation.linear_call if case.memory == "linear" else validation.mlp_call
-        tokens = [short.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
-        operands = (*autograd._flatten(make(*tokens, **short)), "cpp", 0)
-        torch.library.opcheck(torch.ops.miras_kernels.memory, operands, test_utils=("test_schema", "test_faketensor"))
-        out, final, _ = torch.ops.miras_kernels.memory(*operands)
-    assert torch.equal(out, wanted)
-    assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(final, after.tensors(), strict=True))
-    assert len({x.untyped_storage().data_ptr() for x in final}) == len(final)
 
 
 def test_every_bias_and_gate_is_among_the_cases():

@@ -44,7 +44,7 @@ def blocks() -> list:
 def test_python_runs(path, line, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile("\n" * (line - 1) + text, named(path), "exec"), {"__name__": "document"})
+    exec(compile("\n" * (line - 1) + text, named(path), "exec", dont_inherit=True), {"__name__": "document"})
 
 
 def test_every_block_is_found():
@@ -94,8 +94,8 @@ def test_paths_exist(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_commands_exist(path):
     text = path.read_text()
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.MULTILINE)) <= targets
     assert set(re.findall(r"python -m miras_kernels ([a-z]+)", text)) <= COMMANDS.keys()
 
 

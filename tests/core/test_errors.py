@@ -1,4 +1,4 @@
-"""Every refusal: its type, and a text that names the argument, what was expected and what came."""
+"""Every error: its type, and a text that names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def resumed(**changes):
 
 ones = torch.ones
 REFUSED = [
-    # what is given, the error, its text
+    # the call, the error, its text
     (lambda: linear(q=[1.0]), TypeError, "q: expected a tensor, got list of 1"),
     (lambda: linear(q=ones(B, T, DK)), ValueError, "q: expected 4 dimensions [B, T, H, D], got shape (2, 6, 4)"),
     (lambda: linear(q=ones(B, T, H, DK).long()), TypeError, "q: expected a floating-point tensor, got dtype torch.int64"),
@@ -88,7 +88,7 @@ REFUSED = [
     (lambda: linear(backend="triton", chunk_size=200), ValueError, "backend: 'triton' cannot serve this call: chunk_size is limited to 128, got 200"),
     (lambda: linear(backend="cpp", chunk_size=257), ValueError, "chunk_size is limited to 256, got 257"),
     (lambda: linear(backend="cpp", v=ones(B, T, H, 257)), ValueError, "head dimensions are limited to 256, got 257"),
-    (lambda: mlp(backend="cpp", initial_state=(ones(H, DK, 1025), ones(H, 1025, DK))), ValueError, "backend: 'cpp' cannot serve this call: hidden units are limited to 1024, got 1025"),
+    (lambda: mlp(backend="cpp", initial_state=(ones(H, DK, 1025), ones(H, 1025, DK))), ValueError, "backend: 'cpp' cannot serve this call: hidden sizes are limited to 1024, got 1025"),
     (lambda: mlp(backend="cpp", chunk_size=257), ValueError, "chunk_size is limited to 256, got 257"),
     (lambda: linear(initial_state=ones(B, H, DK, DV)), ValueError, "initial_state: expected shape [N, H, ...] or [H, ...] = (2, 2, 3, 4) or (2, 3, 4), got (2, 2, 4, 3)"),
     (lambda: linear(initial_state=(ones(H, DV, DK),) * 2), ValueError, "initial_state: expected 1 matrices, got tuple of 2"),
@@ -109,8 +109,8 @@ REFUSED = [
     (lambda: packed([0, 3, 6], initial_state=ones(1, H, DK, DK)), ValueError, "initial_state: expected shape [N, H, ...] or [H, ...] = (2, 2, 4, 4)"),
     (lambda: linear(cu_seqlens=torch.tensor([0, 6])), ValueError, "cu_seqlens: packed sequences need B = 1, got B = 2"),
     (lambda: mlp(v=ones(B, T, H, DV)), ValueError, "v: an MLP memory needs Dv = Dk = 4, got shape (2, 6, 2, 3)"),
-    (lambda: mlp(initial_state=None), ValueError, "initial_state: an MLP memory needs its two matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got None"),
-    (lambda: mlp(initial_state=ones(H, DK, 8)), ValueError, "initial_state: expected two matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got a tensor"),
+    (lambda: mlp(initial_state=None), ValueError, "initial_state: an MLP memory needs its 2 matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got None"),
+    (lambda: mlp(initial_state=ones(H, DK, 8)), ValueError, "initial_state: expected 2 matrices (W1 [..., D, Hd], W2 [..., Hd, D]), got a tensor"),
     (lambda: mlp(initial_state=(ones(H, DK, 8), ones(H, 7, DK))), ValueError, "initial_state: expected shape [N, H, ...] or [H, ...] = (2, 2, 8, 4) or (2, 8, 4), got (2, 7, 4)"),
     (lambda: mlp(ln_weight=None), TypeError, "ln_weight: expected a tensor, got NoneType"),
     (lambda: mlp(ln_bias=ones(DK)), ValueError, "ln_bias: expected shape [H, D] = (2, 4), got (4,)"),
@@ -136,14 +136,14 @@ def test_refused(call, error, text):
         call()
 
 
-def test_what_is_refused_is_otherwise_accepted():
+def test_the_calls_are_accepted_without_the_error():
     linear()
     mlp()
     packed([0, 2, 6])
     resumed()
 
 
-def test_values_may_go_unchecked():
+def test_value_checks_can_be_turned_off():
     with mk.override(check_values=False):
         out, _ = linear(log_decay=torch.full((B, T, H), 0.01))
     assert out.isfinite().all()

@@ -1,4 +1,4 @@
-"""The fuzzer finds planted bugs within a minute, makes them small, and prints what repeats them."""
+"""The fuzzer finds planted bugs within a minute, shrinks the example, and prints a command that repeats it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wrong_tail_mask(call):
 
 
 def missing_decay_in_a_gradient(call):
-    """The gradient of log_decay forgets the second half of the tokens."""
+    """The gradient of log_decay lacks the second half of the tokens."""
     if call.log_decay is None:
         return chunkwise.run(call)
     half = call.q.shape[1] // 2
@@ -40,14 +40,14 @@ def missing_decay_in_a_gradient(call):
 
 
 def off_by_one(call):
-    """A token reads one write too many: that of the token after it."""
+    """A token also reads the write of the token after it."""
     out, state = chunkwise.run(call)
     ahead, _ = chunkwise.run(call.replace(k=call.k.roll(-1, 1), v=call.v.roll(-1, 1), lr=call.lr.roll(-1, 1)))
     return out + 0.05 * (ahead - out), state
 
 
 def stale_initial_state(call):
-    """Every sequence begins where the first one did."""
+    """Every sequence starts from the initial state of the first one."""
     first = call.state.map(lambda x: x if x.dtype == torch.int64 else x[:1].expand_as(x))
     return chunkwise.run(call.replace(state=first))
 
@@ -72,19 +72,19 @@ PLANTED = (wrong_tail_mask, missing_decay_in_a_gradient, off_by_one, stale_initi
 
 @pytest.mark.parametrize("bug", [PLANTED[0], *map(slow, PLANTED[1:])], ids=lambda f: f.__name__)
 def test_a_planted_bug_is_found_within_a_minute(bug):
-    began = time.process_time()  # of a core, however many others want it
+    began = time.process_time()  # CPU time: other processes do not matter
     outcome = fuzz(bug, seconds=600, seed=0, shrink_seconds=1)
     assert outcome.failure is not None, outcome.tried
     assert time.process_time() - began < 60
     example, complaint = outcome.failure
     assert complaint
-    with pytest.raises(Failure):  # what it printed repeats it
+    with pytest.raises(Failure):  # the printed example repeats it
         run_example(Example.decode(example.encode()), bug)
-    run_example(example, chunkwise.run)  # ... and nothing is wrong with it without the bug
+    run_example(example, chunkwise.run)  # ... and passes without the bug
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_nothing_is_wrong(backend):
+def test_no_failure_without_a_bug(backend):
     cases = st.sampled_from([case for case in registry() if "-pairs-" in case.name])
     outcome = fuzz(
         backend, seconds=2, seed=1, strategy=st.builds(Example, cases, route=st.sampled_from(list(ROUTES)), at=st.integers(0, 40))
@@ -93,7 +93,7 @@ def test_nothing_is_wrong(backend):
     assert sum(outcome.tried.values()) > 0
 
 
-def test_the_same_seed_tries_the_same(monkeypatch):
+def test_the_same_seed_gives_the_same_examples(monkeypatch):
     tried = []
 
     def twenty(example: Example, run: str) -> None:
@@ -111,32 +111,32 @@ def test_the_same_seed_tries_the_same(monkeypatch):
 
 @pytest.mark.parametrize("route", [*ROUTES, "causality"])
 @pytest.mark.parametrize("changes", [{}, {"lengths": (3, 9, 1)}, {"memory": "mlp", "value_dim": 16, "momentum": True}], ids=str)
-def test_every_route_leads_to_the_same_results(route, changes):
+def test_every_route_passes(route, changes):
     example = Example(Case("fuzz", tokens=21, chunk_size=8, **changes), "float32", route, 5)
     assert Example.decode(example.encode()) == dataclasses.replace(example, case=dataclasses.replace(example.case, name="fuzz"))
     run_example(example, "reference")
 
 
-def test_what_float32_does_not_hold_is_no_failure():
-    """An inner loop that diverges overflows sooner or later; who overflows alone is wrong."""
+def test_overflow_in_the_float32_reference_is_no_failure():
+    """An inner loop that diverges overflows; it is a failure only where the float32 reference does not."""
     diverging = Case("fuzz", bias=mk.Lp(4.0), batch=1, tokens=4, heads=1, key_dim=2, value_dim=2, chunk_size=1, keys="huge")
     assert not evaluate(diverging.draw(torch.float32), "reference")["out"].isfinite().all()
-    run_example(Example(diverging, "float32", "as it stands", 0), "cpp")
+    run_example(Example(diverging, "float32", "one call", 0), "cpp")
     with pytest.raises(Failure):
         run_example(
-            Example(dataclasses.replace(diverging, keys="unit"), "float32", "as it stands", 0),
+            Example(dataclasses.replace(diverging, keys="unit"), "float32", "one call", 0),
             lambda call: chunkwise.run(call.replace(lr=call.lr * 1e20)),
         )
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"case":{"bias":"99"}}', '{"case":{"size":3}}', '{"case":{},"way":1}'])
-def test_what_cannot_be_replayed(text):
-    with pytest.raises(ValueError, match="replay: expected what a failing run printed"):
+def test_invalid_replays_are_refused(text):
+    with pytest.raises(ValueError, match="replay: expected the JSON that a failing run printed"):
         Example.decode(text)
 
 
-def test_what_is_printed_repeats_the_failure(monkeypatch, capsys):
-    """One command line: wrong while the bug is there, right without it."""
+def test_the_printed_command_repeats_the_failure(monkeypatch, capsys):
+    """The printed command fails while the bug is there, and passes without it."""
     backend = dispatch.BACKENDS["cpp"]
     forward = backend.forward
     monkeypatch.setattr("miras_kernels.testing.fuzzing.fuzz", functools.partial(fuzz, shrink_seconds=2))

@@ -1,4 +1,4 @@
-"""What the library holds does not grow with the number of calls."""
+"""Memory use does not grow with the number of calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = {
 
 
 def given_out() -> int:
-    """Bytes that malloc has given out and not got back, of all threads: exact, as the size of a process is not."""
+    """Bytes allocated by malloc and not freed, of all threads: exact, unlike the size of the process."""
 
     class Mallinfo2(ctypes.Structure):
         _fields_ = tuple((f"field{i}", ctypes.c_size_t) for i in range(10))
@@ -29,11 +29,11 @@ def given_out() -> int:
     mallinfo2 = ctypes.CDLL(None).mallinfo2  # of the GNU C library
     mallinfo2.restype = Mallinfo2
     found = mallinfo2()
-    return found.field7 + found.field4  # uordblks, in arenas; hblkhd, each mapped by itself
+    return found.field7 + found.field4  # uordblks, in arenas; hblkhd, mapped separately
 
 
 def growth(step) -> int:
-    """Bytes more after STEPS steps."""
+    """Growth in bytes over STEPS steps."""
     for _ in range(WARM_UP):
         step()
     before = given_out()
@@ -43,10 +43,10 @@ def growth(step) -> int:
 
 
 def training(case: Case):
-    """A training step: outputs and states forward, every gradient, and the state carried on without its history."""
+    """A training step: outputs and state, every gradient, and an update of the leaves."""
     inputs = case.draw(torch.float32)
     arguments, leaves = inputs.arguments(), list(inputs.leaves().values())
-    run = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
+    run = case.function
 
     def step() -> None:
         out, state = run(**arguments, backend="cpp")
@@ -59,7 +59,7 @@ def training(case: Case):
     return step
 
 
-# A leak of the smallest tensor of a step, the gates of a token, would be seen: [B, T, H] float32 STEPS times.
+# Small enough to detect a leak of the smallest tensor of a step, a gate [B, T, H] in float32, STEPS times.
 LIMIT = 4 * 24 * 2 * STEPS // 4
 
 
@@ -76,7 +76,7 @@ def test_a_thousand_decoded_tokens():
     assert growth(lambda: reader.step(**token)) < LIMIT
 
 
-def test_a_leak_is_seen(monkeypatch):
+def test_a_leak_is_detected(monkeypatch):
     backend, kept = dispatch.BACKENDS["cpp"], []
     forward = backend.forward
 

@@ -1,4 +1,4 @@
-"""What must be the same, and what must not depend on what: identities of the recurrence on every backend."""
+"""Identities of the recurrence and independence of results, on every backend."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from miras_kernels.testing.parity import ARITHMETIC, compare, expect
 from miras_kernels.testing.steps import results
 
 TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
-# Two float32 orders of the same sums over a few dozen terms: a random walk of roundings, with room for the conditioning.
-# LayerNorm divides by the spread of what it gets and so enlarges them, as does psi's slope.
+# Two float32 orders of the same sums over a few dozen terms: a random walk of roundings, with a margin for the conditioning.
+# LayerNorm divides by the spread of its input and so enlarges them, as does psi's slope.
 CLOSE = 64 * ARITHMETIC
 MLP_CLOSE = 16 * CLOSE
 SHAPES = {"linear": {}, "mlp": dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)}
@@ -26,12 +26,12 @@ SHAPES = {"linear": {}, "mlp": dict(memory="mlp", key_dim=16, value_dim=16, hidd
 
 @pytest.fixture(params=SHAPES)
 def shape(request) -> dict:
-    """A memory, as the arguments of a case."""
+    """A memory, as arguments of a case."""
     return SHAPES[request.param]
 
 
 def memory(arguments: dict, backend: str):
-    """The memory that the arguments are for."""
+    """The memory that takes the arguments."""
     return (mk.mlp_memory if "ln_weight" in arguments else mk.linear_memory)(**arguments, backend=backend)
 
 
@@ -44,7 +44,7 @@ def close(a: torch.Tensor, b: torch.Tensor, shape: dict) -> bool:
 
 
 def same(backend: str, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise for the kernels; PyTorch's batched products may take another path for another batch."""
+    """Bitwise for the kernels; PyTorch's batched products may depend on the batch size."""
     return torch.equal(a, b) if backend == "cpp" else relative_error(a, b) < CLOSE
 
 
@@ -53,7 +53,7 @@ def cut(arguments: dict, a: int, b: int) -> dict:
 
 
 def in_pieces(inputs, bounds, backends):
-    """Outputs and final state of the sequence fed in pieces, the backends taking turns."""
+    """Outputs and final state of the sequence read in pieces, by alternating backends."""
     arguments, outs = inputs.arguments(), []
     state = arguments.pop("initial_state")
     for i, (a, b) in enumerate(itertools.pairwise(bounds)):
@@ -68,7 +68,7 @@ CUTS = [[0, 37], [0, 5, 37], [0, 16, 32, 37], [0, 1, 2, 15, 16, 17, 36, 37], lis
 @pytest.mark.parametrize("backends", [("reference",), ("cpp",), ("cpp", "reference")], ids="+".join)
 @pytest.mark.parametrize("bounds", CUTS, ids=lambda b: f"{len(b) - 1}-pieces")
 @pytest.mark.parametrize("bias", BIASES.values(), ids=lambda b: b.name)
-def test_pieces_are_the_whole(bias, bounds, backends, shape):
+def test_pieces_equal_the_whole(bias, bounds, backends, shape):
     inputs = Case("pieces", bias=bias, tokens=37, **shape).draw(torch.float32)
     with torch.no_grad():
         wanted, end = run(inputs, backends[0])
@@ -83,7 +83,7 @@ WHOLE = [c for c in registry() if c.lengths is None and c.tokens == 37 and c.chu
 
 
 @pytest.mark.parametrize("case", WHOLE, ids=str)
-def test_pieces_are_the_whole_for_everything_the_reference_has(case):
+def test_pieces_equal_the_whole_on_the_reference(case):
     inputs = case.draw(torch.float64)
     with torch.no_grad():
         wanted, end = run(inputs, "reference")
@@ -95,7 +95,7 @@ def test_pieces_are_the_whole_for_everything_the_reference_has(case):
 
 @pytest.mark.parametrize("backends", [("cpp",), ("cpp", "reference")], ids="+".join)
 @pytest.mark.parametrize("case", [c for c in WHOLE if c.retention.tag or c.momentum or "channel" in (c.lr, c.decay)], ids=str)
-def test_pieces_are_the_whole_with_every_gate(case, backends):
+def test_pieces_equal_the_whole_with_every_gate(case, backends):
     inputs = case.draw(torch.float32)
     with torch.no_grad():
         wanted = expect(inputs, torch.float32, lambda x: results(*chunkwise.run(x.call())))
@@ -124,7 +124,7 @@ def test_gradients_through_a_cut_inside_a_chunk_are_refused_by_the_kernels(shape
         ValueError, match="'cpp' cannot serve this call: it does not differentiate from a state that was cut inside a chunk"
     ):
         run(inputs, "cpp", initial_state=state)
-    _, again = run(inputs, "auto", initial_state=state)  # the reference takes over, and reaches back into the kernel's state
+    _, again = run(inputs, "auto", initial_state=state)  # "auto" takes the reference, whose gradient reaches the kernel's state
     with pytest.raises(RuntimeError, match="'cpp' backend does not differentiate through a state that was cut inside a chunk"):
         again.dual[0].sum().backward()
     run(inputs, "cpp", initial_state=state.detach(), **{n: t.detach() for n, t in inputs.tensors.items()})
@@ -134,7 +134,7 @@ def test_gradients_through_a_cut_inside_a_chunk_are_refused_by_the_kernels(shape
 
 
 @pytest.mark.parametrize("bias", [*BIASES.values()], ids=lambda b: b.name)
-def test_packed_is_each_alone(bias, backend, shape):
+def test_packed_equals_each_alone(bias, backend, shape):
     case = Case("packed", bias=bias, lengths=(1, 16, 30, 5, 33), **shape)
     inputs = case.draw(torch.float32)
     packed = evaluate(inputs, backend)
@@ -151,8 +151,8 @@ def test_packed_is_each_alone(bias, backend, shape):
     assert same(backend, torch.cat(outs, 1), packed["out"])
 
 
-def test_packed_states_go_on_as_a_batch(backend, shape):
-    """Sequences of different lengths stand at different places of their chunks, and continue from there."""
+def test_packed_states_continue_as_a_batch(backend, shape):
+    """Sequences of different lengths end at different positions in their chunks, and continue from there."""
     case = Case("packed", lengths=(3, 21, 16), initial="shared", **shape)
     inputs = case.draw(torch.float32)
     more = Case("more", batch=3, tokens=20, seed=5, **shape).draw(torch.float32)
@@ -216,7 +216,7 @@ def _with(case: Case, bias, delta: float) -> Case:
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=lambda b: b.name)
 def test_batch_and_head_invariance(bias, backend, shape):
-    """A sequence gives bitwise the same alone, in a batch, and as another head. (The heads of one sample fill two threads.)"""
+    """A sequence gives the same bits alone, in a batch, and as another head. (The heads of one sample fill two threads.)"""
     inputs = Case("batch", bias=bias, batch=3, heads=2, **shape).draw(torch.float32)
     arguments = inputs.arguments()
     out, state = run(inputs, backend)
@@ -307,14 +307,14 @@ def test_zeros_stay_finite(bias, backend):
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("name", ["auto", "reference", "cpp"])
-def test_nothing_in_nothing_out(shape, name):
+def test_calls_without_tokens_or_sequences(shape, name):
     b, t = shape
     q, v, lr = torch.zeros(b, t, 2, 8), torch.zeros(b, t, 2, 6), torch.zeros(b, t, 2)
     dual = torch.randn(b, 2, 6, 8)
     out, state = mk.linear_memory(q, q, v, lr, initial_state=dual, output_final_state=True, backend=name)
     assert out.shape == (b, t, 2, 6) and torch.equal(state.dual[0], dual)
     _, again = mk.linear_memory(q, q, v, lr, initial_state=state, output_final_state=True, backend=name)
-    for before, after in ((dual, state.dual[0]), (state.dual[0], again.dual[0])):  # writing into the one leaves the other
+    for before, after in ((dual, state.dual[0]), (state.dual[0], again.dual[0])):  # writing into one does not change the other
         assert before.numel() == 0 or before.data_ptr() != after.data_ptr()
     w1, w2 = torch.randn(b, 2, 8, 12), torch.randn(b, 2, 12, 8)
     norm = dict(ln_weight=torch.ones(2, 8), ln_bias=torch.zeros(2, 8))

@@ -19,9 +19,9 @@ from miras_kernels.backends import triton as triton_backend
 from miras_kernels.versions import TRANSFORMERS
 from quick import slow
 
-#: how a row ends for a backend that can, when the tests run triton's interpreter
+#: end of the row of a backend that can run, when the tests use Triton's interpreter
 SLOWLY = ", but in Triton's interpreter, slowly: TRITON_INTERPRET is set"
-#: and for one that "auto" considers
+#: and of one that "auto" considers
 UNVERIFIED = "; not verified: run python -m miras_kernels verify"
 
 
@@ -43,7 +43,7 @@ def test_info_names_versions_and_backends(capsys):
     assert rows["checkpoint_every"] == "None" and rows["check_values"] == "None"
 
 
-def test_info_tells_why_a_backend_is_missing(capsys, monkeypatch):
+def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
     backend = dispatch.BACKENDS["cpp"]
     monkeypatch.setattr(backend, "extension", None)
     monkeypatch.setattr(backend, "missing", "the extension is not built: there was no C++ compiler")
@@ -62,7 +62,7 @@ def test_info_names_the_instruction_set(capsys):
 
 
 def test_info_finds_a_version_under_another_name(capsys, monkeypatch):
-    """As where PyTorch brings a build of triton of its own."""
+    """As for PyTorch builds that come with their own triton."""
 
     def version(name: str) -> str:
         if name == "rocm-triton":
@@ -77,7 +77,7 @@ def test_info_finds_a_version_under_another_name(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("version", "where"), [("5.4.0", "within"), ("5.24.3", "within"), ("5.3.0", "OUTSIDE"), ("5.99.0", "OUTSIDE")])
-def test_info_tells_whether_transformers_is_tested(capsys, monkeypatch, version, where):
+def test_info_says_whether_transformers_is_tested(capsys, monkeypatch, version, where):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     main(["info"])
     assert lines(capsys)["transformers"] == f"{version} ({where} the tested range, {' to '.join(TRANSFORMERS)})"
@@ -115,7 +115,7 @@ def test_triton_has_no_gpu(capsys, monkeypatch):
 
 
 def test_triton_is_interpreted(capsys, monkeypatch):
-    """It can, but nobody should take that for the kernels' speed; "auto" leaves it alone on the CPU."""
+    """It can run, at a speed that says nothing about the kernels; "auto" skips it on the CPU."""
     with_triton(monkeypatch, interpreted=True)
     main(["info"])
     assert lines(capsys)["triton"] == "can run here" + SLOWLY
@@ -138,7 +138,7 @@ def test_triton_has_a_gpu(capsys, monkeypatch):
 
 
 def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
-    """It decodes, and says so of a call that is no decoding; where it is missing it says why."""
+    """It only decodes, and says so of other calls; where it is missing it says why."""
     backend = dispatch.BACKENDS["cuda"]
     monkeypatch.setattr(backend, "path", tmp_path / "_cuda.so")
     main(["info"])
@@ -147,7 +147,7 @@ def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
     main(["explain", "--device", "cuda", "--no-grad"])
     assert lines(capsys)["cuda"] == "cannot: it only decodes: calls of at most 4 tokens, got 128"
     main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
-    assert lines(capsys)["cuda"].startswith('cannot: not verified on this machine, so "auto" leaves it: run python -m miras_kernels verify')
+    assert lines(capsys)["cuda"].startswith('cannot: not verified on this machine, so "auto" skips it: run python -m miras_kernels verify')
     record = {"linear l2 l2 float32 decode": {"when": "2026-01-01", "failure": None}}
     monkeypatch.setitem(verification._known, ("cuda", torch.device("cuda")), record)
     main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
@@ -158,7 +158,7 @@ def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("interpret", [slow("0"), "1"])
 def test_commands_do_not_import_triton(interpret):
-    """Nor, without a GPU, does `warmup`: it finds out first that there is nothing to do."""
+    """Nor does `warmup` without a GPU, which checks for one first."""
     code = """
 import sys, torch, miras_kernels
 from miras_kernels.__main__ import main
@@ -166,7 +166,7 @@ from miras_kernels.versions import TRANSFORMERS
 for command in ("info", "explain", "explain --device cuda --bias huber_switch", "explain --memory mlp", "warmup --chunk-size 48"):
     main(command.split())
 assert "triton" not in sys.modules, "triton was imported"
-assert "torch._dynamo" not in sys.modules, "half a compiler was imported"
+assert "torch._dynamo" not in sys.modules, "PyTorch's compiler was imported"
 """
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120, env=environment)

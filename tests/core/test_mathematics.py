@@ -1,4 +1,4 @@
-"""The equations of docs/mathematics.md as they stand there, one chunk of one head, against autograd through the definition."""
+"""The equations of docs/mathematics.md as written there, for one chunk of one head, against autograd through the definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = dict(batch=1, heads=1, tokens=C, chunk_size=C)
 
 
 class Weights(NamedTuple):
-    """Section 3, for gates of ``n`` channels; row 0 is what the recursions start from, row t token t."""
+    """Section 3, for gates of ``n`` channels; row 0 is the start of the recursions, row t token t."""
 
     gamma: Tensor  # [C + 1, n]
     M: Tensor  # [C + 1, C, n]
@@ -91,13 +91,13 @@ def phi_vjp(gate: mk.retention.Retention, A: Tensor, G: Tensor, grad_rho: Tensor
 
 
 def gate_gradients(w: Weights, alpha, theta, gM, gb, gTheta, gpi, reads, inner) -> dict[str, Tensor]:
-    """Section 7 with momentum, by channels as section 8 has it.
+    """Section 7 with momentum, per channel as in section 8.
 
     ``reads`` are ``gamma_t o_t' W_0 q_t [C, n]``, ``inner`` is ``gamma_C <J, A_0> [n]``; gM, gb are complete, with their last rows.
     """
     grad_alpha, grad_theta, later = torch.zeros_like(alpha), torch.zeros_like(theta), inner
     gM, gb = gM.clone(), gb.clone()
-    for t in reversed(range(C)):  # row t of the weights is that of the token before
+    for t in reversed(range(C)):  # row t of the weights belongs to the token before
         later = later + reads[t]
         grad_alpha[t] = alpha[t] * ((gM[t] * w.M[t]).sum(0) + gb[t] * w.b[t]) + later
         gTheta, gpi = gTheta + gM[t].sum(-1), gpi + gb[t].sum()
@@ -109,13 +109,13 @@ def gate_gradients(w: Weights, alpha, theta, gM, gb, gTheta, gpi, reads, inner) 
     return {"grad_log_decay": grad_alpha, "grad_momentum": grad_theta}
 
 
-def without_momentum(w: Weights, X: Tensor, reads: Tensor, kept: Tensor, inner: Tensor) -> Tensor:
-    """Section 7, the sum over pairs: ``kept`` are ``L_Cs u_s' J k_s``."""
-    return torch.stack([X[r:, :r].sum() + reads[r:].sum() - kept[:r].sum() + inner.sum() for r in range(C)])[:, None]
+def without_momentum(w: Weights, X: Tensor, reads: Tensor, writes: Tensor, inner: Tensor) -> Tensor:
+    """Section 7, the sum over pairs: ``writes`` are ``L_Cs u_s' J k_s``."""
+    return torch.stack([X[r:, :r].sum() + reads[r:].sum() - writes[:r].sum() + inner.sum() for r in range(C)])[:, None]
 
 
 def drawn(case: Case) -> tuple:
-    """The case's tensors of the only head, gates as columns; what evaluate() says of it; what is asked of its results."""
+    """The case's tensors of its only head, gates as columns; the results of evaluate(); the gradients of its results."""
     inputs = case.draw()
     columns = {name: x.detach()[0, :, 0] for name, x in inputs.tensors.items() if not name.startswith("ln")}
     columns = {name: x if x.dim() == 2 else x[:, None] for name, x in columns.items()}
@@ -127,7 +127,7 @@ def drawn(case: Case) -> tuple:
 
 
 def assert_same(inputs, found: dict[str, Tensor]) -> None:
-    """Every result and gradient that there is has been found, and is right."""
+    """Every result and gradient has been computed, and is correct."""
     wanted = evaluate(inputs, definition.run)
     assert wanted.keys() <= found.keys()
     errors = {name: relative_error(found[name].reshape(x.shape), x) for name, x in wanted.items()}
@@ -179,10 +179,10 @@ def test_linear(i):
     reads, inner = gamma * (q @ W.T) * dO, gamma[-1] * (J * A).sum(-1)
     if kind == "scalar":
         gM, gb, reads, inner = (part.sum(-1, keepdim=True) for part in (gM, gb, reads, inner))
-        X, kept = -rho * w.M[1:, :, 0] * QK * (dO @ U.T), M[-1, :, 0] * (U * (k @ J.T)).sum(-1)
+        X, writes = -rho * w.M[1:, :, 0] * QK * (dO @ U.T), M[-1, :, 0] * (U * (k @ J.T)).sum(-1)
     gates = gate_gradients(w, alpha, theta, gM, gb, -(U * (k @ Js.T)).sum(-1), (Js * S).sum(), reads, inner)
     if kind == "scalar" and not momentum:
-        assert relative_error(without_momentum(w, X, reads, kept, inner), gates["grad_log_decay"]) < EXACT
+        assert relative_error(without_momentum(w, X, reads, writes, inner), gates["grad_log_decay"]) < EXACT
     assert_same(inputs, results | grads | grad_delta | gates)
 
 

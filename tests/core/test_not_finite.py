@@ -1,78 +1,11 @@
-"""NaN and infinity in an argument reach what depends on it, as in the reference, and nothing else."""
+"""NaN and infinity in an argument reach the results that depend on it, as in the reference, and no others."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 
-import miras_kernels as mk
 from miras_kernels import _C
-from miras_kernels.testing import Case, evaluate
-from miras_kernels.testing.cases import Inputs
-
-ARGUMENTS = ("q", "k", "v", "lr", "delta", "log_decay", "momentum")
-BIASES = [*mk.biases.TABLE.values(), mk.Lp(2.0), mk.Lp(2.5)]
-GATES = [*mk.retention.TABLE.values(), mk.LqRetention(2.5)]
-KINDS = {f"{bias.name}-{bias.parameters}": dict(bias=bias) for bias in BIASES}
-KINDS |= {f"{gate.name}-{gate.parameters}": dict(retention=gate) for gate in GATES[1:]}
-KINDS |= {"momentum": dict(momentum=True), "channel": dict(decay="channel")}
-KINDS |= {f"mlp-{name}": dict(memory="mlp", **kind) for name, kind in KINDS.items() if name != "channel"}
-#: of these one kind takes each comparison in the kernels; the interpreter is slow
-TRITON = {
-    "clip": dict(bias=mk.Huber("coordinate")),
-    "power-elastic": dict(bias=mk.Lp(2.5), retention=mk.ElasticNetRetention(0.05)),
-    "norm-power": dict(bias=mk.Huber("norm"), retention=mk.LqRetention(2.5), momentum=True),
-    "mlp-switch-kl": dict(memory="mlp", bias=mk.Huber("switch"), retention=mk.KLRetention()),
-}
-HEADS, CHUNK = 2, 16
-
-
-def poisoned(case: Case, at: int) -> tuple[list[tuple[str, float]], Inputs]:
-    """A sample for every argument and value, which stands at token ``at`` of head 0, in one channel where there are several."""
-    inputs = case.draw(torch.float32)
-    planted = [(name, x) for name in ARGUMENTS if name in inputs.tensors for x in (math.nan, math.inf)]
-    planted = [(name, x) for name, x in planted if math.isnan(x) or name not in ("log_decay", "momentum")]
-    copies = lambda x: x.detach().repeat_interleave(len(planted), 0)
-    tensors = {name: x.detach() if name.startswith("ln_") else copies(x) for name, x in inputs.tensors.items()}
-    for i, (name, x) in enumerate(planted):
-        place = tensors[name][i, at, 0]
-        (place[0] if place.dim() else place).fill_(x)
-    leaves = lambda xs: tuple(copies(x).requires_grad_() for x in xs)
-    return planted, Inputs(
-        case, {name: x.requires_grad_() for name, x in tensors.items()}, leaves(inputs.duals), copies(inputs.grad_out),
-        tuple(map(copies, inputs.grad_duals)), leaves(inputs.momenta), tuple(map(copies, inputs.grad_momenta)),
-    )  # fmt: skip
-
-
-def results(inputs: Inputs, backend: str, gradients: bool) -> dict[str, torch.Tensor]:
-    if gradients:
-        return evaluate(inputs, backend)
-    with torch.no_grad():
-        out, state = (mk.linear_memory if inputs.case.memory == "linear" else mk.mlp_memory)(**inputs.arguments(), backend=backend)
-    return {"out": out} | {f"final_{i}": x for i, x in enumerate(state.matrices())}
-
-
-def assert_as_in_the_reference(kind: dict, backend: str, tokens: int, at: int, gradients: bool) -> None:
-    case = Case("poisoned", batch=1, heads=HEADS, tokens=tokens, chunk_size=CHUNK, key_dim=8, value_dim=8, hidden=8, **kind)
-    planted, inputs = poisoned(case, at)
-    wanted, found = results(inputs.to(torch.float64), "reference", gradients), results(inputs, backend, gradients)
-    for name, x in found.items():
-        if name.startswith("grad_ln"):  # of all heads and samples
-            continue
-        per_token = x.shape[1] == tokens
-        assert x.select(2 if per_token else 1, 1).isfinite().all(), f"{name}: another head"
-        if name.startswith("grad_") and "initial" not in name:  # inside a chunk NaN times a weight of 0 is NaN, in one form or another
-            continue
-        for i, (argument, value) in enumerate(planted):
-            y, wanted_y = (z[i, at:] if per_token else z[i] for z in (x, wanted[name]))
-            same = torch.isnan if math.isnan(value) else lambda z: ~z.isfinite()
-            y, wanted_y = same(y), same(wanted_y)
-            if name.startswith("grad_"):  # torch.where stops NaN where a product with 0 lets it through, and makes it of infinity
-                y, wanted_y = (y & wanted_y, wanted_y) if math.isnan(value) else (y, y)
-            assert torch.equal(y, wanted_y), f"{name}: {argument} has a {value}"
-    assert found["out"][:, : at // CHUNK * CHUNK].isfinite().all()
+from not_finite import CHUNK, KINDS, TRITON, assert_as_in_the_reference
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: schemas, fakes, compilation, autocast; and what importing the package needs."""
+"""The operators in PyTorch: schemas, fakes, compilation, autocast; and what importing the package needs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_compile_fullgraph(case, backend):
     assert report.ok, report
 
 
-def test_compile_reaches_the_reference_for_everything_else():
+def test_compile_traces_the_reference_for_other_calls():
     inputs = Case("compiled", retention=mk.KLRetention(4.0), momentum=True, tokens=32).draw(torch.float32)
     torch._dynamo.reset()
     function = lambda arguments: mk.linear_memory(**arguments)[0]
@@ -97,7 +97,7 @@ def test_autocast_takes_the_dtype_of_a_matrix_product(backend):
     wanted, wanted_state = mk.linear_memory(**arguments | rounded(arguments), backend=backend)
     assert torch.equal(out, wanted) and torch.equal(state.dual[0], wanted_state.dual[0])
     assert [g.dtype for g in grads] == [x.dtype for x in leaves]
-    with torch.autocast("cpu", torch.bfloat16):  # float64 is left alone
+    with torch.autocast("cpu", torch.bfloat16):  # float64 is not cast
         double = inputs.to(torch.float64)
         assert mk.linear_memory(**double.arguments())[0].dtype == torch.float64
 
@@ -111,7 +111,7 @@ def test_gates_of_another_precision(backend):
     assert all(g.dtype == torch.bfloat16 and g.abs().sum() > 0 for g in torch.autograd.grad(out.sum(), tuple(half.values())))
 
 
-def test_auto_takes_the_kernels_and_says_why_not():
+def test_auto_takes_the_kernels_and_explain_says_why_not():
     inputs = Case("auto").draw(torch.float32)
     arguments = inputs.arguments()
     tokens = {n: arguments.pop(n) for n in ("q", "k", "v", "lr", "log_decay")}
@@ -162,14 +162,14 @@ def test_a_fresh_process_without_triton_and_extension():
     assert done.stdout.startswith("backend: 'cpp' cannot serve this call: the extension")
 
 
-def test_importing_touches_neither_triton_nor_transformers():
+def test_importing_imports_neither_triton_nor_transformers():
     program = "import sys, miras_kernels; print([m for m in ('triton', 'transformers', 'pytest', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_the_same_tags_everywhere():
-    """A bias or gate is written in three places; they agree on its number."""
+def test_tags_agree_between_languages():
+    """Python, C++ and Triton give a bias or retention gate the same number."""
     from miras_kernels import _C
 
     assert _C.bias_names() == {tag: row.name for tag, row in mk.biases.TABLE.items()}
@@ -177,7 +177,7 @@ def test_the_same_tags_everywhere():
 
 
 def test_a_parameter_too_many_is_refused():
-    """Kernels have room for so many; a further one would be lost. The room is stated in Python and in csrc/params.h."""
+    """Kernels take so many, as Python and csrc/params.h state; another would be lost."""
     for row, most, name in ((mk.L2, 3, "kBiasParams"), (mk.L2Retention, 2, "kRetentionParams")):
         of = lambda count, row=row: type("Many", (row,), {"parameters": property(lambda self: (0.5,) * count)})
         assert of(most)().padded == (0.5,) * most and row().padded == (0.0,) * most
@@ -199,7 +199,7 @@ def test_a_state_leaves_and_enters_a_compiled_function():
         check_results(inputs, {"out": out, "again": again}, lambda call: twice(call, chunkwise.run(call)))
 
 
-def test_a_second_derivative_is_refused_by_the_operators_and_had_from_the_reference(backend):
+def test_second_derivatives_need_the_reference(backend):
     inputs = Case("twice", tokens=32).draw(torch.float32)
     leaves = tuple(inputs.leaves().values())
     (grad, *_) = torch.autograd.grad(mk.linear_memory(**inputs.arguments(), backend=backend)[0].sum(), leaves, create_graph=True)
@@ -211,7 +211,7 @@ def test_a_second_derivative_is_refused_by_the_operators_and_had_from_the_refere
 
 
 def test_tracing_sees_the_operator():
-    """Plain eager calls go past the dispatcher; whatever records, fakes or transforms operators still meets them."""
+    """Plain eager calls bypass the dispatcher; tracing, fake tensors and transforms still see the operators."""
     inputs = Case("traced", tokens=32).draw(torch.float32)
     arguments = inputs.arguments()
     step = lambda q: mk.linear_memory(**{**arguments, "q": q})[0]
@@ -223,13 +223,13 @@ def test_tracing_sees_the_operator():
         fake = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
         assert isinstance(mk.linear_memory(**fake)[0], torch._subclasses.FakeTensor)
     jacobian = torch.func.jacrev(lambda lr: mk.linear_memory(**{**arguments, "lr": lr})[0].sum())
-    with pytest.raises(RuntimeError):  # no silent wrong answer under functorch's transforms
+    with pytest.raises(RuntimeError):  # no silently wrong result under functorch's transforms
         jacobian(arguments["lr"])
 
 
 @pytest.mark.parametrize("name", ["q", "lr"])
-def test_a_tensor_that_is_negated_when_it_is_read(name, backend):
-    """The imaginary part of a conjugate: its memory holds the opposite numbers."""
+def test_a_lazily_negated_tensor(name, backend):
+    """The imaginary part of a conjugate: its storage holds the negated values."""
     arguments = Case("negative", tokens=21).draw(torch.float32).arguments()
     given = arguments[name].detach()
     negated = torch.complex(given, -given).conj().imag

@@ -1,4 +1,4 @@
-"""Packed sequences of which some have no tokens, and offsets that end before the tokens do."""
+"""Packed sequences, some of them empty, and offsets that end before the tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from miras_kernels.testing import Case, check, evaluate
 
 MLP = dict(memory="mlp", value_dim=16, hidden=8, decay="slight")
 GATES = dict(retention=mk.LqRetention(), momentum=True)
-#: each takes another way through the kernels: in registers or streamed, operators or autograd through the reference
+#: each takes another path: kernels in registers or streamed, operators or autograd through the reference
 KINDS = {"plain": {}, "gates": GATES, "channel": dict(decay="channel"), "mlp": MLP, "mlp-gates": {**MLP, **GATES}}
 LENGTHS = [(0, 5, 0, 19), (0, 0, 7), (7, 0, 0), (0, 0), (7,), (16,)]
 BACKENDS = ["reference", "cpp", "triton"]
 
 
 def run(inputs, backend, **changes):
-    memory = mk.linear_memory if inputs.case.memory == "linear" else mk.mlp_memory
+    memory = inputs.case.function
     return memory(**{**inputs.arguments(), **changes}, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_some_are_empty(kind, backend, poisoned):
-    """Results and gradients are right, and those of an empty sequence are its own to the bit."""
+def test_empty_sequences(kind, backend, poisoned):
+    """Results and gradients are correct; an empty sequence's state and gradient pass through unchanged."""
     if backend == "triton" and kind in ("channel", "mlp-gates"):
         pytest.skip("slow in the interpreter, and where chunks lie is the same for all of its kernels")
     for lengths in LENGTHS[: 1 if backend == "triton" else None]:
@@ -41,7 +41,7 @@ def test_some_are_empty(kind, backend, poisoned):
 
 
 def _drawn_empty(case):
-    """Inputs of no token at all: a case needs some to be drawn."""
+    """Inputs without tokens, cut from a case that has some."""
     inputs = Case("full", lengths=(1,) * len(case.lengths), **{n: getattr(case, n) for n in KEPT}).draw(torch.float32)
     tensors = {n: x if n.startswith("ln_") else x.detach()[:, :0].requires_grad_() for n, x in inputs.tensors.items()}
     return type(inputs)(case, tensors, inputs.duals, inputs.grad_out[:, :0], inputs.grad_duals, inputs.momenta, inputs.grad_momenta)
@@ -53,7 +53,7 @@ KEPT = ("memory", "heads", "key_dim", "value_dim", "hidden", "decay", "retention
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["plain", "mlp-gates"])
 def test_an_open_chunk_stays_open(kind, backend, poisoned):
-    """A sequence that stands inside a chunk and gets no tokens stands there afterwards; the one beside it goes on."""
+    """A sequence inside a chunk that gets no tokens keeps its position; its neighbour continues."""
     case = Case("open", lengths=(3, 5, 4), heads=1, key_dim=16, **{"value_dim": 8, **KINDS[kind]})
     inputs = case.draw(torch.float32)
     more = Case("more", lengths=(0, 13, 0), seed=1, heads=1, key_dim=16, **{"value_dim": 8, **KINDS[kind]}).draw(torch.float32)
@@ -69,7 +69,7 @@ def test_an_open_chunk_stays_open(kind, backend, poisoned):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled(backend):
-    """The operators' fakes tell the shapes of what is saved, however the offsets lie."""
+    """The operators' fakes give the shapes of saved tensors for any offsets."""
     for lengths in ((0, 5, 19), (32,), (0, 16, 0, 16)):
         inputs = Case("compiled", lengths=lengths, heads=1).draw(torch.float32)
         with mk.override(checkpoint_every=1):
@@ -85,7 +85,7 @@ def _operator(inputs, backend) -> tuple:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_tokens_after_the_last_offset(kind, backend, poisoned):
-    """On a device nobody looks at offsets: there tokens that belong to no sequence read nothing and have no gradient."""
+    """Offsets are not checked on a device: tokens beyond them have outputs and gradients of 0."""
     inputs = Case("short", lengths=(5, 14), heads=1, key_dim=16, **{"value_dim": 8, **KINDS[kind]}).draw(torch.float32)
     whole = evaluate(inputs, "reference")
     longer = {n: x if n.startswith("ln_") else x.detach().repeat_interleave(2, 1) for n, x in inputs.tensors.items()}

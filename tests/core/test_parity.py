@@ -1,4 +1,4 @@
-"""Budgets say what rounding may do: no more than it does, and no less, whatever machine and whatever luck."""
+"""Error budgets are neither too wide nor too narrow, on any machine."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ def usual(function, *given: torch.Tensor) -> float:
     return spread(compute(), compute)["x"].usual
 
 
-def test_a_rounding_a_function_and_a_sum_by_hand():
+def test_rounding_of_products_functions_and_sums_computed_by_hand():
     x = torch.linspace(1, 2, 4000, dtype=torch.float64)
     assert usual(lambda: x * x) == pytest.approx(SIGMA, rel=0.02)
     assert usual(lambda: x * x * x) == pytest.approx(SIGMA * 2**0.5, rel=0.02)
     assert usual(lambda: -x.flip(0)) == 0
-    assert usual(lambda: torch.ones(4000, dtype=torch.float64).exp()) == pytest.approx(SIGMA * 17**0.5, rel=0.02)  # 4 and its argument's
+    assert usual(lambda: torch.ones(4000, dtype=torch.float64).exp()) == pytest.approx(
+        SIGMA * 17**0.5, rel=0.02
+    )  # 4 roundings, and that of the argument
     rows = torch.ones(4000, 3, dtype=torch.float64)  # partial sums of 2 and 3, the sum 3
     assert usual(lambda: rows.sum(-1)) == pytest.approx(SIGMA * (4 + 9) ** 0.5 / 3, rel=0.02)
     assert usual(lambda: rows @ rows[:1].T) == pytest.approx(SIGMA * (3 + 4 + 9) ** 0.5 / 3, rel=0.02)  # and three products
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0])
-def test_sums_round_as_is_said(mean):
-    """One after the other in float32: about half the variance, as mantissas lie anywhere between the best and the worst."""
+def test_rounding_of_sums_against_float32(mean):
+    """Sequential float32 sums have about half the variance, since mantissas are between the best and the worst case."""
     terms = torch.randn(200, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).add(mean).float()
     total = terms[0]
     for x in terms[1:]:
@@ -48,7 +50,7 @@ def test_sums_round_as_is_said(mean):
     assert 0.5 < found / usual(lambda: terms.double().sum(0)) < 0.95
 
 
-def test_scale_does_not_matter_and_conditioning_does():
+def test_budgets_depend_on_conditioning_and_not_on_scale():
     inputs = Case("scale", tokens=21, heads=1, batch=1).draw(torch.float32)
     larger = dataclasses.replace(inputs, grad_out=inputs.grad_out * 1024, grad_duals=tuple(x * 1024 for x in inputs.grad_duals))
     before, after = expect(inputs, torch.float32), expect(larger, torch.float32)
@@ -57,8 +59,8 @@ def test_scale_does_not_matter_and_conditioning_does():
     assert 2**12 * SIGMA / 2 < usual(lambda: (a + b) - a) < 2**12 * SIGMA * 2
 
 
-def test_luck_does_not_matter():
-    """In float32 nothing of this sum is lost; had the numbers been others, most of it could be."""
+def test_the_budget_does_not_depend_on_exactly_representable_values():
+    """In float32 this sum is exact; with other numbers of the same size, most of it could be lost."""
     a, b = torch.ones(1), torch.full((1,), 2.0**-23)
     assert (a + b) - a == b
     compute = lambda: {"x": (a.double() + b.double()) - a.double()}
@@ -66,8 +68,8 @@ def test_luck_does_not_matter():
     assert budget > 6 * 2**23 * SIGMA  # a Gaussian error is beyond six standard deviations with a probability of 2e-9
 
 
-def test_how_much_a_backend_may_exceed_the_draws():
-    """The bound holds for one number, where the ratio is Student's t, and falls towards 1 with the number of independent errors."""
+def test_the_factor_over_the_perturbed_runs():
+    """It bounds Student's t distribution for a single number, and decreases towards 1 with the number of independent errors."""
     for draws in (8, 16):
         t = excess(1, draws) * torch.linspace(0, 12, 200_001, dtype=torch.float64).exp()  # far enough out for 8 degrees of freedom
         log_density = -(draws + 1) / 2 * torch.log1p(t * t / draws)
@@ -87,8 +89,8 @@ def test_independent_errors_are_counted():
     assert (apart.budget - floor) / apart.usual == pytest.approx(excess(10_000, DRAWS), rel=0.1)
 
 
-def test_what_cannot_be_perturbed_is_an_error():
-    with Rounding(torch.float32, 0), pytest.raises(NotImplementedError, match=r"aten.mul_.Tensor changes its arguments"):
+def test_unsupported_operations_raise():
+    with Rounding(torch.float32, 0), pytest.raises(NotImplementedError, match=r"aten.mul_.Tensor writes its argument in place"):
         torch.ones(3, dtype=torch.float64).mul_(2.0)
 
 
@@ -101,13 +103,13 @@ FACTORS += [{"ATEN_CPU_CAPABILITY": path} for path in ("default", "avx2", "avx51
 
 @pytest.mark.slow
 @pytest.mark.parametrize("i", range(len(FACTORS)), ids=lambda i: "-".join(*FACTORS[i].items()) if FACTORS[i] else "plain")
-def test_no_machine_is_red(i):
-    """One factor varied at a time, on a spread of cases with numbers that no other test has: kernels and reference alike."""
+def test_all_code_paths_of_this_cpu_are_within_their_budgets(i):
+    """One factor varied at a time, on a sample of cases with other seeds; kernels and reference."""
     program = (
-        f"import sys; sys.path[:0] = {[str(TESTS), str(TESTS / 'cpp')]!r}\n"
-        "import dataclasses, torch; import test_cpp; from miras_kernels.testing import check\n"
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}]\n"
+        "import dataclasses, torch; from served import SERVED; from miras_kernels.testing import check\n"
         f"torch.set_num_threads({FACTORS[i].get('threads', '1')})\n"
-        f"for n, case in enumerate(test_cpp.SERVED[{i}::10]):\n"
+        f"for n, case in enumerate(SERVED[{i}::10]):\n"
         f"    case = dataclasses.replace(case, seed=case.seed + 7919 * {i + 1} + n)\n"
         "    for backend, dtype in (('cpp', (torch.float32, torch.bfloat16)[n % 4 == 3]), ('reference', torch.float32)):\n"
         "        report = check(case, backend, dtype)\n"
@@ -118,7 +120,7 @@ def test_no_machine_is_red(i):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_no_budget_lets_everything_pass():
-    """The worst conditioned case of all still has its first digit."""
+def test_all_budgets_are_below_one():
+    """Even in the worst conditioned case the first digit must be right."""
     case = max((case for case in registry("mlp") if case.retention.name == "kl"), key=lambda case: case.tokens * case.momentum)
     assert all(x.budget < 0.5 for x in expect(case.draw(torch.float32), torch.float32).values())

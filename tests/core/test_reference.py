@@ -1,4 +1,4 @@
-"""The truth, checked three ways: against independent numbers, against itself in other forms, and by finite differences."""
+"""The reference, checked against independent numbers, against its other forms, and by finite differences."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import itertools
 import pytest
 import torch
 
-import miras_kernels as mk
 import vectors
 from miras_kernels.backends.reference import chunkwise, definition, derived
+from miras_kernels.memory import run
+from miras_kernels.tables import memories
 from miras_kernels.testing import Case, evaluate, registry, relative_error
 from miras_kernels.testing.case_list import BIASES, GATES
-from miras_kernels.validation import linear_call, mlp_call
+from miras_kernels.validation import make_call
 from quick import or_slow, sample
 
-# Two float64 computations of one function: 2^-53 times condition and reduction lengths stays far below this.
+# Two float64 computations of one function: 2^-53 times condition and reduction lengths is far below this.
 EXACT = 1e-9
 
 
@@ -31,12 +32,11 @@ def assert_same(found: dict, wanted: dict, bound: float = EXACT) -> None:
 def test_vectors(path, form):
     config, tensors = vectors.load(path)
     keywords, leaves = vectors.arguments(config, tensors)
-    function, make = (mk.linear_memory, linear_call) if config["memory"] == "linear" else (mk.mlp_memory, mlp_call)
+    memory = memories.TABLE[config["memory"]]
     if form == "public":
-        out, state = function(**keywords, backend="reference")
+        out, state = run(memory, **keywords, backend="reference")
     else:
-        defaults = dict(log_decay=None, delta=None, momentum=None, cu_seqlens=None) | ({"ln_eps": 1e-6} if make is mlp_call else {})
-        call = make(**{**defaults, **keywords})
+        call = make_call(memory, **keywords)
         out, state = {"definition": definition.run, "chunkwise": chunkwise.run}[form](call)
     assert_same(vectors.results(out, state, tensors, leaves), vectors.expected(tensors, leaves))
 
@@ -52,10 +52,10 @@ def test_every_pair_of_properties_has_a_case():
         for (one, values), (other, others) in itertools.combinations(options, 2):
             found = {(getattr(c, one), getattr(c, other)) for c in cases}
             assert found == set(itertools.product(values, others)), (memory, one, other)
-        assert len(cases) <= len(BIASES) * len(GATES) + 5  # the two largest factors need their product
+        assert len(cases) <= len(BIASES) * len(GATES) + 5  # every pair of the two largest factors needs a case
 
 
-def test_vectors_are_all_there():
+def test_all_vectors_exist():
     assert len(vectors.FILES) == 17
 
 
@@ -63,7 +63,7 @@ SMALL_ENOUGH = [c for c in registry() if c.tokens * c.key_dim <= 4096]
 
 
 @pytest.mark.parametrize("case", or_slow(SMALL_ENOUGH, sample(SMALL_ENOUGH)))
-def test_matrix_form_is_the_definition(case):
+def test_matrix_form_equals_the_definition(case):
     inputs = case.draw(torch.float64)
     assert_same(evaluate(inputs, chunkwise.run), evaluate(inputs, definition.run))
 
@@ -134,7 +134,7 @@ def test_gradcheck(case):
         given = dict(zip(names, leaves, strict=True))
         duals, momenta = (tuple(given.pop(n) for n in names if n.startswith(f"initial_{kind}")) for kind in ("dual", "momentum"))
         moved = dataclasses.replace(inputs, tensors=given, duals=duals, momenta=momenta)
-        memory = mk.linear_memory if case.memory == "linear" else mk.mlp_memory
+        memory = case.function
         out, state = memory(**moved.arguments(), backend="reference")
         return out, *state.matrices()
 

@@ -1,6 +1,6 @@
-"""What an earlier version saved is loaded: a pickled layer, a pickled state with every bias and gate, a folder of a whole model.
+"""Files that an earlier version saved still load: a pickled layer, a pickled state with every bias and gate, a folder of a whole model.
 
-The files in ``saved/`` were written at commit 7c81e26, before the modules moved to where they are.
+The files in ``saved/`` were written at commit 7c81e26, before the modules moved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from miras_kernels.tables.biases import TABLE as BIASES
 from miras_kernels.tables.retention import TABLE as GATES
 
 SAVED = Path(__file__).parent / "saved"
-#: float32 sums in another order on another CPU: about 256 roundings that add up like a random walk, with a margin of 8
+#: float32 sums in the order of another CPU: about 256 roundings that add up like a random walk, with a margin of 8
 BOUND = 8 * math.sqrt(256) * torch.finfo(torch.float32).eps
 
 

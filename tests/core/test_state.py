@@ -11,7 +11,7 @@ from miras_kernels.testing import Case
 
 @pytest.fixture(scope="module")
 def cut_open() -> mk.MemoryState:
-    """The state of two sequences that were cut inside a chunk of more tokens than bfloat16 can count."""
+    """The state of two sequences cut inside a chunk of more tokens than bfloat16 can represent."""
     case = Case("cut", tokens=301, chunk_size=302, heads=1, key_dim=2, value_dim=2, momentum=True)
     _, state = mk.linear_memory(**case.draw(torch.float32).arguments(), backend="reference")
     return state.detach()
@@ -27,7 +27,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_dtype_is_that_of_the_numbers_alone(cut_open, call):
+def test_a_dtype_applies_to_floating_point_tensors_only(cut_open, call):
     args, kwargs = CALLS[call]
     moved = cut_open.to(*args, **kwargs)
     assert all(torch.equal(x, y.to(torch.bfloat16)) for x, y in zip(moved.tensors(), cut_open.tensors(), strict=True))
@@ -36,14 +36,14 @@ def test_a_dtype_is_that_of_the_numbers_alone(cut_open, call):
     assert moved.open_chunk.position.tolist() == [301, 301]
 
 
-def test_a_device_is_that_of_everything(cut_open):
+def test_a_device_applies_to_every_tensor(cut_open):
     moved = cut_open.to("meta")
     assert all(x.device.type == "meta" for x in [*moved.tensors(), moved.open_chunk.position])
     closed = mk.MemoryState(cut_open.dual).to("meta", torch.float64)
     assert closed.open_chunk is None and closed.momentum is None and closed.dual[0].device.type == "meta"
 
 
-def test_copies_share_nothing(cut_open):
+def test_copies_share_no_storage(cut_open):
     copied = cut_open.to("cpu", copy=True)
     theirs = [*copied.tensors(), copied.open_chunk.position]
     for x, y in zip([*cut_open.tensors(), cut_open.open_chunk.position], theirs, strict=True):

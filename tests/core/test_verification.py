@@ -1,11 +1,8 @@
-"""Kernels verified on the machine that runs them: wrong ones are found, remembered and left alone; damaged records count for nothing."""
+"""Kernels verified on the machine that runs them: wrong ones are found, remembered and skipped."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import threading
 import warnings
 
 import pytest
@@ -13,48 +10,14 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import dispatch, verification
-from miras_kernels.__main__ import _Elsewhere, main
-from miras_kernels.testing import trial
-from miras_kernels.validation import linear_call
+from miras_kernels.__main__ import main
+from miras_kernels.cli.explain import Placeholder
+from miras_kernels.tables.memories import LINEAR
+from miras_kernels.testing import verifying
+from miras_kernels.validation import make_call
+from records import COMMAND, CPU, FAIL, GPU, KEY, PASS, forget, taken, tokens, verify
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-KEY = "linear l2 l2 float32"
-COMMAND = "verify --memory linear --bias l2 --retention l2 --dtype float32 --device cpu"
-PASS = {"when": "2026-01-01", "failure": None}
-FAIL = {"when": "2026-01-02", "failure": "out error 3e-02, budget 1e-05 (plain)"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty folder for records, and a process that has read none."""
-    monkeypatch.setenv("MIRAS_CACHE", str(tmp_path / "cache"))
-    forget(monkeypatch)
-    return tmp_path / "cache"
-
-
-def forget(monkeypatch):
-    """As a new process."""
-    monkeypatch.setattr(verification, "_known", {})
-    monkeypatch.setattr(verification, "_warned", set())
-
-
-def verify(**changes):
-    """Two configurations, sequence and decode, in a tenth of a second."""
-    return mk.verify(**dict(memory="linear", bias=mk.L2(), retention=mk.L2Retention(), dtype=torch.float32, device="cpu") | changes)
-
-
-def tokens(t: int, requires_grad: bool = False):
-    x = torch.ones(1, t, 1, 8, requires_grad=requires_grad)
-    return x, x, x, torch.full((1, t, 1), 0.1)
-
-
-def taken(t: int = 20, requires_grad: bool = False, **arguments) -> str:
-    """Who "auto" takes on the CPU, and what explain says of cpp."""
-    reasons = mk.explain(*tokens(t, requires_grad), **arguments)
-    return next(name for name, reason in reasons.items() if reason is None)
-
-
-# ------------------------------------------------------------------------------------------------------------ what is found
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_right_kernels_pass(cache, monkeypatch, capsys):
@@ -123,7 +86,7 @@ def wrong_step(backend, monkeypatch):
     ],
     ids=["forward", "without-gradients", "backward", "state", "step"],
 )
-def test_a_wrong_kernel_is_found_and_left_alone(monkeypatch, capsys, plant, mode, what):
+def test_a_wrong_kernel_is_found_and_skipped(monkeypatch, capsys, plant, mode, what):
     backend = dispatch.BACKENDS["cpp"]
     with monkeypatch.context() as planted:
         plant(backend, planted)
@@ -137,7 +100,7 @@ def test_a_wrong_kernel_is_found_and_left_alone(monkeypatch, capsys, plant, mode
     assert taken(**wrong, bias=mk.L1()) == "cpp"
     reason = mk.explain(*tokens(**wrong))["cpp"]
     assert reason.startswith("failed verification on 20") and what in reason and reason.endswith("miras_kernels verify after updating")
-    x = linear_call(*tokens(**wrong), None, **SETTINGS)
+    x = make_call(LINEAR, *tokens(**wrong), None, **SETTINGS)
     assert dispatch.choose("auto", x, mode == "sequence") == "reference" and dispatch.choose("cpp", x, True) == "cpp"
     main(["info"])
     assert "2 configurations, 1 failed" in capsys.readouterr().out
@@ -148,7 +111,7 @@ SETTINGS = dict(bias=mk.L2(), retention=mk.L2Retention(), delta=None, momentum=N
                 output_final_state=False, cu_seqlens=None)  # fmt: skip
 
 
-def test_a_decoder_leaves_it_alone_too(monkeypatch):
+def test_a_decoder_skips_it_too(monkeypatch):
     backend = dispatch.BACKENDS["cpp"]
     verification.add("cpp", CPU, {f"{KEY} decode": FAIL})
     monkeypatch.setattr(backend, "stepper", None)
@@ -157,31 +120,31 @@ def test_a_decoder_leaves_it_alone_too(monkeypatch):
     assert torch.isfinite(reader.step(*tokens(12))).all()  # more than a call without gradients would read token by token
 
 
-def test_what_is_raised_is_a_failure_but_for_lack_of_memory(monkeypatch):
+def test_an_exception_is_a_failure_unless_memory_ran_out(monkeypatch):
     def forward(*_):
-        raise error("so it is\nat length")
+        raise error("first line\nsecond line")
 
     monkeypatch.setattr(dispatch.BACKENDS["cpp"], "forward", forward)
     error = torch.OutOfMemoryError
     assert [x.status for x in verify().outcomes] == ["not verified", "passed"]
     error = RuntimeError
     found = verify()
-    assert [x.status for x in found.outcomes] == ["failed", "passed"] and "RuntimeError: so it is (plain)" in str(found)
+    assert [x.status for x in found.outcomes] == ["failed", "passed"] and "RuntimeError: first line (plain)" in str(found)
 
 
-def test_a_case_that_cannot_be_drawn_says_nothing(monkeypatch):
-    monkeypatch.setattr(trial.Case, "_kink_distance", lambda self, inputs: 0.0)
+def test_a_case_that_cannot_be_drawn_is_not_verified(monkeypatch):
+    monkeypatch.setattr(verifying.Case, "_kink_distance", lambda self, inputs: 0.0)
     found = verify(bias=mk.Huber("norm"), key_dim=2, chunk_size=2)
-    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps its distance from the kink" in str(found)
+    assert [x.status for x in found.outcomes] == ["not verified"] * 2 and "keeps a distance from the kink" in str(found)
 
 
-def test_a_device_that_answers_no_more_says_nothing(monkeypatch):
+def test_a_device_that_stopped_working_is_not_verified(monkeypatch):
     wrong_forward(dispatch.BACKENDS["cpp"], monkeypatch)
-    monkeypatch.setattr(trial, "_answers", lambda device: False)
+    monkeypatch.setattr(verifying, "_still_works", lambda device: False)
     assert [x.status for x in verify().outcomes] == ["failed", "not verified"]
 
 
-def test_own_sizes_count_for_themselves(monkeypatch):
+def test_results_of_own_sizes_apply_to_these_sizes(monkeypatch):
     with monkeypatch.context() as planted:
         wrong_forward(dispatch.BACKENDS["cpp"], planted)
         found = verify(key_dim=8, value_dim=8, chunk_size=16)
@@ -192,9 +155,9 @@ def test_own_sizes_count_for_themselves(monkeypatch):
     assert found.ok and found.outcomes[0].configuration == "mlp l2 l2 float32 sequence 6x6 hidden 5 chunk 64"
 
 
-def test_what_is_tried_covers_the_table():
+def test_the_trials_cover_the_tables():
     """Every bias with every gate for both memories, the plainest first; each with packing, momentum and gates by channel."""
-    pairs = trial._pairs(None, None, None, None)
+    pairs = verifying._pairs(None, None, None, None)
     kinds = [(x.memory, x.bias.name, x.retention.name) for x, _ in pairs]
     assert len(set(kinds)) == len(kinds) == 2 * len(mk.biases.TABLE) * len(mk.retention.TABLE)
     assert kinds[:2] == [("linear", "l2", "l2"), ("mlp", "l2", "l2")] and all("l2" in kind[1:] for kind in kinds[:26])
@@ -234,7 +197,7 @@ def test_nothing_to_verify(capsys, arguments, printed):
 
 
 def test_the_time_limit(cache, monkeypatch, capsys):
-    """What was not reached is said to be open, is not kept, and comes first the next time; what failed comes last."""
+    """Trials not reached are reported, leave no result, and come first the next time; those that failed come last."""
     clock, tried = [0.0], []
 
     def wrong(self, case, inputs):
@@ -242,9 +205,9 @@ def test_the_time_limit(cache, monkeypatch, capsys):
         tried.append(self.key)
         return "wrong" if self.key.startswith("mlp") else None
 
-    monkeypatch.setattr(trial.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(trial._Trial, "_wrong", wrong)
-    monkeypatch.setattr(trial, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
+    monkeypatch.setattr(verifying.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(verifying._Check, "_wrong", wrong)
+    monkeypatch.setattr(verifying, "_serves", lambda backend, mode, dtype, case: dtype == torch.float32)
     some = dict(bias=mk.L2(), retention=mk.L2Retention(), device="cpu")
     first = mk.verify(**some, seconds=2.5)  # both cases of one configuration, one of the next
     assert [x.status for x in first.outcomes] == ["passed", "not verified", "not verified", "not verified"]
@@ -256,138 +219,8 @@ def test_the_time_limit(cache, monkeypatch, capsys):
     tried.clear()
     mk.verify(**some)
     assert [x.split()[0] for x in tried] == ["linear"] * 4 + ["mlp"] * 2
-    monkeypatch.setattr(trial.time, "monotonic", itertools.count(0, 100).__next__)
+    monkeypatch.setattr(verifying.time, "monotonic", itertools.count(0, 100).__next__)
     assert main(COMMAND.split()) == 2 and "1 " not in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------------------------ records
-
-
-def record(cache):
-    (path,) = cache.glob("verified-cpp-*.json")
-    return path
-
-
-def test_another_machine_or_version_knows_nothing(monkeypatch, tmp_path):
-    backend = dispatch.BACKENDS["cpp"]
-    verification.add("cpp", CPU, {f"{KEY} sequence": FAIL})
-    other = tmp_path / "_C.so"
-    other.write_bytes(b"rebuilt")
-    for where, name, value in (
-        (backend, "files", lambda: [other]),
-        (backend, "environment", lambda device: {"capability": "another"}),
-        (torch, "__version__", "9.9"),
-        (mk, "__version__", "9.9"),
-        (verification.platform, "machine", lambda: "another"),
-    ):
-        with monkeypatch.context() as changed:
-            changed.setattr(where, name, value)
-            forget(monkeypatch)
-            assert taken(20, True) == "cpp"
-    forget(monkeypatch)
-    assert taken(20, True) == "reference"
-
-
-def damaged(good: bytes) -> dict[str, bytes]:
-    content = json.loads(good)
-    changed = lambda **changes: json.dumps(content | changes).encode()
-    return {
-        "empty": b"", "truncated": good[:-20], "binary": bytes(range(256)), "list": b"[]", "null": b"null", "deep": b"[" * 100_000,
-        "schema": changed(schema=99), "machine": changed(machine={}), "results": changed(results=[1]), "entry": changed(results={KEY: 1}),
-        "day": changed(results={KEY: {"when": 1, "failure": None}}), "failure": changed(results={KEY: {"when": "", "failure": False}}),
-        "absent": changed(results={KEY: {"when": ""}}),
-    }  # fmt: skip
-
-
-def test_a_damaged_record_counts_for_nothing(cache, monkeypatch):
-    verification.add("cpp", CPU, {f"{KEY} sequence": FAIL, f"{KEY} decode": PASS})
-    path = record(cache)
-    cases = damaged(path.read_bytes())
-    for content in cases.values():
-        path.write_bytes(content)
-        forget(monkeypatch)
-        with pytest.warns(UserWarning, match=f"{path.name} is ignored"):
-            assert taken(20, True) == "cpp"
-        assert "not verified on this machine" in verification.doubt("cpp", CPU, f"{KEY} decode", "", "leave", True)
-    forget(monkeypatch)
-    with pytest.warns(UserWarning, match="is ignored"):
-        assert verify().ok  # and writes a good one
-    forget(monkeypatch)
-    assert len(verification.results("cpp", CPU)) == 2
-
-
-def test_a_folder_that_cannot_be_used(cache, monkeypatch):
-    cache.write_text("a file")
-    with pytest.warns(UserWarning, match="results of verification are ignored"):
-        assert taken() == "cpp"
-    found = verify()
-    assert found.ok and "the results are not kept: " in str(found)
-    assert len(verification.results("cpp", CPU)) == 2  # this process knows
-    forget(monkeypatch)
-    monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError("no")))
-    with pytest.warns(UserWarning, match="PermissionError: no"):
-        assert taken() == "cpp"
-
-
-def test_a_process_without_a_home(monkeypatch):
-    for name in ("MIRAS_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(verification.Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert taken() == "cpp"
-        assert "set MIRAS_CACHE" in verify().unkept
-
-
-def test_where_records_are(monkeypatch):
-    monkeypatch.delenv("MIRAS_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
-    assert str(verification.folder()) == "/some/where/miras_kernels"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert str(verification.folder()) == "/home/someone/.cache/miras_kernels"
-
-
-def test_two_writers_lose_nothing(cache, monkeypatch):
-    machine = verification.machine("cpp", CPU)
-    verification.add("cpp", CPU, {"first": PASS})
-    path = record(cache)
-
-    def write(who):
-        for i in range(25):
-            verification.add("cpp", CPU, {f"{who} {i}": PASS})
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a reader never sees half a file
-        writers = [threading.Thread(target=write, args=(who,)) for who in "ab"]
-        for x in writers:
-            x.start()
-        while any(x.is_alive() for x in writers):
-            assert "first" in verification._read(path, machine)
-    assert len(verification._read(path, machine)) == 51
-    assert not list(cache.glob("*.tmp"))
-
-
-def test_nothing_is_read_twice(monkeypatch):
-    """Nor hashed where nothing was kept."""
-    calls, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: calls.append(path) or listdir(path))
-    monkeypatch.setattr(dispatch.BACKENDS["cpp"], "files", None)
-    for _ in range(3):
-        mk.linear_memory(*tokens(20))
-        mk.Decoder(mk.MemoryState((torch.zeros(1, 1, 8, 8),)), chunk_size=4).step(*tokens(1))
-    assert len(calls) == 1
-
-
-def test_a_compiled_program_leaves_it_alone(monkeypatch):
-    """In one graph: the record is read while PyTorch traces."""
-    verification.add("cpp", CPU, {f"{KEY} sequence": FAIL})
-    forget(monkeypatch)
-    monkeypatch.setattr(dispatch.BACKENDS["cpp"], "forward", None)
-    torch.compiler.reset()
-    run = torch.compile(lambda *a: mk.linear_memory(*a)[0], fullgraph=True, backend="eager", dynamic=True)
-    wanted = mk.linear_memory(*tokens(20), backend="reference")[0]
-    assert torch.equal(run(*tokens(20)), wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------ GPUs
@@ -395,7 +228,7 @@ def test_a_compiled_program_leaves_it_alone(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that has one, as far as dispatch can tell: who takes a call of ``t`` tokens there."""
+    """A machine that has one, as far as dispatch can tell; returns a function that makes calls of ``t`` tokens there."""
     for name in ("triton", "cuda"):
         monkeypatch.setattr(dispatch.BACKENDS[name], "unavailable", lambda: None)
         monkeypatch.setattr(dispatch.BACKENDS[name], "stepper", lambda call, name=name: name)
@@ -403,18 +236,18 @@ def gpu(monkeypatch):
 
     def call(t: int = 20, dim: int = 64, **settings):
         def make(*shape):
-            x = torch.empty(*shape, device="meta").as_subclass(_Elsewhere)
+            x = torch.empty(*shape, device="meta").as_subclass(Placeholder)
             x.where = GPU
             return x
 
         x = make(1, t, 1, dim)
         given = SETTINGS | dict(initial_state=make(1, dim, dim)) | settings
-        return linear_call(x, x, x, make(1, t, 1), None, **given)
+        return make_call(LINEAR, x, x, x, make(1, t, 1), None, **given)
 
     return call
 
 
-def test_a_gpu_warns_once_of_what_was_not_verified(gpu):
+def test_unverified_triton_kernels_warn_once(gpu):
     command = "run python -m miras_kernels verify --device cuda --memory linear --bias l2 --retention l2 --dtype float32"
     with pytest.warns(UserWarning, match=f"triton kernels have not been verified on this machine for {KEY} sequence: {command}") as seen:
         assert dispatch.choose("auto", gpu(), True) == "triton"
@@ -423,7 +256,7 @@ def test_a_gpu_warns_once_of_what_was_not_verified(gpu):
     assert len(seen) == 1
 
 
-def test_a_gpu_says_nothing_of_what_passed(gpu):
+def test_verified_triton_kernels_do_not_warn(gpu):
     verification.add("triton", GPU, {f"{KEY} sequence": PASS, f"{KEY} decode": PASS})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -433,9 +266,9 @@ def test_a_gpu_says_nothing_of_what_passed(gpu):
 
 
 @pytest.mark.filterwarnings("ignore:miras_kernels. the triton kernels have not been verified")
-def test_hand_written_decoding_is_taken_where_it_passed(gpu):
+def test_cuda_is_used_where_it_was_verified(gpu):
     reason = dispatch.explain(gpu(1), False)
-    assert 'not verified on this machine, so "auto" leaves it: run' in reason["cuda"] and reason["triton"] is None
+    assert 'not verified on this machine, so "auto" skips it: run' in reason["cuda"] and reason["triton"] is None
     assert dispatch.stepper("cuda", gpu(1)) == dispatch.choose("cuda", gpu(1), False) == "cuda"
     verification.add("cuda", GPU, {f"{KEY} decode": PASS})
     assert dispatch.explain(gpu(1), False)["cuda"] is None
@@ -449,7 +282,7 @@ def test_hand_written_decoding_is_taken_where_it_passed(gpu):
     assert callable(dispatch.stepper("auto", gpu(1)))
 
 
-def test_a_size_that_failed_is_left_alone(gpu):
+def test_a_size_that_failed_is_skipped(gpu):
     verification.add("triton", GPU, {f"{KEY} sequence": PASS, f"{KEY} sequence 128x128 chunk 64": FAIL})
     assert dispatch.choose("auto", gpu(dim=64), True) == "triton" and dispatch.choose("auto", gpu(dim=128), True) == "reference"
     reasons = dispatch.explain(gpu(dim=128), True)

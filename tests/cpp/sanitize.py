@@ -2,9 +2,9 @@
 
     make sanitize
 
-Every case runs at every instruction set level of this machine, in float32 or bfloat16, by one thread or by three. Any report ends the
-run with an error. A thread's scratch is one allocation for all calls; in this build every array in it is guarded by itself and begins
-as NaN (csrc/cpu/scratch.h), so results must be finite. First, planted errors must be reported.
+Every case runs at every instruction set level of this machine, in float32 or bfloat16, with one thread or three. Any report ends the run
+with an error. A thread's scratch is one allocation for all calls; in this build each array in it has its own guards and is initialised
+with NaN (csrc/cpu/scratch.h), so results must be finite. First, planted errors must be reported.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ int main(int count, char** words) {
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Python is not instrumented, so the sanitizer's library comes first; also libstdc++, whose exceptions it must find.
+    """Python is not instrumented, so the sanitizer's library is preloaded, with libstdc++, whose exceptions it must find.
 
-    Leaks are not looked for: the interpreter and torch keep what they have to the end of the process.
+    Leaks are not reported: the interpreter and torch keep memory until the process ends.
     """
     libraries = []
     for name in ("libasan.so", "libstdc++.so.6"):
@@ -66,7 +66,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def load() -> None:
-    """Put the instrumented extension in the place of the one that ``miras_kernels`` would import."""
+    """Import the instrumented extension instead of the one that ``miras_kernels`` would import."""
     import torch  # noqa: F401  its libraries
 
     [path] = BUILT.glob("_C.*.so")
@@ -79,14 +79,14 @@ def run(first: int, every: int) -> None:
     """The cases ``first``, ``first + every``, ..."""
     load()
     sys.path.insert(0, str(ROOT / "tests"))
-    import test_cpp
     import torch
 
     from miras_kernels.testing import evaluate
     from miras_kernels.testing.fuzzing import ROUTES
     from miras_kernels.testing.steps import read
+    from served import SERVED
 
-    cases = test_cpp.SERVED[first::every]
+    cases = SERVED[first::every]
     for i, case in enumerate(cases):
         torch.set_num_threads(3 if i % 4 < 2 else 1)
         inputs = case.draw(torch.bfloat16 if i % 2 else torch.float32)
@@ -118,7 +118,7 @@ def overrun() -> None:
 
 
 def planted() -> None:
-    """A read beyond a tensor, one beyond a piece of scratch, and an overflow are reported; the same programs without are not."""
+    """A read beyond a tensor, a read beyond an array in scratch, and an overflow are reported; the same programs without them are not."""
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "scratch.cpp", Path(folder) / "scratch"
         source.write_text(SCRATCH, encoding="utf-8")

@@ -1,9 +1,9 @@
-// The C++ kernels against the definition in double precision, with nothing but a compiler: for machines without torch or Python.
+// The C++ kernels against the definition in double precision; needs only a compiler: for machines without torch or Python.
 //
 //   g++ -O2 -std=c++20 -Icsrc tests/cpp/selfcheck.cpp csrc/cpu/*.cpp -o selfcheck && ./selfcheck
 //
 // Every kernel at every instruction set level that this machine has: forward, backward against central differences, and steps. One bias
-// and one gate are enough here, the rest of the mathematics is the same everywhere and has its own tests.
+// and one gate suffice: the rest is the same on every machine and has its own tests.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +20,7 @@ using Doubles = std::vector<double>;
 namespace {
 
 constexpr int kTokens = 21, kHeads = 2, kChunk = 8, kEvery = 2;
-// Float32 after some hundred operations: well above what rounding does, well below what a mistake does. bfloat16 has 8 bits.
+// Limits well above rounding after some hundred float32 operations, and well below the effect of a mistake. bfloat16 has 8 bits.
 constexpr double kFloatLimit = 1e-4, kBfloatLimit = 2e-2;
 
 // Numbers in (-scale, scale), plus offset
@@ -61,7 +61,7 @@ double spread(const Doubles& u, double& mean) {
   return std::sqrt(square);
 }
 
-// What one head's memory answers to x, and its gradients of |answer - wanted|^2 / 2 if they are asked for
+// M(x) of one head, and the gradients of |M(x) - wanted|^2 / 2 if requested
 Doubles recall(const Problem& p, int h, const Doubles& first, const Doubles& second, const double* x, const double* wanted = nullptr,
                Doubles* d_first = nullptr, Doubles* d_second = nullptr) {
   if (!p.hidden) {
@@ -123,7 +123,7 @@ void compare(const std::string& what, const Floats& got, const Doubles& wanted, 
   double difference = 0, norm = 0;
   for (size_t i = 0; i < wanted.size(); ++i) difference += std::pow(got[i] - wanted[i], 2), norm += std::pow(wanted[i], 2);
   const double error = std::sqrt(difference / norm);
-  const bool right = got.size() == wanted.size() && error <= limit;  // NaN is wrong
+  const bool right = got.size() == wanted.size() && error <= limit;  // a NaN is wrong
   std::printf("%-34s %.1e%s\n", what.c_str(), error, right ? "" : "  WRONG");
   wrong += !right;
 }
@@ -152,7 +152,7 @@ TokenTensor gate(Floats& x) { return {x.data(), kTokens * kHeads, kHeads, 1, 0};
 StateTensor state(Floats& x, int rows, int columns) { return {x.data(), kHeads * rows * columns, rows * columns, columns, 1}; }
 Doubles wide(const Floats& x) { return {x.begin(), x.end()}; }
 
-std::vector<uint16_t> bfloat16(Floats& x) {  // cuts off, and cuts x too
+std::vector<uint16_t> bfloat16(Floats& x) {  // truncates, in x too
   std::vector<uint16_t> bits(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
     uint32_t y;
@@ -163,16 +163,16 @@ std::vector<uint16_t> bfloat16(Floats& x) {  // cuts off, and cuts x too
   return bits;
 }
 
-// Room for a decoder's state of `m` matrices [K, V], W1 and linear duals transposed
+// The buffers of a decoder with `m` matrices [K, V], W1 and linear duals transposed
 struct Room {
-  Floats start, carried, left, right, kept, log_decay;
+  Floats start, written, left, right, weights, open_log_decay;
   int64_t position = 0;
   Room(int m, int K, int V)
-      : start(kHeads * m * K * V), carried(start.size()), left(kHeads * m * kChunk * K), right(kHeads * m * kChunk * V),
-        kept(kHeads * (2 + kChunk)), log_decay(kHeads) {}
+      : start(kHeads * m * K * V), written(start.size()), left(kHeads * m * kChunk * K), right(kHeads * m * kChunk * V),
+        weights(kHeads * (2 + kChunk)), open_log_decay(kHeads) {}
   void fill(StepBuffers& to) {
-    to.start = start.data(), to.carried = carried.data(), to.left = left.data(), to.right = right.data(), to.kept = kept.data();
-    to.log_decay = log_decay.data(), to.position = &position, to.rows = kChunk;
+    to.start = start.data(), to.written = written.data(), to.left = left.data(), to.right = right.data(), to.weights = weights.data();
+    to.open_log_decay = open_log_decay.data(), to.position = &position, to.rows = kChunk;
   }
 };
 
@@ -187,7 +187,7 @@ struct Inputs {
   }
 };
 
-// One token after the other
+// One token at a time
 template <class Params> Floats steps(void (*kernel)(const Params&, int64_t, int64_t), Params p, Inputs& in, int K, int V) {
   Floats out(kTokens * kHeads * V);
   p.T = 1;
@@ -215,15 +215,15 @@ void linear(const cpu::Kernels& kernels, const std::string& level) {
   LinearForward p;
   fill(p);
   p.out = tokens(out.data(), V), p.checkpoint_every = kEvery;
-  Floats saved(p.slots() * kHeads * K * V);
-  p.saved = saved.data();
+  Floats checkpoints(p.slots() * kHeads * K * V);
+  p.checkpoints = checkpoints.data();
   kernels.linear_forward(p, 0, p.tasks());
   compare(level + " linear_forward", out, define(problem()), kFloatLimit);
 
   LinearBackward b;
   fill(b);
   Floats dq(in.q.size()), dk(dq), dv(in.v.size()), dlr(in.lr.size()), ddecay(dlr), d_dual(dual.size());
-  b.saved = saved.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), V);
+  b.checkpoints = checkpoints.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), V);
   b.dq = tokens(dq.data(), K), b.dk = tokens(dk.data(), K), b.dv = tokens(dv.data(), V), b.dlr = gate(dlr), b.dlog_decay = gate(ddecay);
   b.d_dual = state(d_dual, V, K);
   kernels.linear_backward(b, 0, b.tasks());
@@ -242,7 +242,7 @@ void linear(const cpu::Kernels& kernels, const std::string& level) {
 
   auto q = bfloat16(in.q), k = bfloat16(in.k), v = bfloat16(in.v);
   std::vector<uint16_t> half(out.size());
-  p.dtype = Dtype::bf16, p.saved = nullptr, p.checkpoint_every = 0;
+  p.dtype = Dtype::bf16, p.checkpoints = nullptr, p.checkpoint_every = 0;
   p.q.data = q.data(), p.k.data = k.data(), p.v.data = v.data(), p.out.data = half.data();
   kernels.linear_forward(p, 0, p.tasks());
   for (size_t i = 0; i < half.size(); ++i) {
@@ -257,8 +257,8 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   Inputs in(D, D);
   Floats w1 = draw(kHeads * D * Hd, 0.5f), w2 = draw(kHeads * Hd * D, 0.5f), out(kTokens * kHeads * D);
   Floats weight = draw(kHeads * D, 0.2f, 1.0f), bias = draw(kHeads * D, 0.2f);
-  const Problem problem{D,        D,        Hd,       wide(in.q), wide(in.k),   wide(in.v),
-                        wide(in.lr), wide(in.decay), wide(w1), wide(w2), wide(weight), wide(bias)};
+  const Problem problem{D,        D,        Hd,           wide(in.q), wide(in.k), wide(in.v), wide(in.lr), wide(in.decay),
+                        wide(w1), wide(w2), wide(weight), wide(bias)};
   const auto fill = [&](MlpParams& p) {
     in.fill(p, D, D);
     p.D = D, p.Hd = Hd, p.ln_weight = weight.data(), p.ln_bias = bias.data(), p.ln_eps = float(kEps);
@@ -267,8 +267,8 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   MlpForward p;
   fill(p);
   p.out = tokens(out.data(), D), p.checkpoint_every = kEvery;
-  Floats saved(p.slots() * kHeads * 2 * Hd * D);
-  p.saved = saved.data();
+  Floats checkpoints(p.slots() * kHeads * 2 * Hd * D);
+  p.checkpoints = checkpoints.data();
   kernels.mlp_forward(p, 0, p.tasks());
   compare(level + " mlp_forward", out, define(problem), kFloatLimit);
 
@@ -276,7 +276,7 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   fill(b);
   Floats dq(in.q.size()), dk(dq), dv(dq), dlr(in.lr.size()), ddecay(dlr);
   Floats d_w1(w1.size()), d_w2(w2.size()), d_weight(weight.size()), d_bias(d_weight);
-  b.saved = saved.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), D);
+  b.checkpoints = checkpoints.data(), b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), D);
   b.dq = tokens(dq.data(), D), b.dk = tokens(dk.data(), D), b.dv = tokens(dv.data(), D), b.dlr = gate(dlr), b.dlog_decay = gate(ddecay);
   b.d_dual[0] = state(d_w1, D, Hd), b.d_dual[1] = state(d_w2, Hd, D), b.dln_weight = d_weight.data(), b.dln_bias = d_bias.data();
   kernels.mlp_backward(b, 0, b.tasks());

@@ -14,85 +14,26 @@ import miras_kernels as mk
 import vectors
 from miras_kernels import dispatch
 from miras_kernels.backends.reference import chunkwise
+from miras_kernels.decode import buffers
+from miras_kernels.memory import run
+from miras_kernels.tables import memories
 from miras_kernels.testing import Case, check, evaluate, registry
 from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.testing.parity import compare, spread
-from miras_kernels.validation import linear_call, mlp_call
+from miras_kernels.validation import make_call
 from quick import combinations, or_slow, sample, slow
-
-
-class Forgetful(Case):
-    """Every third channel forgets by -50 every step, and all forget by -1e4 now and then; some tokens have no momentum at all."""
-
-    def _draw(self, seed):
-        inputs = super()._draw(seed)
-        log_decay, momentum = inputs.tensors["log_decay"], inputs.tensors.get("momentum")
-        log_decay[..., ::3] = -50.0
-        log_decay[:, 5::11] = -1e4
-        if momentum is not None:
-            momentum[:, 2::7] = 0.0
-        return inputs
-
-
-CHANNELS = dict(decay="channel", lr="channel", delta="channel")
-MLP = dict(memory="mlp", key_dim=16, value_dim=16, hidden=24)
-ODD = dict(memory="mlp", tokens=45, key_dim=19, value_dim=19, hidden=37, chunk_size=7)
-COMMON = dict(memory="mlp", batch=1, heads=1, tokens=130, key_dim=64, value_dim=64, hidden=256)
-#: gates of every kind together, where the registry has them one at a time
-TOGETHER = [
-    Case("lq1.5", retention=mk.LqRetention(1.5), seed=1),
-    Case("lq1.5-momentum-channels", bias=mk.Huber(), retention=mk.LqRetention(1.5), momentum=True, **CHANNELS, seed=2),
-    Case("lq3-channels", bias=mk.Lp(3.0), retention=mk.LqRetention(3.0, 0.5), **CHANNELS, value_dim=40, chunk_size=7, seed=3),
-    Case(
-        "lq4-momentum",
-        bias=mk.Huber("norm"),
-        retention=mk.LqRetention(4.0),
-        momentum=True,
-        tokens=150,
-        chunk_size=64,
-        key_dim=40,
-        value_dim=72,
-    ),
-    Case("kl-momentum-packed", bias=mk.RobustL2(), retention=mk.KLRetention(4.0), momentum=True, lengths=(1, 16, 30, 5), seed=5),
-    Case("kl-channels-packed", bias=mk.L1(), retention=mk.KLRetention(), lengths=(20, 7, 17), **CHANNELS, momentum=True, seed=6),
-    Case("elastic-momentum-no-decay", retention=mk.ElasticNetRetention(0.1), momentum=True, decay="none", key_dim=19, value_dim=33, seed=7),
-    Case("sigmoid-momentum-chunk-1", retention=mk.SigmoidRetention(), momentum=True, chunk_size=1, tokens=9, seed=8),
-    Case("momentum-strong-decay", momentum=True, decay="strong", tokens=80, chunk_size=32, seed=9),
-    Case("momentum-extreme-decay", momentum=True, decay="extreme", tokens=80, chunk_size=32, seed=10),
-    Case("momentum-no-state", bias=mk.Huber("switch"), momentum=True, initial="none", layout="fused", seed=11),
-    Case("channels-wide", momentum=True, **CHANNELS, batch=1, heads=1, tokens=100, key_dim=64, value_dim=136, chunk_size=64, seed=12),
-    Forgetful("forgetful", decay="channel", tokens=80, chunk_size=32, seed=13),
-    Forgetful("forgetful-momentum", bias=mk.Huber(), decay="channel", momentum=True, tokens=80, chunk_size=32, seed=14),
-    Forgetful("forgetful-sigmoid", retention=mk.SigmoidRetention(), decay="channel", momentum=True, lengths=(40, 17), seed=15),
-    Forgetful("forgetful-scalar", decay="scalar", momentum=True, tokens=80, chunk_size=32, heads=4, seed=16),
-    Case("mlp-lq1.5", retention=mk.LqRetention(1.5), **MLP, seed=21),
-    Case("mlp-lq1.5-momentum", bias=mk.Huber(), retention=mk.LqRetention(1.5), momentum=True, **MLP, seed=22),
-    Case("mlp-lq3-momentum-odd", bias=mk.Lp(3.0), retention=mk.LqRetention(3.0, 0.5), momentum=True, **ODD, seed=23),
-    Case("mlp-lq4-strong-decay", bias=mk.Huber("norm"), retention=mk.LqRetention(4.0), decay="strong", **MLP, seed=24),
-    Case(
-        "mlp-kl-momentum-packed", bias=mk.RobustL2(), retention=mk.KLRetention(4.0), momentum=True, lengths=(1, 16, 30, 5), **MLP, seed=25
-    ),
-    Case("mlp-kl-odd", bias=mk.DotProduct(), retention=mk.KLRetention(), initial="shared", **ODD, seed=26),
-    Case("mlp-lq-momentum-common", retention=mk.LqRetention(), momentum=True, **COMMON, chunk_size=16, seed=27),
-    Case("mlp-elastic-momentum-no-decay", bias=mk.L1(), retention=mk.ElasticNetRetention(0.1), momentum=True, decay="none", **ODD, seed=28),
-    Case("mlp-sigmoid-packed", bias=mk.Huber(), retention=mk.SigmoidRetention(), lengths=(7, 33, 1), layout="fused", **MLP, seed=29),
-    Case("mlp-sigmoid-momentum-chunk-1", retention=mk.SigmoidRetention(), momentum=True, **{**MLP, "chunk_size": 1, "tokens": 9}, seed=30),
-    Case("mlp-momentum-common", bias=mk.Huber("switch"), momentum=True, **COMMON, chunk_size=64, seed=31),
-    Case("mlp-momentum-extreme-decay", momentum=True, decay="extreme", **MLP, seed=32),
-    Forgetful("mlp-forgetful-momentum", bias=mk.Huber(), momentum=True, heads=4, **MLP, seed=33),
-]
-SERVED = [*registry(), *TOGETHER]
+from served import CHANNELS, MLP, SERVED, TOGETHER
 
 
 def instruction_sets(case: Case) -> list[str]:
-    """The best one that this machine has, and in turn another one: code paths of the same binary."""
+    """The best one of this machine and one other, which changes from case to case: code paths of the same binary."""
     from miras_kernels import _C
 
     best, *others = _C.cpu_capabilities()
     return [best, *others[SERVED.index(case) % max(1, len(others)) :][:1]]
 
 
-#: of these sizes others are quick
+#: slow cases; smaller ones of the same kinds are quick
 LARGE = ("channels-wide", "linear-largest-huber_switch", "linear-largest-huber_coordinate", "mlp-lq-momentum-common")
 
 
@@ -103,7 +44,7 @@ def test_float32(case, poisoned, monkeypatch):
     from miras_kernels import _C
 
     for level in instruction_sets(case):
-        monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)  # the kernels look at it in every call
+        monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)  # the kernels read it in every call
         assert _C.cpu_capability() == level
         report = check(case, "cpp")
         assert report.ok, f"{level}: {report}"
@@ -124,19 +65,30 @@ def test_an_unknown_instruction_set_is_an_error():
     assert "MIRAS_CPU_CAPABILITY" in done.stderr and "mmx" in done.stderr and "portable" in done.stderr
 
 
+def test_the_extension_has_the_packages_buffers_and_limits():
+    from miras_kernels import _C
+
+    assert tuple(_C.step_buffers()) == buffers.NAMES
+    for row in (memories.LINEAR, memories.MLP):
+        for limits in row.kernels["cpp"][:2]:
+            given = {name: x for name, x in limits._asdict().items() if x is not None}
+            assert given == {name: _C.limits()[name] for name in given}
+    assert _C.limits()["bias_parameters"] == mk.biases.Bias.MAX_PARAMETERS
+    assert _C.limits()["retention_parameters"] == mk.retention.Retention.MAX_PARAMETERS
+
+
 @pytest.mark.parametrize("path", vectors.FILES, ids=lambda p: p.stem)
 def test_vectors(path):
-    """Within what rounding does to the file's numbers and to a run with them."""
+    """Within the effect of rounding on the file's numbers and on a run with them."""
     config, tensors = vectors.load(path)
-    function, make = (mk.linear_memory, linear_call) if config["memory"] == "linear" else (mk.mlp_memory, mlp_call)
+    memory = memories.TABLE[config["memory"]]
 
     def results(tensors: dict, run) -> dict:
         keywords, leaves = vectors.arguments(config, tensors)
         return vectors.results(*run(keywords), tensors, leaves)
 
-    defaults = dict(log_decay=None, delta=None, momentum=None, cu_seqlens=None) | ({"ln_eps": 1e-6} if make is mlp_call else {})
-    by_chunks = lambda keywords: chunkwise.run(make(**defaults | keywords))
-    found = results({name: x.float() for name, x in tensors.items()}, lambda keywords: function(**keywords, backend="cpp"))
+    by_chunks = lambda keywords: chunkwise.run(make_call(memory, **keywords))
+    found = results({name: x.float() for name, x in tensors.items()}, lambda keywords: run(memory, **keywords, backend="cpp"))
     exact = {name: tensors[name] for name in found}
     budgets = spread(exact, lambda: results({name: x * 1 for name, x in tensors.items()}, by_chunks))
     report = compare(Case(path.stem), torch.float32, found, budgets)
@@ -145,7 +97,7 @@ def test_vectors(path):
 
 @pytest.mark.parametrize("case", SERVED[::9], ids=str)
 @pytest.mark.parametrize("every", [1, 2, 3, 100])
-def test_keeping_fewer_states_changes_nothing(case, every):
+def test_fewer_checkpoints_change_nothing(case, every):
     inputs = case.draw(torch.float32)
     with mk.override(checkpoint_every=1):
         wanted = evaluate(inputs, "cpp")
@@ -156,8 +108,8 @@ def test_keeping_fewer_states_changes_nothing(case, every):
 
 
 @pytest.mark.parametrize("memory, momentum", [("linear", False), ("linear", True), ("mlp", False), ("mlp", True)])
-def test_saved_memory_follows_the_option(memory, momentum):
-    case = Case("saved", memory=memory, momentum=momentum, tokens=512, chunk_size=16, key_dim=32, value_dim=32)
+def test_memory_of_checkpoints_follows_the_option(memory, momentum):
+    case = Case("checkpoints", memory=memory, momentum=momentum, tokens=512, chunk_size=16, key_dim=32, value_dim=32)
     inputs = case.draw(torch.float32)
     sizes = {}
     for every in (1, 2, 4):
@@ -178,7 +130,7 @@ def test_saved_memory_follows_the_option(memory, momentum):
 
 @pytest.mark.parametrize("case", SERVED[::7], ids=str)
 def test_bitwise_repeatable(case):
-    """By as many threads, again and again; and by more, unless they share out a head's value rows (linear, fewer heads than threads)."""
+    """With the same number of threads, and with more, unless they split a head's value rows (linear, fewer heads than threads)."""
     before, results = torch.get_num_threads(), []
     inputs = case.draw(torch.float32)
     try:
@@ -210,7 +162,7 @@ VARIANTS = {
     ids=str,
 )
 def test_any_number_of_threads(variant, shape):
-    """Fewer heads than threads splits the value rows; the result stays within the budget."""
+    """With fewer heads than threads the value rows are split; the result stays within the budget."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -224,7 +176,7 @@ def test_any_number_of_threads(variant, shape):
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 64])
 def test_hidden_units_that_do_nothing(chunk_size):
-    """Units whose column of W1 and row of W2 are zero stay so, and neither outputs nor other gradients see them."""
+    """Units whose column of W1 and row of W2 are zero stay zero and change neither outputs nor other gradients."""
     inputs = Case("padded", **MLP, chunk_size=chunk_size).draw(torch.float32)
     pad = lambda x, dim, n=9: torch.cat([x.detach(), torch.zeros_like(x.narrow(dim, 0, n))], dim)
     both = lambda pair: (pad(pair[0], 3), pad(pair[1], 2))
@@ -262,7 +214,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", [name if name in ("linear", "mlp-momentum") else slow(name) for name in PLANTED])
 def test_a_planted_bug_is_caught(monkeypatch, name):
-    """The comparison can fail: a kernel that takes a gate a little too weak, or one gradient too large, is seen."""
+    """The comparison can fail: a gate that is slightly too weak is found, and a gradient that is too large."""
     case, gate = PLANTED[name]
     backend = dispatch.BACKENDS["cpp"]
     assert check(case, "cpp").ok

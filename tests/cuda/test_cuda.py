@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels: their source on the CPU in a small emulator of CUDA, and compiled for chips that need not be here.
+"""The CUDA C++ kernels: their sources on the CPU in a small emulator of CUDA, and compiled for chips that need not be present.
 
-A GPU runs them through test_decode_gpu.py's helpers, too, where there is one and they are built.
+With a GPU and a built library, the same comparisons run on the GPU.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decode import PAIRS
-from test_decode_gpu import LONG, SHAPES, assert_right, run, standing_apart, unavailable
-from test_not_finite import TRITON, assert_as_in_the_reference
 
 import miras_kernels as mk
+from decoding import LONG, PAIRS, SHAPES, assert_right, at_different_places, run, unavailable
 from miras_kernels import dispatch
 from miras_kernels.backends import cuda as cuda_backend
 from miras_kernels.backends.cuda import CudaBackend
 from miras_kernels.backends.reference import chunkwise
+from miras_kernels.memory import FUNCTIONS
+from miras_kernels.tables import memories
+from miras_kernels.tables.memories import Kernels, Limits
 from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case
 from miras_kernels.testing.steps import before, check_results, cut, decoder, results
+from not_finite import TRITON, assert_as_in_the_reference
 from quick import or_slow, sample, slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +38,7 @@ NVCC = runpy.run_path(str(SOURCES / "build.py"))["nvcc"]()
 
 
 def compiled(source: Path, folder: Path) -> Path:
-    """A source for the CPU."""
+    """A source compiled for the CPU."""
     flags = ["-std=c++17", "-O1", "-fPIC", f"-I{EMULATOR}", "-iquote", str(SOURCES), "-w", "-x", "c++"]
     target = folder / f"{source.stem}.o"
     subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
@@ -82,7 +84,7 @@ on_cpu = functools.partial(assert_right, backend="cuda", device="cpu")
 
 @pytest.mark.parametrize("case", or_slow(PAIRS, sample(PAIRS)[::2]))
 def test_steps(case, cuda, poisoned):
-    """A run that ends a chunk of 16, and the token that begins the next."""
+    """Two tokens that end a chunk of 16, and the first token of the next."""
     on_cpu(case, cuts=[14, 16, 17])
 
 
@@ -118,8 +120,8 @@ def test_sixteen_bits(memory, dtype, cuda):
 
 
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
-def test_sequences_stand_apart(memory, cuda):
-    standing_apart("cuda", memory, "cpu")
+def test_sequences_at_different_places(memory, cuda):
+    at_different_places("cuda", memory, "cpu")
 
 
 @pytest.mark.parametrize("kind", ["clip", "power-elastic"])
@@ -130,7 +132,7 @@ def test_nan_is_kept(kind, cuda):
 @pytest.mark.skipif(unavailable("cuda") != "", reason=f"cuda: {unavailable('cuda')}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype, poisoned):
-    """The library that was built, beyond the end of a chunk and into the next one."""
+    """The library that was built, across the end of a chunk."""
     for case in (*SHAPES.values(), *LONG.values(), *LARGEST):
         c = case.chunk_size
         assert_right(case, "cuda", sorted({max(0, c - 3), c - 1, c, c + 2}), dtype, "cuda")
@@ -140,7 +142,7 @@ ORDERS = ["wide", "coupled", "entire", "mlp", "mlp-gated", "mlp-entire"]
 
 
 def in_both_orders(backend: CudaBackend, case: Case) -> list[list[torch.Tensor]]:
-    """What steps give if the first threads and blocks run first, and if the last do."""
+    """The results of steps if threads and blocks run in ascending order, and in descending order."""
     found, order = [], ctypes.CDLL(str(backend.path)).miras_emulator_backwards
     for backwards in (0, 1):
         order(backwards)
@@ -154,7 +156,7 @@ def in_both_orders(backend: CudaBackend, case: Case) -> list[list[torch.Tensor]]
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_threads_in_any_order(name, cuda):
-    """Not a bit depends on it: no barrier is missing, and no block reads what another one writes."""
+    """The results are bitwise equal: no barrier is missing, and no block reads what another one writes."""
     forwards, backwards = in_both_orders(cuda, SHAPES[name])
     assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
 
@@ -181,9 +183,9 @@ def test_a_number_for_delta_may_change(cuda):
 
 
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
-def test_the_public_functions_take_it_for_short_inputs(memory, cuda):
+def test_the_public_functions_use_it_for_short_inputs(memory, cuda):
     case = Case("short", memory=memory, tokens=20, batch=2, key_dim=8, value_dim=8, hidden=12, decay="scalar", momentum=True)
-    run = mk.linear_memory if memory == "linear" else mk.mlp_memory
+    run = FUNCTIONS[memory]
     inputs = case.draw(torch.float32)
     arguments = inputs.arguments()
     with torch.no_grad():
@@ -194,7 +196,7 @@ def test_the_public_functions_take_it_for_short_inputs(memory, cuda):
             check_results(before(inputs, b), results(found, state), lambda call, last=last: last(*chunkwise.run(call)))
 
 
-def test_what_it_refuses_is_said(cuda):
+def test_refusals_name_the_reason(cuda):
     case = Case("refused", tokens=5, batch=1, heads=1)
     arguments = case.draw(torch.float32).arguments()
     refusal = lambda **changes: cuda.refuses(case.draw(torch.float32).call().replace(**changes), False)
@@ -213,7 +215,7 @@ def test_what_it_refuses_is_said(cuda):
     assert "hidden sizes are limited to 1024, got 1025" in cuda.refuses(mlp.replace(q=narrow, k=narrow, v=narrow), False)
 
 
-def test_a_library_that_is_not_there_is_explained(tmp_path, monkeypatch):
+def test_a_missing_library_is_explained(tmp_path, monkeypatch):
     missing = CudaBackend(tmp_path / "none.so", "cpu")
     monkeypatch.setitem(sys.modules, "miras_kernels._build_info", type(sys)("_build_info"))
     assert missing.unavailable() == "the kernels are not built: the package was installed without them"
@@ -224,13 +226,20 @@ def test_a_library_that_is_not_there_is_explained(tmp_path, monkeypatch):
 
 
 def test_a_library_of_other_sources_is_refused(library, monkeypatch):
-    """The struct that is passed is the struct that the kernels read: sizes and offsets, asked of the library itself."""
-    monkeypatch.setattr(cuda_backend.Step, "layout", lambda: [1, *cuda_backend.Step.__dict__["MARKS"]])
-    assert "built from other sources" in CudaBackend(library.path, "cpu").unavailable()
+    """The library tells the struct's layout, the names of its buffers and its limits; all must be those of this package."""
+    assert CudaBackend(library.path, "cpu").unavailable() is None
+    for owner, name, other in (
+        (cuda_backend.Step, "layout", lambda: [1, *cuda_backend.Step.__dict__["MARKS"]]),
+        (cuda_backend, "BUFFERS", cuda_backend.BUFFERS[::-1]),
+        (type(memories.MLP), "kernels", {"cuda": Kernels(None, Limits(128, 2048), few=4)}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, other)
+            assert "built from other sources" in CudaBackend(library.path, "cpu").unavailable()
 
 
 def test_every_field_is_marked_or_beside_a_marked_one():
-    """A field that is added to one struct only moves a mark or the size: all kinds of fields have marks at their ends."""
+    """A field that is added to one struct alone moves a mark or changes the size: every kind of field has marks at its ends."""
     names = [name for name, _ in cuda_backend.Step._fields_]
     assert set(cuda_backend.Step.MARKS) <= set(names)
     assert {names[0], names[-1]} <= set(cuda_backend.Step.MARKS)
@@ -243,7 +252,7 @@ def test_every_field_is_marked_or_beside_a_marked_one():
     ("source", "before", "after", "name", "cuts"),
     [
         slow("linear_step.cu", "read += score[i] * w", "read += 0.999f * score[i] * w", "wide", [12, 13, 15]),
-        ("linear_step.cu", "kept[0] = kept[width] = *sum = 0.0f", "kept[0] = kept[width] = 0.0f", "coupled", [15, 16]),
+        ("linear_step.cu", " = *open_log_decay = 0.0f", " = 0.0f", "coupled", [15, 16]),
         slow("mlp_step.cu", "sum += score[i] * left", "sum += 0.9f * score[i] * left", "mlp", [12, 13, 15]),
     ],
 )
@@ -254,7 +263,7 @@ def test_a_planted_bug_is_caught(source, before, after, name, cuts, objects, tmp
 
 
 def test_a_missing_barrier_is_caught(objects, tmp_path, monkeypatch):
-    """The one before log gamma is written, which every thread reads."""
+    """The barrier before log gamma is written, which every thread reads."""
     backend = changed(objects, "linear_step.cu", "  __syncthreads();  // every thread has read them\n", "", tmp_path)
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
     forwards, backwards = in_both_orders(backend, SHAPES["coupled"])
@@ -282,7 +291,7 @@ def test_nothing_spills(source, kernels, architecture, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_the_library_builds_and_loads(tmp_path):
-    """For all chips at once, as setup.py builds it; it knows this package's struct, even where there is no GPU."""
+    """For all chips at once, as setup.py builds it; it has this package's struct, also without a GPU."""
     library = tmp_path / "_cuda.so"
     subprocess.run([sys.executable, str(SOURCES / "build.py"), str(library)], check=True, timeout=1800)
     backend = CudaBackend(library)

@@ -13,7 +13,7 @@ from miras_kernels.hf.compat import CACHE
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
 MLP = ("l2_mlp", "memora", "moneta", "titans", "ttt_mlp", "yaad")
 LENGTH, VOCAB, LAYERS = 13, 50, 3
-#: masks [2, LENGTH] by where they have their padding
+#: where the padding is -> mask [2, LENGTH]
 ROWS = {
     "left": ([0] * 5 + [1] * 8, [0] + [1] * 12),
     "right": ([1] * 8 + [0] * 5, [1] * 12 + [0]),
@@ -23,7 +23,7 @@ ROWS = {
 
 
 def plain(architecture="Llama", *, kind="ForCausalLM", dtype=torch.float32, attention=None, seed=0, **options):
-    """A model without memories, with SDPA where it can. Windows of attention are shorter than the texts; Qwen2's biases are not zero."""
+    """A model without memories, with SDPA where possible. Sliding windows are shorter than the texts; Qwen2's biases are not zero."""
     torch.manual_seed(seed)
     name = architecture + ("TextConfig" if architecture == "Gemma3" else "Config")
     sizes = dict(
@@ -34,24 +34,24 @@ def plain(architecture="Llama", *, kind="ForCausalLM", dtype=torch.float32, atte
     if architecture in ("Mistral", "Gemma2", "Gemma3"):
         sizes["sliding_window"] = 6
     config = getattr(transformers, name)(**{**sizes, **options})
-    host = getattr(transformers, architecture + kind)(config)
-    for parameter in [p for name, p in host.named_parameters() if name.endswith("bias")]:
+    net = getattr(transformers, architecture + kind)(config)
+    for parameter in [p for name, p in net.named_parameters() if name.endswith("bias")]:
         torch.nn.init.normal_(parameter)
-    return host.to(dtype)
+    return net.to(dtype)
 
 
 def model(architecture="Llama", layers=None, *, preset="yaad_linear", mode="replace", init="new", backend="auto", conv_width=4,
           gate_rank=16, num_heads=None, chunk_size=4, **options):  # fmt: skip
-    """The same with memories of chunk 4 (``layers=()``: without)."""
-    host = plain(architecture, **options)
+    """The same with memories of ``chunk_size=4`` (``layers=()``: without)."""
+    net = plain(architecture, **options)
     if layers == ():
-        return host
-    return replace_attention(host, preset, layers, mode=mode, init=init, chunk_size=chunk_size, backend=backend, conv_width=conv_width,
+        return net
+    return replace_attention(net, preset, layers, mode=mode, init=init, chunk_size=chunk_size, backend=backend, conv_width=conv_width,
                              gate_rank=gate_rank, num_heads=num_heads)  # fmt: skip
 
 
 def cache_of(outputs):
-    """The cache in what a forward or ``generate`` returns, by its name in this version (:data:`CACHE`, also that of the argument)."""
+    """The cache among the outputs of a forward or of ``generate``, by its name in this version."""
     return getattr(outputs, CACHE)
 
 
@@ -60,14 +60,14 @@ def ids(batch=2, length=LENGTH, seed=1) -> torch.Tensor:
 
 
 def assert_close(x: torch.Tensor, y: torch.Tensor, terms: int = 4096):
-    """Equal up to the order of summation: about ``terms`` roundings that add up like a random walk, with a margin of 8."""
+    """Equal up to the order of summation: the bound is 8 times the error of ``terms`` roundings that add up like a random walk."""
     x, y = x.detach(), y.detach()
     assert x.shape == y.shape and torch.isfinite(x).all()
     error, bound = (x - y).norm().item(), 8 * math.sqrt(terms) * torch.finfo(x.dtype).eps * max(y.norm().item(), 1e-30)
     assert error <= bound, f"{error:.2e} > {bound:.2e}"
 
 
-def gradients(host, **inputs) -> dict[str, torch.Tensor]:
-    host.zero_grad()
-    host(**inputs).loss.backward()
-    return {n: p.grad.clone() for n, p in host.named_parameters()}
+def gradients(net, **inputs) -> dict[str, torch.Tensor]:
+    net.zero_grad()
+    net(**inputs).loss.backward()
+    return {n: p.grad.clone() for n, p in net.named_parameters()}

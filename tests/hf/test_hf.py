@@ -1,4 +1,4 @@
-"""Memories inside transformers models: replacing attention, masks, packed documents, refusals."""
+"""Memories in transformers models: replacing attention, masks, packed documents, errors."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from miras_kernels.tables.biases import Bias
     ("architecture", "layers"), [*((name, [0, 2]) for name in ARCHITECTURES), ("Llama", None), ("Llama", "all"), ("Llama", range(1, 2))]
 )
 def test_the_chosen_layers_are_replaced_and_train(architecture, layers):
-    before, host = plain(architecture), model(architecture, layers)
-    assert type(host).__name__ == f"Miras{type(before).__name__}" and isinstance(host, type(before))
+    before, net = plain(architecture), model(architecture, layers)
+    assert type(net).__name__ == f"Miras{type(before).__name__}" and isinstance(net, type(before))
     chosen = set(range(3)) if layers in (None, "all") else set(layers)
-    for i, layer in enumerate(host.model.layers):
+    for i, layer in enumerate(net.model.layers):
         assert isinstance(layer.self_attn, MemoryAttention) == (i in chosen)
         if i in chosen:
             assert (layer.self_attn.memory.num_heads, layer.self_attn.memory.head_dim) == (4, 8)
-    before, after = dict(before.named_parameters()), dict(host.named_parameters())
+    before, after = dict(before.named_parameters()), dict(net.named_parameters())
     new = [n for n in after if n not in before]
     assert new and all(".self_attn.memory." in n for n in new)
     assert all(torch.equal(after[n], before[n]) for n in after if n in before)
-    for n, grad in gradients(host, input_ids=ids(), labels=ids()).items():
+    for n, grad in gradients(net, input_ids=ids(), labels=ids()).items():
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
 
 
@@ -42,11 +42,11 @@ def test_the_chosen_layers_are_replaced_and_train(architecture, layers):
     ("architecture", "preset"), [*((name, "yaad_linear") for name in ARCHITECTURES), ("Llama", "yaad"), ("Llama", "titans")]
 )
 def test_training_lowers_the_loss(architecture, preset):
-    host = model(architecture, preset=preset).train()
-    optimizer = torch.optim.AdamW(host.parameters(), lr=1e-2)
+    net = model(architecture, preset=preset).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     losses = []
     for _ in range(8):
-        loss = host(input_ids=ids(), labels=ids()).loss
+        loss = net(input_ids=ids(), labels=ids()).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -56,48 +56,48 @@ def test_training_lowers_the_loss(architecture, preset):
 
 @pytest.mark.parametrize("name", MLP)
 def test_mlp_memories_train_every_parameter(name):
-    host = model("Qwen3", [0, 2], preset=name)
-    memory = host.model.layers[0].self_attn.memory
+    net = model("Qwen3", [0, 2], preset=name)
+    memory = net.model.layers[0].self_attn.memory
     assert (memory.w1.shape, memory.w2.shape, memory.ln_weight.shape) == ((4, 8, 32), (4, 32, 8), (4, 8))
-    for n, grad in gradients(host, input_ids=ids(), labels=ids()).items():
+    for n, grad in gradients(net, input_ids=ids(), labels=ids()).items():
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
 
 
-def test_the_layer_and_the_replacement_have_the_same_default():
+def test_memory_block_and_replace_attention_have_the_same_defaults():
     defaults = {inspect.signature(f).parameters["preset"].default for f in (replace_attention, MemoryBlock)}
     assert defaults == {"yaad_linear"}
     assert PRESETS["yaad_linear"].memory == "linear"
 
 
 @pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
-def test_other_heads(kind):
-    host = model("Qwen2", kind=kind)
-    out = host(input_ids=ids(), attention_mask=torch.ones_like(ids()))
+def test_all_task_heads(kind):
+    net = model("Qwen2", kind=kind)
+    out = net(input_ids=ids(), attention_mask=torch.ones_like(ids()))
     assert torch.isfinite(out[0]).all()
-    assert sum(isinstance(m, MemoryAttention) for m in host.modules()) == 3
+    assert sum(isinstance(m, MemoryAttention) for m in net.modules()) == 3
 
 
-def test_replacing_in_two_steps():
+def test_two_calls_replace_different_layers():
     torch.manual_seed(0)
-    host = replace_attention(model(layers=[0]), "deltanet", [2])
-    assert [isinstance(layer.self_attn, MemoryAttention) for layer in host.model.layers] == [True, False, True]
-    presets = [group.preset for group in hf.plan.read(host.config)]
+    net = replace_attention(model(layers=[0]), "deltanet", [2])
+    assert [isinstance(layer.self_attn, MemoryAttention) for layer in net.model.layers] == [True, False, True]
+    presets = [group.preset for group in hf.plan.read(net.config)]
     assert [(preset.chunk_size, preset.decay) for preset in presets] == [(4, "token"), (1, None)]
-    assert host.model.config is host.config and isinstance(host, hf.MirasLlamaForCausalLM)
-    assert torch.equal(host.eval().generate(ids(), max_new_tokens=4), host.generate(ids(), max_new_tokens=4, use_cache=False))
+    assert net.model.config is net.config and isinstance(net, hf.MirasLlamaForCausalLM)
+    assert torch.equal(net.eval().generate(ids(), max_new_tokens=4), net.generate(ids(), max_new_tokens=4, use_cache=False))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_memories_made_from_attention(architecture):
-    """The projections are the attention layer's own modules; keys and values are repeated for their heads, and positions turn them."""
-    host = plain(architecture)
-    attention, names = host.model.layers[1].self_attn, dict(host.named_parameters()).keys()
+def test_init_from_attention(architecture):
+    """The projections are the attention layer's own modules; keys and values are repeated for all heads; rotary positions apply."""
+    net = plain(architecture)
+    attention, names = net.model.layers[1].self_attn, dict(net.named_parameters()).keys()
     old = dict(attention.named_children())
-    replace_attention(host, "l2", [1], init="from_attention", chunk_size=4)
-    layer = host.model.layers[1].self_attn
+    replace_attention(net, "l2", [1], init="from_attention", chunk_size=4)
+    layer = net.model.layers[1].self_attn
     assert old and all(getattr(layer, n) is m for n, m in old.items())
-    assert names < dict(host.named_parameters()).keys() and layer.memory.q_proj is None
-    assert {n for n in dict(host.named_parameters()) if n not in names} == set(report(host).new)
+    assert names < dict(net.named_parameters()).keys() and layer.memory.q_proj is None
+    assert {n for n in dict(net.named_parameters()) if n not in names} == set(report(net).new)
     x, angles = torch.randn(2, 5, 24), torch.randn(1, 5, 4).repeat(1, 1, 2)
     projected = layer._project(x, (angles.cos(), angles.sin()))
     q, k, v = projected.qkv.unflatten(-1, (3, 4, 8)).unbind(2)
@@ -112,11 +112,11 @@ def test_memories_made_from_attention(architecture):
 
     for ours, theirs in zip((q, k), turned, strict=True):
         assert_close(rotated(ours, projected.cos, projected.sin), theirs.transpose(1, 2))
-    for n, grad in gradients(host, input_ids=ids(), labels=ids()).items():
+    for n, grad in gradients(net, input_ids=ids(), labels=ids()).items():
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
 
 
-def test_initialisation_follows_the_seed_and_the_host():
+def test_initialisation_depends_on_the_seed_and_the_model():
     a, b = model(), model()
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     weight = a.model.layers[0].self_attn.memory.q_proj.weight
@@ -152,39 +152,39 @@ def test_other_models_of_the_class_are_unchanged():
     [("Llama", "left"), ("Llama", "right"), *((name, rows) for name in ARCHITECTURES for rows in ("mixed", "holes"))],
 )
 def test_padding_is_exact(architecture, layers, attention, init, rows):
-    wide = {"sliding_window": 64} if rows == "holes" else {}  # the attention that is left counts padding in its window
-    host, mask = model(architecture, layers, attention=attention, init=init, **wide).eval(), torch.tensor(ROWS[rows])
-    logits = host(input_ids=ids(), attention_mask=mask).logits
-    other = host(input_ids=torch.where(mask == 1, ids(), ids(seed=2)), attention_mask=mask).logits
+    wide = {"sliding_window": 64} if rows == "holes" else {}  # the remaining attention counts padding in its window
+    net, mask = model(architecture, layers, attention=attention, init=init, **wide).eval(), torch.tensor(ROWS[rows])
+    logits = net(input_ids=ids(), attention_mask=mask).logits
+    other = net(input_ids=torch.where(mask == 1, ids(), ids(seed=2)), attention_mask=mask).logits
     for i in range(2):
         real = mask[i] == 1
-        assert_close(logits[i, real], host(input_ids=ids()[i : i + 1, real]).logits[0])
+        assert_close(logits[i, real], net(input_ids=ids()[i : i + 1, real]).logits[0])
         assert_close(other[i, real], logits[i, real])
 
 
 @pytest.mark.parametrize("init", ["new", "from_attention"])
 @pytest.mark.parametrize(("layers", "preset"), [(None, "yaad_linear"), ([1], "yaad_linear"), ([1], "yaad")])
 def test_gradients_under_padding_are_those_of_the_real_tokens(layers, preset, init):
-    host, mask = model("Qwen2", layers, preset=preset, init=init), torch.tensor(ROWS["mixed"])
+    net, mask = model("Qwen2", layers, preset=preset, init=init), torch.tensor(ROWS["mixed"])
     weight = torch.randn(2, LENGTH, VOCAB, generator=torch.Generator().manual_seed(3))
-    (host(input_ids=ids(), attention_mask=mask).logits * weight)[mask == 1].sum().backward()
-    padded = {n: p.grad.clone() for n, p in host.named_parameters()}
-    host.zero_grad()
+    (net(input_ids=ids(), attention_mask=mask).logits * weight)[mask == 1].sum().backward()
+    padded = {n: p.grad.clone() for n, p in net.named_parameters()}
+    net.zero_grad()
     for i in range(2):
         real = mask[i] == 1
-        (host(input_ids=ids()[i : i + 1, real]).logits * weight[i, real]).sum().backward()
-    for n, p in host.named_parameters():
+        (net(input_ids=ids()[i : i + 1, real]).logits * weight[i, real]).sum().backward()
+    for n, p in net.named_parameters():
         assert_close(padded[n], p.grad)
 
 
 @pytest.mark.parametrize("form", ["bool", "additive"])
 def test_four_dimensional_masks(form):
-    host, mask = model(layers=[0, 1], attention="sdpa" if form == "bool" else "eager").eval(), torch.tensor(ROWS["left"])
+    net, mask = model(layers=[0, 1], attention="sdpa" if form == "bool" else "eager").eval(), torch.tensor(ROWS["left"])
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & (mask[:, None, None] == 1)
     given = seen if form == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    a = host(input_ids=ids(), attention_mask=given, position_ids=positions).logits
-    b = host(input_ids=ids(), attention_mask=mask, position_ids=positions).logits
+    a = net(input_ids=ids(), attention_mask=given, position_ids=positions).logits
+    b = net(input_ids=ids(), attention_mask=mask, position_ids=positions).logits
     assert_close(a[mask == 1], b[mask == 1])
 
 
@@ -193,29 +193,29 @@ def test_four_dimensional_masks(form):
 )
 @pytest.mark.parametrize(("layers", "init"), [(None, "new"), ([1], "from_attention")])
 def test_packed_documents_are_separate(architecture, preset, layers, init):
-    host, lengths = model(architecture, layers, preset=preset, init=init).eval(), (5, 1, 7)
+    net, lengths = model(architecture, layers, preset=preset, init=init).eval(), (5, 1, 7)
     packed = ids(1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    alone = torch.cat([host(input_ids=part).logits for part in packed.split(lengths, 1)], 1)
-    assert_close(host(input_ids=packed, position_ids=positions).logits, alone)
+    alone = torch.cat([net(input_ids=part).logits for part in packed.split(lengths, 1)], 1)
+    assert_close(net(input_ids=packed, position_ids=positions).logits, alone)
     offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
-    assert_close(host(input_ids=packed, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits, alone)
-    assert_close(host(input_ids=packed, attention_mask=torch.ones_like(packed), cu_seq_lens_q=offsets).logits, alone)
-    twice = host(input_ids=packed.expand(2, -1), position_ids=positions).logits
+    assert_close(net(input_ids=packed, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits, alone)
+    assert_close(net(input_ids=packed, attention_mask=torch.ones_like(packed), cu_seq_lens_q=offsets).logits, alone)
+    twice = net(input_ids=packed.expand(2, -1), position_ids=positions).logits
     assert_close(twice, alone.expand(2, -1, -1))
 
 
-def test_positions_that_only_go_up_are_one_document():
-    host = model().eval()
-    expected = host(input_ids=ids()).logits
-    assert torch.equal(host(input_ids=ids(), position_ids=torch.arange(3, 3 + LENGTH)[None]).logits, expected)
-    assert torch.equal(host(ids(), torch.ones_like(ids())).logits, expected)  # positional arguments
-    assert_close(host(inputs_embeds=host.get_input_embeddings()(ids())).logits, expected)
+def test_increasing_positions_are_one_document():
+    net = model().eval()
+    expected = net(input_ids=ids()).logits
+    assert torch.equal(net(input_ids=ids(), position_ids=torch.arange(3, 3 + LENGTH)[None]).logits, expected)
+    assert torch.equal(net(ids(), torch.ones_like(ids())).logits, expected)  # positional arguments
+    assert_close(net(inputs_embeds=net.get_input_embeddings()(ids())).logits, expected)
 
 
-def test_a_decoder_layer_by_itself_derives_the_mask():
-    host, mask = model().eval(), torch.tensor(ROWS["left"])
-    attention, x = host.model.layers[0].self_attn, torch.randn(2, LENGTH, 24)
+def test_a_decoder_layer_called_alone_finds_the_padding_in_its_mask():
+    net, mask = model().eval(), torch.tensor(ROWS["left"])
+    attention, x = net.model.layers[0].self_attn, torch.randn(2, LENGTH, 24)
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & (mask[:, None, None] == 1)
     assert torch.equal(attention(x, attention_mask=seen)[0], attention(x, attention_mask=mask)[0])
 
@@ -229,11 +229,11 @@ def meta_model():
 
 
 class Strange(Bias):
-    """A rule that no configuration can name."""
+    """A bias that a configuration cannot store."""
 
 
 class Own(transformers.LlamaForCausalLM):
-    """Somebody's own class, of which there is no class with memories."""
+    """A user's own class, for which there is no class with memories."""
 
 
 def other_pattern():
@@ -268,9 +268,13 @@ def other_pattern():
         (
             lambda: replace_attention(plain(), init="from_attention", num_heads=2),
             ValueError,
-            "num_heads: with init='from_attention' it is the attention layer's, expected None, got 2",
+            "num_heads: with init='from_attention' it is that of the attention layer; expected None, got 2",
         ),
-        (lambda: replace_attention(plain(), Preset(Strange(), "one", None, 4, "")), ValueError, "preset: its bias must be .* got Strange"),
+        (
+            lambda: replace_attention(plain(), Preset(Strange(), "one", None, 4, "")),
+            ValueError,
+            "preset: expected a bias of miras_kernels itself, .* got Strange",
+        ),
         (
             lambda: replace_attention(plain("Gemma3", use_bidirectional_attention=True)),
             ValueError,
@@ -301,10 +305,10 @@ def test_errors_name_argument_expectation_and_what_came(call, kind, text):
         call()
 
 
-def test_a_refused_call_leaves_the_model_as_it_was():
-    host = model(layers=())
-    before = host(input_ids=ids()).logits
+def test_a_refused_call_does_not_change_the_model():
+    net = model(layers=())
+    before = net(input_ids=ids()).logits
     with pytest.raises(ValueError, match="layers"):
-        replace_attention(host, layers=[0, 9])
-    assert torch.equal(host(input_ids=ids()).logits, before)
-    assert type(host) is transformers.LlamaForCausalLM and not hasattr(host.config, "miras")
+        replace_attention(net, layers=[0, 9])
+    assert torch.equal(net(input_ids=ids()).logits, before)
+    assert type(net) is transformers.LlamaForCausalLM and not hasattr(net.config, "miras")

@@ -1,4 +1,4 @@
-"""Generation with memories: every way of reading a text gives what reading it in one piece gives."""
+"""Generation with memories: every way of reading a text gives the results of reading it at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import DynamicCache, QuantizedCache
 
 from miras_kernels.hf import MemoryAttention, MemoryCacheLayer
 
-#: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks
+#: presets with every kind of state: linear and MLP, momentum, another mirror map, chunk_size 1, no dependence on chunk_size
 PRESETS = ("yaad_linear", "deltanet", "mamba2", "titans", "moneta", "yaad")
 MASK = torch.tensor(ROWS["left"])
 
 
-def host(architecture="Llama", layers=None, **options):
+def net(architecture="Llama", layers=None, **options):
     return model(architecture, layers, **options).eval()
 
 
@@ -30,7 +30,7 @@ def predicted(text: torch.Tensor, of) -> torch.Tensor:
 @pytest.mark.parametrize(("layers", "init"), [(None, "new"), ([1, 2], "from_attention")])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_generation_follows_the_full_forward_with_and_without_padding(architecture, layers, init):
-    of = host(architecture, layers, init=init)
+    of = net(architecture, layers, init=init)
     text = of.generate(ids(), max_new_tokens=7, do_sample=False)
     assert torch.equal(predicted(text, of)[:, LENGTH - 1 : -1], text[:, LENGTH:])
     padded = of.generate(ids(), attention_mask=MASK, max_new_tokens=7, do_sample=False)
@@ -42,7 +42,7 @@ def test_greedy_generation_follows_the_full_forward_with_and_without_padding(arc
 @pytest.mark.parametrize(("layers", "init"), [(None, "new"), ([0, 2], "from_attention")])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_generation_with_every_kind_of_memory(preset, layers, init):
-    of = host("Qwen2", layers, preset=preset, init=init)
+    of = net("Qwen2", layers, preset=preset, init=init)
     for mask in (None, MASK):
         cached = of.generate(
             ids(), attention_mask=mask, max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -56,9 +56,9 @@ def test_generation_with_every_kind_of_memory(preset, layers, init):
 
 @pytest.mark.parametrize("init", ["new", "from_attention"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_padding_of_any_length_changes_no_memory(preset, init):
-    """Pads that are no multiple of a chunk, in a batch and in a batch of one; biased projections."""
-    of = host("Qwen2", [0, 2], preset=preset, init=init)
+def test_padding_of_any_length_does_not_change_the_state(preset, init):
+    """Padding that is no multiple of the chunk size, in a batch and in a batch of one; projections with biases."""
+    of = net("Qwen2", [0, 2], preset=preset, init=init)
     logits = of(input_ids=ids(), attention_mask=MASK).logits
     for row, mask in enumerate(MASK):
         text, real = ids()[row : row + 1], mask == 1
@@ -81,7 +81,7 @@ def test_padding_of_any_length_changes_no_memory(preset, init):
     ],
 )
 def test_beams_and_samples_do_not_depend_on_the_cache(layers, how):
-    of = host("Llama", layers)
+    of = net("Llama", layers)
     for mask in (None, MASK):
         texts = []
         for use_cache in (True, False):
@@ -93,7 +93,7 @@ def test_beams_and_samples_do_not_depend_on_the_cache(layers, how):
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_chunked_prefill(layers, size):
-    of = host("Mistral", layers, init="from_attention")
+    of = net("Mistral", layers, init="from_attention")
     for mask in (None, MASK):
         options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
         assert torch.equal(of.generate(ids(), **options, prefill_chunk_size=size), of.generate(ids(), **options))
@@ -101,8 +101,8 @@ def test_chunked_prefill(layers, size):
 
 @pytest.mark.parametrize(("layers", "init"), [(None, "from_attention"), ([0], "new")])
 @pytest.mark.parametrize("pieces", [(1,) * LENGTH, (4, 9), (5, 0, 7, 1), (3, 3, 3, 4)])
-def test_a_text_cut_anywhere(pieces, layers, init):
-    of, cache, logits = host("Qwen3", layers, init=init), DynamicCache(), []
+def test_prefill_in_pieces(pieces, layers, init):
+    of, cache, logits = net("Qwen3", layers, init=init), DynamicCache(), []
     for piece in ids().split([n for n in pieces if n], 1):
         out = of(input_ids=piece, **{CACHE: cache})
         assert cache_of(out) is cache
@@ -113,13 +113,13 @@ def test_a_text_cut_anywhere(pieces, layers, init):
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma3"])
-def test_turns_with_padding_anywhere(architecture, rows):
-    """Three turns; a row may have nothing to read in one of them. Then tokens one by one, which nobody pads."""
+def test_several_turns_with_padding(architecture, rows):
+    """Three turns, in one of which a row may have no tokens; then decoding steps without padding."""
     first, text = torch.tensor(ROWS[rows]), ids(2, LENGTH + 8)
     mask = torch.cat([first, torch.tensor([[0] * 5, [1] * 2 + [0] * 3]), torch.ones(2, 3, dtype=torch.int64)], 1)
     for init in ("new", "from_attention"):
-        wide = {"sliding_window": 64} if architecture == "Gemma3" else {}  # the attention that is left counts padding in its window
-        of, cache, logits = host(architecture, [0, 1], init=init, **wide), DynamicCache(), []
+        wide = {"sliding_window": 64} if architecture == "Gemma3" else {}  # the remaining attention counts padding in its window
+        of, cache, logits = net(architecture, [0, 1], init=init, **wide), DynamicCache(), []
         cuts = [0, 3, LENGTH, LENGTH + 5, LENGTH + 6, LENGTH + 7, LENGTH + 8]
         for begin, end in itertools.pairwise(cuts):
             logits.append(of(input_ids=text[:, begin:end], attention_mask=mask[:, :end], **{CACHE: cache}).logits)
@@ -131,7 +131,7 @@ def test_turns_with_padding_anywhere(architecture, rows):
 
 @pytest.mark.parametrize("preset", ["yaad_linear", "titans"])
 def test_the_state_is_that_of_the_real_tokens(preset):
-    of = host("Qwen2", [1], preset=preset)
+    of = net("Qwen2", [1], preset=preset)
     for rows in ROWS.values():
         mask = torch.tensor(rows)
         state = cache_of(of(input_ids=ids(), attention_mask=mask, use_cache=True)).layers[1].state
@@ -146,17 +146,19 @@ def test_the_state_is_that_of_the_real_tokens(preset):
             assert_close(state.conv[row : row + 1], alone.conv)
 
 
-def test_going_on_with_a_cache_in_generate():
-    of = host("Llama", [0, 2])
+def test_generate_continues_from_a_cache():
+    of = net("Llama", [0, 2])
     first = of.generate(ids(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, ids(2, 4, seed=7)], 1)
-    options = dict(attention_mask=torch.ones_like(longer), max_new_tokens=5, do_sample=False)  # a token it wrote may be that of padding
+    options = dict(
+        attention_mask=torch.ones_like(longer), max_new_tokens=5, do_sample=False
+    )  # a generated token may equal the padding token
     second = of.generate(longer, **{CACHE: cache_of(first)}, **options)
     assert torch.equal(second, of.generate(longer, **options))
 
 
 def test_embeddings_and_pipelines():
-    of = host()
+    of = net()
     text = of.generate(ids(), max_new_tokens=5, do_sample=False)
     embedded = of.generate(inputs_embeds=of.get_input_embeddings()(ids()), max_new_tokens=5, do_sample=False)
     assert torch.equal(embedded, text[:, LENGTH:])
@@ -177,8 +179,8 @@ def test_embeddings_and_pipelines():
 # ------------------------------------------------------------------------------------------------------------- the cache
 
 
-def test_the_state_does_not_grow_and_lies_in_the_models_cache():
-    of, sizes = host(layers=[0, 2], preset="yaad"), []
+def test_the_state_is_in_the_models_cache_and_does_not_grow():
+    of, sizes = net(layers=[0, 2], preset="yaad"), []
     for length in (2, 7, 30):
         cache = cache_of(of(input_ids=ids(1, length), use_cache=True))
         assert isinstance(cache, DynamicCache)
@@ -190,8 +192,8 @@ def test_the_state_does_not_grow_and_lies_in_the_models_cache():
 
 @pytest.mark.parametrize("preset", ["yaad_linear", "titans"])
 def test_the_state_is_in_float32(preset):
-    half = host(dtype=torch.bfloat16, preset=preset)
-    full = host(preset=preset)
+    half = net(dtype=torch.bfloat16, preset=preset)
+    full = net(preset=preset)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = cache_of(full(input_ids=ids(), use_cache=True))
     for cache in (cache_of(half(input_ids=ids(), use_cache=True)), cast):
@@ -201,8 +203,8 @@ def test_the_state_is_in_float32(preset):
 
 
 @torch.no_grad()
-def test_what_a_cache_can_do():
-    of, turn = host("Llama", [0, 1]), ids(2, 4, seed=3)
+def test_operations_on_a_cache():
+    of, turn = net("Llama", [0, 1]), ids(2, 4, seed=3)
     read = lambda text: cache_of(of(input_ids=text, use_cache=True))
     after = lambda cache, text: of(input_ids=text, **{CACHE: cache}).logits
     expected, other = after(read(ids()), turn), read(ids())
@@ -210,7 +212,7 @@ def test_what_a_cache_can_do():
     assert other.layers[0].batch_size == 2
     other.reorder_cache(torch.tensor([1, 0]))
     assert_close(after(other, turn.flip(0)).flip(0), expected)
-    assert_close(after(kept, turn), expected)  # nobody has written into it
+    assert_close(after(kept, turn), expected)  # it was not written in place
     other = read(ids())
     other.batch_repeat_interleave(3)
     assert_close(after(other, turn.repeat_interleave(3, 0)), expected.repeat_interleave(3, 0))
@@ -222,14 +224,14 @@ def test_what_a_cache_can_do():
         layer.prefetch()
         layer.reset()
         assert (layer.get_seq_length(), layer.nbytes) == (0, 0) and not hasattr(layer, "batch_size")
-    with pytest.raises(NotImplementedError, match="crop: a memory cannot take tokens back"):
+    with pytest.raises(NotImplementedError, match="crop: tokens cannot be removed from a memory"):
         read(ids()).crop(-1)
-    with pytest.raises(NotImplementedError, match="holds no keys and values"):
+    with pytest.raises(NotImplementedError, match="has no keys and values"):
         read(ids()).layers[0].update(turn, turn)
 
 
-def test_a_kept_state_is_a_value():
-    of = host()
+def test_a_state_is_not_written_in_place():
+    of = net()
     cache = cache_of(of(input_ids=ids(), use_cache=True))
     state, copies = cache.layers[0].state, [x.clone() for x in cache.layers[0].state.memory.tensors()]
     of(input_ids=ids(2, 6), **{CACHE: cache})
@@ -237,8 +239,8 @@ def test_a_kept_state_is_a_value():
     assert all(torch.equal(x, y) for x, y in zip(state.memory.tensors(), copies, strict=True))
 
 
-def test_no_cache_in_training_unless_asked_for():
-    of = host()
+def test_no_cache_in_training_by_default():
+    of = net()
     assert cache_of(of(input_ids=ids())) is not None
     assert cache_of(of(input_ids=ids(), use_cache=False)) is None
     of.train()
@@ -252,55 +254,55 @@ def test_no_cache_in_training_unless_asked_for():
 
 
 def lookup():
-    return host().generate(ids(1), max_new_tokens=4, prompt_lookup_num_tokens=2)
+    return net().generate(ids(1), max_new_tokens=4, prompt_lookup_num_tokens=2)
 
 
 def assistant(kind):
-    main, helper = (plain().eval(), host()) if kind == "assistant" else (host(), plain().eval())
+    main, helper = (plain().eval(), net()) if kind == "assistant" else (net(), plain().eval())
     return main.generate(ids(1), max_new_tokens=4, assistant_model=helper)
 
 
 def foreign():
     cache = cache_of(plain().eval()(input_ids=ids(), use_cache=True))
-    return host(layers=[1])(input_ids=ids(2, 1), **{CACHE: cache})
+    return net(layers=[1])(input_ids=ids(2, 1), **{CACHE: cache})
 
 
 def read():
-    return cache_of(host()(input_ids=ids(), use_cache=True))
+    return cache_of(net()(input_ids=ids(), use_cache=True))
 
 
 def packed(**options):
-    return host()(input_ids=ids(), position_ids=torch.arange(LENGTH)[None] % 5, **options)
+    return net()(input_ids=ids(), position_ids=torch.arange(LENGTH)[None] % 5, **options)
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "text"),
     [
-        (lambda: host()(input_ids=ids(), **{CACHE: ((ids(), ids()),)}), TypeError, "got the object tuple"),
+        (lambda: net()(input_ids=ids(), **{CACHE: ((ids(), ids()),)}), TypeError, "got the object tuple"),
         (
-            lambda: host(layers=[1]).model.layers[1].self_attn(torch.randn(1, 3, 24), **{CACHE: object()}),
+            lambda: net(layers=[1]).model.layers[1].self_attn(torch.randn(1, 3, 24), **{CACHE: object()}),
             TypeError,
             f"{CACHE}: .*got the object object",
         ),
         (lookup, ValueError, "assisted generation is not supported with stateful models, such as MirasLlama"),
         (lambda: assistant("main"), ValueError, "assisted generation is not supported with stateful models, such as MirasLlama"),
-        # transformers itself asks beforehand from 5.24 on
-        (lambda: assistant("assistant"), (NotImplementedError, ValueError), "crop: a memory cannot take tokens back|can be cropped"),
-        (lambda: host().generate_batch([[1, 2]]), NotImplementedError, "generate_batch: .*no continuous batching"),
-        (lambda: host().init_continuous_batching(), NotImplementedError, "no continuous batching"),
-        (lambda: host()(input_ids=ids(), cache=object()), TypeError, "cache: .*no continuous batching; got the object object"),
-        (foreign, ValueError, f"{CACHE}: layer 1 .*expected its state or an empty cache, got keys and values of 13 tokens"),
-        (lambda: packed(**{CACHE: DynamicCache()}), ValueError, "use_cache: documents packed into a row leave no state"),
-        (lambda: packed(use_cache=True), ValueError, "use_cache: documents packed into a row leave no state"),
+        # from 5.24 on transformers itself checks before
+        (lambda: assistant("assistant"), (NotImplementedError, ValueError), "crop: tokens cannot be removed from a memory|can be cropped"),
+        (lambda: net().generate_batch([[1, 2]]), NotImplementedError, "generate_batch: .*no continuous batching"),
+        (lambda: net().init_continuous_batching(), NotImplementedError, "no continuous batching"),
+        (lambda: net()(input_ids=ids(), cache=object()), TypeError, "cache: .*no continuous batching; got the object object"),
+        (foreign, ValueError, f"{CACHE}: layer 1 .*expected its state or an empty cache, got keys and values for 13 tokens"),
+        (lambda: packed(**{CACHE: DynamicCache()}), ValueError, "use_cache: packed documents leave no state"),
+        (lambda: packed(use_cache=True), ValueError, "use_cache: packed documents leave no state"),
         (
-            lambda: host()(input_ids=ids(2, 1), attention_mask=torch.ones(2, 1), **{CACHE: read()}),
+            lambda: net()(input_ids=ids(2, 1), attention_mask=torch.ones(2, 1), **{CACHE: read()}),
             ValueError,
             r"attention_mask: expected \[B, T\] with T = 14 \(13 in the cache and 1 new ones\), got \(2, 1\)",
         ),
-        (lambda: host()(input_ids=ids(3, 1), **{CACHE: read()}), ValueError, "initial_state"),
+        (lambda: net()(input_ids=ids(3, 1), **{CACHE: read()}), ValueError, "initial_state"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_right_is_refused(call, kind, text):
+def test_unsupported_calls_are_refused(call, kind, text):
     with pytest.raises(kind, match=text):
         call()
 
@@ -312,9 +314,9 @@ def test_packed_documents_leave_no_cache():
 def test_quantized_caches_are_refused():
     if transformers.utils.is_optimum_quanto_available() or transformers.utils.is_hqq_available():
         with pytest.raises(TypeError, match="needs a DynamicCache"):
-            host()(input_ids=ids(), **{CACHE: QuantizedCache("quanto", plain().config)})
+            net()(input_ids=ids(), **{CACHE: QuantizedCache("quanto", plain().config)})
     assert not issubclass(QuantizedCache, DynamicCache)
 
 
-def test_memories_are_everywhere_they_should_be():
-    assert sum(isinstance(m, MemoryAttention) for m in host("Gemma2", [1]).modules()) == 1
+def test_replaced_layers_are_memories():
+    assert sum(isinstance(m, MemoryAttention) for m in net("Gemma2", [1]).modules()) == 1

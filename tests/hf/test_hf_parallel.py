@@ -1,4 +1,4 @@
-"""Memories beside attention: nothing at the start, then both; one layer of the cache holds keys, values and state."""
+"""Memories beside attention (``mode="parallel"``): no change before training; a layer of the cache has keys, values and state."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from miras_kernels.layers import MemoryBlock
 MASK = torch.tensor(ROWS["left"])
 
 
-def host(architecture="Llama", layers=(0, 2), **options):
-    """A model whose gates are open."""
+def net(architecture="Llama", layers=(0, 2), **options):
+    """A model whose output gates are not zero."""
     of = model(architecture, layers, mode="parallel", **options)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -34,24 +34,24 @@ def host(architecture="Llama", layers=(0, 2), **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_begins_as_the_host(architecture):
+def test_outputs_do_not_change_before_training(architecture):
     before, of = plain(architecture).eval(), model(architecture, [0, 2], mode="parallel").eval()
     assert type(of).__name__ == f"Miras{type(before).__name__}"
-    positions = (MASK.cumsum(1) - 1).clamp(min=0)  # a model with memories counts real tokens by itself
+    positions = (MASK.cumsum(1) - 1).clamp(min=0)  # a model with memories derives these itself
     for given in ({}, dict(attention_mask=MASK, position_ids=positions)):
         assert torch.equal(of(input_ids=ids(), **given).logits, before(input_ids=ids(), **given).logits)
-    assert not torch.equal(host(architecture)(input_ids=ids()).logits, before(input_ids=ids()).logits)
+    assert not torch.equal(net(architecture)(input_ids=ids()).logits, before(input_ids=ids()).logits)
     old, parts = dict(before.named_parameters()), report(of)
     assert old.keys() | set(parts.new) == dict(of.named_parameters()).keys() and not parts.copied
     grads = gradients(of, input_ids=ids(), labels=ids())
-    assert grads["model.layers.0.self_attn.memory.output_gate"].abs().max() > 0  # it does not stay closed
-    for n, grad in gradients(host(architecture), input_ids=ids(), labels=ids()).items():
+    assert grads["model.layers.0.self_attn.memory.output_gate"].abs().max() > 0  # training changes it
+    for n, grad in gradients(net(architecture), input_ids=ids(), labels=ids()).items():
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
 
 
 @pytest.mark.parametrize(("architecture", "layers"), [("Llama", None), ("Mistral", [1]), ("Qwen2", None), ("Gemma3", [1])])
 def test_generation(architecture, layers):
-    of = host(architecture, layers)
+    of = net(architecture, layers)
     for mask in (None, MASK):
         for how in ({}, dict(num_beams=3, num_return_sequences=2), dict(prefill_chunk_size=5)):
             options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
@@ -63,8 +63,8 @@ def test_generation(architecture, layers):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", ROWS)
-def test_turns_with_padding_anywhere(rows):
-    of, text, cache, logits = host("Qwen2"), ids(2, LENGTH + 6), DynamicCache(), []
+def test_several_turns_with_padding(rows):
+    of, text, cache, logits = net("Qwen2"), ids(2, LENGTH + 6), DynamicCache(), []
     mask = torch.cat([torch.tensor(ROWS[rows]), torch.tensor([[0] * 4, [1, 0, 1, 0]]), torch.ones(2, 2, dtype=torch.int64)], 1)
     for begin, end in itertools.pairwise([0, 3, LENGTH, LENGTH + 4, LENGTH + 5, LENGTH + 6]):
         logits.append(of(input_ids=text[:, begin:end], attention_mask=mask[:, :end], **{CACHE: cache}).logits)
@@ -74,7 +74,7 @@ def test_turns_with_padding_anywhere(rows):
 
 
 def test_packed_documents_are_separate():
-    of, lengths = host(), (5, 1, 7)
+    of, lengths = net(), (5, 1, 7)
     alone = torch.cat([of(input_ids=part).logits for part in ids(1).split(lengths, 1)], 1)
     offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -83,8 +83,8 @@ def test_packed_documents_are_separate():
 
 
 @torch.no_grad()
-def test_what_the_cache_can_do():
-    of, turn = host(layers=[0, 1]), ids(2, 4, seed=3)
+def test_operations_on_the_cache():
+    of, turn = net(layers=[0, 1]), ids(2, 4, seed=3)
     read = lambda text: cache_of(of(input_ids=text, use_cache=True))
     after = lambda cache, text: of(input_ids=text, **{CACHE: cache}).logits
     cache = read(ids())
@@ -97,9 +97,9 @@ def test_what_the_cache_can_do():
     assert_close(after(other, turn.flip(0).repeat_interleave(2, 0)), expected.flip(0).repeat_interleave(2, 0))
     other.batch_select_indices(torch.tensor([3, 0]))
     assert_close(after(other, turn)[:, -1], after(read(torch.cat([ids(), turn], 1)), turn)[:, -1])
-    with pytest.raises(NotImplementedError, match="crop: a memory cannot take tokens back"):
+    with pytest.raises(NotImplementedError, match="crop: tokens cannot be removed from a memory"):
         other.crop(-1)
-    with pytest.raises(ValueError, match="layer 0 of the model is a memory; .* got keys and values of 13 tokens"):
+    with pytest.raises(ValueError, match="layer 0 of the model is a memory; .* got keys and values for 13 tokens"):
         of(input_ids=turn, **{CACHE: cache_of(plain().eval()(input_ids=ids(), use_cache=True))})
     static = cache_of(of.generate(ids(), max_new_tokens=2, cache_implementation="static", return_dict_in_generate=True))
     assert type(static.layers[0].memory) is StaticMemoryCacheLayer and static.is_compileable
@@ -107,7 +107,7 @@ def test_what_the_cache_can_do():
 
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma3"])
 def test_it_is_saved_and_loaded(architecture, tmp_path):
-    of = replace_attention(host(architecture, [0]), "l2", [2], chunk_size=4)  # both modes in one model
+    of = replace_attention(net(architecture, [0]), "l2", [2], chunk_size=4)  # both modes in one model
     of.save_pretrained(tmp_path)
     for loaded in (load(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path), pickle.loads(pickle.dumps(of))):
         assert type(loaded) is type(of) and isinstance(loaded.model.layers[0].self_attn, ParallelAttention)
@@ -121,7 +121,7 @@ def test_it_is_saved_and_loaded(architecture, tmp_path):
 
 
 def test_adapters_of_attention_work(tmp_path):
-    of = host("Qwen2")
+    of = net("Qwen2")
     expected = of(input_ids=ids()).logits
     config = peft.LoraConfig(r=2, target_modules=r".*self_attn\.[qv]_proj", modules_to_save=["memory"], init_lora_weights=False)
     adapted = peft.get_peft_model(of, config).eval()
@@ -132,7 +132,7 @@ def test_adapters_of_attention_work(tmp_path):
     adapted.train()(input_ids=ids(), labels=ids()).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
     adapted.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(host("Qwen2"), tmp_path).eval()
+    again = peft.PeftModel.from_pretrained(net("Qwen2"), tmp_path).eval()
     assert_close(again(input_ids=ids()).logits, logits)
 
 
@@ -141,8 +141,8 @@ def test_adapters_of_attention_work(tmp_path):
     [
         (lambda: model(mode="both"), ValueError, "mode: expected one of 'replace', 'parallel', got 'both'"),
         (lambda: model(mode="parallel", init="from_attention"), ValueError, "init: with mode='parallel' attention keeps its projections"),
-        (lambda: replace_attention(host()), ValueError, "layers: layer 0 has been replaced already"),
-        (lambda: host()(input_ids=ids(), output_attentions=True), ValueError, "output_attentions: .*expected False, got True"),
+        (lambda: replace_attention(net()), ValueError, "layers: layer 0 has been replaced already"),
+        (lambda: net()(input_ids=ids(), output_attentions=True), ValueError, "output_attentions: .*expected False, got True"),
     ],
 )
 def test_errors(call, kind, text):
@@ -153,6 +153,6 @@ def test_errors(call, kind, text):
 def test_attention_of_another_class_is_refused():
     of = plain()
     of.model.layers[1].self_attn.__class__ = type("Own", (type(of.model.layers[1].self_attn),), {})
-    with pytest.raises(TypeError, match="mode: 'parallel' needs the attention of the host's own class, got Own"):
+    with pytest.raises(TypeError, match="mode: 'parallel' needs the attention class of the original model, got Own"):
         replace_attention(of, mode="parallel")
     assert not isinstance(of.model.layers[0].self_attn, ParallelAttention)

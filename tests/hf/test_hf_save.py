@@ -36,67 +36,67 @@ def assert_same(a, b):
     ("architecture", "init"), [*((name, "new") for name in ARCHITECTURES), ("Qwen2", "from_attention"), ("Gemma3", "from_attention")]
 )
 def test_saving_and_loading(architecture, init, tmp_path):
-    host = model(architecture, [0, 2], init=init)
-    host.save_pretrained(tmp_path)
-    same = {"attn_implementation": host.config._attn_implementation}  # is not saved
-    for read in (load, AutoModelForCausalLM.from_pretrained, type(host).from_pretrained):
+    net = model(architecture, [0, 2], init=init)
+    net.save_pretrained(tmp_path)
+    same = {"attn_implementation": net.config._attn_implementation}  # not saved
+    for read in (load, AutoModelForCausalLM.from_pretrained, type(net).from_pretrained):
         loaded = read(tmp_path, **same)
-        assert_same(loaded, host)
+        assert_same(loaded, net)
     base = AutoModel.from_pretrained(tmp_path, **same)
-    assert_same(base, host.model)
+    assert_same(base, net.model)
     assert base.config.model_type == f"miras_{plain(architecture).config.model_type}"
     loaded.save_pretrained(tmp_path / "again")
-    assert_same(load(tmp_path / "again", **same), host)
+    assert_same(load(tmp_path / "again", **same), net)
     text = loaded.generate(ids(), max_new_tokens=4, do_sample=False)
-    assert torch.equal(text, host.generate(ids(), max_new_tokens=4, do_sample=False))
+    assert torch.equal(text, net.generate(ids(), max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.parametrize("preset", [*MLP, "huber", "retnet", "mamba2", "deltanet"])
-def test_every_rule_is_saved(preset, tmp_path):
-    host = model(preset=preset, layers=[1], conv_width=2, gate_rank=5, num_heads=3)
-    host.save_pretrained(tmp_path)
+def test_every_preset_is_saved(preset, tmp_path):
+    net = model(preset=preset, layers=[1], conv_width=2, gate_rank=5, num_heads=3)
+    net.save_pretrained(tmp_path)
     loaded = load(tmp_path)
-    assert_same(loaded, host)
+    assert_same(loaded, net)
     memory = loaded.model.layers[1].self_attn.memory
-    assert memory.preset == host.model.layers[1].self_attn.memory.preset
+    assert memory.preset == net.model.layers[1].self_attn.memory.preset
     assert (memory.num_heads, memory.conv_width, memory.gate_down.shape[0] if memory.gate_down is not None else 5) == (3, 2, 5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_heads(kind, tmp_path):
-    host = model("Qwen2", kind=kind)
-    assert type(host).__name__ == f"MirasQwen2{kind}"
-    host.save_pretrained(tmp_path)
-    assert_same(load(tmp_path), host)
-    assert_same(getattr(transformers, f"Auto{'Model' if kind != 'Model' else ''}{kind}").from_pretrained(tmp_path), host)
+def test_all_task_heads(kind, tmp_path):
+    net = model("Qwen2", kind=kind)
+    assert type(net).__name__ == f"MirasQwen2{kind}"
+    net.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), net)
+    assert_same(getattr(transformers, f"Auto{'Model' if kind != 'Model' else ''}{kind}").from_pretrained(tmp_path), net)
 
 
 def test_half_precision_shards_and_tied_weights(tmp_path):
-    host = model(dtype=torch.bfloat16, tie_word_embeddings=True, preset="yaad")
-    host.save_pretrained(tmp_path, max_shard_size="4KB")
+    net = model(dtype=torch.bfloat16, tie_word_embeddings=True, preset="yaad")
+    net.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     loaded = load(tmp_path)
-    assert_same(loaded, host)
+    assert_same(loaded, net)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.dtype == torch.bfloat16
     assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
 
 
-def test_from_config_starts_as_replacing_does():
-    host = model(preset="yaad", layers=[1])
-    made = AutoModelForCausalLM.from_config(host.config)
-    assert type(made) is type(host)
+def test_from_config_initialises_as_replace_attention_does():
+    net = model(preset="yaad", layers=[1])
+    made = AutoModelForCausalLM.from_config(net.config)
+    assert type(made) is type(net)
     for kept, new in zip(
-        host.model.layers[1].self_attn.memory.parameters(), made.model.layers[1].self_attn.memory.parameters(), strict=True
+        net.model.layers[1].self_attn.memory.parameters(), made.model.layers[1].self_attn.memory.parameters(), strict=True
     ):
         assert kept.shape == new.shape and torch.isfinite(new).all()
         assert abs(kept.float().std() - new.float().std()) <= 0.5 * kept.float().std()
-    assert type(AutoModelForSequenceClassification.from_config(host.config)).__name__ == "MirasLlamaForSequenceClassification"
+    assert type(AutoModelForSequenceClassification.from_config(net.config)).__name__ == "MirasLlamaForSequenceClassification"
 
 
 @pytest.mark.parametrize("preset", ["moneta", "yaad_linear"])
 @pytest.mark.parametrize("init", ["new", "from_attention"])
-def test_a_plain_checkpoint_in_the_class_with_memories(init, preset, tmp_path):
-    """What replacing does in place, for checkpoints that cannot be replaced in place."""
+def test_loading_a_plain_checkpoint_into_the_class_with_memories(init, preset, tmp_path):
+    """The same as ``replace_attention``, for checkpoints that it cannot change in place."""
     base = plain("Qwen3")
     base.save_pretrained(tmp_path)
     config = memory_config(AutoConfig.from_pretrained(tmp_path), preset, [0, 2], init=init, chunk_size=4)
@@ -115,19 +115,19 @@ def test_a_plain_checkpoint_in_the_class_with_memories(init, preset, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["w1", "gate_bias", "g_proj.weight"])
-def test_one_missing_tensor_leaves_the_others_as_saved(lost, tmp_path):
-    host = model(preset="moneta", layers=[1])
+def test_a_missing_tensor_is_initialised_and_the_others_are_loaded(lost, tmp_path):
+    net = model(preset="moneta", layers=[1])
     with torch.no_grad():
-        for parameter in host.parameters():
+        for parameter in net.parameters():
             parameter.add_(0.125)
-    host.save_pretrained(tmp_path)
+    net.save_pretrained(tmp_path)
     name = f"model.layers.1.self_attn.memory.{lost}"
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded, info = type(host).from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = type(net).from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {name}
-    new, old = loaded.state_dict(), host.state_dict()
+    new, old = loaded.state_dict(), net.state_dict()
     assert torch.isfinite(new[name]).all() and not torch.equal(new[name], old[name])
     assert all(torch.equal(new[key], old[key]) for key in old if key != name)
     if lost == "gate_bias":
@@ -136,46 +136,46 @@ def test_one_missing_tensor_leaves_the_others_as_saved(lost, tmp_path):
 
 @pytest.mark.parametrize("init", ["new", "from_attention"])
 def test_weights_on_disk(init, tmp_path):
-    host = model("Qwen2", [0, 2], init=init, preset="yaad").eval()
-    host.save_pretrained(tmp_path)
+    net = model("Qwen2", [0, 2], init=init, preset="yaad").eval()
+    net.save_pretrained(tmp_path)
     loaded = accelerate.disk_offload(load(tmp_path), str(tmp_path / "disk"), execution_device=torch.device("cpu"), offload_buffers=True)
-    assert torch.equal(loaded(input_ids=ids()).logits, host(input_ids=ids()).logits)
+    assert torch.equal(loaded(input_ids=ids()).logits, net(input_ids=ids()).logits)
     text = loaded.generate(ids(), max_new_tokens=4, do_sample=False)
-    assert torch.equal(text, host.generate(ids(), max_new_tokens=4, do_sample=False))
+    assert torch.equal(text, net.generate(ids(), max_new_tokens=4, do_sample=False))
 
 
-def test_a_state_dict_makes_the_round_trip():
-    host, other = model(layers=[0, 1], preset="yaad"), model(layers=[0, 1], preset="yaad", seed=5)
-    other.load_state_dict(host.state_dict())
-    assert_same(other, host)
+def test_a_state_dict_can_be_loaded_again():
+    net, other = model(layers=[0, 1], preset="yaad"), model(layers=[0, 1], preset="yaad", seed=5)
+    other.load_state_dict(net.state_dict())
+    assert_same(other, net)
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        plain().load_state_dict(host.state_dict())
+        plain().load_state_dict(net.state_dict())
 
 
 def test_pickles_and_copies(tmp_path):
-    host = model(layers=[1])
-    assert_same(pickle.loads(pickle.dumps(host)), host)
-    assert_same(copy.deepcopy(host), host)
-    torch.save(host, tmp_path / "whole.pt")
-    assert_same(torch.load(tmp_path / "whole.pt", weights_only=False), host)
-    assert copy.deepcopy(host.config).to_dict() == host.config.to_dict()
+    net = model(layers=[1])
+    assert_same(pickle.loads(pickle.dumps(net)), net)
+    assert_same(copy.deepcopy(net), net)
+    torch.save(net, tmp_path / "whole.pt")
+    assert_same(torch.load(tmp_path / "whole.pt", weights_only=False), net)
+    assert copy.deepcopy(net.config).to_dict() == net.config.to_dict()
 
 
 def test_configurations_are_plain_json():
-    host = model(preset=Preset(PRESETS["moneta"].bias, "bounded", "token", 8, "mine"), layers=[2], chunk_size=None)
-    field = json.loads(host.config.to_json_string())["miras"]
+    net = model(preset=Preset(PRESETS["moneta"].bias, "bounded", "token", 8, "mine"), layers=[2], chunk_size=None)
+    field = json.loads(net.config.to_json_string())["miras"]
     assert field["version"] == 1 and field["memories"][0]["layers"] == [2]
     assert field["memories"][0]["preset"]["bias"] == {"type": "Lp", "p": 3.0, "sharpness": 10.0, "eps": 1e-06}
-    assert hf.plan.write(hf.plan.read(host.config)) == host.config.miras == field
+    assert hf.plan.write(hf.plan.read(net.config)) == net.config.miras == field
 
 
-def test_the_hosts_configuration_stays_as_it_was():
-    host = plain()
-    config, before = host.config, host.config.to_dict()
+def test_the_original_configuration_is_unchanged():
+    net = plain()
+    config, before = net.config, net.config.to_dict()
     twin = LlamaForCausalLM(config)
-    replace_attention(host, layers=[0])
-    assert host.config is not config and config.to_dict() == before and twin.config is config
-    assert all(module.config is host.config for module in host.modules() if hasattr(module, "config"))
+    replace_attention(net, layers=[0])
+    assert net.config is not config and config.to_dict() == before and twin.config is config
+    assert all(module.config is net.config for module in net.modules() if hasattr(module, "config"))
     assert type(twin) is LlamaForCausalLM and type(twin.model.layers[0].self_attn).__name__ == "LlamaAttention"
     names = {cls for family in hf.classes.FAMILIES.values() for cls in family.models}
     assert not any(issubclass(cls, hf.classes.MirasModelMixin) for cls in names)
@@ -184,11 +184,11 @@ def test_the_hosts_configuration_stays_as_it_was():
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma3"])
 def test_hidden_states_are_recorded(architecture):
     before = plain(architecture)
-    before(input_ids=ids(), output_hidden_states=True)  # hooks are in place
-    for host in (model(architecture), replace_attention(before, layers=[1])):
-        out = host(input_ids=ids(), output_hidden_states=True)
+    before(input_ids=ids(), output_hidden_states=True)  # registers the hooks
+    for net in (model(architecture), replace_attention(before, layers=[1])):
+        out = net(input_ids=ids(), output_hidden_states=True)
         assert len(out.hidden_states) == LAYERS + 1
-        assert torch.equal(host.lm_head(out.hidden_states[-1]), out.logits) or architecture == "Gemma3"
+        assert torch.equal(net.lm_head(out.hidden_states[-1]), out.logits) or architecture == "Gemma3"
 
 
 FRESH = """
@@ -216,9 +216,9 @@ print("all well")
 
 
 def test_a_fresh_process(tmp_path):
-    host = model("Qwen2", [0, 2], init="from_attention").eval()
-    host.save_pretrained(tmp_path)
-    torch.save(host.generate(ids(2, 5), max_new_tokens=6, do_sample=False), tmp_path / "text.pt")
+    net = model("Qwen2", [0, 2], init="from_attention").eval()
+    net.save_pretrained(tmp_path)
+    torch.save(net.generate(ids(2, 5), max_new_tokens=6, do_sample=False), tmp_path / "text.pt")
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -230,8 +230,12 @@ def test_a_fresh_process(tmp_path):
     ("call", "kind", "text"),
     [
         (lambda path: load(path), ValueError, "path: expected a model with memories .* got LlamaForCausalLM of type 'llama'"),
-        (lambda path: hf.MirasLlamaForCausalLM.from_pretrained(path), ValueError, "config.miras: MirasLlamaForCausalLM needs to know"),
-        (lambda path: hf.MirasLlamaModel(hf.MirasLlamaConfig()), ValueError, "config.miras: MirasLlamaModel needs to know .* got None"),
+        (
+            lambda path: hf.MirasLlamaForCausalLM.from_pretrained(path),
+            ValueError,
+            "config.miras: MirasLlamaForCausalLM needs the layers that have memories",
+        ),
+        (lambda path: hf.MirasLlamaModel(hf.MirasLlamaConfig()), ValueError, "config.miras: MirasLlamaModel needs the layers .* got None"),
         (lambda path: hf.MirasLlamaForCausalLM.from_pretrained(path, tp_plan="auto"), NotImplementedError, "tp_plan: .*got 'auto'"),
         (lambda path: newer(), ValueError, "config.miras: expected version 1, got 2"),
         (lambda path: fewer_layers(), ValueError, "layers: expected indices from 0 to 0, got 2"),
@@ -255,14 +259,14 @@ def fewer_layers():
     return hf.MirasLlamaForCausalLM(config)
 
 
-def test_public_names_say_what_they_are():
+def test_public_classes_have_docstrings():
     assert all(getattr(hf, name).__doc__ for name in hf.__all__) and len(set(hf.__all__)) == len(hf.__all__)
     assert {f"Miras{name}ForCausalLM" for name in ARCHITECTURES} < set(hf.__all__)
 
 
-def test_attention_that_is_left_can_change_its_implementation():
-    host = model(layers=[0, 1]).eval()
-    before = host(input_ids=ids()).logits
-    host.set_attn_implementation("eager")
-    assert torch.allclose(host(input_ids=ids()).logits, before, atol=1e-5)
-    assert sum(isinstance(m, MemoryAttention) for m in host.modules()) == 2
+def test_remaining_attention_can_change_its_implementation():
+    net = model(layers=[0, 1]).eval()
+    before = net(input_ids=ids()).logits
+    net.set_attn_implementation("eager")
+    assert torch.allclose(net(input_ids=ids()).logits, before, atol=1e-5)
+    assert sum(isinstance(m, MemoryAttention) for m in net.modules()) == 2

@@ -1,4 +1,4 @@
-"""Static caches: the same texts as with growing ones, buffers that stay where they are, one compiled graph."""
+"""Static caches: the same texts as with dynamic ones, buffers of fixed addresses, one compiled graph."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from miras_kernels.hf.cache import StaticMemoryCacheLayer
 from quick import slow
 
 MASK = torch.tensor(ROWS["left"])
-#: presets of every kind of state: linear and MLP, momentum, another mirror map, chunks of one, no chunks
+#: presets with every kind of state: linear and MLP, momentum, another mirror map, chunk_size 1, no dependence on chunk_size
 PRESETS = ("yaad_linear", "deltanet", "mamba2", "titans", "moneta", "yaad")
 
 
-def host(architecture="Llama", layers=None, **options):
+def net(architecture="Llama", layers=None, **options):
     return model(architecture, layers, **options).eval()
 
 
@@ -37,8 +37,8 @@ def addresses(cache: StaticCache) -> list[int]:
     ("architecture", "layers"),
     [("Llama", None), *((name, [1]) for name in ("Llama", "Mistral", "Gemma2", "Gemma3"))],  # every kind of mask
 )
-def test_generation_is_that_with_a_growing_cache(architecture, layers):
-    of = host(architecture, layers, init="from_attention")
+def test_generation_equals_that_with_a_dynamic_cache(architecture, layers):
+    of = net(architecture, layers, init="from_attention")
     for mask in (None, MASK):
         for how in ({}, dict(num_beams=3, num_return_sequences=2), dict(prefill_chunk_size=5)):
             options = dict(attention_mask=mask, max_new_tokens=7, do_sample=False, **how)
@@ -49,7 +49,7 @@ def test_generation_is_that_with_a_growing_cache(architecture, layers):
 
 @pytest.mark.parametrize(("preset", "layers"), [("yaad", None), *((preset, [0, 2]) for preset in PRESETS)])
 def test_every_kind_of_memory(preset, layers):
-    of = host("Qwen2", layers, preset=preset)
+    of = net("Qwen2", layers, preset=preset)
     options = dict(attention_mask=MASK, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
     grown, static = of.generate(ids(), **options), of.generate(ids(), **options, cache_implementation="static")
     assert torch.equal(grown.sequences, static.sequences)
@@ -59,9 +59,9 @@ def test_every_kind_of_memory(preset, layers):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [None, [1]])
-def test_turns_with_padding_and_a_cache_used_again(layers):
-    """A prompt, a second turn in which one row has less to read, single tokens, one of them padding; then all of it in the same buffers."""
-    of, text = host("Qwen3", layers), ids(2, LENGTH + 9)
+def test_several_turns_with_padding_and_a_cache_that_is_reused(layers):
+    """A prompt, a second turn that is shorter in one row, decoding steps, one of them padding; then all of it again in the same buffers."""
+    of, text = net("Qwen3", layers), ids(2, LENGTH + 9)
     turns = torch.tensor([[1] * 5 + [1, 0, 1, 1], [1, 1, 0, 0, 0] + [1] * 4])
     mask, cuts = torch.cat([MASK, turns], 1), (0, LENGTH, LENGTH + 5, *range(LENGTH + 6, LENGTH + 10))
     cache, stay = cache_for(of), None
@@ -79,8 +79,8 @@ def test_turns_with_padding_and_a_cache_used_again(layers):
 
 
 @torch.no_grad()
-def test_what_a_static_cache_can_do():
-    of, turn = host("Llama", [0, 1], preset="titans"), ids(2, 1, seed=3)
+def test_operations_on_a_static_cache():
+    of, turn = net("Llama", [0, 1], preset="titans"), ids(2, 1, seed=3)
     cache, other = cache_for(of), cache_for(of)
     of(input_ids=ids(), **{CACHE: cache})
     of(input_ids=ids().flip(0), **{CACHE: other})
@@ -92,34 +92,34 @@ def test_what_a_static_cache_can_do():
     assert torch.equal(of(input_ids=turn, **{CACHE: other}).logits, expected)
     assert torch.equal(of(input_ids=turn.flip(0), **{CACHE: kept}).logits.flip(0), expected)
     assert addresses(other) == stay and not set(addresses(kept)) & set(stay)
-    with pytest.raises(NotImplementedError, match="a static cache has room for the sequences that it was begun with"):
+    with pytest.raises(NotImplementedError, match="a static cache has buffers for a fixed number of sequences"):
         layer.batch_repeat_interleave(2)
 
 
 @torch.no_grad()
 def test_the_buffers_are_in_float32():
-    of = host("Llama", [0], dtype=torch.bfloat16)
+    of = net("Llama", [0], dtype=torch.bfloat16)
     text = of.generate(ids(), max_new_tokens=5, do_sample=False, cache_implementation="static", return_dict_in_generate=True)
     buffers = cache_of(text).layers[0].decoder.memory.buffers.tensors()
     assert {x.dtype for x in buffers if x.is_floating_point()} == {torch.float32} and text.sequences.shape == (2, LENGTH + 5)
-    embedded = host("Llama", [0]).generate(inputs_embeds=torch.randn(2, 5, 24), max_new_tokens=5, cache_implementation="static")
+    embedded = net("Llama", [0]).generate(inputs_embeds=torch.randn(2, 5, 24), max_new_tokens=5, cache_implementation="static")
     assert embedded.shape == (2, 5)
 
 
 def test_a_static_cache_has_no_gradients():
-    of = host()
+    of = net()
     with pytest.raises(ValueError, match=rf"{CACHE}: a StaticCache .* expected torch.no_grad\(\) or a DynamicCache"):
         of(input_ids=ids(), **{CACHE: cache_for(of)})
 
 
 def test_packed_documents_are_refused_in_generate_too():
-    with pytest.raises(ValueError, match="use_cache: documents packed into a row leave no state"):
-        host().generate(ids(), position_ids=torch.arange(LENGTH)[None] % 5, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="use_cache: packed documents leave no state"):
+        net().generate(ids(), position_ids=torch.arange(LENGTH)[None] % 5, max_new_tokens=2, cache_implementation="static")
 
 
-def test_a_window_is_not_the_length_of_the_cache():
-    """Before attention over the whole text that is left, a memory in the place of attention over a window must not say its size."""
-    of = host("Gemma3", [0], layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+def test_the_capacity_is_not_that_of_a_sliding_window():
+    """Where a memory replaces sliding-window attention and full attention follows, its cache layer must have the capacity of the latter."""
+    of = net("Gemma3", [0], layer_types=["sliding_attention", "sliding_attention", "full_attention"])
     options = dict(attention_mask=MASK, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
     static = of.generate(ids(), **options, cache_implementation="static")
     assert torch.equal(static.sequences, of.generate(ids(), **options).sequences)
@@ -127,7 +127,7 @@ def test_a_window_is_not_the_length_of_the_cache():
 
 
 def counting():
-    """A backend of torch.compile that counts the graphs it is given; a function, which configurations do not copy."""
+    """A backend of torch.compile that counts its graphs; a function, since configurations do not copy functions."""
 
     def backend(graph, inputs):
         backend.count += 1
@@ -139,16 +139,16 @@ def counting():
 
 
 def mixed():
-    """A memory beside attention, attention, and a memory in its place."""
-    return replace_attention(host("Llama", [0], mode="parallel"), "titans", [2], chunk_size=4).eval()
+    """Three layers: a memory beside attention, attention, and a memory in place of attention."""
+    return replace_attention(net("Llama", [0], mode="parallel"), "titans", [2], chunk_size=4).eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("make", "kind", "graphs"), [(mixed, "static", 1), slow(lambda: host("Llama", [0], num_hidden_layers=2), "dynamic", 2)]
+    ("make", "kind", "graphs"), [(mixed, "static", 1), slow(lambda: net("Llama", [0], num_hidden_layers=2), "dynamic", 2)]
 )
-def test_a_compiled_step_is_not_compiled_again(make, kind, graphs):
-    """With a growing cache the second step is compiled for all lengths, as it is without memories."""
+def test_a_compiled_step_is_not_recompiled(make, kind, graphs):
+    """With a dynamic cache the second step is compiled for all lengths, as without memories."""
     of, text, backend = make(), ids(2, LENGTH + 20), counting()
     cache, compiled = cache_for(of) if kind == "static" else DynamicCache(), torch.compile(of, backend=backend, fullgraph=True)
     logits = [of(input_ids=text[:, :LENGTH], **{CACHE: cache}).logits]
@@ -160,7 +160,7 @@ def test_a_compiled_step_is_not_compiled_again(make, kind, graphs):
 
 
 def test_generate_compiles_one_graph():
-    of, backend = host("Llama", [0, 2]), counting()
+    of, backend = net("Llama", [0, 2]), counting()
     configuration = CompileConfig(backend=backend, fullgraph=True, mode=None)
     configuration._compile_all_devices = True  # on a CPU as on a GPU
     options = dict(max_new_tokens=20, do_sample=False)

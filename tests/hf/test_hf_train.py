@@ -21,44 +21,44 @@ from quick import slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("preset", ["yaad", "yaad_linear"])
 def test_gradient_checkpointing_changes_nothing(preset, reentrant):
-    host, mask = model("Qwen3", [0, 2], preset=preset).train(), torch.tensor(ROWS["mixed"])
-    plain = gradients(host, input_ids=ids(), attention_mask=mask, labels=ids())
-    host.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    net, mask = model("Qwen3", [0, 2], preset=preset).train(), torch.tensor(ROWS["mixed"])
+    plain = gradients(net, input_ids=ids(), attention_mask=mask, labels=ids())
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
-        host.enable_input_require_grads()
-    for n, grad in gradients(host, input_ids=ids(), attention_mask=mask, labels=ids()).items():
+        net.enable_input_require_grads()
+    for n, grad in gradients(net, input_ids=ids(), attention_mask=mask, labels=ids()).items():
         assert torch.equal(grad, plain[n]), n
 
 
 @pytest.mark.parametrize(("preset", "padded"), [("yaad_linear", True), slow("yaad", False)])
 def test_torch_compile_of_a_training_step(preset, padded):
-    host = model("Llama", [0, 2], preset=preset)
+    net = model("Llama", [0, 2], preset=preset)
     inputs = {"input_ids": ids(), "labels": ids()} | ({"attention_mask": torch.tensor(ROWS["left"])} if padded else {})
-    plain = gradients(host, **inputs)
-    compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
-    host.zero_grad()
+    plain = gradients(net, **inputs)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    net.zero_grad()
     compiled(**inputs).loss.backward()
-    for n, p in host.named_parameters():
+    for n, p in net.named_parameters():
         assert_close(p.grad, plain[n])
 
 
 def test_torch_compile_of_packed_documents():
-    """One graph where ``cu_seq_lens_q`` tells where documents begin; seen in positions it breaks the graph, which ``fullgraph`` refuses."""
-    host, text = model("Llama", [0], init="from_attention", num_hidden_layers=2), ids(1)
+    """One graph with ``cu_seq_lens_q``; reading the bounds from ``position_ids`` breaks the graph, which ``fullgraph`` refuses."""
+    net, text = model("Llama", [0], init="from_attention", num_hidden_layers=2), ids(1)
     positions = torch.cat([torch.arange(n) for n in (5, 1, 7)])[None]
-    plain = gradients(host, input_ids=text, labels=text, position_ids=positions)
+    plain = gradients(net, input_ids=text, labels=text, position_ids=positions)
     torch._dynamo.reset()
-    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
     offsets = torch.tensor([0, 5, 6, 13])
     for n, grad in gradients(compiled, input_ids=text, labels=text, cu_seq_lens_q=offsets).items():
         assert_close(grad, plain[n.removeprefix("_orig_mod.")])
-    other = torch.tensor([0, 2, 9, 13])  # no value has become a constant
+    other = torch.tensor([0, 2, 9, 13])  # the values are not constants of the graph
     told = {"input_ids": text, "labels": text, "cu_seq_lens_q": other}
-    assert_close(compiled(**told).logits, host(**told).logits)
+    assert_close(compiled(**told).logits, net(**told).logits)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="position_ids: .* with fullgraph=True expected cu_seq_lens_q"):
         compiled(input_ids=text, position_ids=positions)
-    broken = torch.compile(host.model, backend="eager")
-    assert_close(broken(input_ids=text, position_ids=positions)[0], host.model(input_ids=text, position_ids=positions)[0])
+    broken = torch.compile(net.model, backend="eager")
+    assert_close(broken(input_ids=text, position_ids=positions)[0], net.model(input_ids=text, position_ids=positions)[0])
 
 
 @pytest.mark.parametrize("preset", ["yaad", "yaad_linear"])
@@ -71,7 +71,7 @@ def test_bfloat16_and_autocast(preset):
     for n, grad in gradients(half, input_ids=ids(), labels=ids()).items():
         assert torch.isfinite(grad).all() and grad.abs().max() > 0, n
     exact = full(input_ids=ids()).logits
-    budget = 3 * (half(input_ids=ids()).logits - exact).norm()  # of everything in bfloat16, weights too
+    budget = 3 * (half(input_ids=ids()).logits - exact).norm()  # the error with everything in bfloat16, weights too
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = full(input_ids=ids()).logits.float()
         for n, grad in gradients(full, input_ids=ids(), labels=ids()).items():
@@ -82,53 +82,53 @@ def test_bfloat16_and_autocast(preset):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_two_forwards_before_one_backward(reentrant):
-    """Each layer that is computed again sees the batch it saw: nothing of a batch is kept on the model."""
-    host, losses = model("Llama", [0, 2]).train(), []
+    """Recomputed layers get the batch of their own forward: nothing about a batch is stored on the model."""
+    net, losses = model("Llama", [0, 2]).train(), []
     batches = [{"attention_mask": torch.tensor(ROWS[rows]), "input_ids": ids(seed=i), "labels": ids(seed=i)} for i, rows in enumerate(ROWS)]
-    sum(host(**batch).loss for batch in batches).backward()
-    expected = {n: p.grad.clone() for n, p in host.named_parameters()}
-    host.zero_grad()
-    host.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    sum(net(**batch).loss for batch in batches).backward()
+    expected = {n: p.grad.clone() for n, p in net.named_parameters()}
+    net.zero_grad()
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
-        host.enable_input_require_grads()
+        net.enable_input_require_grads()
     for batch in batches:
-        losses.append(host(**batch).loss)
+        losses.append(net(**batch).loss)
     sum(losses).backward()
-    for n, p in host.named_parameters():
+    for n, p in net.named_parameters():
         assert_close(p.grad, expected[n])
 
 
 def test_training_through_a_cached_state():
-    """Back-propagation through time over two pieces is that over the whole."""
-    host = model(layers=[0, 1]).train()
+    """Backpropagation through time over two pieces equals that over the whole."""
+    net = model(layers=[0, 1]).train()
     weight = torch.randn(2, 13, 50, generator=torch.Generator().manual_seed(3))
-    (host(input_ids=ids()).logits * weight).sum().backward()
-    expected = {n: p.grad.clone() for n, p in host.named_parameters()}
-    host.zero_grad()
-    first = host(input_ids=ids()[:, :8], use_cache=True)
-    second = host(input_ids=ids()[:, 8:], **{CACHE: cache_of(first)})
+    (net(input_ids=ids()).logits * weight).sum().backward()
+    expected = {n: p.grad.clone() for n, p in net.named_parameters()}
+    net.zero_grad()
+    first = net(input_ids=ids()[:, :8], use_cache=True)
+    second = net(input_ids=ids()[:, 8:], **{CACHE: cache_of(first)})
     (torch.cat([first.logits, second.logits], 1) * weight).sum().backward()
-    for n, p in host.named_parameters():
+    for n, p in net.named_parameters():
         assert_close(p.grad, expected[n])
 
 
-def test_a_pretrained_model_is_linearised_step_by_step():
-    """The new parameters alone can be trained first; those of attention are the same modules under the same names."""
-    host = model("Qwen3", [0, 2], init="from_attention")
-    parts = report(host)
+def test_linearising_a_pretrained_model():
+    """The new parameters can be trained alone first; those of attention are the same modules under the same names."""
+    net = model("Qwen3", [0, 2], init="from_attention")
+    parts = report(net)
     assert {name.split("self_attn.")[1] for name in parts.copied} == {
         *(f"{p}_proj.weight" for p in "qkvo"), "q_norm.weight", "k_norm.weight"
     }  # fmt: skip
     assert (
         all(".self_attn.memory." in name for name in parts.new) and "copied: 12 tensors" in str(parts) and "new: 12 tensors" in str(parts)
     )
-    for name, parameter in host.named_parameters():
+    for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in parts.new)
-    before = {n: p.clone() for n, p in host.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in host.parameters() if p.requires_grad], lr=1e-2)
-    host(input_ids=ids(), labels=ids()).loss.backward()
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    net(input_ids=ids(), labels=ids()).loss.backward()
     optimizer.step()
-    assert {n for n, p in host.named_parameters() if not torch.equal(p, before[n])} == set(parts.new)
+    assert {n for n, p in net.named_parameters() if not torch.equal(p, before[n])} == set(parts.new)
 
 
 # ---------------------------------------------------------------------------------------------------------- the Trainer
@@ -145,12 +145,12 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": text, "attention_mask": mask, "labels": text.masked_fill(mask == 0, -100)}
 
 
-def trainer(host, folder, **options):
+def trainer(net, folder, **options):
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="steps", save_steps=2, logging_steps=1, report_to=[],
         use_cpu=True, disable_tqdm=True, seed=1, **options,
     )  # fmt: skip
-    return transformers.Trainer(host, arguments, train_dataset=Texts(), eval_dataset=Texts())
+    return transformers.Trainer(net, arguments, train_dataset=Texts(), eval_dataset=Texts())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""One model on every version of transformers: what the cache is called, what takes it away, and which versions are tested."""
+"""Differences between versions of transformers: the cache's name, gradient checkpointing, and the tested range."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from miras_kernels.versions import TRANSFORMERS, in_tested_range
 OLD = "past_key_values"
 
 
-def host(mode="replace", layers=(0, 2), **options):
+def net(mode="replace", layers=(0, 2), **options):
     return model("Llama", layers, mode=mode, **options).eval()
 
 
 def state(layer):
-    """Of a memory's layer of a cache, static or not, or of one beside attention."""
+    """The state in a cache layer, static or not, beside attention or not."""
     layer = getattr(layer, "memory", layer)
     return layer.decoder.state() if getattr(layer, "decoder", None) is not None else layer.state
 
@@ -32,9 +32,9 @@ def state(layer):
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
 @pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
-def test_generate_leaves_the_state_of_what_it_read(static, mode):
-    """And nothing on the way warns that a name is old."""
-    of = host(mode)
+def test_the_cache_after_generate_has_the_state_of_the_text(static, mode):
+    """... and no deprecated name is used on the way."""
+    of = net(mode)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         options = dict(cache_implementation="static") if static else {}
@@ -51,8 +51,8 @@ def test_generate_leaves_the_state_of_what_it_read(static, mode):
 @torch.no_grad()
 @pytest.mark.parametrize("name", dict.fromkeys([CACHE, OLD]))
 def test_every_name_of_the_cache(name):
-    """Of ``generate``, the model, the base model and a layer; transformers warns of the older where it takes both."""
-    of, turn = host(), ids(2, 3, seed=3)
+    """As an argument of ``generate``, the model, the base model and a layer; the old name warns where both are accepted."""
+    of, turn = net(), ids(2, 3, seed=3)
     layer, x, longer = of.model.layers[0].self_attn, torch.randn(2, 5, 24), torch.cat([ids(), turn], 1)
     expected, cache = of(input_ids=longer).logits[:, LENGTH:], DynamicCache()
     read = lambda: cache_of(of(input_ids=ids(), use_cache=True))
@@ -61,7 +61,7 @@ def test_every_name_of_the_cache(name):
         warnings.simplefilter("always")
         assert_close(of(input_ids=turn, **{name: read()}).logits, expected)
         assert_close(of.lm_head(of.model(input_ids=turn, **{name: read()}).last_hidden_state), expected)
-        assert_close(of.lm_head(of.model(turn, None, None, read()).last_hidden_state), expected)  # by its place
+        assert_close(of.lm_head(of.model(turn, None, None, read()).last_hidden_state), expected)  # positional
         assert torch.equal(of.generate(longer, **{name: read()}, **options), of.generate(longer, **options))
         assert_close(torch.cat([layer(piece, **{name: cache})[0] for piece in x.split([3, 2], 1)], 1), layer(x)[0])
     assert cache.layers[0].length == 5
@@ -71,7 +71,7 @@ def test_every_name_of_the_cache(name):
 
 @pytest.mark.parametrize("mode", ["replace", "parallel"])
 def test_a_state_under_another_name_is_refused(mode):
-    of, x, angles = host(mode), torch.randn(2, 1, 24), torch.zeros(1, 1, 8)
+    of, x, angles = net(mode), torch.randn(2, 1, 24), torch.zeros(1, 1, 8)
     read = lambda: cache_of(of(input_ids=ids(), use_cache=True))
     block = of.model.layers[0].self_attn.memory
     _, kept = block(x, output_final_state=True)
@@ -85,9 +85,9 @@ def test_a_state_under_another_name_is_refused(mode):
             lambda **state: of(input_ids=ids(2, 1), **state),
             lambda **state: of.model.layers[0].self_attn(x, (angles, angles), attention_mask=None, **state),
         ):
-            with pytest.raises(TypeError, match=f"{name}: expected None, a model with memories reads the argument {CACHE}, and does no"):
+            with pytest.raises(TypeError, match=f"{name}: expected None, a model with memories reads the argument {CACHE}, and has no"):
                 call(**{name: value})
-    assert torch.isfinite(of(input_ids=ids(), my_option=3, use_cache=True).logits).all()  # what carries no state is the host's business
+    assert torch.isfinite(of(input_ids=ids(), my_option=3, use_cache=True).logits).all()  # other arguments are ignored
 
 
 # -------------------------------------------------------------------------------------------- gradient checkpointing
@@ -95,18 +95,18 @@ def test_a_state_under_another_name_is_refused(mode):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_gradient_checkpointing_and_caches():
-    """The layers lose the cache in training mode, in versions before 5.24 without gradients too: a text cannot go on from it."""
-    of, turn = host(), ids(2, 3, seed=3)
+    """Layers get no cache in training mode (before 5.24 also without gradients), so continuing from one is refused."""
+    of, turn = net(), ids(2, 3, seed=3)
     expected = of(input_ids=torch.cat([ids(), turn], 1)).logits[:, LENGTH:]
     cache = cache_of(of(input_ids=ids(), use_cache=True))
     of.gradient_checkpointing_enable()
     assert_close(of(input_ids=turn, **{CACHE: cache}).logits, expected)  # not in training
     of.train()
-    assert cache_of(of(input_ids=ids(), use_cache=True)) is None  # transformers makes none
-    refused = pytest.raises(ValueError, match=rf"{CACHE}: gradient checkpointing computes .* expected None, or a model in eval\(\) mode")
+    assert cache_of(of(input_ids=ids(), use_cache=True)) is None  # transformers creates none
+    refused = pytest.raises(ValueError, match=rf"{CACHE}: gradient checkpointing recomputes .* expected None, or a model in eval\(\) mode")
     with refused:
         of(input_ids=turn, **{CACHE: DynamicCache()})
-    with pytest.raises(TypeError, match="layer_past: expected None"):  # the layers would lose that as well
+    with pytest.raises(TypeError, match="layer_past: expected None"):  # the layers would not get that either
         of(input_ids=turn, layer_past=cache)
     if CACHE == OLD:
         with refused:
@@ -128,7 +128,7 @@ def test_the_tested_range():
 def test_a_version_out_of_range_warns_once(monkeypatch):
     monkeypatch.setattr(compat.transformers, "__version__", "5.99.0")
     compat.warn_if_untested.cache_clear()
-    with pytest.warns(UserWarning, match=r"transformers 5.99.0 is not one that .* expected 5\.4 to ") as caught:
+    with pytest.warns(UserWarning, match=r"transformers 5.99.0 has not been tested with memories, expected 5\.4 to ") as caught:
         for layer in range(2):
             replace_attention(model(layers=()), layers=[layer])
     assert [w.filename for w in caught if "5.99.0" in str(w.message)] == [__file__]

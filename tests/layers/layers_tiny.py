@@ -14,7 +14,7 @@ SIZES = {"hidden_size": 24, "num_heads": 3, "head_dim": 8, "init_std": 0.3}
 
 
 def block(preset="yaad_linear", dtype=torch.float64, seed=0, **options) -> MemoryBlock:
-    """A small block; a large init_std, so that gates differ from token to token. Chunks of 4 unless the preset says 1."""
+    """A small block. A large init_std makes gates differ from token to token; ``chunk_size`` is 4 unless the preset's is 1."""
     torch.manual_seed(seed)
     if isinstance(preset, str) and PRESETS[preset].chunk_size > 1:
         options.setdefault("chunk_size", 4)
@@ -26,7 +26,7 @@ def tokens(batch: int, length: int, dtype=torch.float64, seed=1) -> torch.Tensor
 
 
 def assert_close(x: torch.Tensor, y: torch.Tensor, terms: int = 1024):
-    """Equal up to the order of summation: about ``terms`` roundings that add up like a random walk, with a margin of 8."""
+    """Equal up to the order of summation: the bound is 8 times the error of ``terms`` roundings that add up like a random walk."""
     x, y = x.detach(), y.detach()
     assert x.shape == y.shape and x.dtype == y.dtype
     assert torch.isfinite(x).all()

@@ -15,7 +15,7 @@ from miras_kernels import L2, Huber, KLRetention
 from miras_kernels.layers import PRESETS, BlockState, MemoryBlock, Preset, Projected
 from quick import slow
 
-# ------------------------------------------------------------------------------------------------------- who sees whom
+# ------------------------------------------------------------------------------------------------------- causality and independence
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,7 +36,7 @@ def test_no_sample_depends_on_another(name):
         assert_close(module(x[i : i + 1])[0][0], together[i])
 
 
-def test_every_token_reaches_the_end():
+def test_every_token_influences_the_last_output():
     x = tokens(1, 13).requires_grad_()
     module = block("linear_attention")
     (grad,) = torch.autograd.grad(module(x)[0][0, -1].sum(), x)
@@ -45,7 +45,7 @@ def test_every_token_reaches_the_end():
 
 # ------------------------------------------------------------------------------------------------------------- padding
 
-ROWS = {  # what is real in rows of 12 tokens
+ROWS = {  # which of the 12 tokens of a row are real
     "left": ([0] * 5 + [1] * 7, [0] * 1 + [1] * 11, [1] * 12),
     "right": ([1] * 7 + [0] * 5, [1] * 2 + [0] * 10, [1] * 12),
     "mixed": ([0] * 3 + [1] * 6 + [0] * 3, [1] * 9 + [0] * 3, [0] * 4 + [1] * 8),
@@ -56,7 +56,7 @@ ROWS = {  # what is real in rows of 12 tokens
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", ["yaad", "yaad_linear", "deltanet", "mamba2"])
-def test_padding_is_exact_whatever_it_holds(name, rows):
+def test_padding_is_exact_for_any_padded_values(name, rows):
     module = block(name)
     mask, weight = torch.tensor(ROWS[rows]), tokens(3, 12, seed=3)
     x = tokens(3, 12).masked_fill(mask[..., None] == 0, math.nan).requires_grad_()
@@ -96,7 +96,7 @@ def test_a_mask_of_ones_changes_nothing(dtype):
 
 @pytest.mark.parametrize("name", ["deltanet", "titans", "yaad", "yaad_linear"])
 @pytest.mark.parametrize("cut", [2, 5])
-def test_a_row_of_padding_alone_keeps_its_state(name, cut):
+def test_a_row_of_only_padding_keeps_its_state(name, cut):
     module, x = block(name), tokens(3, 13)
     mask = torch.ones(3, 13)
     mask[0, :cut], mask[1, cut:9] = 0, 0
@@ -116,14 +116,14 @@ def test_a_row_of_padding_alone_keeps_its_state(name, cut):
 
 
 @pytest.mark.parametrize("name", ["titans", "yaad_linear"])
-def test_the_start_is_the_state_of_no_token(name):
+def test_start_is_the_state_before_the_first_token(name):
     module, x = block(name), tokens(2, 7)
     assert_close(module(x, initial_state=module.start(2))[0], module(x)[0])
 
 
 @pytest.mark.parametrize("name", ["yaad", "yaad_linear"])
-def test_projections_of_the_caller(name):
-    """With the projections outside, the block computes the same; its convolution starts as the identity."""
+def test_projections_outside_of_the_block(name):
+    """A block without projections computes the same; its convolution is initialised to the identity."""
     whole, x = block(name), tokens(2, 11)
     rest = block(name, projections=False)
     assert torch.equal(rest.conv_weight, torch.tensor([0, 0, 0, 1.0], dtype=torch.float64).expand(72, 4))
@@ -137,7 +137,7 @@ def test_projections_of_the_caller(name):
         assert_close(whole.o_proj(out), whole(x, mask)[0])
 
 
-def test_a_linear_memory_sees_rotations_as_distances():
+def test_with_rotary_positions_a_linear_memory_depends_on_distances_only():
     rest, x = block(projections=False), tokens(2, 11)
     qkv = torch.randn(2, 11, 72, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
@@ -166,7 +166,7 @@ def test_the_state_after_padding_is_that_of_the_real_tokens(name, rows):
 
 
 @pytest.mark.parametrize("name", ["yaad", "ttt_mlp", "yaad_linear", "deltanet", "retnet"])
-def test_packed_sequences_equal_a_loop(name):
+def test_packed_sequences_equal_separate_calls(name):
     module, lengths = block(name), (1, 0, 2, 3, 9, 4, 0)
     x, weight = tokens(1, sum(lengths)).requires_grad_(), tokens(1, sum(lengths), seed=3)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -181,7 +181,7 @@ def test_packed_sequences_equal_a_loop(name):
         for dual, expected_dual in zip(state.memory.dual, expected_state.memory.dual, strict=True):
             assert_close(dual[i], expected_dual[0])
         assert_close(state.conv[i], expected_state.conv[0])
-    # each goes on from its own state
+    # each continues from its own state
     more = tokens(1, 2 * len(lengths), seed=4)
     continued, _ = module(more, cu_seqlens=torch.arange(0, 2 * len(lengths) + 1, 2), initial_state=state)
     for i, (a, b) in enumerate(itertools.pairwise(offsets)):
@@ -191,7 +191,7 @@ def test_packed_sequences_equal_a_loop(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pieces", [(13,) + (1,) * 5, (1, 2, 5, 10), (4, 8, 6)])
-def test_a_sequence_may_be_cut_anywhere(name, pieces):
+def test_a_sequence_can_be_read_in_pieces(name, pieces):
     module, x = block(name), tokens(2, sum(pieces))
     whole, final = module(x, output_final_state=True)
     outputs, state = [], None
@@ -205,7 +205,7 @@ def test_a_sequence_may_be_cut_anywhere(name, pieces):
 
 
 @pytest.mark.parametrize("name", ["yaad", "yaad_linear"])
-def test_gradients_pass_a_cut_between_chunks(name):
+def test_gradients_flow_through_the_state_between_pieces(name):
     module, x, weight = block(name, torch.float32), tokens(2, 20, torch.float32), tokens(2, 20, torch.float32, seed=3)
     (module(x)[0] * weight).sum().backward()
     whole = {n: p.grad.clone() for n, p in module.named_parameters()}
@@ -220,7 +220,7 @@ def test_gradients_pass_a_cut_between_chunks(name):
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
 @pytest.mark.parametrize(("name", "shapes"), [("yaad_linear", [(8, 8)]), ("yaad", [(8, 32), (32, 8)])])
-def test_nothing_to_read(name, shapes, batch, length):
+def test_empty_inputs(name, shapes, batch, length):
     module = block(name)
     out, state = module(tokens(batch, length), output_final_state=True)
     assert out.shape == (batch, length, SIZES["hidden_size"])
@@ -270,7 +270,7 @@ def test_gates_are_float32_under_autocast(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_mlp_starts_from_parameters_of_the_modules_dtype_and_keeps_its_state_in_float32(dtype):
+def test_an_mlp_memory_has_parameters_in_the_modules_dtype_and_a_float32_state(dtype):
     module = block("yaad", dtype)
     assert {p.dtype for p in module.parameters()} == {dtype}
     _, state = module(tokens(2, 0, dtype), output_final_state=True)
@@ -299,7 +299,7 @@ def test_initialisation_follows_the_seed():
     assert not torch.equal(a.q_proj.weight, c.q_proj.weight)
 
 
-def test_a_preset_of_ones_own():
+def test_custom_presets():
     row = dataclasses.replace(PRESETS["l2"], retention=KLRetention(), chunk_size=4)
     module, x = block(row), tokens(1, 9)
     assert (module(x)[0] - block("l2")(x)[0]).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""The block around the memory against written-out recurrences; what it starts from, and that it stays stable."""
+"""The block around the memory against written-out recurrences; its initialisation and its stability."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_block_equals_the_written_out_recurrence(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_runs_on_kernels(name, monkeypatch):
-    """In the sizes that layers have, trained: the C++ kernels on a CPU, Triton's on a GPU, at the paper's chunk sizes."""
+    """In the sizes of real layers, with gradients: C++ kernels on a CPU, Triton kernels on a GPU, at the paper's chunk sizes."""
     asked = {}
 
     def explained(memory, q, *rest, **arguments):
@@ -156,7 +156,7 @@ def projected(module: MemoryBlock, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(("name", "size", "init_std"), [("yaad_linear", 128, 0.02), ("yaad", 128, 0.02), ("yaad", 96, 0.1)])
-def test_both_branches_of_huber_are_in_use_at_the_start(name, size, init_std):
+def test_both_branches_of_huber_are_used_after_initialisation(name, size, init_std):
     torch.manual_seed(0)
     module = MemoryBlock(size, 4, preset=name, init_std=init_std)
     x = F.rms_norm(torch.randn(2, 64, size), (size,))
@@ -169,13 +169,13 @@ def test_both_branches_of_huber_are_in_use_at_the_start(name, size, init_std):
     assert 0.05 < outside < 0.95
 
 
-def test_heads_forget_over_spans_between_10_and_1000_tokens_at_the_start():
+def test_initial_decay_spans_are_10_to_1000_tokens():
     module = MemoryBlock(64, 4, preset="l2", dtype=torch.float64, init_std=0.0)
     log_decay = module.gates(torch.zeros(1, 1, 64, dtype=torch.float64))["log_decay"][0, 0]
     assert_close(-1 / log_decay, torch.tensor([10, 10 ** (5 / 3), 10 ** (7 / 3), 1000], dtype=torch.float64))
 
 
-def test_heads_with_an_mlp_forget_over_spans_from_their_hidden_size_times_the_chunk_up():
+def test_initial_decay_spans_of_an_mlp_memory_start_at_hidden_size_times_chunk_size():
     module = MemoryBlock(24, 3, preset="l2_mlp", dtype=torch.float64, init_std=0.0)
     log_decay = module.gates(torch.zeros(1, 1, 24, dtype=torch.float64))["log_decay"][0, 0]
     assert_close(-1 / log_decay, 16 * 32 * torch.tensor([1, 10, 100], dtype=torch.float64))
@@ -185,7 +185,7 @@ def test_heads_with_an_mlp_forget_over_spans_from_their_hidden_size_times_the_ch
 
 
 def open_gates(module: MemoryBlock) -> None:
-    """The largest step and no forgetting, whatever the token."""
+    """Set the gates to the largest step size and no decay for every token."""
     start = {"lr": 50.0, "log_decay": -50.0, "delta": 50.0, "momentum": 0.0}
     with torch.no_grad():
         module.gate_down.zero_()
@@ -194,7 +194,7 @@ def open_gates(module: MemoryBlock) -> None:
 
 @pytest.mark.parametrize("name", ["yaad_linear", "huber", "l2", "ttt_linear", "deltanet"])
 @pytest.mark.parametrize("delta", [50.0, -2.0])
-def test_the_state_stays_bounded_while_keys_repeat(name, delta):
+def test_the_state_stays_bounded_with_repeated_keys(name, delta):
     module = block(name, torch.float32, chunk_size=1 if name == "deltanet" else 16)
     open_gates(module)
     if module.preset.bias.needs_delta:
@@ -212,8 +212,8 @@ def test_the_state_stays_bounded_while_keys_repeat(name, delta):
     assert state.memory.dual[0].flatten(1).norm(dim=1).amax() <= 3**0.5 * (2 * largest / sine + 1)
 
 
-def test_without_the_bound_on_lr_the_state_blows_up():
-    """What the block's parametrisation prevents: 16 equal keys, each with a step of 1, multiply the error by -15."""
+def test_without_the_bound_on_lr_the_state_diverges():
+    """The block's parametrisation prevents this: 16 equal keys with step size 1 multiply the error by -15."""
     loose = block(Preset(L2(), "one", None, 16, ""), torch.float32)
     x = tokens(1, 1, torch.float32).expand(1, 256, -1)
     _, state = loose(x, output_final_state=True)
@@ -229,11 +229,11 @@ def test_lr_never_exceeds_one_over_the_chunk_size():
 
 @pytest.mark.parametrize(("size", "heads", "head_dim", "init_std"), [(128, 4, 32, 0.02), (96, 3, 32, 0.1), (768, 1, 64, 0.02)])
 def test_the_first_steps_of_an_mlp_memory_are_stable(size, heads, head_dim, init_std):
-    """A chunk of equal keys with the largest steps multiplies the error by 1 - J J', J the prediction's derivative in W1 and W2."""
+    """A chunk of equal keys with the largest step sizes multiplies the error by 1 - J J', J the Jacobian of the prediction in W1 and W2."""
     torch.manual_seed(0)
     module = MemoryBlock(size, heads, head_dim, preset="ttt_mlp", init_std=init_std, dtype=torch.float64)
     x = F.rms_norm(torch.randn(1, 4, size, dtype=torch.float64), (size,))
-    k, share = projected(module, x)[1][0], 16 * module.gates(x)["lr"].max().item()  # of the largest step
+    k, share = projected(module, x)[1][0], 16 * module.gates(x)["lr"].max().item()  # share of the largest step size
     largest = []
     for i, key in itertools.product(range(heads), k):
         predict = lambda w1, w2, i=i, key=key: recalled((w1, w2), module, i, key[i])
@@ -245,7 +245,7 @@ def test_the_first_steps_of_an_mlp_memory_are_stable(size, heads, head_dim, init
 
 @pytest.mark.parametrize(("name", "delta"), [("l2_mlp", None), ("ttt_mlp", None), ("titans", None), ("yaad", 50.0), ("yaad", -2.0)])
 def test_an_mlp_memory_learns_repeated_keys_with_the_largest_steps(name, delta):
-    """64 chunks with 2 keys: what is left of the error is what LN's fixed size and mean of zero leave; a small delta takes longer."""
+    """64 chunks with 2 keys: the remaining error is due to LN's fixed norm and zero mean; a small delta takes longer."""
     module = block(name, torch.float32, chunk_size=16)
     open_gates(module)
     if delta is not None:
@@ -266,13 +266,13 @@ def test_an_mlp_memory_learns_repeated_keys_with_the_largest_steps(name, delta):
 
 @pytest.mark.parametrize("name", ["l2_mlp", "titans", "memora", "moneta"])
 def test_gradients_through_an_mlp_memory_do_not_grow_with_the_distance(name):
-    """With the start's decays; with those of a linear memory they do."""
+    """With the initial decays of an MLP memory; with those of a linear memory they do grow."""
     torch.manual_seed(0)
     module = MemoryBlock(32, 2, preset=name)
     x = F.rms_norm(torch.randn(4, 32)[torch.randint(4, (1, 1024))] + 0.3 * torch.randn(1, 1024, 32), (32,)).requires_grad_()
 
     def reached() -> torch.Tensor:
-        """``[T]``, the size of the last output's gradient in every token."""
+        """``[T]``, the norm of the last output's gradient with respect to every token."""
         return torch.autograd.grad(module(x)[0][0, -1].norm(), x)[0][0].norm(dim=-1)
 
     grad = reached()

@@ -23,11 +23,11 @@ CACHE = Path(__file__).resolve().parents[2] / "build" / "ptx"
 
 
 class Compiled(NamedTuple):
-    """``arguments``: the names of those that the PTX takes, in order."""
+    """``arguments``: those that the PTX takes, in order: a name, and the place in a tuple or None."""
 
     ptx: str
     shared: int
-    arguments: list[str]
+    arguments: list[tuple[str, int | None]]
 
 
 @functools.cache
@@ -65,11 +65,10 @@ def compiled(kernel, arguments: dict, config, architecture: str, fusion: bool = 
 
 
 def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[str], fusion: bool) -> Compiled:
+    import triton
     from miras_kernels.kernels.common import launch
     from miras_kernels.kernels.offline import compile as offline
     from triton.backends.nvidia.compiler import CUDABackend
-
-    import triton
 
     CUDABackend.make_cubin = lambda self, *_: b""
     kernel = getattr(importlib.import_module(module), name)
@@ -78,5 +77,9 @@ def _compile(module: str, name: str, arguments: dict, config, architecture: str,
         source.attrs.pop((kernel.arg_names.index(x),), None)
     options = launch.options(config, architecture) | dict(enable_fp_fusion=fusion)
     found = triton.compile(source, target=offline.TARGETS[architecture], options=options)
-    taken = [x for x in kernel.arg_names if source.signature[x] != "constexpr"]
+    taken = []
+    for x in kernel.arg_names:
+        kind = source.signature[x]
+        parts = [(i, part) for i, part in enumerate(kind)] if isinstance(kind, tuple) else [(None, kind)]
+        taken += [(x, i) for i, part in parts if part != "constexpr"]
     return Compiled(found.asm["ptx"], found.metadata.shared, taken)

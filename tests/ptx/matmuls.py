@@ -1,8 +1,7 @@
 """Small products in Triton: every layout that a compiler chooses for them is its own, not ours."""
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Addresses of calls with more than 2^31 elements: every kernel in Triton's interpreter, without the memory.
+"""Addresses of calls with more than 2^31 elements: every kernel in Triton's interpreter, without allocating the memory.
 
-The launchers run on meta tensors. Of every launch the last program runs twice, with integers as a GPU gets them, int32 where they fit, and
-with int64 ones: where a product wraps, the two touch other places. Loads give 0, stores are dropped.
+The launchers run on meta tensors. The last program of every launch runs twice: with integers as a GPU gets them, int32 where they fit, and
+with int64 integers. If a product wraps, the two runs access different addresses. Loads return 0, stores are dropped.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import miras_kernels as mk
-from miras_kernels.validation import linear_call, mlp_call
+from miras_kernels.tables.memories import LINEAR, MLP
+from miras_kernels.validation import make_call
 
-#: no token count is a multiple of a chunk, so that states end inside one
+#: no token count is a multiple of the chunk size, so that sequences end inside a chunk
 CALLS = {
     "plain": dict(bias=mk.Huber("coordinate")),
     "streamed": dict(bias=mk.Huber("norm"), retention=mk.LqRetention(), momentum=True),
@@ -25,18 +26,18 @@ CALLS = {
     "mlp": dict(memory="mlp", bias=mk.Huber("coordinate")),
     "mlp-gates": dict(memory="mlp", retention=mk.LqRetention(), momentum=True),
 }
-#: of B, T, H; B T H < 2^31, so that it comes as int32, and twice as much is not, nor that times 16 channels
+#: (B, T, H): B T H < 2^31, so it is passed as int32, but twice as much exceeds 2^31, as does B T H times 16 channels
 SHAPES = {"many": (2**26 + 1, 10, 2), "long": (1, 2**24 + 10, 72)}
-#: loads and stores of a program before it is left alone: of a chain through a long sequence the first ones
+#: loads and stores of a program after which it is stopped: enough of a chain over a long sequence
 MOST = 150
 
 
 class Enough(BaseException):
-    """The program has been looked at long enough."""
+    """Stops a program after MOST accesses."""
 
 
 class Memory:
-    """Address space for the tensors of one launch, and what a program touches of it."""
+    """Address space for the tensors of one launch, and the addresses that a program accesses."""
 
     def __init__(self, arguments: dict):
         tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
@@ -61,14 +62,14 @@ class Memory:
         self.touch(pointers, mask)
 
     def strays(self) -> int:
-        """Places outside of the tensors."""
+        """Number of accesses outside the tensors."""
         places = np.concatenate([*self.touched, np.zeros(0, np.uint64)]).astype(np.int64)
         tensor, offset = places >> 52, places & ((1 << 52) - 1)
         return int((offset >= self.sizes[np.clip(tensor, 0, len(self.sizes) - 1)]).sum())
 
 
 def touched(kernel, grid: tuple[int, ...], arguments: dict, wide: bool, monkeypatch) -> Memory:
-    """What the last program of a launch touches; ``wide``: with int64 integers."""
+    """The accesses of a launch's last program; ``wide``: with int64 integers."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -111,27 +112,27 @@ def call_of(shape: tuple[int, int, int], memory: str = "linear", channels: bool 
         delta=meta(*gate) if "bias" in settings else None, momentum=meta(b, t, h) if momentum else None,
     ) | settings  # fmt: skip
     if memory == "linear":
-        return linear_call(*tokens, meta(*gate), meta(*gate), initial_state=meta(b, h, d, d), **rest)
+        return make_call(LINEAR, *tokens, meta(*gate), meta(*gate), initial_state=meta(b, h, d, d), **rest)
     norm = dict(ln_weight=meta(h, d), ln_bias=meta(h, d), ln_eps=1e-6)
-    return mlp_call(*tokens, meta(*gate), meta(*gate), initial_state=(meta(b, h, d, hidden), meta(b, h, hidden, d)), **norm, **rest)
+    return make_call(MLP, *tokens, meta(*gate), meta(*gate), initial_state=(meta(b, h, d, hidden), meta(b, h, hidden, d)), **norm, **rest)
 
 
 @pytest.fixture
 def launches(monkeypatch) -> list:
-    """Fills with ``(kernel, grid, arguments)`` of everything that is launched, which is not."""
+    """Collects ``(kernel, grid, arguments)`` of every launch, without launching."""
     if torch.cuda.is_available():
-        pytest.skip("the interpreter evaluates the addresses")
+        pytest.skip("needs Triton's interpreter")
     from miras_kernels.kernels.common import launch
     from miras_kernels.kernels.mlp import sequence as mlp
 
-    monkeypatch.setattr(mlp, "CROWD", 2**40)  # all chunks in one group
+    monkeypatch.setattr(mlp, "MIN_GROUP", 2**40)  # all chunks in one group
     found: list = []
     monkeypatch.setattr(launch, "start", lambda kernel, grid, config, device, arguments: found.append((kernel, grid, arguments)))
     return found
 
 
 def wrapped(launches: list, monkeypatch) -> list[str]:
-    """What is wrong with the addresses of launches."""
+    """The kernels whose addresses wrap or leave their tensors."""
     wrong, seen = [], set()
     for kernel, grid, arguments in launches:
         narrow, wide = (touched(kernel, grid, arguments, wide, monkeypatch) for wide in (False, True))
@@ -147,7 +148,7 @@ def wrapped(launches: list, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_product_wraps(name, shape, launches, monkeypatch):
     if shape == "long" and name not in ("plain", "streamed", "mlp"):
-        pytest.skip("the other kernels find their chunks as these do")
+        pytest.skip("the other kernels locate their chunks in the same way")
     from miras_kernels.kernels.offline import compile as offline
 
     offline.recorded(call_of(SHAPES[shape], **CALLS[name]), 1)
@@ -163,11 +164,11 @@ def test_decoding(memory, launches, monkeypatch):
 
 
 def test_a_planted_bug_is_caught(launches, monkeypatch):
-    """Without the conversion the products of `linear/read.py` with the number of rows wrap."""
-    from miras_kernels.kernels.linear import read as linear_read
+    """Without `wide` the products of `linear/dqk.py` with the number of rows wrap."""
+    from miras_kernels.kernels.linear import dqk
     from miras_kernels.kernels.offline import compile as offline
 
     offline.recorded(call_of(SHAPES["many"], **CALLS["streamed"]), 1)
     launches[:] = [x for x in launches if x[0].fn.__name__ == "linear_dqk_bwd"]
-    monkeypatch.setattr(linear_read, "wide", lambda x: x)
+    monkeypatch.setattr(dqk, "wide", lambda x: x)
     assert wrapped(launches, monkeypatch) == ["linear_dqk_bwd: wraps"]

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for chips that are not here: nothing spills, everything fits, tensor cores are used."""
+"""The Triton kernels compiled for GPUs that are not here: registers, shared memory and tensor cores as recorded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-#: matrix instructions of a chip; small tiles take the older kind
+#: kinds of matrix instructions of a chip; small tiles use the older one
 TENSOR = {"sm_80": ("mma",), "sm_90": ("wgmma", "mma"), "sm_100": ("tcgen05", "mma"), "gfx942": ("mfma",)}
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
-    """A fresh process that compiles: this one may have Triton's interpreter."""
+    """A fresh process that compiles, since this one may run Triton's interpreter."""
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "miras_kernels.kernels.offline.resources", *arguments]
     return subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=1800, check=False
@@ -25,7 +25,7 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-def test_the_commonest_calls():
+def test_the_most_common_calls():
     done = run("--check", "--quick")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     kernels = set(re.findall(r"((?:linear|mlp)_\w+)\.\d", done.stdout))
@@ -49,7 +49,7 @@ def test_every_configuration():
 
 
 def test_the_table():
-    """What is committed beside the configurations: every kernel and configuration, for every chip, without a spill but those allowed."""
+    """resources.json has every kernel and configuration for every chip, within the limits."""
     from miras_kernels.kernels.common import configs
     from miras_kernels.kernels.offline import resources
 
@@ -73,10 +73,11 @@ def test_the_table():
 
 
 @pytest.mark.slow
-def test_a_spill_is_seen():
-    """A configuration that needs more registers than there are is called a problem."""
+def test_a_spill_is_reported():
+    """A configuration that needs more registers than there are is a problem."""
     code = (
-        "from miras_kernels.kernels import configs, resources\n"
+        "from miras_kernels.kernels.common import configs\n"
+        "from miras_kernels.kernels.offline import resources\n"
         "job = resources.Job('D128-C64-huber_coordinate-bfloat16', 'linear_chain_bwd', 0, configs.Config(0, 0, 4, 2), 'sm_90')\n"
         "configs.RULES['linear_chain_bwd'] = ((job.config, lambda key: True),)\n"
         "print(resources.problems(job, resources.compile_job(job)))\n"

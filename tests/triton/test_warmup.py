@@ -1,4 +1,4 @@
-"""``python -m miras_kernels warmup``: what it refuses, what it compiles, and which later calls that serves."""
+"""``python -m miras_kernels warmup``: its errors, what it compiles, and which later calls find their code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def variant(**changes) -> warmup.Variant:
 
 @pytest.fixture
 def given(monkeypatch) -> list:
-    """The variants and the target of the command instead of their compilation."""
+    """The variants and the target that the command would compile."""
     found = []
     monkeypatch.setattr(warmup, "run", lambda *what: found.append(what) or 0)
     return found
@@ -68,8 +68,8 @@ def test_all_biases(given):
     assert [v.bias for v in variants] == list(mk.biases.TABLE.values())
 
 
-def test_a_variant_is_named_as_it_is_asked_for(given):
-    """What stands after the sizes can be given to --bias."""
+def test_a_variant_is_named_as_the_command_takes_it(given):
+    """The text after the sizes is a valid --bias."""
     for bias in mk.biases.TABLE.values():
         name = str(variant(bias=bias))
         assert name.startswith("k64 v64 chunk 64 bfloat16 ")
@@ -106,8 +106,8 @@ def test_unknown_names_are_errors(capsys, arguments, message):
         ("--packed --batch 2", "cu_seqlens: packed sequences need B = 1, got B = 2"),
     ],
 )
-def test_calls_that_nobody_serves_are_errors(capsys, arguments, message):
-    """Before anything is compiled, in the words that the call itself would get."""
+def test_calls_without_kernels_are_errors(capsys, arguments, message):
+    """Before anything is compiled, with the text of the call's own error."""
     assert main(["warmup", *arguments.split(), "--target", "sm_90"]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
@@ -142,7 +142,7 @@ def test_interpreter(capsys, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- what is compiled
 
 
-def test_targets_are_those_of_the_kernels():
+def test_targets_equal_those_of_the_kernels():
     from miras_kernels.kernels.offline import compile as offline
 
     assert tuple(offline.TARGETS) == warmup.TARGETS
@@ -161,8 +161,8 @@ kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind) o
 
 
 @kinds
-def test_what_is_recorded_is_what_calls_launch(kind, monkeypatch):
-    """The recording asks the backend itself; here the public function asks it, and runs."""
+def test_recorded_launches_equal_those_of_calls(kind, monkeypatch):
+    """The recording calls the backend; here the public function does, and runs."""
     small = variant(key_dim=16, value_dim=16, chunk_size=16, tokens=(24,), heads=(1,), **kind)
     backend, seen = dispatch.BACKENDS["triton"], []
     forward, backward = backend.forward, backend.backward
@@ -189,7 +189,7 @@ def test_what_is_recorded_is_what_calls_launch(kind, monkeypatch):
 
 
 def test_steps_are_compiled():
-    """With and without decays, the kernels of a token; nothing of them where they are not asked for."""
+    """With and without decays, the kernels of a decoding step; none of them without --steps."""
     for decay in (True, False):
         kind = variant(decay=decay, steps=True)
         names = [given.kernel.__name__ for given in warmup.launches(kind, kind.sizes()[0])]
@@ -199,7 +199,7 @@ def test_steps_are_compiled():
 
 
 def codes(kind: warmup.Variant) -> set:
-    """What Triton compiles code for, in every call of a kind: types, constants, and of an integer whether it is 1 or a multiple of 16."""
+    """What Triton's code depends on, for every call of a kind: types, constants, and whether an integer is 1 or a multiple of 16."""
     from miras_kernels.kernels.common import tiles
 
     found = set()
@@ -213,8 +213,8 @@ def codes(kind: warmup.Variant) -> set:
                     x = x.dtype
                 elif name in tiles.LENGTHS:
                     x = "any"
-                elif isinstance(x, int) and parameter.annotation is inspect.Parameter.empty:
-                    x = "1" if x == 1 else "16" if x % 16 == 0 else "any"
+                elif isinstance(x, int | tuple) and parameter.annotation is inspect.Parameter.empty:
+                    x = ["1" if n == 1 else "16" if n % 16 == 0 else "any" for n in (x if isinstance(x, tuple) else (x,))]
                 key.append((name, str(x)))
             found.add((launched.kernel.fn.__name__, launched.config, *key))
     return found
@@ -223,7 +223,7 @@ def codes(kind: warmup.Variant) -> set:
 @kinds
 @pytest.mark.parametrize("chunk_size", [16, 64, 128])
 def test_later_calls_find_their_code(kind, chunk_size):
-    """The docstring's promise: the default sizes serve all multiples."""
+    """As the docstring promises, the default sizes serve all multiples."""
     kind = variant(chunk_size=chunk_size, **kind)
     warm = codes(kind)
     for batch, tokens, heads in ((1, 1024, 16), (3, 1000, 32), (8, 3 * chunk_size, 48), (2, 77, 16), (5, 65536, 16), (1, chunk_size, 64)):
@@ -231,7 +231,7 @@ def test_later_calls_find_their_code(kind, chunk_size):
         assert codes(later) <= warm, (batch, tokens, heads)
 
 
-def test_other_sizes_need_their_own():
+def test_other_sizes_need_other_code():
     """The test above could not fail if `codes` saw no difference."""
     warm = codes(variant())
     for changes in (dict(heads=(8,)), dict(heads=(1,)), dict(key_dim=72), dict(decay=False), dict(differentiate=False)):
@@ -258,8 +258,8 @@ def test_any_memory_order(memory_order, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- compilation
 
 
-def test_compiles_for_a_chip_that_is_not_here(tmp_path):
-    """In a process of its own, since triton decides when it is imported whether it interprets. The second time, Triton finds it all."""
+def test_compiles_for_another_chip(tmp_path):
+    """In a process of its own, since triton decides on import whether it interprets. The second run finds everything in the cache."""
     code = """
 from miras_kernels.__main__ import main
 from miras_kernels.warmup import counting
@@ -284,7 +284,7 @@ for _ in range(2):
 
 
 def test_prints_a_line_for_every_kind(capsys, monkeypatch):
-    """The command on a GPU, with the calls left out: those are tested above."""
+    """The command on a GPU, without the calls, which are tested above."""
     made = []
     monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -313,7 +313,7 @@ def test_prints_a_line_for_every_kind(capsys, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="runs the command on a GPU")
 def test_a_later_process_compiles_nothing(tmp_path):
-    """The command fills the cache, and then a job in another process makes a call of other sizes."""
+    """After the command, a job in another process makes a call of other sizes."""
     job = """
 import torch, miras_kernels
 from miras_kernels.warmup import counting

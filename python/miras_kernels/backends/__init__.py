@@ -1,1 +1,80 @@
-"""The implementations of a memory: the reference, C++, Triton and CUDA C++. :class:`miras_kernels.dispatch.Backend` is what each offers."""
+"""The implementations of the memories: the reference, C++, Triton and CUDA C++; and what dispatch needs of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+
+__all__ = ["BACKENDS", "Backend", "checkpoints_like"]
+
+
+class Backend(Protocol):
+    """What dispatch and autograd call. All tensors are plain: no autograd graph reaches a backend."""
+
+    name: str
+    #: what "auto" does with a backend that has not been verified on this machine: "use", "warn" (and use) or "skip"
+    unverified: str
+
+    def files(self) -> list[Path]:
+        """The files that its kernels are read from."""
+
+    def environment(self, device: torch.device) -> dict[str, str]:
+        """What else its results on a device depend on, by name, beside PyTorch and the device's name and driver."""
+
+    def decodes(self, call: Call) -> bool:
+        """Whether it reads a call without gradients token by token."""
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine, or None."""
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it takes tensors on this device."""
+
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which it multiplies inputs of a dtype: error budgets follow from it."""
+
+    def refuses(self, call: Call, differentiate: bool) -> str | None:
+        """Why it cannot serve this call, or None."""
+
+    def refuses_steps(self, call: Call) -> str | None:
+        """Why it cannot decode such tokens, or None."""
+
+    def stepper(self, call: Call) -> Callable:
+        """See :func:`miras_kernels.dispatch.stepper`."""
+
+    def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """``(out, final state tensors in MemoryState order, saved)``; with ``checkpoint_every == 0`` there will be no backward."""
+
+    def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
+        """Empty tensors shaped like what ``forward`` saves, from shapes alone."""
+
+    def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
+        """Gradients by argument name, and as ``state`` those of the initial matrices: a list in the order of
+        :meth:`MemoryState.matrices`, like ``grad_state``, the gradients of the final ones, which is empty if they are all zero.
+        """
+
+
+#: every backend by name; filled by miras_kernels/memory.py
+BACKENDS: dict[str, Backend] = {}
+
+
+def checkpoints_like(call: Call, every: int) -> list[Tensor]:
+    """Empty checkpoints: the matrices at the start of every ``every``-th chunk; none if ``every`` is 0.
+
+    ``[slots, H, Dk, Dv]``, with momentum ``[slots, H, 2, Dk, Dv]``: the dual, then S. An MLP memory has ``[slots, H, 2, Hd, D]``, W1
+    transposed and W2, with momentum ``[slots, H, 4, Hd, D]``. Packed sequences need at most one slot more each.
+    """
+    if not every:
+        return []
+    dual, tokens, segment = call.state.dual[0], call.q.shape[1], call.chunk_size * every
+    n, h, rows, columns = dual.shape
+    slots = n * -(-tokens // segment) if call.cu_seqlens is None else n + tokens // segment
+    matrices = len(call.state.matrices())
+    several = () if matrices == 1 else (matrices,)
+    return [dual.new_empty(slots, h, *several, columns, rows)]

@@ -1,32 +1,27 @@
-"""The C++ kernels for the CPU as a backend."""
+"""The C++ kernels for the CPU, ``csrc/cpu``, as a backend."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..call import Call
-from ..dispatch import kept_states_like
 from ..options import options
+from . import checkpoints_like
 
 __all__ = ["CppBackend"]
 
 
 class CppBackend:
-    """Fused kernels of both memories, ``csrc/cpu``: float32 arithmetic, float32 or bfloat16 inputs."""
+    """Fused kernels of both memories: float32 arithmetic, float32 or bfloat16 inputs."""
 
     name = "cpp"
-    unverified = "take"  # continuous integration runs them
-    MAX_HEAD = 256
-    MAX_HIDDEN = 1024
-    MAX_CHUNK = 256
-    #: the most tokens of a call without gradients that are read one by one; with more, products of whole chunks are faster
-    STEPS: ClassVar[dict[str, int]] = {"linear": 8, "mlp": 4}
+    unverified = "use"  # continuous integration runs them
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -53,44 +48,25 @@ class CppBackend:
         return reason
 
     def _out_of_range(self, call: Call) -> str | None:
-        """What no kernel here takes."""
+        """The reason why no kernel here can serve a call, or None."""
         if call.q.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32, for float32 or bfloat16 inputs, got {call.q.dtype}"
-        heads = max(call.q.shape[-1], call.v.shape[-1])
-        if heads > self.MAX_HEAD:
-            return f"head dimensions are limited to {self.MAX_HEAD}, got {heads}"
-        if call.memory == "mlp" and call.state.dual[1].shape[-2] > self.MAX_HIDDEN:
-            return f"hidden units are limited to {self.MAX_HIDDEN}, got {call.state.dual[1].shape[-2]}"
-        if call.chunk_size > self.MAX_CHUNK:
-            return f"chunk_size is limited to {self.MAX_CHUNK}, got {call.chunk_size}"
-        return None
+        return call.exceeds(self.name)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        if checkpoint_every == 0 and self.decodes(call):
-            return self._forward_by_steps(call)
         chunk = call.state.open_chunk
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
-        run = self.extension.linear_forward if call.memory == "linear" else self.extension.mlp_forward
-        out, dual, carried, start, log_decay, saved = run(
-            *_inputs(call), *opened, _offsets(call), *_rules(call), call.chunk_size, checkpoint_every, call.output_final_state
+        run = getattr(self.extension, f"{call.memory.name}_forward")
+        out, dual, momenta, start, open_log_decay, checkpoints = run(
+            *_inputs(call), opened, _offsets(call), _rules(call), checkpoint_every, call.output_final_state
         )
-        matrices = [dual, start] if call.momentum is None else [dual, carried, start]
-        final = matrices if call.memory == "linear" else [x for pair in matrices for x in pair]
-        return out, [*final, log_decay], [saved] if checkpoint_every else []
+        matrices = [dual, start] if call.momentum is None else [dual, momenta, start]
+        final = matrices if len(call.memory.matrices) == 1 else [x for pair in matrices for x in pair]
+        return out, [*final, open_log_decay], [checkpoints] if checkpoint_every else []
 
     def decodes(self, call: Call) -> bool:
-        """Whether a call without gradients has so few tokens that they are read one by one."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS[call.memory]
-
-    def _forward_by_steps(self, call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        run = self.extension.linear_steps if call.memory == "linear" else self.extension.mlp_steps
-        chunk, state = call.state.open_chunk, call.state
-        opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
-        out, dual, carried, start, log_decay = run(
-            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, call.ln_weight, call.ln_bias, call.ln_eps,
-            state.dual, state.momentum or (), *opened, *_rules(call), call.chunk_size,
-        )  # fmt: skip
-        return out, [*dual, *carried, *start, log_decay], []
+        """Whether a call without gradients has so few tokens that they are decoded one by one."""
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._out_of_range(call)
@@ -99,67 +75,83 @@ class CppBackend:
         return Steps(self.extension, call)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return kept_states_like(call, checkpoint_every)
+        return checkpoints_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-        run = self.extension.linear_backward if call.memory == "linear" else self.extension.mlp_backward
+        run = getattr(self.extension, f"{call.memory.name}_backward")
         duals = len(call.state.dual)
-        *grads, d_dual, d_carried = run(
-            *_inputs(call), _offsets(call), saved[0], grad_out, _matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:]),
-            *_rules(call), call.chunk_size, checkpoint_every,
+        *grads, d_dual, d_momenta = run(
+            *_inputs(call), _offsets(call), _rules(call), checkpoint_every, saved[0], grad_out,
+            (_matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:])),
         )  # fmt: skip
-        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (() if call.memory == "linear" else ("ln_weight", "ln_bias"))
-        state = [d_dual] if call.momentum is None else [d_dual, d_carried]
-        return {**dict(zip(names, grads, strict=True)), "state": state if call.memory == "linear" else [x for pair in state for x in pair]}
+        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (("ln_weight", "ln_bias") if call.memory.needs_norm else ())
+        state = [d_dual] if call.momentum is None else [d_dual, d_momenta]
+        return {
+            **dict(zip(names, grads, strict=True)),
+            "state": state if len(call.memory.matrices) == 1 else [x for pair in state for x in pair],
+        }
 
 
 class Steps:
-    """Steps for calls like one: see :func:`miras_kernels.dispatch.stepper`."""
+    """Decoding steps for calls like one: see :func:`miras_kernels.dispatch.stepper`."""
 
-    def __init__(self, extension: object, call: Call):
-        self.make = extension.LinearStepper if call.memory == "linear" else extension.MlpStepper
-        self.call = call
+    def __init__(self, extension: Any, call: Call):
+        self.extension, self.call = extension, call
 
     def __call__(self, buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
         if self.bind(buffers)(q, k, v, lr, log_decay, delta, momentum, out) is None:
-            raise ValueError("a step's arguments are not like those of the call that it was made for")
+            raise ValueError("a step's arguments are not like those of the call that it was prepared for")
 
     def bind(self, buffers) -> Callable[..., Tensor | None]:
         """``step(q, k, v, lr, log_decay, delta, momentum, out)`` on these buffers, which must stay where they are.
 
-        Returns the output, or None if an argument is not as in the call: then nothing has happened.
+        It returns the output, or does nothing and returns None if an argument is not as in the call.
         """
-        call = self.call
-        return self.make(
-            call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum, options.check_values is not False,
-            call.ln_weight, call.ln_bias, call.ln_eps, buffers, *_rules(call), call.chunk_size,
-        )  # fmt: skip
+        make = getattr(self.extension, f"{self.call.memory.name.capitalize()}Stepper")
+        return make(_tokens(self.call), _norm(self.call), buffers.all(), _rules(self.call), options.check_values is not False)
+
+    def on_value(self) -> tuple[Tensor, list[Tensor]]:
+        """Decode the call on its state as a value, without a decoder's buffers."""
+        call, state, chunk = self.call, self.call.state, self.call.state.open_chunk
+        run = getattr(self.extension, f"{call.memory.name}_steps")
+        opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
+        matrices = (state.dual, state.momentum or ())
+        out, dual, momenta, start, open_log_decay = run(_tokens(call), _norm(call), matrices, opened, _rules(call))
+        return out, [*dual, *momenta, *start, open_log_decay]
 
 
 def _inputs(call: Call) -> tuple:
-    norm = () if call.memory == "linear" else (call.ln_weight, call.ln_bias, call.ln_eps)
-    gates = (call.lr, call.log_decay, call.delta, call.momentum)
-    return call.q, call.k, call.v, *gates, *norm, _matrices(call, call.state.dual), _matrices(call, call.state.momentum)
+    """The first arguments of the extension's functions."""
+    norm = (_norm(call),) if call.memory.needs_norm else ()
+    return _tokens(call), *norm, (_matrices(call, call.state.dual), _matrices(call, call.state.momentum))
+
+
+def _tokens(call: Call) -> tuple:
+    return call.q, call.k, call.v, call.lr, call.log_decay, call.delta, call.momentum
+
+
+def _norm(call: Call) -> tuple:
+    return call.ln_weight, call.ln_bias, call.ln_eps
 
 
 def _matrices(call: Call, matrices: Sequence[Tensor] | None) -> Tensor | Sequence[Tensor] | None:
-    """A memory's matrices as the extension takes them: one tensor, or two; None where there are none."""
+    """A memory's matrices as the extension takes them: one tensor, or two; None if there are none."""
     if not matrices:
         return None
-    return matrices[0] if call.memory == "linear" else matrices
+    return matrices[0] if len(call.memory.matrices) == 1 else matrices
 
 
 def _offsets(call: Call) -> Tensor | None:
     return None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
 
 
-def _rules(call: Call) -> list[tuple[int, tuple[float, ...]]]:
-    """The bias and the retention gate: their tags and parameters."""
-    return [(row.tag, row.parameters) for row in (call.bias, call.retention)]
+def _rules(call: Call) -> tuple:
+    """The tags and parameters of the bias and of the retention gate, and the chunk size."""
+    return *((row.tag, row.parameters) for row in (call.bias, call.retention)), call.chunk_size
 
 
-def _load() -> tuple[object | None, str | None]:
-    """The extension module and None, or None and the reason why it is missing."""
+def _load() -> tuple[Any, str | None]:
+    """The extension module and None, or None and the reason why it is not there."""
     try:
         return importlib.import_module("miras_kernels._C"), None
     except ImportError as error:

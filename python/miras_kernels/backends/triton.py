@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..call import Call
-from ..dispatch import kept_states_like
+from . import checkpoints_like
 
 __all__ = ["TritonBackend"]
 
 
 class TritonBackend:
-    """Fused kernels for both memories, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
+    """Fused kernels, ``kernels/``: float32 states, tensor cores for 16-bit inputs."""
 
     name = "triton"
     unverified = "warn"
-    #: tokens of a call without gradients that are read one by one: a chunk's products would mostly multiply padding
-    STEPS = 4
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -34,7 +34,8 @@ class TritonBackend:
 
     def files(self) -> list[Path]:
         spec = importlib.util.find_spec("miras_kernels.kernels")
-        return [path for folder in spec.submodule_search_locations for path in Path(folder).rglob("*.py") if path.parent.name != "offline"]
+        folders = [] if spec is None else spec.submodule_search_locations or []
+        return [path for folder in folders for path in Path(folder).rglob("*.py") if path.parent.name != "offline"]
 
     def environment(self, device: torch.device) -> dict[str, str]:
         import triton
@@ -42,7 +43,7 @@ class TritonBackend:
 
         found = {"triton": triton.__version__}
         if device.type == "cuda" and torch.version.hip is None:
-            for tool in ("ptxas", "ptxas_blackwell"):  # which of them is called depends on the chip
+            for tool in ("ptxas", "ptxas_blackwell"):  # the chip decides which one compiles
                 try:
                     found[tool] = getattr(knobs.nvidia, tool).version
                 except (AttributeError, RuntimeError):
@@ -56,79 +57,57 @@ class TritonBackend:
         return dtype
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
-        from miras_kernels.kernels.common import configs
-
         if not differentiate and self.decodes(call):
             return self.refuses_steps(call)
+        reason = self._refuses_dtype(call) or call.exceeds(self.name)
+        if reason is None and differentiate and call.state.open_chunk is not None:
+            return "it does not differentiate from a state that was cut inside a chunk"
+        return reason
+
+    def _refuses_dtype(self, call: Call) -> str | None:
         if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        linear = call.memory == "linear"
-        heads = max(call.q.shape[-1], call.v.shape[-1])
-        limit = configs.MAX_HEAD if linear else configs.MAX_MLP_HEAD
-        if heads > limit:
-            return f"head dimensions are limited to {limit}, got {heads}"
-        if not linear and call.state.dual[0].shape[-1] > configs.MAX_HIDDEN:
-            return f"hidden sizes are limited to {configs.MAX_HIDDEN}, got {call.state.dual[0].shape[-1]}"
-        if linear and call.chunk_size > configs.CHUNK_SIZES[-1]:
-            return f"chunk_size is limited to {configs.CHUNK_SIZES[-1]}, got {call.chunk_size}"
-        if not linear and call.chunk_size not in configs.MLP_CHUNK_SIZES:
-            sizes = ", ".join(map(str, configs.MLP_CHUNK_SIZES))
-            return f"chunk_size must be one of {sizes} for an MLP memory, got {call.chunk_size}"
-        if not linear and call.q.shape[1] >= configs.MAX_MLP_CHUNKS * call.chunk_size:
-            return f"an MLP memory is limited to {configs.MAX_MLP_CHUNKS} chunks, got {call.q.shape[1]} tokens"
-        if differentiate and call.state.open_chunk is not None:
-            return "it does not differentiate from a state that was cut inside a chunk"
         return None
 
     def decodes(self, call: Call) -> bool:
-        """Whether so few tokens are read one by one, if no backward will come."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= self.STEPS
+        """Whether a call without gradients has few enough tokens."""
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
-        from miras_kernels.kernels.common import configs
-
-        if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        heads, limit = max(call.q.shape[-1], call.v.shape[-1]), configs.MAX_HEAD if call.memory == "linear" else configs.MAX_MLP_HEAD
-        if heads > limit:
-            return f"head dimensions are limited to {limit}, got {heads}"
-        return None
+        return self._refuses_dtype(call) or call.exceeds(self.name, steps=True)
 
     def stepper(self, call: Call) -> Callable:
-        from miras_kernels.kernels.decode import steps
+        from miras_kernels.kernels.decode.stepper import stepper
 
-        return steps.stepper(call)
+        return stepper(call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        from miras_kernels.decode import decoder as decode
         from miras_kernels.kernels.common import launch
-        from miras_kernels.kernels.linear import sequence as linear
-        from miras_kernels.kernels.mlp import sequence as mlp
 
-        if checkpoint_every == 0 and self.decodes(call):
-            return *decode.forward(call, self.name), []
-        forward = (linear if call.memory == "linear" else mlp).forward
+        forward = _sequence_kernels(call.memory.name).forward
         out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return kept_states_like(call, checkpoint_every)
+        return checkpoints_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         from miras_kernels.kernels.common import launch
-        from miras_kernels.kernels.linear import sequence as linear
-        from miras_kernels.kernels.mlp import sequence as mlp
 
-        backward = (linear if call.memory == "linear" else mlp).backward
+        backward = _sequence_kernels(call.memory.name).backward
         return backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state)
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, as triton decides when it is imported."""
+    """Whether Triton runs kernels in its interpreter: it decides this when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def _sequence_kernels(memory: str) -> ModuleType:
+    return importlib.import_module(f"miras_kernels.kernels.{memory}.sequence")
+
+
 def _may_end_open(call: Call) -> bool:
-    """Whether a final state must tell where in a chunk its sequences stopped, as far as shapes tell."""
+    """Whether sequences can end inside a chunk, as far as shapes tell, so that the final state needs an open chunk."""
     return call.output_final_state and (call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)

@@ -1,5 +1,10 @@
-"""Token by token: :class:`Decoder`, its buffers, and the operator that a compiled model calls."""
+"""Decoding, token by token: :class:`Decoder`, its buffers, and the operator that a compiled model calls.
 
-from .decoder import Decoder
+``read`` is for short calls of the public functions, ``step`` for a decoder under ``torch.compile``. Backends provide the steps
+(:func:`miras_kernels.dispatch.stepper`).
+"""
 
-__all__ = ["Decoder"]
+from .decoder import Decoder, read
+from .operator import step
+
+__all__ = ["Decoder", "read", "step"]

@@ -1,6 +1,6 @@
-"""Memories inside Hugging Face transformers (5.4 or later, below 6). The only part of the library that imports transformers.
+"""Memories in Hugging Face transformers (5.4 or later, below 6). The only part of the library that imports transformers.
 
-**Into an existing model.** :func:`replace_attention` puts memories in the place of attention, in all layers or some, in place::
+**Existing models.** :func:`replace_attention` replaces attention by memories, in all layers or some, in place::
 
     from transformers import AutoModelForCausalLM
     from miras_kernels.hf import load, replace_attention
@@ -12,35 +12,35 @@
     model.save_pretrained(folder)
     model = load(folder)                                    # or AutoModelForCausalLM.from_pretrained(folder)
 
-With ``mode="parallel"`` attention stays and memories are added beside it, behind gates that are zero at the start: the model begins as what
-it was, and one layer of the cache holds both the keys and values and the state.
+With ``mode="parallel"`` attention stays and memories are added beside it, behind gates that are zero at first: the model's outputs do not
+change until it is trained. Each layer of the cache then holds both keys and values and the memory's state.
 
 **From scratch.** :class:`MirasConfig` and :class:`MirasForCausalLM` are the paper's model, see :mod:`miras_kernels.hf.model`.
 
-**Generation.** The memories' state lies in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow. Greedy
-search, sampling, beams, several sequences a prompt, chunked prefill and going on with a cache all give what reading the whole text
-again would. Static caches (``cache_implementation="static"``, :class:`~transformers.StaticCache`) hold it in buffers of fixed
-addresses, and single tokens are read in place: a compiled step is one graph (``fullgraph=True``), which is not compiled again.
-Compile the steps and not the prompt, as ``generate`` does. Static caches carry no gradients. The cache is the argument ``cache``
-(``past_key_values`` before transformers 5.24, with a warning until 5.40; :data:`.compat.CACHE`); a state under any other name is
-refused. Quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping a cache are
-refused. ``python -m miras_kernels`` tells whether the installed version of transformers is a tested one.
+**Generation.** The state of the memories is in the model's own cache (:class:`MemoryCacheLayer`), in float32, and does not grow. Greedy
+search, sampling, beam search, several sequences per prompt, chunked prefill and continuing from a cache all give the results of reading
+the whole text at once. In static caches (``cache_implementation="static"``, :class:`~transformers.StaticCache`) the state is in buffers
+of fixed addresses and decoding steps update it in place: a compiled step is one graph (``fullgraph=True``) and is not recompiled. Compile
+the decoding steps and not the prefill, as ``generate`` does. Static caches have no gradients. The cache is the argument ``cache``
+(``past_key_values`` before transformers 5.24, accepted with a warning until 5.40; :data:`.compat.CACHE`); a state under any other name is
+refused. Quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping a cache are refused.
+``python -m miras_kernels`` says whether the installed version of transformers is a tested one.
 
-**Padding and packing.** A padded row's result is that of its real tokens alone, wherever the padding stands, and positions count
-real tokens. (Attention that is left has its host's habits: padding between tokens counts in a sliding window.) Documents packed by
-``position_ids`` (without a mask) or ``cu_seq_lens_q`` are separate; they leave no cache. With ``torch.compile(model,
-fullgraph=True)`` only ``cu_seq_lens_q`` can tell where they begin, whose values nobody looks at.
+**Padding and packing.** The result of a padded row is that of its real tokens alone, wherever the padding is, and positions count real
+tokens. (Attention layers behave as in transformers: padding between tokens counts in a sliding window.) Documents that are packed by
+``position_ids`` (without a mask) or ``cu_seq_lens_q`` are separate sequences; they leave no cache. With ``torch.compile(model,
+fullgraph=True)`` only ``cu_seq_lens_q`` can mark their bounds; its values are not checked.
 
-**Training.** In training mode no cache is made unless asked for (``use_cache=True``), and with gradient checkpointing a given one
-is refused. ``output_attentions`` is refused: a memory has none. What is new is ``...self_attn.memory.*``
-(``modules_to_save=["memory"]`` in PEFT); with ``init="from_attention"`` LoRA finds q_proj, k_proj, v_proj and o_proj where they
-were. PEFT has no default for these models, and no place to register one: name them, as in ``target_modules=["q_proj", "v_proj"]``
-(or ``"all-linear"``); beside attention a memory's own have the same last names, and ``r".*self_attn\\.[qv]_proj"`` means those of
-attention alone.
+**Training.** In training mode no cache is created unless ``use_cache=True``, and with gradient checkpointing a cache is refused.
+``output_attentions`` is refused, since a memory has none. New parameters are named ``...self_attn.memory.*``
+(``modules_to_save=["memory"]`` in PEFT); with ``init="from_attention"`` LoRA finds q_proj, k_proj, v_proj and o_proj under their old
+names. PEFT has no default target modules for these models: pass ``target_modules=["q_proj", "v_proj"]`` or ``"all-linear"``. With
+``mode="parallel"`` the memory's own projections have the same last names; ``r".*self_attn\\.[qv]_proj"`` selects those of attention
+alone.
 
-**Loading.** The classes are registered with AutoClasses when this package is imported. Tensors that a checkpoint lacks start as in
-:class:`~miras_kernels.layers.MemoryBlock`; the others stay as loaded. A saved model's ``model_type`` is ``miras_llama`` ..., so that
-no other class takes it for a plain one.
+**Loading.** The classes are registered with AutoClasses when this package is imported. Parameters that a checkpoint lacks are initialised
+as in :class:`~miras_kernels.layers.MemoryBlock`. A saved model's ``model_type`` is ``miras_llama`` ..., so that no other class loads it
+as a plain model.
 """
 
 from . import classes

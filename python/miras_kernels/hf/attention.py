@@ -1,8 +1,8 @@
-"""A memory with the call of a decoder layer's ``self_attn``, and what it must know of a batch.
+"""Modules that a decoder layer calls as its ``self_attn``, and what they need to know about a batch.
 
-Which tokens are padding and where packed documents begin is found once per forward, by the base model
-(:func:`describe_batch`), and handed down to the layers as one keyword argument, which the hosts pass on: nothing is stored
-on the model between two calls, so that a layer computed again for its gradient sees what it saw.
+The base model finds out once per forward which tokens are padding and where packed documents begin (:func:`describe_batch`), and passes
+it to the layers as one keyword argument. Nothing is stored on the model between two calls, so that gradient checkpointing recomputes a
+layer with the same arguments.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from .compat import CACHE, accepts_old_name, drops_cache
 
 __all__ = ["Batch", "MemoryAttention", "ParallelAttention", "describe_batch", "mask_of_tokens"]
 
-#: the keyword argument by which a mask ``[B, T]`` of the tokens themselves reaches the base model beside one made for attention
+#: keyword argument of the base model: a padding mask ``[B, T]``, where ``attention_mask`` has been expanded for attention already
 MASK = "memory_mask"
-#: what a memory takes over from an attention layer: projections, and the norms of queries and keys that some have
+#: the modules of an attention layer that a memory uses: projections, and the norms of queries and keys that some layers have
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class Batch(NamedTuple):
-    """Where the tokens of a batch belong; at most one of the two is given."""
+    """Padding or packed documents; at most one of the two is given."""
 
     mask: Tensor | None  # [B, T] bool, True at real tokens
-    cu_seqlens: Tensor | None  # [N + 1], documents in the flattened batch
+    cu_seqlens: Tensor | None  # [N + 1], bounds of the documents in the flattened batch
 
 
 class MemoryAttention(nn.Module):
-    """A :class:`~miras_kernels.layers.MemoryBlock` with the call of a decoder layer's ``self_attn``.
+    """A :class:`~miras_kernels.layers.MemoryBlock` that a decoder layer calls as its ``self_attn``.
 
-    All new parameters are the child ``memory``'s, and read inside its forward. With ``attention`` the projections are that
-    layer's own modules, under the names they had (and so are its norms of queries and keys), called, never read: grouped keys and
-    values are repeated for their heads, and the rotary positions turn queries and keys.
+    All new parameters belong to the child ``memory``. With ``attention``, the projections (and the norms of queries and keys) are that
+    layer's own modules, under the same names; they are called as modules, so that adapters and hooks on them work.
 
     Args:
         memory: the block, without projections if ``attention`` is given.
-        layer_idx: the layer's place in the model and its cache.
+        layer_idx: index of the layer in the model and its cache.
         attention: the layer that is linearised.
     """
 
-    # the attention layer's, where there is one
+    # set only where there is an attention layer
     q_proj: Any
     k_proj: Any
     v_proj: Any
@@ -73,20 +72,22 @@ class MemoryAttention(nn.Module):
         memory_batch: Batch | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        """``hidden_states [B, T, D]`` to ``(out [B, T, D], None)``; a cache (the argument ``cache``, ``past_key_values`` before
-        transformers 5.24) is read and advanced by T tokens. Other arguments are the host's business; without ``memory_batch`` (a layer
-        called by itself) the mask is the one that the host made for attention."""
+        """``hidden_states [B, T, D]`` to ``(out [B, T, D], None)``.
+
+        A cache (the argument ``cache``, ``past_key_values`` before transformers 5.24) is read and advanced by T tokens. Other arguments
+        are ignored. Without ``memory_batch`` (a layer called on its own) padding is read from ``attention_mask``.
+        """
         cache = _cache_layer(self, kwargs)
         projected = self._project(hidden_states, position_embeddings)
-        out = _recall(self.memory, hidden_states, attention_mask, memory_batch, cache, projected)
+        out = _run_memory(self.memory, hidden_states, attention_mask, memory_batch, cache, projected)
         return out if projected is None else self.o_proj(out), None
 
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Projected | None:
-        """Queries, keys and values as the attention layer would have read them, but not turned yet."""
+        """The attention layer's queries, keys and values, before the rotary position embedding."""
         if self.memory.q_proj is not None:
             return None
         if position_embeddings is None:
-            raise ValueError("position_embeddings: a memory made from attention needs the host's (cos, sin), got None")
+            raise ValueError("position_embeddings: a memory made from attention needs the model's (cos, sin), got None")
         heads, size = self.memory.num_heads, self.memory.head_dim
         q, k, v = (projection(x).unflatten(-1, (-1, size)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
@@ -97,10 +98,10 @@ class MemoryAttention(nn.Module):
 
 
 class ParallelAttention:
-    """What makes a host's attention layer one with a memory beside it, its child ``memory``: their outputs are added.
+    """A mixin that adds a memory, the child ``memory``, beside an attention layer; their outputs are added.
 
-    The layer's own parameters keep their names. A :class:`~miras_kernels.layers.MemoryBlock` with an ``output_gate`` adds nothing at the
-    start. Arguments and result are those of the host's layer.
+    The layer's own parameters keep their names. The memory's ``output_gate`` is zero at first. Arguments and result are those of the
+    attention layer.
     """
 
     layer_idx: int
@@ -109,19 +110,19 @@ class ParallelAttention:
     @accepts_old_name
     def forward(self, hidden_states: Tensor, *args, memory_batch: Batch | None = None, **kwargs):
         cache = _cache_layer(self, kwargs, beside_attention=True)
-        recalled = _recall(self.memory, hidden_states, kwargs.get("attention_mask"), memory_batch, cache, None)
-        out, weights = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]  # the host's layer is the other base
-        return out + recalled, weights
+        read = _run_memory(self.memory, hidden_states, kwargs.get("attention_mask"), memory_batch, cache, None)
+        out, weights = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]  # the attention layer is the other base class
+        return out + read, weights
 
 
 def _cache_layer(layer: Any, kwargs: dict, beside_attention: bool = False) -> MemoryCacheLayer | None:
-    """The layer's place in the cache among its keyword arguments."""
+    """The layer of the cache that is among the keyword arguments."""
     refuse_state(kwargs)
     cache = kwargs.get(CACHE)
     return None if cache is None else memory_layer(cache, layer.layer_idx, beside_attention)
 
 
-def _recall(
+def _run_memory(
     block: MemoryBlock,
     x: Tensor,
     attention_mask: Tensor | None,
@@ -129,7 +130,7 @@ def _recall(
     cache: MemoryCacheLayer | None,
     projected: Projected | None,
 ) -> Tensor:
-    """What a block answers to ``x [B, T, D]``; the cache is read and advanced by T tokens."""
+    """The block's outputs for ``x [B, T, D]``; the cache is read and advanced by T tokens."""
     tokens = x.shape[1]
     if batch is None:
         batch = Batch(_token_mask(attention_mask, tokens, tokens), None)
@@ -146,29 +147,29 @@ def _recall(
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- what a batch holds
+# ----------------------------------------------------------------------------------- padding, packed documents, refusals
 
 _PACKED_CACHE = (
-    "use_cache: documents packed into a row leave no state to go on from; expected use_cache=False (or no position_ids or cu_seq_lens_q "
-    "that pack documents), got a cache"
+    "use_cache: packed documents leave no state to continue from; expected use_cache=False (or no position_ids or cu_seq_lens_q that pack "
+    "documents), got a cache"
 )
 
 
 def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
-    """The keyword arguments of the base model's own forward: refuses what memories cannot serve, and adds ``memory_batch``.
+    """The keyword arguments for the original forward, with ``memory_batch``; refuses what memories do not support.
 
-    Positions are those of the real tokens if a padding mask ``[B, past + T]`` comes without ``position_ids``, and in training no
-    cache is made unless asked for.
+    If a padding mask ``[B, past + T]`` comes without ``position_ids``, positions count real tokens. In training mode no cache is created
+    unless ``use_cache=True``.
     """
     _refuse(model, kwargs)
     kwargs, cache = dict(kwargs), kwargs.get(CACHE)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
-        return kwargs  # the host complains
+        return kwargs  # the original forward raises the error
     if kwargs.get("use_cache") is None and cache is None and model.training:
         kwargs["use_cache"] = False
     given, length = kwargs.get("attention_mask"), tokens.shape[1]
-    if MASK in kwargs:  # generate has asked already
+    if MASK in kwargs:  # from mask_of_tokens
         mask, documents, past = kwargs.pop(MASK), None, 0
     else:
         past = _past(cache, given, length)
@@ -177,7 +178,7 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
     if documents is not None:
         if cache is not None or kwargs.get("use_cache"):
             raise ValueError(_PACKED_CACHE)
-        # Without a mask the attention that is left finds the documents in the positions.
+        # Without a mask, the remaining attention layers find the documents by the positions.
         kwargs["use_cache"], kwargs["attention_mask"], mask = False, None, None
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = _positions(documents, tokens)
@@ -190,16 +191,16 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
         if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or carries_state) and bool(mask.all()):
             mask = None
     if all(isinstance(layer.self_attn, MemoryAttention) for layer in model.layers):
-        # No layer reads the mask: one that is already four-dimensional is handed on as it is, and none is made.
+        # No layer reads this mask; since it has four dimensions, transformers creates no other one.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return {**kwargs, "memory_batch": Batch(mask, documents)}
 
 
 def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iteration: bool) -> dict:
-    """What ``generate`` hands to a forward; for a static cache, where it has made a mask for attention of ``attention_mask [B, past + T]``
-    already, that of the T tokens as well: bool, or None if none is padding (no token is that it wrote itself).
+    """The arguments that ``generate`` passes to a forward, with :data:`MASK` added for a static cache.
 
-    This runs outside of what is compiled, so all looks at values are here.
+    There ``generate`` has already expanded ``attention_mask [B, past + T]`` for attention, so the mask of the T new tokens is passed too:
+    bool, or None if none of them is padding (generated tokens never are). This runs outside of the compiled step, so it may read values.
     """
     if not isinstance(inputs.get(CACHE), StaticCache) or (attention_mask is not None and attention_mask.dim() != 2):
         return inputs
@@ -214,11 +215,11 @@ def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iterati
 
 
 def _past(cache: Any, given: object, tokens: int) -> int:
-    """How many tokens the cache has read, where a mask asks for it."""
+    """How many tokens the cache has read; 0 where no mask needs it."""
     if cache is None or given is None:
         return 0
     past = cache.get_seq_length()
-    if torch.compiler.is_compiling() and isinstance(past, Tensor):  # a static cache counts on its device: the mask is believed
+    if torch.compiler.is_compiling() and isinstance(past, Tensor):  # a static cache counts on its device: take it from the mask
         return given.shape[1] - tokens if isinstance(given, Tensor) and given.dim() == 2 else 0
     return int(past)
 
@@ -229,7 +230,7 @@ def _refuse(model: PreTrainedModel, kwargs: dict) -> None:
         check_cache(kwargs[CACHE])
         if drops_cache(model):
             raise ValueError(
-                f"{CACHE}: gradient checkpointing computes layers again, which have no cache then; expected None, or a model in eval() mode"
+                f"{CACHE}: gradient checkpointing recomputes layers without the cache; expected None, or a model in eval() mode"
             )
     if kwargs.get("encoder_hidden_states") is not None:
         raise ValueError("encoder_hidden_states: a memory does not attend to another sequence; expected None")
@@ -241,28 +242,28 @@ def _refuse(model: PreTrainedModel, kwargs: dict) -> None:
 
 
 def _documents(tokens: Tensor, kwargs: dict, mask: Tensor | None) -> Tensor | None:
-    """``cu_seqlens`` of packed documents, by transformers' own rules: told by ``cu_seq_lens_q``, or (without a mask) seen in
-    ``position_ids`` that do not go up by one (``transformers.masking_utils.find_packed_sequence_indices``)."""
+    """``cu_seqlens`` of packed documents, by the rules of transformers: ``cu_seq_lens_q``, or (without a mask) ``position_ids`` that do
+    not increase by one (``transformers.masking_utils.find_packed_sequence_indices``)."""
     rows, length = tokens.shape[:2]
-    told, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if told is not None:
+    given, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if given is not None:
         if mask is not None:
             _refuse_padding(mask)
-        return told
+        return given
     if position_ids is None or mask is not None or length == 1:
         return None
     return _documents_of_positions(position_ids, rows, length)
 
 
-@torch.compiler.disable(reason="attention_mask: its values are looked at; expected None beside cu_seq_lens_q with fullgraph=True")
+@torch.compiler.disable(reason="attention_mask: its values are read; expected None beside cu_seq_lens_q with fullgraph=True")
 def _refuse_padding(mask: Tensor) -> None:
     if not bool(mask.all()):
         raise ValueError("cu_seq_lens_q: packed documents have no padding; expected no attention_mask, or one without zeros")
 
 
 @torch.compiler.disable(
-    reason="position_ids: where documents begin is seen in their values; with fullgraph=True expected cu_seq_lens_q (or, for one document "
-    "a row, an attention_mask of ones)"
+    reason="position_ids: their values say where documents begin; with fullgraph=True expected cu_seq_lens_q (or, for one document "
+    "per row, an attention_mask of ones)"
 )
 def _documents_of_positions(position_ids: Tensor, rows: int, length: int) -> Tensor | None:
     starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).expand(rows, length)
@@ -273,15 +274,15 @@ def _documents_of_positions(position_ids: Tensor, rows: int, length: int) -> Ten
 
 
 def _positions(documents: Tensor, tokens: Tensor) -> Tensor:
-    """``[B, T]``, each token's place in its document."""
+    """``[B, T]``, each token's position in its document."""
     rows, length = tokens.shape[:2]
     at, offsets = torch.arange(rows * length, device=tokens.device), documents.to(tokens.device, torch.int64)
     return (at - offsets[torch.bucketize(at, offsets[1:], right=True)]).view(rows, length)
 
 
 def _token_mask(mask: object, tokens: int, seen: int) -> Tensor | None:
-    """``[B, tokens]`` bool from any mask a host makes or takes: None, 2-D over the ``seen`` tokens (those in the cache included), or,
-    without a past, 4-D boolean or additive (causal plus padding)."""
+    """``[B, tokens]`` bool from any mask that transformers uses: None, 2-D over the ``seen`` tokens (including those in the cache), or,
+    without a cache, 4-D boolean or additive (causal plus padding)."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -295,7 +296,7 @@ def _token_mask(mask: object, tokens: int, seen: int) -> Tensor | None:
         raise ValueError(f"attention_mask: expected [B, T] (or, without a cache, [B, 1, T, T]) with T = {seen}, got {tuple(mask.shape)}")
     if torch.compiler.is_compiling():
         raise NotImplementedError("attention_mask: a 4-D mask cannot be checked under torch.compile; expected [B, T] or None")
-    visible = mask if mask.dtype == torch.bool else mask >= 0  # additive: 0 where a token is seen, else the dtype's minimum
+    visible = mask if mask.dtype == torch.bool else mask >= 0  # additive: 0 where a token is visible, else the dtype's minimum
     real = visible[:, 0].diagonal(dim1=-2, dim2=-1)
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
     expected = (causal & real.unsqueeze(1)).unsqueeze(1)

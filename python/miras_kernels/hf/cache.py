@@ -1,4 +1,4 @@
-"""A memory's place in the model's own cache object."""
+"""The layers of a transformers cache that hold the state of memories."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ __all__ = ["MemoryCacheLayer", "ParallelCacheLayer", "StaticMemoryCacheLayer", "
 
 
 class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
-    """What a memory carries from token to token, in the place of an attention layer's keys and values.
+    """The state of a memory, in place of an attention layer's keys and values.
 
-    Its size does not depend on how much has been read. It counts tokens as attention does (padding included), so that
-    the layers around it, positions and masks see the length they expect. A state is a value: beams that share a past share it,
-    and a kept :class:`~miras_kernels.layers.BlockState` never changes.
+    Its size does not depend on the number of tokens. It counts tokens as attention does (padding included), so that the other layers,
+    positions and masks see the length they expect. The state is never written in place, so beams may share it.
 
     Attributes:
-        state: of B sequences, None before the first token. Its memory is in float32 (float64 in a float64 model).
-        length: tokens read.
+        state: of B sequences, None before the first token. In float32 (float64 in a float64 model).
+        length: number of tokens read.
     """
 
     is_sliding = False
@@ -39,11 +38,11 @@ class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
         self.length: Any = 0
 
     def before(self, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
-        """What a block begins with that is to read ``tokens`` more."""
+        """The initial state of a block that is about to read ``tokens`` more tokens."""
         return self.state
 
     def advance(self, block: MemoryBlock, state: BlockState, tokens: int) -> None:
-        """Take the block's state after ``tokens`` more tokens."""
+        """Store the block's state after ``tokens`` more tokens."""
         self.state, self.length, self.is_initialized = state, self.length + tokens, True
 
     @property
@@ -61,7 +60,11 @@ class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Sequences; there is no such attribute before the first token."""
+        """Number of sequences.
+
+        Raises:
+            AttributeError: before the first token, as ``hasattr`` needs it.
+        """
         if self.state is None:
             raise AttributeError("batch_size: nothing has been read yet")
         return self.state.conv.shape[0]
@@ -88,16 +91,18 @@ class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
         self._map(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
-        """A state stays where it is: it is small."""
+        """Does nothing: a state is small."""
 
     prefetch = offload
 
     def crop(self, *args, **kwargs) -> None:
-        """Refused: what a memory has read it cannot forget."""
-        raise NotImplementedError("crop: a memory cannot take tokens back (assisted generation needs that), got a cache with memories")
+        """Not supported: the state of a memory has no earlier versions."""
+        raise NotImplementedError(
+            "crop: tokens cannot be removed from a memory (assisted generation needs that), got a cache with memories"
+        )
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        raise NotImplementedError("a memory's cache layer holds no keys and values")
+        raise NotImplementedError("a memory's cache layer has no keys and values")
 
     update = lazy_initialization
 
@@ -106,20 +111,20 @@ class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
             self.state = self.state.map(function)
 
 
-_ROOM = "a static cache has room for the sequences that it was begun with, no more and no fewer"
+_ROOM = "a static cache has buffers for a fixed number of sequences, which cannot change"
 
 
 class StaticMemoryCacheLayer(MemoryCacheLayer):
-    """The same in a static cache: single tokens are read in place, and what holds the state stays where it is.
+    """The same for a static cache: decoding steps update the state in place, in buffers whose addresses do not change.
 
-    So a compiled step finds it at the same addresses, in every call of ``generate`` that uses the cache again. There are no gradients.
+    So a compiled step can be used again in every call of ``generate`` with this cache. There are no gradients.
 
     Args:
-        max_cache_len: tokens that the attention layers around it have room for; a memory has no bound.
+        max_cache_len: capacity of the attention layers of the same model; a memory has no limit.
 
     Attributes:
         decoder: the state of B sequences, None before the first token.
-        length: tokens read, a tensor (so that nothing is compiled anew when it grows).
+        length: number of tokens read, a tensor (so that nothing is recompiled when it grows).
     """
 
     is_compileable = True
@@ -152,7 +157,11 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
 
     @property
     def batch_size(self) -> int:
-        """Sequences; there is no such attribute before the first token."""
+        """Number of sequences.
+
+        Raises:
+            AttributeError: before the first token, as ``hasattr`` needs it.
+        """
         if self.decoder is None:
             raise AttributeError("batch_size: nothing has been read yet")
         return self.decoder.conv.shape[0]
@@ -167,7 +176,7 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
         return self.max_cache_len
 
     def reset(self) -> None:
-        """Nothing has been read; the buffers stay where they are."""
+        """Start again with no token read; the buffers keep their addresses."""
         self.is_initialized = False
         if self.decoder is not None:
             self.length.zero_()
@@ -183,13 +192,13 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
         raise NotImplementedError(_ROOM)
 
 
-def _answered(name: str) -> Callable:
-    """A method that the layer of attention answers."""
+def _from_attention(name: str) -> Callable:
+    """A method that calls the attention layer's."""
     return lambda self, *args, **kwargs: getattr(self.attention, name)(*args, **kwargs)
 
 
-def _done(name: str) -> Callable:
-    """A method that both layers follow."""
+def _both(name: str) -> Callable:
+    """A method that calls those of both layers."""
 
     def method(self, *args, **kwargs) -> None:
         getattr(self.memory, name)(*args, **kwargs)
@@ -201,7 +210,7 @@ def _done(name: str) -> Callable:
 class ParallelCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
     """The keys and values of an attention layer, and the state of the memory beside it.
 
-    What a cache asks of its layers the one of attention answers; what it does to them is done to both.
+    Queries are answered by the attention layer's part; operations apply to both.
     """
 
     is_croppable = False
@@ -212,23 +221,23 @@ class ParallelCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
         self.attention, self.memory = attention, memory
 
     def __getattr__(self, name: str):
-        if name == "attention":  # while it is copied
+        if name == "attention":  # not set yet, while this object is being copied
             raise AttributeError(name)
         return getattr(self.attention, name)
 
-    update, lazy_initialization = _answered("update"), _answered("lazy_initialization")
-    get_seq_length, get_mask_sizes = _answered("get_seq_length"), _answered("get_mask_sizes")
-    get_max_length = _answered(compat.MAX_LENGTH)
-    reset, reorder_cache, offload, prefetch = _done("reset"), _done("reorder_cache"), _done("offload"), _done("prefetch")
-    batch_repeat_interleave, batch_select_indices = _done("batch_repeat_interleave"), _done("batch_select_indices")
+    update, lazy_initialization = _from_attention("update"), _from_attention("lazy_initialization")
+    get_seq_length, get_mask_sizes = _from_attention("get_seq_length"), _from_attention("get_mask_sizes")
+    get_max_length = _from_attention(compat.MAX_LENGTH)
+    reset, reorder_cache, offload, prefetch = _both("reset"), _both("reorder_cache"), _both("offload"), _both("prefetch")
+    batch_repeat_interleave, batch_select_indices = _both("batch_repeat_interleave"), _both("batch_select_indices")
     crop = MemoryCacheLayer.crop
 
 
 def memory_layer(cache: Cache, index: int, beside_attention: bool = False) -> MemoryCacheLayer:
-    """The memory's layer of a model's cache, put there if the cache is new, in the place of that of attention or beside it.
+    """The memory's layer of a model's cache; created in a new cache, in place of the attention layer's or beside it.
 
     Raises:
-        TypeError, ValueError: the cache has no room for a memory (quantized ...), or holds keys and values at this layer.
+        TypeError, ValueError: the cache cannot hold memories (quantized ...), or has keys and values at this layer.
     """
     check_cache(cache)
     while len(cache.layers) <= index:
@@ -238,25 +247,25 @@ def memory_layer(cache: Cache, index: int, beside_attention: bool = False) -> Me
         return layer.memory if beside_attention else layer
     if layer.get_seq_length():
         raise ValueError(
-            f"{CACHE}: layer {index} of the model is a memory; expected its state or an empty cache, got keys and values of "
+            f"{CACHE}: layer {index} of the model is a memory; expected its state or an empty cache, got keys and values for "
             f"{layer.get_seq_length()} tokens (of another model, or of prefix tuning)"
         )
     static = isinstance(cache, StaticCache)
-    # What one layer has room for may be a window only.
+    # The capacity of a single layer may be that of a sliding window.
     memory = StaticMemoryCacheLayer(max(x.max_cache_len for x in cache.layers)) if static else MemoryCacheLayer()
     cache.layers[index] = ParallelCacheLayer(layer, memory) if beside_attention else memory
     return memory
 
 
 def check_cache(cache: object) -> None:
-    """Refuse what holds anything but layers of its own for every decoder layer, quantized keys and values, say.
+    """Refuse caches that cannot hold memories (quantized ones, for example), and a static cache with gradients enabled.
 
-    A static cache carries no gradients: a step is read in place.
+    A static cache has no gradients, since decoding steps write in place.
     """
     if isinstance(cache, StaticCache):
         if torch.is_grad_enabled():
             raise ValueError(
-                f"{CACHE}: a StaticCache of a model with memories carries no gradients; expected torch.no_grad() or a DynamicCache"
+                f"{CACHE}: a StaticCache of a model with memories has no gradients; expected torch.no_grad() or a DynamicCache"
             )
         return
     if isinstance(cache, DynamicCache):
@@ -265,13 +274,13 @@ def check_cache(cache: object) -> None:
 
 
 def refuse_state(kwargs: dict) -> None:
-    """Refuse a state among keyword arguments that nobody reads: the text would go on without it."""
+    """Refuse a state in a keyword argument that is not read: generation would silently continue without it."""
     for name, value in kwargs.items():
         if name != CACHE and value is not None and (name in compat.ALIASES or _holds_state(value)):
             raise TypeError(f"{name}: expected None, a model with memories reads the argument {CACHE}{_INSTEAD}{_kind(value)}")
 
 
-_INSTEAD = ", and does no continuous batching; got the "
+_INSTEAD = ", and has no continuous batching; got the "
 
 
 def _holds_state(value: object) -> bool:

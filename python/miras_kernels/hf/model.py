@@ -1,10 +1,9 @@
-"""The paper's model as a transformers model, for training from scratch.
+"""The model of the Miras paper as a transformers model, for training from scratch.
 
 A stack of decoder layers, each ``x + memory(norm(x))`` and then ``x + mlp(norm(x))``: the memory is a
 :class:`~miras_kernels.layers.MemoryBlock`, the MLP a SwiGLU, the norms are RMSNorm (Miras, arXiv 2504.13173, section 5.3). Some
-layers may be attention over a sliding window instead, with rotary positions: the hybrid of that paper. This is a Mistral model
-with memories, and shares all its code, so it trains, generates, saves and loads as those of
-:func:`~miras_kernels.hf.replace_attention` do ::
+layers may be sliding-window attention with rotary positions instead (the paper's hybrid). It is a Mistral model with memories and
+shares all its code, so it trains, generates, saves and loads like the models of :func:`~miras_kernels.hf.replace_attention` ::
 
     from transformers import AutoModelForCausalLM
     from miras_kernels.hf import MirasConfig, MirasForCausalLM
@@ -27,15 +26,15 @@ __all__ = ["MirasConfig", "MirasForCausalLM", "MirasForSequenceClassification", 
 
 @strict
 class MirasConfig(MirasConfigMixin, MistralConfig):
-    """The configuration of a :class:`MirasForCausalLM`; what is not named here is MistralConfig's.
+    """The configuration of a :class:`MirasForCausalLM`; all other arguments are those of MistralConfig.
 
     Args:
-        preset: a name from :data:`miras_kernels.layers.PRESETS`: the memory of every layer. The rule itself is saved (field ``miras``).
-        chunk_size: another one than the preset's.
+        preset: a name from :data:`miras_kernels.layers.PRESETS`; its values are saved (field ``miras``).
+        chunk_size: overrides the preset's.
         conv_width, gate_rank: see :class:`~miras_kernels.layers.MemoryBlock`.
-        attention_layers: indices of the layers that are attention over a sliding window instead; none by default, not all.
-        sliding_window: tokens such a layer sees.
-        num_attention_heads, head_dim: of memories and attention; ``num_key_value_heads`` of attention (as many by default).
+        attention_layers: indices of the layers that are sliding-window attention instead; none by default, at most all but one.
+        sliding_window: number of tokens such a layer attends to.
+        num_attention_heads, head_dim: of memories and attention; ``num_key_value_heads`` of attention (by default the same number).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -60,14 +59,14 @@ class MirasConfig(MirasConfigMixin, MistralConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.attention_layers = list(self.attention_layers)
-        if self.miras is not None:  # as it was saved
+        if self.miras is not None:  # from a saved configuration
             return
         for i in self.attention_layers:
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.num_hidden_layers:
                 raise ValueError(f"attention_layers: expected indices from 0 to {self.num_hidden_layers - 1}, got {i!r}")
         layers = tuple(i for i in range(self.num_hidden_layers) if i not in self.attention_layers)
         if not layers:
-            raise ValueError("attention_layers: expected at least one layer that is a memory, got all layers")
+            raise ValueError("attention_layers: expected at least one layer to be a memory, got all layers")
         rule = resolve(self.preset, self.chunk_size)
         self.miras = plan.write([plan.Memories(layers, rule, self.num_attention_heads, self.head_dim, self.conv_width, self.gate_rank)])
 
@@ -80,7 +79,7 @@ class MirasModel(classes.MirasMistralModel):
 
 
 class MirasForCausalLM(classes.MirasMistralForCausalLM):
-    """The language model: :class:`transformers.MistralForCausalLM` with memories, started at random."""
+    """The language model: :class:`transformers.MistralForCausalLM` with memories, randomly initialised."""
 
     config_class = MirasConfig
     config: MirasConfig

@@ -1,12 +1,12 @@
-"""Which layers of a model are memories, and which: the field ``miras`` of its configuration.
+"""Which layers of a model have memories, and of what kind: the field ``miras`` of its configuration.
 
-The field is JSON with a version, so that it survives ``config.json``; it holds the whole rule of a memory, not the name of
-a preset, so that a saved model stays what it is when a preset changes::
+The field is JSON with a version number, as ``config.json`` needs it. It stores all values of a preset, not its name, so that a saved model
+does not change when a preset does::
 
     {"version": 1, "memories": [{"layers": [0, 2], "mode": "replace", "init": "new", "num_heads": 4, "head_dim": 64, "conv_width": 4,
                                  "gate_rank": 16, "preset": {"bias": {"type": "Huber", "kind": "switch", "sharpness": 10.0}, ...}}]}
 
-Where a memory runs (``backend``) is no part of the model and is not saved.
+The ``backend`` is not part of the model and is not saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TABLES: dict[str, dict] = {"bias": biases.TABLE, "retention": retention.TABLE}
 
 @dataclasses.dataclass(frozen=True)
 class Memories:
-    """Layers whose memories are alike: the arguments of :func:`~miras_kernels.hf.replace_attention`, resolved."""
+    """Layers with the same kind of memory: the arguments of :func:`~miras_kernels.hf.replace_attention`, resolved."""
 
     layers: tuple[int, ...]
     preset: Preset
@@ -40,7 +40,7 @@ class Memories:
     mode: str = "replace"
 
     def to_json(self) -> dict:
-        """A JSON object, see the top of this file."""
+        """A JSON object, see the module's docstring."""
         rule = {field.name: getattr(self.preset, field.name) for field in dataclasses.fields(Preset)}
         for name, table in _TABLES.items():
             rule[name] = _row_to_json(name, rule[name], table)
@@ -48,7 +48,7 @@ class Memories:
 
     @staticmethod
     def from_json(data: dict) -> Memories:
-        """Undo :meth:`to_json`."""
+        """The inverse of :meth:`to_json`."""
         rule = {name: _row_from_json(x, _TABLES[name]) if name in _TABLES else x for name, x in data["preset"].items()}
         return Memories(**{**data, "layers": tuple(data["layers"]), "preset": Preset(**rule)})
 
@@ -63,7 +63,9 @@ def read(config: object) -> list[Memories]:
     if field is None:
         return []
     if field.get("version") != VERSION:
-        raise ValueError(f"config.miras: expected version {VERSION}, got {field.get('version')!r}; another miras_kernels wrote it")
+        raise ValueError(
+            f"config.miras: expected version {VERSION}, got {field.get('version')!r}; it was written by another version of miras_kernels"
+        )
     return [Memories.from_json(data) for data in field["memories"]]
 
 
@@ -73,7 +75,7 @@ def write(memories: Iterable[Memories]) -> dict:
 
 
 def indices(layers: object, count: int, taken: Iterable[int] = ()) -> tuple[int, ...]:
-    """The layers meant by ``layers``, of ``count`` layers of which ``taken`` are memories already.
+    """The argument ``layers`` as indices, for a model of ``count`` layers of which ``taken`` have memories already.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -100,9 +102,7 @@ def indices(layers: object, count: int, taken: Iterable[int] = ()) -> tuple[int,
 
 def _row_to_json(name: str, row: Any, table: dict) -> dict:
     if type(row) not in map(type, table.values()):
-        raise ValueError(
-            f"preset: its {name} must be one of miras_kernels' own, to be written to a configuration; got {type(row).__name__}"
-        )
+        raise ValueError(f"preset: expected a {name} of miras_kernels itself, which a configuration can store; got {type(row).__name__}")
     return {"type": type(row).__name__, **dataclasses.asdict(row)}
 
 

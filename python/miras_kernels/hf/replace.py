@@ -1,4 +1,4 @@
-"""Memories in the place of attention, inside an existing model."""
+"""Put memories into an existing model, in place of attention or beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..layers import Preset
 from ..layers.presets import resolve
 from . import compat, plan
 from .attention import PROJECTIONS, MemoryAttention, ParallelAttention
-from .classes import FAMILIES, HOSTS, Family, adopt, build, has_memory, install
+from .classes import ARCHITECTURES, FAMILIES, Family, adopt, build, install
 from .plan import Memories
 
 __all__ = ["Report", "load", "memory_config", "replace_attention", "report"]
@@ -35,26 +35,27 @@ def replace_attention(
 ) -> PreTrainedModel:
     """Replace the attention of a Llama, Mistral, Qwen2, Qwen3 or Gemma (1, 2, 3 text) model by memories, in place, or add them to it.
 
-    The model becomes one of the class with memories (``LlamaForCausalLM`` a ``MirasLlamaForCausalLM``, with a configuration of its
-    own), which saves, loads, generates and trains as its host does. The layers that are not replaced keep their attention; other
-    layers can be replaced by a second call, with another preset.
+    The model's class changes to the one with memories (``LlamaForCausalLM`` becomes ``MirasLlamaForCausalLM``, with its own
+    configuration), which saves, loads, generates and trains like the original. The other layers keep their attention; a second call
+    can replace them, with another preset.
 
-    The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, started from
-    torch's random generator with the model's ``initializer_range``. *A model that has lost attention is no language model any more
-    until it has been trained.* All new parameters are ``...self_attn.memory.*``; :func:`report` lists them.
+    The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, initialised from
+    torch's random generator with the model's ``initializer_range``. *A pretrained model whose attention has been replaced must be
+    trained before it is of use again.* All new parameters are named ``...self_attn.memory.*``; :func:`report` lists them.
 
     Args:
-        model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped:
-            the whole model (of a base model that is part of another one, the other one would not know).
+        model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped.
+            Pass the whole model, not the base model inside it: its own class and configuration must change too.
         preset: see :data:`miras_kernels.layers.PRESETS`.
-        layers: indices of the decoder layers to replace; None or ``"all"`` for all. The others keep their attention.
-        mode: ``"replace"``; or ``"parallel"``: attention stays and a memory is added beside it, its output multiplied by a gate
-            (``memory.output_gate``, one number a channel) that is zero at the start: the model then computes bit for bit what it did.
-        init: ``"new"``: the memory has projections of its own, and no position embedding. ``"from_attention"``: it takes over the layer's
-            q_proj, k_proj, v_proj and o_proj (the same modules, under the same names; also the norms of queries and keys that Qwen3 and
-            Gemma 3 have), grouped keys and values are repeated for their heads, rotary positions turn queries and keys as they
-            did, and the convolution starts as the identity: a start for linearising a pretrained model. A sliding window falls away.
-        num_heads, head_dim: those of the host's queries by default; with ``init="from_attention"`` they are.
+        layers: indices of the decoder layers to replace; None or ``"all"`` for all.
+        mode: ``"replace"``; or ``"parallel"``: attention stays and a memory's output is added, multiplied by a gate
+            (``memory.output_gate``, one number per channel) that is zero at first, so that the model's outputs do not change.
+        init: ``"new"``: the memory has its own projections, and no position embedding. ``"from_attention"``, for linearising a
+            pretrained model: the memory uses the layer's q_proj, k_proj, v_proj and o_proj (the same modules, under the same
+            names; also the norms of queries and keys in Qwen3 and Gemma 3), grouped keys and values are repeated for all heads,
+            queries and keys keep their rotary position embedding, and the convolution is initialised to the identity. A sliding
+            window is dropped.
+        num_heads, head_dim: by default those of the model's queries; not allowed with ``init="from_attention"``, which uses those.
         chunk_size, conv_width, gate_rank, backend: see :class:`~miras_kernels.layers.MemoryBlock`. The backend is not saved.
 
     Returns:
@@ -65,22 +66,20 @@ def replace_attention(
     """
     compat.warn_if_untested()
     family = _family(model)
-    base = model.base_model
-    taken = [i for i, layer in enumerate(base.layers) if has_memory(layer)]
+    base, old = model.base_model, model.config
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("model: expected one without adapters (replace attention first, then add them), got one with adapters")
-    for i in plan.indices(layers, len(base.layers), taken):
+    config, group = _add_memories(
+        old, preset, layers, mode=mode, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size,
+        conv_width=conv_width, gate_rank=gate_rank,
+    )  # fmt: skip
+    for i in plan.indices(group.layers, len(base.layers)):
         if next(base.layers[i].parameters()).device.type == "meta":
             raise ValueError(
                 f"model: layer {i} has no data (meta device); expected a model whose weights are loaded (or load them with "
                 f"from_pretrained of {family.base.__name__} or another class with memories and config=memory_config(...))"
             )
-    old = model.config
-    config = memory_config(
-        old, preset, layers, mode=mode, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size,
-        conv_width=conv_width, gate_rank=gate_rank,
-    )  # fmt: skip
-    new = build(base, config, backend)
+    new = build(base, config, [group], backend)
     for module in model.modules():
         if vars(module).get("config") is old:
             module.config = config
@@ -104,13 +103,13 @@ def memory_config(
     conv_width: int = 4,
     gate_rank: int = 16,
 ) -> PreTrainedConfig:
-    """The configuration of a model with memories: a copy of the host's (or of one with memories in other layers).
+    """The configuration of a model with memories: a copy of a given one (which may have memories in other layers), with more memories.
 
-    For what :func:`replace_attention` cannot do in place: a checkpoint that is sharded over devices, quantised, or loaded without
-    ever making a model of the host's class ::
+    For models that :func:`replace_attention` cannot change in place: a checkpoint that is sharded over devices, quantised, or loaded
+    without ever creating a model of the original class ::
 
         config = memory_config(AutoConfig.from_pretrained(name), "yaad", init="from_attention")
-        model = MirasLlamaForCausalLM.from_pretrained(name, config=config)        # starts self_attn.memory.*, loads everything else
+        model = MirasLlamaForCausalLM.from_pretrained(name, config=config)    # initialises self_attn.memory.*, loads everything else
 
     Args:
         config: of one of the supported architectures. The other arguments are those of :func:`replace_attention`.
@@ -118,9 +117,21 @@ def memory_config(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    new, _ = _add_memories(
+        config, preset, layers, mode=mode, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size,
+        conv_width=conv_width, gate_rank=gate_rank,
+    )  # fmt: skip
+    return new
+
+
+def _add_memories(
+    config: PreTrainedConfig, preset: str | Preset, layers: str | Iterable[int] | None, *, mode: str, init: str, num_heads: int | None,
+    head_dim: int | None, chunk_size: int | None, conv_width: int, gate_rank: int,
+) -> tuple[PreTrainedConfig, Memories]:  # fmt: skip
+    """The configuration of :func:`memory_config`, and the memories that it adds."""
     family = FAMILIES.get(type(config))
     if family is None:
-        names = ", ".join(kind.__name__ for kind in dict.fromkeys(family.host for family in FAMILIES.values()))
+        names = ", ".join(kind.__name__ for kind in dict.fromkeys(family.original for family in FAMILIES.values()))
         raise TypeError(f"config: expected a configuration of one of the classes {names}, got {type(config).__name__}")
     if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
         raise ValueError("model: a memory reads causally; expected a model with causal attention, got one with bidirectional attention")
@@ -131,21 +142,21 @@ def memory_config(
     new = copy.deepcopy(config)
     new.__class__ = family.config
     new.miras = plan.write([*before, group])
-    return new
+    return new, group
 
 
 def load(path: str | Path, **kwargs) -> PreTrainedModel:
-    """A model with memories that ``save_pretrained`` has written, of the class that was saved.
+    """Load a model with memories that ``save_pretrained`` has written, as an instance of the class that was saved.
 
     The same as ``from_pretrained`` of that class, or (once ``miras_kernels.hf`` has been imported) of the AutoModel class for its
-    head; without importing it AutoModel classes load it with ``trust_remote_code=True``, if the package is installed.
+    head. Where it has not been imported but is installed, AutoModel classes load the model with ``trust_remote_code=True``.
 
     Args:
         path: the folder, or a model's name on the Hub.
         kwargs: of ``from_pretrained`` (``dtype``, ``device_map`` ...).
 
     Raises:
-        ValueError: there is no model with memories.
+        ValueError: the folder has no model with memories.
     """
     config = AutoConfig.from_pretrained(path)
     names = {cls.__name__: cls for family in FAMILIES.values() for cls in family.models.values()}
@@ -159,12 +170,12 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Names of parameters in the layers that have memories.
+    """Names of the parameters in the layers that have memories.
 
     Attributes:
-        copied: those that memories took over from attention.
-        new: those of the memories.
-        sizes: name -> number of values.
+        copied: parameters taken from attention.
+        new: parameters of the memories.
+        sizes: name -> number of elements.
     """
 
     copied: tuple[str, ...]
@@ -181,9 +192,9 @@ class Report:
 
 
 def report(model: PreTrainedModel) -> Report:
-    """Which parameters of a model's memories came from attention, and which are new.
+    """Which parameters of a model's memories were taken from attention, and which are new.
 
-    To train the new ones alone first, as linearising recipes do (RADLADS, LoLCATs)::
+    To train only the new ones first, as recipes for linearising do (RADLADS, LoLCATs)::
 
         new = set(report(model).new)
         for name, parameter in model.named_parameters():
@@ -203,7 +214,7 @@ def report(model: PreTrainedModel) -> Report:
 
 
 def _family(model: object) -> Family:
-    names = ", ".join(HOSTS.values())
+    names = ", ".join(ARCHITECTURES.values())
     if not isinstance(model, PreTrainedModel) or type(model).__name__.startswith("FSDP"):
         raise TypeError(f"model: expected a transformers model (not wrapped, not compiled), got {type(model).__name__}")
     family = FAMILIES.get(type(model.config))
@@ -217,12 +228,12 @@ def _heads(config: PreTrainedConfig, mode: str, init: str, num_heads: int | None
         if given not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {given!r}")
     if mode == "parallel" and init != "new":
-        raise ValueError(f"init: with mode='parallel' attention keeps its projections, expected 'new', got {init!r}")
+        raise ValueError(f"init: with mode='parallel' attention keeps its projections; expected 'new', got {init!r}")
     own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if init == "from_attention":
         for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
             if size is not None:
-                raise ValueError(f"{name}: with init='from_attention' it is the attention layer's, expected None, got {size!r}")
+                raise ValueError(f"{name}: with init='from_attention' it is that of the attention layer; expected None, got {size!r}")
     if num_heads is None:
         return config.num_attention_heads, own if head_dim is None else head_dim
     return num_heads, head_dim

@@ -1,4 +1,4 @@
-"""The block around a memory, for use as a layer: projections, convolution, gates, read-out (SPEC section 8)."""
+"""Memories as layers: :class:`MemoryBlock` adds projections, a short convolution, token gates and an output norm."""
 
 from .block import MemoryBlock, Projected
 from .presets import PRESETS, Preset

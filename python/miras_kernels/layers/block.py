@@ -17,18 +17,18 @@ from .state import BlockDecoder, BlockState
 
 __all__ = ["MemoryBlock", "Projected"]
 
-_SPAN = 10.0  # tokens after which the fastest head of a linear memory has forgotten a factor e at the start
-_SPREAD = 100.0  # the slowest head's span over the fastest's
-_MOMENTUM = 0.999  # upper end: below 1 after rounding too
+_SPAN = 10.0  # initial decay span of a linear memory's fastest head: tokens for a factor of e
+_SPREAD = 100.0  # span of the slowest head over that of the fastest
+_MOMENTUM = 0.999  # upper bound, such that it is below 1 after rounding too
 
 
 class Projected(NamedTuple):
-    """What a :class:`MemoryBlock` without projections of its own reads beside the hidden states.
+    """Inputs of a :class:`MemoryBlock` without projections, in addition to the hidden states.
 
     Attributes:
         qkv: ``[B, T, 3 * num_heads * head_dim]``, the projected queries, keys and values.
-        cos, sin: ``[B, T, head_dim]``, a rotary position embedding: queries and keys are turned before they are normalised, so
-            that a linear memory sees the distance of two tokens only; None for none.
+        cos, sin: ``[B, T, head_dim]``, a rotary position embedding or None. It is applied to queries and keys before they are
+            normalised, so that a linear memory depends on the distance of two tokens only.
     """
 
     qkv: Tensor
@@ -42,77 +42,77 @@ class Projected(NamedTuple):
 
 
 class MemoryBlock(nn.Module):
-    r"""A sequence layer whose memory is learned while it reads. In the place of an attention layer, causal, without positions.
+    r"""A causal sequence layer with a memory that is trained while it reads (test-time training); no position embedding.
 
     ::
 
-        q, k, v = silu(conv(q_proj(x), k_proj(x), v_proj(x)))     depthwise causal convolution; q and k then L2-normalised
-        lr, log_decay, delta, momentum = gates(x)                 per head, from one projection of low rank, in float32
-        o = linear_memory(q, k, v, lr, log_decay, delta=delta)    or mlp_memory, as the preset says
+        q, k, v = silu(conv(q_proj(x), k_proj(x), v_proj(x)))     depthwise causal convolution; then q and k L2-normalised
+        lr, log_decay, delta, momentum = gates(x)                 per head, from one low-rank projection, in float32
+        o = linear_memory(q, k, v, lr, log_decay, delta=delta)    or mlp_memory, depending on the preset
         out = o_proj(rms_norm(o) * silu(g_proj(x)))               normalised per head
 
-    **Stability of the inner loop.** A chunk's gradients are all taken at its start, so with psi(e) = e it multiplies the memory by
-    ``gamma_C I - K``, ``K = sum_s w_s lr_s k_s k_s'`` with weights ``w_s <= 1``. This does not grow as long as the eigenvalues of
-    K stay below ``1 + gamma_C``, and they reach ``sum_s lr_s |k_s|^2`` when a key repeats. So keys have at most unit norm and
-    ``lr = sigmoid(.) / chunk_size``: the eigenvalues are at most 1 for all inputs and all parameter values. At the upper
-    end a chunk of equal keys moves the memory exactly to the mean of their values; TTT (arXiv 2407.04620) averages a
-    mini-batch's gradients in the same way, and for ``chunk_size = 1`` it is DeltaNet's step. Huber's psi has a slope of at
-    most 1 (or is bounded), so the same holds for it. The size of the read-out does not matter: it is normalised.
+    **Stability of the inner loop.** All gradients of a chunk are taken at its start, so with psi(e) = e the chunk multiplies the memory
+    by ``gamma_C I - K``, ``K = sum_s w_s lr_s k_s k_s'`` with weights ``w_s <= 1``. This does not grow while the eigenvalues of K are
+    below ``1 + gamma_C``; they reach ``sum_s lr_s |k_s|^2`` when a key repeats. Therefore keys have at most unit norm and
+    ``lr = sigmoid(.) / chunk_size``, which bounds the eigenvalues by 1 for all inputs and parameter values. With the largest step size
+    a chunk of equal keys moves the memory exactly to the mean of their values; TTT (arXiv 2407.04620) averages a mini-batch's
+    gradients in the same way, and with ``chunk_size = 1`` it is DeltaNet's update. Huber's psi has a slope of at most 1 (or is
+    bounded), so the same holds. The size of the memory's output does not matter, as it is normalised.
 
-    **An MLP memory** ``M(x) = x + LN(W1 gelu(W2 x))`` begins every sequence with the parameters ``w1 [H, D, Hd]`` and
-    ``w2 [H, Hd, D]`` (D is head_dim here, Hd = expansion * D); ``ln_weight, ln_bias [H, D]`` stay as they are while it reads, with
-    ln_eps = 1e-6. All are in the module's dtype; recurrence and states are float32 or better. To first order a chunk of equal keys
-    multiplies the error by ``1 - K`` with ::
+    **An MLP memory** ``M(x) = x + LN(W1 gelu(W2 x))`` starts every sequence from the parameters ``w1 [H, D, Hd]`` and ``w2 [H, Hd, D]``
+    (D is head_dim here, Hd = expansion * D); ``ln_weight, ln_bias [H, D]`` are not updated while it reads, and ln_eps = 1e-6. All are
+    in the module's dtype; recurrence and states are float32 or better. To first order a chunk of equal keys multiplies the error by
+    ``1 - K`` with ::
 
         K = sum_s lr_s w^2 r^2 (|a|^2 + |W1 diag(gelu'(W2 k))|^2)    a = gelu(W2 k), r = 1 / std(W1 a), w = ln_weight
 
-    For independent entries of variances s1^2 and s2^2 this is ``w^2 (1 / s1^2 + c^2 / s2^2) sum_s lr_s``, c = 1 + expansion^-1/2. So
-    ``w`` starts as the root mean square of v - k, ``s1 = sqrt(2) w`` and ``s2 = sqrt(2) c w``: both matrices learn equally fast, and K
-    is about 1 at the upper end of the same ``lr`` as above, half of that in its middle. (TTT-MLP's matrices of 0.02 need its smaller
-    rate, 0.1.) Later no bound on K holds for all parameter values, but nothing runs away: LN keeps every prediction within
-    ``|k| + |ln_bias| + sqrt(D) max|w|``, and, as it takes out the size of W1, steps are orthogonal to W1: one that is too long
-    lengthens it, and shortens those that follow.
+    For independent entries of variances s1^2 and s2^2 this is ``w^2 (1 / s1^2 + c^2 / s2^2) sum_s lr_s``, c = 1 + expansion^-1/2.
+    Therefore ``w`` is initialised to the root mean square of v - k, ``s1 = sqrt(2) w`` and ``s2 = sqrt(2) c w``: both matrices learn
+    equally fast, and K is about 1 at the largest ``lr`` above, half of that in the middle of its range. (TTT-MLP's initial matrices of
+    size 0.02 need its smaller rate, 0.1.) During training no bound on K holds for all parameter values, but the memory does not
+    diverge: LN bounds every prediction by ``|k| + |ln_bias| + sqrt(D) max|w|``, and since LN removes the norm of W1, steps are
+    orthogonal to W1: a step that is too long increases that norm, which makes later steps shorter.
 
-    Decay has the opposite effect. It shortens W1 until steps and decay are in balance, where ``K^2 ~ Hd (1 - gamma_C^2)`` as long
-    as errors are as large as at the start, *whatever the step size is*. At K > 2 outputs stay finite, but gradients
-    grow from chunk to chunk: with heads that forget over 10 to 1000 tokens they overflow within 1000. Heads therefore start
-    with spans from ``chunk_size * Hd`` tokens (K ~ 1) up. As errors fall K rises again: back-propagation over several times a head's
-    span wants its states detached now and then. Without decay (``ttt_mlp``) nothing of this was seen.
+    Decay has the opposite effect. It shrinks W1 until steps and decay are in balance, where ``K^2 ~ Hd (1 - gamma_C^2)`` while errors
+    are as large as initially, *for any step size*. At K > 2 outputs stay finite, but gradients grow from chunk to chunk: with decay
+    spans of 10 to 1000 tokens they overflow within 1000 tokens. Initial spans are therefore at least ``chunk_size * Hd`` tokens
+    (K ~ 1). As errors decrease K increases again: for backpropagation over several spans, detach the state now and then. None of this
+    was observed without decay (``ttt_mlp``).
 
-    **Momentum** makes a token's step last: it moves the memory by ``lr / (1 - theta)`` in the end. So ``lr`` is multiplied by
-    ``1 - theta``, theta = 0.999 sigmoid(.), half of that at the start.
+    **Momentum** repeats a token's step: in total it moves the memory by ``lr / (1 - momentum)``. So ``lr`` is multiplied by
+    ``1 - momentum``, with momentum = 0.999 sigmoid(.), initially half of that.
 
-    **Mirror maps.** Under ``LqRetention`` the primal of a dual of norm ``floor`` is the largest there is (q = 4), and an MLP's matrices
-    start there; it is several times smaller than those above, so that the same step moves it further (K would be
-    14 for head_dim 32, 10 for 64 and 7 for 128): Moneta's ``rate`` is 1/8. Under ``KLRetention`` they start as the softmax of logits of
-    deviation 1.25, where K is between 1 and 2.
+    **Mirror maps.** Under ``LqRetention`` the primal is largest for a dual of norm ``floor`` (q = 4), and an MLP's matrices are
+    initialised to that norm; it is several times smaller than those above, so that the same step moves them further (K would be 14 for
+    head_dim 32, 10 for 64 and 7 for 128): Moneta's ``rate`` is 1/8. Under ``KLRetention`` they are initialised to the softmax of
+    logits of standard deviation 1.25, where K is between 1 and 2.
 
-    **Gates at the start.** ``lr`` in the middle of its range; decays such that the heads forget over 10 to 1000 tokens (MLP:
-    ``chunk_size * Hd`` times 1 to 100), evenly spaced in the logarithm (as Mamba starts its time steps); ``delta`` at the size that
-    errors have then, so that both branches of a Huber loss are in use. ``log_decay = -softplus(.) <= 0`` and
-    ``delta = softplus(.) > 0`` by construction.
+    **Initial gates.** ``lr`` in the middle of its range; decay spans of 10 to 1000 tokens (MLP: 1 to 100 times ``chunk_size * Hd``),
+    evenly spaced in the logarithm over the heads (as Mamba initialises its time steps); ``delta`` at the size of the initial errors,
+    so that both branches of a Huber loss are used. ``log_decay = -softplus(.) <= 0`` and ``delta = softplus(.) > 0`` by construction.
 
     Args:
         hidden_size: channels D of the layer's input and output.
         num_heads: H.
         head_dim: channels of a head; ``hidden_size // num_heads`` by default.
         preset: a name from :data:`~miras_kernels.layers.PRESETS` or a :class:`~miras_kernels.layers.Preset`.
-        chunk_size: another one than the preset's.
+        chunk_size: overrides the preset's.
         conv_width: taps of the convolution, >= 1.
         gate_rank: rank of the gates' projection.
-        norm_eps: of the RMS norm, relative to a read-out of size 1 before a linear memory's ``lr`` is divided by ``chunk_size``.
-        init_std: standard deviation of the projections at the start.
-        projections: False leaves q_proj, k_proj, v_proj and o_proj to the caller (who has those of an attention layer, say): the
-            block then reads :class:`Projected`, returns what o_proj would have read, ``[B, T, num_heads * head_dim]``, and its
-            convolution starts as the identity.
-        output_gate: multiplies the output by a parameter ``[D]`` that is zero at the start: a layer beside another one begins as nothing.
+        norm_eps: of the RMS norm; relative to an output of size 1, before a linear memory's ``lr`` is divided by ``chunk_size``.
+        init_std: initial standard deviation of the projections.
+        projections: False for a block without q_proj, k_proj, v_proj and o_proj, to be used with those of an attention layer, for
+            example: the block then takes :class:`Projected`, returns the input of o_proj, ``[B, T, num_heads * head_dim]``, and its
+            convolution is initialised to the identity.
+        output_gate: multiplies the output by a parameter ``[D]`` that is initialised to zero, for a layer whose output is added to
+            another's.
         backend: of :func:`~miras_kernels.linear_memory` or :func:`~miras_kernels.mlp_memory`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    # None where a preset, or a block without projections, has none
+    # None where the preset, or a block without projections, does not have it
     q_proj: Any
     k_proj: Any
     v_proj: Any
@@ -183,7 +183,7 @@ class MemoryBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, init_std: float = 0.02) -> None:
-        """Set every parameter to its start, from torch's random generator."""
+        """Initialise all parameters from torch's random generator."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=init_std)
@@ -234,18 +234,18 @@ class MemoryBlock(nn.Module):
     ) -> tuple[Tensor, BlockState | BlockDecoder | None]:
         """Read a batch of sequences.
 
-        Padding is exact: a row's result is that of its real tokens alone, wherever the padding stands (left, right, or in
-        between); padded positions give zeros, and what they hold influences nothing. The real tokens of each row are moved
-        to the front, in order, and the outputs back: shapes do not depend on the mask's values, and no device is waited for.
-        Only ``output_final_state`` with padding packs the rows instead, which needs the mask's values.
+        Padding is exact: a row's result is that of its real tokens alone, wherever the padding is (left, right, or in between);
+        outputs at padded positions are zero, and their inputs have no influence. The real tokens of each row are moved to the front, in
+        order, and the outputs back, so that shapes do not depend on the mask's values and no synchronisation is needed. Only with
+        ``output_final_state`` padded rows are packed instead, which needs the mask's values on the CPU.
 
         Args:
             hidden_states: ``[B, T, D]``, any floating dtype.
             attention_mask: ``[B, T]``, nonzero at real tokens. None: no padding.
             cu_seqlens: ``[N + 1]``, packs N sequences into B = 1, see :func:`~miras_kernels.linear_memory`.
-            initial_state: of the B (or N) sequences; a sequence may be cut anywhere. A :class:`BlockDecoder` is written in place, and takes
-                neither a mask nor packed sequences.
-            output_final_state: whether to return the state after each sequence's last real token; a row without one keeps its state.
+            initial_state: of the B (or N) sequences; a sequence may be split at any token. A :class:`BlockDecoder` is updated in place
+                and allows neither a mask nor packed sequences.
+            output_final_state: whether to return the state after each sequence's last real token; a row without any keeps its state.
             projected: for a block made with ``projections=False``.
 
         Returns:
@@ -260,7 +260,9 @@ class MemoryBlock(nn.Module):
         if isinstance(initial_state, BlockDecoder):
             for name, given in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
                 if given is not None:
-                    raise ValueError(f"{name}: a BlockDecoder reads every row whole; expected None, got {type(given).__name__}")
+                    raise ValueError(
+                        f"{name}: with a BlockDecoder rows have no padding and are not packed; expected None, got {type(given).__name__}"
+                    )
             return self._run(x, projected, None, initial_state, output_final_state)
         if attention_mask is None:
             return self._run(x, projected, cu_seqlens, initial_state, output_final_state)
@@ -304,7 +306,7 @@ class MemoryBlock(nn.Module):
     def _run_packed(
         self, x: Tensor, projected: Projected | None, mask: Tensor, initial_state: BlockState | None
     ) -> tuple[Tensor, BlockState | None]:
-        """Rows with padding as packed sequences: each final state is that after the row's last real token."""
+        """Read rows with padding as packed sequences, so that each final state is that after the row's last real token."""
         lengths = mask.sum(1)
         rows, at = lengths.nonzero().squeeze(1), mask.flatten().nonzero().squeeze(1)
         every = len(rows) == len(mask)
@@ -332,21 +334,21 @@ class MemoryBlock(nn.Module):
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if projected is not None and projected.cos is not None and projected.sin is not None:
             q, k = (rotated(t, projected.cos, projected.sin) for t in (q, k))
-        recall: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
+        memory: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
         start, scale, norm = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1, {}
         if self.w1 is not None:
-            recall, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
+            memory, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
         tokens = dict(q=unit(q), k=unit(k), v=v, **self.gates(x), **norm)
         final: BlockState | BlockDecoder | None
         if isinstance(initial_state, BlockDecoder):
             o, final = initial_state.read(tokens, conv), initial_state
         else:
-            o, memory = recall(
+            o, state = memory(
                 **tokens, bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size,
                 initial_state=start if initial_state is None else initial_state.memory, output_final_state=output_final_state,
                 cu_seqlens=cu_seqlens, backend=self.backend,
             )  # fmt: skip
-            final = None if memory is None else BlockState(memory, conv)
+            final = None if state is None else BlockState(state, conv)
         o = wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))
@@ -354,9 +356,9 @@ class MemoryBlock(nn.Module):
         return out if self.output_gate is None else out * self.output_gate, final if output_final_state else None
 
     def gates(self, hidden_states: Tensor) -> dict[str, Tensor]:
-        """``lr``, ``log_decay``, ``delta`` and ``momentum [B, T, H]`` of the memory, those that it has, in float32 (float64 for float64).
+        """The token gates of the preset (``lr``, ``log_decay``, ``delta``, ``momentum [B, T, H]``), in float32 (float64 for float64).
 
-        Autocast does not apply: a decay close to 1 has no room in bfloat16.
+        Autocast does not apply, since bfloat16 cannot represent a decay close to 1.
         """
         row, shape = self.preset, (*hidden_states.shape[:2], self.num_heads)
         with torch.autocast(hidden_states.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Functions of tensors that a :class:`~miras_kernels.layers.MemoryBlock` is made of: of its tokens, and of its parameters at the start."""
+"""Tensor functions of a :class:`~miras_kernels.layers.MemoryBlock`, for its tokens and its initialisation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..tables.retention import KLRetention, LqRetention, Retention
 
 __all__ = ["convolve", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
 
-_LOGITS = 1.25  # standard deviation of the logits of a softmax at the start
+_LOGITS = 1.25  # initial standard deviation of the logits of a softmax
 
 
 def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution of ``x [B, T, channels]`` by ``weight [channels, taps]``, and each sequence's last ``taps - 1`` inputs.
 
-    Every sequence is preceded by its context (zeros at its start); packed ones are first moved apart to make room for it.
+    Every sequence is preceded by its context (zeros by default); packed sequences are moved apart to make room for it.
     """
     before, tokens, channels = weight.shape[1] - 1, x.shape[1], x.shape[2]
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -32,9 +32,9 @@ def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tens
         return _depthwise(stream, weight), stream[:, tokens:]
     offsets = cu_seqlens.to(torch.int64)
     number = torch.arange(sequences, device=x.device)
-    of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence ...
-    of_token = of_token.clamp_max(sequences - 1)  # ... if it has one: offsets may end before T
-    at = torch.arange(tokens, device=x.device) + of_token * before  # [T], where the token's window begins
+    of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence;
+    of_token = of_token.clamp_max(sequences - 1)  # tokens after the last offset belong to none
+    at = torch.arange(tokens, device=x.device) + of_token * before  # [T], the start of the token's window
     around = (offsets + F.pad(number, (0, 1)) * before)[:-1, None] + torch.arange(before, device=x.device)  # [N, before]
     stream = x.new_zeros(tokens + sequences * before, channels)
     stream = stream.index_copy(0, around.flatten(), context.flatten(0, 1)).index_copy(0, at + before, x.squeeze(0))
@@ -43,19 +43,19 @@ def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tens
 
 
 def _depthwise(stream: Tensor, weight: Tensor) -> Tensor:
-    """``[B, T + width - 1, channels] -> [B, T, channels]``; as a 2-d convolution, the tokens' layout is already channels-last."""
+    """``[B, T + width - 1, channels] -> [B, T, channels]``; as a 2-d convolution, since the tokens' layout is channels-last already."""
     image = stream.transpose(1, 2).unsqueeze(2)  # [B, channels, 1, tokens]
     return F.conv2d(image, weight[:, None, None], groups=stream.shape[-1]).squeeze(2).transpose(1, 2)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x [B, T, H, D]`` turned by a rotary position embedding whose pairs lie half a head apart (Llama's layout)."""
+    """Apply a rotary position embedding to ``x [B, T, H, D]``; pairs are half a head apart (Llama's layout)."""
     a, b = x.chunk(2, -1)
     return (x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
 
 
 def token_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask ``[B, T]`` of real tokens as booleans, where x is."""
+    """A mask ``[B, T]`` of real tokens as booleans, on the device of ``x``."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor [B, T], got {type(mask).__name__}")
     if tuple(mask.shape) != tuple(x.shape[:2]):
@@ -69,13 +69,13 @@ def wide(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """``x`` at norm <= 1 over the last axis; a zero vector stays zero, with a finite gradient."""
+    """``x`` normalised to norm <= 1 over the last axis; a zero vector stays zero and has a finite gradient."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def suit(retention: Retention, dual: Tensor) -> None:
-    """Bring normal duals ``[H, rows, columns]`` to where a retention gate's primal varies most, in place."""
+    """Scale normal duals ``[H, rows, columns]`` in place such that a retention gate's primal varies most."""
     if isinstance(retention, LqRetention):  # |phi(A)|_q is largest at |A|_q = floor (q = 4)
         dual *= retention.floor / dual.flatten(1).norm(retention.q, dim=1)[:, None, None]
     elif isinstance(retention, KLRetention):  # neither uniform nor one-hot

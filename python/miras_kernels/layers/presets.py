@@ -1,6 +1,6 @@
 """Presets: one table of published memories, and the place to add another.
 
-A row says what a :class:`~miras_kernels.layers.MemoryBlock` computes between its projections (SPEC section 8).
+A row describes the memory and the token gates of a :class:`~miras_kernels.layers.MemoryBlock`.
 """
 
 from __future__ import annotations
@@ -9,32 +9,32 @@ import dataclasses
 import math
 
 from ..tables.biases import L2, Bias, DotProduct, Huber, Lp
+from ..tables.memories import TABLE
 from ..tables.retention import KLRetention, L2Retention, LqRetention, Retention
 
 __all__ = ["PRESETS", "Preset", "resolve"]
 
-_CHOICES = {"memory": ("linear", "mlp"), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False, True)}
+_CHOICES = {"memory": tuple(TABLE), "lr": ("bounded", "one", "dt"), "decay": (None, "token", "fixed", "dt"), "momentum": (False, True)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a block's memory is.
+    """The memory of a block and its token gates.
 
     Attributes:
-        bias, retention: the attentional bias and the retention gate. A bias with ``needs_delta`` takes delta from the token.
-        lr: ``"bounded"``: from the token, in ``(0, rate / chunk_size)``, which keeps the inner loop stable (see
-            :class:`~miras_kernels.layers.MemoryBlock`); ``"one"``: every token is written with weight 1; ``"dt"``: the token's
-            time step ``dt = softplus(.)``, as in Mamba-2.
+        bias, retention: the attentional bias and the retention gate. For a bias with ``needs_delta``, delta is computed from the token.
+        lr: the step size. ``"bounded"``: from the token, in ``(0, rate / chunk_size)``, which keeps the inner loop stable (see
+            :class:`~miras_kernels.layers.MemoryBlock`); ``"one"``: 1; ``"dt"``: the token's time step ``dt = softplus(.)``, as in Mamba-2.
         decay: None; ``"token"``: ``log_decay = -softplus(.)`` from the token; ``"fixed"``: RetNet's ``log(1 - 2^(-5-h))`` for
             head h; ``"dt"``: ``-exp(a) dt`` with a parameter a per head, as in Mamba-2.
-        chunk_size: tokens whose gradients are taken at one point. Part of the model, except for the dot product, whose
-            gradient does not depend on the state.
-        source: where it is described.
+        chunk_size: tokens whose gradients are taken at the same state. It changes the model's outputs, except for the dot product,
+            whose gradient does not depend on the state.
+        source: name and paper.
         memory: ``"linear"``, or ``"mlp"``: ``M(x) = x + LN(W1 gelu(W2 x))``.
-        momentum: whether the token has a momentum theta in (0, 1); its step size is then ``(1 - theta) lr``, so that a run of
-            equal tokens moves the memory as far as without.
+        momentum: whether there is a momentum in (0, 1), from the token; the step size is then multiplied by ``1 - momentum``, so that a
+            run of equal tokens moves the memory as far as without momentum.
         rate: upper end of ``lr * chunk_size`` for ``lr="bounded"``.
-        expansion: of an MLP memory, its hidden channels per channel of the head, ``Hd = expansion * head_dim``; else None.
+        expansion: hidden channels per channel of an MLP memory, ``Hd = expansion * head_dim``; None for a linear memory.
     """
 
     bias: Bias
@@ -65,7 +65,7 @@ class Preset:
 
     @property
     def token_gates(self) -> tuple[str, ...]:
-        """Names of the gates that are projected from the token, in a fixed order."""
+        """Names of the gates that are projected from the token, in the order of the parameters."""
         wanted = {"lr": self.lr == "bounded", "dt": self.lr == "dt", "log_decay": self.decay == "token", "delta": self.bias.needs_delta,
                   "momentum": self.momentum}  # fmt: skip
         return tuple(name for name, want in wanted.items() if want)
@@ -105,7 +105,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def resolve(choice: str | Preset, chunk_size: int | None = None) -> Preset:
-    """The preset of a name (or the given one), with another chunk size if asked for.
+    """The preset of this name (or the given one), with another chunk size unless ``chunk_size`` is None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

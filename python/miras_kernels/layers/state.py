@@ -1,27 +1,24 @@
-"""What a block carries from one token to the next: as a value, or in buffers that stay where they are."""
+"""The state of a block between tokens: as a value, or in buffers of fixed addresses for decoding."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..decode.decoder import Decoder
-from ..decode.stepping import step
+from ..decode import Decoder, step
 from ..state import MemoryState, OpenChunk
-
-if TYPE_CHECKING:
-    from .block import MemoryBlock
+from .presets import Preset
 
 __all__ = ["BlockDecoder", "BlockState"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockState:
-    """What a :class:`MemoryBlock` carries from one token to the next, for N sequences. A value: never written into.
+    """The state of a :class:`MemoryBlock` between tokens, for N sequences. It is never written in place.
 
     Attributes:
         memory: the state of the memory.
@@ -32,15 +29,15 @@ class BlockState:
     conv: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> BlockState:
-        """Apply ``function`` to every tensor (index the batch, move, detach ...)."""
+        """Apply ``function`` to every tensor (to index the batch, move, detach ...)."""
         return BlockState(self.memory.map(function), function(self.conv))
 
     def detach(self) -> BlockState:
-        """The same numbers without a gradient history."""
+        """The same state without gradient history."""
         return self.map(torch.Tensor.detach)
 
     def overwritten(self, rows: Tensor, other: BlockState) -> BlockState:
-        """The same with the sequences ``rows`` replaced by those of ``other``."""
+        """The same state with the sequences ``rows`` replaced by those of ``other``."""
         write = lambda old, new: old.index_copy(0, rows, new.to(old.dtype))
         olds, news = _opened(self.memory), _opened(other.memory)
         memory = olds.replace_tensors([write(*pair) for pair in zip(olds.tensors(), news.tensors(), strict=True)])
@@ -51,7 +48,7 @@ class BlockState:
 
 
 def _opened(state: MemoryState) -> MemoryState:
-    """The same state with an open chunk, which may have consumed no token yet."""
+    """The same state with an open chunk, which may be empty."""
     if state.open_chunk is not None:
         return state
     first = state.dual[0]
@@ -59,38 +56,46 @@ def _opened(state: MemoryState) -> MemoryState:
     return dataclasses.replace(state, open_chunk=OpenChunk(position, state.dual, first.new_zeros(first.shape[:2])))
 
 
-class BlockDecoder:
-    """A :class:`BlockState` in buffers of fixed addresses, which a :class:`MemoryBlock` reads and writes in place: for generation.
+class _Block(Protocol):
+    """The attributes of a :class:`MemoryBlock` that its decoder needs."""
 
-    Given to a block as ``initial_state`` it is the final state too. No matrix is written until a chunk closes, and ``torch.compile``
-    traces a step into one graph. It has no gradients, and its rows no padding.
+    preset: Preset
+    backend: str
+
+
+class BlockDecoder:
+    """A :class:`BlockState` in buffers of fixed addresses, which a :class:`MemoryBlock` updates in place: for generation.
+
+    Pass it to a block as ``initial_state``; it then is the final state too. Matrices are written only when a chunk ends, and
+    ``torch.compile`` traces a decoding step into one graph. No gradients, no padding.
 
     Args:
-        block: whose state it is.
-        state: where to begin; it is copied.
+        block: the :class:`MemoryBlock` whose state this is.
+        state: the initial state; it is copied.
     """
 
-    def __init__(self, block: MemoryBlock, state: BlockState):
+    def __init__(self, block: _Block, state: BlockState):
         row = block.preset
-        self.memory = Decoder(state.memory, chunk_size=row.chunk_size, bias=row.bias, retention=row.retention, backend=block.backend)
+        self.memory = Decoder(state.memory, chunk_size=row.chunk_size, bias=row.bias, retention=row.retention,
+                              memory=row.memory, backend=block.backend)  # fmt: skip
         self.conv = state.conv.detach().clone(memory_format=torch.contiguous_format)
 
     def read(self, tokens: dict[str, Any], conv: Tensor) -> Tensor:
-        """What the memory answers to ``tokens``, the arguments of a step; ``conv`` is what the convolution keeps."""
+        """The memory's outputs for ``tokens``, the arguments of a decoding step; ``conv`` is the convolution's new state."""
         self.conv.copy_(conv.detach())
         return step(self.memory, **tokens)
 
     def load(self, state: BlockState) -> None:
-        """Go on from another state of the same sizes."""
+        """Continue from another state of the same shape."""
         self.memory.load(state.memory)
         self.conv.copy_(state.conv.detach())
 
     def state(self) -> BlockState:
-        """The state as a value: a copy."""
+        """A copy of the state."""
         return BlockState(self.memory.state(), self.conv.clone())
 
     def reorder(self, index: Tensor) -> None:
-        """Sequence ``n`` goes on from where sequence ``index[n]`` stood, as beam search asks for."""
+        """Give sequence ``n`` the state of sequence ``index[n]``, for beam search."""
         self.memory.reorder(index)
         self.conv.copy_(self.conv.index_select(0, index))
 

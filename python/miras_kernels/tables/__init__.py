@@ -1,1 +1,1 @@
-"""The choices that Miras names, one table each."""
+"""The design choices of Miras, a table each: memories, attentional biases, retention gates."""

@@ -1,12 +1,12 @@
-"""Attentional biases: one table, and the place to add another.
+"""Attentional biases: one table; docs/adding-a-bias.md says how to add one.
 
-An attentional bias is the inner loss ``l(M(k), v)`` a memory descends while it reads (Miras, arXiv 2504.13173, section 5).
+An attentional bias is the inner loss ``l(M(k), v)`` that a memory minimises while it reads (Miras, arXiv 2504.13173, section 5).
 Each row of the table states
 
 * ``loss(pred, v, delta)``: the inner loss, summed over the value axis. ``backends/reference/definition.py`` differentiates it.
 * ``psi(pred, v, delta)``: its gradient in the prediction, the closed form every kernel computes.
-* ``psi_vjp(pred, v, delta, grad)``: the derivative of psi, as a vector-Jacobian product: the other half of a backward kernel.
-* ``name``, ``tag`` and ``parameters``: what C++ and Triton are told (``code`` is both in one string). ``csrc/bias.h`` and
+* ``psi_vjp(pred, v, delta, grad)``: the vector-Jacobian product of psi, for the backward.
+* ``name``, ``tag`` and ``parameters``: what C++ and Triton receive (``code`` has tag and parameters in one string). ``csrc/bias.h`` and
   ``kernels/common/bias.py`` use the same tags.
 
 Tensors are ``[..., Dv]``; ``delta`` broadcasts against them (``[..., 1]``, or ``[..., Dv]`` where ``delta_per_channel``).
@@ -45,9 +45,9 @@ class Bias(Row):
     needs_delta: ClassVar[bool] = False
     #: whether delta may be given per value channel, ``[B, T, H, Dv]``
     delta_per_channel: ClassVar[bool] = False
-    #: whether psi of one value channel depends on the others (a kernel must hold a whole row of the error)
+    #: whether psi of one value channel depends on the others, so that a kernel needs the whole row of the error
     row_coupled: ClassVar[bool] = False
-    #: whether psi reads the prediction at all (the dot product does not)
+    #: whether psi depends on the prediction (that of the dot product does not)
     reads_memory: ClassVar[bool] = True
 
     @property
@@ -55,7 +55,7 @@ class Bias(Row):
         return ()
 
     def loss(self, pred: Tensor, v: Tensor, delta: Tensor | None) -> Tensor | None:
-        """The inner loss ``[...]``, or None where it has no elementary closed form (then psi is the definition)."""
+        """The inner loss ``[...]``, or None without an elementary closed form: then psi defines the bias."""
         raise NotImplementedError
 
     def psi(self, pred: Tensor, v: Tensor, delta: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ class Bias(Row):
 
 
 class _ErrorBias(Bias):
-    """A bias of the error ``e = pred - v`` alone: rows state value and derivative in e."""
+    """A bias of the error ``e = pred - v`` alone: rows state psi and its derivative in e."""
 
     def _value(self, e: Tensor, delta: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -316,7 +316,7 @@ class RobustL2(_ErrorBias):
         return grad * (1 + delta * r) - e * (delta * r**3 * along), grad * e * r
 
 
-#: Every bias by tag, with the default parameters where it has them: what tests, fuzzing, benchmarks and docs iterate over.
+#: Every bias by tag, with default parameters where it has them. Tests, fuzzing, benchmarks and docs iterate over it.
 TABLE: dict[int, Bias] = {
     row.tag: row
     for row in (
@@ -334,7 +334,7 @@ TABLE: dict[int, Bias] = {
 
 
 def from_code(code: str) -> Bias:
-    """The bias that ``bias.code`` came from."""
+    """The inverse of ``code``."""
     tag, parameters = decode(code)
     row = TABLE[tag]
     if isinstance(row, Huber):

@@ -1,11 +1,11 @@
-"""Retention gates: one table, and the place to add another.
+"""Retention gates: one table; docs/adding-a-gate.md says how to add one.
 
-Every gate decays the dual by ``alpha_t = exp(log_decay_t)``; they differ in the mirror map from the dual ``A`` to the primal
-``W = phi(A)``, which acts at chunk boundaries, and in the scale ``rho`` of what a chunk has written so far
-(Miras, arXiv 2504.13173, section 5.2; SPEC section 4). A row states ``phi``, ``rho``, a name, a tag and its parameters;
+Every gate decays the dual by ``alpha_t = exp(log_decay_t)``. They differ in the mirror map from the dual ``A`` to the primal
+``W = phi(A)``, which applies at chunk boundaries, and in the scale ``rho`` of the chunk's writes in the read-out
+(Miras, arXiv 2504.13173, section 5.2; docs/mathematics.md, section 5). A row states ``phi``, ``rho``, a name, a tag and its parameters;
 ``kernels/common/retention.py`` and ``csrc/retention.h`` use the same tags.
 
-``A`` is ``[..., R, K]``: one matrix of one head; :class:`LqRetention` sums over all of it, :class:`KLRetention` normalises rows.
+``A`` is ``[..., R, K]``: one matrix of one head. :class:`LqRetention` sums over all of it, :class:`KLRetention` normalises rows.
 """
 
 from __future__ import annotations
@@ -36,13 +36,20 @@ class Retention(Row):
 
     #: R0, R1 of kernels/common/retention.py, kRetentionParams of csrc/params.h
     MAX_PARAMETERS: ClassVar[int] = 2
+    #: whether ``phi(A) = A``
+    is_identity: ClassVar[bool] = False
+    #: whether an entry of the primal depends on its whole row of the dual, or on the whole matrix (csrc/retention.h: Coupling)
+    row_coupled: ClassVar[bool] = False
+    matrix_coupled: ClassVar[bool] = False
+    #: whether ``rho`` is not 1
+    has_rho: ClassVar[bool] = False
 
     def phi(self, dual: Tensor) -> Tensor:
         """The mirror map, ``[..., R, K]`` to the same shape."""
         raise NotImplementedError
 
     def rho(self, dual: Tensor) -> Tensor:
-        """Scale of the chunk's own writes in the read-out, ``[..., 1, 1]``, differentiable."""
+        """Scale of the chunk's writes in the read-out, ``[..., 1, 1]``, differentiable."""
         return dual.new_ones(()).expand(*dual.shape[:-2], 1, 1)
 
 
@@ -52,6 +59,7 @@ class L2Retention(Retention):
 
     name: ClassVar[str] = "l2"
     tag: ClassVar[int] = 0
+    is_identity: ClassVar[bool] = True
 
     def phi(self, dual):
         return dual
@@ -72,6 +80,8 @@ class LqRetention(Retention):
     floor: float = 1.0
     name: ClassVar[str] = "lq"
     tag: ClassVar[int] = 1
+    matrix_coupled: ClassVar[bool] = True
+    has_rho: ClassVar[bool] = True
 
     def _check(self):
         object.__setattr__(self, "q", number(self, "q", self.q, 1.0))
@@ -96,6 +106,7 @@ class KLRetention(Retention):
     mass: float = 1.0
     name: ClassVar[str] = "kl"
     tag: ClassVar[int] = 2
+    row_coupled: ClassVar[bool] = True
 
     def _check(self):
         object.__setattr__(self, "mass", number(self, "mass", self.mass, 0.0))
@@ -141,6 +152,6 @@ TABLE: dict[int, Retention] = {
 
 
 def from_code(code: str) -> Retention:
-    """The gate that ``retention.code`` came from."""
+    """The inverse of ``code``."""
     tag, parameters = decode(code)
     return type(TABLE[tag])(*parameters)

@@ -1,4 +1,4 @@
-"""What a bias and a retention gate have in common: a name, a tag, parameters with ranges, and the code that an operator's schema takes."""
+"""Base of biases and retention gates: a name, a tag, parameters with ranges, and their encoding in an operator's schema."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Row:
     """One row of a table. Instances are immutable and hashable."""
 
     name: ClassVar[str] = ""
-    #: what C++, CUDA and Triton know it by
+    #: its number in C++, CUDA and Triton
     tag: ClassVar[int] = -1
-    #: how many parameters kernels take
+    #: the number of parameters that kernels take
     MAX_PARAMETERS: ClassVar[int] = 0
-    #: tag and parameters in one string. Not a field, as it follows from the fields; nor is `padded`
+    #: tag and parameters in one string. Neither this nor `padded` is a field: they follow from the fields
     code: ClassVar[str]
-    #: the parameters as kernels take them: filled up with zeros to MAX_PARAMETERS
+    #: the parameters, padded with zeros to MAX_PARAMETERS, as kernels take them
     padded: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
@@ -34,17 +34,17 @@ class Row:
         object.__setattr__(self, "code", " ".join([str(self.tag), *map(repr, given)]))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle from the fields alone: an earlier version may have kept other things beside them."""
+        """Unpickle from the fields alone: earlier versions stored other attributes too."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, state[field.name])
         self.__post_init__()
 
     def _check(self) -> None:
-        """Refuse parameters out of range; bring the others to float."""
+        """Refuse parameters out of range; convert the others to float."""
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        """The numbers a kernel needs beside the tag, in the order of the dataclass' fields."""
+        """The numbers that a kernel needs besides the tag, in the order of the dataclass' fields."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 

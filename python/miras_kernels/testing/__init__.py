@@ -1,10 +1,10 @@
-"""Cases and error budgets: what the project's own tests, its benchmarks and its users' checks share."""
+"""Cases and error budgets, shared by the tests, the benchmarks and users' own checks."""
 
 from .case_list import registry
 from .cases import Case, Inputs
 from .parity import Report, check, evaluate, operands, relative_error, truth
 from .steps import check_steps
-from .trial import Outcome, Verification, verify
+from .verifying import Outcome, Verification, verify
 
 __all__ = [
     "Case", "Inputs", "Outcome", "Report", "Verification", "check", "check_steps", "evaluate", "operands", "registry",

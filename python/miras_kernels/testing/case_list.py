@@ -24,7 +24,7 @@ def _linear() -> list[Case]:
     huber, norm, switch = Huber("coordinate"), Huber("norm"), Huber("switch")
     biases = [*BIASES.values(), Lp(2.0), Lp(2.5), Lp(4.0), Lp(3.0, sharpness=10.0)]
     cases = [Case(f"linear-{_word(bias)}", bias=bias, seed=i) for i, bias in enumerate(biases)]
-    # every bias over several chunk sizes, head sizes that are no multiple of anything, and no decay
+    # every bias with several chunks, odd head sizes and no decay
     cases += [
         Case(f"linear-{_word(bias)}-odd", bias=bias, tokens=71, heads=3, key_dim=19, value_dim=33, chunk_size=7, decay="none", seed=i)
         for i, bias in enumerate(BIASES.values(), 20)
@@ -113,10 +113,10 @@ def _mlp() -> list[Case]:
 
 
 def _pairs(memory: str, seed: int, **factors: list) -> list[Case]:
-    """Cases in which every pair of two properties' values occurs, chosen greedily: the sparsest way through a product."""
+    """Cases that cover every pair of values of two properties (pairwise testing), chosen greedily."""
     names = list(factors)
-    together = itertools.combinations(range(len(names)), 2)
-    open_pairs = {(i, a, j, b) for i, j in together for a in range(len(factors[names[i]])) for b in range(len(factors[names[j]]))}
+    pairs = itertools.combinations(range(len(names)), 2)
+    open_pairs = {(i, a, j, b) for i, j in pairs for a in range(len(factors[names[i]])) for b in range(len(factors[names[j]]))}
     cases: list[Case] = []
     while open_pairs:
         chosen: dict[int, int] = dict(zip(*[iter(min(open_pairs))] * 2, strict=True))

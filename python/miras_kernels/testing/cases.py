@@ -1,14 +1,14 @@
-"""Cases for tests, benchmarks and fuzzing; case_list.py has the registry of them.
+"""Cases for tests, benchmarks and fuzzing; their registry is in case_list.py.
 
-A :class:`Case` describes a call; :meth:`Case.draw` makes its tensors, the same ones every time. The data are well
-conditioned: the step sizes keep the inner loop contracting whatever the bias' curvature, and where psi has a kink no error
-lies so close to it that rounding could decide the side.
+A :class:`Case` describes a call; :meth:`Case.draw` makes its tensors, deterministically. The data are well conditioned: step sizes keep
+the inner loop contracting for the curvature of every bias, and no error is so close to a kink of psi that rounding could decide the side.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,17 +16,19 @@ from torch import Tensor
 
 from ..backends.reference import chunkwise
 from ..call import Call
+from ..memory import FUNCTIONS
 from ..state import MemoryState
 from ..tables.biases import L2, Bias, Huber
+from ..tables.memories import TABLE, Memory
 from ..tables.retention import L2Retention, Retention
-from ..validation import linear_call, mlp_call
+from ..validation import make_call
 
 __all__ = ["Case", "Inputs"]
 
-#: arguments a gradient is asked of, besides the initial matrices
+#: arguments that have gradients, besides the initial state
 LEAVES = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "ln_weight", "ln_bias")
 
-#: no error lies closer than this to a kink of psi: many roundings of a float32 error of order 1
+#: least distance of errors from a kink of psi: many roundings of a float32 error of order 1
 KINK_DISTANCE = 2e-6
 
 
@@ -43,12 +45,12 @@ class Inputs:
     grad_momenta: tuple[Tensor, ...] = ()
 
     def arguments(self) -> dict:
-        """Keyword arguments for ``linear_memory`` or ``mlp_memory``, less the backend."""
+        """Keyword arguments for ``linear_memory`` or ``mlp_memory``, without the backend."""
         case = self.case
         arguments: dict[str, Any] = {name: self.tensors.get(name) for name in LEAVES[:7]}
         if case.delta == "float":
             arguments["delta"] = case.delta_scale
-        if case.memory == "mlp":
+        if case.row.needs_norm:
             arguments |= {"ln_weight": self.tensors["ln_weight"], "ln_bias": self.tensors["ln_bias"], "ln_eps": 1e-6}
         return arguments | {
             "bias": case.bias,
@@ -60,21 +62,21 @@ class Inputs:
         }
 
     def initial_state(self) -> MemoryState | tuple[Tensor, ...] | Tensor | None:
-        """As the public functions take it: matrices, or a state where momentum is carried in."""
+        """As an argument of the public functions: matrices, or a state where there is initial momentum."""
         if self.momenta:
             return MemoryState(self.duals, self.momenta)
         if not self.duals:
             return None
-        return self.duals if self.case.memory == "mlp" else self.duals[0]
+        return self.duals if len(self.duals) > 1 else self.duals[0]
 
     def call(self) -> Call:
         """The validated call, for the reference modules."""
         arguments = self.arguments()
         tokens = [arguments.pop(name) for name in ("q", "k", "v", "lr", "log_decay")]
-        return (linear_call if self.case.memory == "linear" else mlp_call)(*tokens, **arguments)
+        return make_call(self.case.row, *tokens, **arguments)
 
     def leaves(self) -> dict[str, Tensor]:
-        """Every tensor that a gradient is asked of, by name."""
+        """All tensors that have gradients, by name."""
         duals = {f"initial_dual_{i}": x for i, x in enumerate(self.duals)}
         return self.tensors | duals | {f"initial_momentum_{i}": x for i, x in enumerate(self.momenta)}
 
@@ -107,8 +109,8 @@ class Case:
             (steps of -1e4 and runs of -50), "extreme_channel".
         delta: "float", "token" or "channel" (a token's for biases that take none per channel); ignored by biases without one.
         lr: "scalar" or "channel".
-        initial: "none" (zeros), "dual" (one per sequence; with momentum, that of earlier tokens too) or "shared" (one for all).
-        lengths: the sequences packed into B = 1, or None.
+        initial: "none" (zeros), "dual" (one per sequence; with momentum, also initial momentum matrices) or "shared" (one for all).
+        lengths: lengths of sequences packed into B = 1, or None.
         keys: "unit" (of norm 1), "zero" (every third one), "repeated" (three of them) or "huge" (of norm 100).
         layout: "contiguous", "fused" (q, k, v are slices of one tensor) or "heads_first" (transposed ``[B, H, T, D]``).
     """
@@ -138,12 +140,21 @@ class Case:
         return self.name
 
     @property
+    def row(self) -> Memory:
+        return TABLE[self.memory]
+
+    @property
+    def function(self) -> Callable:
+        """The public function of the memory."""
+        return FUNCTIONS[self.memory]
+
+    @property
     def sequences(self) -> int:
         return self.batch if self.lengths is None else len(self.lengths)
 
     @property
     def delta_scale(self) -> float:
-        """A threshold that errors of order 1 fall on both sides of."""
+        """A threshold with errors of order 1 on both sides."""
         return 0.7 * (math.sqrt(self.value_dim) if self.bias.row_coupled else 1.0)
 
     def cu_seqlens(self, device: torch.device | str = "cpu") -> Tensor | None:
@@ -152,16 +163,16 @@ class Case:
         return torch.tensor([0, *self.lengths], device=device).cumsum(0)
 
     def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu", margin: float = KINK_DISTANCE) -> Inputs:
-        """The case's tensors, rounded to ``dtype``; no error lies closer than about ``margin`` to a kink of psi."""
+        """The case's tensors, rounded to ``dtype``; errors keep a distance of about ``margin`` from a kink of psi."""
         for attempt in range(50):
             inputs = self._draw(self.seed + 1000 * attempt).to(dtype).to(torch.float64)
             if not isinstance(self.bias, Huber):
                 return inputs.to(dtype, device)
             if self.delta != "float":
-                inputs = self._settled(inputs, margin).to(dtype).to(torch.float64)
+                inputs = self._with_margin(inputs, margin).to(dtype).to(torch.float64)
             if self._kink_distance(inputs) > KINK_DISTANCE:
                 return inputs.to(dtype, device)
-        raise RuntimeError(f"{self.name}: no draw keeps its distance from the kink of {self.bias}")
+        raise RuntimeError(f"{self.name}: no draw keeps a distance from the kink of {self.bias}")
 
     def _draw(self, seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
@@ -188,8 +199,8 @@ class Case:
             kind = self.delta if self.bias.delta_per_channel else "token"
             tensors["delta"] = gate(kind, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
         rate = 0.5 * min(1.0, dk / self.chunk_size) / self._curvature()
-        rate *= {"repeated": 1 / min(dk, self.chunk_size), "huge": 1e-4}.get(self.keys, 1.0)  # as far as a chunk's keys repeat
-        if self.memory == "mlp":  # a = gelu(W2 k): a step moves LN(W1 a) by |a|^2 / var(W1 a) of it, about Hd
+        rate *= {"repeated": 1 / min(dk, self.chunk_size), "huge": 1e-4}.get(self.keys, 1.0)  # smaller where the keys of a chunk repeat
+        if self.row.needs_norm:  # a = gelu(W2 k): a step changes LN(W1 a) by a share of |a|^2 / var(W1 a), about Hd
             rate /= self.hidden
         tensors["lr"] = gate(self.lr, 0.2 * rate, rate)
         if self.decay == "slight":
@@ -203,12 +214,12 @@ class Case:
             tensors["log_decay"] = gate(self.decay, -0.2, -0.005)
         if self.momentum:
             tensors["momentum"] = uniform(0.0, 0.8, b, t, h)
-        shapes = [(dv, dk)] if self.memory == "linear" else [(dv, self.hidden), (self.hidden, dv)]
+        shapes = self.row.shapes(dk, dv, self.hidden)
         lead = {"dual": (self.sequences, h), "shared": (h,), "none": None}[self.initial]
         duals = () if lead is None else tuple(normal(*lead, *s) / math.sqrt(s[1]) for s in shapes)
         starts = duals or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-        tensors["lr"] /= max(1.0, *(self.retention.rho(x).max().item() for x in starts))  # a step moves predictions by rho times as much
-        if self.memory == "mlp":
+        tensors["lr"] /= max(1.0, *(self.retention.rho(x).max().item() for x in starts))  # rho scales the effect of a step on predictions
+        if self.row.needs_norm:
             tensors |= {"ln_weight": uniform(0.5, 1.5, h, dv), "ln_bias": 0.1 * normal(h, dv)}
         grad_duals = tuple(normal(self.sequences, h, *s) for s in shapes)
         grad_out = normal(b, t, h, dv)
@@ -226,22 +237,22 @@ class Case:
         return {"q": q, "k": k, "v": v}
 
     def _curvature(self) -> float:
-        """An upper estimate of psi' over errors of order 1, so that step sizes suit the bias."""
+        """An upper estimate of psi' over errors of order 1, from which step sizes are chosen."""
         x = torch.linspace(-3, 3, 601, dtype=torch.float64)
-        e = torch.stack([x, torch.full_like(x, 2 * self.delta_scale)], -1)  # a second channel takes the row beyond its threshold
+        e = torch.stack([x, torch.full_like(x, 2 * self.delta_scale)], -1)  # a second channel puts the row beyond its threshold
         delta = torch.full_like(e[:, :1], 1.5 * self.delta_scale)
         slope, *_ = self.bias.psi_vjp(e, torch.zeros_like(e), delta, torch.tensor([1.0, 0.0], dtype=torch.float64).expand_as(e))
         return max(1.0, slope.abs().max().item())
 
-    def _settled(self, inputs: Inputs, margin: float) -> Inputs:
-        """The same inputs with thresholds moved away from the errors that they meet."""
+    def _with_margin(self, inputs: Inputs, margin: float) -> Inputs:
+        """The same inputs with thresholds moved away from the errors that are compared with them."""
         delta = inputs.tensors["delta"]
         thresholds = torch.cat([torch.zeros(1, dtype=delta.dtype), delta.detach().flatten()])
-        ids = torch.arange(1, delta.numel() + 1, dtype=delta.dtype).reshape(delta.shape)  # padding will be 0
+        ids = torch.arange(1, delta.numel() + 1, dtype=delta.dtype).reshape(delta.shape)  # 0 is padding
         with torch.no_grad():
             chunkwise.run(inputs.call().replace(bias=_Probe(self.bias, thresholds, margin), delta=ids))
-        settled = thresholds[1:].reshape(delta.shape).requires_grad_()
-        return dataclasses.replace(inputs, tensors=inputs.tensors | {"delta": settled})
+        moved = thresholds[1:].reshape(delta.shape).requires_grad_()
+        return dataclasses.replace(inputs, tensors=inputs.tensors | {"delta": moved})
 
     def _kink_distance(self, inputs: Inputs) -> float:
         probe = _Probe(self.bias)
@@ -251,9 +262,9 @@ class Case:
 
 
 class _Probe(Bias):
-    """Stands in for a Huber bias: records how close the errors come to its kink, or moves the thresholds away from them.
+    """A Huber bias that records how close errors are to its kink, or moves thresholds away from the errors.
 
-    In the second role it is given ``thresholds`` and, as delta, the places of a token's thresholds among them.
+    For the latter, ``thresholds`` are given, and delta is the index of a token's thresholds among them.
     """
 
     bias: Any  # a Huber
@@ -270,13 +281,13 @@ class _Probe(Bias):
         size = e.abs() if self.bias.kind == "coordinate" else e.norm(dim=-1, keepdim=True)
         if self.thresholds is not None:
             places = delta.long()
-            delta = torch.where(places > 0, self._apart(size, self.thresholds[places]), 0.0)
+            delta = torch.where(places > 0, self._away(size, self.thresholds[places]), 0.0)
             self.thresholds[places] = delta
         self.distances.append((size - delta)[delta.expand_as(size) > 0].abs().min().item())  # padding has delta = 0
         return self.bias.psi(pred, v, delta)
 
-    def _apart(self, size: Tensor, delta: Tensor) -> Tensor:
-        """``delta`` where it keeps its distance from ``size [..., S]``, else the middle of a wide gap between sizes near it."""
+    def _away(self, size: Tensor, delta: Tensor) -> Tensor:
+        """``delta`` where it is far enough from ``size [..., S]``, else the middle of a wide gap between sizes near it."""
         if delta.shape == size.shape:
             near = (size - delta).abs() < self.margin
             return torch.where(near, size + torch.where(delta < size, -2, 2) * self.margin, delta).clamp_min(self.margin)

@@ -1,11 +1,11 @@
-"""Random calls of everything public, checked against the reference and by identities.
+"""Random calls of the public functions, checked against the reference and by identities.
 
     python -m miras_kernels fuzz --seconds 60 --backend cpp --seed 0
 
-An :class:`Example` is a case of the registry's kind with sizes, gates, layouts and extreme values drawn by hypothesis, and a way to reach
-its results: as they stand, in pieces, sequence by sequence, permuted, or through a gate at its limit (:data:`ROUTES`). Whatever the way,
-results are held to the float64 reference within the budgets of :mod:`~miras_kernels.testing.parity`; besides, a later token must not
-change a bit of an earlier output. What fails is made smaller as long as it fails, and printed as a command that repeats it.
+An :class:`Example` is a case whose sizes, gates, layouts and extreme values are drawn by hypothesis, and a way to compute its results: in
+one call, in pieces, sequence by sequence, permuted, or with a more general gate at a limit (:data:`ROUTES`). All results are compared with
+the float64 reference within the budgets of :mod:`~miras_kernels.testing.parity`; besides, a later token must not change a bit of an
+earlier output. An example that fails is made smaller while it still fails, and printed as a command that repeats it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.reference import chunkwise
-from ..memory import linear_memory, mlp_memory
 from ..state import MemoryState
-from ..tables import biases, retention
+from ..tables import biases, memories, retention
 from ..tables.biases import L2, Huber, RobustL2
 from ..tables.retention import ElasticNetRetention, L2Retention, LqRetention
-from ..validation import linear_call, mlp_call
+from ..validation import make_call
 from .cases import Case, Inputs
 from .parity import ARITHMETIC, ULPS, Report, evaluate, expect, judge, margin, operands, relative_error
 
@@ -41,20 +40,20 @@ TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One thing to try.
+    """A case and how to check it.
 
     Attributes:
-        route: how results are reached, one of :data:`ROUTES`, or "causality".
-        at: where a sequence is cut or changed; taken modulo its length.
+        route: how results are computed, one of :data:`ROUTES`, or "causality".
+        at: where a sequence is split or changed; taken modulo its length.
     """
 
     case: Case
     dtype: str = "float32"
-    route: str = "as it stands"
+    route: str = "one call"
     at: int = 0
 
     def encode(self) -> str:
-        """As one word of JSON, what differs from a plain case only."""
+        """As JSON without spaces; only what differs from a default case."""
         fields = {f.name: getattr(self.case, f.name) for f in dataclasses.fields(Case) if f.name != "name"}
         plain = Case("fuzz")
         case = {name: x for name, x in fields.items() if x != getattr(plain, name)}
@@ -66,7 +65,7 @@ class Example:
         """The inverse of :meth:`encode`.
 
         Raises:
-            ValueError: no such example.
+            ValueError: the text is not an example.
         """
         try:
             fields = json.loads(text)
@@ -79,28 +78,28 @@ class Example:
                 case["lengths"] = tuple(case["lengths"])
             return Example(Case("fuzz", **case), **fields)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"replay: expected what a failing run printed, got {text!r} ({error})") from None
+            raise ValueError(f"replay: expected the JSON that a failing run printed, got {text!r} ({error})") from None
 
 
 class Failure(AssertionError):
-    """An example whose results are wrong."""
+    """The results of an example are wrong."""
 
 
 class Refused(Exception):
-    """An example that the backend says it cannot serve."""
+    """The backend does not support an example."""
 
 
 # ------------------------------------------------------------------------------------------------------------ routes
 
 
-def _recall(case: Case, arguments: dict, run: str | Callable) -> tuple[Tensor, MemoryState]:
-    """The memory, by a backend's name or a function of a :class:`~miras_kernels.backends.reference.sequences.Call`."""
+def _run(case: Case, arguments: dict, run: str | Callable) -> tuple[Tensor, MemoryState]:
+    """Outputs and state; ``run`` is a backend's name or a function of a :class:`~miras_kernels.call.Call`."""
     if callable(run):
         tokens = [arguments[name] for name in TOKENS[:5]]
         rest = {name: x for name, x in arguments.items() if name not in TOKENS[:5]}
-        return run((linear_call if case.memory == "linear" else mlp_call)(*tokens, **rest))
-    out, state = (linear_memory if case.memory == "linear" else mlp_memory)(**arguments, backend=run)
-    assert state is not None, "the arguments ask for it"
+        return run(make_call(memories.TABLE[case.memory], *tokens, **rest))
+    out, state = case.function(**arguments, backend=run)
+    assert state is not None, "output_final_state is set"
     return out, state
 
 
@@ -119,31 +118,31 @@ def _of_states(state: MemoryState | tuple | Tensor | None, function: Callable[[T
     return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
 
 
-def _as_it_stands(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
+def _one_call(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
     """Outputs, states and every gradient."""
     return evaluate(inputs, run)
 
 
 @torch.no_grad()
 def _in_pieces(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """Every piece from the state that the one before it left: cut at ``at``, after one more token, and at the middle of the rest."""
+    """Piece by piece, each from the state of the one before: split at ``at``, after one more token, and in the middle of the rest."""
     arguments, case = inputs.arguments(), inputs.case
     length = inputs.tensors["q"].shape[1]
     if case.lengths is not None or length < 2:
-        return _named(*_recall(case, arguments, run))
+        return _named(*_run(case, arguments, run))
     first = 1 + at % (length - 1)
     bounds = sorted({0, first, min(first + 1, length), (first + length) // 2, length})
     outs, state = [], arguments["initial_state"]
     for a, b in itertools.pairwise(bounds):
         piece = _of_tokens(arguments, itemgetter((slice(None), slice(a, b))))
-        out, state = _recall(case, piece | {"initial_state": state}, run)
+        out, state = _run(case, piece | {"initial_state": state}, run)
         outs.append(out)
     return _named(torch.cat(outs, 1), state)
 
 
 @torch.no_grad()
-def _one_by_one(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """Every sequence of a batch or a pack alone."""
+def _separately(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
+    """Every sequence of a batch or of a pack in a call of its own."""
     arguments, case = inputs.arguments(), inputs.case
     lengths = case.lengths or ()
     ends = list(itertools.accumulate(lengths))
@@ -153,27 +152,27 @@ def _one_by_one(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
         alone = _of_tokens(arguments, itemgetter((rows, time_))) | {"cu_seqlens": None}
         if case.initial == "dual":
             alone["initial_state"] = _of_states(arguments["initial_state"], itemgetter(slice(n, n + 1)))
-        results.append(_named(*_recall(case, alone, run)))
+        results.append(_named(*_run(case, alone, run)))
     axis = {"out": 1 if ends else 0}
     return {name: torch.cat([r[name] for r in results], axis.get(name, 0)) for name in results[0]}
 
 
 @torch.no_grad()
 def _permuted(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """Heads, and the samples of a batch, in reverse order and back."""
+    """Heads, and the sequences of a batch, in reverse order."""
     arguments, case = inputs.arguments(), inputs.case
     batch = (0,) if case.lengths is None else ()
     turned = _of_tokens(arguments, lambda x: x.flip((*batch, 2)))
     shared = case.initial == "shared"
     turned["initial_state"] = _of_states(arguments["initial_state"], lambda x: x.flip((0,) if shared else (*batch, 1)))
     turned |= {name: arguments[name].flip(0) for name in ("ln_weight", "ln_bias") if name in arguments}
-    results = _named(*_recall(case, turned, run))
+    results = _named(*_run(case, turned, run))
     return {name: x.flip((*batch, 2) if name == "out" else (*batch, 1)) for name, x in results.items()}
 
 
 @torch.no_grad()
 def _at_a_limit(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """A gate or a bias replaced by a richer one at the limit where it does nothing more."""
+    """A gate or a bias replaced by a more general one at the limit where both are equal."""
     arguments, case = inputs.arguments(), inputs.case
     shape = inputs.tensors["q"].shape[:3]
     like = lambda value: torch.full(shape, value, dtype=inputs.tensors["lr"].dtype, device=inputs.tensors["lr"].device)
@@ -188,14 +187,14 @@ def _at_a_limit(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
     if case.retention == L2Retention():
         choices += [{"retention": ElasticNetRetention(0.0)}, {"retention": LqRetention(2.0)}]
     change = choices[at % len(choices)] if choices else {}
-    out, state = _recall(case, arguments | change, run)
+    out, state = _run(case, arguments | change, run)
     return _named(out, MemoryState(state.dual) if "momentum" in change else state)
 
 
 ROUTES: dict[str, Callable[[Inputs, str | Callable, int], dict[str, Tensor]]] = {
-    "as it stands": _as_it_stands,
+    "one call": _one_call,
     "in pieces": _in_pieces,
-    "one by one": _one_by_one,
+    "separately": _separately,
     "permuted": _permuted,
     "at a limit": _at_a_limit,
 }
@@ -203,7 +202,7 @@ ROUTES: dict[str, Callable[[Inputs, str | Callable, int], dict[str, Tensor]]] = 
 
 @torch.no_grad()
 def _causality(example: Example, inputs: Inputs, run) -> None:
-    """Tokens from ``at`` on are replaced; not a bit of an earlier output may change."""
+    """Change the tokens from ``at`` on; no bit of an earlier output may change."""
     arguments, t = inputs.arguments(), example.at % inputs.tensors["q"].shape[1]
 
     def disturbed(x: Tensor) -> Tensor:
@@ -211,28 +210,28 @@ def _causality(example: Example, inputs: Inputs, run) -> None:
         x[:, t:] *= 0.5
         return x
 
-    before, after = (_recall(example.case, x, run)[0] for x in (arguments, _of_tokens(arguments, disturbed)))
+    before, after = (_run(example.case, x, run)[0] for x in (arguments, _of_tokens(arguments, disturbed)))
     if not torch.equal(before[:, :t], after[:, :t]):
         first = int((before != after).flatten(2).any(-1)[:, :t].any(0).nonzero()[0])
-        raise Failure(f"causality: tokens from {t} on were changed, and so was the output at {first}")
+        raise Failure(f"causality: changing tokens from {t} on changed the output at {first}")
 
 
 def run_example(example: Example, run: str | Callable) -> None:
-    """Try one example.
+    """Check one example.
 
     Raises:
-        Failure: the results are wrong; says how.
-        Refused: the backend does not serve it.
+        Failure: the results are wrong.
+        Refused: the backend does not support it.
     """
     case, dtype = example.case, DTYPES[example.dtype]
     if callable(run):
-        dtype = torch.float32  # what calls itself may know no other
+        dtype = torch.float32  # a function may support no other dtype
     multiplied = operands(run, dtype)
     try:
         inputs = case.draw(dtype, margin=margin(case, multiplied))
-    except RuntimeError as error:  # no draw keeps its distance from a kink
+    except RuntimeError as error:  # no draw keeps a distance from a kink
         raise Refused(str(error)) from None
-    differentiate = example.route == "as it stands"
+    differentiate = example.route == "one call"
     if not callable(run):
         reason = dispatch.BACKENDS[run].refuses(inputs.call(), differentiate)
         if reason is not None:
@@ -240,25 +239,25 @@ def run_example(example: Example, run: str | Callable) -> None:
     if example.route == "causality":
         _causality(example, inputs, run)
         return
-    reached = ROUTES[example.route](inputs, run, example.at)
-    if not _plain_to_see(inputs, reached, multiplied):
-        report = judge(inputs, reached, multiplied)
+    results = ROUTES[example.route](inputs, run, example.at)
+    if not _clearly_right(inputs, results, multiplied):
+        report = judge(inputs, results, multiplied)
         if not report.ok and not _beyond_float32(inputs, report):
             raise Failure(f"{example.route}: {report}")
 
 
 def _beyond_float32(inputs: Inputs, report: Report) -> bool:
-    """Whether whatever is wrong overflows in float32 by the reference as well, as an inner loop that diverges does sooner or later."""
+    """Whether all wrong results overflow in the float32 reference too, as those of an inner loop that diverges do."""
     usual = evaluate(inputs.to(torch.float64).to(torch.float32), chunkwise.run)
     return not any(row.error < math.inf or usual[row.name].isfinite().all() for row in report.rows if not row.ok)
 
 
-def _plain_to_see(inputs: Inputs, reached: dict[str, Tensor], multiplied: torch.dtype) -> bool:
-    """Whether every error is at most twice that of two perturbed runs, which takes a fraction of the time of a budget."""
+def _clearly_right(inputs: Inputs, results: dict[str, Tensor], multiplied: torch.dtype) -> bool:
+    """Whether every error is at most twice that of two perturbed runs, which is much faster than computing the budgets."""
     wanted = expect(inputs, multiplied, runs=2)
     return all(
         relative_error(x, wanted[name].exact) <= 2 * wanted[name].usual + ULPS * ARITHMETIC + torch.finfo(x.dtype).eps / 2 < math.inf
-        for name, x in reached.items()
+        for name, x in results.items()
     )
 
 
@@ -266,7 +265,7 @@ def _plain_to_see(inputs: Inputs, reached: dict[str, Tensor], multiplied: torch.
 
 
 def examples(backend: str | None = None):
-    """A hypothesis strategy for :class:`Example`, in sizes that suit a backend; small and plain ones are the simplest."""
+    """A hypothesis strategy for :class:`Example`, with sizes that suit a backend; shrinks towards small and plain examples."""
     from hypothesis import strategies as st
 
     chunk_sizes = st.sampled_from([16, 32]) if backend == "triton" else st.integers(1, 40)
@@ -287,17 +286,17 @@ def examples(backend: str | None = None):
     @st.composite
     def build(draw) -> Example:
         one_of = lambda *values: draw(st.sampled_from(values))
-        memory = one_of("linear", "mlp")
+        memory = one_of(*memories.TABLE)
         linear, dtype = memory == "linear", one_of("float32", "bfloat16", *(("float16",) if backend == "triton" else ()))
-        # a number cannot be moved away from the errors that it meets, so products of 16 bits may take another side of a kink than 64
+        # a number as delta cannot be moved away from errors, so 16-bit products may be on the other side of a kink than float64
         bias, exact = draw(float_biases), backend is None or operands(backend, DTYPES[dtype]) == torch.float32
         number = ("float",) if bias.needs_delta and exact else ()
-        # the step sizes that suit them bring gradients below what float16 can hold
+        # their step sizes would make gradients underflow in float16
         huge = () if dtype == "float16" else ("huge",)
         lengths = draw(st.one_of(st.none(), st.lists(st.integers(0, most // 3), min_size=1, max_size=4).filter(any).map(tuple)))
-        # the softmax of one entry and LayerNorm of one or two channels have gradients of exactly 0, where rounding leaves something
+        # the softmax of one entry and LayerNorm of one or two channels have gradients of exactly 0, but not after rounding
         key_dim, per_channel = draw(st.integers(2 if linear else 6, 40)), ("channel",) if linear else ()
-        # an MLP's decays are mild: where the primal of one matrix is 0 the other does nothing but decay, to less than float32 can hold
+        # mild decays for MLP memories: where the primal of one matrix is 0 the other one only decays, and would underflow in float32
         case = Case(
             "fuzz", memory=memory, bias=bias, retention=draw(gates), seed=draw(st.integers(0, 999)), lengths=lengths,
             batch=1 if lengths else draw(st.integers(1, 3)), tokens=sum(lengths) if lengths else draw(st.integers(1, most)),
@@ -318,7 +317,7 @@ def examples(backend: str | None = None):
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run did."""
+    """The results of a run."""
 
     tried: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by route
     refused: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by reason
@@ -326,11 +325,11 @@ class Outcome:
 
 
 def fuzz(run: str | Callable, seconds: float, seed: int, strategy=None, shrink_seconds: float = 60.0) -> Outcome:
-    """Try examples for some time, or until one fails; the failing one is then made smaller.
+    """Check examples until the time is up or one fails, which is then made smaller.
 
     Args:
         run: a backend's name, or a function as :func:`~miras_kernels.testing.evaluate` takes it.
-        seed: the same seed tries the same examples in the same order, as far as time allows.
+        seed: the same seed gives the same examples in the same order.
         strategy: of examples; :func:`examples` by default.
     """
     import hypothesis
@@ -342,7 +341,7 @@ def fuzz(run: str | Callable, seconds: float, seed: int, strategy=None, shrink_s
         key = example.encode()
         if key not in known:
             if time.monotonic() > end + (shrink_seconds if any(known.values()) else 0):
-                return  # what is known to fail goes on failing
+                return  # only examples that are known to fail still fail
             known[key] = _complaint(example, run, outcome)
         if known[key]:
             raise Failure(example, known[key])
@@ -362,7 +361,7 @@ def fuzz(run: str | Callable, seconds: float, seed: int, strategy=None, shrink_s
 
 
 def _complaint(example: Example, run: str | Callable, outcome: Outcome) -> str | None:
-    """What is wrong with an example's results, or None; anything that is raised is wrong too."""
+    """What is wrong with an example's results, or None; an exception is wrong too."""
     try:
         run_example(example, run)
     except Refused as reason:
@@ -371,7 +370,7 @@ def _complaint(example: Example, run: str | Callable, outcome: Outcome) -> str |
     except Failure as failure:
         outcome.tried[example.route] += 1
         return str(failure)
-    except Exception as error:  # the public functions serve every call that is drawn here
+    except Exception as error:  # the public functions support every call that is drawn here
         outcome.tried[example.route] += 1
         return f"{type(error).__name__}: {error}"
     outcome.tried[example.route] += 1
@@ -379,7 +378,7 @@ def _complaint(example: Example, run: str | Callable, outcome: Outcome) -> str |
 
 
 def backends(name: str) -> Iterable[str]:
-    """Those that a name stands for: "all" are those that run on this machine's CPU."""
+    """The backends of this name; "all" are those that run on this machine's CPU."""
     if name != "all":
         return (name,)
     return [n for n in ("cpp", "triton") if dispatch.unavailable(n) is None and dispatch.BACKENDS[n].runs_on(torch.device("cpu"))]

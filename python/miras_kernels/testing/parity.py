@@ -1,29 +1,29 @@
-"""Is a backend right? Outputs, states and every gradient against the float64 reference.
+"""Compare a backend with the float64 reference: outputs, states and every gradient.
 
-The budget of a tensor is derived, not tuned: Monte Carlo arithmetic (Parker 1997) says what rounding does to it. The reference is run
-:data:`DRAWS` times in float64 with the result of every operation multiplied by ``1 + u xi``, where u is the unit roundoff of the
-arithmetic (2^-24: every backend computes in float32 or better) and xi a random number of variance 1, twice or more what a rounding has:
-room for a kernel that rounds more often (:class:`Rounding` has what sums, functions and 16-bit products do). The perturbations pass
-through the case as roundings do, its conditioning and cancellation included, but they neither depend on a machine, a BLAS or a number
-of threads nor can they be lucky. With e_1 ... e_K the K perturbed errors of a tensor, a relative (Frobenius) error may be at most ::
+The error budget of a tensor is derived, not tuned, from Monte Carlo arithmetic (Parker 1997). The reference is run :data:`DRAWS` times in
+float64 with the result of every operation multiplied by ``1 + u xi``, where u is the unit roundoff of the arithmetic (2^-24: every
+backend computes in float32 or better) and xi a random number with at least twice the variance of a rounding, so that a kernel may round
+more often (:class:`~.rounding.Rounding` describes sums, functions and 16-bit products). The perturbations propagate as roundings do,
+including conditioning and cancellation, but do not depend on the machine, the BLAS or the number of threads, and cannot vanish by
+chance. With e_1 ... e_K the K perturbed errors of a tensor, a relative (Frobenius) error may be at most ::
 
     q sqrt(mean |e_k|^2)  +  ULPS u  +  r
 
-the second term being a few roundings where the reference has none, and r the unit roundoff of the tensor's own dtype.
+where the second term allows for a few roundings that the reference does not have, and r is the unit roundoff of the tensor's dtype.
 
-To first order an error is a Gaussian vector, its square a sum of ``lambda_i chi^2_i``. By how much may a backend's, one more draw from
-the like of it, exceed the mean of K? Of a tensor with many independent errors by little, of a single number, where luck is unbounded,
-by far more. A Chernoff bound over the backend's error and the K draws gives, for n equal lambdas, ::
+To first order an error is a Gaussian vector, and its square a sum of ``lambda_i chi^2_i``. The backend's error is one more sample of the
+same kind; q bounds by how much it may exceed the mean of K samples: by little for a tensor with many independent errors, by much more for
+a single number. A Chernoff bound over the backend's error and the K samples gives, for n equal lambdas, ::
 
     P(|e|^2 > q^2 mean |e_k|^2)  <=  exp(-n/2 ((K + 1) log((K + q^2) / (K + 1)) - log q^2))
 
-and, as the bound grows the more unequal they are (it is Schur-convex), with ``n = sqrt(nu)`` for any lambdas that have
-``nu = (sum lambda)^2 / sum lambda^2``: the largest is at most ``sum lambda / sqrt(nu)``. The scalar products of the draws' errors tell
-nu, exactly where it is 1. q is such that this is :data:`FALSE_ALARM`, 1e-9: fewer than 20,000 tensors are compared by all tests
-together, so that one of them is red for no reason with a probability below 2e-5.
+The bound grows with the inequality of the lambdas (it is Schur-convex), so for any lambdas it holds with ``n = sqrt(nu)``,
+``nu = (sum lambda)^2 / sum lambda^2``, since the largest is at most ``sum lambda / sqrt(nu)``. nu is estimated from the scalar products of
+the sampled errors (exactly where it is 1). q is chosen such that the probability is :data:`FALSE_ALARM`, 1e-9: all tests together compare
+fewer than 20,000 tensors, so that any of them fails by chance with a probability below 2e-5.
 
-Where psi or its slope jumps, 16-bit products may take another side than float64, so the data keep their distance from the jump
-(`MARGIN`).
+Where psi or its slope jumps, 16-bit products may be on the other side of the jump than float64, so the data keep a distance from it
+(:data:`MARGIN`).
 """
 
 from __future__ import annotations
@@ -31,21 +31,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import random
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dispatch
 from ..backends.reference import chunkwise
-from ..memory import linear_memory, mlp_memory
 from .cases import KINK_DISTANCE, Case, Inputs
+from .rounding import ARITHMETIC, SMALLEST, ULPS, Rounding
 
 __all__ = [
+    "ARITHMETIC",
+    "ULPS",
     "Expected",
     "Report",
     "Rounding",
@@ -61,30 +60,14 @@ __all__ = [
     "truth",
 ]
 
-ARITHMETIC = 2.0**-24
-#: the roundings of an elementary function, or of what a kernel does and the reference does not
-ULPS = 4.0
-#: runs of the perturbed reference: half of them for a linear memory of many numbers, whose errors are many. LayerNorm unites them
+#: perturbed runs of the reference; half as many for a linear memory with more than MANY numbers in q, which has many independent errors
 DRAWS, MANY = 16, 2**13
-#: the probability that rounding alone exceeds a tensor's budget
+#: probability that rounding alone exceeds a tensor's budget
 FALSE_ALARM = 1e-9
-#: how far errors stay from a kink of psi, in units of the operands' roundoff
+#: distance of errors from a kink of psi, in units of the operands' roundoff
 MARGIN = 8.0
-#: so many numbers of the largest tensor, over all draws, are computed at once
+#: limit on the numbers of the largest tensor that are computed at once, over several perturbed runs
 AT_ONCE = 2**20
-SMALLEST = torch.finfo(torch.float32).tiny
-
-aten = torch.ops.aten
-
-
-@functools.cache
-def _noise() -> Tensor:
-    return torch.rand(2**20 + 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-
-
-@functools.cache
-def _factors(most: float) -> Tensor:
-    return 1 + most * _noise()
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
@@ -107,7 +90,7 @@ def evaluate(inputs: Inputs, run: str | Callable = "auto") -> dict[str, Tensor]:
     if callable(run):
         out, state = run(inputs.call())
     else:
-        function = linear_memory if inputs.case.memory == "linear" else mlp_memory
+        function = inputs.case.function
         out, state = function(**inputs.arguments(), backend=run)
     results = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
     if state.momentum is not None:
@@ -119,123 +102,20 @@ def evaluate(inputs: Inputs, run: str | Callable = "auto") -> dict[str, Tensor]:
 
 
 def operands(run: str | Callable, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the numbers that a backend multiplies, for inputs of a dtype."""
+    """The dtype in which a backend multiplies, for inputs of dtype ``dtype``."""
     return dispatch.BACKENDS[run].operands(dtype) if run in dispatch.BACKENDS else torch.float32
 
 
 def truth(inputs: Inputs) -> dict[str, Tensor]:
-    """The float64 reference on the same (already rounded) numbers."""
+    """The float64 reference on the same (rounded) numbers."""
     return evaluate(inputs.to(torch.float64), chunkwise.run)
 
 
 # --------------------------------------------------------------------------------------------------------- perturbed runs
 
 
-def _layer_norm(x, shape, weight, bias, eps):
-    if weight is not None or bias is not None or len(shape) != 1:
-        raise NotImplementedError("Rounding: expected a layer_norm over one axis without an affine part")
-    centred = x - x.mean(-1, keepdim=True)
-    r = ((centred * centred).mean(-1, keepdim=True) + eps).rsqrt()
-    return centred * r, x.mean(-1, keepdim=True), r
-
-
-def _layer_norm_backward(grad, x, shape, mean, r, weight, bias, mask):
-    y = (x - mean) * r
-    return r * (grad - grad.mean(-1, keepdim=True) - y * (grad * y).mean(-1, keepdim=True)), None, None
-
-
-EXACT = {
-    aten._to_copy, aten._unsafe_view, aten.abs, aten.alias, aten.cat, aten.clone, aten.constant_pad_nd, aten.copy_, aten.detach,
-    aten.empty_like, aten.expand, aten.fill, aten.fill_, aten.flip, aten.full, aten.full_like, aten.gather, aten.index,
-    aten.index_put, aten.index_select, aten.lift_fresh, aten.masked_fill, aten.masked_fill_, aten.max, aten.maximum, aten.minimum,
-    aten.neg, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.ones_like, aten.permute, aten.relu_,
-    aten.roll, aten.scalar_tensor, aten.scatter_, aten.select, aten.select_backward, aten.sgn, aten.sign, aten.slice,
-    aten.slice_backward, aten.softshrink_backward, aten.split, aten.split_with_sizes, aten.squeeze, aten.stack, aten.t,
-    aten.transpose, aten.tril, aten.unbind, aten.unsqueeze, aten.view, aten.where, aten.zero_, aten.zeros, aten.zeros_like,
-}  # fmt: skip
-ROUNDED = {aten.add, aten.div, aten.mul, aten.reciprocal, aten.rsub, aten.softshrink, aten.sqrt, aten.sub}
-PRODUCTS = {aten.bmm, aten.mm}
-SUMS = {aten.cumsum, aten.mean, aten.sum}
-#: functions of whole rows that cancel inside, step by step
-STEPS: dict[Any, Callable] = {
-    aten.native_layer_norm: _layer_norm,
-    aten.native_layer_norm_backward: _layer_norm_backward,
-    aten._softmax_backward_data: lambda grad, y, dim, dtype: y * (grad - (grad * y).sum(dim, keepdim=True)),
-}
-
-
-class Rounding(TorchDispatchMode):
-    """Within it float64 rounds at random as float32 does at worst, and matrix products take and give a dtype, as under autocast.
-
-    * What moves, selects or negates numbers is exact.
-    * A sum of n terms, a matrix product's as well, gets the roundings of all partial sums, added up one after the other in a random
-      order: of variance ``u^2 (Q (n + 1) / 6 - Q / n + S^2 (n + 1) / 3)``, with S the sum and Q that of squares, and ``u^2 Q`` for
-      the products.
-    * An elementary function, or whatever else is not in a table here, gets its arguments rounded and ULPS roundings of its result.
-    * A function or a result below the smallest normal number is 0.
-    * Products of 16-bit operands: all that the dtype does not hold is moved by up to a unit roundoff, and then rounded to it.
-    """
-
-    def __init__(self, operands: torch.dtype, seed: int):
-        super().__init__()
-        self.operands, self.random = operands, random.Random(seed)
-
-    def stretch(self, numbers: Tensor, like: Tensor) -> Tensor:
-        """As many of the numbers as a tensor has, from anywhere among them."""
-        n = like.numel()
-        if n > len(numbers):
-            numbers = numbers.repeat(1 + n // len(numbers))
-        first = self.random.randrange(len(numbers) - n + 1)
-        return numbers[first : first + n].view(like.shape)
-
-    def factors(self, roundings: float, like: Tensor) -> Tensor:
-        return self.stretch(_factors(roundings * ARITHMETIC), like)
-
-    def narrowed(self, x: Tensor) -> Tensor:
-        if self.operands == torch.float32:
-            return x
-        return (x * self.stretch(_factors(torch.finfo(self.operands).eps / 2), x)).to(self.operands).to(x.dtype)
-
-    def summed(self, total: Tensor, squares: Tensor, n: int, products: bool) -> Tensor:
-        """A sum of n terms, from what it is and the sum of its terms' squares; both are overwritten."""
-        if n == 1 and not products:
-            return total
-        variance = squares.mul_((n + 1) / 6 - 1 / n + products).addcmul_(total, total, value=(n + 1) / 3)
-        return total.addcmul_(variance.sqrt_(), self.stretch(_noise(), total), value=ARITHMETIC)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, packet = kwargs or {}, func.overloadpacket
-        if packet in STEPS:
-            with self:
-                return STEPS[packet](*args, **kwargs)
-        if packet in PRODUCTS:
-            a, b = map(self.narrowed, args)
-            return self.narrowed(self.summed(func(a, b), func(a * a, b * b), a.shape[-1], True))
-        if packet not in EXACT and func._schema.is_mutable and args[0].is_floating_point():
-            raise NotImplementedError(f"Rounding: {func} changes its arguments")
-        result = func(*args, **kwargs)
-        if packet in EXACT:
-            return result
-        if not isinstance(result, Tensor) or packet not in ROUNDED | SUMS | {aten.cumprod}:
-            result = func(*(self.nudged(x, 1.0) for x in args), **kwargs)
-            return tuple(self.nudged(x, ULPS) for x in result) if isinstance(result, tuple) else self.nudged(result, ULPS)
-        if result.dtype != torch.float64:
-            return result
-        if packet in SUMS:
-            n = args[0].shape[args[1]] if packet is aten.cumsum else max(1, args[0].numel() // max(1, result.numel()))
-            squares = func(args[0] * args[0], *args[1:], **kwargs) / (n if packet is aten.mean else 1)
-            return self.summed(result, squares, n, False)
-        return result.mul_(self.factors(math.sqrt(result.shape[args[1]]) if packet is aten.cumprod else 1.0, result))
-
-    def nudged(self, x, roundings: float):
-        """What a function takes or gives, where it is a float64 tensor."""
-        if not isinstance(x, Tensor) or x.dtype != torch.float64:
-            return x
-        return hardshrink(x * self.factors(roundings, x), SMALLEST)
-
-
 def _copies(inputs: Inputs, n: int) -> Inputs:
-    """So many copies of every head."""
+    """The inputs with ``n`` copies of every head."""
     many = lambda x, axis: x.detach().repeat_interleave(n, axis).requires_grad_(x.requires_grad)
     heads = lambda matrices: tuple(many(x, -3) for x in matrices)
     return Inputs(
@@ -249,8 +129,8 @@ def _copies(inputs: Inputs, n: int) -> Inputs:
     )
 
 
-def _apart(x: Tensor, exact: Tensor, n: int) -> Tensor:
-    """Results of so many copies of every head, ``[n, ...]``."""
+def _split_copies(x: Tensor, exact: Tensor, n: int) -> Tensor:
+    """Results of ``n`` copies of every head as ``[n, ...]``."""
     if n == 1:
         return x.unsqueeze(0)
     axis = next(i for i, (many, one) in enumerate(zip(x.shape, exact.shape, strict=True)) if many != one)
@@ -262,15 +142,15 @@ def _apart(x: Tensor, exact: Tensor, n: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """One tensor's exact value, and what rounding does to it."""
+    """A tensor's exact value and error budget."""
 
     exact: Tensor
-    usual: float  # the root of the mean square of the relative errors that roundings cause
-    budget: float  # less the rounding of the result itself
+    usual: float  # root mean square of the relative errors of the perturbed runs
+    budget: float  # without the rounding of the result itself
 
 
 def excess(independent: float, draws: int) -> float:
-    """q, from the bound above, for so many independent errors of a tensor."""
+    """q of the bound above, for a tensor with so many independent errors."""
     wanted = -2 * math.log(FALSE_ALARM) / math.sqrt(independent)
     low, high = 0.0, 100.0  # log q^2
     for _ in range(60):
@@ -281,7 +161,7 @@ def excess(independent: float, draws: int) -> float:
 
 
 def expected(exact: Tensor, draws: Tensor) -> Expected:
-    """From perturbed values ``[K, ...]``."""
+    """From the results ``[K, ...]`` of perturbed runs."""
     errors = (draws - exact).flatten(1)
     products = errors @ errors.T / (exact.square().sum().item() or 1.0)
     sizes = products.diag()
@@ -297,12 +177,12 @@ def expected(exact: Tensor, draws: Tensor) -> Expected:
 def expect(
     inputs: Inputs, multiplied: torch.dtype, run: Callable[[Inputs], dict[str, Tensor]] | None = None, runs: int | None = None
 ) -> dict[str, Expected]:
-    """What a run must give, by name.
+    """Exact results and budgets, by name.
 
     Args:
-        multiplied: the dtype of the numbers that are multiplied.
+        multiplied: the dtype of the operands of matrix products.
         run: the reference, by default :func:`evaluate` with :func:`chunkwise.run`.
-        runs: how many perturbed runs, by default as many as :data:`DRAWS` says.
+        runs: number of perturbed runs, by default that of :data:`DRAWS`.
     """
     run = run or functools.partial(evaluate, run=chunkwise.run)
     wide, case, q = inputs.to(torch.float64), inputs.case, inputs.tensors["q"]
@@ -320,38 +200,39 @@ def spread(
     runs: int = DRAWS,
     together=1,
 ) -> dict[str, Expected]:
-    """The same of any float64 computation in PyTorch, that it may call so often.
+    """The same for any float64 computation in PyTorch.
 
     Args:
         exact: its results.
-        together: how many copies of every head one call computes.
+        compute: the computation, called several times.
+        together: number of copies of every head in one call.
     """
     draws: dict[str, list[Tensor]] = {name: [] for name in exact}
     for seed in range(runs // together):
         with Rounding(multiplied, seed):
             results = compute()
         for name, x in results.items():
-            draws[name].append(hardshrink(_apart(x, exact[name], together), SMALLEST))
+            draws[name].append(hardshrink(_split_copies(x, exact[name], together), SMALLEST))
     return {name: expected(x, torch.cat(draws[name])) for name, x in exact.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor's relative error and what it may be."""
+    """One tensor's relative error and budget."""
 
     name: str
     error: float
     budget: float
-    usual: float  # what rounding does to it: see Expected
+    usual: float  # see Expected
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.budget < math.inf  # a budget without end is that of a case that proves nothing
+        return self.error <= self.budget < math.inf  # a case with an infinite budget checks nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All tensors of a case."""
+    """The results of one case."""
 
     case: Case
     dtype: torch.dtype
@@ -373,7 +254,7 @@ class Report:
 
 
 def margin(case: Case, operands: torch.dtype) -> float:
-    """How far a case's errors stay from a kink of psi, for a backend that multiplies ``operands``: see :meth:`Case.draw`."""
+    """Distance of a case's errors from a kink of psi, for a backend that multiplies in dtype ``operands``: see :meth:`Case.draw`."""
     return max(MARGIN * torch.finfo(operands).eps / 2 * case.delta_scale, KINK_DISTANCE)
 
 
@@ -390,16 +271,16 @@ def _expect_of(case: Case, dtype: torch.dtype, multiplied: torch.dtype) -> dict[
 
 
 def judge(inputs: Inputs, reached: dict[str, Tensor], multiplied: torch.dtype) -> Report:
-    """Compare results, all of a case's or some, with float64.
+    """Compare results (all of a case's, or some of them) with float64.
 
     Args:
-        multiplied: the dtype of the numbers that were multiplied.
+        multiplied: the dtype of the operands of matrix products.
     """
     return compare(inputs.case, inputs.tensors["q"].dtype, reached, expect(inputs, multiplied))
 
 
 def compare(case: Case, dtype: torch.dtype, reached: dict[str, Tensor], wanted: dict[str, Expected]) -> Report:
-    """Hold every result to its budget."""
+    """Compare results with their budgets."""
     rows = []
     for name, x in reached.items():
         budget = wanted[name].budget + torch.finfo(x.dtype).eps / 2

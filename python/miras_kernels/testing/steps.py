@@ -1,4 +1,4 @@
-"""Is a decoder right? Its outputs and state after a prompt against the float64 reference on the whole sequence."""
+"""Compare a decoder's outputs and state after a prompt with the float64 reference on the whole sequence."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from torch import Tensor
 
 from ..backends.reference import chunkwise
 from ..call import Call
-from ..decode.decoder import Decoder
-from ..memory import linear_memory, mlp_memory
+from ..decode import Decoder
 from ..state import MemoryState
 from .cases import Case, Inputs
 from .parity import Report, compare, expect, margin, operands
 
 __all__ = ["before", "check_results", "check_steps", "cut", "decoder", "final", "read", "results", "whole"]
-
-
-def function(case: Case):
-    return linear_memory if case.memory == "linear" else mlp_memory
 
 
 def cut(arguments: dict, a: int, b: int) -> dict:
@@ -38,11 +33,11 @@ def decoder(case: Case, arguments: dict, state: MemoryState, backend: str) -> De
 
 @torch.no_grad()
 def read(inputs: Inputs, backend: str, cuts: Sequence[int]) -> dict[str, Tensor]:
-    """Outputs and final state of a decoder: a prompt of ``cuts[0]`` tokens, which the reference reads, then steps between the cuts."""
+    """Outputs and final state of a decoder: the reference reads a prompt of ``cuts[0]`` tokens, then steps read from cut to cut."""
     case, arguments = inputs.case, inputs.arguments()
     state = arguments["initial_state"]
     if cuts[0]:
-        _, state = function(case)(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
+        _, state = case.function(**{**arguments, **cut(arguments, 0, cuts[0])}, backend="reference")
     elif not isinstance(state, MemoryState):
         state = MemoryState(tuple(state) if isinstance(state, tuple) else (state,))
     reader = decoder(case, arguments, state, backend)
@@ -52,34 +47,34 @@ def read(inputs: Inputs, backend: str, cuts: Sequence[int]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def whole(inputs: Inputs, prompt: int) -> dict[str, Tensor]:
-    """The same, of the whole sequence at once."""
+    """The same from the whole sequence at once."""
     out, state = chunkwise.run(inputs.call())
     return final(out[:, prompt:], state)
 
 
 def final(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
-    """By the names that :func:`evaluate` has for them."""
+    """Results by the names of :func:`evaluate`."""
     found = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
     return found | {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
 
 
 def before(inputs: Inputs, tokens: int) -> Inputs:
-    """A case's first tokens."""
+    """A case's first ``tokens`` tokens."""
     tensors = {name: x[:, :tokens] if name in Call.PER_TOKEN else x for name, x in inputs.tensors.items()}
     case = dataclasses.replace(inputs.case, tokens=tokens)
     return dataclasses.replace(inputs, case=case, tensors=tensors, grad_out=inputs.grad_out[:, :tokens])
 
 
 def results(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
-    """Outputs and all numbers of a state."""
+    """Outputs and all floating-point tensors of a state."""
     return {"out": out} | {f"state {i}": x for i, x in enumerate(state.tensors()) if x.is_floating_point()}
 
 
 def check_results(inputs: Inputs, found: dict[str, Tensor], run: Callable[[Call], dict[str, Tensor]]) -> None:
-    """Compare float32 results with what the reference makes of a case in float64.
+    """Compare float32 results with those of ``run``, a reference, in float64.
 
     Raises:
-        AssertionError: not within the budgets.
+        AssertionError: an error exceeds its budget.
     """
     report = compare(inputs.case, torch.float32, found, expect(inputs, torch.float32, lambda x: run(x.call())))
     if not report.ok:
@@ -94,7 +89,7 @@ def check_steps(
 
     Args:
         cuts: see :func:`read`; the last one is the number of tokens.
-        found: other results to compare, made from ``inputs_of(case, dtype)``.
+        found: other results to compare, computed from ``inputs_of(case, dtype)``.
     """
     inputs = inputs_of(case, backend, dtype, device)
     found = read(inputs, backend, cuts) if found is None else found
@@ -105,5 +100,5 @@ def check_steps(
 
 
 def inputs_of(case: Case, backend: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
-    """The tensors that :func:`check_steps` draws."""
+    """The inputs of :func:`check_steps`."""
     return case.draw(dtype, device, margin(case, operands(backend, dtype)))

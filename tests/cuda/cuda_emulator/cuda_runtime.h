@@ -1,5 +1,5 @@
 // As much of CUDA as csrc/cuda uses, for a C++ compiler: blocks run one after the other on the CPU, the threads of a block as coroutines
-// that pass at barriers and shuffles. What a barrier is missing for shows when the threads are run in the other order.
+// that switch at barriers and shuffles. A missing barrier shows when the threads run in the reverse order.
 #pragma once
 
 #include <math.h>
@@ -67,7 +67,7 @@ inline void entry() {
   wait(Waits::forever);
 }
 
-// Threads first ... last may go on if all of them wait for the same.
+// Threads first ... last may continue if all of them wait at the same place.
 inline bool release(unsigned first, unsigned last, Waits what) {
   for (unsigned i = first; i < last; ++i)
     if (threads[i].waits != what) return false;

@@ -1,7 +1,7 @@
-"""The definition of what every kernel computes, in PyTorch alone.
+"""What every kernel computes, in PyTorch alone.
 
-``definition``: token by token, the inner gradient taken by autograd from the written loss: the truth.
-``chunkwise``: the matrix form, fast enough to train with, differentiable everywhere; ``derived``: its hand-derived backward.
+``definition``: token by token, with the inner gradient taken by autograd from the loss. ``chunkwise``: the matrix form, fast enough to
+train with, differentiated by autograd. ``derived``: a matrix form with its backward derived by hand. ``step``: decoding.
 """
 
 from . import chunkwise, definition, derived

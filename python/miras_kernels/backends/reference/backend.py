@@ -1,4 +1,4 @@
-"""The reference as a backend: the hand-derived form behind the operators, everything else as differentiable PyTorch."""
+"""The reference as a backend. Calls that derived.py covers go through the operators; autograd.py runs the others as plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ...call import Call
+from ...tables.memories import LINEAR, MLP
 from . import derived, step
 
 
 class ReferenceBackend:
-    """Serves every call. What :func:`derived.covers` goes through the same operators as the kernels do."""
+    """Serves every call."""
 
     name = "reference"
-    unverified = "take"  # it is what the others are held to
+    unverified = "use"  # the others are compared with it
 
     def unavailable(self) -> None:
         return None
@@ -58,11 +59,10 @@ class ReferenceBackend:
         for name in ("q", "k", "v"):
             grads[name] = grads[name].to(call.q.dtype)
         grads = {name: x.contiguous() for name, x in grads.items()}
-        grads["state"] = [grads.pop("dual")]
-        return grads
+        return grads | {"state": [grads.pop("dual")]}
 
-    def refuses_steps(self, call: Call) -> None:
-        return None
+    def refuses_steps(self, call: Call) -> str | None:
+        return None if call.memory in (LINEAR, MLP) else f"it has no decoding step for {call.memory.title}"
 
     def stepper(self, call: Call) -> Callable:
         return step.stepper(call)

@@ -1,8 +1,8 @@
-"""The matrix form: a chunk's tokens at once (SPEC sections 2 and 5), in PyTorch that autograd differentiates.
+"""The matrix form: a chunk's tokens at once (docs/mathematics.md, sections 2, 3, 8 and 9), in PyTorch that autograd differentiates.
 
-Serves everything the specification has. A sequence is padded to whole chunks with tokens that do nothing (zero step, no
-decay) and, where it resumes inside an open chunk, with as many such tokens in front. Only the prediction error and the
-state are computed chunk after chunk; the read-out is batched over chunks.
+Serves every call of a linear or an MLP memory. A sequence is padded to whole chunks with tokens that do nothing (zero step size, no
+decay), in front too where it resumes inside an open chunk. Only the prediction error and the state are computed chunk after chunk; the
+read-out is batched over chunks.
 
 Shapes: B batch, H heads, N chunks, C chunk_size, D head dimensions, R rows of a gate: 1, or Dv for a channel-wise one.
 Decay matrices are ``L [B, H, N, C, C, R]``, ``L_ts = gamma_t / gamma_s`` for ``s <= t``, else 0.
@@ -19,14 +19,18 @@ from torch.nn import functional as F
 
 from ...call import Call
 from ...state import MemoryState
+from ...tables.memories import LINEAR, MLP
+from . import definition
 from .sequences import final_state, join, open_chunk, sequences
 
-__all__ = ["gelu_derivative", "layer_norm_vjp", "run"]
+__all__ = ["Decay", "Layout", "Tokens", "decays", "empty", "gelu_derivative", "layer_norm_vjp", "run"]
 
 
 def run(call: Call) -> tuple[Tensor, MemoryState]:
     """``(out [B, T, H, Dv], final state)``; differentiable in every tensor of the call."""
-    run_together = _run_linear if call.memory == "linear" else _run_mlp
+    run_together = MATRIX_FORMS.get(call.memory.name)
+    if run_together is None:
+        return definition.run(call)
     return join(call, [run_together(part) for part in sequences(call)])
 
 
@@ -66,11 +70,11 @@ def _rows(gate: Tensor) -> Tensor:
 
 
 class Decay(NamedTuple):
-    """What the gates of a chunk do, from log-decays (and momenta), without ever dividing underflowed products."""
+    """Weights that follow from a chunk's log-decays and momentum, computed without dividing products that may underflow."""
 
     gamma: Tensor  # [B, H, N, C, R]     gamma_t, decay from the chunk's start to t
     pair: Tensor  # [B, H, N, C, C, R]   weight of the write of token s in the state of token t
-    carry: Tensor | None  # [B, H, N, C, R]   b_t, weight of the carried momentum S_0 in the state of token t
+    carry: Tensor | None  # [B, H, N, C, R]   b_t, weight of the initial momentum matrix S_0 in the state of token t
     step: Tensor | None  # [B, H, N, C, 1]    weight of the write of token s in the chunk's last momentum
     step_carry: Tensor | None  # [B, H, N, 1]  weight of S_0 in it
 
@@ -80,14 +84,14 @@ class Decay(NamedTuple):
 
 
 def _segment_sums(x: Tensor) -> Tensor:
-    """``[..., C, R] -> [..., C, C, R]``: sum of ``x_r`` over ``s < r <= t``, -inf above the diagonal. No cancellation."""
+    """``[..., C, R] -> [..., C, C, R]``: sum of ``x_r`` over ``s < r <= t``, -inf above the diagonal; without cancellation."""
     c = x.shape[-2]
     lower = torch.ones(c, c, dtype=torch.bool, device=x.device).tril(-1).unsqueeze(-1)
     sums = x.unsqueeze(-2).expand(*x.shape[:-2], c, c, x.shape[-1]).masked_fill(~lower, 0).cumsum(-3)
     return sums.masked_fill(lower.transpose(0, 1), -torch.inf)
 
 
-def _decay(layout: Layout, log_decay: Tensor | None, momentum: Tensor | None, like: Tensor) -> Decay:
+def decays(layout: Layout, log_decay: Tensor | None, momentum: Tensor | None, like: Tensor) -> Decay:
     b, _, h = like.shape[:3]
     if log_decay is None:
         log_decay = like.new_zeros(b, layout.tokens, h)
@@ -96,7 +100,7 @@ def _decay(layout: Layout, log_decay: Tensor | None, momentum: Tensor | None, li
     if momentum is None:
         return Decay(gamma, pair, None, None, None)
     real = layout.split(torch.ones_like(momentum)).unsqueeze(-1)
-    theta = layout.split(momentum).unsqueeze(-1) + (1 - real)  # padding keeps the momentum as it is ...
+    theta = layout.split(momentum).unsqueeze(-1) + (1 - real)  # padding leaves the momentum matrix as it is ...
     c = theta.shape[-2]
     lower = torch.ones(c, c, dtype=torch.bool, device=theta.device).tril(-1).unsqueeze(-1)
     products = theta.unsqueeze(-2).expand(*theta.shape[:-2], c, c, 1).masked_fill(~lower, 1).cumprod(-3)
@@ -108,43 +112,45 @@ def _decay(layout: Layout, log_decay: Tensor | None, momentum: Tensor | None, li
     return Decay(gamma, pair, carry, steps[..., -1, :, :], from_start[..., -1, :])
 
 
-def _write(decay: Decay, n: int, left: Tensor, right: Tensor, dual: Tensor, momentum: Tensor | None):
-    """The state and momentum after chunk n, whose tokens write ``-left_s right_s'`` (left ``[B, H, C, R]``)."""
+def _write(decay: Decay, n: int, left: Tensor, right: Tensor, dual: Tensor, momenta: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The dual and the momentum matrix after chunk n, whose tokens write ``-left_s right_s'`` (left ``[B, H, C, R]``)."""
     gamma, weights = (x[:, :, n] for x in decay.last())
     new = gamma.unsqueeze(-1) * dual - (weights * left).transpose(-1, -2) @ right
-    if momentum is None:
+    if momenta is None or decay.carry is None or decay.step is None or decay.step_carry is None:
         return new, None
-    new = new + decay.carry[:, :, n, -1].unsqueeze(-1) * momentum
-    momentum = decay.step_carry[:, :, n].unsqueeze(-1) * momentum - (decay.step[:, :, n] * left).transpose(-1, -2) @ right
-    return new, momentum
+    new = new + decay.carry[:, :, n, -1].unsqueeze(-1) * momenta
+    momenta = decay.step_carry[:, :, n].unsqueeze(-1) * momenta - (decay.step[:, :, n] * left).transpose(-1, -2) @ right
+    return new, momenta
 
 
-def _read(decay: Decay, x: Tensor, readout: Tensor, rho: Tensor, left: Tensor, right: Tensor, momentum: Tensor | None):
+def _read(decay: Decay, x: Tensor, readout: Tensor, rho: Tensor, left: Tensor, right: Tensor, momenta: Tensor | None) -> Tensor:
     """Every token's read-out ``(gamma_t W_0 + rho D_t) x_t``, batched over chunks: ``[B, H, N, C, rows]``.
 
     Args:
         readout: ``[B, H, N, rows, K]``, the matrix that a chunk's tokens read before its own writes.
         left, right: the writes ``-left_s right_s'``.
-        momentum: ``[B, H, N, rows, K]``, the momentum carried into each chunk.
+        momenta: ``[B, H, N, rows, K]``, the momentum matrix at each chunk's start.
     """
     scores = x @ right.transpose(-1, -2)  # [B, H, N, C, C]
     if decay.pair.shape[-1] == 1:
         written = -(decay.pair.squeeze(-1) * scores) @ left
     else:
         written = -torch.einsum("...tsd,...ts,...sd->...td", decay.pair, scores, left)
-    if momentum is not None:
-        written = written + decay.carry * (x @ momentum.transpose(-1, -2))
+    if momenta is not None and decay.carry is not None:
+        written = written + decay.carry * (x @ momenta.transpose(-1, -2))
     return decay.gamma * (x @ readout.transpose(-1, -2)) + rho * written
 
 
 class _Chain:
-    """One dual through the chunks: its predictions' primal, what the read-out needs of each chunk, and the final state."""
+    """One matrix through the chunks: the primal for predictions, what the read-out needs of each chunk, and the final state."""
 
-    def __init__(self, call: Call, dual: Tensor, start: Tensor, gamma: Tensor, momentum: Tensor | None):
+    def __init__(self, call: Call, dual: Tensor, start: Tensor, gamma: Tensor, momenta: Tensor | None):
         self.phi, self.rho_of = call.retention.phi, call.retention.rho
-        self.dual, self.start, self.momentum = dual, start, momentum
+        self.dual, self.start, self.momenta = dual, start, momenta
         self.gamma = gamma.reshape(*gamma.shape[:2], -1, 1)  # of an open chunk, at the call's first token
-        self.readouts, self.rhos, self.carried = [], [], []
+        self.readouts: list[Tensor] = []
+        self.rhos: list[Tensor] = []
+        self.initial_momenta: list[Tensor | None] = []
 
     def open(self) -> Tensor:
         """Begin a chunk; returns its primal ``W_0``."""
@@ -152,25 +158,25 @@ class _Chain:
         resumed = self.start is not self.dual
         self.readouts.append(self.gamma * primal + rho * (self.dual - self.gamma * self.start) if resumed else primal)
         self.rhos.append(rho)
-        self.carried.append(self.momentum)
+        self.initial_momenta.append(self.momenta)
         return primal
 
     def close(self, decay: Decay, n: int, left: Tensor, right: Tensor) -> None:
         """Write a chunk."""
         self.opened = self.start
-        self.dual, self.momentum = _write(decay, n, left, right, self.dual, self.momentum)
+        self.dual, self.momenta = _write(decay, n, left, right, self.dual, self.momenta)
         self.start = self.dual
 
     def read(self, decay: Decay, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        momentum = None if self.momentum is None else torch.stack(self.carried, 2)
-        return _read(decay, x, torch.stack(self.readouts, 2), torch.stack(self.rhos, 2), left, right, momentum)
+        momenta = None if self.momenta is None else torch.stack(self.initial_momenta, 2)  # type: ignore[arg-type]
+        return _read(decay, x, torch.stack(self.readouts, 2), torch.stack(self.rhos, 2), left, right, momenta)
 
 
 def _chains(call: Call) -> tuple[Layout, list[_Chain], Tensor]:
     position, start, log_decay = open_chunk(call)
-    momentum = call.state.momentum or (None,) * len(start)
+    momenta = call.state.momentum or (None,) * len(start)
     duals = call.state.dual
-    chains = [_Chain(call, d, d if position == 0 else a, log_decay.exp(), s) for d, a, s in zip(duals, start, momentum, strict=True)]
+    chains = [_Chain(call, d, d if position == 0 else a, log_decay.exp(), s) for d, a, s in zip(duals, start, momenta, strict=True)]
     return Layout(position, call.q.shape[1], call.chunk_size), chains, log_decay
 
 
@@ -181,12 +187,26 @@ def _finish(call: Call, layout: Layout, chains: list[_Chain], log_decay: Tensor)
     if call.log_decay is not None:
         log_decay = log_decay + call.log_decay[:, max(layout.tokens - layout.end, 0) :].sum(1)
     start = [c.start if layout.end == 0 else c.opened for c in chains]
-    momentum = None if call.momentum is None else [c.momentum for c in chains]
-    return final_state([c.dual for c in chains], momentum, layout.end, start, log_decay)
+    momenta = None if call.momentum is None else [c.momenta for c in chains]
+    return final_state([c.dual for c in chains], momenta, layout.end, start, log_decay)
 
 
-def _per_chunk(split: Callable, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else split(x) for x in tensors]
+class Tokens(NamedTuple):
+    """A call's tensors laid out in chunks, ``[B, H, N, C, ...]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor  # [B, H, N, C, R]
+    delta: Tensor | None  # [B, H, N, C, R]
+
+    @staticmethod
+    def of(call: Call, layout: Layout) -> Tokens:
+        q, k, v, lr = map(layout.split, (call.q, call.k, call.v, call.lr))
+        return Tokens(q, k, v, _rows(lr), None if call.delta is None else _rows(layout.split(call.delta)))
+
+    def delta_of(self, n: int) -> Tensor | None:
+        return None if self.delta is None else self.delta[:, :, n]
 
 
 # ---------------------------------------------------------------------------------------------------------- linear
@@ -194,15 +214,15 @@ def _per_chunk(split: Callable, *tensors: Tensor | None) -> list[Tensor | None]:
 
 def _run_linear(call: Call) -> tuple[Tensor, MemoryState]:
     if call.q.shape[1] == 0:
-        return _nothing(call)
+        return empty(call)
     layout, (chain,), log_decay = _chains(call)
-    q, k, v, lr, delta = _per_chunk(layout.split, call.q, call.k, call.v, call.lr, call.delta)
-    lr, delta = _rows(lr), None if delta is None else _rows(delta)
-    decay = _decay(layout, call.log_decay, call.momentum, call.q)
+    tokens = Tokens.of(call, layout)
+    q, k, v, lr, _ = tokens
+    decay = decays(layout, call.log_decay, call.momentum, call.q)
     updates = []
     for n in range(k.shape[2]):
         prediction = k[:, :, n] @ chain.open().transpose(-1, -2)
-        g = call.bias.psi(prediction, v[:, :, n], None if delta is None else delta[:, :, n])
+        g = call.bias.psi(prediction, v[:, :, n], tokens.delta_of(n))
         updates.append(lr[:, :, n] * g)  # U
         chain.close(decay, n, updates[-1], k[:, :, n])
     out = chain.read(decay, q, torch.stack(updates, 2), k)
@@ -229,11 +249,12 @@ def layer_norm_vjp(u: Tensor, grad: Tensor, eps: float) -> Tensor:
 
 def _run_mlp(call: Call) -> tuple[Tensor, MemoryState]:
     if call.q.shape[1] == 0:
-        return _nothing(call)
+        return empty(call)
+    assert call.ln_weight is not None and call.ln_bias is not None
     layout, (chain1, chain2), log_decay = _chains(call)
-    q, k, v, lr, delta = _per_chunk(layout.split, call.q, call.k, call.v, call.lr, call.delta)
-    lr, delta = _rows(lr), None if delta is None else _rows(delta)
-    decay = _decay(layout, call.log_decay, call.momentum, call.q)
+    tokens = Tokens.of(call, layout)
+    q, k, v, lr, _ = tokens
+    decay = decays(layout, call.log_decay, call.momentum, call.q)
     weight, bias = (x[None, :, None] for x in (call.ln_weight, call.ln_bias))  # [1, H, 1, D]
 
     def normalise(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -245,7 +266,7 @@ def _run_mlp(call: Call) -> tuple[Tensor, MemoryState]:
         z = kn @ w2.transpose(-1, -2)  # [B, H, C, Hd]
         a = F.gelu(z, approximate="tanh")
         u = a @ w1.transpose(-1, -2)  # [B, H, C, D]
-        g = call.bias.psi(kn + normalise(u, weight, bias), v[:, :, n], None if delta is None else delta[:, :, n])
+        g = call.bias.psi(kn + normalise(u, weight, bias), v[:, :, n], tokens.delta_of(n))
         g_u = layer_norm_vjp(u, g * weight, call.ln_eps)
         g_z = (g_u @ w1) * gelu_derivative(z)
         hidden.append(a)
@@ -259,7 +280,11 @@ def _run_mlp(call: Call) -> tuple[Tensor, MemoryState]:
     return layout.merge(out), _finish(call, layout, [chain1, chain2], log_decay)
 
 
-def _nothing(call: Call) -> tuple[Tensor, MemoryState]:
-    """No tokens: an empty output and the state as it was."""
+def empty(call: Call) -> tuple[Tensor, MemoryState]:
+    """The result of a call without tokens: an empty output and the state as it was."""
     position, start, log_decay = open_chunk(call)
     return torch.zeros_like(call.v), final_state(call.state.dual, call.state.momentum, position, start, log_decay)
+
+
+#: by memory; one without an entry is run token by token
+MATRIX_FORMS: dict[str, Callable[[Call], tuple[Tensor, MemoryState]]] = {LINEAR.name: _run_linear, MLP.name: _run_mlp}

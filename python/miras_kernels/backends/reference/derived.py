@@ -1,8 +1,7 @@
-"""The linear memory's matrix form with its backward derived by hand (SPEC section 2), in plain batched PyTorch.
+"""The linear memory's matrix form with its backward derived by hand (docs/mathematics.md, sections 6 and 7), in batched PyTorch.
 
-Covers ``L2Retention`` with a scalar decay or none, without momentum: what the fused kernels compute, stage by stage, so
-it is also their honest baseline and what runs on devices without a kernel. Backward, with ``J`` the gradient of the next
-chunk's state::
+Covers ``L2Retention`` with a scalar decay or none, without momentum. It computes what the fused kernels compute, stage by stage, so it is
+their baseline in benchmarks, and it runs on devices without kernels. Backward, with ``J`` the gradient of the next chunk's state::
 
     before   R = -P' dO,  P = L o (Q K')                    all chunks at once
     reverse  dU = R - dec * (K J');  dE = psi'(E) eta dU;  J <- gamma_C J + (gamma dO)' Q + dE' K      chunk after chunk
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from ...call import Call
 from ...state import MemoryState
+from ...tables.memories import LINEAR
 from ...tables.retention import L2Retention
-from .chunkwise import Decay, Layout, _decay, _nothing, _per_chunk
-from .sequences import final_state, join, sequences, together
+from .chunkwise import Layout, Tokens, decays, empty
+from .sequences import concatenate, final_state, join, sequences
 
 __all__ = ["backward", "covers", "forward"]
 
@@ -26,7 +26,7 @@ __all__ = ["backward", "covers", "forward"]
 def covers(call: Call) -> bool:
     """Whether the hand-derived form computes this call and every gradient that it needs."""
     return (
-        call.memory == "linear"
+        call.memory.name == LINEAR.name
         and isinstance(call.retention, L2Retention)
         and call.momentum is None
         and call.state.open_chunk is None
@@ -36,7 +36,7 @@ def covers(call: Call) -> bool:
 
 
 def saved_chunks(call: Call) -> int:
-    """How many chunks the saved tensors have room for: a bound that follows from shapes alone."""
+    """How many chunks the saved tensors have room for: a bound from shapes alone."""
     tokens = call.q.shape[1]
     if call.cu_seqlens is None:
         return -(-tokens // call.chunk_size)
@@ -44,12 +44,12 @@ def saved_chunks(call: Call) -> int:
 
 
 def forward(call: Call) -> tuple[Tensor, MemoryState, list[Tensor]]:
-    """``(out, final state, saved)``; saved are the chunk-start states and the predictions, ``[B, H, saved_chunks, ...]``."""
+    """``(out, final state, saved)``; saved are the states at chunk starts and the predictions, ``[B, H, saved_chunks, ...]``."""
     results, saved = [], []
     for part in sequences(call):
-        out, state, keep = _Chunks(part).forward()
+        out, state, tensors = _Chunks(part).forward()
         results.append((out, state))
-        saved.append(keep)
+        saved.append(tensors)
     out, state = join(call, results)
     spare = saved_chunks(call) - sum(s[0].shape[2] for s in saved)
     if spare or len(saved) > 1:
@@ -58,7 +58,7 @@ def forward(call: Call) -> tuple[Tensor, MemoryState, list[Tensor]]:
     return out, state, saved[0]
 
 
-def backward(call: Call, saved: list[Tensor], grad_out: Tensor, grad_dual: Tensor | None) -> dict[str, Tensor | None]:
+def backward(call: Call, saved: list[Tensor], grad_out: Tensor, grad_dual: Tensor | None) -> dict[str, Tensor]:
     """Gradients by argument name: those of ``Call.PER_TOKEN`` that are present, and ``dual``."""
     grads, token, chunk = [], 0, 0
     parts = sequences(call)
@@ -66,10 +66,11 @@ def backward(call: Call, saved: list[Tensor], grad_out: Tensor, grad_dual: Tenso
         chunks = _Chunks(part)
         end, last = token + part.q.shape[1], chunk + chunks.chunks
         d_dual = grad_dual if grad_dual is None or len(parts) == 1 else grad_dual[n : n + 1]
-        grads.append(chunks.backward(*(x[:, :, chunk:last] for x in saved), grad_out[:, token:end], d_dual))
+        starts, predictions = (x[:, :, chunk:last] for x in saved)
+        grads.append(chunks.backward(starts, predictions, grad_out[:, token:end], d_dual))
         token, chunk = end, last
     both = {name: [g[name] for g in grads] for name in grads[0]}
-    return {name: torch.cat(x) if name == "dual" else together(call, x) for name, x in both.items()}
+    return {name: torch.cat(x) if name == "dual" else concatenate(call, x) for name, x in both.items()}
 
 
 class _Chunks:
@@ -78,24 +79,20 @@ class _Chunks:
     def __init__(self, call: Call):
         self.call = call
         self.layout = Layout(0, call.q.shape[1], call.chunk_size)
-        self.q, self.k, self.v, lr, delta = _per_chunk(self.layout.split, call.q, call.k, call.v, call.lr, call.delta)
-        self.lr = lr.unsqueeze(-1)
-        self.delta = delta if delta is None or delta.dim() == 5 else delta.unsqueeze(-1)
-        decay: Decay = _decay(self.layout, call.log_decay, None, call.q)
+        self.tokens = Tokens.of(call, self.layout)
+        self.q, self.k, self.v, self.lr, self.delta = self.tokens
+        decay = decays(self.layout, call.log_decay, None, call.q)
         self.gamma = decay.gamma  # [B, H, N, C, 1]
         self.pair = decay.pair.squeeze(-1)  # L [B, H, N, C, C]
         self.to_end = self.pair[..., -1, :].unsqueeze(-1)  # dec = gamma_C / gamma_s
         self.chunks = self.q.shape[2]
 
-    def _delta(self, n: int) -> Tensor | None:
-        return None if self.delta is None else self.delta[:, :, n]
-
     def forward(self) -> tuple[Tensor, MemoryState, list[Tensor]]:
         if self.chunks == 0:
-            out, state = _nothing(self.call)
+            out, final = empty(self.call)
             b, _, h, dv = out.shape
             saved = [(dv, self.q.shape[-1]), (self.layout.size, dv)]
-            return out, state, [out.new_empty(b, h, 0, *shape) for shape in saved]
+            return out, final, [out.new_empty(b, h, 0, *shape) for shape in saved]
         psi, reads = self.call.bias.psi, self.call.bias.reads_memory
         state = self.call.state.dual[0]
         weighted = self.to_end * self.lr
@@ -103,7 +100,7 @@ class _Chunks:
         for n in range(self.chunks):
             states.append(state)
             prediction = self.k[:, :, n] @ state.transpose(-1, -2) if reads else self.v[:, :, n]
-            g = psi(prediction, self.v[:, :, n], self._delta(n))
+            g = psi(prediction, self.v[:, :, n], self.tokens.delta_of(n))
             state = self.gamma[:, :, n, -1:] * state - (weighted[:, :, n] * g).transpose(-1, -2) @ self.k[:, :, n]
             predictions.append(prediction)
             gradients.append(g)
@@ -130,7 +127,7 @@ class _Chunks:
         g = bias.psi(predictions, v, self.delta)
         u = lr * g
 
-        # before: what the output alone asks of the updates, and of the state before them
+        # before: gradients of the updates and of the state before them, through the output alone
         scores = self.pair * (q @ k.transpose(-1, -2))  # P
         from_out = -scores.transpose(-1, -2) @ d_out
         d_read = (self.gamma * d_out).transpose(-1, -2) @ q  # [B, H, N, Dv, Dk]
@@ -143,7 +140,7 @@ class _Chunks:
             js.append(j)
             kn = k[:, :, n]
             d_us.append(from_out[:, :, n] - self.to_end[:, :, n] * (kn @ j.transpose(-1, -2)))
-            d_e, d_v, d_delta = bias.psi_vjp(predictions[:, :, n], v[:, :, n], self._delta(n), lr[:, :, n] * d_us[-1])
+            d_e, d_v, d_delta = bias.psi_vjp(predictions[:, :, n], v[:, :, n], self.tokens.delta_of(n), lr[:, :, n] * d_us[-1])
             j = self.gamma[:, :, n, -1:] * j + d_read[:, :, n]
             if reads:
                 j = j + d_e.transpose(-1, -2) @ kn
@@ -163,12 +160,12 @@ class _Chunks:
         merge = self.layout.merge
         grads = {"q": merge(d_q), "k": merge(d_k), "v": merge(stack(d_vs)), "lr": merge(d_lr), "dual": j}
         if self.call.log_decay is not None:
-            # A token's decay scales whatever earlier tokens and the state left to its chunk's later reads and to the next
-            # chunk: the column terms of L collapse to -u.du = -eta d eta, so no further product is needed.
+            # A token's decay scales what earlier tokens and the state contribute to later reads and to the next chunk. The column
+            # terms of L collapse to -u.du = -eta d eta, so no further product is needed.
             share = (q * d_q).sum(-1) - lr.squeeze(-1) * d_lr
             share[..., -1] += (j_end * self._ends(starts, u)).sum((-2, -1))
             grads["log_decay"] = merge(share.flip(-1).cumsum(-1).flip(-1))
-        if self.delta is not None:
+        if self.call.delta is not None:
             d_delta = stack(d_deltas)
             grads["delta"] = merge(d_delta if self.call.delta.dim() == 4 else d_delta.sum(-1))
         return grads

@@ -1,0 +1,1 @@
+"""The C++ kernels on the CPU: docs/benchmarks.md."""

@@ -1,0 +1,45 @@
+"""The Triton kernels' launch configurations; other backends have none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from .plan import Settings
+
+
+def _configs():
+    from miras_kernels.kernels.common import configs
+
+    return configs
+
+
+def table(settings: Settings) -> dict[str, dict[str, object]]:
+    """Every configuration of every kernel: ``{kernel: {label: configuration}}``."""
+    return {} if settings.backend != "triton" else {name: {str(c): c for c in found} for name, found in _configs().KERNELS.items()}
+
+
+def forced(kernel: str | None, label: str | None, settings: Settings):
+    """A context in which a kernel's launches take one configuration; None leaves the choice to each kernel."""
+    return contextlib.nullcontext() if kernel is None else _configs().force(kernel, table(settings)[kernel][label])
+
+
+@contextlib.contextmanager
+def launches(settings: Settings) -> Iterator[dict[str, str]]:
+    """The configuration that each kernel is launched with inside the block; a kernel that is missing was not launched."""
+    seen: dict[str, str] = {}
+    if settings.backend != "triton":
+        yield seen
+        return
+    configs, choose = _configs(), _configs().choose
+
+    def watched(kernel: str, *arguments, **more):
+        config = choose(kernel, *arguments, **more)
+        seen[kernel] = str(config)
+        return config
+
+    configs.choose = watched
+    try:
+        yield seen
+    finally:
+        configs.choose = choose
