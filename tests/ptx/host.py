@@ -160,7 +160,7 @@ def on_machine(
         if 0 in grid:
             return
         made = compiling.compiled(kernel, arguments, config, architecture, fusion)
-        given = Launch(made.ptx, [arguments[x] if i is None else arguments[x][i] for x, i in made.arguments], grid, made.shared)
+        given = Launch(made.ptx, made.taken(arguments), grid, made.shared)
         if before is not None:
             before(given)
         reports, _ = given.run()
