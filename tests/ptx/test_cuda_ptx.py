@@ -7,9 +7,9 @@ import runpy
 
 import pytest
 import torch
-from test_decode import PAIRS
 
 import miras_kernels as mk
+from decoding import PAIRS
 from miras_kernels import dispatch
 from miras_kernels.testing import Case, check_steps
 from ptx import cuda
