@@ -14,7 +14,7 @@ from miras_kernels import dispatch
 from miras_kernels.testing import Case, check_steps
 from ptx import cuda
 from ptx.host import Launch, program
-from quick import or_slow, sample, slow
+from quick import or_slow, slow
 
 NVCC = runpy.run_path(str(cuda.SOURCES / "build.py"))["nvcc"]()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
@@ -36,7 +36,7 @@ def assert_right(case: Case, built, dtype: torch.dtype = torch.float32, before=N
     assert report.ok, report
 
 
-@pytest.mark.parametrize("case", or_slow(PAIRS, sample(PAIRS)[::6]))
+@pytest.mark.parametrize("case", or_slow(PAIRS, ()))
 def test_steps(case, built):
     assert_right(case, built)
 
