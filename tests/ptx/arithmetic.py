@@ -1,7 +1,7 @@
 """What PTX computes where numpy has no operator for it. Arrays of float32 and of integers with their types.
 
-Exactness: add, sub, mul, div, sqrt, fma and conversions round once, to nearest (an fma whose result is subnormal may round twice). The
-`.approx` and `.full` forms are computed in float64 and rounded: closer to the true value than a GPU's.
+Exactness: add, sub, mul, div, sqrt, fma and conversions round once, to nearest (an fma whose result is subnormal may round twice). Of
+float64 an fma rounds twice. The `.approx` and `.full` forms are computed in float64 and rounded: closer to the true value than a GPU's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ def fma(a, b, c):
         away = np.where(rest > 0, np.inf, -np.inf)
         total = np.where(ties & (rest != 0), np.nextafter(total, away), total)
     return total.astype(F32)
+
+
+def fma_down(a, b, c):
+    """Rounded towards minus infinity."""
+    product = np.multiply(a, b, dtype=F64)
+    total = product + c
+    back = total - product
+    rest = (product - (total - back)) + (np.asarray(c, F64) - back)
+    near = total.astype(F32)
+    return np.where((near > total) | ((near == total) & (rest < 0)), np.nextafter(near, F32(-np.inf)), near)
 
 
 def in_double(function):

@@ -29,6 +29,9 @@ class Compiled(NamedTuple):
     shared: int
     arguments: list[tuple[str, int | None]]
 
+    def taken(self, arguments: dict) -> list:
+        return [arguments[name] if i is None else arguments[name][i] for name, i in self.arguments]
+
 
 @functools.cache
 def worker() -> concurrent.futures.ProcessPoolExecutor:
@@ -50,21 +53,28 @@ _known: dict[str, Compiled] = {}
 
 def compiled(kernel, arguments: dict, config, architecture: str, fusion: bool = True) -> Compiled:
     """The PTX of a launch, specialised for its arguments as Triton does it."""
-    given, unaligned = {}, []
-    for name in kernel.arg_names:
-        x = arguments[name]
-        given[name] = torch.empty(0, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
-        if isinstance(x, Tensor) and x.data_ptr() % 16:
-            unaligned.append(name)
+    unaligned: list[tuple[int, ...]] = []
+
+    def described(x, *place: int):
+        """A tensor's type, in its place and alignment."""
+        if isinstance(x, tuple):
+            members = [described(member, *place, i) for i, member in enumerate(x)]
+            return type(x)(*members) if hasattr(x, "_fields") else tuple(members)
+        if not isinstance(x, Tensor):
+            return x
+        if x.data_ptr() % 16:
+            unaligned.append(place)
+        return torch.empty(0, dtype=x.dtype, device="meta")
+
+    given = {name: described(arguments[name], i) for i, name in enumerate(kernel.arg_names)}
     function = getattr(kernel, "fn", kernel)
-    key = repr((function.__module__, function.__name__, sorted(given.items(), key=lambda x: x[0]), config, architecture, unaligned, fusion))
-    if key not in _known:
-        job = (function.__module__, function.__name__, given, config, architecture, unaligned, fusion)
-        _known[key] = worker().submit(_compile, *job).result()
-    return _known[key]
+    job = (function.__module__, function.__name__, given, config, architecture, unaligned, fusion)
+    if repr(job) not in _known:
+        _known[repr(job)] = worker().submit(_compile, *job).result()
+    return _known[repr(job)]
 
 
-def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[str], fusion: bool) -> Compiled:
+def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[tuple], fusion: bool) -> Compiled:
     import triton
     from miras_kernels.kernels.common import launch
     from miras_kernels.kernels.offline import compile as offline
@@ -73,8 +83,8 @@ def _compile(module: str, name: str, arguments: dict, config, architecture: str,
     CUDABackend.make_cubin = lambda self, *_: b""
     kernel = getattr(importlib.import_module(module), name)
     source = offline.source(offline.Launch(kernel, arguments, config))
-    for x in unaligned:
-        source.attrs.pop((kernel.arg_names.index(x),), None)
+    for place in unaligned:
+        source.attrs.pop(place, None)
     options = launch.options(config, architecture) | dict(enable_fp_fusion=fusion)
     found = triton.compile(source, target=offline.TARGETS[architecture], options=options)
     taken = []

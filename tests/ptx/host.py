@@ -52,8 +52,8 @@ class Faults(AssertionError):
 
 
 @functools.lru_cache(64)
-def program(ptx: str) -> Program:
-    return Program(parse(ptx))
+def program(ptx: str, entry: str = r"[\w$]+") -> Program:
+    return Program(parse(ptx, entry))
 
 
 class Memory:
@@ -82,6 +82,17 @@ class Memory:
     def offset(self, x: Tensor) -> int:
         return self.places[x.untyped_storage().data_ptr()][0] + x.storage_offset() * x.element_size()
 
+    def argument(self, x, pointers: dict[int, Tensor]):
+        """An argument with addresses of this memory."""
+        if isinstance(x, Tensor):
+            return FIRST + self.offset(x)
+        if not isinstance(x, bytes):
+            return x
+        words = np.frombuffer(x[: len(x) // 8 * 8], np.uint64).copy()
+        for address, tensor in pointers.items():
+            words[words == address] = FIRST + self.offset(tensor)
+        return words.tobytes() + x[words.nbytes :]
+
     def back(self) -> None:
         for place, data in self.places.values():
             data[:] = self.space.data[place : place + data.size]
@@ -102,12 +113,14 @@ class Launch:
     arguments: list
     grid: tuple[int, ...]
     shared: int = 0
+    entry: str = r"[\w$]+"
+    pointers: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # in structs, which are arguments of type bytes
 
     def run(self, counting: bool = False) -> tuple[list[Report], Counts | None]:
-        made = program(self.ptx)
+        made = program(self.ptx, self.entry)
         reports = Reports(made.kernel.name, made.kernel.instructions, made.kernel.threads)
-        memory = Memory([x for x in self.arguments if isinstance(x, Tensor)], made.granule, reports)
-        values = [FIRST + memory.offset(x) if isinstance(x, Tensor) else x for x in self.arguments]
+        memory = Memory([*self.pointers.values(), *(x for x in self.arguments if isinstance(x, Tensor))], made.granule, reports)
+        values = [memory.argument(x, self.pointers) for x in self.arguments]
         names = [name for name, _ in made.kernel.parameters]
         parameters = dict(zip(names, [*values, *[0] * (len(names) - len(values))], strict=True))
         grid = (*self.grid, 1, 1)[:3]
@@ -123,7 +136,8 @@ class Launch:
         copies: dict[int, torch.UntypedStorage] = {}
         of = lambda x: copies.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().clone())
         moved = lambda x: torch.empty(0, dtype=x.dtype).set_(of(x), x.storage_offset(), x.shape, x.stride())
-        return dataclasses.replace(self, arguments=[moved(x) if isinstance(x, Tensor) else x for x in self.arguments])
+        arguments = [moved(x) if isinstance(x, Tensor) else x for x in self.arguments]
+        return dataclasses.replace(self, arguments=arguments, pointers={address: moved(x) for address, x in self.pointers.items()})
 
 
 @contextlib.contextmanager
@@ -146,7 +160,7 @@ def on_machine(
         if 0 in grid:
             return
         made = compiling.compiled(kernel, arguments, config, architecture, fusion)
-        given = Launch(made.ptx, [arguments[x] if i is None else arguments[x][i] for x, i in made.arguments], grid, made.shared)
+        given = Launch(made.ptx, made.taken(arguments), grid, made.shared)
         if before is not None:
             before(given)
         reports, _ = given.run()

@@ -11,10 +11,13 @@ import dataclasses
 import numpy as np
 
 from . import matrix
-from .shadow import ARRIVING, Reports, Space
+from .shadow import ARRIVING, VALID, Reports, Space
 from .translate import Block, Program
 
 __all__ = ["Hang", "Machine"]
+
+#: bytes of the address space of parameters that each of them has
+PARAMETER = 1 << 16
 
 
 #: blocks that a batch of CTAs executes at most
@@ -69,10 +72,14 @@ class Machine:
         lane = np.tile(np.arange(size), self.batch)
         cta = np.arange(self.batch).repeat(size)
         self.everyone = Who(self, self.local, cta, ctas.repeat(size) * size + lane)
-        stride = -(-(shared + 1024) // 1024) * 1024
+        static = sum(-(-x // 16) * 16 for x in program.kernel.shared.values())
+        stride = -(-(static + shared + 1024) // 1024) * 1024
         self.shared = Space("shared", np.zeros(stride * self.batch, np.uint8), 0, program.granule, reports, stride)
-        self.shared.state.reshape(self.batch, -1)[:, 1024 >> self.shared.shift : (1024 + shared) >> self.shared.shift] = 1
-        self.symbols = dict.fromkeys(program.kernel.shared, 1024)
+        self.symbols, place, state = {}, 1024, self.shared.state.reshape(self.batch, -1)
+        for name, bytes_ in sorted(program.kernel.shared.items(), key=lambda x: x[1] == 0):  # what is extern comes last
+            self.symbols[name] = place
+            state[:, place >> self.shared.shift : place + (bytes_ or shared) >> self.shared.shift] = VALID
+            place = -(-(place + bytes_) // 16) * 16
         self.registers = {f"%tid.{a}": np.zeros(total, np.uint32) for a in "yz"} | {"%tid.x": lane.astype(np.uint32)}
         self.registers["%laneid"] = (lane % 32).astype(np.uint32)
         places = np.unravel_index(ctas, grid[::-1])[::-1]
@@ -143,9 +150,15 @@ class Machine:
                 self.registers[name] = whole
         self.end(block, place, threads, taken)
 
-    def parameter(self, name: str, kind):
-        """A launch's argument, of the type that is asked for."""
-        return np.asarray(self.parameters[name]).astype(kind)
+    def parameter(self, base, offset: int, kind):
+        """A launch's argument of the type that is asked for, or a field of it: ``base`` is its name, or addresses of it."""
+        if not isinstance(base, str):
+            offset += int(base[0] % PARAMETER)
+            base = list(self.parameters)[int(base[0]) // PARAMETER]
+        value = self.parameters[base]
+        if isinstance(value, bytes):
+            return np.frombuffer(value, kind, 1, offset)[0]
+        return np.asarray(value).astype(kind)
 
     def undefined(self, name: str) -> np.ndarray:
         return np.zeros(self.local.size, self.program.dtype(name))
@@ -267,8 +280,12 @@ class Machine:
         # equal bits again, or by another lane of this instruction, are no race
         space.write(g, granules, who, at, same.ravel(), asynchronous)
 
-    def shuffle(self, mode: str, at: int, ix, x, b, clamp, guard) -> tuple[np.ndarray, np.ndarray]:
+    def shuffle(self, mode: str, at: int, ix, x, b, clamp, members) -> tuple[np.ndarray, np.ndarray]:
         self.warps(self.who(ix).local, at)
+        clamp = np.unique(clamp)
+        if clamp.size > 1 or (np.asarray(members) != 0xFFFFFFFF).any():
+            raise RuntimeError(f"threads that differ at {self.program.kernel.instructions[at]}")
+        clamp = clamp[0]
         x, lane = x.reshape(-1, 32), np.arange(32)
         b = np.broadcast_to(b, x.size).reshape(-1, 32).astype(np.int64) & 31
         mask, limit = (int(clamp) >> 8) & 31, int(clamp) & 31

@@ -16,7 +16,9 @@ BITS = {"shared": 32, "global": 64}
 
 def register(ops: dict[str, Callable]) -> None:
     for word in WORDS:
-        ops[f"ld.param.{word}"] = parameter
+        for count in ("", ".v2", ".v4"):
+            ops[f"ld.param{count}.{word}"] = parameter
+        ops[f"st.param.{word}"] = pass_parameter
         for count in ("", ".v2", ".v4"):
             for form in ("shared", "shared::cta"):
                 ops[f"ld.{form}{count}.{word}"] = load
@@ -26,6 +28,7 @@ def register(ops: dict[str, Callable]) -> None:
                 ops[f"st.global{modifier}{count}.{word}"] = store
     for mode in ("up", "down", "bfly", "idx"):
         ops[f"shfl.sync.{mode}.b32"] = shuffle
+    ops["call.uni"] = ops["call"] = function
     ops["vote.sync.ballot.b32"] = ops["vote.sync.any.pred"] = ops["vote.sync.all.pred"] = vote
     ops["bar.warp.sync"] = lambda e: call(e, "m.warp_barrier(ix)")
     for scope in ("", ".shared::cta"):
@@ -52,12 +55,34 @@ def call(e, line: str, operands: int = 0) -> None:
 
 
 def parameter(e) -> None:
+    """From a parameter by name, from one whose address is in a register, or what a call returned."""
     to, address = e.ins.operands
+    kind, base = e.ins.opcode.split(".")[-1], address.base
+    if e.ins.guard is not None:
+        raise e.unknown("a guarded parameter")
+    if base.startswith(("%retval", "%param")):
+        e.put(to, e.get(base, kind), kind)
+        return
+    letter, width = ("int" if kind[0] == "s" else "float" if kind[0] == "f" else "uint"), int(kind[1:])
+    place = e.read(base) if base in e.program.kernel.registers else repr(base)
+    for i, x in enumerate(listed(to)):
+        e.put(x, f"np.full(n, m.parameter({place}, {address.offset + i * width // 8}, np.{letter}{width}))", kind)
+
+
+def pass_parameter(e) -> None:
+    """To a function that is called."""
+    address, of = e.ins.operands
     kind = e.ins.opcode.split(".")[-1]
-    if address.offset or e.ins.guard is not None:
-        raise e.unknown("unknown parameter")
-    letter, width = ("int" if kind[0] == "s" else "float" if kind[0] == "f" else "uint"), kind[1:]
-    e.put(to, f"np.full(n, m.parameter({address.base!r}, np.{letter}{width}))", kind)
+    e.put(address.base, e.get(of, kind), kind, scalar=not e.is_array(of))
+
+
+def function(e) -> None:
+    """Of the library that nvcc links, pow alone: in float64, whatever its own code is."""
+    to, name, given = e.ins.operands
+    if name != "__internal_accurate_pow":
+        raise e.unknown("unknown function")
+    a, b = (e.get(x, "f64") for x in given)
+    e.put(to[0], f"np.power({a}, {b})", "f64")
 
 
 def guard(e) -> str:
@@ -111,12 +136,10 @@ def value(e, operand, kind: str) -> str:
 
 def shuffle(e) -> None:
     to, of, b, clamp, members = e.ins.operands
-    if members not in ("-1", "0xffffffff", "0xFFFFFFFF", "4294967295") or e.is_array(clamp):
-        raise e.unknown("unknown members of a shuffle")
     if e.ins.guard is not None:
         raise e.unknown("a guarded shuffle")
-    mode = e.ins.opcode.split(".")[2]
-    e.lines.append(f"got = m.shuffle('{mode}', {e.at}, ix, {e.get(of, 'b32')}, {e.get(b, 'u32')}, {int(clamp, 0)}, None)")
+    mode, given = e.ins.opcode.split(".")[2], ", ".join(e.get(x, "u32") for x in (of, b, clamp, members))
+    e.lines.append(f"got = m.shuffle('{mode}', {e.at}, ix, {given})")
     results = listed(to)
     e.put(results[0], "got[0]", "b32")
     if len(results) > 1:

@@ -11,6 +11,9 @@ __all__ = ["Address", "Instruction", "Kernel", "Unknown", "parse"]
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64}
 
 
+SHARED = re.compile(r"\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\[(\d*)\]")
+
+
 class Unknown(NotImplementedError):
     """PTX that the machine does not know."""
 
@@ -60,17 +63,16 @@ class Kernel:
     threads: int
 
 
-def parse(text: str) -> Kernel:
-    """The one entry of a module."""
-    header = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", text, re.S)
+def parse(text: str, entry: str = r"[\w$]+") -> Kernel:
+    """An entry of a module by its name, a regular expression; the first that fits."""
+    header = re.search(rf"\.entry\s+({entry})\s*\((.*?)\)([^{{]*)\{{", text, re.S)
     if header is None:
-        raise ValueError("there is no .entry in this PTX")
+        raise ValueError(f"there is no .entry {entry} in this PTX")
     name, parameters, directives = header.groups()
     known = [(m[2], m[1]) for m in re.finditer(r"\.param\s+\.(\w+)[^,]*?(\w+)(?:\[\d+\])?\s*(?:,|$)", parameters.strip())]
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", directives)
     files = {m[1]: m[2].rsplit("/", 1)[-1] for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
-    symbols = re.finditer(r"\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\[(\d*)\]", text)
-    shared = {m[1]: int(m[2] or 0) for m in symbols}
+    shared = {m[1]: int(m[2] or 0) for m in SHARED.finditer(text, 0, text.index(".entry"))}
     kernel = Kernel(name, known, {}, [], {}, shared, int(threads[1]) if threads else 0)
     _Body(kernel, files).read(text, header.end())
     return kernel
@@ -134,8 +136,11 @@ class _Body:
         return " in ".join(names)
 
     def statement(self, text: str, line: int) -> None:
-        if text.startswith(".reg"):
+        if text.startswith(".reg") or (text.startswith(".param") and len(self.scopes) > 1):
             self.declare(text, line)
+            return
+        if shared := SHARED.fullmatch(text):
+            self.kernel.shared[shared[1]] = int(shared[2])
             return
         if text.startswith(".pragma"):
             return
@@ -169,8 +174,8 @@ class _Body:
         return text
 
     def operand(self, text: str, line: int, whole: str):
-        if text.startswith("{"):
-            return tuple(self.operand(x, line, whole) for x in _split(text.strip("{} \n")))
+        if text.startswith(("{", "(")):
+            return tuple(self.operand(x, line, whole) for x in _split(text.strip("{}() \n")))
         if text.startswith("["):
             inside = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", text)
             if inside is None:
@@ -188,7 +193,7 @@ def _split(text: str) -> list[str]:
     """At commas outside of brackets."""
     found, depth, last = [], 0, 0
     for i, c in enumerate(text):
-        depth += (c in "{[") - (c in "}]")
+        depth += (c in "{[(") - (c in "}])")
         if c == "," and depth == 0:
             found.append(text[last:i].strip())
             last = i + 1

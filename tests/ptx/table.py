@@ -132,6 +132,9 @@ def move(e) -> None:
             if x != "_":
                 e.put(x, f"({whole} >> np.uint{total}({i * part})).astype(np.uint{part})", f"b{part}")
     else:
+        names = [name for name, _ in e.program.kernel.parameters]
+        if of in names:
+            of = str(names.index(of) << 16)
         symbol = of in e.program.kernel.shared
         e.put(to, f"np.uint{total}({e.get(of, kind)})" if symbol else e.get(of, kind), kind, scalar=symbol or not e.is_array(of))
 
@@ -168,7 +171,27 @@ def floats() -> None:
             for t in ("s32", "u32", "s64"):
                 kind = f"np.{'int' if t[0] == 's' else 'uint'}{t[1:]}"
                 simple(f"cvt.{form}{ftz}.{t}.f32", f"A.truncated({function}({a}), {kind})", t, "f32")
+    simple("fma.rm.f32", "A.fma_down({a}, {b}, {c})", "f32", "f32", "f32", "f32")
+    simple("cvt.sat.f32.f32", "np.nan_to_num(np.clip({a}, np.float32(0), np.float32(1)))", "f32", "f32")
+    simple("copysign.f32", "np.copysign({b}, {a})", "f32", "f32", "f32")
     simple("tanh.approx.f32", "A.tanh({a})", "f32", "f32")
+
+
+def doubles() -> None:
+    for rn in ("", ".rn"):
+        for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
+            simple(f"{name}{rn}.f64", f"({{a}} {sign} {{b}})", "f64", "f64", "f64")
+    simple("fma.rn.f64", "({a} * {b} + {c})", "f64", "f64", "f64", "f64")
+    simple("div.rn.f64", "({a} / {b})", "f64", "f64", "f64")
+    simple("neg.f64", "(-{a})", "f64", "f64")
+    simple("abs.f64", "np.abs({a})", "f64", "f64")
+    simple("cvt.f64.f32", "{a}.astype(np.float64)", "f64", "f32")
+    simple("cvt.rn.f32.f64", "{a}.astype(np.float32)", "f32", "f64")
+    simple("cvt.rzi.f64.f64", "np.trunc({a})", "f64", "f64")
+    for name, sign in COMPARISONS.items():
+        ordered = f"(({{a}} {sign} {{b}}) & ({{a}} == {{a}}) & ({{b}} == {{b}}))" if name == "ne" else f"({{a}} {sign} {{b}})"
+        simple(f"setp.{name}.f64", ordered, "pred", "f64", "f64")
+        simple(f"setp.{name}u.f64", f"(({{a}} {sign} {{b}}) | ({{a}} != {{a}}) | ({{b}} != {{b}}))", "pred", "f64", "f64")
 
 
 def conversions() -> None:
@@ -198,5 +221,5 @@ def convert(e) -> None:
     e.put(a, f"{value}.astype({kind})", to)
 
 
-for _fill in (integers, bits, floats, conversions):
+for _fill in (integers, bits, floats, doubles, conversions):
     _fill()

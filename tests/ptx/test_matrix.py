@@ -21,7 +21,7 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 def run(kernel, arguments: dict, architecture: str, warps: int = 4, stages: int = 1) -> str:
     """Its PTX."""
     made = compiled(kernel, arguments, Config(0, 0, warps, stages), architecture)
-    reports, _ = Launch(made.ptx, [arguments[x] for x in made.arguments], (1,), made.shared).run()
+    reports, _ = Launch(made.ptx, made.taken(arguments), (1,), made.shared).run()
     assert reports == [], "\n".join(map(str, reports))
     return made.ptx
 
@@ -91,7 +91,7 @@ def test_asynchronous_loads_of_a_loop(architecture):
     a, b, c = drawn(m, length, dtype=torch.float16, seed=0), drawn(length, n, dtype=torch.float16, seed=1), torch.empty(m, n)
     given = dict(a=a, b=b, c=c, L=length, M=m, N=n, K=k)
     made = compiled(matmuls.long_product, given, Config(0, 0, 4, 3), architecture)
-    reports, counts = Launch(made.ptx, [given[x] for x in made.arguments], (1,), made.shared).run(counting=True)
+    reports, counts = Launch(made.ptx, made.taken(given), (1,), made.shared).run(counting=True)
     near(c, a.double() @ b.double(), length)
     assert "cp.async.cg" in made.ptx
     # Triton before 3.7 puts no fence.proxy.async between a cp.async and a wgmma that reads its data
