@@ -48,7 +48,7 @@ test: $(VENV)/.built  ## run the tests, without the slow ones
 	$(ONE_THREAD) $(PY) -m pytest tests -q -m "not slow" $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.built  ## run the slow tests: wider sweeps, whole programs, every CPU code path, all Triton configurations compiled
-	$(ONE_THREAD) $(PY) -m pytest tests -q -m slow $(WORKERS) $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest tests --ignore=tests/ptx -q -m slow $(WORKERS) $(ARGS)
 
 # Triton compiles into build/ptx, which is kept: later runs are much faster.
 ptx: $(VENV)/.built  ## execute the Triton kernels as compiled for sm_80 and sm_90, on the CPU, and look for races (tests/ptx)

@@ -120,7 +120,7 @@ def at_different_places(backend: str, memory: str, device: str = DEVICE) -> None
         own = lambda x, n, s: x[n : n + 1, 4 + n + s : 5 + n + s]  # the s-th token after sequence n's prompt
         together, found = decoder(case, arguments, state, backend), {}
         for s in range(3):
-            pick = lambda n, s=s: {x: own(arguments[x], n, s) for x in Call.PER_TOKEN if arguments[x] is not None}
+            pick = lambda n, s=s: {x: own(arguments[x], n, s) for x in Call.PER_TOKEN if arguments.get(x) is not None}
             parts = [pick(n) for n in range(3)]
             found[str(s)] = together.step(**{x: torch.cat([part[x] for part in parts]) for x in parts[0]})
         assert together.buffers.position.tolist() == [3, 0, 1]

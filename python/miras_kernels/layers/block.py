@@ -159,9 +159,8 @@ class MemoryBlock(nn.Module):
         self.hidden_size, self.num_heads, self.head_dim = (hidden_size, num_heads, head_dim or hidden_size // num_heads)
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
         inner, where = self.num_heads * self.head_dim, dict[str, Any](device=device, dtype=dtype)
-        self.q_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
-        self.k_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
-        self.v_proj = nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
+        projection = lambda: nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
+        self.q_proj, self.k_proj, self.v_proj = projection(), projection(), projection()
         self.g_proj = nn.Linear(hidden_size, inner, bias=False, **where)
         self.o_proj = nn.Linear(inner, hidden_size, bias=False, **where) if projections else None
         self.output_gate = nn.Parameter(torch.empty(hidden_size, **where)) if output_gate else None
