@@ -9,8 +9,7 @@ gradient is the sum over these pairs, taken from the products themselves (dS as 
     d log alpha_t = sum_{r >= t} gamma_r q_r'S dO_r  +  sum_{r >= t > s} (dS o Q K')_rs  -  sum_{s < t} dec_s U_s'(J'k_s)  +  gamma_C <J, S>
 
 The shorter form in the literature, ``cumsum(q.dq - k.dk)``, subtracts numbers of order 1 where the result may be orders of magnitude
-smaller. Each tile of values or keys writes its partial sums to a row of ``[tiles, B, T, H]``, added afterwards: no atomics, so results
-are bitwise repeatable.
+smaller. Each tile of values or keys writes its partial sums to a row of ``[tiles, B, T, H]``, added afterwards: no atomics.
 """
 
 from __future__ import annotations
