@@ -30,8 +30,7 @@ def draw(document: dict, folder: Path) -> Path | None:
     axes.set_yticks([row + 0.4 for row in range(len(found))], [where(r).replace(" forward+backward", "") for r in found])
     axes.invert_yaxis()
     title = f"Forward and backward: {document['machine']['cpu']}, {document['capability']['used']}"
-    axes.set(xlabel="time / time of the kernel", title=title)
-    axes.margins(x=0.08)
+    axes.set(xlabel="time / time of the kernel", title=title, xmargin=0.08)
     axes.legend(frameon=False, loc="upper right")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "ratios.png", dpi=110)

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels as nvcc compiles them, on the machine.
 
-The library's own host code launches them, with a stub in the place of CUDA's runtime.
+The library's own host code launches them, with a stub instead of CUDA's runtime.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// In the place of CUDA's runtime: launches go to a function of the caller's, with the kernel's name and pointers to its arguments.
+// Replaces CUDA's runtime: a launch calls the caller's function with the kernel's name and pointers to its arguments.
 #include <cuda_runtime_api.h>
 
 #include <cstring>

@@ -28,12 +28,12 @@ THREADS = 4096
 
 
 def known(report: Report) -> bool:
-    """Faults that are not ours, or not mended yet.
+    """Faults of the compiler, and faults of the kernels that are not fixed yet.
 
     Triton before 3.7 puts no fence.proxy.async between a cp.async and a wgmma that reads its data, and lets a loop overwrite registers that
     a wgmma still reads (triton-lang/triton pull request 9610 has the fences). The compiler adds up mirrored lanes in mirrored order, so
-    that their sums differ in the last bit, and has several of them store theirs to one place. A chain reads the checkpoint of a spare
-    segment of packed sequences, which nobody wrote, and does nothing with it.
+    that their sums differ in the last bit, and several of them store theirs to one address. A chain reads the checkpoint of a spare
+    segment of packed sequences, which is never written, and ignores it.
     """
     import triton
 

@@ -2,7 +2,7 @@
 
 ::
 
-    from miras_kernels.interop.fla import chunk_gated_delta_rule      # in the place of fla.ops.gated_delta_rule's
+    from miras_kernels.interop.fla import chunk_gated_delta_rule      # instead of fla.ops.gated_delta_rule's
 
 Argument names, layouts, defaults and return values are those of flash-linear-attention; arguments after ``use_qk_l2norm_in_kernel`` are
 keyword-only, since their order differs between its versions. All functions compute, with ``S [K, V]`` per value head::
