@@ -16,7 +16,7 @@ from miras_kernels import dispatch
 from miras_kernels.__main__ import main
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.testing import Case, evaluate, registry
-from miras_kernels.testing.fuzzing import ROUTES, Example, Failure, fuzz, run_example
+from miras_kernels.testing.fuzzing import ROUTES, Example, Failure, Refused, fuzz, run_example
 from quick import slow
 
 # ------------------------------------------------------------------------------------------------------- planted bugs
@@ -127,6 +127,14 @@ def test_overflow_in_the_float32_reference_is_no_failure():
             Example(dataclasses.replace(diverging, keys="unit"), "float32", "one call", 0),
             lambda call: chunkwise.run(call.replace(lr=call.lr * 1e20)),
         )
+
+
+def test_a_call_that_diverges_under_rounding_is_not_judged():
+    """Its results are right by luck: some perturbed runs of the reference overflow, so that there is no budget."""
+    case = Case("fuzz", memory="mlp", bias=mk.Lp(2.0), retention=mk.ElasticNetRetention(0.5), batch=1, tokens=32, heads=1, key_dim=6,
+                value_dim=6, hidden=6, chunk_size=1, keys="huge")  # fmt: skip
+    with pytest.raises(Refused, match="diverges under rounding errors"):
+        run_example(Example(case, "float32", "one call", 0), "cpp")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"case":{"bias":"99"}}', '{"case":{"size":3}}', '{"case":{},"way":1}'])
