@@ -41,7 +41,7 @@ def recurrence(name: str) -> dict:
 def kernel(inputs, backend: str, direction: str, **options) -> Run:
     """The public function; ``options`` as in :func:`miras_kernels.override`."""
     arguments = {**inputs.arguments(), "output_final_state": False, "backend": backend}
-    memory = inputs.case.function
+    memory = miras_kernels.mlp_memory if inputs.case.memory == "mlp" else miras_kernels.linear_memory  # in older trees too, for --base
 
     def run() -> Tensor:
         with miras_kernels.override(**options):
