@@ -58,7 +58,7 @@ def test_opcheck(case, backend):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_block_decodes_in_place(preset):
     torch.manual_seed(0)
-    block = MemoryBlock(24, 3, preset=preset, chunk_size=None if preset == "deltanet" else 4)
+    block = MemoryBlock(24, 3, preset=preset, chunk_size=None if PRESETS[preset].chunk_size == 1 else 4)
     x = torch.randn(2, 20, 24)
     whole, (out, state) = block(x)[0], block(x[:, :6], output_final_state=True)
     reader, outs = BlockDecoder(block, state), [out]
