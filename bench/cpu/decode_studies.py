@@ -34,7 +34,7 @@ class Setting:
         )  # fmt: skip
         drawn = self.case.draw(torch.float32).arguments()
         self.arguments = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in drawn.items()}
-        self.function = steps.function(self.case)
+        self.function = self.case.function
         with torch.no_grad():
             _, self.state = self.function(**{**self.arguments, **self.tokens(0, self.chunk + 7)}, backend=self.backend)
             token = {**self.arguments, **self.tokens(self.chunk + 7, self.chunk + 8), "initial_state": self.state}

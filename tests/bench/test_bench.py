@@ -318,7 +318,8 @@ def test_picture(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     spans = {"median": 5.0, "p10": 4.0, "p90": 6.0}
     result = {"study": "shapes", "case": "D64 C64", "direction": "forward", "threads": 1, "ratios": {"eager": spans, "compile": spans}}
-    path = plots.draw({"results": [result, {**result, "direction": "forward+backward"}]}, tmp_path / "deep")
+    run = {"machine": {"cpu": "a CPU"}, "capability": {"used": "avx2"}, "results": [result, {**result, "direction": "forward+backward"}]}
+    path = plots.draw(run, tmp_path / "deep")
     assert path.name == "ratios.png" and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     assert plots.draw({"results": [{"study": "bias", "case": "D64 C64"}]}, tmp_path / "none") is None
     monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
