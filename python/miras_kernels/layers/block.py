@@ -343,7 +343,6 @@ class MemoryBlock(nn.Module):
         memory: Callable[..., tuple[Tensor, MemoryState | None]] = linear_memory
         start, scale = None, self.preset.chunk_size if self.preset.lr == "bounded" else 1
         norm: dict[str, Any] = {}
-        rule = {"decay_first": True} if self.preset.decay_first else {}
         if self.w1 is not None:
             memory, start, scale, norm = mlp_memory, (self.w1, self.w2), 1, dict(ln_weight=self.ln_weight, ln_bias=self.ln_bias)
         tokens = dict(q=unit(q), k=unit(k), v=v, **self.gates(x), **norm)
@@ -354,7 +353,7 @@ class MemoryBlock(nn.Module):
             o, state = memory(
                 **tokens, bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size,
                 initial_state=start if initial_state is None else initial_state.memory, output_final_state=output_final_state,
-                cu_seqlens=cu_seqlens, backend=self.backend, **rule,
+                cu_seqlens=cu_seqlens, backend=self.backend, **(dict(decay_first=True) if self.preset.decay_first else {}),
             )  # fmt: skip
             final = None if state is None else BlockState(state, conv)
         o = wide(o)
@@ -388,8 +387,8 @@ class MemoryBlock(nn.Module):
             elif row.decay == "rate":
                 gates["log_decay"] = -self.decay_rate.to(x.dtype).exp() * F.softplus(raw["log_decay"])
             elif row.decay == "key_rate":
-                raw_decay = raw["key_log_decay"].unflatten(-1, (self.num_heads, self.head_dim))
-                gates["key_log_decay"] = -self.decay_rate.to(x.dtype).exp().unsqueeze(-1) * F.softplus(raw_decay)
+                per_key = F.softplus(raw["key_log_decay"]).unflatten(-1, (self.num_heads, self.head_dim))
+                gates["key_log_decay"] = -self.decay_rate.to(x.dtype).exp().unsqueeze(-1) * per_key
             elif row.decay == "fixed":
                 gates["log_decay"] = torch.log1p(-torch.exp2(-5 - torch.arange(shape[-1], dtype=x.dtype, device=x.device))).expand(shape)
             if row.bias.needs_delta:
