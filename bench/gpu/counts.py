@@ -189,6 +189,18 @@ def report(specimen: Specimen, found: dict, chip_name: str, base: dict | None) -
             )
 
 
+def modelled(shape: Shape, name: str, direction: str, chip: str, triton: str | None) -> dict[str, float]:
+    """Modelled microseconds of each kernel of a call, all its launches together; empty where the table does not have the call."""
+    rows_ = read().get((triton or "").split("+")[0], {"rows": {}})["rows"]
+    specimen = next((x for x in SPECIMENS.values() if x.name == name and shape in x.shapes and str(x) in rows_), None)
+    found: dict[str, float] = {}
+    if specimen is not None:
+        launches = rows_[str(specimen)][direction]
+        for row, times in zip(launches, _direction(specimen, launches, shape, CHIPS[chip])["launches"], strict=True):
+            found[row["kernel"]] = found.get(row["kernel"], 0.0) + 1e6 * max(times.values())
+    return found
+
+
 def _least(shape: Shape, direction: str) -> dict[str, float]:
     if direction in DIRECTIONS:
         return least_work(shape, direction, "l2")
