@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import BaseBackend
@@ -28,10 +29,12 @@ try:
 except ImportError:
     native_specialize_impl = None
 
-__all__ = ["Shared", "run", "signature_of"]
+__all__ = ["Shared", "by_name", "run"]
 
 VERSIONS = ((3, 6), (3, 9))
 KNOWN = native_specialize_impl is not None and VERSIONS[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= VERSIONS[1]
+#: tile sizes, which every launch has
+BLOCKS = frozenset(("BV", "BK", "BD", "BH"))
 #: specialisations and compiled kernels that are kept; a program has a few dozen
 MOST = 4096
 
@@ -54,7 +57,6 @@ class Signature(NamedTuple):
     """A kernel's parameters. It holds the kernel, so that its id stays its own."""
 
     kernel: triton.JITFunction
-    names: frozenset[str]
     constants: frozenset[str]
     values: Callable[[dict], tuple]
 
@@ -69,7 +71,11 @@ class Shared:
     @functools.cached_property
     def kind(self) -> int:
         """A number that stands for the names, specialisations and constants."""
-        key = (*self.all, *_specialised(self._values.values()), *self._constants.values())
+        of_values = [
+            _of_tuple(x) if isinstance(x, tuple) else native_specialize_impl(BaseBackend, x, False, True, True)
+            for x in self._values.values()
+        ]
+        key = (*self.all, *of_values, *self._constants.values())
         return _kinds.get(key) or _kinds.setdefault(key, next(_numbers) + 1)
 
     def is_constant(self, name: str) -> bool:
@@ -79,6 +85,10 @@ class Shared:
 def _specialised(values) -> map:
     """The specialisation of every argument: its type, whether it is None or 1, whether 16 divides it."""
     return map(native_specialize_impl, itertools.repeat(BaseBackend), values, _never, _always, _always)
+
+
+#: a tuple's takes several times as long as a number's, and most strides come again
+_of_tuple = functools.lru_cache(MOST)(lambda x: next(_specialised([x])))
 
 
 @functools.lru_cache(MOST)
@@ -91,13 +101,20 @@ def _picker(names: tuple[str, ...], constants: frozenset[str]) -> Callable[[dict
 _signatures: dict[int, Signature] = {}
 
 
-def signature_of(kernel) -> Signature:
+def _signature(kernel) -> Signature:
     found = _signatures.get(id(kernel))
     if found is None:
-        constants = frozenset(parameter.name for parameter in getattr(kernel, "params", ()) if parameter.is_constexpr)
-        found = Signature(kernel, frozenset(kernel.arg_names), constants, operator.itemgetter(*kernel.arg_names))
-        _signatures[id(kernel)] = found
+        constants = frozenset(parameter.name for parameter in kernel.params if parameter.is_constexpr)
+        found = _signatures[id(kernel)] = Signature(kernel, constants, operator.itemgetter(*kernel.arg_names))
     return found
+
+
+def by_name(kernel, shared: Shared, own: dict) -> dict:
+    """All arguments of a kernel. Tile sizes in ``own`` that it does not name are left out."""
+    if unknown := own.keys() - set(kernel.arg_names) - BLOCKS:
+        raise TypeError(f"{kernel.__name__} takes no {', '.join(sorted(unknown))}")
+    given = shared.all | own
+    return {name: given[name] for name in kernel.arg_names}
 
 
 def _is_watched(kernel) -> bool:
@@ -105,42 +122,47 @@ def _is_watched(kernel) -> bool:
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
-    return bool(hooks) or getattr(runtime, "add_stages_inspection_hook", None) is not None
+    return hooks or runtime.add_stages_inspection_hook is not None
 
 
-def run(kernel, grid: tuple[int, ...], config, options: Callable[[], dict], shared: Shared, own: dict) -> None:
-    """Launch on the current device and stream. ``own``: the arguments that ``shared`` does not have, or has otherwise."""
-    given = shared.all | own
+def run(kernel, grid: tuple[int, ...], config, device: torch.device, options: Callable, shared: Shared, own: dict) -> None:
+    """Launch on the current stream of a device, which is the current one.
+
+    Args:
+        options: gives Triton's options for a configuration on a device.
+        own: the arguments that ``shared`` does not have, or has otherwise.
+    """
     if not KNOWN or type(kernel) is not triton.JITFunction or _is_watched(kernel):
-        kernel[grid](**{name: given[name] for name in kernel.arg_names}, **options())
+        kernel[grid](**by_name(kernel, shared, own), **options(config, device))
         return
-    signature, names, active = signature_of(kernel), tuple(own), driver.active
-    device = active.get_current_device()
+    signature, names, active = _signature(kernel), tuple(own), driver.active
+    index = active.get_current_device()
     key = (
-        id(kernel), id(active), device, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode, shared.kind,
+        id(kernel), id(active), index, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode, shared.kind,
         names, _picker(names, signature.constants)(own), *_specialised(own.values()),
     )  # fmt: skip
     bound = _bound.get(key)
     if bound is None:
-        compiled = kernel[grid](**{name: given[name] for name in kernel.arg_names}, **options())
-        if isinstance(compiled, CompiledKernel) and _agrees(signature, device, given, shared, own):
+        compiled = kernel[grid](**by_name(kernel, shared, own), **options(config, device))
+        if isinstance(compiled, CompiledKernel) and _agrees(signature, index, shared, own):
             if len(_bound) + len(_kinds) > MOST:
                 _bound.clear()
                 _kinds.clear()
             _bound[key] = Bound(compiled, compiled.run, compiled.function, compiled.packed_metadata)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(device)
-    bound.run(x, y, z, stream, bound.function, bound.metadata, None, None, None, *signature.values(given))
+    stream = active.get_current_stream(index)
+    bound.run(x, y, z, stream, bound.function, bound.metadata, None, None, None, *signature.values(shared.all | own))
 
 
-def _agrees(signature: Signature, device: int, given: dict, shared: Shared, own: dict) -> bool:
+def _agrees(signature: Signature, device: int, shared: Shared, own: dict) -> bool:
     """Whether the key tells apart whatever Triton does, and Triton passes the same arguments in the same order."""
     *_, target, _, binder = signature.kernel.device_caches[device]
     if target.backend != "cuda":
         return False
-    bound, specialised, _ = binder(**{name: given[name] for name in signature.kernel.arg_names})
-    if [*map(id, bound.values())] != [*map(id, signature.values(given))]:
+    given = by_name(signature.kernel, shared, own)
+    bound, specialised, _ = binder(**given)
+    if [*map(id, bound.values())] != [*map(id, signature.values(shared.all | own))]:
         return False
     for parameter, theirs in zip(signature.kernel.params, specialised, strict=True):
         name = parameter.name

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import bound, configs
 from .bias import Bias
-from .bound import Shared
+from .bound import Shared, by_name
 from .retention import Retention
 
 __all__ = ["MatrixStrides", "Problem", "Slots", "Strides", "launch", "start", "tiles"]
@@ -82,7 +82,8 @@ class Problem:
         self.chunk_size = call.chunk_size
         self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
         self.slots = self.segments(call.chunk_size)
-        self.architecture = architecture_of(call.q.device)
+        self.device = call.q.device
+        self.architecture = architecture_of(self.device)
         self.bias = Bias.of(call.bias, 0 if not call.bias.needs_delta else call.delta.dim() - 2)
         self.retention = Retention.of(call.retention)
         self.shared = self._shared()
@@ -115,7 +116,7 @@ class Problem:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.device)
 
     def per_token(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, T, H, *shape]``."""
@@ -206,20 +207,23 @@ def launch(kernel, problem: Problem, units: int, along: str | None, **arguments)
     one program). ``arguments``: those that the problem does not have, or has otherwise.
     """
     plan = problem.plan(kernel.__name__, along)
-    if unknown := arguments.keys() - bound.signature_of(kernel).names:
-        raise TypeError(f"{kernel.__name__} takes no {', '.join(sorted(unknown))}")
     grid = (units * plan.tiles, problem.heads) if along else (units,)
-    start(kernel, grid, plan.config, problem.q.device, problem.shared, arguments | plan.blocks)
+    start(kernel, grid, plan.config, problem.device, problem.shared, arguments | plan.blocks)
 
 
 def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.device, shared: Shared, own: dict) -> None:
     """All launches go through this function. ``own``: the arguments that ``shared`` does not have, or has otherwise."""
     if _recorder is not None:
-        given = shared.all | own
-        _recorder[0](kernel, {name: given[name] for name in kernel.arg_names}, config)
+        _recorder[0](kernel, by_name(kernel, shared, own), config)
         return
     if 0 in grid:
         return
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        bound.run(kernel, grid, config, lambda: options(config, architecture(device)), shared, own)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            bound.run(kernel, grid, config, device, _options, shared, own)
+    else:
+        bound.run(kernel, grid, config, device, _options, shared, own)
+
+
+def _options(config: configs.Config, device: torch.device) -> dict:
+    return options(config, architecture(device))

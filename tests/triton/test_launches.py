@@ -14,8 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import miras_kernels as mk
+from miras_kernels import autograd, dispatch
 from miras_kernels.testing import Case
 
 pytest.importorskip("triton")
@@ -127,11 +131,11 @@ class Machine:
         monkeypatch.setattr(triton.JITFunction, "run", counted)
         bound_run = bound.run
 
-        def twice(kernel, grid, config, options, shared, own) -> None:
+        def twice(kernel, grid, config, device, options, shared, own) -> None:
             """First by Triton, then by this package: both must launch the same."""
             given = shared.all | own
-            triton_run(kernel, grid=grid, warmup=False, **{name: given[name] for name in kernel.arg_names}, **options())
-            bound_run(kernel, grid, config, options, shared, own)
+            triton_run(kernel, grid=grid, warmup=False, **{name: given[name] for name in kernel.arg_names}, **options(config, device))
+            bound_run(kernel, grid, config, device, options, shared, own)
             theirs, ours = self.launches[-2:]
             assert ours == theirs, kernel.__name__
 
@@ -242,3 +246,79 @@ def test_devices_and_streams(machine, monkeypatch):
     assert machine.count(*call).by_triton > 0
     assert machine.count(*call).by_triton == 0
     assert {what[3] for what in machine.launches[-18:]} == {8}
+
+
+# ------------------------------------------------------------------------------------------------------------ CUDA graphs
+
+
+class NoTransfer(TorchDispatchMode):
+    """Raises where an operator reads from the device or copies to it. Operators whose sizes depend on data have no kernel for meta tensors,
+    which stand for the device's here, and raise by themselves."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        devices = {x.device.type for x in tensors}
+        if len(devices) > 1 or function is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError(f"{function} between {' and '.join(sorted(devices))}")
+        return result
+
+
+class NoData(TorchFunctionMode):
+    """Raises where a tensor is made of Python's numbers: dispatch modes do not see that copy."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor):
+            raise AssertionError(f"{function.__name__} copies to the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def device_only(monkeypatch):
+    """Calls run eagerly on meta tensors, as if these had data."""
+    monkeypatch.setattr(autograd, "is_plain_eager", lambda tensors: True)
+    monkeypatch.setattr(dispatch.BACKENDS["triton"], "unavailable", lambda: None)
+    monkeypatch.setattr(dispatch.BACKENDS["triton"], "runs_on", lambda device: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it does not know the meta device
+    from miras_kernels.kernels.common import launch
+
+    launched: list[str] = []
+    with launch.recording(lambda kernel, *_: launched.append(kernel.__name__), "sm_90"):
+        yield launched
+
+
+def to_meta(x):
+    if isinstance(x, tuple):
+        return tuple(map(to_meta, x))
+    if isinstance(x, mk.MemoryState):
+        return x.map(to_meta)
+    return x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["out", "final state"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_stays_on_the_device(device_only, name, final):
+    """Forward and backward of a call can be captured: nothing waits for the device or copies to it."""
+    case = Case(name, **{"batch": 2, "tokens": 40, "heads": 3} | CASES[name])
+    arguments = {name: to_meta(x) for name, x in arguments_of(case, final=final).items()}
+    with NoData(), NoTransfer():
+        train(case, arguments)
+    assert any(name.endswith("_bwd") for name in device_only)
+    assert all(x.grad is not None for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad)
+
+
+TRANSFERS = {
+    "number": lambda x: x.sum().item(),
+    "list": lambda x: x.tolist(),
+    "copy": lambda x: x + torch.tensor([1.0]).to("meta"),
+    "data": lambda x: torch.tensor([1.0, 2.0], device="meta"),
+    "selection": lambda x: x[x > 0],
+    "branch": lambda x: bool((x > 0).any()),
+}
+
+
+@pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=list(TRANSFERS))
+def test_a_transfer_would_be_seen(transfer):
+    x = torch.ones(3, device="meta")
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoData(), NoTransfer():
+        transfer(x)
