@@ -9,13 +9,13 @@ on each chip are in offline/resources.json, which tests/triton/test_compile.py c
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
-    "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "stream",
+    "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS",
+    "Config", "Denial", "Key", "choose", "eligible", "force", "forced", "stream",
 ]  # fmt: skip
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
@@ -24,8 +24,7 @@ CHUNK_SIZES = (16, 32, 64, 128)
 MIN_TILE = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Tile sizes along values and keys (0: all of them), warps, pipeline stages.
 
     ``registers`` bounds the registers of a thread; with 0 the compiler may spill some bytes to fit a second program on the same
@@ -42,8 +41,7 @@ class Config:
         return f"v{self.block_v}-k{self.block_k}-w{self.warps}-s{self.stages}" + (f"-r{self.registers}" if self.registers else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """What a configuration is chosen by."""
 
     key_dim: int
@@ -303,6 +301,11 @@ def toolchain(architecture: str) -> tuple[str, str]:
     from triton.backends.nvidia.compiler import get_ptxas
 
     return triton.__version__, get_ptxas(int(architecture.removeprefix("sm_"))).version if architecture.startswith("sm_") else ""
+
+
+def forced(kernel: str) -> Config | None:
+    """The configuration that :func:`force` has set for a kernel."""
+    return _forced.get(kernel)
 
 
 @contextlib.contextmanager

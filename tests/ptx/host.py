@@ -165,9 +165,10 @@ def on_machine(
 
     found: list[Report] = []
 
-    def start(kernel, grid, config, device, arguments) -> None:
+    def start(kernel, grid, config, device, shared, own) -> None:
         if 0 in grid:
             return
+        arguments = shared.all | own
         made = compiling.compiled(kernel, arguments, config, architecture, fusion)
         given = Launch(made.ptx, made.taken(arguments), grid, made.shared)
         if before is not None:
