@@ -6,6 +6,21 @@ import triton.language as tl
 #: the chunks that a launch of a chain walks: all; the one that was open before; the whole ones; the one left open; a segment
 WHOLE, HEAD, BODY, TAIL, SEGMENT = (tl.constexpr(i) for i in range(5))
 
+#: heads of one chunk in a program of the kernels for token gates, whose numbers lie side by side
+HEADS = tl.constexpr(16)
+
+
+@triton.jit
+def heads_program(H):
+    """``(slot, first head)`` of a program that takes HEADS heads of one chunk."""
+    i, parts = tl.program_id(0), (H + HEADS - 1) // HEADS
+    return (i // parts).to(tl.int64), i % parts * HEADS
+
+
+def head_programs(p) -> int:
+    """How many of them a call has."""
+    return p.slots.count * -(-p.heads // HEADS.value)
+
 
 @triton.jit
 def chunk_program(TILES: tl.constexpr, BLOCKS: tl.constexpr):

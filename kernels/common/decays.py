@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import chunk_of, chunk_program
+from .chunks import HEADS, chunk_of, chunk_program, head_programs, heads_program
 from .gates import CARRY, LOWEST, UNIT
 from .launch import Problem, launch
 from .tiles import LENGTHS, inside, only_if, wide
@@ -43,28 +43,26 @@ def linear_decay(
     gamma_C / gamma_s are each summed from their own end, so nothing cancels.
     """
     ROW = wide(ROW)
-    BH: tl.constexpr = 16
-    i_slot = tl.program_id(0).to(tl.int64)
+    i_slot, i_h = heads_program(H)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # an unused slot
             return
-    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    o_c, o_h = tl.arange(0, C), tl.arange(0, HEADS)
     m_t = (t0 + o_c < eos) & (t0 + o_c >= bos)
     m_next = (t0 + o_c + 1 < eos) & (t0 + o_c + 1 >= bos) & (o_c < C - 1)
     row = (i_b * T + t0) * H
-    for i_h in range(0, H, BH):
-        o_g = o_c[:, None] * H + i_h + o_h[None, :]
-        m_h = (i_h + o_h < H)[None, :]
-        m_g = m_t[:, None] & m_h
-        b_g = tl.load(log_decay + row + o_g, mask=m_g, other=0.0)  # [C, BH]
-        b_next = tl.load(log_decay + row + H + o_g, mask=m_next[:, None] & m_h, other=0.0)
-        tl.store(decays + row + o_g, tl.exp(tl.cumsum(b_g, 0)), mask=m_g)
-        tl.store(decays + ROW + row + o_g, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_g)
-        b_g = tl.maximum(b_g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        b_units = tl.floor(b_g * UNIT + 0.5)
-        tl.store(decays + 2 * ROW + row + o_g, tl.cumsum(b_units, 0), mask=m_g)
-        tl.store(decays + 3 * ROW + row + o_g, tl.cumsum(b_g - b_units / UNIT, 0), mask=m_g)
+    o_g = o_c[:, None] * H + i_h + o_h[None, :]
+    m_h = (i_h + o_h < H)[None, :]
+    m_g = m_t[:, None] & m_h
+    b_g = tl.load(log_decay + row + o_g, mask=m_g, other=0.0)  # [C, HEADS]
+    b_next = tl.load(log_decay + row + H + o_g, mask=m_next[:, None] & m_h, other=0.0)
+    tl.store(decays + row + o_g, tl.exp(tl.cumsum(b_g, 0)), mask=m_g)
+    tl.store(decays + ROW + row + o_g, tl.exp(tl.cumsum(b_next, 0, reverse=True)), mask=m_g)
+    b_g = tl.maximum(b_g, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    b_units = tl.floor(b_g * UNIT + 0.5)
+    tl.store(decays + 2 * ROW + row + o_g, tl.cumsum(b_units, 0), mask=m_g)
+    tl.store(decays + 3 * ROW + row + o_g, tl.cumsum(b_g - b_units / UNIT, 0), mask=m_g)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -79,48 +77,46 @@ def momentum_weights(
     Token C is the last of the chunk. With decays by channel `log_decay`, `decays` and `pairs` are None (see `channel_momentum`).
     """
     ROW = wide(ROW)
-    BH: tl.constexpr = 16
-    i_slot = tl.program_id(0).to(tl.int64)
+    i_slot, i_h = heads_program(H)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # an unused slot
             return
-    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    o_c, o_h = tl.arange(0, C), tl.arange(0, HEADS)
     m_c = (t0 + o_c < eos) & (t0 + o_c >= bos)
     row = (i_b * T + t0) * H
-    for i_h in range(0, H, BH):
-        m_h = i_h + o_h < H
-        o_hs = ((i_slot * H + i_h + o_h) * C * C)[:, None] + o_c[None, :]  # of row 0
-        b_gamma, b_pi = tl.full((BH,), 1.0, tl.float32), tl.full((BH,), 1.0, tl.float32)
-        b_carry = tl.zeros((BH,), tl.float32)
-        b_step = tl.zeros((BH, C), tl.float32)  # Theta_t
-        b_pair = tl.zeros((BH, C), tl.float32)  # M_t
-        for i_t in range(0, C):
-            here = (t0 + i_t < eos) & (t0 + i_t >= bos)
-            m_g = only_if(here, m_h)
-            p_g = row + i_t * H + i_h + o_h
-            b_theta = tl.load(momentum + p_g, mask=m_g, other=1.0)
-            b_step = tl.where(only_if(here, o_c == i_t)[None, :], 1.0, b_step * b_theta[:, None])
-            b_pi *= b_theta
-            if log_decay is not None:
-                b_alpha = tl.exp(tl.load(log_decay + p_g, mask=m_g, other=0.0))
-                b_gamma *= b_alpha
-                b_pair *= b_alpha[:, None]
-                b_carry *= b_alpha
-            b_pair = tl.where(here, b_pair + b_step, b_pair)
-            b_carry = tl.where(here, b_carry + b_pi, b_carry)
-            tl.store(moves + p_g, b_pi, mask=m_g)
-            if decays is not None:
-                tl.store(decays + p_g, b_gamma, mask=m_g)
-                tl.store(decays + CARRY * ROW + p_g, b_carry, mask=m_g)
-                tl.store(pairs + i_t * C + o_hs, b_pair, mask=m_h[:, None])
-            if steps is not None:
-                tl.store(steps + i_t * C + o_hs, b_step, mask=m_h[:, None])
-        p_end = row + o_c[None, :] * H + i_h + o_h[:, None]
-        m_end = m_c[None, :] & m_h[:, None]
+    m_h = i_h + o_h < H
+    o_hs = ((i_slot * H + i_h + o_h) * C * C)[:, None] + o_c[None, :]  # of row 0
+    b_gamma, b_pi = tl.full((HEADS,), 1.0, tl.float32), tl.full((HEADS,), 1.0, tl.float32)
+    b_carry = tl.zeros((HEADS,), tl.float32)
+    b_step = tl.zeros((HEADS, C), tl.float32)  # Theta_t
+    b_pair = tl.zeros((HEADS, C), tl.float32)  # M_t
+    for i_t in range(0, C):
+        here = (t0 + i_t < eos) & (t0 + i_t >= bos)
+        m_g = only_if(here, m_h)
+        p_g = row + i_t * H + i_h + o_h
+        b_theta = tl.load(momentum + p_g, mask=m_g, other=1.0)
+        b_step = tl.where(only_if(here, o_c == i_t)[None, :], 1.0, b_step * b_theta[:, None])
+        b_pi *= b_theta
+        if log_decay is not None:
+            b_alpha = tl.exp(tl.load(log_decay + p_g, mask=m_g, other=0.0))
+            b_gamma *= b_alpha
+            b_pair *= b_alpha[:, None]
+            b_carry *= b_alpha
+        b_pair = tl.where(here, b_pair + b_step, b_pair)
+        b_carry = tl.where(here, b_carry + b_pi, b_carry)
+        tl.store(moves + p_g, b_pi, mask=m_g)
         if decays is not None:
-            tl.store(decays + ROW + p_end, b_pair, mask=m_end)
-        tl.store(moves + ROW + p_end, b_step, mask=m_end)
+            tl.store(decays + p_g, b_gamma, mask=m_g)
+            tl.store(decays + CARRY * ROW + p_g, b_carry, mask=m_g)
+            tl.store(pairs + i_t * C + o_hs, b_pair, mask=m_h[:, None])
+        if steps is not None:
+            tl.store(steps + i_t * C + o_hs, b_step, mask=m_h[:, None])
+    p_end = row + o_c[None, :] * H + i_h + o_h[:, None]
+    m_end = m_c[None, :] & m_h[:, None]
+    if decays is not None:
+        tl.store(decays + ROW + p_end, b_pair, mask=m_end)
+    tl.store(moves + ROW + p_end, b_step, mask=m_end)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -189,7 +185,7 @@ def chunk_decays(p: Problem) -> Tensor | None:
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    launch(linear_decay, p, p.slots.count, None, decays=decays)
+    launch(linear_decay, p, head_programs(p), None, decays=decays)
     return decays
 
 
@@ -228,5 +224,5 @@ def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     weights = Weights(
         empty(not by_channel, 3, *tokens), empty(True, 2, *tokens), empty(not by_channel, *square), empty(backward or by_channel, *square)
     )
-    launch(momentum_weights, p, p.slots.count, None, log_decay=None if by_channel else p.log_decay, **weights._asdict())
+    launch(momentum_weights, p, head_programs(p), None, log_decay=None if by_channel else p.log_decay, **weights._asdict())
     return weights._replace(decays=decays_by_channel(p, weights.moves)) if by_channel else weights

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import chunk_of
+from .chunks import HEADS, chunk_of, head_programs, heads_program
 from .decays import Weights
 from .gates import CARRY
 from .launch import Problem, launch
@@ -25,39 +25,37 @@ def linear_decay_bwd(
     T, H, CHUNKS, ROW, SLOTS, READ_ROWS, END_ROWS,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """d log alpha of one chunk and all heads, from its four sums."""
+    """d log alpha of one chunk and some heads, from its four sums."""
     ROW, SLOTS = wide(ROW), wide(SLOTS)
-    BH: tl.constexpr = 16
     NC: tl.constexpr = C // BC
-    i_slot = tl.program_id(0).to(tl.int64)
+    i_slot, i_h = heads_program(H)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # an unused slot
             return
-    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    o_c, o_h = tl.arange(0, C), tl.arange(0, HEADS)
     row = (i_b * T + t0) * H
-    for i_h in range(0, H, BH):
-        m_h = i_h + o_h < H
-        m_g = (t0 + o_c < eos)[:, None] & m_h[None, :]
-        m_before = m_g & (o_c >= 1)[:, None]
-        p_g = row + o_c[:, None] * H + i_h + o_h[None, :]
-        b_read = tl.zeros((C, BH), tl.float32)
-        b_pairs = tl.zeros((C, BH), tl.float32)
-        b_end_sum = tl.zeros((C, BH), tl.float32)
-        b_inner = tl.zeros((BH,), tl.float32)
-        for i in range(0, READ_ROWS):
-            base = i * ROW
-            b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
-            b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
-        for i_r in range(0, NC):  # a block of writes pairs with the reads from it on
-            m_r = m_before & (o_c // BC >= i_r)[:, None]
-            b_pairs += tl.load(rows_pairs + i_r * ROW + p_g - H, mask=m_r, other=0.0)
-        for i in range(0, END_ROWS):
-            b_end_sum += tl.load(rows_to_end + i * ROW + p_g - H, mask=m_before, other=0.0)
-        last = (tl.minimum(eos - t0, C) - 1) * H
-        b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
-        b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_end_sum, 0) + b_inner[None, :]
-        tl.store(grad_log_decay + p_g, b_g, mask=m_g)
+    m_h = i_h + o_h < H
+    m_g = (t0 + o_c < eos)[:, None] & m_h[None, :]
+    m_before = m_g & (o_c >= 1)[:, None]
+    p_g = row + o_c[:, None] * H + i_h + o_h[None, :]
+    b_read = tl.zeros((C, HEADS), tl.float32)
+    b_pairs = tl.zeros((C, HEADS), tl.float32)
+    b_end_sum = tl.zeros((C, HEADS), tl.float32)
+    b_inner = tl.zeros((HEADS,), tl.float32)
+    for i in range(0, READ_ROWS):
+        base = i * ROW
+        b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
+        b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
+    for i_r in range(0, NC):  # a block of writes pairs with the reads from it on
+        m_r = m_before & (o_c // BC >= i_r)[:, None]
+        b_pairs += tl.load(rows_pairs + i_r * ROW + p_g - H, mask=m_r, other=0.0)
+    for i in range(0, END_ROWS):
+        b_end_sum += tl.load(rows_to_end + i * ROW + p_g - H, mask=m_before, other=0.0)
+    last = (tl.minimum(eos - t0, C) - 1) * H
+    b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
+    b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_end_sum, 0) + b_inner[None, :]
+    tl.store(grad_log_decay + p_g, b_g, mask=m_g)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -69,7 +67,7 @@ def momentum_weights_bwd(
     T, H, CHUNKS, ROW, SLOTS,
     TOKENS: tl.constexpr, C: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """``d log alpha, d theta [B, T, H]`` of one chunk and all heads. With g for a gradient, from the chunk's last token C backwards:
+    """``d log alpha, d theta [B, T, H]`` of one chunk and some heads. With g for a gradient, from the chunk's last token C backwards:
 
         d log alpha_t = alpha_t (gM_t . M_{t-1} + gb_t b_{t-1}) + sum_{r >= t} gamma_r ggamma_r      gTheta_t += gM_t,  gpi_t += gb_t
         d theta_t = gTheta_t . Theta_{t-1} + gpi_t pi_{t-1}
@@ -81,57 +79,55 @@ def momentum_weights_bwd(
     channel_decay_bwd has summed over them: gTheta is ``grad_pairs + rows_step``, gpi is ``rows_carry + <JS, S_0>``, and alpha counts as 0.
     """
     ROW, SLOTS = wide(ROW), wide(SLOTS)
-    BH: tl.constexpr = 16
-    i_slot = tl.program_id(0).to(tl.int64)
+    i_slot, i_h = heads_program(H)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
         if t0 >= eos:  # an unused slot
             return
     count = tl.minimum(eos - t0, C).to(tl.int32)
-    o_c, o_h = tl.arange(0, C), tl.arange(0, BH)
+    o_c, o_h = tl.arange(0, C), tl.arange(0, HEADS)
     row = (i_b * T + t0) * H
-    for i_h in range(0, H, BH):
-        m_h = i_h + o_h < H
-        o_hs = ((i_slot * H + i_h + o_h) * C * C)[:, None] + o_c[None, :]  # of row 0
-        p_last, p_inner = row + (count - 1) * H + i_h + o_h, inner + i_slot * H + i_h + o_h
-        p_end = row + o_c[None, :] * H + i_h + o_h[:, None]
-        m_end, m_last = (o_c < count)[None, :] & m_h[:, None], only_if(count > 0, m_h)
-        b_pair = tl.zeros((BH, C), tl.float32)  # gM_t
-        b_read = tl.zeros((BH,), tl.float32)
-        b_carry = tl.zeros((BH,), tl.float32)  # gb_t
-        if not SUMMED:
-            b_pair += tl.load(rows_to_end + p_end, mask=m_end, other=0.0)
-            b_read += tl.load(decays + p_last, mask=m_last, other=0.0) * tl.load(p_inner, mask=m_h, other=0.0)
-            b_carry += tl.load(p_inner + SLOTS * H, mask=m_h, other=0.0)
-        b_step = tl.load(rows_step + p_end, mask=m_end, other=0.0)  # gTheta_t [BH, C]
-        b_pi = tl.load(p_inner + 2 * SLOTS * H, mask=m_h, other=0.0)  # gpi_t
-        for i in range(0, count):
-            i_t = count - 1 - i
-            p_g = row + i_t * H + i_h + o_h
-            m_before, m_past = only_if(i_t > 0, m_h), (o_c < i_t)[None, :] & m_h[:, None]
-            b_pair += tl.load(grad_pairs + i_t * C + o_hs, mask=(o_c <= i_t)[None, :] & m_h[:, None], other=0.0)
-            b_carry += tl.load(rows_carry + p_g, mask=m_h, other=0.0)
-            b_step += b_pair
-            b_pi += b_carry
-            b_theta = tl.load(momentum + p_g, mask=m_h, other=0.0)
-            b_dtheta = tl.sum(b_step * tl.load(steps + (i_t - 1) * C + o_hs, mask=m_past, other=0.0), 1)
-            b_dtheta += b_pi * tl.load(moves + p_g - H, mask=m_before, other=1.0)
-            tl.store(grad_momentum + p_g, b_dtheta, mask=m_h)
-            b_step = tl.where(m_past, b_step * b_theta[:, None], 0.0)
-            b_pi *= b_theta
-            if log_decay is not None:
-                b_read += tl.load(rows_read + p_g, mask=m_h, other=0.0)
-                b_alpha = tl.exp(tl.load(log_decay + p_g, mask=m_h, other=0.0))
-                b_dalpha = tl.sum(b_pair * tl.load(pairs + (i_t - 1) * C + o_hs, mask=m_past, other=0.0), 1)
-                b_dalpha += b_carry * tl.load(decays + CARRY * ROW + p_g - H, mask=m_before, other=0.0)
-                tl.store(grad_log_decay + p_g, b_alpha * b_dalpha + b_read, mask=m_h)
-                b_pair *= b_alpha[:, None]
-                b_carry *= b_alpha
-            if SUMMED:
-                b_pair = tl.zeros((BH, C), tl.float32)
-                b_carry = tl.zeros((BH,), tl.float32)
-            else:
-                b_pair = tl.where(m_past, b_pair, 0.0)
+    m_h = i_h + o_h < H
+    o_hs = ((i_slot * H + i_h + o_h) * C * C)[:, None] + o_c[None, :]  # of row 0
+    p_last, p_inner = row + (count - 1) * H + i_h + o_h, inner + i_slot * H + i_h + o_h
+    p_end = row + o_c[None, :] * H + i_h + o_h[:, None]
+    m_end, m_last = (o_c < count)[None, :] & m_h[:, None], only_if(count > 0, m_h)
+    b_pair = tl.zeros((HEADS, C), tl.float32)  # gM_t
+    b_read = tl.zeros((HEADS,), tl.float32)
+    b_carry = tl.zeros((HEADS,), tl.float32)  # gb_t
+    if not SUMMED:
+        b_pair += tl.load(rows_to_end + p_end, mask=m_end, other=0.0)
+        b_read += tl.load(decays + p_last, mask=m_last, other=0.0) * tl.load(p_inner, mask=m_h, other=0.0)
+        b_carry += tl.load(p_inner + SLOTS * H, mask=m_h, other=0.0)
+    b_step = tl.load(rows_step + p_end, mask=m_end, other=0.0)  # gTheta_t [HEADS, C]
+    b_pi = tl.load(p_inner + 2 * SLOTS * H, mask=m_h, other=0.0)  # gpi_t
+    for i in range(0, count):
+        i_t = count - 1 - i
+        p_g = row + i_t * H + i_h + o_h
+        m_before, m_past = only_if(i_t > 0, m_h), (o_c < i_t)[None, :] & m_h[:, None]
+        b_pair += tl.load(grad_pairs + i_t * C + o_hs, mask=(o_c <= i_t)[None, :] & m_h[:, None], other=0.0)
+        b_carry += tl.load(rows_carry + p_g, mask=m_h, other=0.0)
+        b_step += b_pair
+        b_pi += b_carry
+        b_theta = tl.load(momentum + p_g, mask=m_h, other=0.0)
+        b_dtheta = tl.sum(b_step * tl.load(steps + (i_t - 1) * C + o_hs, mask=m_past, other=0.0), 1)
+        b_dtheta += b_pi * tl.load(moves + p_g - H, mask=m_before, other=1.0)
+        tl.store(grad_momentum + p_g, b_dtheta, mask=m_h)
+        b_step = tl.where(m_past, b_step * b_theta[:, None], 0.0)
+        b_pi *= b_theta
+        if log_decay is not None:
+            b_read += tl.load(rows_read + p_g, mask=m_h, other=0.0)
+            b_alpha = tl.exp(tl.load(log_decay + p_g, mask=m_h, other=0.0))
+            b_dalpha = tl.sum(b_pair * tl.load(pairs + (i_t - 1) * C + o_hs, mask=m_past, other=0.0), 1)
+            b_dalpha += b_carry * tl.load(decays + CARRY * ROW + p_g - H, mask=m_before, other=0.0)
+            tl.store(grad_log_decay + p_g, b_alpha * b_dalpha + b_read, mask=m_h)
+            b_pair *= b_alpha[:, None]
+            b_carry *= b_alpha
+        if SUMMED:
+            b_pair = tl.zeros((HEADS, C), tl.float32)
+            b_carry = tl.zeros((HEADS,), tl.float32)
+        else:
+            b_pair = tl.where(m_past, b_pair, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- launchers
@@ -141,7 +137,7 @@ def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, ro
     """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs by blocks of a chunk) and ``inner [tiles, slots, H]``."""
     grad = p.result(dtype=torch.float32)
     launch(
-        linear_decay_bwd, p, p.slots.count, None,
+        linear_decay_bwd, p, head_programs(p), None,
         decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_to_end=rows_to_end, inner=inner, grad_log_decay=grad,
         READ_ROWS=len(rows_read), END_ROWS=len(rows_to_end), BC=block,
     )  # fmt: skip
@@ -163,7 +159,7 @@ def gate_gradients(
     log_decay = None if by_channel else p.log_decay
     grads = {name: p.result(dtype=torch.float32) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
     launch(
-        momentum_weights_bwd, p, p.slots.count, None,
+        momentum_weights_bwd, p, head_programs(p), None,
         log_decay=log_decay, **weights._asdict(), grad_pairs=grad_pairs,
         rows_read=rows_read, rows_to_end=rows_to_end, rows_step=rows_step, rows_carry=rows_carry, inner=inner,
         grad_log_decay=grads.get("log_decay"), grad_momentum=grads["momentum"],
