@@ -3,6 +3,7 @@
     python -m bench.gpu correctness             equal bits in repeated calls, parity of every configuration, compute-sanitizer
     python -m bench.gpu times                   times at the target rows against baselines; decoding; configurations by time
     python -m bench.gpu times --smoke           the same plan with tiny sizes in Triton's interpreter, without a GPU
+    python -m bench.gpu launches                host time of launches, without a GPU
     python -m bench.gpu --show FILE             the report of an earlier run's JSON
 
 Whatever uses the device runs in a worker process that may hang or crash; then that item is reported as lost, and the next one has a fresh
@@ -27,15 +28,20 @@ from . import plan, report
 from .plan import Item, Settings
 from .runner import MODULE, Runner
 
-COMMANDS = ("correctness", "times")
+COMMANDS = ("correctness", "times", "launches")
+
+
+def find_kernels() -> None:
+    """In a source tree that is not installed, kernels/ lies beside python/."""
+    import miras_kernels
+
+    if importlib.util.find_spec("miras_kernels.kernels") is None:
+        miras_kernels.__path__.append(str(ROOT))
 
 
 def work() -> None:
     """A worker process."""
-    import miras_kernels
-
-    if importlib.util.find_spec("miras_kernels.kernels") is None:  # a source tree, not an installation: kernels/ lies beside python/
-        miras_kernels.__path__.append(str(ROOT))
+    find_kernels()
     from . import correctness, decode, device, times
 
     def task(function: Callable) -> Callable:
@@ -140,6 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work()
     elif args.show:
         print(report.report(json.loads(args.show.read_text())))
+    elif args.command == "launches":
+        find_kernels()
+        from . import launches
+
+        return launches.report()
     else:
         return measure(args)
     return 0

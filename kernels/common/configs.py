@@ -9,14 +9,13 @@ on each chip are in offline/resources.json, which tests/triton/test_compile.py c
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
-    "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS", "Config", "Denial", "Key", "choose", "eligible", "force", "fuse",
-    "stream",
+    "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS",
+    "Config", "Denial", "Key", "choose", "eligible", "force", "forced", "fuse", "stream",
 ]  # fmt: skip
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
@@ -25,8 +24,7 @@ CHUNK_SIZES = (16, 32, 64, 128)
 MIN_TILE = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Tile sizes along values and keys (0: all of them), warps, pipeline stages.
 
     ``registers`` bounds the registers of a thread; with 0 the compiler may spill some bytes to fit a second program on the same
@@ -43,8 +41,7 @@ class Config:
         return f"v{self.block_v}-k{self.block_k}-w{self.warps}-s{self.stages}" + (f"-r{self.registers}" if self.registers else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """What a configuration is chosen by."""
 
     key_dim: int
@@ -103,19 +100,16 @@ class Key:
             return False
         return self.chunk_size in (16, 64) or (self.chunk_size == 32 and self.padded_k <= 64)
 
-    def fuses(self, heads: int, multiprocessors: int, architecture: str = "") -> bool:
+    def fuses(self, heads: int, multiprocessors: int) -> bool:
         """Whether it does, for ``heads`` sequences x heads on a chip of so many multiprocessors (0: unknown).
 
-        That moves less than half as many bytes, but the output is no longer parallel over chunks. So the programs must occupy half of
-        the multiprocessors: estimated, not measured. Masks of keys and values would take registers.
+        That moves less than half as many bytes, but the output is no longer parallel over chunks. So the programs, of 32 values each,
+        must occupy all multiprocessors: modelled (bench/gpu/counts.py), not measured. Masks of keys and values would take registers.
         """
         if _fusing is not None or not self.fusable:
             return bool(_fusing) and self.fusable
         padding = (self.key_dim, self.value_dim) != (self.padded_k, self.padded_v)
-        if self.itemsize == 4 or padding or not multiprocessors:
-            return False
-        programs = heads * self.tiles("linear_chain_fwd_fused", choose("linear_chain_fwd_fused", self, architecture), "value")
-        return 2 * programs >= multiprocessors
+        return self.itemsize == 2 and not padding and 0 < multiprocessors <= heads * -(-self.value_dim // 32)
 
     def blocks(self, config: Config) -> tuple[int, int]:
         """Tile sizes along values and keys, at most the padded head dimension."""
@@ -194,10 +188,9 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "linear_du_bwd": (
-        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size <= 64),
-        (Config(64, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
-        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
-        (Config(128, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size == 64),
+        (Config(0, 0, 4, 1), lambda key: key.itemsize == 2 and key.chunk_size <= 64 and max(key.key_dim, key.value_dim) <= 128),
+        (Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 64),
+        (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 2),
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "linear_chain_bwd": (
@@ -217,18 +210,14 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_dqk_bwd": (
-        (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
-        (Config(32, 32, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
-        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
+        (Config(0, 64, 4, 1, 255), lambda key: key.itemsize == 2 and key.value_dim <= 128 and not (key.momentum or key.channels)),
+        (Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2),
+        (Config(32, 64, 8, 1, 255), lambda key: key.itemsize == 2),
         (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 4 and not key.momentum),
         (Config(16, 32, 8, 1, 255), _wide_pair),
     ),
     "linear_decay_bwd": ((Config(16, 16, 4, 1, 255), _always),),
     "momentum_weights": ((Config(16, 16, 4, 1), _always),),
-    "momentum_pairs_bwd": (
-        (Config(32, 32, 4, 2, 255), lambda key: key.itemsize == 2),
-        (Config(32, 32, 4, 1, 255), _wide),
-    ),
     "momentum_weights_bwd": ((Config(16, 16, 4, 1), _always),),
     "channel_decay": ((Config(32, 32, 4, 1), _always),),
     "channel_momentum": ((Config(32, 32, 1, 1), _always),),
@@ -280,9 +269,11 @@ class Denial(NamedTuple):
 
 #: found by `python -m bench.gpu correctness` or by offline/resources.py
 DENIED: tuple[Denial, ...] = (
-    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w8-s2", "spills up to 40 bytes"),
     Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
-    Denial("sm_8", "", "", "linear_du_bwd", "v64-k64-w4-s2-r255", "spills 8 bytes"),
+    Denial("sm_8", "", "", "linear_du_bwd", "v0-k0-w4-s1", "spills up to 112 bytes"),
+    Denial("sm_8", "", "", "linear_du_bwd", "v32-k64-w4-s1-r255", "spills 8 bytes"),
+    Denial("sm_8", "", "", "linear_dqk_bwd", "v0-k64-w4-s1-r255", "spills up to 384 bytes"),
+    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w4-s1-r255", "spills up to 64 bytes"),
     Denial("sm_8", "", "", "mlp_dq_bwd", "v0-k32-w8-s1-r255", "spills up to 1312 bytes, the narrower one almost none"),
     Denial("gfx942", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 92 registers with 128 keys"),
     Denial("sm_8", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 64 bytes with a final state"),
@@ -336,6 +327,11 @@ def toolchain(architecture: str) -> tuple[str, str]:
     from triton.backends.nvidia.compiler import get_ptxas
 
     return triton.__version__, get_ptxas(int(architecture.removeprefix("sm_"))).version if architecture.startswith("sm_") else ""
+
+
+def forced(kernel: str) -> Config | None:
+    """The configuration that :func:`force` has set for a kernel."""
+    return _forced.get(kernel)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import bound, configs
 from .bias import Bias
+from .bound import Shared, by_name
 from .retention import Retention
 
 __all__ = ["MatrixStrides", "Problem", "Slots", "Strides", "launch", "start", "tiles"]
@@ -81,12 +82,13 @@ class Problem:
         self.chunk_size = call.chunk_size
         self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
         self.slots = self.segments(call.chunk_size)
-        self.architecture = architecture_of(call.q.device)
+        self.device = call.q.device
+        self.architecture = architecture_of(self.device)
         self.bias = Bias.of(call.bias, 0 if not call.bias.needs_delta else call.delta.dim() - 2)
         self.retention = Retention.of(call.retention)
-        self.arguments = self._arguments()
+        self.shared = self._shared()
 
-    def _arguments(self) -> dict:
+    def _shared(self) -> Shared:
         """What kernels take of the call itself, by the names that all of them use."""
         call, slots = self.call, self.slots
         tensors = dict(
@@ -105,21 +107,21 @@ class Problem:
             constants |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
         else:
             constants |= dict(Dk=self.key_dim, Dv=self.value_dim)
-        return tensors | numbers | constants
+        return Shared(tensors | numbers, constants)
 
-    def config(self, kernel: str) -> configs.Config:
-        return configs.choose(kernel, self.key, self.architecture)
+    def plan(self, kernel: str, along: str | None) -> Plan:
+        return _plan(kernel, along, self.key, self.architecture, configs.forced(kernel))
 
     def fuses(self) -> bool:
         """Whether a linear memory's forward computes the output in its chain: `configs` decides; gates by channel need registers too."""
         plain = self.lr.dim() == 3 and self.bias.delta < 2
-        return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.q.device), self.architecture)
+        return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.device))
 
     def segments(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.device)
 
     def per_token(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, T, H, *shape]``."""
@@ -143,9 +145,28 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()
 
 
+class Plan(NamedTuple):
+    """What is the same in all launches of a kernel under one key."""
+
+    config: configs.Config
+    blocks: dict  # tile sizes, by the kernels' names
+    tiles: int  # programs among which the axis is divided
+
+
+@functools.lru_cache(1024)
+def _plan(kernel: str, along: str | None, key: configs.Key, architecture: str, forced: configs.Config | None) -> Plan:
+    """``along`` as in :func:`launch`; ``forced`` only tells apart what `configs.choose` returns."""
+    config, blocks = configs.choose(kernel, key, architecture), {}
+    if along == "hidden":
+        blocks = dict(BD=key.padded_v, BH=key.block_hidden(config))
+    elif along:
+        blocks = dict(zip(("BV", "BK"), key.blocks(config), strict=True))
+    return Plan(config, blocks, key.tiles(kernel, config, along) if along else 1)
+
+
 def tiles(kernel: str, problem: Problem, along: str) -> int:
     """Number of tiles along a kernel's ``"value"`` or ``"key"`` axis."""
-    return problem.key.tiles(kernel, problem.config(kernel), along)
+    return problem.plan(kernel, along).tiles
 
 
 def options(config: configs.Config, architecture: str) -> dict:
@@ -196,25 +217,24 @@ def launch(kernel, problem: Problem, units: int, along: str | None, **arguments)
     ``along``: ``"value"``, ``"key"``, ``"hidden"`` (units of an MLP, all of them in one program) or ``"head"`` (all keys and values in
     one program). ``arguments``: those that the problem does not have, or has otherwise.
     """
-    name, names = kernel.__name__, kernel.arg_names
-    config, key = problem.config(name), problem.key
-    if unknown := arguments.keys() - set(names):
-        raise TypeError(f"{name} takes no {', '.join(sorted(unknown))}")
-    arguments = problem.arguments | arguments
-    if along == "hidden":
-        arguments |= dict(BD=key.padded_v, BH=key.block_hidden(config))
-    elif along:
-        arguments |= dict(zip(("BV", "BK"), key.blocks(config), strict=True))
-    grid = (units * key.tiles(name, config, along), problem.heads) if along else (units,)
-    start(kernel, grid, config, problem.q.device, {name: arguments[name] for name in names})
+    plan = problem.plan(kernel.__name__, along)
+    grid = (units * plan.tiles, problem.heads) if along else (units,)
+    start(kernel, grid, plan.config, problem.device, problem.shared, arguments | plan.blocks)
 
 
-def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.device, arguments: dict) -> None:
-    """All launches go through this function."""
+def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.device, shared: Shared, own: dict) -> None:
+    """All launches go through this function. ``own``: the arguments that ``shared`` does not have, or has otherwise."""
     if _recorder is not None:
-        _recorder[0](kernel, arguments, config)
+        _recorder[0](kernel, by_name(kernel, shared, own), config)
         return
     if 0 in grid:
         return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, **options(config, architecture(device)))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            bound.run(kernel, grid, config, device, _options, shared, own)
+    else:
+        bound.run(kernel, grid, config, device, _options, shared, own)
+
+
+def _options(config: configs.Config, device: torch.device) -> dict:
+    return options(config, architecture(device))

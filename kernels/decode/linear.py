@@ -211,6 +211,6 @@ def stepper(call):
 
     def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
         channel = dict(CHANNEL_LR=lr.dim() == 4, CHANNEL_DECAY=buffers.open_log_decay.dim() == 3)
-        step.launch(buffers, q, k, v, lr, log_decay, delta, momentum, out, products=products, **channel)
+        step.launch(buffers, q, k, v, lr, log_decay, delta, momentum, out, channel, products=products)
 
     return run

@@ -308,9 +308,10 @@ def stepper(call):
     between = dict(
         hidden=room(2, hidden), partial=room(2, parts, d), scores=room(parts, call.chunk_size), after=room(2 * (2 + call.chunk_size) + 1)
     )  # fmt: skip
-    norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous(), BP=triton.next_power_of_2(parts))
+    norm = dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
+    constants = dict(BP=triton.next_power_of_2(parts))
 
     def run(buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
-        step.launch(buffers, q, k, v, lr, log_decay, delta, momentum, out, **between, **norm)
+        step.launch(buffers, q, k, v, lr, log_decay, delta, momentum, out, constants, **between, **norm)
 
     return run

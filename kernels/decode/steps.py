@@ -215,20 +215,21 @@ class Step:
             constants |= dict(Dk=key.key_dim, Dv=key.value_dim, BK=key.padded_k)
         return Step(key, call.bias, tuple(launches), constants)
 
-    def launch(self, buffers, q, k, v, lr, log_decay, delta, momentum, out, **arguments) -> None:
+    def launch(self, buffers, q, k, v, lr, log_decay, delta, momentum, out, constants: dict, **tensors) -> None:
         """Run the kernels for one token after the other; each gets the arguments that it names."""
         gates = dict(lr=lr, log_decay=log_decay, delta=delta, momentum=momentum)
         gates = {name: None if x is None else x.contiguous() for name, x in gates.items()}
         tokens = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in dict(q=q, k=k, v=v, out=out).items()}
         strides = {f"{name}_strides": launch.Strides.of(x) for name, x in tokens.items()}
         n, count, h = q.shape[:3]
-        arguments |= self.constants | tokens | gates | strides | vars(buffers) | dict(
-            predicting=buffers.start if buffers.primal is None else buffers.primal,
-            T=count, H=h, BIAS=biases.Bias.of(self.bias, 0 if delta is None else delta.dim() - 2),
-        )  # fmt: skip
+        predicting = buffers.start if buffers.primal is None else buffers.primal
+        bias = biases.Bias.of(self.bias, 0 if delta is None else delta.dim() - 2)
+        shared = launch.Shared(
+            tensors | tokens | gates | strides | vars(buffers) | dict(predicting=predicting, T=count, H=h),
+            self.constants | constants | dict(BIAS=bias),
+        )
         for t in range(count):
             for kernel, programs, config, blocks in self.launches:
-                given = arguments | blocks | dict(t=t)
-                launch.start(kernel, (n * programs, h), config, q.device, {name: given[name] for name in kernel.arg_names})
+                launch.start(kernel, (n * programs, h), config, q.device, shared, blocks | dict(t=t))
         if tokens["out"] is not out:
             out.copy_(tokens["out"])

@@ -5,7 +5,7 @@
     backward    decays.py;  chain.py: S and E recomputed;  linear_du_bwd;  linear_chain_bwd;  linear_dqk_bwd;  decays_bwd.py: gates
 
 A token's log-decay scales what the state at the chunk's start and earlier tokens contribute to later reads and to the next chunk. Its
-gradient is the sum over these pairs, taken from the products themselves (dS as in dqk.py):
+gradient is the sum over these pairs, taken from the products themselves (dS as in read.py):
 
     d log alpha_t = sum_{r >= t} gamma_r q_r'S dO_r  +  sum_{r >= t > s} (dS o Q K')_rs  -  sum_{s < t} dec_s U_s'(J'k_s)  +  gamma_C <J, S>
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..common.chunks import BODY, HEAD, TAIL, WHOLE
 from ..common.decays import Weights, chunk_weights
-from ..common.decays_bwd import decay_gradient, gate_gradients, pair_gradient
+from ..common.decays_bwd import decay_gradient, gate_gradients
 from ..common.final_state import Final, open_chunk_end
 from ..common.launch import Problem
 from . import channel as linear_channel
@@ -69,19 +69,19 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: dual and, with momentum, momentum matrix."""
     weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
     chain = recompute(p, weights, checkpoints, every)
-    scores = grad_scores = None
+    scores = rows_pairs = grad_pairs = None
     if p.key.channels:
         scores = linear_channel.chunk_scores(p)
         from_out, grad_scores = linear_channel.du_from_output(p, weights, chain, scores, grad_out)
     else:
-        from_out = linear_read.du_from_output(p, weights, grad_out)
+        from_out, grad_scores, rows_pairs, grad_pairs = linear_read.score_gradients(p, weights, chain, grad_out)
     of_chain = chain_gradients(p, weights, chain, from_out, grad_out, grad_state)
     del from_out
     of_reads = read_gradients(p, weights, chain, of_chain, grad_scores, grad_out)
     grads = {"q": of_reads.q, "k": of_reads.k, "v": of_chain.v, "lr": of_chain.lr, "state": of_chain.initial}
     if p.delta is not None:
         grads["delta"] = of_chain.delta
-    return grads | _gate_gradients(p, weights, chain, of_chain, of_reads, scores, grad_out)
+    return grads | _gate_gradients(p, weights, chain, of_chain, of_reads, scores, rows_pairs, grad_pairs, grad_out)
 
 
 def _gate_gradients(
@@ -91,6 +91,8 @@ def _gate_gradients(
     of_chain: ChainGradients,
     of_reads: ReadGradients,
     scores: Tensor | None,
+    rows_pairs: Tensor | None,
+    grad_pairs: Tensor | None,
     grad_out: Tensor,
 ) -> dict[str, Tensor]:
     """d log alpha and d theta, by argument name; ``scores``: ``Q K'`` where decays go by channel."""
@@ -106,8 +108,8 @@ def _gate_gradients(
         read = None if of_reads.rows_read is None else of_reads.rows_read.sum(0)
         rows = dict(rows_read=read, rows_to_end=of_chain.rows_to_end.sum(0), rows_step=of_chain.rows_step.sum(0))
         rows |= dict(rows_carry=of_reads.rows_carry.sum(0), inner=of_reads.inner.sum(1))
-        return gate_gradients(p, weights, pair_gradient(p, chain, grad_out), **rows)
+        return gate_gradients(p, weights, grad_pairs, **rows)
     if p.log_decay is None:
         return {}
-    sums = (of_reads.rows_read, of_reads.rows_pairs, of_chain.rows_to_end, of_reads.inner)
+    sums = (of_reads.rows_read, rows_pairs, of_chain.rows_to_end, of_reads.inner)
     return {"log_decay": decay_gradient(p, weights.decays, *sums, p.block)}

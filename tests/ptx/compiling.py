@@ -11,13 +11,16 @@ import functools
 import importlib
 import multiprocessing
 import os
+import re
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Compiled", "compiled"]
+__all__ = ["Compiled", "compiled", "registers"]
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "ptx"
 
@@ -93,3 +96,17 @@ def _compile(module: str, name: str, arguments: dict, config, architecture: str,
         parts = [(i, part) for i, part in enumerate(kind)] if isinstance(kind, tuple) else [(None, kind)]
         taken += [(x, i) for i, part in parts if part != "constexpr"]
     return Compiled(found.asm["ptx"], found.metadata.shared, taken)
+
+
+def registers(ptx: str) -> int:
+    """Registers of a thread, by ptxas."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"\.target\s+(\w+)", ptx)[1]
+    ptxas = get_ptxas(int(target[3:].rstrip("a"))).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"--gpu-name={target}", "-o", "/dev/null", file.name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(re.search(r"Used (\d+) registers", found.stderr)[1])

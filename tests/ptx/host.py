@@ -116,7 +116,11 @@ class Launch:
     entry: str = r"[\w$]+"
     pointers: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # in structs, which are arguments of type bytes
 
-    def run(self, counting: bool = False) -> tuple[list[Report], Counts | None]:
+    def run(self, counting: bool = False, chip=None, heads: int | None = None) -> tuple[list[Report], Counts | None]:
+        """Execute it; with ``heads`` only the programs of the first heads, where the grid's second axis has them.
+
+        ``chip``: whose latencies the counts' clock takes (bench/gpu/chips.py).
+        """
         made = program(self.ptx, self.entry)
         reports = Reports(made.kernel.name, made.kernel.instructions, made.kernel.threads)
         memory = Memory([*self.pointers.values(), *(x for x in self.arguments if isinstance(x, Tensor))], made.granule, reports)
@@ -124,8 +128,8 @@ class Launch:
         names = [name for name, _ in made.kernel.parameters]
         parameters = dict(zip(names, [*values, *[0] * (len(names) - len(values))], strict=True))
         grid = (*self.grid, 1, 1)[:3]
-        ctas, batch = np.arange(grid[0] * grid[1] * grid[2]), max(THREADS // made.kernel.threads, 1)
-        counts = Counts(made) if counting else None
+        ctas, batch = np.arange(grid[0] * min(grid[1], heads or grid[1]) * grid[2]), max(THREADS // made.kernel.threads, 1)
+        counts = Counts(made, memory.space, chip) if counting or chip is not None else None
         for i in range(0, len(ctas), batch):
             Machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, self.shared, counts).run()
         memory.back()
@@ -142,13 +146,18 @@ class Launch:
 
 @contextlib.contextmanager
 def on_machine(
-    architecture: str, allowed: Callable[[Report], bool] | None = None, before: Callable[[Launch], None] | None = None, fusion: bool = True
+    architecture: str,
+    allowed: Callable[[Report], bool] | None = None,
+    before: Callable[[Launch], None] | None = None,
+    fusion: bool = True,
+    instead: Callable[[Launch], None] | None = None,
 ) -> Iterator[list[Report]]:
     """Within it ``backend="triton"`` runs CPU tensors on the machine, compiled for ``sm_80`` or ``sm_90``.
 
     Args:
         allowed: reports that are collected in what this gives; others are raised.
-        before: called with each launch before it runs. fusion: whether the compiler may fuse products and sums.
+        before: called with each launch before it runs. instead: called with each launch, which then does not run.
+        fusion: whether the compiler may fuse products and sums.
     """
     from miras_kernels.kernels.common import launch
 
@@ -156,13 +165,17 @@ def on_machine(
 
     found: list[Report] = []
 
-    def start(kernel, grid, config, device, arguments) -> None:
+    def start(kernel, grid, config, device, shared, own) -> None:
         if 0 in grid:
             return
+        arguments = shared.all | own
         made = compiling.compiled(kernel, arguments, config, architecture, fusion)
         given = Launch(made.ptx, made.taken(arguments), grid, made.shared)
         if before is not None:
             before(given)
+        if instead is not None:
+            instead(given)
+            return
         reports, _ = given.run()
         found.extend(reports)
         if refused := [x for x in reports if allowed is None or not allowed(x)]:

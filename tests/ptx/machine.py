@@ -132,13 +132,13 @@ class Machine:
     def step(self, block: Block, place: int, threads: np.ndarray) -> None:
         everyone = threads.size == self.local.size
         ix = None if everyone else threads
-        if self.counts is not None:
-            self.counts.block(block, threads if not everyone else self.local)
         given = [self.registers[name] if name in self.registers else self.undefined(name) for name in block.needs]
         if not everyone:
             given = [x[threads] for x in given]
         self.products.touched(block, threads)
         taken, results = block.run(self, ix, threads.size, *given)
+        if self.counts is not None:
+            self.counts.block(block, threads, self.everyone.thread[threads[0]] == 0)
         for name, x in zip(block.leaves, results, strict=True):
             if everyone:
                 self.registers[name] = x
@@ -260,7 +260,7 @@ class Machine:
         if not good.all():
             who, offset, words = who[good], offset[good], words[good]
         if self.counts is not None:
-            self.counts.access(name, at, who.local, offset, size * count)
+            self.counts.access(name, at, who.local, offset, size * count, writes=True)
         self.write(space, who, offset, words, at)
 
     def write(self, space: Space, who: Who, offset: np.ndarray, words: np.ndarray, at: int, asynchronous: bool = False) -> None:
@@ -315,6 +315,8 @@ class Machine:
                 if self.counts is not None:
                     self.counts.access("global", at, who.local[rows][fine], source[fine], int(bytes_))
                 values[rows, :bytes_] = self.memory.data[source[:, None] + np.arange(bytes_)]
+        if self.counts is not None:
+            self.counts.access("shared", at, who.local, offset, size, writes=True)
         g, count = self.shared.granules(offset, size)
         self.shared.write(g, count, who, at, np.zeros(g.size, bool))
         self.shared.state[g] |= ARRIVING

@@ -201,10 +201,15 @@ def conversions() -> None:
             OPS[f"cvt.{to}.{of}"] = convert
     for t in ("s32", "u32", "s64", "u64"):
         simple(f"cvt.rn.f32.{t}", "{a}.astype(np.float32)", "f32", t)
-    for t, name in (("bf16", "bf16"), ("f16", "f16")):
-        simple(f"cvt.f32.{t}", f"A.from_{name}({{a}})", "f32", "b16")
-        simple(f"cvt.rn.{t}.f32", f"A.to_{name}({{a}})", "b16", "f32")
-        simple(f"cvt.rn.{t}x2.f32", f"A.pair(A.to_{name}({{a}}), A.to_{name}({{b}}))", "b32", "f32", "f32")
+    for t in ("bf16", "f16"):
+        simple(f"cvt.f32.{t}", f"A.from_{t}({{a}})", "f32", "b16")
+        simple(f"cvt.rn.{t}.f32", f"A.to_{t}({{a}})", "b16", "f32")
+        simple(f"cvt.rn.{t}x2.f32", f"A.pair(A.to_{t}({{a}}), A.to_{t}({{b}}))", "b32", "f32", "f32")
+        for name, sign in COMPARISONS.items():
+            a, b = f"A.from_{t}({{a}})", f"A.from_{t}({{b}})"
+            ordered = f"(({a} {sign} {b}) & ({a} == {a}) & ({b} == {b}))" if name == "ne" else f"({a} {sign} {b})"
+            simple(f"setp.{name}.{t}", ordered, "pred", "b16", "b16")
+            simple(f"setp.{name}u.{t}", f"(({a} {sign} {b}) | ({a} != {a}) | ({b} != {b}))", "pred", "b16", "b16")
     for t in ("u64", "u32"):
         for where in ("to.global", "global", "to.shared", "shared"):
             simple(f"cvta.{where}.{t}", "{a}", t, t)

@@ -128,7 +128,8 @@ def launches(monkeypatch) -> list:
 
     monkeypatch.setattr(mlp, "MIN_GROUP", 2**40)  # all chunks in one group
     found: list = []
-    monkeypatch.setattr(launch, "start", lambda kernel, grid, config, device, arguments: found.append((kernel, grid, arguments)))
+    record = lambda kernel, grid, config, device, shared, own: found.append((kernel, grid, launch.by_name(kernel, shared, own)))
+    monkeypatch.setattr(launch, "start", record)
     return found
 
 
