@@ -69,6 +69,7 @@ def linear_chain_fwd_fused(
         b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_t, o_k, m_t, m_k)  # [C, BK]
         b_v = load_tile(v + t0 * v_strides.t, v_strides.t, o_t, o_v, m_t, m_v)  # [C, BV]
         b_q = load_tile(q + t0 * q_strides.t, q_strides.t, o_t, o_k, m_t, m_k)  # [C, BK]
+        b_gamma, gamma = load_gamma(decays, row, o_g, m_t, C), load_total(decays, row, (left - 1) * H)  # early: they are not prefetched
         b_p = dot(b_q, tl.trans(b_k))  # [t, s]
         b_p *= pair_decay(decays, None, ROW, row, H, C, o_t[:, None], o_c[None, :], m_t[:, None], m_t[None, :])
         b_p = rounded(b_p, DTYPE)
@@ -84,12 +85,11 @@ def linear_chain_fwd_fused(
         b_psi = biases.value(b_e, 0.0, load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS), BIAS)  # [C, BV]
         b_lr = load_gate(lr, row, o_g, m_t)  # [C]
 
-        b_o = dot(b_q, b_w) * (load_gamma(decays, row, o_g, m_t, C) * scale)[:, None]  # [C, BV]
+        b_o = dot(b_q, b_w) * (b_gamma * scale)[:, None]  # [C, BV]
         b_o -= fitted_dot(b_p, b_psi * b_lr[:, None], DTYPE)
         store(out + row * Dv + o_tv, b_o, m_tv)
 
         b_u = b_psi * (b_lr * load_to_end(decays, ROW, row, o_g, m_t, C))[:, None]  # [C, BV], rounded as in `linear_chain_fwd`
-        gamma = load_total(decays, row, (left - 1) * H)
         b_s = b_s * gamma - fitted_dot(tl.trans(b_k), b_u, DTYPE)
         if checkpoints is not None:  # of the next chunk; here the compiler needs no copy of an older S
             i_next = i_c + 1
