@@ -168,7 +168,7 @@ def on_machine(
     def start(kernel, grid, config, device, shared, own) -> None:
         if 0 in grid:
             return
-        arguments = shared.all | own
+        arguments = launch.by_name(kernel, shared, own)
         made = compiling.compiled(kernel, arguments, config, architecture, fusion)
         given = Launch(made.ptx, made.taken(arguments), grid, made.shared)
         if before is not None:

@@ -127,7 +127,8 @@ def launches(monkeypatch) -> list:
 
     monkeypatch.setattr(mlp, "MIN_GROUP", 2**40)  # all chunks in one group
     found: list = []
-    monkeypatch.setattr(launch, "start", lambda kernel, grid, config, device, arguments: found.append((kernel, grid, arguments)))
+    start = lambda kernel, grid, config, device, *given: found.append((kernel, grid, launch.by_name(kernel, *given)))
+    monkeypatch.setattr(launch, "start", start)
     return found
 
 
