@@ -115,6 +115,11 @@ class Problem:
         which = kernel, along, configs.forced(kernel)
         return self._plans.get(which) or self._plans.setdefault(which, Plan.of(kernel, along, self.key, self.architecture))
 
+    def fuses(self) -> bool:
+        """Whether a linear memory's forward computes the output in its chain: `configs` decides; gates by channel need registers too."""
+        plain = self.lr.dim() == 3 and self.bias.delta < 2
+        return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.device))
+
     def segments(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
 
@@ -185,6 +190,12 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 0 for another device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def architecture_of(device: torch.device) -> str:

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from miras_kernels.kernels.common import configs
 
 import miras_kernels as mk
 from miras_kernels.testing import Case, check, check_steps, evaluate, registry
@@ -52,6 +53,18 @@ def test_parity(case, dtype, architecture):
     with on_machine(architecture, known):
         report = check(case, "triton", dtype)
     assert report.ok, report
+
+
+FUSED = [
+    (dataclasses.replace(WIDE, key_dim=128, value_dim=32), torch.bfloat16, "sm_90"),
+    (dataclasses.replace(LINEAR, lengths=(50, 30, 0), bias=mk.L1()), torch.float16, "sm_80"),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "architecture"), FUSED, ids=str)
+def test_the_output_in_the_chain(case, dtype, architecture):
+    with configs.fuse(True):
+        test_parity(case, dtype, architecture)
 
 
 SIXTEEN = [
@@ -106,7 +119,7 @@ def first_launches(case: Case, dtype: torch.dtype, architecture: str) -> dict[st
     def before(launch: Launch) -> None:
         found.setdefault(program(launch.ptx).kernel.name, launch.copy())
 
-    with on_machine(architecture, known, before):
+    with on_machine(architecture, known, before), configs.fuse("fused" in case.name):
         evaluate(case.draw(dtype), "triton")
     return found
 
@@ -135,6 +148,7 @@ def executed(launch: Launch) -> tuple[set, list]:
 MUTATED = [
     (WIDE, torch.bfloat16, "sm_90", 2, ("linear_chain_fwd", "linear_output")),
     slow(WIDE, torch.bfloat16, "sm_90", 4, ()),
+    slow(dataclasses.replace(WIDE, name="fused"), torch.bfloat16, "sm_90", 10, ("linear_chain_fwd_fused",)),
     slow(WIDE, torch.float16, "sm_80", 4, ()),
     slow(dataclasses.replace(LINEAR, retention=mk.LqRetention(), momentum=True), torch.float32, "sm_80", 4, ()),
     slow(CHANNELS, torch.bfloat16, "sm_90", 4, ()),
