@@ -51,7 +51,7 @@ def worker() -> concurrent.futures.ProcessPoolExecutor:
 _known: dict[str, Compiled] = {}
 
 
-def compiled(kernel, arguments: dict, config, architecture: str, fusion: bool = True) -> Compiled:
+def compiled(kernel, arguments: dict, config, architecture: str) -> Compiled:
     """The PTX of a launch, specialised for its arguments as Triton does it."""
     unaligned: list[tuple[int, ...]] = []
 
@@ -68,13 +68,13 @@ def compiled(kernel, arguments: dict, config, architecture: str, fusion: bool = 
 
     given = {name: described(arguments[name], i) for i, name in enumerate(kernel.arg_names)}
     function = getattr(kernel, "fn", kernel)
-    job = (function.__module__, function.__name__, given, config, architecture, unaligned, fusion)
+    job = (function.__module__, function.__name__, given, config, architecture, unaligned)
     if repr(job) not in _known:
         _known[repr(job)] = worker().submit(_compile, *job).result()
     return _known[repr(job)]
 
 
-def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[tuple], fusion: bool) -> Compiled:
+def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[tuple]) -> Compiled:
     import triton
     from miras_kernels.kernels.common import launch
     from miras_kernels.kernels.offline import compile as offline
@@ -85,8 +85,7 @@ def _compile(module: str, name: str, arguments: dict, config, architecture: str,
     source = offline.source(offline.Launch(kernel, arguments, config))
     for place in unaligned:
         source.attrs.pop(place, None)
-    options = launch.options(config, architecture) | dict(enable_fp_fusion=fusion)
-    found = triton.compile(source, target=offline.TARGETS[architecture], options=options)
+    found = triton.compile(source, target=offline.TARGETS[architecture], options=launch.options(config, architecture))
     taken = []
     for x in kernel.arg_names:
         kind = source.signature[x]
