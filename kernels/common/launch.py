@@ -177,9 +177,13 @@ def tiles(kernel: str, problem: Problem, along: str) -> int:
 
 
 def options(config: configs.Config, architecture: str) -> dict:
-    """A configuration as the compiler's options."""
+    """A configuration as the compiler's options.
+
+    Products and sums are not fused: a fused sum over lanes rounds differently in each of them, and several lanes store such a sum to one
+    address, so that the last bit would vary from run to run. Matrix products without tensor cores are fused in any case.
+    """
     bound = {"maxnreg": config.registers} if config.registers and architecture.startswith("sm_") else {}
-    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **bound)
+    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **bound)
 
 
 @functools.cache
