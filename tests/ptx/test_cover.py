@@ -27,6 +27,8 @@ CHANNELS = dict(decay="channel", batch=1, key_dim=16, value_dim=16)
 #: (case, dtype, where a decoding step begins: none if the case is a forward and a backward, and the architectures of `make test`)
 SPECIMENS = [
     (Case("wide", key_dim=64, value_dim=64, chunk_size=64, tokens=130, **ONE), BF16, (), ("sm_90",)),
+    (Case("fused", bias=mk.Huber("coordinate"), key_dim=128, value_dim=32, chunk_size=64, tokens=130, **ONE), BF16, (), ("sm_90",)),
+    (Case("fused-packed", bias=mk.L1(), key_dim=32, value_dim=32, chunk_size=32, lengths=(50, 30, 0)), F16, (), ()),
     (Case("narrow", bias=mk.Lp(3.0), lengths=(20, 0, 13)), F16, (), ()),
     (Case("long", bias=mk.DotProduct(), key_dim=32, value_dim=32, chunk_size=128, tokens=150, **ONE), BF16, (), ()),
     (Case("row", bias=mk.Huber("norm"), key_dim=32, value_dim=32, chunk_size=32, lengths=(50, 30, 0)), F16, (), ("sm_80",)),
@@ -59,6 +61,13 @@ SPECIMENS = [
 ]  # fmt: skip
 
 
+def fusing(case: Case):
+    """A context in which the forward's chain computes the output of the specimens that are named so, and of no other."""
+    from miras_kernels.kernels.common import configs
+
+    return configs.fuse(case.name.startswith("fused"))
+
+
 @functools.cache
 def fitting(name: str, architecture: str) -> dict[str, tuple]:
     """The kernels that a specimen launches, and the configurations of each that serve it."""
@@ -67,7 +76,8 @@ def fitting(name: str, architecture: str) -> dict[str, tuple]:
 
     case, dtype, cuts, _ = next(x for x in SPECIMENS if x[0].name == name)
     call = case.draw(dtype).call()
-    launches = recorded_step(call) if cuts else recorded(call, 4, architecture)
+    with fusing(case):
+        launches = recorded_step(call) if cuts else recorded(call, 4, architecture)
     return {x: configs.eligible(x, configs.Key.of(call)) for x in dict.fromkeys(x.kernel.__name__ for x in launches)}
 
 
@@ -119,6 +129,7 @@ def test_parity(specimen, architecture):
     for share in shares(architecture)[case.name]:
         executed = set()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(fusing(case))
             for name, config in share.items():
                 stack.enter_context(configs.force(name, config))
             stack.enter_context(on_machine(architecture, known, lambda x, seen=executed: seen.add(x.name)))

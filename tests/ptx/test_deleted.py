@@ -13,7 +13,7 @@ from miras_kernels.testing import evaluate
 from miras_kernels.testing.steps import inputs_of, read
 from ptx.host import Launch, known, on_machine, program
 from ptx.machine import Hang
-from ptx.test_cover import ARCHITECTURES, SPECIMENS, fitting
+from ptx.test_cover import ARCHITECTURES, SPECIMENS, fitting, fusing
 from ptx.trace import KINDS, traced
 from quick import slow
 
@@ -29,7 +29,7 @@ def first_launches(specimen, architecture: str) -> dict[str, Launch]:
     def before(launch: Launch) -> None:
         found.setdefault(launch.name.split()[0], launch.copy())
 
-    with on_machine(architecture, known, before):
+    with fusing(case), on_machine(architecture, known, before):
         if cuts:
             read(inputs_of(case, "triton", dtype), "triton", cuts)
         else:
@@ -74,8 +74,8 @@ def assert_reported(launch: Launch) -> collections.Counter:
 
 #: specimens of the cover that have every kernel
 DELETED = (
-    "wide", "row", "float32-momentum", "gated", "channels", "channels-momentum", "mlp", "mlp-lq", "mlp-sigmoid", "steps", "steps-channels",
-    "steps-mlp-kl",
+    "wide", "fused", "row", "float32-momentum", "gated", "channels", "channels-momentum", "mlp", "mlp-lq", "mlp-sigmoid", "steps",
+    "steps-channels", "steps-mlp-kl",
 )  # fmt: skip
 
 
