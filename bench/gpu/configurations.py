@@ -41,15 +41,16 @@ def launches(settings: Settings) -> Iterator[dict[str, str]]:
     if settings.backend != "triton":
         yield seen
         return
-    configs, choose = _configs(), _configs().choose
+    from miras_kernels.kernels.common import launch
 
-    def watched(kernel: str, *arguments, **more):
-        config = choose(kernel, *arguments, **more)
-        seen[kernel] = str(config)
-        return config
+    start = launch.start
 
-    configs.choose = watched
+    def watched(kernel, grid, config, *arguments):
+        seen[kernel.__name__] = str(config)
+        start(kernel, grid, config, *arguments)
+
+    launch.start = watched
     try:
         yield seen
     finally:
-        configs.choose = choose
+        launch.start = start

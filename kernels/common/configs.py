@@ -9,6 +9,7 @@ on each chip are in offline/resources.json, which tests/triton/test_compile.py c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -41,7 +42,8 @@ class Config(NamedTuple):
         return f"v{self.block_v}-k{self.block_k}-w{self.warps}-s{self.stages}" + (f"-r{self.registers}" if self.registers else "")
 
 
-class Key(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Key:
     """What a configuration is chosen by."""
 
     key_dim: int

@@ -84,6 +84,7 @@ class Problem:
         self.slots = self.segments(call.chunk_size)
         self.device = call.q.device
         self.architecture = architecture_of(self.device)
+        self._plans = _plans(self.key, self.architecture)
         self.bias = Bias.of(call.bias, 0 if not call.bias.needs_delta else call.delta.dim() - 2)
         self.retention = Retention.of(call.retention)
         self.shared = self._shared()
@@ -110,7 +111,9 @@ class Problem:
         return Shared(tensors | numbers, constants)
 
     def plan(self, kernel: str, along: str | None) -> Plan:
-        return _plan(kernel, along, self.key, self.architecture, configs.forced(kernel))
+        """How a kernel is launched; ``along`` as in :func:`launch`."""
+        which = kernel, along, configs.forced(kernel)
+        return self._plans.get(which) or self._plans.setdefault(which, Plan.of(kernel, along, self.key, self.architecture))
 
     def fuses(self) -> bool:
         """Whether a linear memory's forward computes the output in its chain: `configs` decides; gates by channel need registers too."""
@@ -152,16 +155,20 @@ class Plan(NamedTuple):
     blocks: dict  # tile sizes, by the kernels' names
     tiles: int  # programs among which the axis is divided
 
+    @staticmethod
+    def of(kernel: str, along: str | None, key: configs.Key, architecture: str) -> Plan:
+        config, blocks = configs.choose(kernel, key, architecture), {}
+        if along == "hidden":
+            blocks = dict(BD=key.padded_v, BH=key.block_hidden(config))
+        elif along:
+            blocks = dict(zip(("BV", "BK"), key.blocks(config), strict=True))
+        return Plan(config, blocks, key.tiles(kernel, config, along) if along else 1)
+
 
 @functools.lru_cache(1024)
-def _plan(kernel: str, along: str | None, key: configs.Key, architecture: str, forced: configs.Config | None) -> Plan:
-    """``along`` as in :func:`launch`; ``forced`` only tells apart what `configs.choose` returns."""
-    config, blocks = configs.choose(kernel, key, architecture), {}
-    if along == "hidden":
-        blocks = dict(BD=key.padded_v, BH=key.block_hidden(config))
-    elif along:
-        blocks = dict(zip(("BV", "BK"), key.blocks(config), strict=True))
-    return Plan(config, blocks, key.tiles(kernel, config, along) if along else 1)
+def _plans(key: configs.Key, architecture: str) -> dict[tuple, Plan]:
+    """Those made so far, by kernel, axis and forced configuration."""
+    return {}
 
 
 def tiles(kernel: str, problem: Problem, along: str) -> int:
@@ -170,9 +177,13 @@ def tiles(kernel: str, problem: Problem, along: str) -> int:
 
 
 def options(config: configs.Config, architecture: str) -> dict:
-    """A configuration as the compiler's options."""
+    """A configuration as the compiler's options.
+
+    Products and sums are not fused: a fused sum over lanes rounds differently in each of them, and several lanes store such a sum to one
+    address, so that the last bit would vary from run to run. Matrix products without tensor cores are fused in any case.
+    """
     bound = {"maxnreg": config.registers} if config.registers and architecture.startswith("sm_") else {}
-    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **bound)
+    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **bound)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -206,14 +207,14 @@ def test_configurations_are_few_and_serve_every_key():
     from miras_kernels.kernels.common import configs
 
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
-    assert set(configs.Key._fields) == {
+    assert {field.name for field in dataclasses.fields(configs.Key)} == {
         "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden", "gated", "matrix_coupled", "momentum", "channels"
     }  # fmt: skip
     sizes = (1, 16, 33, 64, 96, 128, 200, 256)
     keys = list(itertools.starmap(configs.Key, itertools.product(sizes, sizes, configs.CHUNK_SIZES, (2, 4), (False, True))))
     for key, gate, momentum, channels in itertools.product(keys[::7], GATES.values(), (False, True), (False, True)):
         traits = dict(gated=not gate.is_identity, matrix_coupled=gate.matrix_coupled)
-        keys.append(key._replace(momentum=momentum, channels=channels, **traits))
+        keys.append(dataclasses.replace(key, momentum=momentum, channels=channels, **traits))
     for key in keys:
         for kernel in configs.KERNELS:
             chain = kernel.removesuffix("_streamed")

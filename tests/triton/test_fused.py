@@ -101,6 +101,6 @@ def test_when_it_is_taken(monkeypatch):
     assert [key.fuses(heads, 132) for heads in (1, 32, 33, 1000)] == [False, False, True, True]
     assert not key.fuses(1000, 0)  # no GPU
     for changes in (dict(itemsize=4), dict(key_dim=96), dict(value_dim=80), dict(key_dim=256), dict(chunk_size=128), dict(coupled=True)):
-        assert not key._replace(**changes).fuses(1000, 132), changes
+        assert not dataclasses.replace(key, **changes).fuses(1000, 132), changes
     with configs.fuse(False):
         assert not key.fuses(1000, 132)
