@@ -102,16 +102,18 @@ class Key:
             return False
         return self.chunk_size in (16, 64) or (self.chunk_size == 32 and self.padded_k <= 64)
 
-    def fuses(self, heads: int, multiprocessors: int) -> bool:
-        """Whether it does, for ``heads`` sequences x heads on a chip of so many multiprocessors (0: unknown).
+    def fuses(self, heads: int, multiprocessors: int, architecture: str) -> bool:
+        """Whether it does, for ``heads`` sequences x heads on a chip of so many multiprocessors.
 
         That moves less than half as many bytes, but the output is no longer parallel over chunks. So the programs, of 32 values each,
-        must occupy all multiprocessors: modelled (bench/gpu/counts.py), not measured. Masks of keys and values would take registers.
+        must occupy 7 of 8 multiprocessors. This was modelled for sm_90 (bench/gpu/counts.py), not measured; other chips have not been
+        modelled. Masks of keys and values would take registers.
         """
         if _fusing is not None or not self.fusable:
             return bool(_fusing) and self.fusable
         padding = (self.key_dim, self.value_dim) != (self.padded_k, self.padded_v)
-        return self.itemsize == 2 and not padding and 0 < multiprocessors <= heads * -(-self.value_dim // 32)
+        programs = heads * -(-self.value_dim // 32)
+        return architecture.startswith("sm_9") and self.itemsize == 2 and not padding and 7 * multiprocessors <= 8 * programs
 
     def blocks(self, config: Config) -> tuple[int, int]:
         """Tile sizes along values and keys, at most the padded head dimension."""

@@ -118,7 +118,7 @@ class Problem:
     def fuses(self) -> bool:
         """Whether a linear memory's forward computes the output in its chain: `configs` decides; gates by channel need registers too."""
         plain = self.lr.dim() == 3 and self.bias.delta < 2
-        return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.device))
+        return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.device), self.architecture)
 
     def segments(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
@@ -198,8 +198,8 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; 0 for another device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    """How many a GPU has; more than any for another device, as in a recording."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**31
 
 
 def architecture_of(device: torch.device) -> str:

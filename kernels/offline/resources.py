@@ -225,9 +225,9 @@ def spills_allowed(job: Job) -> float:
     """The largest number of spilled bytes per thread that is accepted.
 
     0, except: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (it spills none in
-    chunks of 64 on sm_90); 128 for the float32 backward chain of two matrices on sm_80; 64 for the backward of the MLP memory; and 1536
-    for the MLP memory in float32, on sm_80, and for heads wider than 64 in chunks of fewer than 64 tokens, where products take their
-    operands from registers.
+    chunks of 64 on sm_90); 128 for the float32 backward chain of two matrices on sm_80; 64 for the chain with the output in it on sm_80,
+    where it is not used, and for the backward of the MLP memory; and 1536 for the MLP memory in float32, on sm_80, and for heads wider
+    than 64 in chunks of fewer than 64 tokens, where products take their operands from registers.
     """
     if not job.target.startswith("sm_"):
         return math.inf
@@ -236,6 +236,8 @@ def spills_allowed(job: Job) -> float:
         return math.inf
     if job.kernel == "linear_chain_bwd_streamed" and specimen.momentum and (job.target, specimen.dtype) == ("sm_80", torch.float32):
         return 128
+    if (job.kernel, job.target) == ("linear_chain_fwd_fused", "sm_80"):
+        return 64
     if not job.kernel.startswith("mlp_") or job.kernel in configs.STEPS:
         return 0
     if job.target == "sm_80" or specimen.dtype == torch.float32 or (specimen.key_dim > 64 and specimen.chunk_size < 64):

@@ -198,22 +198,25 @@ def counting() -> Iterator[Counts]:
         knobs.compilation.listener = before
 
 
-def forms(variant: Variant) -> list[contextlib.AbstractContextManager[None]]:
+def forms(variant: Variant, architecture: str) -> list[contextlib.AbstractContextManager[None]]:
     """Contexts for a forward, in which the chain computes the output or not: both where calls of more heads take the other form."""
     from .kernels.common import configs
 
-    taken = (False, True) if configs.Key.of(variant.call(variant.sizes()[0])).fuses(1, 1) else (False,)
+    taken = (False, True) if configs.Key.of(variant.call(variant.sizes()[0])).fuses(1, 1, architecture) else (False,)
     return [configs.fuse(whether) for whether in taken]
 
 
 def make_calls(variant: Variant, device: str) -> None:
     """Make every call of a kind, with its backward if it has one, and a decoder's step."""
+    from .kernels.common import launch
+
+    architecture = launch.architecture(torch.device(device))
     for sizes in variant.sizes():
         if variant.steps:
             state = MemoryState((torch.zeros(variant.batch, sizes.heads, variant.value_dim, variant.key_dim, device=device),))
             reader = Decoder(state, chunk_size=variant.chunk_size, bias=variant.bias, backend="triton")
             reader.step(**variant.token(sizes, device))
-        for form in forms(variant):
+        for form in forms(variant, architecture):
             with form:
                 out, final = linear_memory(**variant.arguments(sizes, device), backend="triton")
         if variant.differentiate:
@@ -250,7 +253,7 @@ def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
     call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
     every = options.checkpoint_interval(variant.chunk_size) if variant.differentiate else 0
     with launch.recording(lambda *what: found.append(offline.Launch(*what)), target):
-        for form in forms(variant):
+        for form in forms(variant, target):
             with form:
                 out, final, saved = autograd._forward(call, "triton", every)
         if variant.differentiate:

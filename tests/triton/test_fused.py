@@ -93,14 +93,14 @@ def test_what_is_never_fused(changes):
 
 
 def test_when_it_is_taken(monkeypatch):
-    """Where programs of 32 values occupy all multiprocessors, by the shape of 16-bit calls alone."""
+    """Where programs of 32 values occupy 7 of 8 multiprocessors, by the shape of 16-bit calls alone."""
     from miras_kernels.kernels.common import configs
 
     monkeypatch.setattr(configs, "_fusing", None)
     key = configs.Key(128, 128, 64, 2, False)
-    assert [key.fuses(heads, 132) for heads in (1, 32, 33, 1000)] == [False, False, True, True]
-    assert not key.fuses(1000, 0)  # no GPU
+    assert [key.fuses(heads, 132, "sm_90") for heads in (1, 28, 29, 1000)] == [False, False, True, True]
+    assert not any(key.fuses(1000, 132, chip) for chip in ("", "sm_80", "gfx942"))
     for changes in (dict(itemsize=4), dict(key_dim=96), dict(value_dim=80), dict(key_dim=256), dict(chunk_size=128), dict(coupled=True)):
-        assert not dataclasses.replace(key, **changes).fuses(1000, 132), changes
+        assert not dataclasses.replace(key, **changes).fuses(1000, 132, "sm_90"), changes
     with configs.fuse(False):
-        assert not key.fuses(1000, 132)
+        assert not key.fuses(1000, 132, "sm_90")
