@@ -175,6 +175,7 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_chain_fwd_fused": (
+        (Config(32, 0, 4, 3, 255), lambda key: key.fusable and key.padded_k <= 64),
         (Config(32, 0, 4, 2, 255), lambda key: key.fusable),
         (Config(16, 0, 4, 2, 255), lambda key: key.fusable),
     ),
