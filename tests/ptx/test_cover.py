@@ -16,7 +16,7 @@ import miras_kernels as mk
 from miras_kernels.tables.biases import TABLE as BIASES
 from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case, check, check_steps, registry
-from ptx.host import known, on_machine
+from ptx.host import on_machine
 from quick import sample, slow
 
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -121,7 +121,7 @@ def test_parity(specimen, architecture):
         with contextlib.ExitStack() as stack:
             for name, config in share.items():
                 stack.enter_context(configs.force(name, config))
-            stack.enter_context(on_machine(architecture, known, lambda x, seen=executed: seen.add(x.name)))
+            stack.enter_context(on_machine(architecture, lambda x, seen=executed: seen.add(x.name)))
             report = check_steps(case, "triton", dtype, cuts) if cuts else check(case, "triton", dtype)
         assert report.ok, report
         assert executed >= {f"{name} {config}" for name, config in share.items()}
@@ -147,6 +147,6 @@ def sampled() -> list:
 
 @pytest.mark.parametrize(("case", "dtype", "architecture"), sampled(), ids=str)
 def test_a_sample_of_the_registry(case, dtype, architecture):
-    with on_machine(architecture, known):
+    with on_machine(architecture):
         report = check(case, "triton", dtype)
     assert report.ok, report

@@ -19,7 +19,7 @@ from ptx.parse import Unknown, parse
 @pytest.mark.parametrize(
     "line",
     [
-        "setp.lt.bf16 %p1, %h1, %h2;",
+        "min.bf16 %h1, %h2, %h3;",
         "add.f33 %r1, %r2, %r3;",
         "bar.sync 1, 64;",
         "frobnicate %r1;",
