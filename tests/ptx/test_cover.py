@@ -138,9 +138,8 @@ def sampled() -> list:
     found = []
     for i, case in enumerate(sample(SERVED)):
         wide = (case.bias.needs_delta and case.delta == "float") or case.memory == "mlp"
-        case = dataclasses.replace(
-            case, tokens=min(case.tokens, 2 * case.chunk_size + 3), batch=1 if case.initial == "dual" else case.batch
-        )
+        changes = dict(tokens=min(case.tokens, 2 * case.chunk_size + 3), hidden=min(case.hidden, 64))
+        case = dataclasses.replace(case, batch=1 if case.initial == "dual" else case.batch, **changes)
         found.append(slow(case, F32 if wide else (F32, BF16, F16)[i % 3], ARCHITECTURES[i % 2]))
     return found
 

@@ -126,7 +126,7 @@ def test_comparisons_of_two_halves(dtype):
     a = torch.tensor([1.5, -2.0, float("nan"), 4.0] * 16).to(dtype)
     b = torch.tensor([1.5, -3.0, 3.0, float("nan"), 5.0, 1.5, -3.0, 2.0] * 8).to(dtype)
     kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
-    for name, wanted in (("lt", a < b), ("geu", ~(a < b)), ("ne", (a != b) & ~(a.isnan() | b.isnan()))):
+    for name, wanted in (("lt", a < b), ("geu", ~(a < b)), ("ne", (a != b) & ~(a.isnan() | b.isnan())), ("nan", a.isnan() | b.isnan())):
         x, y = a.clone().view(torch.int32), b.clone().view(torch.int32)
         body = f"ld.global.b32 %r7, [%d3]; ld.global.b32 %r8, [%d4]; setp.{name}.{kind} %p1|%p2, %r7, %r8;"
         body += "selp.b32 %r9, 1, 0, %p1; selp.b32 %r10, 2, 0, %p2; add.s32 %r9, %r9, %r10; st.global.b32 [%d3], %r9;"
