@@ -1,11 +1,11 @@
 // The extension module miras_kernels._C: turns tensors into parameter structs and hands them to the kernels.
 // This file, step_bindings.cpp and torch_api.cpp are the only ones that depend on Python.
 #include <array>
-#include <bit>
 #include <map>
 #include <tuple>
 
 #include "cpu/capability.h"
+#include "shares.h"
 #include "step_bindings.h"
 #include "tensors.h"
 
@@ -82,11 +82,26 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
   }
 }
 
-// Exact steps in blocks of that many tokens, or 0: see cpu/block.h
-void set_block(LinearParams& p, int64_t block, bool decay_first) {
-  require(!decay_first || (block > 0 && p.C == 1), "decay first needs exact steps in blocks and chunks of one token");
+// Exact steps in blocks of that many tokens, or 0; decay first; erase_k and key_log_decay: see cpu/block.h, cpu/keyed.h
+using BlockTuple = std::tuple<int64_t, bool, OptionalTensor, OptionalTensor>;
+
+// `keys` keeps the tensors.
+void set_block(LinearParams& p, const BlockTuple& given, const View& k, std::array<Tensor, 2>& keys) {
+  const auto& [block, decay_first, erase_k, key_log_decay] = given;
+  const bool variant = decay_first || erase_k || key_log_decay;
+  require(!variant || (block > 0 && p.C == 1), "variants of the delta rule need exact steps in blocks and chunks of one token");
   if (block == 0) return;
   p.decay_first = decay_first;
+  require(!(erase_k || key_log_decay) || block <= 16, "blocks with erase_k or key_log_decay have 16 tokens at most");
+  if (erase_k) {
+    require(erase_k->has_shape(k.sizes()) && erase_k->is(k.type()) && erase_k->on_cpu(), "erase_k must be like k");
+    p.erase_k = tokens(keys[0] = channels_together(*erase_k));
+  }
+  if (key_log_decay) {
+    require(key_log_decay->has_shape(k.sizes()) && is_float(*key_log_decay) && !p.log_decay,
+            "key_log_decay must be float32 [B, T, H, Dk], without log_decay");
+    p.key_log_decay = tokens(keys[1] = channels_together(*key_log_decay));
+  }
   require(p.bias == BiasTag::l2 && p.retention == RetentionTag::l2 && !p.momentum && !p.lr_per_channel && !p.decay_per_channel,
           "no exact steps in blocks for these rules and gates");
   require(block >= p.C && block <= 256 && block % p.C == 0, "a block must hold whole chunks, 256 tokens at most");
@@ -94,10 +109,11 @@ void set_block(LinearParams& p, int64_t block, bool decay_first) {
 }
 
 // (out, final dual, final momenta, final start, final open_log_decay, checkpoints), empty if absent
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const OpenChunkTuple<Tensor>& open_chunk,
-               const OptionalTensor& cu_seqlens, const RuleTuple& rules, int64_t checkpoint_every, bool output_final_state, int64_t block,
-               bool decay_first) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state,
+                                                                          const OpenChunkTuple<Tensor>& open_chunk,
+                                                                          const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                                                                          int64_t checkpoint_every, bool output_final_state,
+                                                                          const BlockTuple& block) {
   const Tokens x(tokens_);
   const auto& [start, position, open_log_decay] = open_chunk;
   LinearForward p;
@@ -113,7 +129,8 @@ linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const
       p.open_log_decay = open.data<float>();
     }
   }
-  set_block(p, block, decay_first);
+  std::array<Tensor, 2> keys;
+  set_block(p, block, x.k, keys);
 
   const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, x.q.type());
   p.out = tokens(out);
@@ -128,46 +145,12 @@ linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const
   const Tensor checkpoints = new_checkpoints(p, p.momentum ? 2 : 1, p.Dk, p.Dv);
   if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
-  run(p.chunk ? cpu::kernels().block_forward : cpu::kernels().linear_forward, p);
+  const cpu::Kernels& kernels = cpu::kernels();
+  run(p.keyed() ? kernels.keyed_forward : p.chunk ? kernels.block_forward : kernels.linear_forward, p);
   return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
-// ---- results to which several tasks contribute a share ----
-
-// [count, ...], or without that dimension if there is only one
-Tensor new_shares(int64_t count, Shape sizes, Type type) {
-  if (count != 1) sizes.insert(sizes.begin(), count);
-  return new_tensor(sizes, type);
-}
-
-uint16_t to_bfloat16(float x) {
-  if (x != x) return 0x7fc0;
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// Their sum, in order
-Tensor sum_shares(const Tensor& shares, int64_t count, Type type) {
-  if (count == 1) return shares;
-  const Tensor total = new_tensor(shares.sizes().subspan(1), type);
-  const int64_t size = total.numel();
-  const float* from = shares.data<float>();
-  parallel_for(size, 1 << 15, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      float x = 0.0f;
-      for (int64_t share = 0; share < count; ++share) x += from[share * size + i];
-      if (type == kFloat32) static_cast<float*>(total.data())[i] = x;
-      else static_cast<uint16_t*>(total.data())[i] = to_bfloat16(x);
-    }
-  });
-  return total;
-}
-
-// The first share of a gradient of q, k or a gate: contiguous [B, T, H], or [B, T, H, D] if there are channels
-TokenTensor first_share(const MemoryParams& p, const Tensor& shares, int64_t channels) {
-  const int64_t width = std::max<int64_t>(channels, 1);
-  return {shares.data(), p.T * p.H * width, p.H * width, width, channels ? 1 : 0};
-}
+// ---- backward ----
 
 // The gradient of a gate of a linear memory: each panel writes its own channels, or else a share of [B, T, H].
 OptionalTensor gate_gradient(TokenTensor& to, const LinearParams& p, const TokenTensor& gate, bool per_channel) {
@@ -180,17 +163,19 @@ OptionalTensor sum_gate(const LinearParams& p, const OptionalTensor& shares, boo
   return shares && !per_channel ? OptionalTensor(sum_shares(*shares, p.panels, kFloat32)) : shares;
 }
 
-// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, d_dual, d_momenta)
-std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, OptionalTensor>
+// (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, derase_k, dkey_log_decay, d_dual, d_momenta)
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor,
+           OptionalTensor>
 linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, const OptionalTensor& cu_seqlens, const RuleTuple& rules,
                 int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& grad_out_, const GradStateTuple<Tensor>& grad_state,
-                int64_t block, bool decay_first) {
+                const BlockTuple& block) {
   const Tokens x(tokens_);
   const Tensor &q = x.q, &v = x.v;
   const auto& [grad_final_dual, grad_final_momenta] = grad_state;
   LinearBackward p;
   fill(p, x, state, cu_seqlens, rules, checkpoint_every);
-  set_block(p, block, decay_first);
+  std::array<Tensor, 2> keys;
+  set_block(p, block, x.k, keys);
   p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 2 : 1, p.Dk, p.Dv);
   p.segment = longest_segment(p);
 
@@ -202,19 +187,24 @@ linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, cons
   if (grad_final_momenta) p.grad_final_momenta = states(p, *grad_final_momenta, "grad_final_momenta must be like the dual");
 
   p.grad_dtype = p.panels > 1 ? Dtype::f32 : p.dtype;
-  const auto new_keys = [&] { return new_shares(p.panels, {p.B, p.T, p.H, p.Dk}, p.panels > 1 ? kFloat32 : q.type()); };
-  const Tensor dq = new_keys(), dk = new_keys(), dv = new_tensor({p.B, p.T, p.H, p.Dv}, q.type());
+  const Type shared = p.panels > 1 ? kFloat32 : q.type();
+  const auto new_keys = [&](Type type) { return new_shares(p.panels, {p.B, p.T, p.H, p.Dk}, type); };
+  const Tensor dq = new_keys(shared), dk = new_keys(shared), dv = new_tensor({p.B, p.T, p.H, p.Dv}, q.type());
   p.dq = first_share(p, dq, p.Dk), p.dk = first_share(p, dk, p.Dk), p.dv = tokens(dv);
   p.key_part = p.B * p.T * p.H * p.Dk, p.gate_part = p.B * p.T * p.H;
   const OptionalTensor dlr = gate_gradient(p.dlr, p, p.lr, p.lr_per_channel);
   const OptionalTensor dlog_decay = gate_gradient(p.dlog_decay, p, p.log_decay, p.decay_per_channel);
   const OptionalTensor ddelta = gate_gradient(p.ddelta, p, p.delta, p.delta_per_channel);
   const OptionalTensor dmomentum = gate_gradient(p.dmomentum, p, p.momentum, false);
+  OptionalTensor derase_k, dkey_log_decay;
+  if (p.erase_k) derase_k = new_keys(shared), p.derase_k = first_share(p, *derase_k, p.Dk);
+  if (p.key_log_decay) dkey_log_decay = new_keys(kFloat32), p.dkey_log_decay = first_share(p, *dkey_log_decay, p.Dk);
   const Tensor d_dual = new_states(p.d_dual, p);
   OptionalTensor d_momenta;
   if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
-  run(p.chunk ? cpu::kernels().block_backward : cpu::kernels().linear_backward, p);
+  const cpu::Kernels& kernels = cpu::kernels();
+  run(p.keyed() ? kernels.keyed_backward : p.chunk ? kernels.block_backward : kernels.linear_backward, p);
   return {sum_shares(dq, p.panels, q.type()),
           sum_shares(dk, p.panels, q.type()),
           dv,
@@ -222,6 +212,8 @@ linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, cons
           sum_gate(p, dlog_decay, p.decay_per_channel),
           sum_gate(p, ddelta, p.delta_per_channel),
           sum_gate(p, dmomentum, false),
+          derase_k ? OptionalTensor(sum_shares(*derase_k, p.panels, q.type())) : derase_k,
+          sum_gate(p, dkey_log_decay, false),
           d_dual,
           d_momenta};
 }
@@ -372,9 +364,9 @@ PYBIND11_MODULE(_C, m) {
   miras::find_torch();
   m.doc() = "C++ kernels of miras_kernels; the public functions are in miras_kernels.memory";
   m.def("linear_forward", &miras::linear_forward, "tokens"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
-        "output_final_state"_a, "block"_a, "decay_first"_a);
+        "output_final_state"_a, "block"_a);
   m.def("linear_backward", &miras::linear_backward, "tokens"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a, "checkpoints"_a,
-        "grad_out"_a, "grad_state"_a, "block"_a, "decay_first"_a);
+        "grad_out"_a, "grad_state"_a, "block"_a);
   m.def("mlp_forward", &miras::mlp_forward, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a,
         "checkpoint_every"_a, "output_final_state"_a);
   m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,

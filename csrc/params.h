@@ -104,6 +104,11 @@ struct LinearParams : MemoryParams {
   int chunk = 0;
   bool decay_first = false;  // errors are taken after the token's decay; chunks of one token only
 
+  // Likewise: keys that are erased in the place of k, and decays of key channels in the place of log_decay (cpu/keyed.h)
+  TokenTensor erase_k;        // [B, T, H, Dk], optional, like k
+  TokenTensor key_log_decay;  // float32 [B, T, H, Dk], optional
+  MIRAS_FN bool keyed() const { return erase_k || key_log_decay; }
+
   // A and, with momentum, S at the start. Checkpoints are transposed: [slots, H, Dk, Dv], with momentum [slots, H, 2, Dk, Dv].
   StateTensor dual, momenta;
 
@@ -131,6 +136,7 @@ struct LinearBackward : LinearParams {
   Dtype grad_dtype = Dtype::f32;                   // of dq, dk
   TokenTensor dq, dk, dv;                          // contiguous
   TokenTensor dlr, dlog_decay, ddelta, dmomentum;  // float32, shaped like the gates; all but dlr optional
+  TokenTensor derase_k, dkey_log_decay;            // optional; partial sums too, derase_k like dk, dkey_log_decay float32
   int64_t key_part = 0, gate_part = 0;
   StateTensor d_dual, d_momenta;
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import miras_kernels as mk
+from miras_kernels.call import Call
 from miras_kernels.testing import Case, registry
 
 
@@ -72,4 +73,6 @@ TOGETHER = [
     Case("mlp-momentum-extreme-decay", momentum=True, decay="extreme", **MLP, seed=32),
     Forgetful("mlp-forgetful-momentum", bias=mk.Huber(), momentum=True, heads=4, **MLP, seed=33),
 ]
-SERVED = [*registry(), *TOGETHER]
+#: options of the delta rule
+DELTA = [case for case in registry(variants=Call.VARIANTS) if case.variants]
+SERVED = [*registry(), *TOGETHER, *DELTA]

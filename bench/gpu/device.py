@@ -72,6 +72,17 @@ def peak_mib(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def kernel_us(run: Callable[[], object], calls: int = 5) -> dict[str, float]:
+    """Microseconds of each kernel of a call, all its launches together, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(calls):
+            run()
+        synchronize()
+    return {x.key: x.device_time_total / calls for x in found.key_averages() if x.device_time_total}
+
+
 def synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

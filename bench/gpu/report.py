@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from ..common.implementations import BOTH, DIRECTIONS, MOMENTUM, PLAIN, retentions
 from ..common.results import Target, document_text, gate, notes, number, origin, span, table, target_table
+from .chips import CHIPS
+from .counts import modelled
 from .plan import DECODING, FLA, MLP_SMALLEST, MLP_TARGET, RECURRENCE_SHAPES, SHAPES, TARGET, TITANS, is_ours
 
 #: statuses that make a run red
@@ -59,6 +61,7 @@ def report(document: dict) -> str:
         ("Targets", target_table(document, {"device": "measured"}) if document["targets"] else ""),
         ("Checks", _checks(of("repeat", "parity", "sanitizer"))),
         *((f"{r['study']}: {r['case']} {r['direction']}", _times(r)) for r in timed if "ms" in r),
+        *((f"Measured against modelled: {r['case']} {r['direction']}", _modelled(r, e)) for r in timed if "kernel_us" in r),
         ("Decoding, mean over a chunk", _decoding(of("decoding"))),
         ("Configurations by time", _tuning(of("tuning"))),
         ("Not reached", listed(document["left_out"])),
@@ -100,6 +103,16 @@ def _times(r: dict) -> str:
         )
         text += f" share of the matrix product {r['share_of_mm']['median']:.2f}, of the roofline {r['share_of_roofline']['median']:.2f}."
     return text
+
+
+def _modelled(r: dict, environment: dict) -> str:
+    """Kernels by measured time, beside the model's (counts.py), where the table of counts has the call and chips.py the device."""
+    chip = next((name for name in CHIPS if name in environment["device"]["name"]), None)
+    expected = modelled(SHAPES[r["case"]], r["base"], r["direction"], chip, environment["versions"].get("triton")) if chip else {}
+    rows = [[kernel, f"{us:.0f}", f"{expected[kernel]:.0f}" if kernel in expected else "-",
+             number(us / expected[kernel]) if kernel in expected else "-"]
+            for kernel, us in sorted(r["kernel_us"].items(), key=lambda pair: -pair[1])]  # fmt: skip
+    return table(["kernel", "measured us", "modelled us", "measured / modelled"], rows)
 
 
 def _decoding(found: Sequence[dict]) -> str:

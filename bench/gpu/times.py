@@ -17,7 +17,7 @@ from ..common.processes import first_line
 from ..common.timing import OverBudget, figures, interleave, shares, spread
 from . import baselines
 from .configurations import forced, launches, table
-from .device import first_call, peak_mib, release, sampler, usable, yardsticks
+from .device import first_call, kernel_us, peak_mib, release, sampler, usable, yardsticks
 from .inputs import DTYPE, case_of, draw
 from .plan import PLAIN, Settings, Shape, is_ours, least_work, shape_of
 
@@ -135,6 +135,9 @@ def times(settings: Settings, shape: str, direction: str, names: Sequence[str], 
         result["peak_mib"] = {name: peak_mib(run) for name, run in field.runs.items()}
         total = torch.cuda.get_device_properties(0).total_memory / 2**20
         result["peak_share"] = {name: mib / total for name, mib in result["peak_mib"].items()}
+        if base in field.runs:
+            yield {"doing": "time by kernel"}
+            result["kernel_us"] = kernel_us(field.runs[base])
     yield result
 
 

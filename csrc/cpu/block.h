@@ -92,33 +92,48 @@ struct BlockErrors {
   const float *kt, *A;  // [Dk x Cp], [Dk x Dvp]
   const float *v, *G;   // [c x ldv], [c x Cp]
   index_t cp, ldv;
-  float *U, *U_end, *E;  // [c x Dvp]; U_end_s = to_end_s U_s, only where decays are given; E optional
+  const float* eta;         // [Cp]
+  const float *r, *to_end;  // [Cp], or null: all ones
+  float *U, *U_end, *E;     // [c x Dvp]; U_end_s = to_end_s U_s, only with to_end; E optional
 };
 
 // E and U: the product with A, then forward substitution, a tile of rows in registers.
-static void solve_errors(const Gates& gates, const BlockWeights& weights, int c, int dk, int dvp, const BlockErrors& x, ReadSoon soon) {
+static void solve_errors(int c, int dk, int dvp, const BlockErrors& x, ReadSoon soon) {
   sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> e;
     e.add(Cols{x.kt + i, x.cp}, x.A + j, dvp, 0, dk, soon);
-    if (gates.decays) e.scale_rows(weights.r + i);
+    if (x.r) e.scale_rows(x.r + i);
     e.subtract_matrix(x.v + i * x.ldv + j, x.ldv);
     e.subtract(Rows{x.G + i * x.cp, x.cp}, x.U + j, dvp, 0, i);
     const float* const G = x.G + i * x.cp + i;
     const index_t at = index_t(i) * dvp + j;
     MIRAS_UNROLL
     for (int s = 0; s < R; ++s) {
-      const Vec eta = broadcast(gates.eta[i + s]);
+      const Vec eta = broadcast(x.eta[i + s]);
       MIRAS_UNROLL
       for (int n = 0; n < N; ++n) {
         const Vec u = eta * e.acc[s][n];
         store(x.U + at + s * dvp + n * kLanes, u);
-        if (gates.decays) store(x.U_end + at + s * dvp + n * kLanes, broadcast(gates.to_end[i + s]) * u);
+        if (x.to_end) store(x.U_end + at + s * dvp + n * kLanes, broadcast(x.to_end[i + s]) * u);
         MIRAS_UNROLL
         for (int r = 0; r < R; ++r)
           if (r > s) e.acc[r][n] -= broadcast(G[r * x.cp + s]) * u;
       }
     }
     if (x.E) e.store_to(x.E + at, dvp);
+  });
+}
+
+// O = gamma * (Q A') - P U  [c x ldo], gamma [Cp] or null: all ones
+static void read_block(int c, int dk, int dvp, Rows Q, const float* A, const float* gamma, const float* P, index_t cp, const float* U,
+                       float* O, index_t ldo, ReadSoon soon) {
+  sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    Tile<R, N> o;
+    o.add(Q.at(i), A + j, dvp, 0, dk, soon);
+    if (gamma) o.scale_rows(gamma + i);
+    o.subtract(Rows{P + i * cp, cp}, U + j, dvp, 0, i);
+    subtract_triangle(o, P + i * cp + i, cp, U + index_t(i) * dvp + j, dvp);
+    o.store_to(O + i * ldo + j, ldo);
   });
 }
 

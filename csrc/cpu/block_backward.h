@@ -72,6 +72,46 @@ template <class Function> MIRAS_INLINE void sweep_up(int rows, int cols, Functio
   }
 }
 
+struct BlockErrorsBackward {
+  const float *K, *J;   // [c x Dkp], [Dk x Dvp]
+  const float *P, *G;   // [c x Cp]
+  const float *dO, *E;  // [c x Dvp]
+  index_t dkp, cp;
+  const float *eta, *to_end;  // [Cp]; to_end is null where it is all ones, and the four below with it
+  const float *U_end, *r;     // [c x Dvp], [Cp]
+  float *dE, *dE_r;           // [c x Dvp]  dE_r: r dE
+  float *deta, *write_sums;   // [Cp]
+};
+
+// Y by back substitution, a tile of rows in registers; dE, r dE and d eta of it. Adds to write_sums.
+static void block_errors_backward(int c, int dk, int dvp, const BlockErrorsBackward& x, WriteSoon soon) {
+  fill_zero(x.deta, x.cp);
+  sweep_up(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    const index_t at = index_t(i) * dvp + j;
+    Tile<R, N> y;
+    y.add(Rows{x.K + i * x.dkp, x.dkp}, x.J + j, dvp, 0, dk, soon);
+    if (x.to_end) y.dot_rows(x.U_end + at, dvp, x.write_sums + i), y.scale_rows(x.to_end + i);
+    y.add(Cols{x.P + i, x.cp}, x.dO + j, dvp, i, c);
+    y.add(Cols{x.G + i, x.cp}, x.dE + j, dvp, i + R, c);
+    const float* const G = x.G + i * x.cp + i;
+    MIRAS_UNROLL
+    for (int t = R - 1; t >= 0; --t) {
+      const Vec eta = broadcast(-x.eta[i + t]);
+      MIRAS_UNROLL
+      for (int n = 0; n < N; ++n) {
+        const Vec de = eta * y.acc[t][n];  // of -Y
+        store(x.dE + at + t * dvp + n * kLanes, de);
+        if (x.to_end) store(x.dE_r + at + t * dvp + n * kLanes, broadcast(x.r[i + t]) * de);
+        MIRAS_UNROLL
+        for (int r = 0; r < R; ++r)
+          if (r < t) y.acc[r][n] += broadcast(G[t * x.cp + r]) * de;
+      }
+    }
+    y.dot_rows(x.E + at, dvp, x.deta + i);
+  });
+  for (int t = 0; t < c; ++t) x.deta[t] = -x.deta[t];
+}
+
 struct BlockBackwardTask {
   const LinearBackward& p;
   BlockBackwardScratch s;
@@ -134,11 +174,22 @@ void BlockBackwardTask::recompute(int64_t first, int64_t last) {
     float* const G = s.G + i * p.C * cp;
     key_scores(s.weights, c, dk, s.KT, cp, G, ReadSoon(values(p.v, block), c));
     const ChunkView v = values(p.v, block);
-    BlockErrors x{s.KT, A, s.V, G, cp, dvp, s.U, s.U_end, s.E + i * p.C * dvp};
+    BlockErrors x{s.KT,
+                  A,
+                  s.V,
+                  G,
+                  cp,
+                  dvp,
+                  s.gates.eta,
+                  decays ? s.weights.r : nullptr,
+                  decays ? s.gates.to_end : nullptr,
+                  s.U,
+                  s.U_end,
+                  s.E + i * p.C * dvp};
     if (v.in_place()) x.v = v.at<float>(), x.ldv = p.v.token;
     else v.read(c, s.V, dvp);
     const int next = block + 1 < last ? tokens(block + 1) : 0;
-    solve_errors(s.gates, s.weights, c, dk, dvp, x, ReadSoon(keys(p.k, p.dtype, block + 1), next));
+    solve_errors(c, dk, dvp, x, ReadSoon(keys(p.k, p.dtype, block + 1), next));
     if (block + 1 == last) break;
     advance(c, dk, s.KT, cp, decays ? s.U_end : s.U, dvp, {A, s.gates.end(c)}, A + state, ReadSoon());
   }
@@ -167,34 +218,12 @@ void BlockBackwardTask::scores(int c, WriteSoon p_soon, WriteSoon n_soon) {
   });
 }
 
-// Y by back substitution, a tile of rows in registers; dE, r dE and d eta of it
-void BlockBackwardTask::errors_backward(int c, const float* E, const float* G_, WriteSoon soon) {
-  const Gates& gates = s.gates;
-  fill_zero(s.deta, cp), fill_zero(s.write_sums, cp);
-  sweep_up(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    const index_t at = index_t(i) * dvp + j;
-    Tile<R, N> y;
-    y.add(Rows{s.K + i * dkp, dkp}, s.J + j, dvp, 0, dk, soon);
-    if (decays) y.dot_rows(s.U_end + at, dvp, s.write_sums + i), y.scale_rows(gates.to_end + i);
-    y.add(Cols{s.P + i, cp}, s.dO + j, dvp, i, c);
-    y.add(Cols{G_ + i, cp}, s.dE + j, dvp, i + R, c);
-    const float* const G = G_ + i * cp + i;
-    MIRAS_UNROLL
-    for (int t = R - 1; t >= 0; --t) {
-      const Vec eta = broadcast(-gates.eta[i + t]);
-      MIRAS_UNROLL
-      for (int n = 0; n < N; ++n) {
-        const Vec de = eta * y.acc[t][n];  // of -Y
-        store(s.dE + at + t * dvp + n * kLanes, de);
-        if (decays) store(s.dE_r + at + t * dvp + n * kLanes, broadcast(s.weights.r[i + t]) * de);
-        MIRAS_UNROLL
-        for (int r = 0; r < R; ++r)
-          if (r < t) y.acc[r][n] += broadcast(G[t * cp + r]) * de;
-      }
-    }
-    y.dot_rows(E + at, dvp, s.deta + i);
-  });
-  for (int t = 0; t < c; ++t) s.deta[t] = -s.deta[t];
+void BlockBackwardTask::errors_backward(int c, const float* E, const float* G, WriteSoon soon) {
+  fill_zero(s.write_sums, cp);
+  block_errors_backward(c, dk, dvp,
+                        {s.K, s.J, s.P, G, s.dO, E, dkp, cp, s.gates.eta, decays ? s.gates.to_end : nullptr, s.U_end, s.weights.r, s.dE,
+                         s.dE_r, s.deta, s.write_sums},
+                        soon);
 }
 
 // F, and of d log alpha what E reads of the writes

@@ -67,15 +67,7 @@ void BlockForwardTask::read_out(Rows Q, WriteSoon out_soon, ReadSoon k_soon) {
   const ChunkView out = values(p.out);
   float* O = out.in_place() ? out.at<float>() : s.O;
   const index_t ldo = out.in_place() ? p.out.token : dvp;
-  sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> o;
-    o.add(Q.at(i), s.A + j, dvp, 0, dk, k_soon);
-    if (s.gates.decays) o.scale_rows(s.gates.gamma + i);
-    const float* const P = s.P + i * cp;
-    o.subtract(Rows{P, cp}, s.U + j, dvp, 0, i);
-    subtract_triangle(o, P + i, cp, s.U + index_t(i) * dvp + j, dvp);
-    o.store_to(O + i * ldo + j, ldo);
-  });
+  read_block(c, dk, dvp, Q, s.A, s.gates.decays ? s.gates.gamma : nullptr, s.P, cp, s.U, O, ldo, k_soon);
   if (!out.in_place()) out.write(c, s.O, dvp);
 }
 
@@ -89,14 +81,16 @@ void BlockForwardTask::block(const float* predicting, int start, int next) {
   if (p.dtype == Dtype::f32) Q = {keys(p.q).at<float>(), p.q.token};
   else keys(p.q).read(c, s.Q, dkp);
   const ChunkView v = values(p.v);
-  BlockErrors errors{s.KT, predicting, s.V, s.G, cp, dvp, s.U, s.U_end, nullptr};
+  const bool decays = s.gates.decays;
+  BlockErrors errors{s.KT, predicting, s.V,    s.G, cp, dvp, s.gates.eta, decays ? s.weights.r : nullptr, decays ? s.gates.to_end : nullptr,
+                     s.U,  s.U_end,    nullptr};
   if (v.in_place()) errors.v = v.at<float>(), errors.ldv = p.v.token;
   else v.read(c, s.V, dvp);
 
   const ReadSoon k_soon({p.k, p.dtype, b, token + c, h, 0, dk}, next);
   const ReadSoon v_soon({p.v, p.dtype, b, token + c, h, task.first, task.dv}, next);
   key_scores(s.weights, c, dk, s.KT, cp, s.G, ReadSoon());
-  solve_errors(s.gates, s.weights, c, dk, dvp, errors, ReadSoon(keys(p.q), c));
+  solve_errors(c, dk, dvp, errors, ReadSoon(keys(p.q), c));
   read_out(Q, WriteSoon(values(p.out), c), k_soon);
   if (start == 0) __builtin_memcpy(s.A0, s.A, size_t(dk) * dvp * sizeof(float));
   if (start > 0) {

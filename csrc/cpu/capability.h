@@ -16,6 +16,8 @@ struct Kernels {
   void (*linear_backward)(const LinearBackward&, int64_t first, int64_t last);
   void (*block_forward)(const LinearForward&, int64_t first, int64_t last);
   void (*block_backward)(const LinearBackward&, int64_t first, int64_t last);
+  void (*keyed_forward)(const LinearForward&, int64_t first, int64_t last);
+  void (*keyed_backward)(const LinearBackward&, int64_t first, int64_t last);
   void (*mlp_forward)(const MlpForward&, int64_t first, int64_t last);
   void (*mlp_backward)(const MlpBackward&, int64_t first, int64_t last);
   void (*linear_step)(const LinearStep&, int64_t first, int64_t last);

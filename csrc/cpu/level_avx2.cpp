@@ -15,6 +15,8 @@
 #define MIRAS_LANES 8
 #include "block_backward.h"
 #include "block_forward.h"
+#include "keyed_backward.h"
+#include "keyed_forward.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "linear_step.h"
@@ -34,6 +36,8 @@ const Kernels* avx2_kernels() {
                                     avx2::linear_backward,
                                     avx2::block_forward,
                                     avx2::block_backward,
+                                    avx2::keyed_forward,
+                                    avx2::keyed_backward,
                                     avx2::mlp_forward,
                                     avx2::mlp_backward,
                                     avx2::linear_step,

@@ -15,6 +15,8 @@
 #define MIRAS_LANES 16
 #include "block_backward.h"
 #include "block_forward.h"
+#include "keyed_backward.h"
+#include "keyed_forward.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "linear_step.h"
@@ -34,6 +36,8 @@ const Kernels* avx512_kernels() {
                                     avx512::linear_backward,
                                     avx512::block_forward,
                                     avx512::block_backward,
+                                    avx512::keyed_forward,
+                                    avx512::keyed_backward,
                                     avx512::mlp_forward,
                                     avx512::mlp_backward,
                                     avx512::linear_step,

@@ -6,6 +6,8 @@
 #define MIRAS_LANES 4
 #include "block_backward.h"
 #include "block_forward.h"
+#include "keyed_backward.h"
+#include "keyed_forward.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "linear_step.h"
@@ -21,6 +23,8 @@ const Kernels* portable_kernels() {
                                     portable::linear_backward,
                                     portable::block_forward,
                                     portable::block_backward,
+                                    portable::keyed_forward,
+                                    portable::keyed_backward,
                                     portable::mlp_forward,
                                     portable::mlp_backward,
                                     portable::linear_step,

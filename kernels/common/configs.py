@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 __all__ = [
     "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS",
-    "Config", "Denial", "Key", "choose", "eligible", "force", "forced", "stream",
+    "Config", "Denial", "Key", "choose", "eligible", "force", "forced", "fuse", "stream",
 ]  # fmt: skip
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
@@ -95,6 +95,24 @@ class Key:
         tall = chain == "linear_chain_bwd" and self.chunk_size == 128 and self.key_dim > 64
         return self.itemsize == 4 or self.key_dim > 128 or tall or (self.coupled and self.value_dim > widest)
 
+    @property
+    def fusable(self) -> bool:
+        """Whether the forward's chain can compute the output too (linear/fused.py): its program has registers for both."""
+        if self.gated or self.momentum or self.channels or self.coupled or self.padded_k > 128:
+            return False
+        return self.chunk_size in (16, 64) or (self.chunk_size == 32 and self.padded_k <= 64)
+
+    def fuses(self, heads: int, multiprocessors: int) -> bool:
+        """Whether it does, for ``heads`` sequences x heads on a chip of so many multiprocessors (0: unknown).
+
+        That moves less than half as many bytes, but the output is no longer parallel over chunks. So the programs, of 32 values each,
+        must occupy all multiprocessors: modelled (bench/gpu/counts.py), not measured. Masks of keys and values would take registers.
+        """
+        if _fusing is not None or not self.fusable:
+            return bool(_fusing) and self.fusable
+        padding = (self.key_dim, self.value_dim) != (self.padded_k, self.padded_v)
+        return self.itemsize == 2 and not padding and 0 < multiprocessors <= heads * -(-self.value_dim // 32)
+
     def blocks(self, config: Config) -> tuple[int, int]:
         """Tile sizes along values and keys, at most the padded head dimension."""
         return min(config.block_v or self.padded_v, self.padded_v), min(config.block_k or self.padded_k, self.padded_k)
@@ -154,6 +172,10 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
+    "linear_chain_fwd_fused": (
+        (Config(32, 0, 4, 2, 255), lambda key: key.fusable),
+        (Config(16, 0, 4, 2, 255), lambda key: key.fusable),
+    ),
     "linear_chain_fwd_streamed": (
         (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _busy(key)),
         (Config(32, 32, 8, 1, 255), lambda key: (key.coupled or key.itemsize == 4 or _busy(key)) and not _wide_pair(key)),
@@ -168,10 +190,9 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "linear_du_bwd": (
-        (Config(64, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size <= 64),
-        (Config(64, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
-        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size == 128),
-        (Config(128, 64, 4, 2), lambda key: key.itemsize == 2 and key.chunk_size == 64),
+        (Config(0, 0, 4, 1), lambda key: key.itemsize == 2 and key.chunk_size <= 64 and max(key.key_dim, key.value_dim) <= 128),
+        (Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 64),
+        (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 2),
         (Config(32, 32, 4, 1, 255), _wide),
     ),
     "linear_chain_bwd": (
@@ -191,18 +212,14 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_dqk_bwd": (
-        (Config(32, 64, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
-        (Config(32, 32, 8, 2), lambda key: key.itemsize == 2 and key.chunk_size >= 64),
-        (Config(32, 64, 4, 2, 255), lambda key: key.itemsize == 2 and key.chunk_size <= 32),
+        (Config(0, 64, 4, 1, 255), lambda key: key.itemsize == 2 and key.value_dim <= 128 and not (key.momentum or key.channels)),
+        (Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2),
+        (Config(32, 64, 8, 1, 255), lambda key: key.itemsize == 2),
         (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 4 and not key.momentum),
         (Config(16, 32, 8, 1, 255), _wide_pair),
     ),
     "linear_decay_bwd": ((Config(16, 16, 4, 1, 255), _always),),
     "momentum_weights": ((Config(16, 16, 4, 1), _always),),
-    "momentum_pairs_bwd": (
-        (Config(32, 32, 4, 2, 255), lambda key: key.itemsize == 2),
-        (Config(32, 32, 4, 1, 255), _wide),
-    ),
     "momentum_weights_bwd": ((Config(16, 16, 4, 1), _always),),
     "channel_decay": ((Config(32, 32, 4, 1), _always),),
     "channel_momentum": ((Config(32, 32, 1, 1), _always),),
@@ -254,15 +271,21 @@ class Denial(NamedTuple):
 
 #: found by `python -m bench.gpu correctness` or by offline/resources.py
 DENIED: tuple[Denial, ...] = (
-    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w8-s2", "spills up to 40 bytes"),
     Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
-    Denial("sm_8", "", "", "linear_du_bwd", "v64-k64-w4-s2-r255", "spills 8 bytes"),
+    Denial("sm_8", "", "", "linear_du_bwd", "v0-k0-w4-s1", "spills up to 112 bytes"),
+    Denial("sm_8", "", "", "linear_du_bwd", "v32-k64-w4-s1-r255", "spills 8 bytes"),
+    Denial("sm_8", "", "", "linear_dqk_bwd", "v0-k64-w4-s1-r255", "spills up to 384 bytes"),
+    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w4-s1-r255", "spills up to 64 bytes"),
     Denial("sm_8", "", "", "mlp_dq_bwd", "v0-k32-w8-s1-r255", "spills up to 1312 bytes, the narrower one almost none"),
+    Denial("gfx942", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 92 registers with 128 keys"),
+    Denial("sm_8", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 64 bytes with a final state"),
+    Denial("sm_10", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 32 bytes with Lp"),
     Denial("sm_10", "", "", "linear_chain_bwd", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
 )
 
 _forced: dict[str, Config] = {}
 _streaming: bool | None = None
+_fusing: bool | None = None
 
 
 def eligible(kernel: str, key: Key) -> tuple[Config, ...]:
@@ -334,3 +357,14 @@ def stream(whether: bool) -> Iterator[None]:
         yield
     finally:
         _streaming = before
+
+
+@contextlib.contextmanager
+def fuse(whether: bool) -> Iterator[None]:
+    """Within the context the forward's chain computes the output too, or not, whatever the sizes; for tests and benchmarks."""
+    global _fusing
+    before, _fusing = _fusing, whether
+    try:
+        yield
+    finally:
+        _fusing = before

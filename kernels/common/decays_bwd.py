@@ -1,7 +1,6 @@
 """Gradients of log-decay and momentum from sums of the other backward kernels, parallel over chunks (docs/mathematics.md, section 7).
 
 linear_decay_bwd       d log alpha without momentum: four sums over pairs of a read and a write (equation in linear/sequence.py)
-momentum_pairs_bwd     gM_ts = -rho (q_t . k_s) (dO_t . U_s): the gradient of M from the reads (linear memory)
 momentum_weights_bwd   d log alpha and d theta with momentum, by the recursion of decays.py backwards
 """
 
@@ -12,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import chunk_of, chunk_program, token_of
+from .chunks import chunk_of
 from .decays import Weights
-from .gates import CARRY, load_scale, load_update
+from .gates import CARRY
 from .launch import Problem, launch
-from .tiles import LENGTHS, dot, fitted, inside, load_tile, only_if, pair_products, wide
+from .tiles import LENGTHS, only_if, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -50,58 +49,15 @@ def linear_decay_bwd(
             base = i * ROW
             b_read += tl.load(rows_read + base + p_g, mask=m_g, other=0.0)
             b_inner += tl.load(inner + (i * SLOTS + i_slot) * H + i_h + o_h, mask=m_h, other=0.0)
-            for i_r in range(0, NC):  # a block of reads pairs with the writes up to it
-                m_r = m_before & ((o_c - 1) // BC <= i_r)[:, None]
-                b_pairs += tl.load(rows_pairs + (base * NC + i_r * ROW) + p_g - H, mask=m_r, other=0.0)
+        for i_r in range(0, NC):  # a block of writes pairs with the reads from it on
+            m_r = m_before & (o_c // BC >= i_r)[:, None]
+            b_pairs += tl.load(rows_pairs + i_r * ROW + p_g - H, mask=m_r, other=0.0)
         for i in range(0, END_ROWS):
             b_end_sum += tl.load(rows_to_end + i * ROW + p_g - H, mask=m_before, other=0.0)
         last = (tl.minimum(eos - t0, C) - 1) * H
         b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
         b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_end_sum, 0) + b_inner[None, :]
         tl.store(grad_log_decay + p_g, b_g, mask=m_g)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def momentum_pairs_bwd(
-    q, k, v, lr, delta, errors, squares, scales, grad_out, grad_pairs,
-    cu_seqlens, first_slot, slot_owner,
-    T, H, CHUNKS,
-    q_strides, k_strides, v_strides,
-    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
-):  # fmt: skip
-    """A row of blocks ``[BC, BC]`` of one chunk's gM, on and below the diagonal."""
-    NC: tl.constexpr = C // BC
-    i_r, _, i_slot, i_h = chunk_program(NC, 1)
-    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
-    if first_slot is not None:
-        if t0 >= eos:  # an unused slot
-            return
-    o_t = i_r * BC + tl.arange(0, BC)
-    m_t = t0 + o_t < eos
-    row = (i_b * T + t0) * H + i_h
-    q = token_of(q, q_strides, i_b, t0, i_h)
-    k = token_of(k, k_strides, i_b, t0, i_h)
-    v = token_of(v, v_strides, i_b, t0, i_h)
-    grad_out += row * Dv
-    rho = load_scale(scales, i_slot * H + i_h)
-    for i_s in range(0, i_r + 1):
-        o_s = i_s * BC + tl.arange(0, BC)
-        m_s = t0 + o_s < eos
-        b_p = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)  # Q K' [t, s]
-        b_dp = tl.zeros((BC, BC), tl.float32)  # dO U' [t, s]
-        for i_v in range(0, (Dv + BV - 1) // BV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = inside(o_v, Dv, BV)
-            b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
-            b_u = load_update(
-                v, v_strides.t, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                Dv, BIAS, CHANNEL_LR,
-            )  # [BC, BV]  # fmt: skip
-            b_u, scale = fitted(b_u, DTYPE)
-            b_dp += dot(b_do, tl.trans(b_u)) * scale
-        tl.store(grad_pairs + (i_slot * H + i_h) * C * C + o_t[:, None] * C + o_s[None, :], b_p * b_dp * -rho)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -182,22 +138,12 @@ def momentum_weights_bwd(
 
 
 def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_to_end: Tensor, inner: Tensor, block: int) -> Tensor:
-    """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs also by blocks of a chunk) and ``inner [tiles, slots, H]``."""
+    """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs by blocks of a chunk) and ``inner [tiles, slots, H]``."""
     grad = p.result(dtype=torch.float32)
     launch(
         linear_decay_bwd, p, p.slots.count, None,
         decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_to_end=rows_to_end, inner=inner, grad_log_decay=grad,
         READ_ROWS=len(rows_read), END_ROWS=len(rows_to_end), BC=block,
-    )  # fmt: skip
-    return grad
-
-
-def pair_gradient(p: Problem, chain, grad_out: Tensor) -> Tensor:
-    """gM ``[slots, H, C, C]`` float32 of the linear memory, without the next chunk's share in its last row."""
-    grad = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
-    launch(
-        momentum_pairs_bwd, p, p.slots.count * p.blocks, "head",
-        **chain.only("errors", "squares", "scales"), grad_out=grad_out, grad_pairs=grad,
     )  # fmt: skip
     return grad
 

@@ -115,6 +115,11 @@ class Problem:
         which = kernel, along, configs.forced(kernel)
         return self._plans.get(which) or self._plans.setdefault(which, Plan.of(kernel, along, self.key, self.architecture))
 
+    def fuses(self) -> bool:
+        """Whether a linear memory's forward computes the output in its chain: `configs` decides; gates by channel need registers too."""
+        plain = self.lr.dim() == 3 and self.bias.delta < 2
+        return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.device))
+
     def segments(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
 
@@ -172,9 +177,13 @@ def tiles(kernel: str, problem: Problem, along: str) -> int:
 
 
 def options(config: configs.Config, architecture: str) -> dict:
-    """A configuration as the compiler's options."""
+    """A configuration as the compiler's options.
+
+    Products and sums are not fused: a fused sum over lanes rounds differently in each of them, and several lanes store such a sum to one
+    address, so that the last bit would vary from run to run. Matrix products without tensor cores are fused in any case.
+    """
     bound = {"maxnreg": config.registers} if config.registers and architecture.startswith("sm_") else {}
-    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **bound)
+    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **bound)
 
 
 @functools.cache
@@ -185,6 +194,12 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 0 for another device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def architecture_of(device: torch.device) -> str:

@@ -65,7 +65,8 @@ def linear_chain_fwd(
     v = head_of(v, v_strides, i_b, i_h)
     state = (i_n * H + i_h) * Dk * Dv
     initial += i_s * initial_strides.n + i_h * initial_strides.h
-    b_s = tl.load(initial + o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v, mask=m_kv, other=0.0)  # [BK, BV]
+    m_initial = m_kv if PART != SEGMENT else only_if(first < last, m_kv)  # an unused segment has no checkpoint
+    b_s = tl.load(initial + o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v, mask=m_initial, other=0.0)  # [BK, BV]
 
     for i_c in range(first, last):
         t0 = origin + i_c * TOKENS

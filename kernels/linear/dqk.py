@@ -1,9 +1,10 @@
 """The gradients of queries and keys (docs/mathematics.md, sections 6 and 7), parallel over chunks, after the chain's backward.
 
-    linear_dqk_bwd   dS = -L o (dO U');  dQ = gamma (dO W') + dS K;  dK = dE W' - (dec U) J' + dS' Q
+    linear_dqk_bwd   dQ = gamma (dO W') + dS K;  dK = dE W' - (dec U) J' + dS' Q
 
-W is S, or its primal under a retention gate, which also scales dS by rho; J is the gradient of the dual. With momentum L is M, dQ gains
-``rho b (dO S')`` of the momentum matrix S, and dK loses ``(Theta_C U) JS'``.
+dS is the gradient of the scores ``Q K'`` from `linear_du_bwd` or, where decays go by channel, `channel_du_bwd`. W is S, or its primal under
+a retention gate, which also scales dS by rho; J is the gradient of the dual. With momentum dQ gains ``rho b (dO S')`` of the momentum
+matrix S, and dK loses ``(Theta_C U) JS'``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.decays import Weights
-from ..common.gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update, pair_decay
+from ..common.gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update
 from ..common.launch import Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, rounded, store, wide
 from .chain import Chain, ChainGradients
@@ -25,19 +26,16 @@ from .chain import Chain, ChainGradients
 
 @triton.jit
 def queries_bwd(
-    q, q_stride, k, k_stride, v, v_stride, lr, decays, pairs, delta,
-    states, errors, squares, momenta, scales, grad_scores, grad_out, grad_q, rows_read, rows_pairs, rows_carry,
+    q, q_stride, k, k_stride, decays, states, momenta, scales, grad_scores, grad_out, grad_q, rows_read, rows_carry,
     rho, ROW, row, H, t0, eos, i_k, i_r,
     C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """``dQ = gamma (dO W') + rho b (dO S') + dS K``, and its sums for the gates' gradients."""
     NV: tl.constexpr = (Dv + BV - 1) // BV
-    NC: tl.constexpr = C // BC
     o_r, o_k = i_r * BC + tl.arange(0, BC), i_k * BK + tl.arange(0, BK)
     m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
     m_rk = m_r[:, None] & m_k[None, :]
-    PAIRS: tl.constexpr = rows_pairs is not None  # only for a log-decay without momentum; with momentum: momentum_pairs_bwd
     b_dq = tl.zeros((BC, BK), tl.float32)
     for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -51,7 +49,6 @@ def queries_bwd(
     if not CHANNELS:
         b_dq *= load_gamma(decays, row, o_r * H, m_r, BC)[:, None]
     b_q = load_tile(q, q_stride, o_r, o_k, m_r, m_k)  # [BC, BK]
-    b_before = tl.zeros((BC,), tl.float32)  # (dS o Q K') of earlier blocks, summed along a row
     if rows_read is not None:
         tl.store(rows_read + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_r)
     if momenta is not None:
@@ -74,30 +71,10 @@ def queries_bwd(
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = t0 + o_s < eos
-        if CHANNELS:
-            b_ds = tl.load(grad_scores + o_r[:, None] * C + o_s[None, :])  # [t, s]
-        else:
-            b_dp = tl.zeros((BC, BC), tl.float32)  # [t, s]
-            for i_v in range(0, NV):
-                o_v = i_v * BV + tl.arange(0, BV)
-                m_v = inside(o_v, Dv, BV)
-                b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
-                b_u = load_update(
-                    v, v_stride, lr, delta, errors, squares, row, H, o_s, o_v, m_s, m_v,
-                    Dv, BIAS, CHANNEL_LR,
-                )  # [BC, BV]  # fmt: skip
-                b_u, scale = fitted(b_u, DTYPE)
-                b_dp += dot(b_do, tl.trans(b_u)) * scale
-            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_r[:, None], o_s[None, :], m_r[:, None], m_s[None, :])
+        b_ds = tl.load(grad_scores + o_r[:, None] * C + o_s[None, :]).to(tl.float32)  # [t, s]
         if scales is not None:
             b_ds *= rho
         b_k = load_tile(k, k_stride, o_s, o_k, m_s, m_k)  # [BC, BK]
-        if PAIRS:  # pairs of a read after token s and a write up to s
-            b_pairs = b_ds * dot(b_q, tl.trans(b_k))
-            b_crossing = tl.where(o_r[:, None] > o_s[None, :], tl.cumsum(b_pairs, 1) + b_before[:, None], 0.0)
-            tile_row = (i_k * NC + i_r).to(tl.int64) * ROW
-            tl.store(rows_pairs + tile_row + row + o_s * H, tl.sum(b_crossing, 0), mask=m_s)
-            b_before += tl.sum(b_pairs, 1)
         b_ds, scale = fitted(b_ds, DTYPE)
         b_dq += dot(b_ds, b_k) * scale
     store(grad_q + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dq, m_rk)
@@ -105,7 +82,7 @@ def queries_bwd(
 
 @triton.jit
 def keys_bwd(
-    q, q_stride, v, v_stride, lr, decays, moves, pairs, delta,
+    q, q_stride, v, v_stride, lr, decays, moves, delta,
     states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v, grad_k, inner,
     rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place,
     C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
@@ -166,21 +143,7 @@ def keys_bwd(
     for i_t in range(i_r, NC):
         o_t = i_t * BC + tl.arange(0, BC)
         m_t = t0 + o_t < eos
-        if CHANNELS:
-            b_ds = tl.load(grad_scores + o_t[None, :] * C + o_r[:, None])  # [s, t]
-        else:
-            b_dp = tl.zeros((BC, BC), tl.float32)  # [s, t]: computed again, since some compilers miscompile a transposed product
-            for i_v in range(0, NV):
-                o_v = i_v * BV + tl.arange(0, BV)
-                m_v = inside(o_v, Dv, BV)
-                b_u = load_update(
-                    v, v_stride, lr, delta, errors, squares, row, H, o_r, o_v, m_r, m_v,
-                    Dv, BIAS, CHANNEL_LR,
-                )  # [BC, BV]  # fmt: skip
-                b_do = load_tile(grad_out, H * Dv, o_t, o_v, m_t, m_v)  # [BC, BV]
-                b_u, scale = fitted(b_u, DTYPE)
-                b_dp += dot(b_u, tl.trans(b_do)) * scale
-            b_ds = -b_dp * pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_r[:, None], m_t[None, :], m_r[:, None])
+        b_ds = tl.load(grad_scores + o_t[None, :] * C + o_r[:, None]).to(tl.float32)  # [s, t]
         if scales is not None:
             b_ds *= rho
         b_q = load_tile(q, q_stride, o_t, o_k, m_t, m_k)  # [BC, BK]
@@ -191,24 +154,23 @@ def keys_bwd(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_dqk_bwd(
-    q, k, v, lr, decays, moves, pairs, delta,
+    q, k, v, lr, decays, moves, delta,
     states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v,
-    grad_q, grad_k, rows_read, rows_pairs, rows_carry, inner,
+    grad_q, grad_k, rows_read, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, so that only one large accumulator lives at a time (two with momentum).
 
-    ``grad_scores [slots, H, C, C]``: dX of channel.py, given where decays go by channel; then `decays` has rows of channels.
+    ``grad_scores [slots, H, C, C]``: dS without rho, its blocks on and below the diagonal.
     """
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     NK: tl.constexpr = (Dk + BK - 1) // BK
     NC: tl.constexpr = C // BC
-    CHANNELS: tl.constexpr = grad_scores is not None
     i_k, i_r, i_slot, i_h = chunk_program(NK, NC)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
     if first_slot is not None:
@@ -222,10 +184,7 @@ def linear_dqk_bwd(
     states += place * Dk * Dv
     grad_states += place * Dk * Dv
     rho = load_scale(scales, place)
-    if pairs is not None:
-        pairs += place * C * C
-    if CHANNELS:
-        grad_scores += place * C * C
+    grad_scores += place * C * C
     if momenta is not None:
         momenta += place * Dk * Dv
         grad_momenta += place * Dk * Dv
@@ -233,12 +192,11 @@ def linear_dqk_bwd(
     grad_v += row * Dv
 
     queries_bwd(
-        q, q_strides.t, k, k_strides.t, v, v_strides.t, lr, decays, pairs, delta,
-        states, errors, squares, momenta, scales, grad_scores, grad_out, grad_q, rows_read, rows_pairs, rows_carry,
-        rho, ROW, row, H, t0, eos, i_k, i_r, C, BC, Dk, Dv, BK, BV, DTYPE, BIAS, CHANNEL_LR, CHANNELS,
+        q, q_strides.t, k, k_strides.t, decays, states, momenta, scales, grad_scores, grad_out, grad_q, rows_read, rows_carry,
+        rho, ROW, row, H, t0, eos, i_k, i_r, C, BC, Dk, Dv, BK, BV, DTYPE, CHANNELS,
     )  # fmt: skip
     keys_bwd(
-        q, q_strides.t, v, v_strides.t, lr, decays, moves, pairs, delta,
+        q, q_strides.t, v, v_strides.t, lr, decays, moves, delta,
         states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v, grad_k, inner,
         rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place, C, BC, Dk, Dv, BK, BV, DTYPE, BIAS, CHANNEL_LR, CHANNELS,
     )  # fmt: skip
@@ -253,33 +211,31 @@ class ReadGradients(NamedTuple):
     q: Tensor  # [B, T, H, Dk]
     k: Tensor  # [B, T, H, Dk]
     rows_read: Tensor | None  # [tiles, B, T, H]   with a decay, unless it goes by channel
-    rows_pairs: Tensor | None  # [tiles x blocks of a chunk, B, T, H]   likewise, without momentum
     rows_carry: Tensor | None  # [tiles, B, T, H]   with momentum, unless decays go by channel
     inner: Tensor | None  # [tiles, slots, H]   <J, A>; with momentum [3, tiles, slots, H], also <J, S>, <JS, S>
 
 
 def read_gradients(
-    p: Problem, weights: Weights, chain: Chain, of_chain: ChainGradients, grad_scores: Tensor | None, grad_out: Tensor
+    p: Problem, weights: Weights, chain: Chain, of_chain: ChainGradients, grad_scores: Tensor, grad_out: Tensor
 ) -> ReadGradients:
-    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dX, where decays go by channel."""
+    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dS."""
     moving, by_channel = p.momentum is not None, p.key.channels
     decaying = p.log_decay is not None and not by_channel
     count, float32 = tiles("linear_dqk_bwd", p, "key"), torch.float32
 
-    def rows(wanted: bool, blocks: int = 1) -> Tensor | None:
-        return p.empty(count * blocks, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
+    def rows(wanted: bool) -> Tensor | None:
+        return p.empty(count, p.batch, p.tokens, p.heads, dtype=float32) if wanted else None
 
     products = (3,) if moving else ()
     grads = ReadGradients(
         p.result(p.key_dim), p.result(p.key_dim),
-        rows(decaying), rows(decaying and not moving, p.blocks), rows(moving and not by_channel),
+        rows(decaying), rows(moving and not by_channel),
         p.empty(*products, count, p.slots.count, p.heads, dtype=float32) if decaying or moving else None,
     )  # fmt: skip
     launch(
         linear_dqk_bwd, p, p.slots.count * p.blocks, "key",
-        **weights.only("decays", "moves", "pairs"), **chain._asdict(),
+        **weights.only("decays", "moves"), **chain._asdict(),
         grad_scores=grad_scores, grad_states=of_chain.states, grad_momenta=of_chain.momenta, grad_out=grad_out, grad_v=of_chain.v,
-        grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_pairs=grads.rows_pairs, rows_carry=grads.rows_carry,
-        inner=grads.inner,
+        grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_carry=grads.rows_carry, inner=grads.inner,
     )  # fmt: skip
     return grads

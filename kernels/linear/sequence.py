@@ -1,10 +1,11 @@
 """The linear memory (docs/mathematics.md, sections 2, 6 and 7): the launches of a forward and a backward, in order.
 
     forward     decays.py: weights from the gates;  chain.py: S and E of every chunk;  read.py: the output
+                where `configs.Key.fuses` says so:  decays.py;  fused.py: the output, without S and E in memory
     backward    decays.py;  chain.py: S and E recomputed;  linear_du_bwd;  linear_chain_bwd;  linear_dqk_bwd;  decays_bwd.py: gates
 
 A token's log-decay scales what the state at the chunk's start and earlier tokens contribute to later reads and to the next chunk. Its
-gradient is the sum over these pairs, taken from the products themselves (dS as in dqk.py):
+gradient is the sum over these pairs, taken from the products themselves (dS as in read.py):
 
     d log alpha_t = sum_{r >= t} gamma_r q_r'S dO_r  +  sum_{r >= t > s} (dS o Q K')_rs  -  sum_{s < t} dec_s U_s'(J'k_s)  +  gamma_C <J, S>
 
@@ -19,18 +20,20 @@ from torch import Tensor
 
 from ..common.chunks import BODY, HEAD, TAIL, WHOLE
 from ..common.decays import Weights, chunk_weights
-from ..common.decays_bwd import decay_gradient, gate_gradients, pair_gradient
+from ..common.decays_bwd import decay_gradient, gate_gradients
 from ..common.final_state import Final, open_chunk_end
 from ..common.launch import Problem
 from . import channel as linear_channel
 from . import read as linear_read
 from .chain import Chain, ChainGradients, chain_gradients, empty_chain, recompute, walk
 from .dqk import ReadGradients, read_gradients
+from .fused import walk_fused
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
     """``(out, final state, checkpoints)``; checkpoints: float32 matrices of every ``every``-th chunk, None for ``every = 0``."""
-    chain, weights = empty_chain(p), chunk_weights(p)
+    fused, weights = p.fuses(), chunk_weights(p)
+    chain, out = (None, p.result(p.value_dim)) if fused else (empty_chain(p), None)
     matrices = p.call.state.matrices()
     segments = p.segments(p.chunk_size * max(every, 1))
     several = () if len(matrices) == 1 else (len(matrices),)
@@ -40,10 +43,11 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         final = p.empty(len(initial), p.sequences, p.heads, p.key_dim, p.value_dim, dtype=torch.float32) if wanted else None
         if len(initial) > 1:  # with the same strides
             initial = torch.stack(initial).unbind(0)
-        walk(
-            p, chain, weights, p.sequences, initial, part, final=final,
-            checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
-        )  # fmt: skip
+        stored = dict(checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first)
+        if fused:
+            walk_fused(p, weights, initial[0], part, out, None if final is None else final[0], **stored)
+        else:
+            walk(p, chain, weights, p.sequences, initial, part, final=final, segment_owner=None, **stored)
         return () if final is None else final.transpose(-1, -2).unbind(0)
 
     final = None
@@ -55,27 +59,29 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         start = walked(BODY.value, before)
         after = walked(TAIL.value, start)
         final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
-    parallel = linear_channel if p.key.channels else linear_read
-    return parallel.output(p, weights, chain), final, checkpoints
+    if not fused:
+        parallel = linear_channel if p.key.channels else linear_read
+        out = parallel.output(p, weights, chain)
+    return out, final, checkpoints
 
 
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
     """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: dual and, with momentum, momentum matrix."""
     weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
     chain = recompute(p, weights, checkpoints, every)
-    scores = grad_scores = None
+    scores = rows_pairs = grad_pairs = None
     if p.key.channels:
         scores = linear_channel.chunk_scores(p)
         from_out, grad_scores = linear_channel.du_from_output(p, weights, chain, scores, grad_out)
     else:
-        from_out = linear_read.du_from_output(p, weights, grad_out)
+        from_out, grad_scores, rows_pairs, grad_pairs = linear_read.score_gradients(p, weights, chain, grad_out)
     of_chain = chain_gradients(p, weights, chain, from_out, grad_out, grad_state)
     del from_out
     of_reads = read_gradients(p, weights, chain, of_chain, grad_scores, grad_out)
     grads = {"q": of_reads.q, "k": of_reads.k, "v": of_chain.v, "lr": of_chain.lr, "state": of_chain.initial}
     if p.delta is not None:
         grads["delta"] = of_chain.delta
-    return grads | _gate_gradients(p, weights, chain, of_chain, of_reads, scores, grad_out)
+    return grads | _gate_gradients(p, weights, chain, of_chain, of_reads, scores, rows_pairs, grad_pairs, grad_out)
 
 
 def _gate_gradients(
@@ -85,6 +91,8 @@ def _gate_gradients(
     of_chain: ChainGradients,
     of_reads: ReadGradients,
     scores: Tensor | None,
+    rows_pairs: Tensor | None,
+    grad_pairs: Tensor | None,
     grad_out: Tensor,
 ) -> dict[str, Tensor]:
     """d log alpha and d theta, by argument name; ``scores``: ``Q K'`` where decays go by channel."""
@@ -100,8 +108,8 @@ def _gate_gradients(
         read = None if of_reads.rows_read is None else of_reads.rows_read.sum(0)
         rows = dict(rows_read=read, rows_to_end=of_chain.rows_to_end.sum(0), rows_step=of_chain.rows_step.sum(0))
         rows |= dict(rows_carry=of_reads.rows_carry.sum(0), inner=of_reads.inner.sum(1))
-        return gate_gradients(p, weights, pair_gradient(p, chain, grad_out), **rows)
+        return gate_gradients(p, weights, grad_pairs, **rows)
     if p.log_decay is None:
         return {}
-    sums = (of_reads.rows_read, of_reads.rows_pairs, of_chain.rows_to_end, of_reads.inner)
+    sums = (of_reads.rows_read, rows_pairs, of_chain.rows_to_end, of_reads.inner)
     return {"log_decay": decay_gradient(p, weights.decays, *sums, p.block)}

@@ -67,18 +67,23 @@ class Specimen:
     momentum: bool = False
     channel_lr: bool = False
     channel_decay: bool = False
+    fused: bool = False  # the output in the forward's chain
     steps: bool = False  # a decoding step instead
 
     def __str__(self) -> str:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
-        marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "steps") if getattr(self, name)]
+        flags = ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "fused", "steps")
+        marks = [name for name in flags if getattr(self, name)]
         marks += ([] if self.retention.is_identity else [self.retention.name]) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
 
     def launches(self) -> list[offline.Launch]:
         """What its forward and backward launch, or its decoding step."""
-        return offline.recorded_step(self.call()) if self.steps else offline.recorded(self.call(), 4)
+        if self.steps:
+            return offline.recorded_step(self.call())
+        with configs.fuse(self.fused):
+            return offline.recorded(self.call(), 4)
 
     def call(self) -> Call:
         b, t, h = (4, 1, 16) if self.steps else (1 if self.final else 2, 4096, 16)
@@ -136,6 +141,12 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(64, 64, 64, channel_decay=True)
     yield Specimen(64, 64, 64, momentum=True, channel_decay=True)
     yield Specimen(128, 128, 128, momentum=True, channel_decay=True, dtype=float32)
+    yield Specimen(64, 64, 64, fused=True)
+    yield Specimen(128, 128, 64, fused=True)
+    yield Specimen(128, 128, 16, fused=True, dtype=torch.float16)
+    yield Specimen(64, 64, 32, L2(), fused=True, decays=False)
+    yield Specimen(128, 128, 64, fused=True, final=True)
+    yield Specimen(128, 128, 64, smooth, fused=True)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
         yield Specimen(d, d, c, switch, hidden=hidden)
     yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)

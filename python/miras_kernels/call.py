@@ -47,6 +47,8 @@ class Call:
 
     #: the arguments of shape [B, T, H, ...]
     PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "erase_k", "key_log_decay")
+    #: the options of the delta rule (docs/mathematics.md, section 14)
+    VARIANTS = ("decay_first", "erase_k", "key_log_decay")
     #: the differentiable arguments but the initial state
     DIFFERENTIABLE = (*PER_TOKEN, "ln_weight", "ln_bias")
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from bench.common import processes, results
 from bench.common.implementations import BOTH, FORWARD, recurrences
 from bench.gpu import __main__ as gpu
-from bench.gpu import correctness, decode, device, inputs, plan, report, runner, times
+from bench.gpu import correctness, counts, decode, device, inputs, plan, report, runner, times
 from miras_kernels import dispatch
 from miras_kernels.testing import parity
 
@@ -384,6 +384,7 @@ def test_times_on_a_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(device, "FLUSH", 8)
     device._buffer.cache_clear()
+    monkeypatch.setattr(times, "kernel_us", lambda _: {"linear_output": 9.0})
     settings = dataclasses.replace(SMOKE, device="cuda")
     monkeypatch.setattr(times, "gate", lambda *_: {"ok": True, "output_error": 0.0, "gradient_error": 0.0})
     monkeypatch.setattr(inputs.Inputs, "to", lambda self, dtype, device="cpu", to=inputs.Inputs.to: to(self, dtype, "cpu"))
@@ -393,4 +394,15 @@ def test_times_on_a_device(monkeypatch):
     assert all(ms["median"] == 1.0 for ms in result["ms"].values()) and result["ratios"]["eager"]["median"] == 1.0
     assert set(result["peak_mib"]) == {"l2", "huber_switch", "eager"} and result["peak_mib"]["l2"] == 3.0
     assert result["peak_share"]["l2"] == 3 / 1024
-    assert "| **l2** " in report._times(result)
+    assert "| **l2** " in report._times(result) and result["kernel_us"] == {"linear_output": 9.0}
+
+
+def test_measured_kernels_beside_modelled_ones():
+    result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_output": 1000.0, "other": 1.0}}
+    version = next(label for label in counts.read() if label != "7c81e26")
+    environment = {"device": {"name": "NVIDIA H200"}, "versions": {"triton": version}}
+    expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_output"]
+    cells = lambda given: [[cell.strip() for cell in line.split("|")[1:-1]] for line in report._modelled(result, given).split("\n")[-2:]]
+    ours, other = cells(environment)
+    assert ours == ["linear_output", "1000", f"{expected:.0f}", report.number(1000 / expected)] and other == ["other", "1", "-", "-"]
+    assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_output", "1000", "-", "-"]

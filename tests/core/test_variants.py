@@ -290,33 +290,54 @@ def test_a_decoder_says_what_it_cannot_decay():
 # ------------------------------------------------------------------------------------------------------ C++ kernels
 
 
-@pytest.mark.parametrize("sizes", [(9, 8, 8), (33, 40, 20), (100, 17, 65)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 8), (33, 40, 20), (100, 17, 65)], ids=str)
 @pytest.mark.parametrize("decay", ["token", None, "strong"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_decay_first_in_the_cpp_kernels(sizes, decay, packed):
-    """Outputs, states and every gradient against the definition in float64."""
+@pytest.mark.parametrize("used", COMBINATIONS, ids="+".join)
+def test_cpp_kernels(used, sizes, decay, packed, monkeypatch):
+    """Outputs, states and every gradient against the definition in float64, with steps of size 0, keys of 0 and empty sequences."""
+    from miras_kernels import _C
+
     length, dk, dv = sizes
     generator = torch.Generator().manual_seed(1)
     normal = lambda *size: torch.randn(*size, generator=generator)
+    positive = lambda *size: torch.rand(*size, generator=generator)
     n = 1 if packed else B
     x = dict(q=normal(n, length, H, dk), k=F.normalize(normal(n, length, H, dk), dim=-1), v=normal(n, length, H, dv))
-    x["lr"] = torch.rand(n, length, H, generator=generator)
+    x["lr"] = positive(n, length, H)
+    x["k"][:, 3::7], x["lr"][:, 2::5] = 0, 0
     if decay is not None:
-        x["log_decay"] = -torch.rand(n, length, H, generator=generator)
-        if decay == "strong":
-            x["log_decay"] = x["log_decay"] - 30 * (torch.rand(n, length, H, generator=generator) < 0.2)
-    x["initial_state"] = normal(2, H, dv, dk)
-    rest = dict(chunk_size=1, decay_first=True, cu_seqlens=torch.tensor([0, length // 3, length]) if packed else None)
-    results = []
-    for backend, dtype in (("cpp", torch.float32), ("reference", torch.float64)):
+        size = (n, length, H, dk) if "key_log_decay" in used else (n, length, H)
+        strong = 50 * (positive(*size) < 0.2) if decay == "strong" else 0
+        x["log_decay" if "key_log_decay" not in used else "key_log_decay"] = -positive(*size) - strong
+    if "erase_k" in used:
+        x["erase_k"] = F.normalize(normal(n, length, H, dk), dim=-1)
+    x["initial_state"] = normal(3 if packed else n, H, dv, dk)
+    offsets = torch.tensor([0, length // 3, length // 3, length]) if packed else None
+    rest = dict(chunk_size=1, decay_first="decay_first" in used, cu_seqlens=offsets)
+
+    def results(run, dtype) -> list[torch.Tensor]:
         leaves = {name: y.to(dtype).requires_grad_() for name, y in x.items()}
-        if backend == "cpp":
-            out, state = mk.linear_memory(**leaves, **rest, output_final_state=not packed, backend=backend)
-        else:
-            settings = dict(log_decay=None, bias=mk.L2(), retention=mk.L2Retention(), delta=None, momentum=None, output_final_state=True)
-            out, state = definition.run(make_call(LINEAR, **{**settings, **leaves, **rest}))
-        loss = (out * torch.arange(out.numel()).sin().view_as(out)).sum()
-        loss = loss if packed else loss + state.dual[0].sin().sum()
-        results.append([out, *torch.autograd.grad(loss, list(leaves.values()))])
-    for found, wanted in zip(*results, strict=True):
-        assert_same(found.double(), wanted, 512 * torch.finfo(torch.float32).eps)
+        out, state = run(**leaves, **rest, output_final_state=True)
+        loss = (out * torch.arange(out.numel()).sin().view_as(out)).sum() + state.dual[0].sin().sum()
+        return [out, state.dual[0], *torch.autograd.grad(loss, list(leaves.values()))]
+
+    settings = dict(log_decay=None, bias=mk.L2(), retention=mk.L2Retention(), delta=None, momentum=None)
+    wanted = results(lambda **y: definition.run(make_call(LINEAR, **{**settings, **y})), torch.float64)
+    for level in _C.cpu_capabilities():
+        monkeypatch.setenv("MIRAS_CPU_CAPABILITY", level)
+        for found, exact in zip(results(lambda **y: mk.linear_memory(**y, backend="cpp"), torch.float32), wanted, strict=True):
+            assert_same(found.double(), exact, 512 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("used", COMBINATIONS, ids="+".join)
+def test_the_cpp_kernels_name_what_they_leave_to_the_reference(used):
+    x = tokens(used, dtype=torch.float32)
+    assert mk.explain(**x)["cpp"] is None
+    size = 32 if used == ("decay_first",) else 16
+    assert mk.explain(**x).algorithms["cpp"] == f"exact steps in blocks of {size} tokens"
+    by_channel = {"lr": torch.rand(B, T, H, DV)} | ({} if "key_log_decay" in used else {"log_decay": -torch.rand(B, T, H, DV)})
+    others = [{"bias": mk.L1()}, {"momentum": torch.rand(B, T, H)}, *({name: y} for name, y in by_channel.items())]
+    for other in others:
+        reason = f"it serves {used[0]} with L2(), lr and log_decay per token, and no momentum"
+        assert mk.explain(**{**x, **other})["cpp"] == reason

@@ -93,7 +93,7 @@ def run(first: int, every: int) -> None:
         results = [evaluate(inputs, "cpp")]
         if case.lengths is None:
             results.append(ROUTES["in pieces"](inputs, "cpp", 4))
-        if case.lengths is None and case.initial == "dual":
+        if case.lengths is None and case.initial == "dual" and not case.variants:
             results.append(read(inputs, "cpp", sorted({0, 1, min(3, case.tokens), case.tokens})))
         for name, x in (pair for result in results for pair in result.items()):
             assert x.isfinite().all(), f"{case}: {name} is not finite"

@@ -22,7 +22,7 @@ from miras_kernels.testing.case_list import BIASES, GATES
 from miras_kernels.testing.parity import compare, spread
 from miras_kernels.validation import make_call
 from quick import combinations, or_slow, sample, slow
-from served import CHANNELS, MLP, SERVED, TOGETHER
+from served import CHANNELS, DELTA, MLP, SERVED, TOGETHER
 
 
 def instruction_sets(case: Case) -> list[str]:
@@ -38,7 +38,7 @@ LARGE = ("channels-wide", "linear-largest-huber_switch", "linear-largest-huber_c
 
 
 @pytest.mark.parametrize(
-    "case", or_slow(SERVED, [case for case in (*registry()[1::2], *sample(SERVED), *TOGETHER) if case.name not in LARGE])
+    "case", or_slow(SERVED, [case for case in (*registry()[1::2], *sample(SERVED), *TOGETHER, *DELTA) if case.name not in LARGE])
 )
 def test_float32(case, poisoned, monkeypatch):
     from miras_kernels import _C
@@ -151,6 +151,7 @@ VARIANTS = {
     **{bias.name: dict(bias=bias) for bias in BIASES.values()},
     **{gate.name: dict(retention=gate) for gate in GATES.values() if gate.tag},
     "momentum": dict(momentum=True),
+    "delta-rule": dict(chunk_size=1, decay="key", decay_first=True, erase_k=True),
     "channels": dict(bias=mk.Huber(), **CHANNELS),
     "all": dict(bias=mk.Huber(), retention=mk.KLRetention(), momentum=True, **CHANNELS),
 }
@@ -167,7 +168,7 @@ def test_any_number_of_threads(variant, shape):
     torch.set_num_threads(4)
     try:
         shape = dict(batch=shape[0], heads=shape[1], key_dim=64, value_dim=96, tokens=70, chunk_size=32)
-        case = Case("threads", **VARIANTS[variant], **shape)
+        case = Case("threads", **{**shape, **VARIANTS[variant]})
         report = check(case, "cpp")
         assert report.ok, report
     finally:

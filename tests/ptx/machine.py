@@ -1,7 +1,8 @@
 """A batch of CTAs executing: registers are arrays over all its threads, a basic block is one Python function (translate.py).
 
 The block with the lowest number of all that have threads runs first, for all threads that are there: threads that diverged meet again
-where their paths do. A barrier ends a block; its threads wait until all of their CTA have come.
+where their paths do. Where a warp acts together (a shuffle, a matrix product) its threads wait for each other. A barrier ends a block; its
+threads wait until all of their CTA have come.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class Copy:
     at: int
 
 
+def whole_warps(threads: np.ndarray) -> bool:
+    return threads.size % 32 == 0 and bool((threads.reshape(-1, 32)[:, [0, -1]] % 32 == [0, 31]).all())
+
+
 class Machine:
     """Attributes:
     stamp: the barriers that a thread has passed, as shadow.py stores them. fenced: proxy fences of a thread, and the epoch of the last.
@@ -101,7 +106,7 @@ class Machine:
         self.ready[0], steps = self.local, 0
         with np.errstate(all="ignore"):
             while self.ready:
-                place, steps = min(self.ready), steps + 1
+                place, steps = self.next(), steps + 1
                 if steps > STEPS:
                     raise Hang(f"{self.program.kernel.name} does not end: {self.missing()}")
                 threads = self.ready.pop(place)
@@ -112,6 +117,10 @@ class Machine:
             copy = self.copies[0]
             self.reports.add("the kernel ends before an asynchronous copy is waited for", copy.at, thread=int(copy.who.thread[0]))
         self.products.end()
+
+    def next(self) -> int:
+        places = sorted(self.ready)
+        return next((x for x in places if not self.program.blocks[x].together or whole_warps(self.ready[x])), places[0])
 
     def missing(self) -> str:
         """Where the threads are that have not ended."""
@@ -132,13 +141,13 @@ class Machine:
     def step(self, block: Block, place: int, threads: np.ndarray) -> None:
         everyone = threads.size == self.local.size
         ix = None if everyone else threads
-        if self.counts is not None:
-            self.counts.block(block, threads if not everyone else self.local)
         given = [self.registers[name] if name in self.registers else self.undefined(name) for name in block.needs]
         if not everyone:
             given = [x[threads] for x in given]
         self.products.touched(block, threads)
         taken, results = block.run(self, ix, threads.size, *given)
+        if self.counts is not None:
+            self.counts.block(block, threads, self.everyone.thread[threads[0]] == 0)
         for name, x in zip(block.leaves, results, strict=True):
             if everyone:
                 self.registers[name] = x
@@ -215,7 +224,7 @@ class Machine:
 
     def warps(self, threads: np.ndarray, at: int) -> None:
         """Every thread of the warps must be here."""
-        if threads.size % 32 or (threads.reshape(-1, 32)[:, [0, -1]] % 32 != [0, 31]).any():
+        if not whole_warps(threads):
             raise RuntimeError(f"not all threads of a warp are at {self.program.kernel.instructions[at]}")
 
     def who(self, ix) -> Who:
@@ -260,7 +269,7 @@ class Machine:
         if not good.all():
             who, offset, words = who[good], offset[good], words[good]
         if self.counts is not None:
-            self.counts.access(name, at, who.local, offset, size * count)
+            self.counts.access(name, at, who.local, offset, size * count, writes=True)
         self.write(space, who, offset, words, at)
 
     def write(self, space: Space, who: Who, offset: np.ndarray, words: np.ndarray, at: int, asynchronous: bool = False) -> None:
@@ -315,16 +324,18 @@ class Machine:
                 if self.counts is not None:
                     self.counts.access("global", at, who.local[rows][fine], source[fine], int(bytes_))
                 values[rows, :bytes_] = self.memory.data[source[:, None] + np.arange(bytes_)]
+        if self.counts is not None:
+            self.counts.access("shared", at, who.local, offset, size, writes=True)
         g, count = self.shared.granules(offset, size)
         self.shared.write(g, count, who, at, np.zeros(g.size, bool))
         self.shared.state[g] |= ARRIVING
         self.shared.views[4][(offset[:, None] + np.arange(0, size, 4)) // 4] = 0x7FA77FA7
         self.copies.append(Copy(who, self.committed[who.local].copy(), offset, values, at))
 
-    def commit(self, ix) -> None:
+    def commit(self, at: int, ix) -> None:
         self.committed[slice(None) if ix is None else ix] += 1
 
-    def wait(self, ix, pending: int) -> None:
+    def wait(self, at: int, ix, pending: int) -> None:
         """Write what has arrived, as its issuing thread: other threads still need a barrier."""
         here = np.zeros(self.local.size, bool)
         here[slice(None) if ix is None else ix] = True
@@ -341,7 +352,7 @@ class Machine:
     def arrive(self, who: Who, offset: np.ndarray, values: np.ndarray, at: int) -> None:
         self.write(self.shared, who, offset, np.ascontiguousarray(values).view(np.uint32), at, True)
 
-    def fence(self, ix) -> None:
+    def fence(self, at: int, ix) -> None:
         """fence.proxy.async: what this thread knows of is visible to wgmma."""
         chosen = slice(None) if ix is None else ix
         self.fenced[chosen] += 1

@@ -54,6 +54,14 @@ def test_resuming_anywhere(memory, bias, lengths, dtype):
     assert_pieces_make_the_whole(Case("cut", memory=memory, bias=bias, tokens=62, batch=2, heads=1, lengths=lengths, **size), dtype)
 
 
+@pytest.mark.parametrize("lengths", [slow(None), (5, 40, 17)], ids=str)
+def test_resuming_anywhere_with_the_output_in_the_chain(lengths):
+    from miras_kernels.kernels.common import configs
+
+    with configs.fuse(True):
+        assert_pieces_make_the_whole(Case("cut", bias=mk.Huber("coordinate"), tokens=62, batch=2, heads=1, lengths=lengths), torch.float32)
+
+
 CUTS = {  # retention gates, momentum, decays by channel, in a batch or packed
     "lq-momentum": dict(retention=mk.LqRetention(), momentum=True),
     "kl-packed": dict(retention=mk.KLRetention(), lengths=(5, 40, 17)),
@@ -211,6 +219,9 @@ def test_configurations_are_few_and_serve_every_key():
         for kernel in configs.KERNELS:
             chain = kernel.removesuffix("_streamed")
             if chain in ("linear_chain_fwd", "linear_chain_bwd") and key.streams(chain) != kernel.endswith("_streamed"):
+                continue
+            if kernel.endswith("_fused") and not key.fusable:
+                assert not configs.eligible(kernel, key)
                 continue
             config = configs.choose(kernel, key)
             assert config == configs.eligible(kernel, key)[0]

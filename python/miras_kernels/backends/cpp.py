@@ -24,7 +24,7 @@ class CppBackend:
 
     name = "cpp"
     unverified = "use"  # continuous integration runs them
-    variants: tuple[str, ...] = ("decay_first",)
+    variants: tuple[str, ...] = ("decay_first", "erase_k", "key_log_decay")
 
     def __init__(self):
         self.extension, self.missing = _load()
@@ -46,8 +46,8 @@ class CppBackend:
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         reason = self._out_of_range(call)
-        if reason is None and call.decay_first and not block_tokens(call):
-            return "it serves decay_first with L2(), lr and log_decay per token, and no momentum"
+        if reason is None and call.variants and not _block_tokens(call):
+            return f"it serves {call.variants[0]} with L2(), lr and log_decay per token, and no momentum"
         if reason is None and differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return reason
@@ -70,11 +70,11 @@ class CppBackend:
         return out, [*final, open_log_decay], [checkpoints] if checkpoint_every else []
 
     def block_tokens(self, call: Call) -> int:
-        return block_tokens(call)
+        return _block_tokens(call)
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are decoded one by one."""
-        return call.cu_seqlens is None and not call.decay_first and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
+        return call.cu_seqlens is None and not call.variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._out_of_range(call)
@@ -83,7 +83,7 @@ class CppBackend:
         return Steps(self.extension, call)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        size = block_tokens(call) or call.chunk_size
+        size = _block_tokens(call) or call.chunk_size
         return checkpoints_like(call.replace(chunk_size=size), _interval(call, checkpoint_every))
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
@@ -93,7 +93,8 @@ class CppBackend:
             *_inputs(call), _offsets(call), _rules(call), _interval(call, checkpoint_every), saved[0], grad_out,
             (_matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:])), *_block(call),
         )  # fmt: skip
-        names = ("q", "k", "v", "lr", "log_decay", "delta", "momentum") + (("ln_weight", "ln_bias") if call.memory.needs_norm else ())
+        names: tuple[str, ...] = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+        names += ("ln_weight", "ln_bias") if call.memory.needs_norm else ("erase_k", "key_log_decay")
         state = [d_dual] if call.momentum is None else [d_dual, d_momenta]
         return {
             **dict(zip(names, grads, strict=True)),
@@ -159,14 +160,25 @@ def _rules(call: Call) -> tuple:
     return *((row.tag, row.parameters) for row in (call.bias, call.retention)), call.chunk_size
 
 
-def _block(call: Call) -> tuple[int | bool, ...]:
-    """The linear kernels' arguments ``block`` and ``decay_first``."""
-    return (block_tokens(call), call.decay_first) if call.memory is LINEAR else ()
+#: tokens of a block with erase_k or key_log_decay, whose pairs of tokens are taken one by one
+_KEYED_BLOCK = 16
+
+
+def _block_tokens(call: Call) -> int:
+    """How many tokens a block of this call has, or 0 where it is not computed in blocks."""
+    plain = block_tokens(call.replace(erase_k=None, key_log_decay=None))
+    keyed = call.erase_k is not None or call.key_log_decay is not None
+    return min(plain, _KEYED_BLOCK) if keyed else plain
+
+
+def _block(call: Call) -> tuple[tuple, ...]:
+    """The linear kernels' argument ``block``."""
+    return ((_block_tokens(call), call.decay_first, call.erase_k, call.key_log_decay),) if call.memory is LINEAR else ()
 
 
 def _interval(call: Call, checkpoint_every: int) -> int:
     """How many chunks, or blocks of chunks, share a checkpoint."""
-    size = block_tokens(call)
+    size = _block_tokens(call)
     return max(1, checkpoint_every * call.chunk_size // size) if checkpoint_every and size else checkpoint_every
 
 

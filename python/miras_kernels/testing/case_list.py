@@ -14,10 +14,10 @@ from .cases import Case
 __all__ = ["registry"]
 
 
-def registry(memory: str | None = None) -> list[Case]:
-    """All cases, or those of one memory. Names are unique and stable."""
-    cases = [*_linear(), *_mlp()]
-    return [case for case in cases if memory in (None, case.memory)]
+def registry(memory: str | None = None, variants: tuple[str, ...] = ()) -> list[Case]:
+    """All cases, or those of one memory, with options of the delta rule where all are among ``variants``. Names are unique and stable."""
+    cases = [*_linear(), *_mlp(), *_variants()]
+    return [case for case in cases if memory in (None, case.memory) and set(case.variants) <= set(variants)]
 
 
 def _linear() -> list[Case]:
@@ -81,6 +81,27 @@ def _linear() -> list[Case]:
         bias=list(BIASES.values()), retention=list(GATES.values()), momentum=[False, True], decay=["scalar", "none", "channel", "strong"],
         lr=["scalar", "channel"], delta=["token", "channel"], initial=["dual", "none", "shared"], lengths=[None, (20, 1, 16, 7)],
     )  # fmt: skip
+
+
+def _variants() -> list[Case]:
+    """The options of the delta rule: docs/mathematics.md, section 14."""
+    odd = dict[str, Any](tokens=71, key_dim=19, value_dim=33)
+    given: dict[str, dict[str, Any]] = {
+        "gated": dict(decay_first=True, tokens=71),
+        "gated-extreme": dict(decay_first=True, decay="extreme", lengths=(1, 40, 0, 33), keys="repeated"),
+        "kda": dict(decay_first=True, decay="key", tokens=71),
+        "kda-extreme": dict(decay_first=True, decay="extreme_key", layout="fused", **odd),
+        "kda-packed": dict(decay_first=True, decay="key", lengths=(1, 16, 0, 41, 5, 0), initial="shared"),
+        "kda-one-head": dict(decay_first=True, decay="key", batch=1, heads=1, tokens=40, key_dim=48, value_dim=136),
+        "key-decay": dict(decay="key", keys="zero", initial="none", layout="heads_first", **odd),
+        "key-decay-extreme": dict(decay="extreme_key", tokens=70, keys="repeated"),
+        "erase": dict(erase_k=True, decay="none", tokens=33),
+        "erase-decay": dict(erase_k=True, decay="strong", lengths=(20, 1, 16, 7), keys="huge"),
+        "erase-first": dict(erase_k=True, decay_first=True, layout="fused", **odd),
+        "erase-key-decay": dict(erase_k=True, decay="extreme_key", tokens=41, keys="zero"),
+        "erase-kda": dict(erase_k=True, decay_first=True, decay="key", tokens=50, value_dim=70),
+    }
+    return [Case(f"variant-{name}", chunk_size=1, seed=400 + i, **x) for i, (name, x) in enumerate(given.items())]
 
 
 def _mlp() -> list[Case]:

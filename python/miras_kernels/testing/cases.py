@@ -25,9 +25,6 @@ from ..validation import make_call
 
 __all__ = ["Case", "Inputs"]
 
-#: arguments that have gradients, besides the initial state
-LEAVES = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "ln_weight", "ln_bias")
-
 #: least distance of errors from a kink of psi: many roundings of a float32 error of order 1
 KINK_DISTANCE = 2e-6
 
@@ -47,7 +44,8 @@ class Inputs:
     def arguments(self) -> dict:
         """Keyword arguments for ``linear_memory`` or ``mlp_memory``, without the backend."""
         case = self.case
-        arguments: dict[str, Any] = {name: self.tensors.get(name) for name in LEAVES[:7]}
+        arguments: dict[str, Any] = {name: self.tensors.get(name) for name in Call.PER_TOKEN[:7]}
+        arguments |= {name: self.tensors[name] for name in Call.PER_TOKEN[7:] if name in self.tensors}
         if case.delta == "float":
             arguments["delta"] = case.delta_scale
         if case.decay_first:
@@ -90,7 +88,7 @@ class Inputs:
             moved = x.detach().to(device=device, dtype=to, memory_format=torch.preserve_format)
             return (moved if moved is not x else x.detach()).requires_grad_()
 
-        tensors = {name: cast(x, dtype if name in ("q", "k", "v") else wide) for name, x in self.tensors.items()}
+        tensors = {name: cast(x, dtype if name in ("q", "k", "v", "erase_k") else wide) for name, x in self.tensors.items()}
         return Inputs(
             self.case,
             tensors,
@@ -108,13 +106,14 @@ class Case:
 
     Attributes:
         decay: "none", "scalar", "channel", "slight" (alpha above 0.998), "strong" (alpha down to 0.05) or "extreme"
-            (steps of -1e4 and runs of -50), "extreme_channel".
+            (steps of -1e4 and runs of -50), "extreme_channel", "key" and "extreme_key" (by key channel).
         delta: "float", "token" or "channel" (a token's for biases that take none per channel); ignored by biases without one.
         lr: "scalar" or "channel".
         initial: "none" (zeros), "dual" (one per sequence; with momentum, also initial momentum matrices) or "shared" (one for all).
         lengths: lengths of sequences packed into B = 1, or None.
         keys: "unit" (of norm 1), "zero" (every third one), "repeated" (three of them) or "huge" (of norm 100).
-        decay_first: whether errors are taken after the decay; with chunk_size=1 and L2Retention() only.
+        decay_first: whether errors are taken after the decay; with chunk_size=1 and L2Retention() only, as decays by key channel and
+        erase_k: whether there are keys to erase, near those that are written.
         layout: "contiguous", "fused" (q, k, v are slices of one tensor) or "heads_first" (transposed ``[B, H, T, D]``).
     """
 
@@ -138,6 +137,7 @@ class Case:
     layout: str = "contiguous"
     keys: str = "unit"
     decay_first: bool = False
+    erase_k: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
@@ -151,6 +151,12 @@ class Case:
     def function(self) -> Callable:
         """The public function of the memory."""
         return FUNCTIONS[self.memory]
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the options of the delta rule that it uses."""
+        used = {"decay_first": self.decay_first, "erase_k": self.erase_k, "key_log_decay": self.decay.endswith("key")}
+        return tuple(name for name, use in used.items() if use)
 
     @property
     def sequences(self) -> int:
@@ -191,7 +197,7 @@ class Case:
             return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
 
         def gate(kind: str, low: float, high: float) -> Tensor:
-            return uniform(low, high, b, t, h, *([dv] if kind == "channel" else []))
+            return uniform(low, high, b, t, h, *{"channel": [dv], "key": [dk]}.get(kind.removeprefix("extreme_"), []))
 
         keys = torch.nn.functional.normalize(normal(b, t, h, dk), dim=-1)
         if self.keys == "zero":
@@ -199,6 +205,8 @@ class Case:
         elif self.keys == "repeated":
             keys = keys[:, torch.arange(t) % min(3, t)]
         tensors = self._arrange(normal(b, t, h, dk), keys * (100 if self.keys == "huge" else 1), 0.6 * normal(b, t, h, dv))
+        if self.erase_k:
+            tensors["erase_k"] = torch.nn.functional.normalize(keys + 0.5 / math.sqrt(dk) * normal(b, t, h, dk), dim=-1)
         if self.bias.needs_delta and self.delta != "float":
             kind = self.delta if self.bias.delta_per_channel else "token"
             tensors["delta"] = gate(kind, 0.5 * self.delta_scale, 1.5 * self.delta_scale)
@@ -207,15 +215,16 @@ class Case:
         if self.row.needs_norm:  # a = gelu(W2 k): a step changes LN(W1 a) by a share of |a|^2 / var(W1 a), about Hd
             rate /= self.hidden
         tensors["lr"] = gate(self.lr, 0.2 * rate, rate)
+        log_decay = "key_log_decay" if self.decay.endswith("key") else "log_decay"
         if self.decay == "slight":
-            tensors["log_decay"] = gate("scalar", -2e-3, -5e-5)
+            tensors[log_decay] = gate("scalar", -2e-3, -5e-5)
         elif self.decay == "strong":
-            tensors["log_decay"] = gate("scalar", 0.05, 0.2).log()
+            tensors[log_decay] = gate("scalar", 0.05, 0.2).log()
         elif self.decay.startswith("extreme"):
-            u = uniform(0, 1, b, t, h, *([dv] if self.decay == "extreme_channel" else []))
-            tensors["log_decay"] = torch.where(u < 0.1, -1e4, torch.where(u < 0.4, -50.0, -0.05 * u))
+            u = gate(self.decay, 0, 1)
+            tensors[log_decay] = torch.where(u < 0.1, -1e4, torch.where(u < 0.4, -50.0, -0.05 * u))
         elif self.decay != "none":
-            tensors["log_decay"] = gate(self.decay, -0.2, -0.005)
+            tensors[log_decay] = gate(self.decay, -0.2, -0.005)
         if self.momentum:
             tensors["momentum"] = uniform(0.0, 0.8, b, t, h)
         shapes = self.row.shapes(dk, dv, self.hidden)

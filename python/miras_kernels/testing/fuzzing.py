@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.reference import chunkwise
+from ..call import Call
 from ..state import MemoryState
 from ..tables import biases, memories, retention
 from ..tables.biases import L2, Huber, RobustL2
@@ -35,7 +36,7 @@ from .parity import ARITHMETIC, ULPS, Report, evaluate, expect, judge, margin, o
 __all__ = ["Example", "Failure", "examples", "fuzz", "run_example"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-TOKENS = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
+TOKENS = Call.PER_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +180,12 @@ def _at_a_limit(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
     choices: list[dict] = []
     if case.decay == "none":
         choices.append({"log_decay": like(0.0)})
-    if not case.momentum and not case.decay_first:
+    if not case.momentum and not case.variants:
         choices.append({"momentum": like(0.0)})
-    if case.bias == L2() and not case.decay_first:
+    if case.bias == L2() and not case.variants:
         choices += [{"bias": Huber(kind), "delta": like(1e9)} for kind in ("coordinate", "norm", "switch")]
         choices.append({"bias": RobustL2(), "delta": like(0.0)})
-    if case.retention == L2Retention() and not case.decay_first:
+    if case.retention == L2Retention() and not case.variants:
         choices += [{"retention": ElasticNetRetention(0.0)}, {"retention": LqRetention(2.0)}]
     change = choices[at % len(choices)] if choices else {}
     out, state = _run(case, arguments | change, run)
@@ -286,14 +287,17 @@ def examples(backend: str | None = None):
         st.floats(0.0, 0.5).map(ElasticNetRetention),
     )
 
+    served = Call.VARIANTS if backend is None else dispatch.BACKENDS[backend].variants
+    variants = [(), *(used for n in range(1, 4) for used in itertools.combinations(served, n))]
+
     @st.composite
     def build(draw) -> Example:
         one_of = lambda *values: draw(st.sampled_from(values))
         memory = one_of(*memories.TABLE)
         linear, dtype = memory == "linear", one_of("float32", "bfloat16", *(("float16",) if backend == "triton" else ()))
         # a number as delta cannot be moved away from errors, so 16-bit products may be on the other side of a kink than float64
-        first = linear and one_of(False, False, False, True)  # where the C++ kernels serve it
-        bias, exact = L2() if first else draw(float_biases), backend is None or operands(backend, DTYPES[dtype]) == torch.float32
+        variant = one_of(*variants) if linear and one_of(False, False, False, True) else ()
+        bias, exact = L2() if variant else draw(float_biases), backend is None or operands(backend, DTYPES[dtype]) == torch.float32
         number = ("float",) if bias.needs_delta and exact else ()
         # their step sizes would make gradients underflow in float16
         huge = () if dtype == "float16" else ("huge",)
@@ -302,12 +306,14 @@ def examples(backend: str | None = None):
         key_dim, per_channel = draw(st.integers(2 if linear else 6, 40)), ("channel",) if linear else ()
         # mild decays for MLP memories: where the primal of one matrix is 0 the other one only decays, and would underflow in float32
         case = Case(
-            "fuzz", memory=memory, bias=bias, retention=L2Retention() if first else draw(gates), decay_first=first,
+            "fuzz", memory=memory, bias=bias, retention=L2Retention() if variant else draw(gates),
+            decay_first="decay_first" in variant, erase_k="erase_k" in variant,
             seed=draw(st.integers(0, 999)), lengths=lengths,
             batch=1 if lengths else draw(st.integers(1, 3)), tokens=sum(lengths) if lengths else draw(st.integers(1, most)),
             heads=draw(st.integers(1, 3)), key_dim=key_dim, value_dim=draw(st.integers(1, 40)) if linear else key_dim,
-            hidden=draw(st.integers(6, 48)), chunk_size=1 if first else draw(chunk_sizes), momentum=not first and draw(st.booleans()),
-            decay=one_of("scalar", "none", "slight", *(("strong", "extreme", "channel", "extreme_channel") if linear else ())),
+            hidden=draw(st.integers(6, 48)), chunk_size=1 if variant else draw(chunk_sizes), momentum=not variant and draw(st.booleans()),
+            decay=one_of("key", "extreme_key") if "key_log_decay" in variant
+            else one_of("scalar", "none", "slight", *(("strong", "extreme", "channel", "extreme_channel") if linear else ())),
             delta=one_of("token", *number, *per_channel), lr=one_of("scalar", *per_channel),
             initial=one_of("dual", "shared", *(("none",) if linear else ())),
             layout=one_of("contiguous", "fused", "heads_first"), keys=one_of("unit", "zero", "repeated", *huge),

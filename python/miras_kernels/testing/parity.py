@@ -187,7 +187,8 @@ def expect(
     run = run or functools.partial(evaluate, run=chunkwise.run)
     wide, case, q = inputs.to(torch.float64), inputs.case, inputs.tensors["q"]
     runs = runs or (DRAWS // 2 if case.memory == "linear" and q.numel() > MANY else DRAWS)
-    of_a_token = max(case.key_dim, case.value_dim, case.chunk_size * (case.value_dim if case.decay.endswith("channel") else 1))
+    channels = case.value_dim if case.decay.endswith("channel") else 16 * case.key_dim if case.decay.endswith("key") else 1
+    of_a_token = max(case.key_dim, case.value_dim, case.chunk_size * channels)
     together = max(n for n in (1, 2, 4, 8, 16) if n <= max(1, min(runs, AT_ONCE // max(1, q.shape[:3].numel() * of_a_token))))
     many = _copies(wide, together)
     return spread(run(wide), lambda: run(many), multiplied, runs, together)

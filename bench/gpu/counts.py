@@ -1,0 +1,270 @@
+"""Counts of the compiled Triton kernels, executed on the CPU, and modelled times. No GPU is needed.
+
+    python -m bench.gpu.counts                     the table's counts and the times modelled from them
+    python -m bench.gpu.counts --chip H100         for another chip of chips.py
+    python -m bench.gpu.counts --check             execute the kernels; red if one is more than 3 % worse than in the table
+    python -m bench.gpu.counts --renew "REASON"    execute the kernels, write the table; counts.json keeps the reason
+    python -m bench.gpu.counts --only D64          the specimens with this text in their names
+
+The machine of tests/ptx executes two short sequences, and what is linear in the tokens is extrapolated: counts of programs, latencies of
+chains. bench/README.md explains the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..common.implementations import BOTH, DIRECTIONS, FORWARD
+from ..common.processes import ROOT
+from . import model
+from .chips import CHIPS
+from .plan import Shape, least_work
+
+TABLE = Path(__file__).with_name("counts.json")
+#: what a count may be worse by
+TOLERANCE = 0.03
+#: heads of the sequences that are executed, whose gates then lie as in a real call; and where the programs of a head are separate, those
+#: that are executed
+HEADS, EXECUTED = 16, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """A call, in bfloat16, with log-decays. ``shapes``: those that times are modelled for."""
+
+    shape: Shape
+    name: str  # of a bias or of a variant of the recurrence
+    shapes: tuple[Shape, ...]
+    architecture: str = "sm_90"
+
+    def __str__(self) -> str:
+        hidden = f"-Hd{self.shape.hidden}" if self.shape.hidden else ""
+        return f"{self.architecture}:D{self.shape.key_dim}-C{self.shape.chunk_size}{hidden}-{self.name}"
+
+    @property
+    def between(self) -> tuple[int, int]:
+        """The tokens of the sequences that are executed: one and two checkpoints."""
+        return (256, 512)
+
+
+def _linear(d: int) -> Shape:
+    return Shape(1, 512, HEADS, d)
+
+
+LONG = (Shape(1, 8192, 64, 128), Shape(1, 32768, 32, 128), Shape(8, 8192, 32, 128))
+SPECIMENS = {
+    str(x): x
+    for x in (
+        Specimen(_linear(64), "l2", (Shape(8, 8192, 32, 64), Shape(1, 8192, 64, 64))),
+        Specimen(_linear(128), "l2", LONG),
+        Specimen(_linear(128), "huber_coordinate", LONG),
+        Specimen(_linear(128), "lq", (Shape(8, 8192, 32, 128),)),
+        Specimen(_linear(128), "momentum", (Shape(8, 8192, 32, 128),)),
+        Specimen(Shape(1, 512, HEADS, 64, 64, 256), "huber_coordinate", (Shape(4, 16384, 16, 64, 64, 256),)),
+    )
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- executing
+
+
+def executed(specimen: Specimen, direction: str, tokens: int) -> list[dict]:
+    """The launches of a call, in order, with what is counted of each."""
+    import torch
+    from miras_kernels.kernels.common import configs
+
+    from ptx import compiling, host
+
+    from ..common.implementations import kernel
+    from .inputs import DTYPE, case_of
+
+    chip = next(chip for chip in CHIPS.values() if chip.architecture == specimen.architecture)
+    torch.manual_seed(0)
+    inputs = case_of(specimen.shape, specimen.name, tokens=tokens).draw(torch.float32).to(DTYPE)
+    found = []
+
+    def count(launch) -> None:
+        grid = (*launch.grid, 1)
+        heads = EXECUTED if grid[1] > 1 else HEADS
+        _, counts = launch.run(chip=chip, heads=heads)
+        registers, shared = compiling.registers(launch.ptx), launch.shared
+        issued = counts.issued
+        values = dict(
+            programs=grid[0] * min(grid[1], heads), issued=sum(issued.values()), special=issued.get("special", 0), flop=counts.flop,
+            wavefronts=counts.wavefronts + counts.operands, sectors=counts.sectors, bytes=counts.bytes, barriers=counts.barriers,
+            latency=round(counts.clock.now),
+        )  # fmt: skip
+        kernel = counts.program.kernel
+        found.append(dict(kernel=kernel.name, heads=heads, threads=kernel.threads, registers=registers, shared=shared, counts=values))
+
+    with configs.fuse(True), host.on_machine(specimen.architecture, instead=count):  # as the shapes, which fill a chip, do
+        kernel(inputs, "triton", direction)()
+    return found
+
+
+def rows(specimen: Specimen) -> dict[str, list[dict]]:
+    """The launches of a forward, and those that a backward adds, with counts at two lengths."""
+    found = {}
+    for direction in DIRECTIONS:
+        short, long = (executed(specimen, direction, tokens) for tokens in specimen.between)
+        both = []
+        for a, b in zip(short, long, strict=True):
+            assert a["kernel"] == b["kernel"]
+            both.append(b | {"counts": {field: [a["counts"][field], b["counts"][field]] for field in model.FIELDS}})
+        found[direction] = both
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- table
+
+
+def read() -> dict:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def write(label: str, found: dict, reason: str) -> None:
+    table = read()
+    entry = table.get(label, {"reasons": [], "rows": {}})
+    table[label] = {"reasons": [*entry["reasons"], reason], "rows": entry["rows"] | found}
+    parts = []
+    for name, entry in sorted(table.items()):  # a launch in each line
+        launches = {
+            specimen: {direction: [json.dumps(row) for row in rows_] for direction, rows_ in directions.items()}
+            for specimen, directions in sorted(entry["rows"].items())
+        }
+        text = json.dumps({"reasons": entry["reasons"], "rows": launches}, indent=1)
+        parts.append(f"{json.dumps(name)}: " + re.sub(r'"(\{.*\})"', lambda m: m[1].replace('\\"', '"'), text))
+    TABLE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def worse(before: dict, now: dict) -> Iterator[str]:
+    """What is worse in the rows of a specimen than in the table's."""
+    for direction in DIRECTIONS:
+        names = [[row["kernel"] for row in side[direction]] for side in (before, now)]
+        if names[0] != names[1]:
+            yield f"{direction}: launches {', '.join(names[1])}, the table has {', '.join(names[0])}"
+            continue
+        for old, new in zip(before[direction], now[direction], strict=True):
+            pairs = {field: (old["counts"][field][1], new["counts"][field][1]) for field in model.FIELDS}
+            pairs |= {name: (old[name], new[name]) for name in ("registers", "shared")}
+            for name, (was, is_) in pairs.items():
+                if is_ > was * (1 + TOLERANCE):
+                    yield f"{direction}: {new['kernel']}: {name} {is_:g}, the table has {was:g} ({is_ / was - 1 if was else 1:+.1%})"
+
+
+# ---------------------------------------------------------------------------------------------------------------- report
+
+
+def report(specimen: Specimen, found: dict, chip_name: str, base: dict | None) -> Iterator[str]:
+    chip = CHIPS[chip_name]
+    for shape in specimen.shapes:
+        total = {}
+        for direction in DIRECTIONS:
+            total[direction] = _direction(specimen, found[direction], shape, chip)
+            yield f"\n{specimen} at {shape}, {direction}, modelled for {chip.name}:"
+            header = ("kernel", "us", "bound", "programs", "per SM", "issue", "tensor", "shared", "L2", "DRAM", "latency")
+            yield _line(header)
+            for row, times in zip(found[direction], total[direction]["launches"], strict=True):
+                bound = max(times, key=times.get)
+                given = model.Row(**row)
+                programs = given.at("programs", specimen.between, shape.tokens) * shape.batch * shape.heads / given.heads
+                us = [f"{1e6 * times[name]:.0f}" for name in ("issue", "tensor", "shared", "L2", "DRAM", "latency")]
+                yield _line((row["kernel"], f"{1e6 * times[bound]:.0f}", bound, f"{programs:.0f}", model.resident(given, chip), *us))
+        for direction, sums in (*total.items(), ("backward", _difference(total))):
+            ratio = ""
+            if base is not None:
+                before = {d: _direction(specimen, base[d], shape, chip) for d in DIRECTIONS}
+                then = before[direction] if direction in before else _difference(before)
+                ratio = f"; {then['seconds'] / sums['seconds']:.2f}x faster than the baseline's {1e3 * then['seconds']:.3f} ms"
+            least = _least(shape, direction)
+            yield (
+                f"{direction}: {1e3 * sums['seconds']:.3f} ms{ratio}; tensor FLOP {sums['flop'] / least['flops']:.2f}x the formula, "
+                f"DRAM {sums['bytes'] / least['bytes']:.2f}x and L2 {sums['sectors'] * 32 / least['bytes']:.2f}x of the compulsory bytes"
+            )
+
+
+def modelled(shape: Shape, name: str, direction: str, chip: str, triton: str | None) -> dict[str, float]:
+    """Modelled microseconds of each kernel of a call, all its launches together; empty where the table does not have the call."""
+    rows_ = read().get((triton or "").split("+")[0], {"rows": {}})["rows"]
+    specimen = next((x for x in SPECIMENS.values() if x.name == name and shape in x.shapes and str(x) in rows_), None)
+    found: dict[str, float] = {}
+    if specimen is not None:
+        launches = rows_[str(specimen)][direction]
+        for row, times in zip(launches, _direction(specimen, launches, shape, CHIPS[chip])["launches"], strict=True):
+            found[row["kernel"]] = found.get(row["kernel"], 0.0) + 1e6 * max(times.values())
+    return found
+
+
+def _least(shape: Shape, direction: str) -> dict[str, float]:
+    if direction in DIRECTIONS:
+        return least_work(shape, direction, "l2")
+    both, forward = (least_work(shape, d, "l2") for d in (BOTH, FORWARD))
+    return {name: both[name] - forward[name] for name in both}
+
+
+def _difference(total: dict) -> dict:
+    return {name: total[BOTH][name] - total[FORWARD][name] for name in ("seconds", "flop", "bytes", "sectors")}
+
+
+def _direction(specimen: Specimen, launches: list[dict], shape: Shape, chip) -> dict:
+    """Modelled seconds of each launch by resource, and sums over them."""
+    given = [model.Row(**row) for row in launches]
+    times = [model.time(row, chip, specimen.between, shape.batch, shape.tokens, shape.heads) for row in given]
+    sums = {
+        field: sum(row.at(field, specimen.between, shape.tokens) * shape.batch * shape.heads / row.heads for row in given)
+        for field in ("flop", "bytes", "sectors")
+    }
+    return {"launches": times, "seconds": sum(max(x.values()) + chip.launch for x in times), **sums}
+
+
+def _line(cells) -> str:
+    return f"{cells[0]:28}" + "".join(f"{cell!s:>9}" for cell in cells[1:])
+
+
+# --------------------------------------------------------------------------------------------------------------- program
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.counts", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--chip", default="H200", choices=CHIPS)
+    parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--renew", metavar="REASON")
+    parser.add_argument("--label", metavar="LABEL", help="of the table's entry (default: the version of Triton)")
+    parser.add_argument("--base", default="7c81e26", metavar="LABEL", help="the entry to compare with")
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels are compiled in a process of their own
+    sys.path.insert(0, str(ROOT / "tests"))
+    import triton
+
+    label, red = args.label or triton.__version__.split("+")[0], []
+    wanted = {name: x for name, x in SPECIMENS.items() if args.only in name}
+    for name, specimen in wanted.items():
+        table = read()
+        known = table.get(label, {"rows": {}})["rows"].get(name)
+        if args.check or args.renew:
+            found = rows(specimen)
+            if args.renew:
+                write(label, {name: found}, f"{name}: {args.renew}")
+            elif known is None:
+                red.append(f"{name}: not in the table for {label}")
+            else:
+                red += [f"{name}: {text}" for text in worse(known, found)]
+        else:
+            found = known
+        if found is not None:
+            base = table.get(args.base, {"rows": {}})["rows"].get(name)
+            print("\n".join(report(specimen, found, args.chip, base)), flush=True)
+    print("\n".join(red))
+    return bool(red)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

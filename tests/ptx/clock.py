@@ -1,0 +1,111 @@
+"""The time of a launch's first warp if it had its multiprocessor alone: instructions issue in order, each when its operands are ready.
+
+A model: the latencies are those of a chip in bench/gpu/chips.py; all warps of a CTA are taken to reach a barrier together; data that the
+launch has not touched before come from DRAM, others from L2.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+
+from .parse import Address, Instruction
+
+__all__ = ["Clock", "kind_of", "product_flop"]
+
+#: the first pattern that an opcode begins with
+KINDS = {
+    "tensor": r"mma|wgmma\.mma",
+    "barrier": r"bar\.|barrier|fence|wgmma|cp\.async\.(commit|wait)",
+    "shared": r"(ld|st)\.shared|ldmatrix|stmatrix",
+    "global": r"(ld|st)\.global|cp\.async",
+    "shuffle": r"shfl|vote",
+    "special": r"(ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh|div)\.",
+    "fma": r"(fma|mul|add|sub).*\.f32",
+    "move": r"mov|ld\.param|cvta",
+    "convert": r"cvt",
+    "control": r"bra|ret|exit",
+    "float": r".*\.f(16|32|64)|.*\.bf16",
+    "integer": r".*",
+}
+
+
+def kind_of(opcode: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if re.match(pattern, opcode))
+
+
+def product_flop(opcode: str) -> int:
+    """Of one mma, or of one wgmma, which four warps issue together."""
+    shape = re.search(r"mma.*\.m(\d+)n(\d+)k(\d+)", opcode)
+    return 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0
+
+
+def _names(operand) -> list[str]:
+    if isinstance(operand, tuple):
+        return [name for x in operand for name in _names(x)]
+    return [operand.base] if isinstance(operand, Address) else [operand]
+
+
+class _Step:
+    """An instruction as the clock takes it."""
+
+    def __init__(self, at: int, x: Instruction):
+        self.at, self.kind, self.opcode = at, kind_of(x.opcode), x.opcode
+        results = not x.opcode.startswith(("st", "red", "bar", "fence", "cp.", "bra", "ret", "exit", "wgmma"))
+        self.results = _names(x.operands[0]) if results and x.operands else []
+        rest = x.operands[1:] if results or self.opcode.startswith("wgmma.mma") else x.operands
+        self.sources = [name for operand in rest for name in _names(operand) if name.startswith("%")]
+        self.sources += [x.guard[0]] if x.guard else []
+        self.flop = product_flop(x.opcode)
+        self.pending = int(x.operands[0]) if re.match(r"(cp\.async|wgmma)\.wait_group", x.opcode) else 0
+
+
+class Clock:
+    """``now``: clock cycles. ``missed``: loads that touched data for the first time, by instruction; set by the counts."""
+
+    def __init__(self, program, chip):
+        self.program, self.chip, self.now, self.missed = program, chip, 0.0, {}
+        #: cycles between two instructions of a warp, since four schedulers serve all warps of a CTA
+        self.step = max(program.kernel.threads / 32 / chip.issue, 1.0)
+        self.ready: dict[str, float] = collections.defaultdict(float)
+        self.free = 0.0  # when the tensor cores are
+        self.open = {"cp.async": 0.0, "wgmma": 0.0}  # when the instructions that are not committed yet end
+        self.groups: dict[str, list[float]] = {"cp.async": [], "wgmma": []}
+        self.steps: dict[int, list[_Step]] = {}
+
+    def block(self, block) -> None:
+        if block.first not in self.steps:
+            instructions = self.program.kernel.instructions
+            self.steps[block.first] = [_Step(at, instructions[at]) for at in range(block.first, block.last + 1)]
+        for step in self.steps[block.first]:
+            self.issue(step)
+
+    def issue(self, step: _Step) -> None:
+        self.now = max([self.now, *(self.ready[name] for name in step.sources)])
+        end = self.now + self.latency(step)
+        for name in step.results:
+            self.ready[name] = end
+        unit = "wgmma" if step.opcode.startswith("wgmma") else "cp.async"
+        if "commit_group" in step.opcode:
+            self.groups[unit].append(self.open[unit])
+            self.open[unit] = 0.0
+        elif "wait_group" in step.opcode:
+            groups = self.groups[unit]
+            done = len(groups) - step.pending
+            self.now = max([self.now, *groups[: max(done, 0)]])
+            self.groups[unit] = groups[max(done, 0) :]
+        elif step.opcode.startswith(("wgmma.mma", "cp.async")):
+            self.open[unit] = max(self.open[unit], end)
+        elif step.opcode.startswith("bar"):
+            self.now = end
+        self.now += self.step
+
+    def latency(self, step: _Step) -> float:
+        of = self.chip.latencies
+        if step.flop:
+            begin = max(self.now, self.free)
+            self.free = begin + step.flop / self.chip.tensor * (1 if step.opcode.startswith("wgmma") else 4)
+            return self.free - self.now + of["tensor"]
+        if step.kind == "global":
+            return of["dram"] if self.missed.get(step.at) else of["global"]
+        return of[step.kind]
