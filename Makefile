@@ -50,8 +50,8 @@ test: $(VENV)/.built  ## run the tests, without the slow ones
 test-slow: $(VENV)/.built  ## run the slow tests: wider sweeps, whole programs, every CPU code path, all Triton configurations compiled
 	$(ONE_THREAD) $(PY) -m pytest tests --ignore=tests/ptx -q -m slow $(WORKERS) $(ARGS)
 
-# Triton compiles into build/ptx, which is kept: later runs are much faster.
-ptx: $(VENV)/.built  ## execute the Triton kernels as compiled for sm_80 and sm_90, on the CPU, and look for races (tests/ptx)
+# Triton compiles into build/ptx, which is kept: later runs are much faster. `make test` runs a part of these tests.
+ptx: $(VENV)/.built  ## execute every Triton configuration as compiled for sm_80 and sm_90, on the CPU, and look for races (tests/ptx)
 	$(ONE_THREAD) $(PY) -m pytest tests/ptx -q $(WORKERS) $(ARGS)
 
 mutants: $(VENV)/.built  ## mutation testing: one-line faults that the tests must catch; ARGS="-k NAME" for some of them

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .retention import Retention
 
 __all__ = ["MatrixStrides", "Problem", "Slots", "Strides", "launch", "start", "tiles"]
 
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -181,9 +183,12 @@ def options(config: configs.Config, architecture: str) -> dict:
 
     Products and sums are not fused: a fused sum over lanes rounds differently in each of them, and several lanes store such a sum to one
     address, so that the last bit would vary from run to run. Matrix products without tensor cores are fused in any case.
+    Triton before 3.7 pipelines loops for sm_90 wrongly: without the fence between an asynchronous copy and a product that reads its data,
+    and with a product's operand in registers overwritten while the product runs (tests/ptx reports both).
     """
     bound = {"maxnreg": config.registers} if config.registers and architecture.startswith("sm_") else {}
-    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **bound)
+    stages = 1 if OLD and architecture.startswith("sm_9") else config.stages
+    return dict(num_warps=config.warps, num_stages=stages, enable_fp_fusion=False, **bound)
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from miras_kernels.backends.cuda import CudaBackend
 
 from .compiling import CACHE
 from .host import Faults, Launch, poisoned, program
-from .shadow import Report
 
 __all__ = ["build", "on_machine"]
 
@@ -52,9 +51,7 @@ def build(nvcc: str) -> tuple[Path, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def on_machine(
-    built: tuple[Path, dict[str, str]], allowed: Callable[[Report], bool] | None = None, before: Callable[[Launch], None] | None = None
-) -> Iterator[CudaBackend]:
+def on_machine(built: tuple[Path, dict[str, str]], before: Callable[[Launch], None] | None = None) -> Iterator[CudaBackend]:
     """Within it the backend that this gives runs on CPU tensors. It knows those whose address was asked for."""
     path, entries = built
     backend, tensors, faults = CudaBackend(path, "cpu"), {}, []
@@ -74,8 +71,7 @@ def on_machine(
             assert program(launch.ptx, launch.entry).kernel.threads == threads
             if before is not None:
                 before(launch)
-            reports = [x for x in launch.run()[0] if allowed is None or not allowed(x)]
-            if reports:
+            if reports := launch.run()[0]:
                 raise Faults(reports)
         except BaseException as error:  # C code is in between
             faults.append(error)

@@ -18,26 +18,13 @@ from .parse import parse
 from .shadow import INITIALISED, VALID, Report, Reports, Space
 from .translate import Program
 
-__all__ = ["Faults", "Launch", "known", "on_machine", "poisoned"]
+__all__ = ["Faults", "Launch", "on_machine", "poisoned"]
 
 #: what fresh memory is filled with: not a number in float32, bfloat16 and float16. Eight such bytes count as uninitialised
 POISON = 0x7FA7
 FIRST, GAP = 0x7F00_0000_0000, 512
 #: threads that run side by side
 THREADS = 4096
-
-
-def known(report: Report) -> bool:
-    """Faults of the compiler, and faults of the kernels that are not fixed yet.
-
-    Triton before 3.7 puts no fence.proxy.async between a cp.async and a wgmma that reads its data, and lets a loop overwrite registers that
-    a wgmma still reads (triton-lang/triton pull request 9610 has the fences).
-    """
-    import triton
-
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    of_old = ("a wgmma reads what no fence.proxy.async followed", "overwrites a register of a wgmma that was not waited for")
-    return old and report.kind in of_old
 
 
 class Faults(AssertionError):
@@ -155,22 +142,16 @@ class Launch:
 
 @contextlib.contextmanager
 def on_machine(
-    architecture: str,
-    allowed: Callable[[Report], bool] | None = None,
-    before: Callable[[Launch], None] | None = None,
-    instead: Callable[[Launch], None] | None = None,
-) -> Iterator[list[Report]]:
-    """Within it ``backend="triton"`` runs CPU tensors on the machine, compiled for ``sm_80`` or ``sm_90``.
+    architecture: str, before: Callable[[Launch], None] | None = None, instead: Callable[[Launch], None] | None = None
+) -> Iterator[None]:
+    """Within it ``backend="triton"`` runs CPU tensors on the machine, compiled for ``sm_80`` or ``sm_90``; a report raises `Faults`.
 
     Args:
-        allowed: reports that are collected in what this gives; others are raised.
         before: called with each launch before it runs. instead: called with each launch, which then does not run.
     """
     from miras_kernels.kernels.common import launch
 
     from miras_kernels.backends import triton as backend
-
-    found: list[Report] = []
 
     def start(kernel, grid, config, device, shared, own) -> None:
         if 0 in grid:
@@ -182,15 +163,12 @@ def on_machine(
             before(given)
         if instead is not None:
             instead(given)
-            return
-        reports, _ = given.run()
-        found.extend(reports)
-        if refused := [x for x in reports if allowed is None or not allowed(x)]:
-            raise Faults(refused)
+        elif reports := given.run()[0]:
+            raise Faults(reports)
 
     changes = ((launch, "start", start), (launch, "architecture", lambda device: architecture), (backend, "interpreted", lambda: True))
     with _replaced(*changes), poisoned():
-        yield found
+        yield
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 from miras_kernels.testing import evaluate
 from miras_kernels.testing.steps import inputs_of, read
-from ptx.host import Launch, known, on_machine, program
+from ptx.host import Launch, on_machine, program
 from ptx.machine import Hang
 from ptx.test_cover import ARCHITECTURES, SPECIMENS, fitting, fusing
 from ptx.trace import KINDS, traced
@@ -29,7 +29,7 @@ def first_launches(specimen, architecture: str) -> dict[str, Launch]:
     def before(launch: Launch) -> None:
         found.setdefault(launch.name.split()[0], launch.copy())
 
-    with fusing(case), on_machine(architecture, known, before):
+    with fusing(case), on_machine(architecture, before):
         if cuts:
             read(inputs_of(case, "triton", dtype), "triton", cuts)
         else:

@@ -111,7 +111,7 @@ class Trace(Machine):
             chosen = [tuple(part[here] for part in x) for x in accesses if (here := np.isin(x[1], places)).any()]
             if chosen:
                 granules, place, thread, turn, writes = (np.concatenate(x) for x in zip(*chosen, strict=True))
-                if conflict((granules << 24) + labels[np.searchsorted(places, place)], thread, turn, writes):
+                if conflict((granules << 24) + labels[np.searchsorted(places, place)], place, thread, turn, writes):
                     return True
         return False
 
@@ -127,20 +127,21 @@ class Trace(Machine):
         return True
 
 
-def conflict(key: np.ndarray, thread: np.ndarray, turn: np.ndarray, writes: np.ndarray) -> bool:
-    """Whether accesses with one key are by different threads, one of them a write, and not ordered within their warp."""
+def conflict(key: np.ndarray, place: np.ndarray, thread: np.ndarray, turn: np.ndarray, writes: np.ndarray) -> bool:
+    """Whether accesses with one key are by different threads, in different places, one of them a write, and not ordered within a warp."""
     order = np.argsort(key, kind="stable")
-    key, thread, turn, writes = key[order], thread[order], turn[order], writes[order]
+    key, place, thread, turn, writes = (x[order] for x in (key, place, thread, turn, writes))
     starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
-    least, most = np.minimum.reduceat(thread, starts), np.maximum.reduceat(thread, starts)
-    bad = np.logical_or.reduceat(writes, starts) & (least != most)
+    ends = lambda x: (np.minimum.reduceat(x, starts), np.maximum.reduceat(x, starts))
+    (least, most), (first, last) = ends(thread), ends(place)
+    bad = np.logical_or.reduceat(writes, starts) & (least != most) & (first != last)
     if (bad & (least // 32 != most // 32)).any():
         return True
     if not bad.any() or (turn == 0).all():
         return bool(bad.any())
     inside = bad.repeat(np.diff(np.r_[starts, key.size]))
     _, key = np.unique(np.stack([key, turn])[:, inside], axis=1, return_inverse=True)
-    return conflict(key.ravel(), thread[inside], np.zeros(key.size, np.int32), writes[inside])
+    return conflict(key.ravel(), place[inside], thread[inside], np.zeros(key.size, np.int32), writes[inside])
 
 
 class _Products(Products):
