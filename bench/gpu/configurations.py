@@ -34,6 +34,11 @@ def forced(kernel: str | None, label: str | None, settings: Settings) -> Iterato
         yield
 
 
+def fused():
+    """A context in which the chain computes the output wherever it can, as calls of many heads do."""
+    return _configs().fuse(True)
+
+
 @contextlib.contextmanager
 def launches(settings: Settings) -> Iterator[dict[str, str]]:
     """The configuration that each kernel is launched with inside the block; a kernel that is missing was not launched."""

@@ -398,11 +398,16 @@ def test_times_on_a_device(monkeypatch):
 
 
 def test_measured_kernels_beside_modelled_ones():
-    result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_output": 1000.0, "other": 1.0}}
+    result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_chain_fwd_fused": 1000.0, "other": 1.0}}
     version = next(label for label in counts.read() if label != "7c81e26")
     environment = {"device": {"name": "NVIDIA H200"}, "versions": {"triton": version}}
-    expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_output"]
+    expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_chain_fwd_fused"]
     cells = lambda given: [[cell.strip() for cell in line.split("|")[1:-1]] for line in report._modelled(result, given).split("\n")[-2:]]
     ours, other = cells(environment)
-    assert ours == ["linear_output", "1000", f"{expected:.0f}", report.number(1000 / expected)] and other == ["other", "1", "-", "-"]
-    assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_output", "1000", "-", "-"]
+    assert ours == ["linear_chain_fwd_fused", "1000", f"{expected:.0f}", report.number(1000 / expected)] and other == [
+        "other",
+        "1",
+        "-",
+        "-",
+    ]
+    assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_chain_fwd_fused", "1000", "-", "-"]
