@@ -88,6 +88,17 @@ def test_times(tmp_path, backend):
     assert shown.stdout == done.stdout and "fla delta rule: did not run" in shown.stdout
 
 
+@pytest.mark.slow
+def test_launches():
+    """Host times without a device; every case launches something both ways."""
+    pytest.importorskip("triton")
+    command, environment = [sys.executable, "-m", "bench.gpu", "launches"], {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 6 and all(float(cell) > 0 for row in rows for cell in row[1:])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "times", "--backend", "reference", "--json", str(tmp_path / "a.json")]
