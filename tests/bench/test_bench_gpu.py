@@ -415,10 +415,6 @@ def test_measured_kernels_beside_modelled_ones():
     expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_chain_fwd_fused"]
     cells = lambda given: [[cell.strip() for cell in line.split("|")[1:-1]] for line in report._modelled(result, given).split("\n")[-2:]]
     ours, other = cells(environment)
-    assert ours == ["linear_chain_fwd_fused", "1000", f"{expected:.0f}", report.number(1000 / expected)] and other == [
-        "other",
-        "1",
-        "-",
-        "-",
-    ]
+    assert ours == ["linear_chain_fwd_fused", "1000", f"{expected:.0f}", report.number(1000 / expected)]
+    assert other == ["other", "1", "-", "-"]
     assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_chain_fwd_fused", "1000", "-", "-"]
