@@ -154,6 +154,11 @@ def _wide_pair(key: Key) -> bool:
     return key.itemsize == 4 and key.momentum
 
 
+def _several(key: Key) -> bool:
+    """Two matrices or weights per channel."""
+    return key.momentum or key.channels
+
+
 def _busy(key: Key) -> bool:
     """A chain of two matrices with weights per channel."""
     return key.itemsize == 2 and key.momentum and key.channels
@@ -200,6 +205,7 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     ),
     "linear_chain_bwd": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
+        (Config(32, 0, 4, 2), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k > 64),
         (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
         (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
@@ -215,8 +221,8 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(16, 16, 8, 1, 255), _wide_pair),
     ),
     "linear_dqk_bwd": (
-        (Config(0, 64, 4, 1, 255), lambda key: key.itemsize == 2 and key.value_dim <= 128 and not (key.momentum or key.channels)),
-        (Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2),
+        (Config(32, 64, 4, 3), lambda key: key.itemsize == 2 and key.chunk_size <= 64 and not key.coupled and not _several(key)),
+        (Config(32, 64, 4, 3, 255), lambda key: key.itemsize == 2 and not key.channels),
         (Config(32, 64, 8, 1, 255), lambda key: key.itemsize == 2),
         (Config(32, 32, 8, 1, 255), lambda key: key.itemsize == 4 and not key.momentum),
         (Config(16, 32, 8, 1, 255), _wide_pair),
@@ -277,12 +283,14 @@ DENIED: tuple[Denial, ...] = (
     Denial("sm_8", "", "", "linear_output", "v32-k64-w4-s2-r255", "spills 8 bytes"),
     Denial("sm_8", "", "", "linear_du_bwd", "v0-k0-w4-s1", "spills up to 112 bytes"),
     Denial("sm_8", "", "", "linear_du_bwd", "v32-k64-w4-s1-r255", "spills 8 bytes"),
-    Denial("sm_8", "", "", "linear_dqk_bwd", "v0-k64-w4-s1-r255", "spills up to 384 bytes"),
-    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w4-s1-r255", "spills up to 64 bytes"),
+    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w4-s3", "spills up to 24 bytes"),
+    Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w4-s3-r255", "spills up to 80 bytes"),
     Denial("sm_8", "", "", "mlp_dq_bwd", "v0-k32-w8-s1-r255", "spills up to 1312 bytes, the narrower one almost none"),
     Denial("gfx942", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 92 registers with 128 keys"),
     Denial("sm_8", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 64 bytes with a final state"),
     Denial("sm_10", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 32 bytes with Lp"),
+    Denial("sm_8", "", "", "linear_chain_bwd", "v32-k0-w4-s2", "spills 128 bytes"),
+    Denial("sm_10", "", "", "linear_chain_bwd", "v32-k0-w4-s2", "spills up to 32 bytes"),
     Denial("sm_10", "", "", "linear_chain_bwd", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
 )
 

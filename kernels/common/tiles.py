@@ -16,6 +16,12 @@ def wide(x):
 
 
 @triton.jit
+def trips(N: tl.constexpr, H):
+    """``N`` where the compiler cannot know it, so that it does not unroll a loop and keep all iterations' tiles in registers."""
+    return N + (H >> 31)
+
+
+@triton.jit
 def inside(o, D: tl.constexpr, BLOCK: tl.constexpr):
     """Mask of the offsets below D; constant where whole tiles cover it."""
     if D % BLOCK == 0:

@@ -28,7 +28,7 @@ from ..common.decays import Weights
 from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from ..common.launch import MatrixStrides, Problem, launch, tiles
-from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
+from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, rounded, store, wide
 from .chain_streamed import linear_chain_fwd_streamed
 from .chain_streamed_bwd import linear_chain_bwd_streamed
 
@@ -77,9 +77,10 @@ def linear_chain_fwd(
 
         store(states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_s, m_kv)
         if checkpoints is not None:
-            checkpoint = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv
-            tl.store(checkpoint + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
+            if i_c % EVERY == 0:
+                tl.store(checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * Dk * Dv + o_kv, b_s, mask=m_kv)
 
+        gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
         b_v = load_tile(v + t0 * v_strides.t, v_strides.t, o_c, o_v, m_t, m_v)  # [C, BV]
         if BIAS.reads_memory:
@@ -100,7 +101,6 @@ def linear_chain_fwd(
             b_u *= load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]
         else:
             b_u *= (load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C))[:, None]  # [C, BV]
-        gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_s = b_s * gamma - fitted_dot(tl.trans(b_k), b_u, DTYPE)
 
     if final is not None:
@@ -150,11 +150,14 @@ def linear_chain_bwd(
         m_tv = m_t[:, None] & m_v[None, :]
 
         store(grad_states + ((slot + i_c) * H + i_h) * Dk * Dv + o_kv, b_j, m_kv)
+        gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
         b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
         b_q = load_tile(q + t0 * q_strides.t, q_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [C, BV]
         b_kj = fitted_dot(b_k, b_j, DTYPE) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
         b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
+        b_gamma = load_gamma(decays, row, o_g, m_t, C)
+        b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
 
         b_e = load_error(v + t0 * v_strides.t, v_strides.t, errors, row, o_c, o_v, o_tv, m_tv, Dv, BIAS)
         b_square = load_square(squares, row, o_g, m_t, BIAS)
@@ -183,10 +186,6 @@ def linear_chain_bwd(
                 tl.store(grad_delta + row * Dv + o_tv, b_dd, mask=m_tv)
             else:
                 tl.store(rows_delta + tile_row + row + o_g, tl.sum(b_dd, 1), mask=m_t)
-
-        b_gamma = load_gamma(decays, row, o_g, m_t, C)
-        gamma = load_total(decays, row, (tl.minimum(end - t0, C) - 1) * H)
-        b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
         if BIAS.reads_memory:
             b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
     tl.store(grad_initial + state + o_vk, b_j, mask=m_kv)

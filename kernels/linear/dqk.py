@@ -20,7 +20,7 @@ from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.decays import Weights
 from ..common.gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update
 from ..common.launch import Problem, launch, tiles
-from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, rounded, store, wide
+from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, rounded, store, trips, wide
 from .chain import Chain, ChainGradients
 
 
@@ -37,7 +37,7 @@ def queries_bwd(
     m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
     m_rk = m_r[:, None] & m_k[None, :]
     b_dq = tl.zeros((BC, BK), tl.float32)
-    for i_v in range(0, NV):
+    for i_v in range(0, trips(NV, H)):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
@@ -53,7 +53,7 @@ def queries_bwd(
         tl.store(rows_read + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dq * b_q.to(tl.float32), 1), mask=m_r)
     if momenta is not None:
         b_carried = tl.zeros((BC, BK), tl.float32)
-        for i_v in range(0, NV):
+        for i_v in range(0, trips(NV, H)):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = inside(o_v, Dv, BV)
             b_do = load_tile(grad_out, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
@@ -103,7 +103,7 @@ def keys_bwd(
     product = 0.0  # <J, A>, and with momentum ...
     product_carry = 0.0  # <J, S>
     product_pi = 0.0  # <JS, S>
-    for i_v in range(0, NV):
+    for i_v in range(0, trips(NV, H)):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = inside(o_v, Dv, BV)
         m_vk = m_v[:, None] & m_k[None, :]

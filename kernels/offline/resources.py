@@ -225,7 +225,8 @@ def spills_allowed(job: Job) -> float:
     """The largest number of spilled bytes per thread that is accepted.
 
     0, except: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (it spills none in
-    chunks of 64 on sm_90); 128 for the float32 backward chain of two matrices on sm_80; 64 for the chain with the output in it on sm_80,
+    chunks of 64 on sm_90); 128 for the float32 backward chain of two matrices on sm_80; 16 for the backward chain of more than 64 keys
+    under a smoothed bias, of whose four warps two programs fit on a multiprocessor; 64 for the chain with the output in it on sm_80,
     where it is not used, and for the backward of the MLP memory; and 1536 for the MLP memory in float32, on sm_80, and for heads wider
     than 64 in chunks of fewer than 64 tokens, where products take their operands from registers.
     """
@@ -238,6 +239,8 @@ def spills_allowed(job: Job) -> float:
         return 128
     if (job.kernel, job.target) == ("linear_chain_fwd_fused", "sm_80"):
         return 64
+    if job.kernel == "linear_chain_bwd" and specimen.bias.name == "lp_smooth" and job.config.warps == 4 and specimen.key_dim > 64:
+        return 16
     if not job.kernel.startswith("mlp_") or job.kernel in configs.STEPS:
         return 0
     if job.target == "sm_80" or specimen.dtype == torch.float32 or (specimen.key_dim > 64 and specimen.chunk_size < 64):
