@@ -28,7 +28,7 @@ from ..common.decays import Weights
 from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from ..common.launch import MatrixStrides, Problem, launch, tiles
-from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, rounded, store, wide
+from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
 from .chain_streamed import linear_chain_fwd_streamed
 from .chain_streamed_bwd import linear_chain_bwd_streamed
 
