@@ -50,9 +50,9 @@ test: $(VENV)/.built  ## run the tests, without the slow ones
 test-slow: $(VENV)/.built  ## run the slow tests: wider sweeps, whole programs, every CPU code path, all Triton configurations compiled
 	$(ONE_THREAD) $(PY) -m pytest tests --ignore=tests/ptx -q -m slow $(WORKERS) $(ARGS)
 
-# Triton compiles into build/ptx, which is kept: later runs are much faster.
-ptx: $(VENV)/.built  ## execute the Triton kernels as compiled for sm_80 and sm_90, on the CPU, and look for races (tests/ptx)
-	$(ONE_THREAD) $(PY) -m pytest tests/ptx -q $(WORKERS) $(ARGS)
+# Triton compiles into build/ptx, which is kept: later runs are much faster. `make test` runs a part of these tests.
+ptx: $(VENV)/.built  ## execute the compiled GPU kernels on the CPU and look for races: Triton (every configuration) and, with nvcc, CUDA C++
+	$(ONE_THREAD) $(PY) -m pytest tests/ptx tests/cuda -q $(WORKERS) $(ARGS)
 
 mutants: $(VENV)/.built  ## mutation testing: one-line faults that the tests must catch; ARGS="-k NAME" for some of them
 	$(PY) tests/mutants.py $(ARGS)

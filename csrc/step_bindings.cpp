@@ -282,7 +282,8 @@ class Held {
   Storage storage_;
 };
 
-// (out, duals, momenta, starts, open_log_decay), the last two of the open chunk
+// (out, duals, momenta, starts, open_log_decay), the last two of the open chunk; no starts where every token is a chunk and W = A: then
+// the dual is the state, and a copy of it is stepped in place
 template <class Memory>
 std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(const TokenTuple& tokens_, NormTuple norm, const StateTuple& state_,
                                                                const OpenChunkTuple& open_chunk, const RuleTuple& rules) {
@@ -300,16 +301,18 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(const TokenTuple&
 
   const int64_t m = Memory::kMatrices, room = std::min<int64_t>(p.T, p.C), heads = p.N * p.H, width = p.decay_per_channel ? cols : 1;
   const RetentionTraits gate = retention_traits(p.retention);
-  const Held now(p, m, rows, cols), before(p, m, rows, cols);
-  std::optional<Held> moving, primal;
+  const bool in_place = p.C == 1 && !position && gate.identity;
+  const Held now(p, m, rows, cols);
+  std::optional<Held> before, moving, primal;
   now.copy(dual);
+  if (!in_place) before.emplace(p, m, rows, cols);
   if (p.momentum) moving.emplace(p, m, rows, cols).copy(momenta);
   if (!gate.identity) primal.emplace(p, m, rows, cols);
   const Tensor decayed = small_tensor(open_decay_shape(p, cols), kFloat32);
   std::vector<int64_t> at(p.N);
   if (position) {
     std::copy_n(positions(p, *position), p.N, at.data());
-    before.copy(start);
+    before->copy(start);
     std::copy_n(open_decays(p, *open_log_decay, cols).template data<float>(), heads * width, decayed.data<float>());
   } else {
     std::fill_n(decayed.data<float>(), heads * width, 0.0f);
@@ -319,17 +322,22 @@ std::tuple<Tensor, Matrices, Matrices, Matrices, Tensor> steps(const TokenTuple&
   auto take = [next = static_cast<float*>(storage.get())](int64_t count) mutable { return std::exchange(next, next + count); };
 
   StepBuffers& state = p.state;
-  state.by_value = true, state.width = int(width), state.rows = int(room);
-  state.start = before.data(), state.written = now.data(), state.open_log_decay = decayed.data<float>(), state.position = at.data();
+  state.by_value = !in_place, state.width = int(width), state.rows = int(room);
+  state.start = in_place ? now.data() : before->data(), state.written = in_place ? nullptr : now.data();
+  state.open_log_decay = decayed.data<float>(), state.position = at.data();
   state.left = take(heads * m * room * rows), state.right = take(heads * m * room * cols);
   state.weights = take(heads * (2 + room) * width);
   if (moving) state.momenta = moving->data(), state.momentum_weights = take(heads * (2 + room));
+  if (in_place) {  // a kernel does this to a state by value
+    std::fill_n(state.weights, heads * (2 + room) * width, 0.0f);
+    for (int64_t i = 0; moving && i < heads * (2 + room); ++i) state.momentum_weights[i] = i % (2 + room) == 1 ? 1.0f : 0.0f;
+  }
   if (primal) state.primal = primal->data();
   if (gate.coupling == Coupling::matrix) state.rho = take(heads * m);
   const Tensor out = small_tensor(v.sizes(), v.type());
   p.out = tokens(out);
   run<Memory>(p, cpu::kernels());
-  return {out, now.views(), moving ? moving->views() : Matrices(), before.views(), decayed};
+  return {out, now.views(), moving ? moving->views() : Matrices(), before ? before->views() : Matrices(), decayed};
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <span>
@@ -118,14 +119,57 @@ inline Tensor new_float(std::initializer_list<int64_t> sizes) { return new_tenso
 
 // Aligned memory shared by tensors; filled with NaN in builds for AddressSanitizer, so that reading before writing shows.
 using Storage = std::shared_ptr<void>;
+// Freed blocks of some size, the latest last. The next tensor of the same size takes one: a state that every decoding step returned to the
+// system and asked for anew would cost more in page faults than the step.
+class FreeBlocks {
+ public:
+  static FreeBlocks& all() {
+    static FreeBlocks* const blocks = new FreeBlocks;  // never destroyed: tensors may be freed after it
+    return *blocks;
+  }
+  void* take(size_t size) {
+    const std::lock_guard lock(mutex_);
+    for (size_t i = blocks_.size(); i-- > 0;) {
+      if (blocks_[i].size != size) continue;
+      void* const data = blocks_[i].data;
+      blocks_.erase(blocks_.begin() + int64_t(i)), total_ -= size;
+      return data;
+    }
+    return nullptr;
+  }
+  void keep(void* data, size_t size) {
+    const std::lock_guard lock(mutex_);
+    blocks_.push_back({data, size}), total_ += size;
+    for (; total_ > kMost; blocks_.erase(blocks_.begin())) std::free(blocks_.front().data), total_ -= blocks_.front().size;
+  }
+  static bool takes(size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+    return false;
+#else
+    return size >= kLeast && size <= kMost / 4;
+#endif
+  }
+
+ private:
+  static constexpr size_t kLeast = size_t(1) << 16, kMost = size_t(1) << 25;
+  struct Block {
+    void* data;
+    size_t size;
+  };
+  std::vector<Block> blocks_;
+  size_t total_ = 0;
+  std::mutex mutex_;
+};
+
 inline Storage new_storage(int64_t bytes) {
   const size_t size = (size_t(std::max<int64_t>(bytes, 1)) + 63) / 64 * 64;
-  Storage memory(std::aligned_alloc(64, size), std::free);
-  if (!memory) throw std::bad_alloc();
+  void* const kept = FreeBlocks::takes(size) ? FreeBlocks::all().take(size) : nullptr;
+  void* const data = kept ? kept : std::aligned_alloc(64, size);
+  if (!data) throw std::bad_alloc();
 #ifdef __SANITIZE_ADDRESS__
-  std::memset(memory.get(), 0xff, size);
+  std::memset(data, 0xff, size);
 #endif
-  return memory;
+  return Storage(data, [size](void* x) { FreeBlocks::takes(size) ? FreeBlocks::all().keep(x, size) : std::free(x); });
 }
 
 // A tensor of at most four dimensions in part of a storage

@@ -58,9 +58,9 @@ def compiled_kernels():
     if target is None:
         yield
         return
-    from ptx.host import known, on_machine
+    from ptx.host import on_machine
 
-    with on_machine(target.removeprefix("ptx:"), known):
+    with on_machine(target.removeprefix("ptx:")):
         yield
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -110,11 +111,11 @@ MUTANTS = [
     Mutant("cpp-decay-first-sees-its-own-write", "csrc/cpu/block_backward.h",
            cases("core/test_variants.py::test_cpp_kernels", "decay_first-False-token-(33, 40, 20)"),
            "s.weights.clear_own(c, s.F);", ";"),
-    Mutant("cpp-erased-keys-decay-too-late", "csrc/cpu/keyed.h", cpp("variant-kda"),
+    Mutant("cpp-keyed-errors-decay-too-late", "csrc/cpu/keyed.h", cpp("variant-kda"),
            "p_.decay_first ? t : t - 1", "t - 1"),
-    Mutant("cpp-key-channels-do-not-decay", "csrc/cpu/keyed_forward.h", cpp("variant-kda"),
+    Mutant("cpp-keyed-channels-do-not-decay", "csrc/cpu/keyed_forward.h", cpp("variant-kda"),
            "s.keyed.gamma(c - 1)", "s.keyed.gamma(-1)"),
-    Mutant("cpp-key-decay-gradient-without-the-pairs", "csrc/cpu/keyed_backward.h", cpp("variant-kda"),
+    Mutant("cpp-keyed-decay-gradient-without-pairs", "csrc/cpu/keyed_backward.h", cpp("variant-kda"),
            "g * key[t]", "zeros()"),
     Mutant("reference-decay-first-too-late", "python/miras_kernels/backends/reference/blocks.py",
            ("core/test_variants.py::test_the_recurrence_as_it_is_written[decay_first]",),
@@ -162,11 +163,13 @@ MUTANTS = [
            "!(x < 0.0f || x >= 1.0f)", "!(x < 0.0f || x > 1.0f)"),
     Mutant("cpp-panels-not-added-up", "csrc/shares.h", cases("cpp/test_cpp.py::test_any_number_of_threads", "(1, 1)-dot"),
            "x += from[share * size + i]", "x += 0.0f"),
-    # ------------------------------------------------------------------------------------------------- csrc/cuda, emulated
+    # ------------------------------------------------------------------------------------------------- csrc/cuda, with nvcc
     Mutant("cuda-momenta-not-decayed", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_steps", "linear-l2-elastic-pairs-8"),
            "weight_1 = alpha * weights[width] + moves_1", "weight_1 = weights[width] + moves_1"),
     Mutant("cuda-mlp-without-rho", "csrc/cuda/mlp_step.cu", cases("cuda/test_cuda.py::test_sizes", "mlp-entire"),
            "rho_2 * wq", "wq"),
+    Mutant("cuda-open-chunk-keeps-its-log-decay", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_sizes", "coupled"),
+           " = *open_log_decay = 0.0f", " = 0.0f"),
     # ------------------------------------------------------------------------------------------------------------- Triton
     Mutant("triton-decay-to-end-off-by-a-token", "kernels/common/decays.py", triton("linear-l2-strong-decay"),
            "log_decay + row + H + o_g", "log_decay + row + o_g"),
@@ -188,6 +191,14 @@ MUTANTS = [
            "b_s, mask=only_if(i_c % EVERY == 0, m_kv)", "b_s, mask=only_if(i_c % EVERY == EVERY - 1, m_kv)"),
     Mutant("triton-read-without-gamma", "kernels/linear/read.py", triton("linear-l2-strong-decay"),
            "b_o *= load_gamma(decays, row, o_t * H, m_t, BC)[:, None]", "b_o *= 1.0"),
+    Mutant("triton-fused-output-without-step-sizes", "kernels/linear/fused.py", cases("triton/test_fused.py::test_float32", "huber"),
+           "fitted_dot(b_p, b_psi * b_lr[:, None], DTYPE)", "fitted_dot(b_p, b_psi, DTYPE)"),
+    Mutant("triton-fused-wrong-checkpoint", "kernels/linear/fused.py",
+           ("triton/test_fused.py::test_the_checkpoint_interval_does_not_change_a_bit",),
+           "(i_next % EVERY == 0)", "(i_c % EVERY == 0)"),
+    Mutant("triton-fused-resumed-chunk-predicts-with-its-state", "kernels/linear/fused.py",
+           cases("triton/test_calls.py::test_resuming_anywhere_with_the_output_in_the_chain", "(5, 40, 17)"),
+           "if PART == HEAD and BIAS.reads_memory", "if False and BIAS.reads_memory"),
     Mutant("triton-decay-gradient-counts-a-token-itself", "kernels/linear/read.py", triton("linear-l2-strong-decay"),
            "o_t[None, :] > o_s[:, None]", "o_t[None, :] >= o_s[:, None]"),
     Mutant("triton-own-writes-without-rho", "kernels/linear/read.py", triton("linear-l2-lq-p1.5"),
@@ -360,6 +371,9 @@ def main() -> int:
     parser.add_argument("-j", type=int, default=2, metavar="PROCESSES", help="so many at a time")
     args = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if args.k in mutant.name]
+    if runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))["nvcc"]() is None:
+        print("mutants of csrc/cuda are left out: there is no nvcc here")
+        chosen = [mutant for mutant in chosen if not mutant.file.startswith("csrc/cuda/")]
     wrong = [f"{m.name}: its text occurs {occurrences(m)} times in {m.file}" for m in chosen if occurrences(m) != 1]
     if wrong or not chosen:
         print("\n".join(wrong) or f"no mutant's name contains {args.k!r}", file=sys.stderr)

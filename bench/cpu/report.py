@@ -90,7 +90,7 @@ def _variants(results: Sequence[dict]) -> str:
         base = next((name for name in r.get("ms", ()) if name not in r.get("ratios", {})), None)
         for name, verdict in r["parity"].items():
             timed_here = name in r.get("ms", {})
-            ms = f"{r['ms'][name]['median']:.2f}" if timed_here else "-"
+            ms = f"{r['ms'][name]['median']:.{2 if r['ms'][name]['median'] >= 1 else 4}f}" if timed_here else "-"
             times = "1" if name == base and timed_here else span(r.get("ratios", {}).get(name))
             memory = number(r.get("saved_mib", {}).get(name), 1)
             rows.append([r["case"], r["direction"], str(r["threads"]), name, gate(verdict), ms, times, memory])
@@ -152,6 +152,7 @@ SECTIONS = (
     ("decay", "Decays", _variants),
     ("checkpoint", "A checkpoint every n chunks", _variants),
     ("dtype", "Input types", _variants),
+    ("delta rule", "The delta rule: exact steps of one token", _variants),
     ("memory", "Memory of one forward and backward, beyond the inputs", _memory),
     ("scaling", "Scaling, forward and backward", _scaling),
 )  # fmt: skip

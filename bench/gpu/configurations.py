@@ -19,9 +19,24 @@ def table(settings: Settings) -> dict[str, dict[str, object]]:
     return {} if settings.backend != "triton" else {name: {str(c): c for c in found} for name, found in _configs().KERNELS.items()}
 
 
-def forced(kernel: str | None, label: str | None, settings: Settings):
-    """A context in which a kernel's launches take one configuration; None leaves the choice to each kernel."""
-    return contextlib.nullcontext() if kernel is None else _configs().force(kernel, table(settings)[kernel][label])
+#: whether the forward's chain computes the output, in calls that are to launch a kernel
+FUSED = {"linear_chain_fwd_fused": True, "linear_chain_fwd": False, "linear_output": False}
+
+
+@contextlib.contextmanager
+def forced(kernel: str | None, label: str | None, settings: Settings) -> Iterator[None]:
+    """A context in which a kernel is launched, with one configuration; None leaves the choice to each kernel."""
+    with contextlib.ExitStack() as stack:
+        if kernel is not None:
+            stack.enter_context(_configs().force(kernel, table(settings)[kernel][label]))
+        if kernel in FUSED:
+            stack.enter_context(_configs().fuse(FUSED[kernel]))
+        yield
+
+
+def fused():
+    """A context in which the chain computes the output wherever it can, as calls of many heads do."""
+    return _configs().fuse(True)
 
 
 @contextlib.contextmanager
@@ -31,15 +46,16 @@ def launches(settings: Settings) -> Iterator[dict[str, str]]:
     if settings.backend != "triton":
         yield seen
         return
-    configs, choose = _configs(), _configs().choose
+    from miras_kernels.kernels.common import launch
 
-    def watched(kernel: str, *arguments, **more):
-        config = choose(kernel, *arguments, **more)
-        seen[kernel] = str(config)
-        return config
+    start = launch.start
 
-    configs.choose = watched
+    def watched(kernel, grid, config, *arguments):
+        seen[kernel.__name__] = str(config)
+        start(kernel, grid, config, *arguments)
+
+    launch.start = watched
     try:
         yield seen
     finally:
-        configs.choose = choose
+        launch.start = start

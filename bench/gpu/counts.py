@@ -78,6 +78,7 @@ SPECIMENS = {
 def executed(specimen: Specimen, direction: str, tokens: int) -> list[dict]:
     """The launches of a call, in order, with what is counted of each."""
     import torch
+    from miras_kernels.kernels.common import configs
 
     from ptx import compiling, host
 
@@ -103,7 +104,7 @@ def executed(specimen: Specimen, direction: str, tokens: int) -> list[dict]:
         kernel = counts.program.kernel
         found.append(dict(kernel=kernel.name, heads=heads, threads=kernel.threads, registers=registers, shared=shared, counts=values))
 
-    with host.on_machine(specimen.architecture, instead=count):
+    with configs.fuse(True), host.on_machine(specimen.architecture, instead=count):  # as the shapes, which fill a chip, do
         kernel(inputs, "triton", direction)()
     return found
 

@@ -9,13 +9,14 @@ on each chip are in offline/resources.json, which tests/triton/test_compile.py c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
     "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS",
-    "Config", "Denial", "Key", "choose", "eligible", "force", "forced", "stream",
+    "Config", "Denial", "Key", "choose", "eligible", "force", "forced", "fuse", "stream",
 ]  # fmt: skip
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
@@ -41,7 +42,8 @@ class Config(NamedTuple):
         return f"v{self.block_v}-k{self.block_k}-w{self.warps}-s{self.stages}" + (f"-r{self.registers}" if self.registers else "")
 
 
-class Key(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Key:
     """What a configuration is chosen by."""
 
     key_dim: int
@@ -92,6 +94,26 @@ class Key(NamedTuple):
         widest = {"linear_chain_fwd": 64, "linear_chain_bwd": 32}[chain]  # values of a row that a coupling bias can hold
         tall = chain == "linear_chain_bwd" and self.chunk_size == 128 and self.key_dim > 64
         return self.itemsize == 4 or self.key_dim > 128 or tall or (self.coupled and self.value_dim > widest)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the forward's chain can compute the output too (linear/fused.py): its program has registers for both."""
+        if self.gated or self.momentum or self.channels or self.coupled or self.padded_k > 128:
+            return False
+        return self.chunk_size in (16, 64) or (self.chunk_size == 32 and self.padded_k <= 64)
+
+    def fuses(self, heads: int, multiprocessors: int, architecture: str) -> bool:
+        """Whether it does, for ``heads`` sequences x heads on a chip of so many multiprocessors.
+
+        That moves less than half as many bytes, but the output is no longer parallel over chunks. So the programs, of 32 values each,
+        must occupy 7 of 8 multiprocessors. This was modelled for sm_90 (bench/gpu/counts.py), not measured; other chips have not been
+        modelled. Masks of keys and values would take registers.
+        """
+        if _fusing is not None or not self.fusable:
+            return bool(_fusing) and self.fusable
+        padding = (self.key_dim, self.value_dim) != (self.padded_k, self.padded_v)
+        programs = heads * -(-self.value_dim // 32)
+        return architecture.startswith("sm_9") and self.itemsize == 2 and not padding and 7 * multiprocessors <= 8 * programs
 
     def blocks(self, config: Config) -> tuple[int, int]:
         """Tile sizes along values and keys, at most the padded head dimension."""
@@ -156,6 +178,11 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(64, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size == 64 and key.padded_k == 64),
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
+    ),
+    "linear_chain_fwd_fused": (
+        (Config(32, 0, 4, 3, 255), lambda key: key.fusable and key.padded_k <= 64),
+        (Config(32, 0, 4, 2, 255), lambda key: key.fusable),
+        (Config(16, 0, 4, 2, 255), lambda key: key.fusable),
     ),
     "linear_chain_fwd_streamed": (
         (Config(32, 64, 8, 1, 255), lambda key: not key.coupled and key.itemsize == 2 and not _busy(key)),
@@ -259,6 +286,9 @@ DENIED: tuple[Denial, ...] = (
     Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w4-s3", "spills up to 24 bytes"),
     Denial("sm_8", "", "", "linear_dqk_bwd", "v32-k64-w4-s3-r255", "spills up to 80 bytes"),
     Denial("sm_8", "", "", "mlp_dq_bwd", "v0-k32-w8-s1-r255", "spills up to 1312 bytes, the narrower one almost none"),
+    Denial("gfx942", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 92 registers with 128 keys"),
+    Denial("sm_8", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 64 bytes with a final state"),
+    Denial("sm_10", "", "", "linear_chain_fwd_fused", "v32-k0-w4-s2-r255", "spills 32 bytes with Lp"),
     Denial("sm_8", "", "", "linear_chain_bwd", "v32-k0-w4-s2", "spills 128 bytes"),
     Denial("sm_10", "", "", "linear_chain_bwd", "v32-k0-w4-s2", "spills up to 32 bytes"),
     Denial("sm_10", "", "", "linear_chain_bwd", "v32-k0-w4-s2-r255", "spills 72 bytes with a delta per channel"),
@@ -266,6 +296,7 @@ DENIED: tuple[Denial, ...] = (
 
 _forced: dict[str, Config] = {}
 _streaming: bool | None = None
+_fusing: bool | None = None
 
 
 def eligible(kernel: str, key: Key) -> tuple[Config, ...]:
@@ -337,3 +368,14 @@ def stream(whether: bool) -> Iterator[None]:
         yield
     finally:
         _streaming = before
+
+
+@contextlib.contextmanager
+def fuse(whether: bool) -> Iterator[None]:
+    """Within the context the forward's chain computes the output too, or not, whatever the sizes; for tests and benchmarks."""
+    global _fusing
+    before, _fusing = _fusing, whether
+    try:
+        yield
+    finally:
+        _fusing = before

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .retention import Retention
 
 __all__ = ["MatrixStrides", "Problem", "Slots", "Strides", "launch", "start", "tiles"]
 
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -84,6 +86,7 @@ class Problem:
         self.slots = self.segments(call.chunk_size)
         self.device = call.q.device
         self.architecture = architecture_of(self.device)
+        self._plans = _plans(self.key, self.architecture)
         self.bias = Bias.of(call.bias, 0 if not call.bias.needs_delta else call.delta.dim() - 2)
         self.retention = Retention.of(call.retention)
         self.shared = self._shared()
@@ -110,7 +113,14 @@ class Problem:
         return Shared(tensors | numbers, constants)
 
     def plan(self, kernel: str, along: str | None) -> Plan:
-        return _plan(kernel, along, self.key, self.architecture, configs.forced(kernel))
+        """How a kernel is launched; ``along`` as in :func:`launch`."""
+        which = kernel, along, configs.forced(kernel)
+        return self._plans.get(which) or self._plans.setdefault(which, Plan.of(kernel, along, self.key, self.architecture))
+
+    def fuses(self) -> bool:
+        """Whether a linear memory's forward computes the output in its chain: `configs` decides; gates by channel need registers too."""
+        plain = self.lr.dim() == 3 and self.bias.delta < 2
+        return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.device), self.architecture)
 
     def segments(self, size: int) -> Slots:
         return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
@@ -147,16 +157,20 @@ class Plan(NamedTuple):
     blocks: dict  # tile sizes, by the kernels' names
     tiles: int  # programs among which the axis is divided
 
+    @staticmethod
+    def of(kernel: str, along: str | None, key: configs.Key, architecture: str) -> Plan:
+        config, blocks = configs.choose(kernel, key, architecture), {}
+        if along == "hidden":
+            blocks = dict(BD=key.padded_v, BH=key.block_hidden(config))
+        elif along:
+            blocks = dict(zip(("BV", "BK"), key.blocks(config), strict=True))
+        return Plan(config, blocks, key.tiles(kernel, config, along) if along else 1)
+
 
 @functools.lru_cache(1024)
-def _plan(kernel: str, along: str | None, key: configs.Key, architecture: str, forced: configs.Config | None) -> Plan:
-    """``along`` as in :func:`launch`; ``forced`` only tells apart what `configs.choose` returns."""
-    config, blocks = configs.choose(kernel, key, architecture), {}
-    if along == "hidden":
-        blocks = dict(BD=key.padded_v, BH=key.block_hidden(config))
-    elif along:
-        blocks = dict(zip(("BV", "BK"), key.blocks(config), strict=True))
-    return Plan(config, blocks, key.tiles(kernel, config, along) if along else 1)
+def _plans(key: configs.Key, architecture: str) -> dict[tuple, Plan]:
+    """Those made so far, by kernel, axis and forced configuration."""
+    return {}
 
 
 def tiles(kernel: str, problem: Problem, along: str) -> int:
@@ -165,9 +179,16 @@ def tiles(kernel: str, problem: Problem, along: str) -> int:
 
 
 def options(config: configs.Config, architecture: str) -> dict:
-    """A configuration as the compiler's options."""
+    """A configuration as the compiler's options.
+
+    Products and sums are not fused: a fused sum over lanes rounds differently in each of them, and several lanes store such a sum to one
+    address, so that the last bit would vary from run to run. Matrix products without tensor cores are fused in any case.
+    Triton before 3.7 pipelines loops for sm_90 wrongly: without the fence between an asynchronous copy and a product that reads its data,
+    and with a product's operand in registers overwritten while the product runs (tests/ptx reports both).
+    """
     bound = {"maxnreg": config.registers} if config.registers and architecture.startswith("sm_") else {}
-    return dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **bound)
+    stages = 1 if OLD and architecture.startswith("sm_9") else config.stages
+    return dict(num_warps=config.warps, num_stages=stages, enable_fp_fusion=False, **bound)
 
 
 @functools.cache
@@ -178,6 +199,12 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; more than any for another device, as in a recording."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**31
 
 
 def architecture_of(device: torch.device) -> str:

@@ -28,7 +28,7 @@ from ..common.decays import Weights
 from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from ..common.launch import MatrixStrides, Problem, launch, tiles
-from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, rounded, store, wide
+from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
 from .chain_streamed import linear_chain_fwd_streamed
 from .chain_streamed_bwd import linear_chain_bwd_streamed
 
@@ -65,7 +65,8 @@ def linear_chain_fwd(
     v = head_of(v, v_strides, i_b, i_h)
     state = (i_n * H + i_h) * Dk * Dv
     initial += i_s * initial_strides.n + i_h * initial_strides.h
-    b_s = tl.load(initial + o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v, mask=m_kv, other=0.0)  # [BK, BV]
+    m_initial = m_kv if PART != SEGMENT else only_if(first < last, m_kv)  # an unused segment has no checkpoint
+    b_s = tl.load(initial + o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v, mask=m_initial, other=0.0)  # [BK, BV]
 
     for i_c in range(first, last):
         t0 = origin + i_c * TOKENS

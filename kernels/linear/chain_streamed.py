@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..common import bias as biases
-from ..common.chunks import HEAD, chain_program, end_of, head_of, of_chunk, segment_of, slot_of
+from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, segment_of, slot_of
 from ..common.gates import (
     CARRY,
     load_delta,
@@ -85,10 +85,11 @@ def linear_chain_fwd_streamed(
     for j in range(0, TILES * NK):
         o_k, o_v, m_kv = tile_of(j, i_tile, Dk, Dv, BK, BV)
         o_kv, o_initial = o_k[:, None] * Dv + o_v[None, :], o_k[:, None] * initial_strides.k + o_v[None, :] * initial_strides.v
-        b_s = tl.load(initial + o_initial, mask=m_kv, other=0.0)  # [BK, BV]
+        m_initial = m_kv if PART != SEGMENT else only_if(first < last, m_kv)  # an unused segment has no checkpoint
+        b_s = tl.load(initial + o_initial, mask=m_initial, other=0.0)  # [BK, BV]
         hand_on(duals + at_first, o_kv, final, state, o_kv, first < last, b_s, m_kv)
         if momenta is not None:
-            b_m = tl.load(initial_momentum + o_initial, mask=m_kv, other=0.0)  # [BK, BV]
+            b_m = tl.load(initial_momentum + o_initial, mask=m_initial, other=0.0)  # [BK, BV]
             hand_on(momenta + at_first, o_kv, final_momentum, state, o_kv, first < last, b_m, m_kv)
     tl.debug_barrier()
 

@@ -56,6 +56,9 @@ def channel_scores(
     NC: tl.constexpr = C // BC
     i_s, i_r, i_slot, i_h = chunk_program(NC, NC)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    if first_slot is not None:
+        if t0 >= eos:  # an unused slot
+            return
     o_t, o_s = i_r * BC + tl.arange(0, BC), i_s * BC + tl.arange(0, BC)
     m_t, m_s = (t0 + o_t < eos) & (t0 + o_t >= bos), (t0 + o_s < eos) & (t0 + o_s >= bos)
     q = token_of(q, q_strides, i_b, t0, i_h)
@@ -79,6 +82,9 @@ def channel_output(
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, bos, eos = chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    if first_slot is not None:
+        if t0 >= eos:  # an unused slot
+            return
     o_t, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_t, m_v = (t0 + o_t < eos) & (t0 + o_t >= bos), inside(o_v, Dv, BV)
     m_tv = m_t[:, None] & m_v[None, :]
@@ -133,6 +139,9 @@ def channel_du_bwd(
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    if first_slot is not None:
+        if t0 >= eos:  # an unused slot
+            return
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     row = (i_b * T + t0) * H + i_h
@@ -172,6 +181,9 @@ def channel_decay_bwd(
     NV: tl.constexpr = (Dv + BV - 1) // BV
     i_v, _, i_slot, i_h = chunk_program(NV, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    if first_slot is not None:
+        if t0 >= eos:  # an unused slot
+            return
     o_s, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     m_s, m_v = t0 + o_s < eos, inside(o_v, Dv, BV)
     m_sv = m_s[:, None] & m_v[None, :]

@@ -1,6 +1,7 @@
 """The linear memory (docs/mathematics.md, sections 2, 6 and 7): the launches of a forward and a backward, in order.
 
     forward     decays.py: weights from the gates;  chain.py: S and E of every chunk;  read.py: the output
+                where `configs.Key.fuses` says so:  decays.py;  fused.py: the output, without S and E in memory
     backward    decays.py;  chain.py: S and E recomputed;  linear_du_bwd;  linear_chain_bwd;  linear_dqk_bwd;  decays_bwd.py: gates
 
 A token's log-decay scales what the state at the chunk's start and earlier tokens contribute to later reads and to the next chunk. Its
@@ -26,11 +27,13 @@ from . import channel as linear_channel
 from . import read as linear_read
 from .chain import Chain, ChainGradients, chain_gradients, empty_chain, recompute, walk
 from .dqk import ReadGradients, read_gradients
+from .fused import walk_fused
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
     """``(out, final state, checkpoints)``; checkpoints: float32 matrices of every ``every``-th chunk, None for ``every = 0``."""
-    chain, weights = empty_chain(p), chunk_weights(p)
+    fused, weights = p.fuses(), chunk_weights(p)
+    chain, out = (None, p.result(p.value_dim)) if fused else (empty_chain(p), None)
     matrices = p.call.state.matrices()
     segments = p.segments(p.chunk_size * max(every, 1))
     several = () if len(matrices) == 1 else (len(matrices),)
@@ -40,10 +43,11 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         final = p.empty(len(initial), p.sequences, p.heads, p.key_dim, p.value_dim, dtype=torch.float32) if wanted else None
         if len(initial) > 1:  # with the same strides
             initial = torch.stack(initial).unbind(0)
-        walk(
-            p, chain, weights, p.sequences, initial, part, final=final,
-            checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=None,
-        )  # fmt: skip
+        stored = dict(checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first)
+        if fused:
+            walk_fused(p, weights, initial[0], part, out, None if final is None else final[0], **stored)
+        else:
+            walk(p, chain, weights, p.sequences, initial, part, final=final, segment_owner=None, **stored)
         return () if final is None else final.transpose(-1, -2).unbind(0)
 
     final = None
@@ -55,8 +59,10 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         start = walked(BODY.value, before)
         after = walked(TAIL.value, start)
         final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
-    parallel = linear_channel if p.key.channels else linear_read
-    return parallel.output(p, weights, chain), final, checkpoints
+    if not fused:
+        parallel = linear_channel if p.key.channels else linear_read
+        out = parallel.output(p, weights, chain)
+    return out, final, checkpoints
 
 
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:

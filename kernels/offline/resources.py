@@ -67,18 +67,23 @@ class Specimen:
     momentum: bool = False
     channel_lr: bool = False
     channel_decay: bool = False
+    fused: bool = False  # the output in the forward's chain
     steps: bool = False  # a decoding step instead
 
     def __str__(self) -> str:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
-        marks = [name for name in ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "steps") if getattr(self, name)]
+        flags = ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "fused", "steps")
+        marks = [name for name in flags if getattr(self, name)]
         marks += ([] if self.retention.is_identity else [self.retention.name]) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
 
     def launches(self) -> list[offline.Launch]:
         """What its forward and backward launch, or its decoding step."""
-        return offline.recorded_step(self.call()) if self.steps else offline.recorded(self.call(), 4)
+        if self.steps:
+            return offline.recorded_step(self.call())
+        with configs.fuse(self.fused):
+            return offline.recorded(self.call(), 4)
 
     def call(self) -> Call:
         b, t, h = (4, 1, 16) if self.steps else (1 if self.final else 2, 4096, 16)
@@ -136,6 +141,12 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(64, 64, 64, channel_decay=True)
     yield Specimen(64, 64, 64, momentum=True, channel_decay=True)
     yield Specimen(128, 128, 128, momentum=True, channel_decay=True, dtype=float32)
+    yield Specimen(64, 64, 64, fused=True)
+    yield Specimen(128, 128, 64, fused=True)
+    yield Specimen(128, 128, 16, fused=True, dtype=torch.float16)
+    yield Specimen(64, 64, 32, L2(), fused=True, decays=False)
+    yield Specimen(128, 128, 64, fused=True, final=True)
+    yield Specimen(128, 128, 64, smooth, fused=True)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
         yield Specimen(d, d, c, switch, hidden=hidden)
     yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)
@@ -215,9 +226,9 @@ def spills_allowed(job: Job) -> float:
 
     0, except: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (it spills none in
     chunks of 64 on sm_90); 128 for the float32 backward chain of two matrices on sm_80; 16 for the backward chain of more than 64 keys
-    under a smoothed bias, of whose four warps two programs fit on a multiprocessor; 64 for the backward of the MLP memory; and 1536 for
-    the MLP memory in float32, on sm_80, and for heads wider than 64 in chunks of fewer than 64 tokens, where products take their operands
-    from registers.
+    under a smoothed bias, of whose four warps two programs fit on a multiprocessor; 64 for the chain with the output in it on sm_80,
+    where it is not used, and for the backward of the MLP memory; and 1536 for the MLP memory in float32, on sm_80, and for heads wider
+    than 64 in chunks of fewer than 64 tokens, where products take their operands from registers.
     """
     if not job.target.startswith("sm_"):
         return math.inf
@@ -226,6 +237,8 @@ def spills_allowed(job: Job) -> float:
         return math.inf
     if job.kernel == "linear_chain_bwd_streamed" and specimen.momentum and (job.target, specimen.dtype) == ("sm_80", torch.float32):
         return 128
+    if (job.kernel, job.target) == ("linear_chain_fwd_fused", "sm_80"):
+        return 64
     if job.kernel == "linear_chain_bwd" and specimen.bias.name == "lp_smooth" and job.config.warps == 4 and specimen.key_dim > 64:
         return 16
     if not job.kernel.startswith("mlp_") or job.kernel in configs.STEPS:

@@ -11,7 +11,8 @@ others. These integers are
 * H, and B T H;
 * the strides of q, k and v.
 
-So a run with H = 16, the command's default, serves every T and B, every H that is a multiple of 16, and q, k and v in any memory
+The forward is compiled in both of its forms, with the output in the chain over the chunks and after it (docs/backends.md). So a run
+with H = 16, the command's default, serves every T and B, every H that is a multiple of 16, and q, k and v in any memory
 order, if the head dimensions are multiples of 16. Other numbers of heads need a run with them (``--heads 8``); B T must then be a multiple
 of 16 where H is not. With ``--steps`` a :class:`~miras_kernels.Decoder` finds its code too, for any B and any number of tokens. Never
 compiled in advance: calls that resume from a state cut inside a chunk, thresholds per channel, and on AMD GPUs tensors beyond 2 GiB. A run
@@ -197,14 +198,27 @@ def counting() -> Iterator[Counts]:
         knobs.compilation.listener = before
 
 
+def forms(variant: Variant, architecture: str) -> list[contextlib.AbstractContextManager[None]]:
+    """Contexts for a forward, in which the chain computes the output or not: both where calls of more heads take the other form."""
+    from .kernels.common import configs
+
+    taken = (False, True) if configs.Key.of(variant.call(variant.sizes()[0])).fuses(1, 1, architecture) else (False,)
+    return [configs.fuse(whether) for whether in taken]
+
+
 def make_calls(variant: Variant, device: str) -> None:
     """Make every call of a kind, with its backward if it has one, and a decoder's step."""
+    from .kernels.common import launch
+
+    architecture = launch.architecture(torch.device(device))
     for sizes in variant.sizes():
         if variant.steps:
             state = MemoryState((torch.zeros(variant.batch, sizes.heads, variant.value_dim, variant.key_dim, device=device),))
             reader = Decoder(state, chunk_size=variant.chunk_size, bias=variant.bias, backend="triton")
             reader.step(**variant.token(sizes, device))
-        out, final = linear_memory(**variant.arguments(sizes, device), backend="triton")
+        for form in forms(variant, architecture):
+            with form:
+                out, final = linear_memory(**variant.arguments(sizes, device), backend="triton")
         if variant.differentiate:
             results = [out, *(final.dual if final is not None and sizes.state_grad else ())]
             torch.autograd.backward(results, [torch.zeros_like(x) for x in results])
@@ -239,7 +253,9 @@ def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
     call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
     every = options.checkpoint_interval(variant.chunk_size) if variant.differentiate else 0
     with launch.recording(lambda *what: found.append(offline.Launch(*what)), target):
-        out, final, saved = autograd._forward(call, "triton", every)
+        for form in forms(variant, target):
+            with form:
+                out, final, saved = autograd._forward(call, "triton", every)
         if variant.differentiate:
             backend.backward(call, every, saved, torch.empty_like(out), [torch.empty_like(final[0])] if sizes.state_grad else [])
     return found + (offline.recorded_step(variant.step(sizes), target) if variant.steps else [])

@@ -15,7 +15,7 @@ import torch
 
 from bench.common import implementations, results, timing
 from bench.cpu import __main__ as cpu
-from bench.cpu import cases, plots, program, report, studies, targets, watch
+from bench.cpu import cases, delta_rule, plots, program, report, studies, targets, watch
 from miras_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +94,23 @@ def test_baselines_of_the_mlp_memory(monkeypatch):
         assert any(note.startswith("titans-pytorch cannot be imported") for note in result["notes"])
     linear, mlp = (section([result]) for _, _, section in report.SECTIONS[:2])
     assert "MLP D64 C16" in mlp and not linear
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("size", delta_rule.SIZES)
+def test_the_delta_rule_against_others(monkeypatch, size):
+    """What is not installed is left out; what computes something else gets no time."""
+    settings = dataclasses.replace(SETTINGS, backend="reference" if dispatch.unavailable("cpp") else "cpp")
+    monkeypatch.setitem(sys.modules, "ggml", None)
+    wrong = lambda inputs, direction: lambda: tuple(2 * x for x in delta_rule.kernel(inputs, "reference", direction)())
+    monkeypatch.setattr(delta_rule, "transformers", wrong)
+    for result in delta_rule.study_delta_rule(size, 1, settings):
+        ours = {"public function", "decoder"} if size.startswith("one token") else {"chunk 1", "chunk 64"}
+        assert set(result["ms"]) == ours and all(result["parity"][name]["ok"] for name in ours)
+        assert result["direction"] != implementations.FORWARD or any(note.startswith("ggml: left out") for note in result["notes"])
+        assert size.startswith("one token") or not result["parity"]["transformers"]["ok"]
+    (section,) = (section([result]) for study, _, section in report.SECTIONS if study == "delta rule")
+    assert all(name in section for name in ours)
 
 
 def refuse_momentum(monkeypatch, backend: str = "reference") -> None:

@@ -88,6 +88,17 @@ def test_times(tmp_path, backend):
     assert shown.stdout == done.stdout and "fla delta rule: did not run" in shown.stdout
 
 
+@pytest.mark.slow
+def test_launches():
+    """Host times without a device; every case launches something both ways."""
+    pytest.importorskip("triton")
+    command, environment = [sys.executable, "-m", "bench.gpu", "launches"], {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 6 and all(float(cell) > 0 for row in rows for cell in row[1:])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "times", "--backend", "reference", "--json", str(tmp_path / "a.json")]
@@ -398,11 +409,12 @@ def test_times_on_a_device(monkeypatch):
 
 
 def test_measured_kernels_beside_modelled_ones():
-    result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_output": 1000.0, "other": 1.0}}
+    result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_chain_fwd_fused": 1000.0, "other": 1.0}}
     version = next(label for label in counts.read() if label != "7c81e26")
     environment = {"device": {"name": "NVIDIA H200"}, "versions": {"triton": version}}
-    expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_output"]
+    expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_chain_fwd_fused"]
     cells = lambda given: [[cell.strip() for cell in line.split("|")[1:-1]] for line in report._modelled(result, given).split("\n")[-2:]]
     ours, other = cells(environment)
-    assert ours == ["linear_output", "1000", f"{expected:.0f}", report.number(1000 / expected)] and other == ["other", "1", "-", "-"]
-    assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_output", "1000", "-", "-"]
+    assert ours == ["linear_chain_fwd_fused", "1000", f"{expected:.0f}", report.number(1000 / expected)]
+    assert other == ["other", "1", "-", "-"]
+    assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_chain_fwd_fused", "1000", "-", "-"]

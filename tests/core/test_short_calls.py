@@ -14,8 +14,14 @@ from miras_kernels.tables import memories
 from miras_kernels.testing import Case, check_steps, steps
 from miras_kernels.testing.steps import cut
 
+#: every token is a chunk
+CHUNK_1 = [
+    Case("chunk-1-momentum-channels", chunk_size=1, momentum=True, decay="channel", lr="channel"),
+    Case("chunk-1-mlp-momentum", chunk_size=1, momentum=True, **MLP),
+]
 
-@pytest.mark.parametrize("case", [*PAIRS[::2], *SIZES], ids=str)
+
+@pytest.mark.parametrize("case", [*PAIRS[::2], *SIZES, *CHUNK_1], ids=str)
 def test_short_inputs_are_decoded(case, monkeypatch, poisoned):
     """A sequence cut into single tokens and short runs gives the results of the whole, on the kernels, for all gates."""
     taken, on_value = [], Steps.on_value

@@ -201,6 +201,26 @@ template <class Params> Floats steps(void (*kernel)(const Params&, int64_t, int6
   return out;
 }
 
+// Chunks of one token with the decay in every key channel against those of the block kernels with one decay
+void keyed(const cpu::Kernels& kernels, const std::string& level, LinearForward p, LinearBackward b, const Floats& out,
+           std::vector<const Floats*> gradients, const Floats& decay, int K) {
+  const auto run = [&](auto forward, auto backward) {
+    forward(p, 0, p.tasks()), backward(b, 0, b.tasks());
+    std::vector<Floats> found{out};
+    for (const Floats* gradient : gradients) found.push_back(*gradient);
+    return found;
+  };
+  p.chunk = b.chunk = 1;
+  const std::vector<Floats> wanted = run(kernels.block_forward, kernels.block_backward);
+  Floats channels(decay.size() * K), gradient(channels.size());
+  for (size_t i = 0; i < channels.size(); ++i) channels[i] = decay[i / K];
+  p.log_decay = b.log_decay = {}, p.key_log_decay = b.key_log_decay = tokens(channels.data(), K);
+  b.dlog_decay = {}, b.dkey_log_decay = tokens(gradient.data(), K);
+  const std::vector<Floats> found = run(kernels.keyed_forward, kernels.keyed_backward);
+  const char* names[] = {"forward", "backward dq", "backward dk", "backward dv", "backward dlr", "backward ddual"};
+  for (int i = 0; i < 6; ++i) compare(level + " keyed_" + names[i], found[i], wide(wanted[i]), kFloatLimit);
+}
+
 void linear(const cpu::Kernels& kernels, const std::string& level) {
   const int K = 20, V = 13;
   Inputs in(K, V);
@@ -234,6 +254,7 @@ void linear(const cpu::Kernels& kernels, const std::string& level) {
   };
   p.chunk = b.chunk = kChunk, p.C = b.C = 2 * kChunk;
   check(level + " block", kernels.block_forward, kernels.block_backward);
+  keyed(kernels, level, p, b, out, {&dq, &dk, &dv, &dlr, &d_dual}, in.decay, K);
   p.chunk = b.chunk = 0, p.C = b.C = kChunk;
   check(level + " linear", kernels.linear_forward, kernels.linear_backward);
 

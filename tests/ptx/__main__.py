@@ -5,11 +5,11 @@ PYTHONPATH=tests MIRAS_TRITON=ptx:sm_90 python -m ptx fuzz --backend triton --se
 
 import os
 
-from .host import known, on_machine
+from .host import on_machine
 
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from miras_kernels.__main__ import main
 
-    with on_machine(os.environ.get("MIRAS_TRITON", "ptx:sm_90").removeprefix("ptx:"), known):
+    with on_machine(os.environ.get("MIRAS_TRITON", "ptx:sm_90").removeprefix("ptx:")):
         raise SystemExit(main())

@@ -54,7 +54,7 @@ def worker() -> concurrent.futures.ProcessPoolExecutor:
 _known: dict[str, Compiled] = {}
 
 
-def compiled(kernel, arguments: dict, config, architecture: str, fusion: bool = True) -> Compiled:
+def compiled(kernel, arguments: dict, config, architecture: str) -> Compiled:
     """The PTX of a launch, specialised for its arguments as Triton does it."""
     unaligned: list[tuple[int, ...]] = []
 
@@ -71,13 +71,13 @@ def compiled(kernel, arguments: dict, config, architecture: str, fusion: bool = 
 
     given = {name: described(arguments[name], i) for i, name in enumerate(kernel.arg_names)}
     function = getattr(kernel, "fn", kernel)
-    job = (function.__module__, function.__name__, given, config, architecture, unaligned, fusion)
+    job = (function.__module__, function.__name__, given, config, architecture, unaligned)
     if repr(job) not in _known:
         _known[repr(job)] = worker().submit(_compile, *job).result()
     return _known[repr(job)]
 
 
-def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[tuple], fusion: bool) -> Compiled:
+def _compile(module: str, name: str, arguments: dict, config, architecture: str, unaligned: list[tuple]) -> Compiled:
     import triton
     from miras_kernels.kernels.common import launch
     from miras_kernels.kernels.offline import compile as offline
@@ -88,8 +88,7 @@ def _compile(module: str, name: str, arguments: dict, config, architecture: str,
     source = offline.source(offline.Launch(kernel, arguments, config))
     for place in unaligned:
         source.attrs.pop(place, None)
-    options = launch.options(config, architecture) | dict(enable_fp_fusion=fusion)
-    found = triton.compile(source, target=offline.TARGETS[architecture], options=options)
+    found = triton.compile(source, target=offline.TARGETS[architecture], options=launch.options(config, architecture))
     taken = []
     for x in kernel.arg_names:
         kind = source.signature[x]
@@ -107,6 +106,6 @@ def registers(ptx: str) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name={target}", "-o", "/dev/null", file.name]
+        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={target}", "-o", "/dev/null", file.name]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(re.search(r"Used (\d+) registers", found.stderr)[1])

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +19,8 @@ from torch import Tensor
 
 from miras_kernels.backends.cuda import CudaBackend
 
-from .host import Faults, Launch, program
-from .shadow import Report
+from .compiling import CACHE
+from .host import Faults, Launch, poisoned, program
 
 __all__ = ["build", "on_machine"]
 
@@ -26,31 +29,29 @@ STUB = Path(__file__).with_name("cudart_stub.cpp")
 RECEIVE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
 
 
-def build(nvcc: str, folder: Path, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]:
-    """The library for CPU tensors, and the PTX of every kernel by its name without what nvcc says of the file."""
-    flags = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-arch={architecture.replace('sm', 'compute')}"]
-    entries = {}
-    for source in sorted(SOURCES.glob("*.cu")):
-        target = folder / f"{source.stem}.ptx"
-        subprocess.run([*flags, "-ptx", str(source), "-o", str(target)], check=True)
-        text = target.read_text()
-        entries |= {plain(name): text for name in re.findall(r"\.entry\s+(\w+)", text)}
-    library = folder / "on_machine.so"
-    sources = [*map(str, sorted(SOURCES.glob("*.cu"))), str(STUB)]
-    command = [*flags, "-cudart", "none", "-shared", "-Xcompiler", "-fPIC", *sources, "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library, entries
-
-
-def plain(name: str) -> str:
-    """A mangled name without the hash of an anonymous namespace."""
-    return re.sub(r"\d+_GLOBAL__N__[0-9a-f]+_\d+_\w+?_cu_[0-9a-f]{8}", "", name)
+def build(nvcc: str) -> tuple[Path, dict[str, str]]:
+    """The library for CPU tensors, and the PTX of every kernel by its name; kept in ``build/ptx`` until a source changes."""
+    given = [*sorted(SOURCES.glob("*.cu")), STUB]
+    read = [*given, *SOURCES.glob("*.h"), *SOURCES.parent.glob("*.h"), Path(__file__)]
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in read) + os.path.realpath(nvcc).encode()).hexdigest()[:16]
+    folder = CACHE / f"cuda-{name}"
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=CACHE))
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", "-arch=compute_80", "-keep", f"--keep-dir={made}"]
+        target = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
+        subprocess.run([nvcc, *flags, *map(str, given), *target], check=True)
+        for path in made.iterdir():
+            if path.suffix not in (".ptx", ".so"):
+                path.unlink()
+        with contextlib.suppress(OSError):  # another process was faster
+            made.rename(folder)
+    texts = [path.read_text() for path in folder.glob("*.ptx")]
+    return folder / "on_machine.so", {name: text for text in texts for name in re.findall(r"\.entry\s+(\w+)", text)}
 
 
 @contextlib.contextmanager
-def on_machine(
-    built: tuple[Path, dict[str, str]], allowed: Callable[[Report], bool] | None = None, before: Callable[[Launch], None] | None = None
-) -> Iterator[CudaBackend]:
+def on_machine(built: tuple[Path, dict[str, str]], before: Callable[[Launch], None] | None = None) -> Iterator[CudaBackend]:
     """Within it the backend that this gives runs on CPU tensors. It knows those whose address was asked for."""
     path, entries = built
     backend, tensors, faults = CudaBackend(path, "cpu"), {}, []
@@ -62,17 +63,15 @@ def on_machine(
 
     def receive(name: bytes, blocks: int, threads: int, shared: int, arguments) -> None:
         try:
-            key = plain(name.decode())
-            found = re.search(rf"\.entry\s+(\w+{re.escape(key[key.index('cuda') + 4 :])})\(", entries[key])[1]
-            given = [_argument(kind, arguments[i]) for i, kind in enumerate(_sizes(entries[key], found))]
+            entry = name.decode()
+            given = [_argument(kind, arguments[i]) for i, kind in enumerate(_sizes(entries[entry], entry))]
             words = {int.from_bytes(x[i : i + 8], "little") for x in given if isinstance(x, bytes) for i in range(0, len(x) - 7, 8)}
             pointers = {at: x for at, x in tensors.items() if at in words}
-            launch = Launch(entries[key], given, (blocks,), shared, re.escape(found), pointers)
+            launch = Launch(entries[entry], given, (blocks,), shared, re.escape(entry), pointers)
             assert program(launch.ptx, launch.entry).kernel.threads == threads
             if before is not None:
                 before(launch)
-            reports = [x for x in launch.run()[0] if allowed is None or not allowed(x)]
-            if reports:
+            if reports := launch.run()[0]:
                 raise Faults(reports)
         except BaseException as error:  # C code is in between
             faults.append(error)
@@ -82,7 +81,8 @@ def on_machine(
     library.miras_receive(callback)
     Tensor.data_ptr = noted
     try:
-        yield backend
+        with poisoned():
+            yield backend
     finally:
         Tensor.data_ptr = address
         if faults:

@@ -18,29 +18,13 @@ from .parse import parse
 from .shadow import INITIALISED, VALID, Report, Reports, Space
 from .translate import Program
 
-__all__ = ["Faults", "Launch", "known", "on_machine"]
+__all__ = ["Faults", "Launch", "on_machine", "poisoned"]
 
 #: what fresh memory is filled with: not a number in float32, bfloat16 and float16. Eight such bytes count as uninitialised
 POISON = 0x7FA7
 FIRST, GAP = 0x7F00_0000_0000, 512
 #: threads that run side by side
 THREADS = 4096
-
-
-def known(report: Report) -> bool:
-    """Faults of the compiler, and faults of the kernels that are not fixed yet.
-
-    Triton before 3.7 puts no fence.proxy.async between a cp.async and a wgmma that reads its data, and lets a loop overwrite registers that
-    a wgmma still reads (triton-lang/triton pull request 9610 has the fences). The compiler adds up mirrored lanes in mirrored order, so
-    that their sums differ in the last bit, and several of them store theirs to one address. A chain reads the checkpoint of a spare
-    segment of packed sequences, which is never written, and ignores it.
-    """
-    import triton
-
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    of_old = ("a wgmma reads what no fence.proxy.async followed", "overwrites a register of a wgmma that was not waited for")
-    spare = report.kind == "reads uninitialised memory (global)" and "_chain_fwd" in report.kernel
-    return spare or report.kind.startswith("threads store different bits") or (old and report.kind in of_old)
 
 
 class Faults(AssertionError):
@@ -115,23 +99,35 @@ class Launch:
     shared: int = 0
     entry: str = r"[\w$]+"
     pointers: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # in structs, which are arguments of type bytes
+    name: str = ""  # of a Triton kernel and its configuration
 
-    def run(self, counting: bool = False, chip=None, heads: int | None = None) -> tuple[list[Report], Counts | None]:
-        """Execute it; with ``heads`` only the programs of the first heads, where the grid's second axis has them.
-
-        ``chip``: whose latencies the counts' clock takes (bench/gpu/chips.py).
+    def run(
+        self,
+        counting: bool = False,
+        made: Program | None = None,
+        most: int = 2**31,
+        machine: Callable[..., Machine] = Machine,
+        chip=None,
+        heads: int | None = None,
+    ) -> tuple[list[Report], Counts | None]:
         """
-        made = program(self.ptx, self.entry)
+        Args:
+            made: another program than that of the PTX. most: only so many CTAs, the first ones.
+            chip: whose latencies the counts' clock takes (bench/gpu/chips.py).
+            heads: only the programs of the first heads, where the grid's second axis has them.
+        """
+        made = made or program(self.ptx, self.entry)
         reports = Reports(made.kernel.name, made.kernel.instructions, made.kernel.threads)
         memory = Memory([*self.pointers.values(), *(x for x in self.arguments if isinstance(x, Tensor))], made.granule, reports)
         values = [memory.argument(x, self.pointers) for x in self.arguments]
         names = [name for name, _ in made.kernel.parameters]
         parameters = dict(zip(names, [*values, *[0] * (len(names) - len(values))], strict=True))
         grid = (*self.grid, 1, 1)[:3]
-        ctas, batch = np.arange(grid[0] * min(grid[1], heads or grid[1]) * grid[2]), max(THREADS // made.kernel.threads, 1)
+        ctas = np.arange(min(grid[0] * min(grid[1], heads or grid[1]) * grid[2], most))
+        batch = max(THREADS // made.kernel.threads, 1)
         counts = Counts(made, memory.space, chip) if counting or chip is not None else None
         for i in range(0, len(ctas), batch):
-            Machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, self.shared, counts).run()
+            machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, self.shared, counts).run()
         memory.back()
         return list(reports.found.values()), counts
 
@@ -146,44 +142,33 @@ class Launch:
 
 @contextlib.contextmanager
 def on_machine(
-    architecture: str,
-    allowed: Callable[[Report], bool] | None = None,
-    before: Callable[[Launch], None] | None = None,
-    fusion: bool = True,
-    instead: Callable[[Launch], None] | None = None,
-) -> Iterator[list[Report]]:
-    """Within it ``backend="triton"`` runs CPU tensors on the machine, compiled for ``sm_80`` or ``sm_90``.
+    architecture: str, before: Callable[[Launch], None] | None = None, instead: Callable[[Launch], None] | None = None
+) -> Iterator[None]:
+    """Within it ``backend="triton"`` runs CPU tensors on the machine, compiled for ``sm_80`` or ``sm_90``; a report raises `Faults`.
 
     Args:
-        allowed: reports that are collected in what this gives; others are raised.
         before: called with each launch before it runs. instead: called with each launch, which then does not run.
-        fusion: whether the compiler may fuse products and sums.
     """
     from miras_kernels.kernels.common import launch
 
     from miras_kernels.backends import triton as backend
 
-    found: list[Report] = []
-
     def start(kernel, grid, config, device, shared, own) -> None:
         if 0 in grid:
             return
-        arguments = shared.all | own
-        made = compiling.compiled(kernel, arguments, config, architecture, fusion)
-        given = Launch(made.ptx, made.taken(arguments), grid, made.shared)
+        arguments = launch.by_name(kernel, shared, own)
+        made = compiling.compiled(kernel, arguments, config, architecture)
+        given = Launch(made.ptx, made.taken(arguments), grid, made.shared, name=f"{kernel.__name__} {config}")
         if before is not None:
             before(given)
         if instead is not None:
             instead(given)
-            return
-        reports, _ = given.run()
-        found.extend(reports)
-        if refused := [x for x in reports if allowed is None or not allowed(x)]:
-            raise Faults(refused)
+        elif reports := given.run()[0]:
+            raise Faults(reports)
 
     changes = ((launch, "start", start), (launch, "architecture", lambda device: architecture), (backend, "interpreted", lambda: True))
-    with _replaced(*changes), _poisoned():
-        yield found
+    with _replaced(*changes), poisoned():
+        yield
 
 
 @contextlib.contextmanager
@@ -198,7 +183,7 @@ def _replaced(*changes: tuple) -> Iterator[None]:
             setattr(where, name, old)
 
 
-def _poisoned():
+def poisoned():
     """Fresh tensors are filled with POISON."""
 
     def filled(make: Callable) -> Callable:

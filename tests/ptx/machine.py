@@ -1,7 +1,8 @@
 """A batch of CTAs executing: registers are arrays over all its threads, a basic block is one Python function (translate.py).
 
 The block with the lowest number of all that have threads runs first, for all threads that are there: threads that diverged meet again
-where their paths do. A barrier ends a block; its threads wait until all of their CTA have come.
+where their paths do. Where a warp acts together (a shuffle, a matrix product) its threads wait for each other. A barrier ends a block; its
+threads wait until all of their CTA have come.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class Copy:
     at: int
 
 
+def whole_warps(threads: np.ndarray) -> bool:
+    return threads.size % 32 == 0 and bool((threads.reshape(-1, 32)[:, [0, -1]] % 32 == [0, 31]).all())
+
+
 class Machine:
     """Attributes:
     stamp: the barriers that a thread has passed, as shadow.py stores them. fenced: proxy fences of a thread, and the epoch of the last.
@@ -101,7 +106,7 @@ class Machine:
         self.ready[0], steps = self.local, 0
         with np.errstate(all="ignore"):
             while self.ready:
-                place, steps = min(self.ready), steps + 1
+                place, steps = self.next(), steps + 1
                 if steps > STEPS:
                     raise Hang(f"{self.program.kernel.name} does not end: {self.missing()}")
                 threads = self.ready.pop(place)
@@ -112,6 +117,10 @@ class Machine:
             copy = self.copies[0]
             self.reports.add("the kernel ends before an asynchronous copy is waited for", copy.at, thread=int(copy.who.thread[0]))
         self.products.end()
+
+    def next(self) -> int:
+        places = sorted(self.ready)
+        return next((x for x in places if not self.program.blocks[x].together or whole_warps(self.ready[x])), places[0])
 
     def missing(self) -> str:
         """Where the threads are that have not ended."""
@@ -215,7 +224,7 @@ class Machine:
 
     def warps(self, threads: np.ndarray, at: int) -> None:
         """Every thread of the warps must be here."""
-        if threads.size % 32 or (threads.reshape(-1, 32)[:, [0, -1]] % 32 != [0, 31]).any():
+        if not whole_warps(threads):
             raise RuntimeError(f"not all threads of a warp are at {self.program.kernel.instructions[at]}")
 
     def who(self, ix) -> Who:
@@ -323,10 +332,10 @@ class Machine:
         self.shared.views[4][(offset[:, None] + np.arange(0, size, 4)) // 4] = 0x7FA77FA7
         self.copies.append(Copy(who, self.committed[who.local].copy(), offset, values, at))
 
-    def commit(self, ix) -> None:
+    def commit(self, at: int, ix) -> None:
         self.committed[slice(None) if ix is None else ix] += 1
 
-    def wait(self, ix, pending: int) -> None:
+    def wait(self, at: int, ix, pending: int) -> None:
         """Write what has arrived, as its issuing thread: other threads still need a barrier."""
         here = np.zeros(self.local.size, bool)
         here[slice(None) if ix is None else ix] = True
@@ -343,7 +352,7 @@ class Machine:
     def arrive(self, who: Who, offset: np.ndarray, values: np.ndarray, at: int) -> None:
         self.write(self.shared, who, offset, np.ascontiguousarray(values).view(np.uint32), at, True)
 
-    def fence(self, ix) -> None:
+    def fence(self, at: int, ix) -> None:
         """fence.proxy.async: what this thread knows of is visible to wgmma."""
         chosen = slice(None) if ix is None else ix
         self.fenced[chosen] += 1

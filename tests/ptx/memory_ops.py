@@ -32,10 +32,10 @@ def register(ops: dict[str, Callable]) -> None:
     ops["vote.sync.ballot.b32"] = ops["vote.sync.any.pred"] = ops["vote.sync.all.pred"] = vote
     ops["bar.warp.sync"] = lambda e: call(e, "m.warp_barrier(ix)")
     for scope in ("", ".shared::cta"):
-        ops[f"fence.proxy.async{scope}"] = lambda e: call(e, "m.fence(ix)")
-    ops["cp.async.commit_group"] = lambda e: call(e, "m.commit(ix)")
-    ops["cp.async.wait_all"] = lambda e: call(e, "m.commit(ix); m.wait(ix, 0)")
-    ops["cp.async.wait_group"] = lambda e: call(e, f"m.wait(ix, {int(e.ins.operands[0])})", 1)
+        ops[f"fence.proxy.async{scope}"] = lambda e: call(e, f"m.fence({e.at}, ix)")
+    ops["cp.async.commit_group"] = lambda e: call(e, f"m.commit({e.at}, ix)")
+    ops["cp.async.wait_all"] = lambda e: call(e, f"m.commit({e.at}, ix); m.wait({e.at}, ix, 0)")
+    ops["cp.async.wait_group"] = lambda e: call(e, f"m.wait({e.at}, ix, {int(e.ins.operands[0])})", 1)
     for form in ("ca.shared.global", "cg.shared.global"):
         for hint in ("", ".L2::128B", ".L2::256B"):
             ops[f"cp.async.{form}{hint}"] = copy

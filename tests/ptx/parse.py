@@ -126,9 +126,10 @@ class _Body:
             self.inline += 1
 
     def where(self, place: str) -> str:
-        """``file:line``, and in which lines of other files it is inlined."""
-        names, last = [], None
-        while place and len(names) < 5:
+        """``file:line``, and in which lines of other files it is inlined; compilers write cycles."""
+        names, last, seen = [], None, set()
+        while place and place not in seen and len(names) < 5:
+            seen.add(place)
             file, line, _ = place.split()
             if file != last:
                 names.append(f"{self.files.get(file, file)}:{line}")

@@ -8,6 +8,7 @@ and nothing orders the CTAs of one launch. Writes of equal bits by several threa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -74,6 +75,7 @@ class Space:
         self.writer, self.reader = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self.written_at, self.read_at = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.fences = np.zeros(count, np.int32)  # proxy fences of the writer before its write
+        self.note: Callable | None = None  # of trace.py, told of every access
         self.views = {1: data, 2: data.view(np.uint16), 4: data.view(np.uint32), 8: data.view(np.uint64)}
 
     def places(self, address: np.ndarray, who, size: int, at: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,14 +103,24 @@ class Space:
         if ((state & (READY | ARRIVING)) != READY).any():
             self.bad_state(state, g, count, who, at, READY if initialised else VALID)
         now, thread = who.stamps(count)
+        if self.note is not None:
+            self.note(g, count, who, np.zeros(g.size, bool), False)
         writer = self.writer[g]
         unordered = self.unordered(writer, now, thread)
         if unordered.any():
             self.race("race: read after write", unordered, g, writer, self.written_at, thread, at)
         before = self.reader[g]
         alone = not before.any() if not self.stride else not (((before ^ now) & ~FLAGS) >> EPOCH == 0).any()
-        self.reader[g] = now if alone else self.joined(before, now, thread)
+        mine = now if alone else self.joined(before, now, thread)
+        self.reader[g] = mine
         self.read_at[g] = at
+        lost = np.flatnonzero(self.reader[g] != mine)
+        if lost.size:  # several threads of this instruction read one granule
+            g, thread = g[lost], thread[lost]
+            last, size = (self.reader[g] & THREAD) - 1, self.reports.size
+            scope = np.where(last // size != thread // size, IN_GRID, np.where(last // 32 != thread // 32, IN_CTA, IN_WARP))
+            for flag in (IN_WARP, IN_CTA, IN_GRID):
+                self.reader[g[scope == flag]] |= flag
 
     def write(self, g: np.ndarray, count: int, who, at: int, same: np.ndarray, asynchronous: bool = False) -> None:
         """``same``: whether memory has these bits already."""
@@ -116,6 +128,8 @@ class Space:
         if (state & (VALID | ARRIVING | IN_USE) != VALID).any() and not asynchronous:
             self.bad_state(state, g, count, who, at, VALID)
         now, thread = who.stamps(count)
+        if self.note is not None:
+            self.note(g, count, who, ~same, True)
         writer, reader = self.writer[g], self.reader[g]
         unordered = self.unordered(writer, now, thread) & ~same
         if unordered.any():

@@ -105,10 +105,27 @@ def bits() -> None:
     for side, left in (("l", True), ("r", False)):
         simple(f"shf.{side}.wrap.b32", f"A.funnel({{a}}, {{b}}, {{c}}, {left})", "b32", "b32", "b32", "u32")
     OPS["lop3.b32"] = lop3
-    simple("neg.bf16", "({a} ^ np.uint16(0x8000))", "b16", "b16")
-    simple("neg.f16", "({a} ^ np.uint16(0x8000))", "b16", "b16")
-    for t in ("bf16x2", "f16x2"):
-        simple(f"neg.{t}", "({a} ^ np.uint32(0x80008000))", "b32", "b32")
+    for t in ("bf16", "f16"):
+        for name, sign, mask in (("neg", "^", 0x8000), ("abs", "&", 0x7FFF)):
+            simple(f"{name}.{t}", f"({{a}} {sign} np.uint16({mask}))", "b16", "b16")
+            simple(f"{name}.{t}x2", f"({{a}} {sign} np.uint32({mask << 16 | mask}))", "b32", "b32")
+        for name in ("num", "nan", *COMPARISONS, *(f"{x}u" for x in COMPARISONS)):
+            OPS[f"setp.{name}.{t}"] = OPS[f"setp.{name}.{t}x2"] = compare_halves
+
+
+def compare_halves(e) -> None:
+    """Of 16-bit floats, or of two at once: the lower ones first."""
+    to, a, b = e.ins.operands
+    _, name, kind = e.ins.opcode.split(".")
+    sign, pair = COMPARISONS.get(name[:2]), kind.endswith("x2")
+    if pair != isinstance(to, tuple):
+        raise e.unknown("unknown operands")
+    for i, result in enumerate(to if pair else (to,)):
+        x, y = (e.get(operand, "b32" if pair else "b16") for operand in (a, b))
+        x, y = (f"A.from_{kind.removesuffix('x2')}({f'({z} >> {16 * i}).astype(np.uint16)' if pair else z})" for z in (x, y))
+        equal = f"(({x} == {x}) & ({y} == {y}))"
+        forms = {"num": equal, "nan": f"(~{equal})", f"{name[:2]}u": f"(({x} {sign} {y}) | ~{equal})"}
+        e.put(result, forms.get(name, f"(({x} {sign} {y}) & {equal})"), "pred", scalar=not (e.is_array(a) or e.is_array(b)))
 
 
 def lop3(e) -> None:
@@ -205,11 +222,6 @@ def conversions() -> None:
         simple(f"cvt.f32.{t}", f"A.from_{t}({{a}})", "f32", "b16")
         simple(f"cvt.rn.{t}.f32", f"A.to_{t}({{a}})", "b16", "f32")
         simple(f"cvt.rn.{t}x2.f32", f"A.pair(A.to_{t}({{a}}), A.to_{t}({{b}}))", "b32", "f32", "f32")
-        for name, sign in COMPARISONS.items():
-            a, b = f"A.from_{t}({{a}})", f"A.from_{t}({{b}})"
-            ordered = f"(({a} {sign} {b}) & ({a} == {a}) & ({b} == {b}))" if name == "ne" else f"({a} {sign} {b})"
-            simple(f"setp.{name}.{t}", ordered, "pred", "b16", "b16")
-            simple(f"setp.{name}u.{t}", f"(({a} {sign} {b}) | ({a} != {a}) | ({b} != {b}))", "pred", "b16", "b16")
     for t in ("u64", "u32"):
         for where in ("to.global", "global", "to.shared", "shared"):
             simple(f"cvta.{where}.{t}", "{a}", t, t)

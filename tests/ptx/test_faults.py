@@ -52,6 +52,15 @@ def test_a_write_after_a_read():
     assert run(body.format(barrier=""), ints(64), ints(64)) == ["race: write after read (shared)"]
 
 
+def test_a_write_after_a_read_by_several_threads_at_once():
+    """The last of them writes; nothing orders it after the others."""
+    body = (
+        "st.shared.b32 [%r5], 5; bar.sync 0; ld.shared.b32 %r7, [%r5]; {barrier} setp.eq.u32 %p1, %r1, 63; @%p1 st.shared.b32 [%r5], %r1;"
+    )
+    assert run(body.format(barrier="bar.sync 0;"), ints(64), ints(64)) == []
+    assert run(body.format(barrier=""), ints(64), ints(64)) == ["race: write after read (shared)"]
+
+
 def test_several_threads_store_to_one_address():
     equal = "mov.b32 %r7, 5; st.shared.b32 [%r5], %r7; bar.sync 0; ld.shared.b32 %r8, [%r5]; st.global.b32 [%d3], %r8;"
     assert run(equal, ints(64), ints(64)) == []

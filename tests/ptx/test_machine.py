@@ -11,7 +11,7 @@ import torch
 from ptx import arithmetic
 from ptx.handwritten import ints, kernel, run
 from ptx.host import Launch
-from ptx.parse import Unknown
+from ptx.parse import Unknown, parse
 
 # ------------------------------------------------------------------------------------------------------------------- syntax
 
@@ -19,7 +19,7 @@ from ptx.parse import Unknown
 @pytest.mark.parametrize(
     "line",
     [
-        "setp.lt.bf16x2 %p1, %h1, %h2;",
+        "min.bf16 %h1, %h2, %h3;",
         "add.f33 %r1, %r2, %r3;",
         "bar.sync 1, 64;",
         "frobnicate %r1;",
@@ -72,20 +72,6 @@ def test_integers(opcode, function):
     assert [x % 2**32 for x in found.tolist()] == [x % 2**32 for x in wanted]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_comparisons_of_16_bits(dtype):
-    x = torch.tensor([1.0, -1.0, -0.0, 0.0, float("nan"), float("inf"), -2.0, 1.5], dtype=dtype)
-    a, b = x.repeat(8), x.repeat_interleave(8)
-    given = [x.view(torch.int16).int() for x in (a, b)]
-    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
-    for opcode, wanted in (("lt", a < b), ("ge", a >= b), ("ne", (a != b) & ~(a.isnan() | b.isnan())), ("ltu", ~(a >= b))):
-        found = given[0].clone()
-        body = "ld.global.b32 %r7, [%d3]; ld.global.b32 %r8, [%d4]; cvt.u16.u32 %h1, %r7; cvt.u16.u32 %h2, %r8;"
-        body += f"setp.{opcode}.{name} %p1, %h1, %h2; selp.b32 %r9, 1, 0, %p1; st.global.b32 [%d3], %r9;"
-        assert run(body, found, given[1].clone(), threads=64) == []
-        assert found.bool().equal(wanted), opcode
-
-
 def test_upper_half_of_64_bits():
     a, b = (np.random.default_rng(i).integers(0, 2**64, 100, np.uint64) for i in range(2))
     for signed in (False, True):
@@ -135,6 +121,19 @@ def test_packed_conversion_and_comparison_with_nan():
         assert torch.equal(x.view(torch.int32) == 1, wanted), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_comparisons_of_two_halves(dtype):
+    a = torch.tensor([1.5, -2.0, float("nan"), 4.0] * 16).to(dtype)
+    b = torch.tensor([1.5, -3.0, 3.0, float("nan"), 5.0, 1.5, -3.0, 2.0] * 8).to(dtype)
+    kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    for name, wanted in (("lt", a < b), ("geu", ~(a < b)), ("ne", (a != b) & ~(a.isnan() | b.isnan())), ("nan", a.isnan() | b.isnan())):
+        x, y = a.clone().view(torch.int32), b.clone().view(torch.int32)
+        body = f"ld.global.b32 %r7, [%d3]; ld.global.b32 %r8, [%d4]; setp.{name}.{kind} %p1|%p2, %r7, %r8;"
+        body += "selp.b32 %r9, 1, 0, %p1; selp.b32 %r10, 2, 0, %p2; add.s32 %r9, %r9, %r10; st.global.b32 [%d3], %r9;"
+        assert run(body, x, y, threads=32) == []
+        assert x.tolist() == (wanted.reshape(-1, 2).int() @ torch.tensor([1, 2], dtype=torch.int32)).tolist(), name
+
+
 def test_bits_of_fields_and_bytes():
     a = ints(32)
     x = a.clone()
@@ -146,6 +145,31 @@ def test_bits_of_fields_and_bytes():
 
 
 # ------------------------------------------------------------------------------------------------------- control and shuffles
+
+
+def test_lines_that_are_inlined_in_each_other():
+    lines = ".loc 1 5 1, function_name $x, inlined_at 1 6 1\n.loc 1 6 1, function_name $x, inlined_at 1 5 1\n"
+    found = parse(kernel("", prologue=f"\n{lines}\nmov.b32 %r7, 1;") + '.file 1 "a.py"\n')
+    assert found.instructions[0].source == "a.py:6"
+
+
+def test_a_shuffle_waits_for_its_warp():
+    """Half of every warp takes a way that lies behind the shuffle."""
+    body = """
+        and.b32 %r7, %r1, 31; mov.b32 %r8, %r1;
+        setp.lt.u32 %p1, %r7, 16;
+        @%p1 bra $LATER;
+    $MEET:
+        shfl.sync.bfly.b32 %r9, %r8, 16, 31, -1;
+        st.global.b32 [%d3], %r9;
+        ret;
+    $LATER:
+        add.s32 %r8, %r1, 100;
+        bra.uni $MEET;
+    """
+    a = torch.zeros(64, dtype=torch.int32)
+    assert run(body, a, ints(64)) == []
+    assert a.tolist() == [(i ^ 16) + (100 if i % 32 >= 16 else 0) for i in range(64)]
 
 
 def test_divergent_threads_meet_again():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 import dataclasses
 import re
 from collections.abc import Callable
@@ -11,10 +13,11 @@ import numpy as np
 from . import arithmetic, matrix, memory_ops, table
 from .parse import Address, Instruction, Kernel, Unknown
 
-__all__ = ["Block", "Program"]
+__all__ = ["Block", "Program", "names"]
 
 STORED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 VIEWS = {"f16": "f2", "f32": "f4", "f64": "f8", **{f"s{n}": f"i{n // 8}" for n in (8, 16, 32, 64)}}
+TOGETHER = ("shfl", "vote", "bar.warp", "ldmatrix", "stmatrix", "mma", "wgmma")
 SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.[xyz]|%laneid")
 
 
@@ -25,6 +28,7 @@ class Block:
     Attributes:
         end: how it ends, and the target of a branch. last: its last instruction.
         touches: registers of products that it reads or writes, by more than a mov, and where.
+        together: whether it has an instruction that all threads of a warp take together.
     """
 
     run: Callable
@@ -36,6 +40,7 @@ class Block:
     instruction: Instruction
     touches: dict[str, int]
     defines: set[str]
+    together: bool
 
 
 class Program:
@@ -51,6 +56,13 @@ class Program:
         emitted = [Emitter(self, start, end) for start, end in zip(self.cuts, [*self.cuts[1:], len(kernel.instructions)], strict=True)]
         leaves = self.live(emitted)
         self.blocks = [x.finish(leaves[i]) for i, x in enumerate(emitted)]
+
+    def without(self, at: int) -> Program:
+        """The same program without an instruction that gives no register: a barrier, wait, fence or commit."""
+        made, i = copy.copy(self), bisect.bisect(self.cuts, at) - 1
+        made.blocks, block = list(self.blocks), self.blocks[i]
+        made.blocks[i] = Emitter(self, block.first, block.last + 1, at).finish(set(block.leaves))
+        return made
 
     def dtype(self, register: str):
         return np.uint32 if register not in self.kernel.registers else STORED[self.kernel.registers[register]]
@@ -92,7 +104,7 @@ def ends(x: Instruction) -> bool:
 class Emitter:
     """One block as Python source."""
 
-    def __init__(self, program: Program, start: int, end: int):
+    def __init__(self, program: Program, start: int, end: int, without: int = -1):
         self.program, self.start, self.stop = program, start, end
         self.lines: list[str] = []
         self.needs: dict[str, None] = {}
@@ -102,7 +114,8 @@ class Emitter:
         self.end, self.always, self.taken = ("next", 0), False, "None"
         for self.at in range(start, end):
             self.ins = program.kernel.instructions[self.at]
-            self.instruction()
+            if self.at != without:
+                self.instruction()
 
     def instruction(self) -> None:
         x = self.ins
@@ -113,7 +126,7 @@ class Emitter:
         if emit is None:
             raise Unknown("unknown instruction", x.line, x.text)
         if not x.opcode.startswith("mov"):
-            for name in _names(x.operands):
+            for name in names(x.operands):
                 if name in self.program.product_registers:
                     self.touches[name] = self.at
         emit(self)
@@ -147,10 +160,13 @@ class Emitter:
         arguments = ", ".join(["m", "ix", "n", *map(variable, self.needs)])
         results = "".join(f"{variable(x)}, " for x in leaves)
         source = f"def run({arguments}):\n" + "\n".join(f"    {x}" for x in self.lines) + f"\n    return {self.taken}, ({results})\n"
-        names = {"np": np, "A": arithmetic, "X": matrix, **self.constants}
-        last = self.program.kernel.instructions[self.stop - 1]
-        exec(compile(source, f"<{self.program.kernel.name} {self.start}>", "exec"), names)
-        return Block(names["run"], list(self.needs), leaves, self.end, self.start, self.stop - 1, last, self.touches, set(self.defined))
+        given = {"np": np, "A": arithmetic, "X": matrix, **self.constants}
+        instructions = self.program.kernel.instructions
+        last, together = instructions[self.stop - 1], any(x.opcode.startswith(TOGETHER) for x in instructions[self.start : self.stop])
+        exec(compile(source, f"<{self.program.kernel.name} {self.start}>", "exec"), given)
+        return Block(
+            given["run"], list(self.needs), leaves, self.end, self.start, self.stop - 1, last, self.touches, set(self.defined), together
+        )
 
     # ------------------------------------------------------------------------------------------------- operands as Python
 
@@ -250,10 +266,10 @@ def immediate(text: str, kind: str, ins: Instruction):
     return value.view(VIEWS[kind]) if kind in VIEWS else value
 
 
-def _names(operands):
+def names(operands):
     for x in operands:
         if isinstance(x, tuple):
-            yield from _names(x)
+            yield from names(x)
         else:
             yield x.base if isinstance(x, Address) else x
 

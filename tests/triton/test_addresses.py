@@ -20,6 +20,7 @@ from miras_kernels.validation import make_call
 #: no token count is a multiple of the chunk size, so that sequences end inside a chunk
 CALLS = {
     "plain": dict(bias=mk.Huber("coordinate")),
+    "fused": dict(bias=mk.Huber("coordinate")),
     "streamed": dict(bias=mk.Huber("norm"), retention=mk.LqRetention(), momentum=True),
     "channels": dict(bias=mk.Huber("coordinate"), channels=True),
     "channels-momentum": dict(momentum=True, channels=True),
@@ -127,7 +128,8 @@ def launches(monkeypatch) -> list:
 
     monkeypatch.setattr(mlp, "MIN_GROUP", 2**40)  # all chunks in one group
     found: list = []
-    monkeypatch.setattr(launch, "start", lambda kernel, grid, config, device, arguments: found.append((kernel, grid, arguments)))
+    record = lambda kernel, grid, config, device, shared, own: found.append((kernel, grid, launch.by_name(kernel, shared, own)))
+    monkeypatch.setattr(launch, "start", record)
     return found
 
 
@@ -147,11 +149,14 @@ def wrapped(launches: list, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_product_wraps(name, shape, launches, monkeypatch):
-    if shape == "long" and name not in ("plain", "streamed", "mlp"):
+    if shape == "long" and name not in ("plain", "fused", "streamed", "mlp"):
         pytest.skip("the other kernels locate their chunks in the same way")
+    from miras_kernels.kernels.common import configs
     from miras_kernels.kernels.offline import compile as offline
 
-    offline.recorded(call_of(SHAPES[shape], **CALLS[name]), 1)
+    with configs.fuse(name == "fused"):
+        offline.recorded(call_of(SHAPES[shape], **CALLS[name]), 1)
+    assert any("fused" in kernel.fn.__name__ for kernel, *_ in launches) == (name == "fused")
     assert launches and not wrapped(launches, monkeypatch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -51,6 +52,14 @@ def test_resuming_anywhere(memory, bias, lengths, dtype):
     """Calls on consecutive pieces, each from the state of the last, equal one call: cut at boundaries, inside chunks, across an end."""
     size = {"linear": {}, "mlp": {"value_dim": 16, "decay": "slight"}}[memory]
     assert_pieces_make_the_whole(Case("cut", memory=memory, bias=bias, tokens=62, batch=2, heads=1, lengths=lengths, **size), dtype)
+
+
+@pytest.mark.parametrize("lengths", [slow(None), (5, 40, 17)], ids=str)
+def test_resuming_anywhere_with_the_output_in_the_chain(lengths):
+    from miras_kernels.kernels.common import configs
+
+    with configs.fuse(True):
+        assert_pieces_make_the_whole(Case("cut", bias=mk.Huber("coordinate"), tokens=62, batch=2, heads=1, lengths=lengths), torch.float32)
 
 
 CUTS = {  # retention gates, momentum, decays by channel, in a batch or packed
@@ -198,18 +207,21 @@ def test_configurations_are_few_and_serve_every_key():
     from miras_kernels.kernels.common import configs
 
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
-    assert set(configs.Key._fields) == {
+    assert {field.name for field in dataclasses.fields(configs.Key)} == {
         "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden", "gated", "matrix_coupled", "momentum", "channels"
     }  # fmt: skip
     sizes = (1, 16, 33, 64, 96, 128, 200, 256)
     keys = list(itertools.starmap(configs.Key, itertools.product(sizes, sizes, configs.CHUNK_SIZES, (2, 4), (False, True))))
     for key, gate, momentum, channels in itertools.product(keys[::7], GATES.values(), (False, True), (False, True)):
         traits = dict(gated=not gate.is_identity, matrix_coupled=gate.matrix_coupled)
-        keys.append(key._replace(momentum=momentum, channels=channels, **traits))
+        keys.append(dataclasses.replace(key, momentum=momentum, channels=channels, **traits))
     for key in keys:
         for kernel in configs.KERNELS:
             chain = kernel.removesuffix("_streamed")
             if chain in ("linear_chain_fwd", "linear_chain_bwd") and key.streams(chain) != kernel.endswith("_streamed"):
+                continue
+            if kernel.endswith("_fused") and not key.fusable:
+                assert not configs.eligible(kernel, key)
                 continue
             config = configs.choose(kernel, key)
             assert config == configs.eligible(kernel, key)[0]

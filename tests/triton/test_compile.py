@@ -63,10 +63,11 @@ def test_the_table():
                 shipped = {str(config) for config in known if configs.denial(target, kernel, config) is None}
                 assert made == shipped, (version, target, kernel)
         for job, (registers, spills, shared, tensor) in rows.items():
-            target, specimen, launch, _ = job.split(":")
+            target, specimen, launch, label = job.split(":")
             kernel, place = launch.split(".")
+            config = next(x for x in configs.KERNELS[kernel] if str(x) == label)
             assert shared <= resources.LIMITS[target], job
-            assert spills <= resources.spills_allowed(resources.Job(specimen, kernel, int(place), None, target)), job
+            assert spills <= resources.spills_allowed(resources.Job(specimen, kernel, int(place), config, target)), job
             assert registers <= 255 or not target.startswith("sm_"), job
             if "float32" not in specimen and kernel not in resources.NO_PRODUCTS:
                 assert tensor in TENSOR[target], job

@@ -74,6 +74,14 @@ def train(case: Case, arguments: dict) -> None:
     (out.float().sum() + (0 if state is None else sum(x.sum() for x in state.dual))).backward()
 
 
+def train_fused(case: Case, arguments: dict) -> None:
+    """With the output in the forward's chain."""
+    from miras_kernels.kernels.common import configs
+
+    with configs.fuse(True):
+        train(case, arguments)
+
+
 def decode(case: Case, arguments: dict) -> None:
     with torch.no_grad():
         case.function(**arguments)
@@ -85,6 +93,7 @@ def calls() -> list[tuple]:
     made = [(train, case, arguments_of(case, offset)) for case in cases for offset in (0, 1)]
     made += [(train, case, arguments_of(case, final=True)) for case in cases if case.name in ("plain", "packed", "mlp")]
     made.append((train, cases[0], arguments_of(cases[0], dtype=torch.float32)))
+    made += [(train_fused, cases[0], arguments_of(cases[0], offset)) for offset in (0, 1)]
     for name, offset, tokens in (("plain", 0, 1), ("plain", 1, 3), ("16 heads", 0, 1), ("momentum", 0, 1), ("gate", 0, 1), ("mlp", 0, 1)):
         case = dataclasses.replace(next(case for case in cases if case.name == name), tokens=tokens)
         made.append((decode, case, arguments_of(case, offset, final=True)))

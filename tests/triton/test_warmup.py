@@ -271,16 +271,16 @@ for _ in range(2):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    header, variant_line, *rows, first = done.stdout.splitlines()[:5]
+    header, variant_line, *rows, first = done.stdout.splitlines()[:6]
     assert header == "sm_90: forward, no decay; B = 1, T = 2048, H = 16"
     assert variant_line == "k32 v32 chunk 16 bfloat16 l2"
-    assert [row.split("  ")[1] for row in rows] == ["linear_chain_fwd whole", "linear_output"]
+    assert [row.split("  ")[1] for row in rows] == ["linear_chain_fwd whole", "linear_output", "linear_chain_fwd_fused whole"]
     for row in rows:
         words = row.split()
         registers, spills, shared = (int(words[words.index(name) + 1]) for name in ("registers", "spills", "shared"))
         assert registers > 0 and spills == 0 and shared > 0, row
         assert "tensor cores mma" in row or "tensor cores wgmma" in row, row
-    assert (first, done.stdout.splitlines()[-1]) == ("2 0", "0 2")
+    assert (first, done.stdout.splitlines()[-1]) == ("3 0", "0 3")
 
 
 def test_prints_a_line_for_every_kind(capsys, monkeypatch):

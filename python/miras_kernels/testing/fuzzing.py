@@ -303,7 +303,11 @@ def examples(backend: str | None = None):
         huge = () if dtype == "float16" else ("huge",)
         lengths = draw(st.one_of(st.none(), st.lists(st.integers(0, most // 3), min_size=1, max_size=4).filter(any).map(tuple)))
         # the softmax of one entry and LayerNorm of one or two channels have gradients of exactly 0, but not after rounding
-        key_dim, per_channel = draw(st.integers(2 if linear else 6, 40)), ("channel",) if linear else ()
+        key_dim = draw(st.integers(2 if linear else 6, 40))
+        # the C++ kernels have the delta rule's options with scalar gates
+        per_channel = ("channel",) if linear and not (variant and backend == "cpp") else ()
+        strong, by_channel = ("strong", "extreme") if linear else (), ("channel", "extreme_channel") if per_channel else ()
+        decays = ("scalar", "none", "slight", *strong, *by_channel)
         # mild decays for MLP memories: where the primal of one matrix is 0 the other one only decays, and would underflow in float32
         case = Case(
             "fuzz", memory=memory, bias=bias, retention=L2Retention() if variant else draw(gates),
@@ -312,8 +316,7 @@ def examples(backend: str | None = None):
             batch=1 if lengths else draw(st.integers(1, 3)), tokens=sum(lengths) if lengths else draw(st.integers(1, most)),
             heads=draw(st.integers(1, 3)), key_dim=key_dim, value_dim=draw(st.integers(1, 40)) if linear else key_dim,
             hidden=draw(st.integers(6, 48)), chunk_size=1 if variant else draw(chunk_sizes), momentum=not variant and draw(st.booleans()),
-            decay=one_of("key", "extreme_key") if "key_log_decay" in variant
-            else one_of("scalar", "none", "slight", *(("strong", "extreme", "channel", "extreme_channel") if linear else ())),
+            decay=one_of("key", "extreme_key") if "key_log_decay" in variant else one_of(*decays),
             delta=one_of("token", *number, *per_channel), lr=one_of("scalar", *per_channel),
             initial=one_of("dual", "shared", *(("none",) if linear else ())),
             layout=one_of("contiguous", "fused", "heads_first"), keys=one_of("unit", "zero", "repeated", *huge),
