@@ -226,9 +226,9 @@ def spills_allowed(job: Job) -> float:
 
     0, except: any number for the gradient of log-decays by channel with momentum, which holds Theta and its gradient (it spills none in
     chunks of 64 on sm_90); 128 for the float32 backward chain of two matrices on sm_80; 16 for the backward chain of more than 64 keys
-    under a smoothed bias, of whose four warps two programs fit on a multiprocessor; 64 for the chain with the output in it on sm_80,
-    where it is not used, and for the backward of the MLP memory; and 1536 for the MLP memory in float32, on sm_80, and for heads wider
-    than 64 in chunks of fewer than 64 tokens, where products take their operands from registers.
+    under a smoothed bias, of whose four warps two programs fit on a multiprocessor, and of narrow heads in chunks of 128; 64 for the
+    chain with the output in it on sm_80, where it is not used, and for the backward of the MLP memory; and 1536 for the MLP memory in
+    float32, on sm_80, and for heads wider than 64 in chunks of fewer than 64 tokens, where products take their operands from registers.
     """
     if not job.target.startswith("sm_"):
         return math.inf
@@ -239,8 +239,9 @@ def spills_allowed(job: Job) -> float:
         return 128
     if (job.kernel, job.target) == ("linear_chain_fwd_fused", "sm_80"):
         return 64
-    if job.kernel == "linear_chain_bwd" and specimen.bias.name == "lp_smooth" and job.config.warps == 4 and specimen.key_dim > 64:
-        return 16
+    if job.kernel == "linear_chain_bwd":
+        smooth = specimen.bias.name == "lp_smooth" and job.config.warps == 4 and specimen.key_dim > 64
+        return 16 if smooth or (specimen.chunk_size == 128 and specimen.key_dim < 64) else 0
     if not job.kernel.startswith("mlp_") or job.kernel in configs.STEPS:
         return 0
     if job.target == "sm_80" or specimen.dtype == torch.float32 or (specimen.key_dim > 64 and specimen.chunk_size < 64):
