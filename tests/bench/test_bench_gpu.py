@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from bench.common import processes, results
 from bench.common.implementations import BOTH, FORWARD, recurrences
 from bench.gpu import __main__ as gpu
-from bench.gpu import correctness, counts, decode, device, inputs, plan, report, runner, times
+from bench.gpu import correctness, decode, device, inputs, plan, report, runner, times
 from miras_kernels import dispatch
 from miras_kernels.testing import parity
 
@@ -406,15 +406,3 @@ def test_times_on_a_device(monkeypatch):
     assert set(result["peak_mib"]) == {"l2", "huber_switch", "eager"} and result["peak_mib"]["l2"] == 3.0
     assert result["peak_share"]["l2"] == 3 / 1024
     assert "| **l2** " in report._times(result) and result["kernel_us"] == {"linear_output": 9.0}
-
-
-def test_measured_kernels_beside_modelled_ones():
-    result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_chain_fwd_fused": 1000.0, "other": 1.0}}
-    version = next(label for label in counts.read() if label != "7c81e26")
-    environment = {"device": {"name": "NVIDIA H200"}, "versions": {"triton": version}}
-    expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_chain_fwd_fused"]
-    cells = lambda given: [[cell.strip() for cell in line.split("|")[1:-1]] for line in report._modelled(result, given).split("\n")[-2:]]
-    ours, other = cells(environment)
-    assert ours == ["linear_chain_fwd_fused", "1000", f"{expected:.0f}", report.number(1000 / expected)]
-    assert other == ["other", "1", "-", "-"]
-    assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_chain_fwd_fused", "1000", "-", "-"]

@@ -7,7 +7,8 @@ import copy
 import pytest
 import triton
 
-from bench.gpu import counts, model
+from bench.common.implementations import FORWARD
+from bench.gpu import counts, model, plan, report
 from bench.gpu.chips import CHIPS
 from quick import slow
 
@@ -65,6 +66,18 @@ def test_the_table_is_complete():
         for name, directions in table[label]["rows"].items():
             for chip in CHIPS:
                 assert "forward+backward: " in "\n".join(counts.report(counts.SPECIMENS[name], directions, chip, directions))
+
+
+def test_measured_kernels_beside_modelled_ones():
+    result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_chain_fwd_fused": 1000.0, "other": 1.0}}
+    version = next(label for label in counts.read() if label != "7c81e26")
+    environment = {"device": {"name": "NVIDIA H200"}, "versions": {"triton": version}}
+    expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_chain_fwd_fused"]
+    cells = lambda given: [[cell.strip() for cell in line.split("|")[1:-1]] for line in report._modelled(result, given).split("\n")[-2:]]
+    ours, other = cells(environment)
+    assert ours == ["linear_chain_fwd_fused", "1000", f"{expected:.0f}", report.number(1000 / expected)]
+    assert other == ["other", "1", "-", "-"]
+    assert cells(environment | {"device": {"name": "another"}})[0] == ["linear_chain_fwd_fused", "1000", "-", "-"]
 
 
 @pytest.mark.parametrize("name", [slow("sm_90:D64-C64-l2"), slow("sm_90:D128-C64-l2")])
