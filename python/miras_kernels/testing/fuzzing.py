@@ -274,17 +274,19 @@ def examples(backend: str | None = None):
 
     chunk_sizes = st.sampled_from([16, 32]) if backend == "triton" else st.integers(1, 40)
     most = 40 if backend == "triton" else 90
+    # parameters as kernels take them, in float32: a budget knows the rounding of operations, not that of constants
+    numbers = lambda low, high: st.floats(low, high).map(lambda x: torch.tensor(x, dtype=torch.float32).item())
     float_biases = st.one_of(
         st.sampled_from(list(biases.TABLE.values())),
-        st.floats(1.0, 20.0).map(biases.L1),
-        st.floats(1.05, 4.0).map(lambda p: biases.Lp(p) if p >= 2 else biases.Lp(p, sharpness=10.0)),
-        st.floats(1.0, 20.0).map(lambda s: Huber("switch", sharpness=s)),
+        numbers(1.0, 20.0).map(biases.L1),
+        numbers(1.05, 4.0).map(lambda p: biases.Lp(p) if p >= 2 else biases.Lp(p, sharpness=10.0)),
+        numbers(1.0, 20.0).map(lambda s: Huber("switch", sharpness=s)),
     )
     gates = st.one_of(
         st.sampled_from(list(retention.TABLE.values())),
-        st.builds(LqRetention, st.floats(1.2, 6.0), st.floats(0.3, 3.0)),
-        st.floats(0.3, 5.0).map(retention.KLRetention),
-        st.floats(0.0, 0.5).map(ElasticNetRetention),
+        st.builds(LqRetention, numbers(1.2, 6.0), numbers(0.3, 3.0)),
+        numbers(0.3, 5.0).map(retention.KLRetention),
+        numbers(0.0, 0.5).map(ElasticNetRetention),
     )
 
     served = Call.VARIANTS if backend is None else dispatch.BACKENDS[backend].variants
