@@ -93,13 +93,16 @@ def chunk_of(i_slot, position, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TO
 
 
 @triton.jit
-def group_program(cu_seqlens, T, FIRST, GROUP, C: tl.constexpr):
-    """``(sequence, batch row, head, chunk, first token, end of the sequence, place in the group)`` of a program for a group of chunks."""
+def group_program(group_segments, cu_seqlens, T, EVERY, C: tl.constexpr):
+    """``(sequence, batch row, head, chunk, first token, end of the sequence, place in the group)`` of a program for a group of chunks.
+
+    ``group_segments [segments, 2]``: sequence and number of each segment of the group; one without tokens for a place that is not used.
+    """
     i_g, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_n, i_c = i_g // GROUP, (FIRST + i_g % GROUP).to(tl.int32)
+    i_n, i_segment = tl.load(group_segments + i_g // EVERY * 2), tl.load(group_segments + i_g // EVERY * 2 + 1)
+    i_c = (i_segment * EVERY + i_g % EVERY).to(tl.int32)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    t0 = bos + i_c * C
-    return i_n, i_b, i_h, i_c, t0, eos, i_g
+    return i_n, i_b, i_h, i_c, bos + i_segment * EVERY * C + i_g % EVERY * C, eos, i_g
 
 
 @triton.jit

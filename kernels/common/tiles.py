@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 #: arguments that depend on lengths or the batch: kernels are not specialised to their values
-LENGTHS = ("T", "t", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "END_ROWS", "FIRST", "GROUP")
+LENGTHS = ("T", "t", "CHUNKS", "SEGMENTS", "EVERY", "SLOTS", "READ_ROWS", "END_ROWS")
 #: the interpreter has no bfloat16 arithmetic: there a bfloat16 operand is a float32 tile of bfloat16 numbers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

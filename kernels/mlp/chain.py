@@ -34,8 +34,8 @@ def mlp_chain_fwd(
     q, k, v, lr, decays, moves, delta, ln_weight, ln_bias,
     memory, opened, readouts, opened_scales, position,
     hidden, updates, pairs, scores, checkpoints, states, duals, momenta, scales, sums, out,
-    cu_seqlens, first_slot, first_segment,
-    T, H, CHUNKS, ROW, SEGMENTS, EVERY, FIRST, GROUP,
+    cu_seqlens, first_slot, first_segment, group_segments,
+    T, H, CHUNKS, ROW, SEGMENTS, EVERY,
     q_strides, k_strides, v_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
     PART: tl.constexpr,
@@ -56,7 +56,7 @@ def mlp_chain_fwd(
     i_h = tl.program_id(1).to(tl.int64)
     i_n, i_segment = i_s, i_s * 0
     if PART == SEGMENT:
-        i_n, i_segment = i_s // GROUP, FIRST + i_s % GROUP
+        i_n, i_segment = tl.load(group_segments + i_s * 2), tl.load(group_segments + i_s * 2 + 1)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
     origin, first, last = part_of(i_n, i_segment, bos, eos, position, EVERY, C, PART)
     segment_slot = slot_of(i_n, first_segment, SEGMENTS)
@@ -141,8 +141,8 @@ def mlp_chain_bwd(
     states, duals, momenta, scales, hidden, updates, sums, inner_grad, hidden_q, grad_sums, grad_scores, grad_norm, grad_scales,
     grad_hidden_q, from_hidden, from_updates, from_inner, row_sums, grad_sum,
     grad_memory, grad_primal, grad_k, grad_v, grad_delta, grad_layer_norm, rows_lr, rows_delta, rows_to_end, rows_step, inner,
-    cu_seqlens, first_slot,
-    T, H, CHUNKS, ROW, SLOTS, FIRST, GROUP,
+    cu_seqlens, first_slot, group_segments, group_places,
+    T, H, CHUNKS, ROW, SLOTS, EVERY,
     q_strides, k_strides, v_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -159,7 +159,10 @@ def mlp_chain_bwd(
     i_n = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_b, bos, eos = sequence_of(i_n, cu_seqlens, T)
-    last = tl.minimum(((eos - bos + C - 1) // C).to(tl.int32), FIRST + GROUP)
+    begin, stop = tl.load(group_places + i_n * 2), tl.load(group_places + i_n * 2 + 1)
+    i_segment = tl.load(group_segments + begin * 2 + 1, mask=begin < stop, other=0)
+    first = (i_segment * EVERY).to(tl.int32)
+    last = tl.minimum((eos - bos + C - 1) // C, (i_segment + stop - begin) * EVERY).to(tl.int32)
     slot = slot_of(i_n, first_slot, CHUNKS)
     own = i_n * H + i_h
     q = head_of(q, q_strides, i_b, i_h)
@@ -178,9 +181,9 @@ def mlp_chain_bwd(
     if GATED:
         primal, primal2 = grad_primal + own * 2 * SIZE, grad_primal + (own * 2 + 1) * SIZE
 
-    for i_r in tl.range(0, last - FIRST, disable_licm=True):
+    for i_r in tl.range(0, last - first, disable_licm=True):
         i_c = last - 1 - i_r
-        place = (i_n * GROUP + i_c - FIRST) * H + i_h
+        place = (begin * EVERY + i_c - first) * H + i_h
         t0 = bos + i_c * C
         row = (i_b * T + t0) * H + i_h
         p_q, p_k, p_v = q + t0 * q_strides.t, k + t0 * k_strides.t, v + t0 * v_strides.t

@@ -125,8 +125,8 @@ def mlp_read_bwd(
     q, k, lr, decays, ln_weight, grad_out,
     states, momenta, scales, hidden, updates, pairs,
     inner_grad, hidden_q, grad_sums, scores, grad_scores, grad_norm, weights, rows_pairs, grad_pairs, rows_carry, grad_scales,
-    cu_seqlens, first_slot,
-    T, H, CHUNKS, ROW, FIRST, GROUP,
+    cu_seqlens, first_slot, group_segments,
+    T, H, CHUNKS, ROW, EVERY,
     q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def mlp_read_bwd(
     """
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
-    i_n, i_b, i_h, i_c, t0, eos, place = group_program(cu_seqlens, T, FIRST, GROUP, C)
+    i_n, i_b, i_h, i_c, t0, eos, place = group_program(group_segments, cu_seqlens, T, EVERY, C)
     if t0 >= eos:
         return
     place = place * H + i_h
@@ -245,15 +245,15 @@ def mlp_dq_bwd(
     q, k, lr, decays, grad_out,
     states, momenta, scales, hidden, inner_grad, hidden_q, grad_sums, scores, grad_scores, weights,
     grad_hidden_q, from_hidden, from_updates, from_inner, grad_q, rows_read, rows_pairs, grad_pairs, rows_carry, grad_scales,
-    cu_seqlens, first_slot,
-    T, H, CHUNKS, ROW, FIRST, GROUP,
+    cu_seqlens, first_slot, group_segments,
+    T, H, CHUNKS, ROW, EVERY,
     q_strides, k_strides,
     D: tl.constexpr, Hd: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk: dQ, and the gradients of A (RA), U1 (R1) and U2 (R2) from the output. ``grad_scores``: N1 before, N2 after."""
     ROW = wide(ROW)
     SIZE: tl.constexpr = Hd * D
-    i_n, i_b, i_h, i_c, t0, eos, place = group_program(cu_seqlens, T, FIRST, GROUP, C)
+    i_n, i_b, i_h, i_c, t0, eos, place = group_program(group_segments, cu_seqlens, T, EVERY, C)
     if t0 >= eos:
         return
     place = place * H + i_h

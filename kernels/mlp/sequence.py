@@ -4,8 +4,8 @@
     backward   decays.py;  for each group of chunks, the last first: mlp_chain_fwd to recompute, mlp_read_bwd, mlp_dq_bwd, mlp_chain_bwd;
                decays_bwd.py: gates
 
-A group has as many segments as fill a chip. mlp_chain_fwd recomputes them all at once, and the workspace between the kernels does not grow
-with the sequence. It has the operands' dtype, except for what LayerNorm reads.
+A group has as many segments as fill a chip, of all sequences. mlp_chain_fwd recomputes them all at once, and the workspace between the
+kernels does not grow with the sequence. It has the operands' dtype, except for what LayerNorm reads.
 
 Without momentum the gradients of log-decays are summed over pairs as in linear/sequence.py, for both matrices; with momentum both
 matrices' shares of gM and gb are added for decays_bwd.py. The gradients of LayerNorm's parameters are summed per head of each sequence.
@@ -46,7 +46,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
             pairs=p.empty(*chunk, p.chunk_size, dtype=float32) if weights.pairs is None else weights.pairs,
             scores=p.empty(*chunk, p.chunk_size), states=p.empty(*memory.shape[:2], 2, *memory.shape[3:]) if p.key.gated else None,
             checkpoints=checkpoints, duals=None, momenta=None, scales=None, out=out,
-            first_segment=segments.first, SEGMENTS=segments.per_sequence, EVERY=max(every, 1), FIRST=0, GROUP=1,
+            first_segment=segments.first, group_segments=None, SEGMENTS=segments.per_sequence, EVERY=max(every, 1),
         )  # fmt: skip
 
     if p.position is None and not may_end_open:
@@ -63,7 +63,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
 
 
 class Group(NamedTuple):
-    """The recomputed forward of a group, for every chunk of ``[N, segments, every]`` and head."""
+    """The recomputed forward of a group, for every chunk of ``[places, every]`` and head."""
 
     states: Tensor  # [chunks, H, 2, Hd, D]   W1' and W2 before the chunk
     hidden: Tensor  # [chunks, H, C, Hd]   Z
@@ -77,13 +77,40 @@ class Group(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
 
-def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, first: int, count: int) -> Group:
-    """Recompute segments ``first ... first + count`` of every sequence, all at once."""
-    segments = p.segments(p.chunk_size * every)
-    of_group = torch.arange(first, first + count, device=checkpoints.device)
-    starts = segments.first if segments.first is not None else torch.arange(p.sequences, device=checkpoints.device) * segments.per_sequence
-    memory = checkpoints[(starts[:, None] + of_group).flatten().clamp_max(segments.count - 1)]
-    chunks, c, float32 = p.sequences * count * every, p.chunk_size, torch.float32
+class Groups(NamedTuple):
+    """The segments of each group: about an equal share of every sequence, so that the chains of all sequences run at once. Computed
+    without device synchronisation; a group of packed sequences has places that may not be used."""
+
+    segments: Tensor  # [groups, places, 2] int64   sequence and number of a segment; a number beyond the last for an unused place
+    places: Tensor  # [groups, N, 2] int64   the places of every sequence: the first, and that after its last
+    slots: Tensor  # [groups, places] int64   of their checkpoints
+
+    @staticmethod
+    def of(p: Problem, every: int) -> Groups:
+        segments, size, device = p.segments(p.chunk_size * every), p.chunk_size * every, p.device
+        longest, share = -(-p.tokens // size), -(-MIN_GROUP // (every * p.heads))  # of a sequence, at most; of a group, at least
+        if p.cu_seqlens is None:
+            each = min(longest, -(-share // p.sequences))
+            groups, counts = -(-longest // each), torch.full((p.sequences,), longest, device=device)
+            first, places = torch.arange(p.sequences, device=device) * segments.per_sequence, p.sequences * -(-longest // groups)
+        else:
+            groups, counts = max(1, segments.count // share), (p.cu_seqlens.diff() + size - 1) // size
+            first, places = segments.first, segments.count // groups + p.sequences
+        bounds = counts * torch.arange(groups + 1, device=device)[:, None] // groups  # [groups + 1, N]
+        stop = (bounds[1:] - bounds[:-1]).cumsum(1)
+        begin = stop - (bounds[1:] - bounds[:-1])
+        place = torch.arange(places, device=device).expand(groups, places).contiguous()
+        owner = torch.searchsorted(stop, place, right=True)
+        used, owner = owner < p.sequences, owner.clamp_max(p.sequences - 1)
+        number = torch.where(used, place + (bounds[:-1] - begin).gather(1, owner), longest)
+        slots = (first[owner] + number).clamp_max(segments.count - 1)
+        return Groups(torch.stack([owner, number], -1), torch.stack([begin, stop], -1), slots)
+
+
+def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, groups: Groups, i: int) -> Group:
+    """Recompute the segments of a group, all at once."""
+    segments, memory = p.segments(p.chunk_size * every), checkpoints[groups.slots[i]]
+    chunks, c, float32 = len(memory) * every, p.chunk_size, torch.float32
     matrices = (chunks, p.heads, 2, p.hidden, p.value_dim)
     group = Group(
         p.empty(*matrices), p.empty(chunks, p.heads, c, p.hidden), p.empty(chunks, p.heads, c, p.value_dim),
@@ -92,10 +119,10 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, fir
         p.empty(chunks, p.heads, 2, dtype=float32) if p.retention.has_rho else None,
     )  # fmt: skip
     launch(
-        mlp_chain_fwd, p, p.sequences * count, "hidden",
+        mlp_chain_fwd, p, len(memory), "hidden",
         PART=SEGMENT.value, **weights.only("decays", "moves"), memory=memory,
         opened=None, readouts=None, opened_scales=None, **group._asdict(), pairs=None, scores=None, checkpoints=None, out=None,
-        first_segment=segments.first, SEGMENTS=segments.per_sequence, EVERY=every, FIRST=first, GROUP=count,
+        first_segment=segments.first, group_segments=groups.segments[i], SEGMENTS=segments.per_sequence, EVERY=every,
     )  # fmt: skip
     return group
 
@@ -151,13 +178,12 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     row_sums = p.empty(p.sequences, p.heads, 3 if moving else 2, p.chunk_size, p.value_dim, dtype=float32)
     grad_sum = p.empty(p.sequences, p.heads, p.chunk_size, p.value_dim)
 
-    longest = -(-p.tokens // (p.chunk_size * every))  # segments of a sequence, at most
-    count = min(longest, -(-MIN_GROUP // (every * p.sequences * p.heads)))
-    workspace = Workspace.of(p, p.sequences * count * every)
-    for first in reversed(range(0, longest, count)):
-        group = recompute(p, weights, checkpoints, every, first, count)
-        common = dict(decays=decays, FIRST=first * every, GROUP=count * every, **group.only("states", "momenta", "scales", "hidden"))
-        chunks = p.sequences * count * every
+    groups = Groups.of(p, every)
+    chunks = groups.slots.shape[1] * every
+    workspace = Workspace.of(p, chunks)
+    for i in reversed(range(len(groups.slots))):
+        group = recompute(p, weights, checkpoints, every, groups, i)
+        common = dict(decays=decays, group_segments=groups.segments[i], EVERY=every, **group.only("states", "momenta", "scales", "hidden"))
         shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **workspace.only("grad_scales"))
         launch(
             mlp_read_bwd, p, chunks, "hidden",
@@ -173,7 +199,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
         )  # fmt: skip
         launch(
             mlp_chain_bwd, p, p.sequences, "hidden",
-            moves=weights.moves, **group.only("duals", "updates", "sums"),
+            moves=weights.moves, group_places=groups.places[i], **group.only("duals", "updates", "sums"),
             **{name: x for name, x in workspace._asdict().items() if name not in ("scores", "weights")},
             row_sums=row_sums, grad_sum=grad_sum, grad_memory=grad_memory, grad_primal=grad_primal, grad_layer_norm=grad_layer_norm,
             grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,

@@ -40,6 +40,16 @@ def test_the_checkpoint_interval_does_not_change_a_bit(memory, every, monkeypatc
         assert torch.equal(found[name], x), name
 
 
+def test_groups_of_packed_sequences_are_full(monkeypatch):
+    """16 chunks of eight sequences, of which a group takes at least 8: three groups, since the host knows no lengths; not sixteen."""
+    from miras_kernels.kernels.offline.compile import recorded
+
+    monkeypatch.setattr("miras_kernels.kernels.mlp.sequence.MIN_GROUP", 8)
+    case = Case("groups", memory="mlp", heads=1, value_dim=16, key_dim=16, hidden=16, lengths=(32,) * 8)
+    launches = [x.kernel.__name__ for x in recorded(case.draw(torch.float32).call(), 1)]
+    assert launches.count("mlp_chain_bwd") == launches.count("mlp_read_bwd") == 3
+
+
 @pytest.mark.parametrize(
     ("memory", "bias", "lengths", "dtype"),
     combinations(
