@@ -183,7 +183,7 @@ def report(specimen: Specimen, found: dict, chip_name: str, base: dict | None) -
                 before = {d: _direction(specimen, base[d], shape, chip) for d in DIRECTIONS}
                 then = before[direction] if direction in before else _difference(before)
                 ratio = f"; {then['seconds'] / sums['seconds']:.2f}x faster than the baseline's {1e3 * then['seconds']:.3f} ms"
-            least = _least(shape, direction)
+            least = _least(shape, direction, specimen.name)
             yield (
                 f"{direction}: {1e3 * sums['seconds']:.3f} ms{ratio}; tensor FLOP {sums['flop'] / least['flops']:.2f}x the formula, "
                 f"DRAM {sums['bytes'] / least['bytes']:.2f}x and L2 {sums['sectors'] * 32 / least['bytes']:.2f}x of the compulsory bytes"
@@ -202,10 +202,10 @@ def modelled(shape: Shape, name: str, direction: str, chip: str, triton: str | N
     return found
 
 
-def _least(shape: Shape, direction: str) -> dict[str, float]:
+def _least(shape: Shape, direction: str, bias: str) -> dict[str, float]:
     if direction in DIRECTIONS:
-        return least_work(shape, direction, "l2")
-    both, forward = (least_work(shape, d, "l2") for d in (BOTH, FORWARD))
+        return least_work(shape, direction, bias)
+    both, forward = (least_work(shape, d, bias) for d in (BOTH, FORWARD))
     return {name: both[name] - forward[name] for name in both}
 
 

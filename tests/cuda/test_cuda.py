@@ -4,7 +4,6 @@ compiled for chips that need not be present. With a GPU and a built library, com
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 import runpy
@@ -30,7 +29,8 @@ from miras_kernels.testing import Case
 from miras_kernels.testing.steps import before, check_results, cut, decoder, results
 from not_finite import TRITON, assert_as_in_the_reference
 from ptx import cuda as machine
-from ptx.host import Launch, program
+from ptx.host import Launch
+from ptx.test_deleted import assert_reported
 from quick import or_slow, sample, slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,22 +206,13 @@ COUPLED = dict(batch=1, heads=2, key_dim=32, value_dim=32, hidden=40, retention=
 
 
 @pytest.mark.parametrize("memory", [slow("linear"), slow("mlp")])
-def test_a_deleted_barrier_is_reported(memory, built, monkeypatch):
-    """Of the step that ends a chunk, one barrier at a time that is executed there; a few are followed by another before they are needed."""
+def test_a_deleted_barrier_is_reported_or_had_nothing_to_do(memory, built, monkeypatch):
+    """Of the steps that end a chunk and begin the next, as for the Triton kernels."""
     launches: dict[str, Launch] = {}
     with machine.on_machine(built, before=lambda x: launches.setdefault(x.entry, x.copy())) as backend:
         monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
         on_cpu(Case("barriers", memory=memory, **COUPLED), cuts=[15, 16, 17])
-    deleted = caught = 0
-    for launch in launches.values():
-        assert launch.copy().run()[0] == []
-        lines = launch.ptx.split("\n")
-        for x in program(launch.ptx, launch.entry).kernel.instructions:
-            if x.opcode == "bar.sync":
-                without = [*lines[: x.line - 1], "", *lines[x.line :]]
-                deleted += 1
-                caught += bool(dataclasses.replace(launch.copy(), ptx="\n".join(without)).run()[0])
-    assert deleted > 4 and caught >= 0.3 * deleted, (caught, deleted)
+    assert "bar.sync" in set().union(*map(assert_reported, launches.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------- compiled

@@ -23,7 +23,7 @@ class Counts:
     def __init__(self, program, memory, chip=None):
         self.program, self.memory = program, memory
         self.blocks: dict[int, int] = collections.Counter()
-        self.wavefronts = self.sectors = self.accesses = 0
+        self.wavefronts = self.sectors = 0
         self.touched = {kind: np.zeros(memory.state.size, bool) for kind in ("read", "written")}
         self.clock = None if chip is None else Clock(program, chip)
 
@@ -35,7 +35,6 @@ class Counts:
 
     def access(self, space: str, at: int, local: np.ndarray, offset: np.ndarray, size: int, writes: bool = False) -> None:
         """Warps take 128 bytes of shared memory at once: a quarter of a warp where each lane takes 16."""
-        self.accesses += 1
         if space == "global":
             self.sectors += np.unique((local // 32 << 40) + (offset >> 5)).size
             granules, _ = self.memory.granules(offset, size)
