@@ -1,0 +1,234 @@
+"""Attentional biases that users write as expressions; docs/your-own-bias.md is the guide."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import keyword
+import math
+import warnings
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..expressions import FUNCTIONS, Graph, Program, evaluate, parse
+from .bias import ErrorBias
+from .row import number
+
+__all__ = ["CustomBias"]
+
+INPUTS = ("e", "norm2", "delta")
+#: What an expression that is not finite at delta = 0 reads instead of a smaller delta.
+SMALLEST_DELTA = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class CustomBias(ErrorBias):
+    """An attentional bias written as an expression of the error ``e = pred - v``; its derivatives follow from it.
+
+    The expression is psi, the gradient of the inner loss in the prediction, or with ``loss=`` the loss itself. It may use ``e``, one value
+    of the error; ``norm2``, the squared norm of the error's whole row; ``delta``, the threshold that a call then needs; the named numbers;
+    ``+ - * / **``; ``abs sign sqrt exp log tanh cosh``; ``min`` and ``max`` (two arguments or more); ``clip(x, low, high)``; and
+    ``where(a <= b, x, y)`` with one comparison. An exponent is a number. A loss is either one of ``e``, summed over the row, or one of
+    ``norm2``, counted once.
+
+    An expression is never executed as Python: it becomes a short program of arithmetic that every backend runs. Derivatives hold almost
+    everywhere; ``min``, ``max``, ``where`` and ``clip`` have that of the argument they choose, ``abs``, ``sign``, ``sqrt`` and fractional
+    powers the derivative 0 at 0. If the expression is not finite at ``delta = 0``, smaller deltas count as 1e-6.
+
+    Args:
+        psi: the expression of psi, at most 1000 characters.
+        loss: the expression of the loss, instead of psi.
+        parameters: named numbers; finite.
+
+    Raises:
+        TypeError: an expression that is not a string, a parameter that is not a number.
+        ValueError: what is not such an expression, with the column; psi that is not 0 where the error is 0; psi or a derivative that is
+            not finite for ``|e|`` up to 1e6.
+
+    Warns:
+        UserWarning: the slope of psi is unbounded, so that no step size is stable for all errors.
+
+    Example::
+
+        CustomBias("e / sqrt(1 + (e / s)**2)", s=0.5)  # pseudo-Huber
+        CustomBias(loss="log(cosh(s * e)) / s", s=4.0)  # L1(4.0)
+    """
+
+    text: str
+    is_loss: bool
+    values: tuple[tuple[str, float], ...]
+    name: ClassVar[str] = "custom"
+    tag: ClassVar[int] = 9
+    #: what backends run. Not a field: it follows from the fields
+    programs: ClassVar[Programs]
+
+    def __init__(self, psi: str | None = None, /, *, loss: str | None = None, **parameters: float) -> None:
+        if (psi is None) == (loss is None):
+            raise ValueError(f"CustomBias: expected either psi or loss=, got {'neither' if psi is None else 'both'}")
+        object.__setattr__(self, "text", loss if psi is None else psi)
+        object.__setattr__(self, "is_loss", psi is None)
+        object.__setattr__(self, "values", tuple(sorted(parameters.items())))
+        self.__post_init__()
+        self._warn_if_unbounded()
+
+    def __repr__(self) -> str:
+        numbers = "".join(f", {name}={value:g}" for name, value in self.values)
+        return f"CustomBias({'loss=' if self.is_loss else ''}{self.text!r}{numbers})"
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def from_code(cls, code: str) -> CustomBias:
+        """The inverse of ``code``; what it says is checked as in the constructor."""
+        rest = code.partition(" ")[2]
+        fields = json.loads(rest)
+        bias = object.__new__(cls)
+        bias.__setstate__({**fields, "values": tuple((name, value) for name, value in fields["values"])})
+        return bias
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields = {"text": self.text, "is_loss": self.is_loss, "values": self.values}
+        object.__setattr__(self, "code", f"{self.tag} {json.dumps(fields)}")
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """None: the numbers are constants of the programs."""
+        return ()
+
+    def _check(self) -> None:
+        values = {}
+        for name, value in self.values:
+            if name in INPUTS or name in FUNCTIONS or not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"CustomBias: {name!r} cannot name a parameter: it is taken, or not a name")
+            values[name] = number(self, name, value, -math.inf)
+        object.__setattr__(self, "values", tuple(values.items()))
+        try:
+            programs = _programs(self.text, bool(self.is_loss), self.values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"CustomBias: {error}") from None
+        object.__setattr__(self, "programs", programs)
+
+    def _warn_if_unbounded(self) -> None:
+        e = torch.tensor([1e-6, 1e-3, 1.0, 10.0, 1e3, 1e6], dtype=torch.float64)
+        slope = evaluate(self.programs.derivatives, e, e * e, torch.ones_like(e))[0].abs().expand_as(e)
+        if max(slope[0], slope[-1]) > 30 * slope[1:5].max():
+            warnings.warn(
+                f"{self!r}: the slope of psi is unbounded (at |e| = 1e-06, 1, 10, 1e+06 and delta = 1 it is "
+                f"{', '.join(f'{slope[i]:.3g}' for i in (0, 2, 3, 5))}); a step on a key k is stable while lr |k|^2 slope < 2",
+                stacklevel=3,
+            )
+
+    @property
+    def needs_delta(self):  # type: ignore[override]
+        return self.programs.uses_delta
+
+    @property
+    def row_coupled(self):  # type: ignore[override]
+        return self.programs.uses_norm
+
+    @property
+    def delta_per_channel(self):  # type: ignore[override]
+        return self.needs_delta and not self.row_coupled
+
+    def loss(self, pred, v, delta):
+        if not self.is_loss:
+            return None
+        e = pred - v
+        loss = evaluate(self.programs.loss, e, (e * e).sum(-1, keepdim=True), delta)[0]
+        return loss.squeeze(-1) if self.row_coupled else loss.expand_as(e).sum(-1)
+
+    def _value(self, e, delta):
+        norm2 = (e * e).sum(-1, keepdim=True) if self.row_coupled else None
+        return evaluate(self.programs.psi, e, norm2, delta)[0].expand_as(e)
+
+    def _derivative(self, e, delta, grad):
+        norm2 = (e * e).sum(-1, keepdim=True) if self.row_coupled else None
+        slope, pull, slope_delta = evaluate(self.programs.derivatives, e, norm2, delta)
+        d_e = slope * grad
+        if self.row_coupled:
+            d_e = d_e + e * (pull * grad).sum(-1, keepdim=True)
+        return d_e, slope_delta * grad if self.needs_delta else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What backends run for a :class:`CustomBias`. Inputs are ``e, norm2, delta``.
+
+    ``psi``: its value. ``derivatives``: the slope d psi / d e, pull 2 d psi / d norm2, d psi / d delta, so that for an incoming y
+    ``dE = slope y + e sum(pull y)`` and ``d delta = sum(slope_delta y)``. ``loss``: for biases given by their loss.
+    """
+
+    psi: Program
+    derivatives: Program
+    loss: Program | None
+    uses_norm: bool
+    uses_delta: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _programs(text: str, is_loss: bool, values: tuple[tuple[str, float], ...]) -> Programs:
+    found = _build(text, is_loss, dict(values), 0.0)
+    if found.uses_delta and not _finite(found, torch.zeros(1)):
+        found = _build(text, is_loss, dict(values), SMALLEST_DELTA)
+    _refuse_bad_values(found)
+    return found
+
+
+def _build(text: str, is_loss: bool, values: dict[str, float], smallest_delta: float) -> Programs:
+    graph = Graph(INPUTS, nonnegative=("norm2", "delta"))
+    psi = node = parse(text, graph, values)
+    if smallest_delta:
+        delta = graph.input("delta")
+        psi = node = graph.substitute(node, delta, graph.apply("max", delta, graph.number(smallest_delta)))
+    if is_loss:
+        if graph.depends(node, "e") and graph.depends(node, "norm2"):
+            raise ValueError(f"a loss is one of e or one of norm2, got one of both: {text!r}")
+        psi = graph.derivative(node, "e")
+        if graph.depends(node, "norm2"):
+            twice = graph.apply("mul", graph.number(2), graph.derivative(node, "norm2"))
+            psi = graph.apply("mul", twice, graph.input("e"))
+    if not (graph.depends(psi, "e") or graph.depends(psi, "norm2")):
+        raise ValueError(f"psi does not depend on the error: {text!r}")
+    pull = graph.apply("mul", graph.number(2), graph.derivative(psi, "norm2"))
+    return Programs(
+        psi=graph.program(psi),
+        derivatives=graph.program(graph.derivative(psi, "e"), pull, graph.derivative(psi, "delta")),
+        loss=graph.program(node) if is_loss else None,
+        uses_norm=graph.depends(psi, "norm2"),
+        uses_delta=graph.depends(psi, "delta"),
+    )
+
+
+def _grid(deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors up to 1e6, alone in their row and beside others, with every delta."""
+    e = torch.tensor([0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e2, 1e4, 1e6])
+    e, others, delta = torch.cartesian_prod(torch.cat([e, -e]), torch.tensor([0.0, 1e-3, 1.0, 1e6]), deltas).unbind(-1)
+    return e, e * e + others * others, delta
+
+
+def _evaluate(found: Programs, e: Tensor, norm2: Tensor, delta: Tensor) -> dict[str, Tensor]:
+    values = evaluate(found.psi, e, norm2, delta) + evaluate(found.derivatives, e, norm2, delta)
+    names = ("psi", "its derivative in e", "its derivative in norm2", "its derivative in delta")
+    return {name: x.expand_as(e) for name, x in zip(names, values, strict=True)}
+
+
+def _finite(found: Programs, deltas: Tensor) -> bool:
+    return all(bool(x.isfinite().all()) for x in _evaluate(found, *_grid(deltas)).values())
+
+
+def _refuse_bad_values(found: Programs) -> None:
+    e, norm2, delta = _grid(torch.tensor([0.0, 1e-3, 0.1, 1.0, 1e3]))
+    for name, x in _evaluate(found, e, norm2, delta).items():
+        wrong = (~x.isfinite()).nonzero().flatten()
+        if len(wrong):
+            i = int(wrong[0])
+            where = f"e = {e[i]:g}, norm2 = {norm2[i]:g}, delta = {delta[i]:g}"
+            raise ValueError(f"{name} must be finite for |e| up to 1e6, got {x[i]:g} at {where} (in float32)")
+        if name == "psi":
+            wrong = ((norm2 == 0) & (x != 0)).nonzero().flatten()
+            if len(wrong):
+                i = int(wrong[0])
+                raise ValueError(f"psi must be 0 where the error is 0, got {x[i]:g} (delta = {delta[i]:g})")
