@@ -134,7 +134,7 @@ class CustomBias(ErrorBias):
         return self.needs_delta and not self.row_coupled
 
     def loss(self, pred, v, delta):
-        if not self.is_loss:
+        if self.programs.loss is None:
             return None
         e = pred - v
         loss = evaluate(self.programs.loss, e, (e * e).sum(-1, keepdim=True), delta)[0]
