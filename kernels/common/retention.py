@@ -25,7 +25,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from . import bias as biases
+from . import elementary
 
 L2 = tl.constexpr(0)
 LQ = tl.constexpr(1)
@@ -66,7 +66,7 @@ def power(x, EXPONENT: tl.constexpr):
     elif EXPONENT == -0.5:
         return 1.0 / tl.sqrt(x)
     else:
-        return biases.power(x, EXPONENT)
+        return elementary.power(x, EXPONENT)
 
 
 @triton.jit
