@@ -80,7 +80,7 @@ def value(e, square, delta, BIAS: tl.constexpr):
         return e * (1.0 + delta * inverse_norm(square + BIAS.p0))
     else:
         tl.static_assert(BIAS.tag == CUSTOM, "a bias needs a value")
-        return programs.run(e, square, delta, programs.constant(BIAS.psi), 0)
+        return programs.run((e, square, delta), programs.constant(BIAS.psi), 0)
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def slope(e, square, delta, BIAS: tl.constexpr):
         return 1.0 + delta * inverse_norm(square + BIAS.p0)
     else:
         tl.static_assert(BIAS.tag == CUSTOM, "a bias needs a slope")
-        return programs.run(e, square, delta, programs.constant(BIAS.derivatives), 0)
+        return programs.run((e, square, delta), programs.constant(BIAS.derivatives), 0)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def slope_delta(e, square, delta, BIAS: tl.constexpr):
         return e * inverse_norm(square + BIAS.p0)
     else:
         tl.static_assert(BIAS.tag == CUSTOM, "a bias that uses delta needs a slope_delta")
-        return programs.run(e, square, delta, programs.constant(BIAS.derivatives), 2)
+        return programs.run((e, square, delta), programs.constant(BIAS.derivatives), 2)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def pull(e, square, delta, BIAS: tl.constexpr):
         return -delta * r * r * r * e
     else:
         tl.static_assert(BIAS.tag == CUSTOM, "a bias that couples a row needs a pull")
-        return programs.run(e, square, delta, programs.constant(BIAS.derivatives), 1)
+        return programs.run((e, square, delta), programs.constant(BIAS.derivatives), 1)
 
 
 @triton.jit

@@ -54,9 +54,9 @@ def operand_of(text, i, j):
 
 
 @triton.jit
-def run(first, second, third, TEXT: tl.constexpr, OUTPUT: tl.constexpr):
-    """An output of a program with three inputs. One that the program does not use may be anything."""
-    values = (first, second, third)
+def run(inputs, TEXT: tl.constexpr, OUTPUT: tl.constexpr):
+    """An output of a program. Inputs that it does not use may be anything."""
+    values = inputs
     for i in tl.static_range(length(TEXT)):
         if number_of(TEXT, i) is not None:
             values = values + (number_of(TEXT, i),)
