@@ -81,8 +81,10 @@ class _Written(Row):
             raise TypeError(f"{owner}: an expression must be a string, got {type(self.text).__name__}")
         values = {}
         for name, value in self.values:
-            if not isinstance(name, str) or not name.isidentifier() or name in self.INPUTS or name in FUNCTIONS or keyword.iskeyword(name):
-                raise ValueError(f"{owner}: {name!r} cannot name a parameter: it is taken, or not a name")
+            if not isinstance(name, str) or not (name.isidentifier() and name.isascii()) or keyword.iskeyword(name):
+                raise ValueError(f"{owner}: {str(name)[:50]!r} cannot name a parameter: expected a name in ASCII")
+            if name in self.INPUTS or name in FUNCTIONS:
+                raise ValueError(f"{owner}: {name!r} cannot name a parameter: it has a meaning in expressions")
             if not re.search(rf"\b{name}\b", self.text):
                 raise ValueError(f"{owner}: the parameter {name} is not in the expression {self.text[:100]!r}")
             if name in values:
@@ -176,11 +178,12 @@ class CustomBias(_Written, ErrorBias):
         return self.needs_delta and not self.row_coupled
 
     def loss(self, pred, v, delta):
-        if self.programs.loss is None:
+        program = self.programs.loss
+        if program is None:
             return None
         e = pred - v
-        loss = evaluate(self.programs.loss, e, (e * e).sum(-1, keepdim=True), delta)[0]
-        return loss.squeeze(-1) if self.row_coupled else loss.expand_as(e).sum(-1)
+        loss = evaluate(program, e, (e * e).sum(-1, keepdim=True), delta)[0]
+        return loss.expand_as(e).sum(-1) if program.varies()[program.outputs[0]] else loss.squeeze(-1)
 
     def _value(self, e, delta):
         return _Psi.apply(self, e, delta)
@@ -330,6 +333,8 @@ def _build(text: str, is_loss: bool, values: dict[str, float], smallest_delta: f
         if graph.depends(node, "norm2"):
             twice = graph.apply("mul", graph.number(2), graph.derivative(node, "norm2"))
             psi = graph.apply("mul", twice, graph.input("e"))
+    if graph.depends(node, "delta") and not graph.depends(psi, "delta"):
+        raise ValueError(f"the gradient of the loss does not depend on delta: {text!r}")
     if not (graph.depends(psi, "e") or graph.depends(psi, "norm2")):
         raise ValueError(f"psi does not depend on the error: {text!r}")
     pull = graph.apply("mul", graph.number(2), graph.derivative(psi, "norm2"))
