@@ -42,6 +42,11 @@ class _Written(Row):
         numbers = "".join(f", {name}={value!r}" for name, value in self.values)
         return f"{type(self).__name__}({'loss=' if getattr(self, 'is_loss', False) else ''}{self.text!r}{numbers})"
 
+    def argument(self) -> str:
+        """As the command line takes it, without spaces: ``custom:e/s,s=0.5``."""
+        text = "".join(self.text.split())
+        return ",".join([f"custom:{'loss=' * getattr(self, 'is_loss', False)}{text}", *(f"{name}={x!r}" for name, x in self.values)])
+
     @classmethod
     @functools.lru_cache(maxsize=256)
     def from_code(cls: type[Self], code: str) -> Self:
@@ -53,8 +58,8 @@ class _Written(Row):
         return cls.from_fields(fields)
 
     @classmethod
-    def from_fields(cls: type[Self], fields: dict) -> Self:
-        """From the values of its fields, which may come from JSON; they are checked as in the constructor."""
+    def from_fields(cls: type[Self], fields: dict[str, Any]) -> Self:
+        """They are checked as in the constructor."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or fields.keys() != names:
             raise ValueError(f"{cls.__name__}: expected the fields {', '.join(sorted(names))}, got {str(fields)[:80]}")
@@ -67,8 +72,7 @@ class _Written(Row):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        object.__setattr__(self, "code", f"{self.tag} {json.dumps(fields)}")
+        object.__setattr__(self, "code", f"{self.tag} {json.dumps(self.__getstate__())}")
 
     @property
     def parameters(self) -> tuple[float, ...]:
