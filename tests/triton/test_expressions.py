@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from miras_kernels.kernels.common import programs
 
 import expressions
 import miras_kernels as mk
 from miras_kernels.expressions import OPERATIONS, Program, evaluate
-from miras_kernels.kernels.common import programs
 from miras_kernels.testing import Case, check
 from quick import or_slow, slow
 
