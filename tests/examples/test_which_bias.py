@@ -191,7 +191,7 @@ def test_the_search_finds_the_best_step_size():
     """With orthogonal keys, each read once, L2 is exact at step size 1 and worse at any other."""
     keys, values = torch.linalg.qr(torch.randn(2, DIM, DIM))[0], torch.randn(2, DIM, DIM)
     stream = tasks.Stream(keys, values, keys, values, values, torch.arange(DIM).expand(2, -1))
-    best = search._search(methods.TABLE["L2"], search.Budget(48, 2, 2), stream, [0, 1])
+    best = search.tune(methods.TABLE["L2"], search.Budget(48, 2, 2), stream, [0, 1])
     found = methods.AXES["step"](best[0, 0]).item()
     # The last round has points every 1/12 / 12 of the axis, a factor of 40000^(1/144): it must come within one such factor.
     assert abs(math.log(found)) < math.log(4e4) / 144
