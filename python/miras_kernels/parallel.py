@@ -8,6 +8,7 @@ stretch with the first heads, rank 0 reads its own with the next ones. With P ra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ class ContextParallel:
         offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
         if offsets[-1] != tokens:
             raise ValueError(f"cu_seqlens: expected offsets from 0 to T = {tokens}, got {offsets[-1]} at the end")
-        starts = sorted({at for a, b in zip(offsets, offsets[1:], strict=False) for at in range(a, b, self.chunk_size)})
+        starts = sorted({at for a, b in itertools.pairwise(offsets) for at in range(a, b, self.chunk_size)})
         if len(starts) < self.size:
             raise ValueError(f"tokens: {self.size} ranks need as many chunks of {self.chunk_size} tokens at least, got {len(starts)}")
         bounds = [0]
@@ -98,7 +99,7 @@ class ContextParallel:
 
     # ------------------------------------------------------------------------------------------------------------ messages
 
-    def send(self, x: Tensor, rank: int) -> distributed.Work:
+    def send(self, x: Tensor, rank: int) -> Any:
         """Without waiting; the tensor must stay as it is until the work is done."""
         return distributed.isend(x, group=self.group, group_dst=rank)
 
@@ -168,7 +169,7 @@ class _Plan:
     def parts(self, heads: int) -> list[slice]:
         count = min(self.stretch.context.parts, heads)
         edges = [heads * i // count for i in range(count + 1)]
-        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
     def part(self, tensors: tuple[Tensor, ...], heads: slice) -> list[Tensor]:
         """The heads of the arguments: tokens [B, T, H, ...], LayerNorm's parameters [H, D], duals [..., H, R, K]."""
@@ -252,7 +253,9 @@ class _Read(torch.autograd.Function):
         graph = any(ctx.needs_input_grad)
         ctx.plan, ctx.parts, outs, sent = plan, [], [], []
         for heads in plan.parts(tensors[0].shape[2]):
-            leaves = [x.detach().requires_grad_(needs) for x, needs in zip(plan.part(tensors, heads), ctx.needs_input_grad[1:], strict=True)]
+            leaves = [
+                x.detach().requires_grad_(needs) for x, needs in zip(plan.part(tensors, heads), ctx.needs_input_grad[1:], strict=True)
+            ]
             passed = None
             if stretch.continues:
                 passed = context.receive(plan.passing(leaves), context.rank - 1).requires_grad_(graph)
@@ -272,7 +275,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor):
         plan: _Plan = ctx.plan
-        stretch, context = plan.stretch, plan.stretch.context
+        context = plan.stretch.context
         grads: list[list[Tensor | None]] = []
         sent, first = [], 0
         for leaves, passed, out, message in ctx.parts:
@@ -348,16 +351,16 @@ def parallelize(model: nn.Module, context: ContextParallel | None) -> nn.Module:
         raise ValueError(f"model: expected one with memories, got {type(model).__name__} without")
     if context is not None:
         for name, block in blocks.items():
-            if context.chunk_size % block.preset.chunk_size or context.chunk_size < block.conv_width - 1:
+            size, back = block.preset.chunk_size, block.conv_width - 1
+            if context.chunk_size % size or context.chunk_size < back:
                 raise ValueError(
-                    f"context: expected a chunk_size that is a multiple of {block.preset.chunk_size}, that of {name or 'the block'}, and at "
-                    f"least {block.conv_width - 1}, the tokens its convolution looks back; got {context.chunk_size}"
+                    f"context: {name or 'the block'} has chunks of {size} tokens and looks {back} tokens back; expected a chunk_size that "
+                    f"is a multiple of the first and not below the second, got {context.chunk_size}"
                 )
         for name, module in model.named_modules():
-            if "attention" in type(module).__name__.lower() and not any(isinstance(x, MemoryBlock) for x in module.children()):
+            beside = [x for x in module.children() if isinstance(x, MemoryBlock)]
+            if "attention" in type(module).__name__.lower() and (not beside or beside[0].output_gate is not None):
                 raise ValueError(f"model: {name} ({type(module).__name__}) would not see the tokens of other ranks; expected memories only")
-            if type(module).__name__.startswith("Parallel") and isinstance(getattr(module, "memory", None), MemoryBlock):
-                raise ValueError(f"model: {name} has attention beside its memory, which would not see the tokens of other ranks")
     for block in blocks.values():
         block.context = context
     return model

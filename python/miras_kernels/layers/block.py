@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..memory import linear_memory, mlp_memory
 from ..parallel import ContextParallel
 from ..state import MemoryState
-from .functional import convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
+from .functional import Projected, convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
 from .presets import Preset, resolve
 from .state import BlockDecoder, BlockState
 
@@ -21,25 +21,6 @@ __all__ = ["MemoryBlock", "Projected"]
 _SPAN = 10.0  # initial decay span of a linear memory's fastest head: tokens for a factor of e
 _SPREAD = 100.0  # span of the slowest head over that of the fastest
 _MOMENTUM = 0.999  # upper bound, such that it is below 1 after rounding too
-
-
-class Projected(NamedTuple):
-    """Inputs of a :class:`MemoryBlock` without projections, in addition to the hidden states.
-
-    Attributes:
-        qkv: ``[B, T, 3 * num_heads * head_dim]``, the projected queries, keys and values.
-        cos, sin: ``[B, T, R]``, a rotary position embedding of the first R <= head_dim channels, or None. It is applied to queries and
-            keys before they are normalised, so that a linear memory depends on the distance of two tokens only.
-    """
-
-    qkv: Tensor
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Projected:
-        """Apply ``function`` to every tensor."""
-        turn = (None, None) if self.cos is None or self.sin is None else (function(self.cos), function(self.sin))
-        return Projected(function(self.qkv), *turn)
 
 
 class MemoryBlock(nn.Module):
@@ -266,7 +247,10 @@ class MemoryBlock(nn.Module):
             raise TypeError(f"initial_state: expected a BlockState or a BlockDecoder, got {type(initial_state).__name__}")
         self._check_projected(x, projected)
         if self.context is not None and (attention_mask is not None or initial_state is not None or output_final_state):
-            raise ValueError("context parallelism trains on whole sequences: expected no attention_mask, initial_state, output_final_state")
+            raise ValueError(
+                "context parallelism trains on whole sequences: expected no attention_mask, no initial_state and no output_final_state "
+                "(of a model of transformers: use_cache=False)"
+            )
         if isinstance(initial_state, BlockDecoder):
             for name, given in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
                 if given is not None:
