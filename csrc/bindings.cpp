@@ -72,7 +72,7 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
   // With fewer heads than threads, split the value rows too, into panels of at least 32 rows, unless something couples them.
   const int64_t heads = p.N * p.H, threads = num_threads();
   p.panels = 1, p.panel_width = p.Dv;
-  const bool coupled = bias_traits(p.bias).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
+  const bool coupled = bias_traits(p.bias, p.bias_program).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
   if (heads > 0 && heads < threads && !coupled) {
     const int wanted = int(std::min<int64_t>((threads + heads - 1) / heads, p.Dv / 32));
     if (wanted > 1) {

@@ -6,7 +6,7 @@
 // N = B, or the number of packed sequences (then B = 1). All strides are in elements.
 #pragma once
 
-#include <cstdint>
+#include "program.h"
 
 // Small functions are always inlined: the kernel files are compiled for several instruction sets, and a shared out-of-line
 // copy could be the one that this machine cannot run.
@@ -31,8 +31,9 @@ enum class BiasTag : int {
   huber_norm = 6,
   huber_switch = 7,
   robust_l2 = 8,
+  custom = 9,  // has a Program
 };
-constexpr int kBiasCount = 9;
+constexpr int kBiasCount = 10;
 constexpr int kBiasParams = 3;
 
 // Tags of the retention gates, likewise.
@@ -62,6 +63,7 @@ struct MemoryParams {
   Dtype dtype = Dtype::f32;  // of q, k, v, out, grad_out
   BiasTag bias = BiasTag::l2;
   float bias_params[kBiasParams] = {};
+  const Program* bias_program = nullptr;  // of a custom bias
   RetentionTag retention = RetentionTag::l2;
   float retention_params[kRetentionParams] = {};
 

@@ -119,7 +119,7 @@ struct MlpChunk {
   }
 
   MIRAS_FN BiasRows bias_rows(const MlpParams& p, int c, const float* eta) const {
-    return {c, dp, p.bias_params, eta, p.delta ? delta : nullptr, false, V, dp};
+    return {c, dp, p.bias_params, p.bias_program, eta, p.delta ? delta : nullptr, false, V, dp};
   }
 
   // Sweeps a matrix with a row per hidden unit and a column per token.

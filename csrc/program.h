@@ -1,0 +1,49 @@
+// A user's expression (docs/your-own-bias.md) as the kernels run it: instructions over blocks of rows. Written by compile.cpp, read by
+// cpu/program_rows.h; no ownership, no standard library, since kernels of every instruction set include it.
+#pragma once
+
+#include <cstdint>
+
+namespace miras {
+
+// name, number of operands: python/miras_kernels/expressions/program.py says what each computes
+#define MIRAS_OPERATIONS(OPERATION)                                                                                                   \
+  OPERATION(add, 2) OPERATION(sub, 2) OPERATION(mul, 2) OPERATION(div, 2) OPERATION(neg, 1) OPERATION(abs, 1) OPERATION(sign, 1)      \
+  OPERATION(sqrt, 1) OPERATION(exp, 1) OPERATION(log, 1) OPERATION(tanh, 1) OPERATION(min, 2) OPERATION(max, 2) OPERATION(power, 2) \
+  OPERATION(le, 2) OPERATION(lt, 2) OPERATION(where, 3)
+
+#define MIRAS_OPERATION_NAME(name, operands) name,
+enum class Operation : uint8_t { MIRAS_OPERATIONS(MIRAS_OPERATION_NAME) copy };  // copy: of a scalar
+
+// An operand is a vector, one number for every element of a block, or a scalar, the same along a row.
+struct Instruction {
+  Operation operation;
+  uint8_t scalars;  // bit i: operand i is a scalar
+  uint16_t to;      // a vector
+  uint16_t operands[3];
+};
+
+struct Code {
+  const Instruction* instructions;
+  int count;
+  int vectors;  // how many it reads or writes, kGiven at least
+};
+
+// What is computed once per row, as vectors over rows, and what once per element. Vectors of `rows`: 0 is norm2, 1 is delta. Vectors of
+// `elements`: 0 is e, 1 is delta if it is per channel, 2 is psi. Scalars: the constants, then, for `elements`, the vectors of `rows`.
+constexpr int kGiven = 3;
+constexpr int kPsi = 2;
+struct Stage {
+  Code rows, elements;
+  int outputs[3];  // vectors of `elements`, -1 if constantly 0
+};
+
+// psi, which `value` writes to vector kPsi, and from e and psi its slope, pull and slope_delta (bias.h).
+struct Program {
+  const float* constants;
+  int constant_count;
+  bool couples_row, uses_delta;
+  Stage value[2], derivatives[2];  // [delta is per channel]
+};
+
+}  // namespace miras
