@@ -1,4 +1,4 @@
-"""Attentional biases that users write as expressions; docs/your-own-bias.md is the guide."""
+"""Attentional biases and retention gates that users write as expressions; docs/your-own-bias.md is the guide."""
 
 from __future__ import annotations
 
@@ -7,25 +7,99 @@ import functools
 import json
 import keyword
 import math
+import re
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..expressions import FUNCTIONS, Graph, Program, evaluate, parse
 from .bias import ErrorBias
-from .row import number
+from .gate import Retention
+from .row import Row, number
 
-__all__ = ["CustomBias"]
+__all__ = ["CustomBias", "CustomRetention"]
 
 INPUTS = ("e", "norm2", "delta")
 #: What an expression that is not finite at delta = 0 reads instead of a smaller delta.
 SMALLEST_DELTA = 1e-6
 
+Self = TypeVar("Self", bound="_Written")
+
+
+class _Written(Row):
+    """A row that a user wrote: the text of its expression and the values of named numbers, sorted by name, are fields."""
+
+    text: str
+    values: tuple[tuple[str, float], ...]
+    #: names that a parameter cannot have
+    INPUTS: ClassVar[tuple[str, ...]]
+    #: what backends run. Not a field: it follows from the fields
+    programs: ClassVar[Any]
+
+    def __repr__(self) -> str:
+        numbers = "".join(f", {name}={value!r}" for name, value in self.values)
+        return f"{type(self).__name__}({'loss=' if getattr(self, 'is_loss', False) else ''}{self.text!r}{numbers})"
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def from_code(cls: type[Self], code: str) -> Self:
+        """The inverse of ``code``."""
+        try:
+            fields = json.loads(code.partition(" ")[2])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{cls.__name__}: expected the code of an expression, got {code[:80]!r} ({error})") from None
+        return cls.from_fields(fields)
+
+    @classmethod
+    def from_fields(cls: type[Self], fields: dict) -> Self:
+        """From the values of its fields, which may come from JSON; they are checked as in the constructor."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or fields.keys() != names:
+            raise ValueError(f"{cls.__name__}: expected the fields {', '.join(sorted(names))}, got {str(fields)[:80]}")
+        values = fields["values"]
+        if not isinstance(values, (list, tuple)) or any(not isinstance(x, (list, tuple)) or len(x) != 2 for x in values):
+            raise TypeError(f"{cls.__name__}: expected values as pairs of a name and a number, got {str(values)[:80]}")
+        row = object.__new__(cls)
+        row.__setstate__({**fields, "values": tuple((name, value) for name, value in values)})
+        return row
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        object.__setattr__(self, "code", f"{self.tag} {json.dumps(fields)}")
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """None: the numbers are constants of the programs."""
+        return ()
+
+    def _check(self) -> None:
+        owner = type(self).__name__
+        if not isinstance(self.text, str):
+            raise TypeError(f"{owner}: an expression must be a string, got {type(self.text).__name__}")
+        values = {}
+        for name, value in self.values:
+            if not isinstance(name, str) or not name.isidentifier() or name in self.INPUTS or name in FUNCTIONS or keyword.iskeyword(name):
+                raise ValueError(f"{owner}: {name!r} cannot name a parameter: it is taken, or not a name")
+            if not re.search(rf"\b{name}\b", self.text):
+                raise ValueError(f"{owner}: the parameter {name} is not in the expression {self.text[:100]!r}")
+            if name in values:
+                raise ValueError(f"{owner}: the parameter {name} has two values")
+            values[name] = number(self, name, value, -math.inf)
+        object.__setattr__(self, "values", tuple(sorted(values.items())))
+        try:
+            object.__setattr__(self, "programs", self._compile())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{owner}: {error}") from None
+
+    def _compile(self) -> Any:
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
-class CustomBias(ErrorBias):
+class CustomBias(_Written, ErrorBias):
     """An attentional bias written as an expression of the error ``e = pred - v``; its derivatives follow from it.
 
     The expression is psi, the gradient of the inner loss in the prediction, or with ``loss=`` the loss itself. It may use ``e``, one value
@@ -62,7 +136,7 @@ class CustomBias(ErrorBias):
     values: tuple[tuple[str, float], ...]
     name: ClassVar[str] = "custom"
     tag: ClassVar[int] = 9
-    #: what backends run. Not a field: it follows from the fields
+    INPUTS: ClassVar[tuple[str, ...]] = INPUTS
     programs: ClassVar[Programs]
 
     def __init__(self, psi: str | None = None, /, *, loss: str | None = None, **parameters: float) -> None:
@@ -70,46 +144,14 @@ class CustomBias(ErrorBias):
             raise ValueError(f"CustomBias: expected either psi or loss=, got {'neither' if psi is None else 'both'}")
         object.__setattr__(self, "text", loss if psi is None else psi)
         object.__setattr__(self, "is_loss", psi is None)
-        object.__setattr__(self, "values", tuple(sorted(parameters.items())))
+        object.__setattr__(self, "values", tuple(parameters.items()))
         self.__post_init__()
         self._warn_if_unbounded()
 
-    def __repr__(self) -> str:
-        numbers = "".join(f", {name}={value:g}" for name, value in self.values)
-        return f"CustomBias({'loss=' if self.is_loss else ''}{self.text!r}{numbers})"
-
-    @classmethod
-    @functools.lru_cache(maxsize=256)
-    def from_code(cls, code: str) -> CustomBias:
-        """The inverse of ``code``; what it says is checked as in the constructor."""
-        rest = code.partition(" ")[2]
-        fields = json.loads(rest)
-        bias = object.__new__(cls)
-        bias.__setstate__({**fields, "values": tuple((name, value) for name, value in fields["values"])})
-        return bias
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fields = {"text": self.text, "is_loss": self.is_loss, "values": self.values}
-        object.__setattr__(self, "code", f"{self.tag} {json.dumps(fields)}")
-
-    @property
-    def parameters(self) -> tuple[float, ...]:
-        """None: the numbers are constants of the programs."""
-        return ()
-
-    def _check(self) -> None:
-        values = {}
-        for name, value in self.values:
-            if name in INPUTS or name in FUNCTIONS or not name.isidentifier() or keyword.iskeyword(name):
-                raise ValueError(f"CustomBias: {name!r} cannot name a parameter: it is taken, or not a name")
-            values[name] = number(self, name, value, -math.inf)
-        object.__setattr__(self, "values", tuple(values.items()))
-        try:
-            programs = _programs(self.text, bool(self.is_loss), self.values)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"CustomBias: {error}") from None
-        object.__setattr__(self, "programs", programs)
+    def _compile(self):
+        if not isinstance(self.is_loss, bool):
+            raise TypeError(f"is_loss must be a bool, got {type(self.is_loss).__name__}")
+        return _programs(self.text, self.is_loss, self.values)
 
     def _warn_if_unbounded(self) -> None:
         e = torch.tensor([1e-6, 1e-3, 1.0, 10.0, 1e3, 1e6], dtype=torch.float64)
@@ -141,8 +183,7 @@ class CustomBias(ErrorBias):
         return loss.squeeze(-1) if self.row_coupled else loss.expand_as(e).sum(-1)
 
     def _value(self, e, delta):
-        norm2 = (e * e).sum(-1, keepdim=True) if self.row_coupled else None
-        return evaluate(self.programs.psi, e, norm2, delta)[0].expand_as(e)
+        return _Psi.apply(self, e, delta)
 
     def _derivative(self, e, delta, grad):
         norm2 = (e * e).sum(-1, keepdim=True) if self.row_coupled else None
@@ -151,6 +192,105 @@ class CustomBias(ErrorBias):
         if self.row_coupled:
             d_e = d_e + e * (pull * grad).sum(-1, keepdim=True)
         return d_e, slope_delta * grad if self.needs_delta else None
+
+
+class _Psi(torch.autograd.Function):
+    """psi with the derivatives of its expression: autograd's of sqrt and of fractional powers are NaN where the error is 0."""
+
+    @staticmethod
+    def forward(ctx, bias, e, delta):
+        ctx.bias = bias
+        ctx.save_for_backward(e, delta)
+        norm2 = (e * e).sum(-1, keepdim=True) if bias.row_coupled else None
+        return evaluate(bias.programs.psi, e, norm2, delta)[0].expand_as(e).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        e, delta = ctx.saved_tensors
+        d_e, d_delta = ctx.bias._derivative(e, delta, grad)
+        return None, d_e, d_delta if d_delta is None else d_delta.sum_to_size(delta.shape)
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class CustomRetention(_Written, Retention):
+    """A retention gate whose mirror map is an expression of the dual's entry ``A``; its derivative follows from it, and ``rho = 1``.
+
+    The expression is as that of a :class:`CustomBias`, with the variable ``A``. A mirror map is one if it nowhere decreases, which is not
+    checked.
+
+    Args:
+        phi: the expression, at most 1000 characters.
+        parameters: named numbers; finite.
+
+    Raises:
+        TypeError: an expression that is not a string, a parameter that is not a number.
+        ValueError: what is not such an expression, with the column; phi or its derivative that is not finite for ``|A|`` up to 1e6.
+
+    Example::
+
+        CustomRetention("A / (1 + abs(A) / bound)", bound=2.0)
+    """
+
+    text: str
+    values: tuple[tuple[str, float], ...]
+    name: ClassVar[str] = "custom"
+    tag: ClassVar[int] = 5
+    INPUTS: ClassVar[tuple[str, ...]] = ("A",)
+    programs: ClassVar[GatePrograms]
+
+    def __init__(self, phi: str, /, **parameters: float) -> None:
+        object.__setattr__(self, "text", phi)
+        object.__setattr__(self, "values", tuple(parameters.items()))
+        self.__post_init__()
+
+    def _compile(self):
+        return _gate_programs(self.text, self.values)
+
+    @property
+    def is_offset(self):  # type: ignore[override]
+        return bool(evaluate(self.programs.primal, torch.zeros(1))[0] != 0)
+
+    def phi(self, dual):
+        return _Phi.apply(self, dual)
+
+
+class _Phi(torch.autograd.Function):
+    """phi with the derivative of its expression."""
+
+    @staticmethod
+    def forward(ctx, gate, dual):
+        ctx.gate = gate
+        ctx.save_for_backward(dual)
+        return evaluate(gate.programs.primal, dual)[0].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, evaluate(ctx.gate.programs.slope, ctx.saved_tensors[0])[0] * grad
+
+
+@dataclasses.dataclass(frozen=True)
+class GatePrograms:
+    """What backends run for a :class:`CustomRetention`: phi and its derivative, of the input ``A``."""
+
+    primal: Program
+    slope: Program
+
+
+@functools.lru_cache(maxsize=256)
+def _gate_programs(text: str, values: tuple[tuple[str, float], ...]) -> GatePrograms:
+    graph = Graph(CustomRetention.INPUTS)
+    phi = parse(text, graph, dict(values))
+    if not graph.depends(phi, "A"):
+        raise ValueError(f"phi does not depend on A: {text!r}")
+    found = GatePrograms(graph.program(phi), graph.program(graph.derivative(phi, "A")))
+    a = _entries()
+    for name, program in (("phi", found.primal), ("its derivative", found.slope)):
+        x = evaluate(program, a)[0].expand_as(a)
+        wrong = (~x.isfinite()).nonzero().flatten()
+        if len(wrong):
+            i = int(wrong[0])
+            raise ValueError(f"{name} must be finite for |A| up to 1e6, got {x[i]:g} at A = {a[i]:g} (in float32)")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +342,15 @@ def _build(text: str, is_loss: bool, values: dict[str, float], smallest_delta: f
     )
 
 
+def _entries() -> Tensor:
+    """Errors, or entries of a dual, up to 1e6."""
+    x = torch.tensor([0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e2, 1e4, 1e6])
+    return torch.cat([x, -x])
+
+
 def _grid(deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors up to 1e6, alone in their row and beside others, with every delta."""
-    e = torch.tensor([0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e2, 1e4, 1e6])
-    e, others, delta = torch.cartesian_prod(torch.cat([e, -e]), torch.tensor([0.0, 1e-3, 1.0, 1e6]), deltas).unbind(-1)
+    """Errors alone in their row and beside others, with every delta."""
+    e, others, delta = torch.cartesian_prod(_entries(), torch.tensor([0.0, 1e-3, 1.0, 1e6]), deltas).unbind(-1)
     return e, e * e + others * others, delta
 
 

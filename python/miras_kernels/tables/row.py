@@ -52,7 +52,7 @@ def number(owner: object, name: str, value: object, low: float, *, open_: bool =
     """A finite float parameter of ``owner`` above ``low`` (or equal to it, if not ``open_``)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {type(value).__name__}")
-    value = float(value)
+    value = float(value) if abs(value) < 1e308 or value != value else math.inf  # a whole number may be too large for a float
     if not math.isfinite(value) or value < low or (open_ and value == low):
         raise ValueError(f"{type(owner).__name__}: {name} must be a finite number {'>' if open_ else '>='} {low:g}, got {value:g}")
     return value
