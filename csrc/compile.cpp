@@ -9,7 +9,7 @@
 namespace miras {
 namespace {
 
-constexpr int kInputs = 3;  // e, norm2, delta
+constexpr int kInputs = 3;  // e, norm2, delta; of a gate only the first, A
 constexpr int kError = 0, kNorm2 = 1, kDelta = 2;
 constexpr size_t kMaxValues = 2048;  // of one program, far more than Python lets pass
 
@@ -47,9 +47,10 @@ struct Nodes {
   }
 
   // The nodes of a program's outputs
-  std::vector<int> add(const StraightLine& program, size_t outputs) {
+  std::vector<int> add(int inputs, const StraightLine& program, int outputs) {
     require(program.constants.size() + program.instructions.size() <= kMaxValues, "is too long");
     std::vector<int> values = {kError, kNorm2, kDelta};
+    values.resize(size_t(inputs));
     for (const double x : program.constants) values.push_back(number(x));
     const auto value = [&](int i) {
       require(i >= 0 && size_t(i) < values.size(), "refers to a value that it does not have");
@@ -69,7 +70,7 @@ struct Nodes {
       if (fresh) all.push_back(node);
       values.push_back(at->second);
     }
-    require(program.outputs.size() == outputs, "has a wrong number of outputs");
+    require(program.outputs.size() == size_t(outputs), "has a wrong number of outputs");
     std::vector<int> nodes;
     std::transform(program.outputs.begin(), program.outputs.end(), std::back_inserter(nodes), value);
     return nodes;
@@ -188,9 +189,11 @@ class Writer {
 
 }  // namespace
 
-CompiledProgram::CompiledProgram(const StraightLine& psi, const StraightLine& derivatives) {
+CompiledProgram::CompiledProgram(int inputs, const StraightLine& psi, const StraightLine& derivatives) {
+  require(inputs == 1 || inputs == kInputs, "has 1 or 3 inputs");
   Nodes nodes;
-  const std::vector<int> value = nodes.add(psi, 1), derived = nodes.add(derivatives, 3);
+  const std::vector<int> value = nodes.add(inputs, psi, 1), derived = nodes.add(inputs, derivatives, inputs);
+  program_.inputs = inputs;
   code_.reserve(8);
   const auto keep = [this](std::vector<Instruction>&& code, int vectors) {
     code_.push_back(std::move(code));

@@ -9,7 +9,7 @@
 
 namespace miras {
 
-// Values are numbered: the inputs e, norm2 and delta, then the constants, then the results of the instructions in their order.
+// Values are numbered: the inputs e, norm2 and delta, or A, then the constants, then the results of the instructions in their order.
 struct StraightLine {
   std::vector<double> constants;
   std::vector<std::pair<std::string, std::vector<int>>> instructions;  // the operation, the numbers of its operands
@@ -19,8 +19,8 @@ struct StraightLine {
 // A Program with its memory.
 class CompiledProgram {
  public:
-  // psi has one output; derivatives have slope, pull and slope_delta. Throws std::invalid_argument for what is not such a program.
-  CompiledProgram(const StraightLine& psi, const StraightLine& derivatives);
+  // 3 inputs: psi; its slope, pull and slope_delta. 1 input: phi; its slope. Throws std::invalid_argument for what is not such a program.
+  CompiledProgram(int inputs, const StraightLine& value, const StraightLine& derivatives);
   CompiledProgram(const CompiledProgram&) = delete;
 
   const Program* get() const { return &program_; }

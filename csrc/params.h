@@ -37,8 +37,8 @@ constexpr int kBiasCount = 10;
 constexpr int kBiasParams = 3;
 
 // Tags of the retention gates, likewise.
-enum class RetentionTag : int { l2 = 0, lq = 1, kl = 2, elastic = 3, sigmoid = 4 };
-constexpr int kRetentionCount = 5;
+enum class RetentionTag : int { l2 = 0, lq = 1, kl = 2, elastic = 3, sigmoid = 4, custom = 5 };
+constexpr int kRetentionCount = 6;
 constexpr int kRetentionParams = 2;
 
 // q, k, v, gates and their gradients: [B, T, H] or [B, T, H, D]; `data` is float or bfloat16.
@@ -63,9 +63,9 @@ struct MemoryParams {
   Dtype dtype = Dtype::f32;  // of q, k, v, out, grad_out
   BiasTag bias = BiasTag::l2;
   float bias_params[kBiasParams] = {};
-  const Program* bias_program = nullptr;  // of a custom bias
   RetentionTag retention = RetentionTag::l2;
   float retention_params[kRetentionParams] = {};
+  const Program *bias_program = nullptr, *retention_program = nullptr;  // if custom
 
   TokenTensor q, k, v;                         // [B, T, H, D*], channel stride 1
   TokenTensor lr, log_decay, delta, momentum;  // float32 [B, T, H]; all but lr optional

@@ -1,4 +1,4 @@
-// A user's expression (docs/your-own-bias.md) as the kernels run it: instructions over blocks of rows. Written by compile.cpp, read by
+// A user's expression, a bias or a retention gate (docs/your-own-bias.md) as the kernels run it: instructions over blocks of rows. Written by compile.cpp, read by
 // cpu/program_rows.h; no ownership, no standard library, since kernels of every instruction set include it.
 #pragma once
 
@@ -38,8 +38,10 @@ struct Stage {
   int outputs[3];  // vectors of `elements`, -1 if constantly 0
 };
 
-// psi, which `value` writes to vector kPsi, and from e and psi its slope, pull and slope_delta (bias.h).
+// psi, which `value` writes to vector kPsi, and from e and psi its slope, pull and slope_delta (bias.h). A retention gate has one input, A in
+// the place of e, and phi and its slope in the places of psi and its slope.
 struct Program {
+  int inputs;
   const float* constants;
   int constant_count;
   bool couples_row, uses_delta;

@@ -45,7 +45,7 @@ inline bool is_float(const View& x) { return x.on_cpu() && x.is(kFloat32); }
 // The largest sizes; a test compares them with python/miras_kernels/tables/memories.py.
 constexpr int64_t kMaxHead = 256, kMaxHidden = 1024, kMaxChunk = 256;
 
-// A row of the table of biases or retention gates: its tag, its parameters and the program of a custom bias.
+// A row of the table of biases or retention gates: its tag, its parameters and the program of a custom one.
 using ProgramPointer = std::shared_ptr<CompiledProgram>;
 using RuleCode = std::tuple<int64_t, std::vector<double>, ProgramPointer>;
 
@@ -65,11 +65,13 @@ struct Tokens {
   }
 };
 
-template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&params)[kParams], const Program*& program, const RuleCode& code) {
+template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&params)[kParams], const Program*& program, int inputs,
+                                                                        const RuleCode& code) {
   const auto& [number, values, compiled] = code;
   require(number >= 0 && number < kCount, "unknown tag of a bias or a retention gate");
   require(values.size() <= size_t(kParams), "too many parameters of a bias or a retention gate");
-  require((Tag(number) == Tag::custom) == (compiled != nullptr), "a custom bias needs a program, and no other has one");
+  require((Tag(number) == Tag::custom) == (compiled != nullptr), "a custom bias or gate needs a program, and no other has one");
+  require(!compiled || compiled->get()->inputs == inputs, "a bias's program has the inputs e, norm2, delta; a gate's has A");
   tag = Tag(number);
   std::copy(values.begin(), values.end(), params);
   program = compiled ? compiled->get() : nullptr;
@@ -106,8 +108,8 @@ inline void fill_tokens(MemoryParams& p, const Tokens& x, const OptionalTensor& 
   p.delta = gate(p, x.delta, dv, &p.delta_per_channel, "delta must be float32 [B, T, H] or [B, T, H, Dv]");
   p.momentum = gate(p, x.momentum, dv, nullptr, "momentum must be float32 [B, T, H]");
 
-  fill_code<BiasTag, kBiasCount>(p.bias, p.bias_params, p.bias_program, bias);
-  fill_code<RetentionTag, kRetentionCount>(p.retention, p.retention_params, retention);
+  fill_code<BiasTag, kBiasCount>(p.bias, p.bias_params, p.bias_program, 3, bias);
+  fill_code<RetentionTag, kRetentionCount>(p.retention, p.retention_params, p.retention_program, 1, retention);
   require(bias_traits(p.bias, p.bias_program).uses_delta == x.delta.has_value(), "delta given to a bias without one, or missing");
   require(!p.delta_per_channel || !bias_traits(p.bias, p.bias_program).couples_row, "delta per channel needs a coordinate-wise bias");
 

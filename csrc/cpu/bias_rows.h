@@ -10,8 +10,7 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 struct BiasRows {
   int c, cols;          // cols = Dvp
-  const float* params;  // of the bias
-  const Program* program;
+  const MemoryParams& p;
   const float* eta;     // [c], or [c x Dvp] in kernels with kChannelEta
   const float* delta;   // [c], or [c x Dvp] if per_channel; null if the bias uses none
   bool per_channel;     // delta is
@@ -53,7 +52,7 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
 
   // Forward: u = eta psi(E) over K W0' in place; u_end = to_end * u unless null.
   static void write(const BiasRows& x, float* kw_u, const float* to_end, float* u_end) {
-    const Bias bias(x.params);
+    const Bias bias(x.p.bias_params);
     for (int t = 0; t < x.c; ++t, kw_u += x.cols) {
       const float* v = x.v + t * x.ldv;
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return error(kw_u, v, j); });
@@ -68,7 +67,7 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
 
   // Backward, first half: E over K W0' in place, g = psi(E).
   static void grade(const BiasRows& x, float* kw_e, float* g) {
-    const Bias bias(x.params);
+    const Bias bias(x.p.bias_params);
     for (int t = 0; t < x.c; ++t, kw_e += x.cols, g += x.cols) {
       const float* v = x.v + t * x.ldv;
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return error(kw_e, v, j); });
@@ -83,7 +82,7 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
   // Backward, second half: from dU, over it in place, dE = psi'(E) (eta dU); d eta = dU . g [c] or dU o g [c x Dvp]; d delta
   // [c] or [c x Dvp].
   static void pull_back(const BiasRows& x, const float* e, const float* g, float* du_de, float* deta, float* ddelta) {
-    const Bias bias(x.params);
+    const Bias bias(x.p.bias_params);
     for (int t = 0; t < x.c; ++t, e += x.cols, g += x.cols, du_de += x.cols) {
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return load(e + j); });
       const Vec eta = row_eta(x, t);
