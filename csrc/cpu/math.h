@@ -120,15 +120,15 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
     return 4.0f * z * inverse * inverse;
   }
 
-  // 2^n (1 + tail) with n to 128, halved on the way; below -87 it is zero
+  // within 4 ulp; zero below -87.6, infinite above 88.7
   MIRAS_FN static F exp(F x) {
     using namespace cpu::MIRAS_LEVEL;
     x = x < -88.0f ? broadcast(-88.0f) : (x > 89.0f ? broadcast(89.0f) : x);
     const F n = round_to_even(x * 1.44269504f);
     const F r = (x - n * 6.93145752e-01f) - n * 1.42860677e-06f;
-    const F half = power_of_two(n - 1.0f);
-    const F y = 2.0f * (half + half * exp2_minus_one(r * 1.44269504f));
-    return n < -125.5f ? F{} : y;
+    const F twice = n > 0.0f ? F{} + 1.0f : F{};  // 2^128 is infinity
+    const F y = power_of_two(n - twice) * (1.0f + exp2_minus_one(r * 1.44269504f)) * (1.0f + twice);
+    return n < -126.5f ? F{} : y;
   }
 
   // (n + log2 m) ln 2, x = 2^n m with m in [sqrt(1/2), sqrt(2)): within 3 ulp

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bias_rows.h"
-#include "program.h"
+#include "interpret.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 

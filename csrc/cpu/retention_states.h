@@ -7,7 +7,7 @@
 
 #include "../retention.h"
 #include "math.h"
-#include "program.h"
+#include "interpret.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
