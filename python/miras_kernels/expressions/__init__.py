@@ -5,7 +5,7 @@ and ``evaluate`` does so in PyTorch. Nothing is ever executed as Python.
 """
 
 from .graph import Graph
-from .program import OPERATIONS, Program, evaluate
+from .program import OPERATIONS, Program, evaluate, values
 from .text import FUNCTIONS, parse
 
-__all__ = ["FUNCTIONS", "OPERATIONS", "Graph", "Program", "evaluate", "parse"]
+__all__ = ["FUNCTIONS", "OPERATIONS", "Graph", "Program", "evaluate", "parse", "values"]

@@ -52,6 +52,7 @@ class Graph:
         self.inputs = inputs
         self._nonnegative = nonnegative
         self._nodes: list[tuple] = []
+        self._signs: list[tuple[bool, bool]] = []  # of every node: whether it is known to be >= 0, and > 0
         self._index: dict[tuple, int] = {}
         for name in inputs:
             self._node("input", name)
@@ -132,6 +133,7 @@ class Graph:
                 raise ValueError(f"too long: with its derivatives it has more than {MAX_NODES} operations")
             self._index[key] = len(self._nodes)
             self._nodes.append(key)
+            self._signs.append((self._at_least_zero(*key), self._above_zero(*key)))
         return self._index[key]
 
     def _value(self, node: int) -> float | None:
@@ -174,7 +176,13 @@ class Graph:
 
     def nonnegative(self, node: int) -> bool:
         """Whether the expression is known to be >= 0 for all inputs."""
-        operation, *operands = self._nodes[node]
+        return self._signs[node][0]
+
+    def positive(self, node: int) -> bool:
+        """Whether the expression is known to be > 0 for all inputs."""
+        return self._signs[node][1]
+
+    def _at_least_zero(self, operation, *operands) -> bool:
         if operation == "number":
             return operands[0] >= 0
         if operation == "input":
@@ -189,9 +197,7 @@ class Graph:
             return any(map(self.nonnegative, operands))
         return operation == "where" and all(map(self.nonnegative, operands[1:]))
 
-    def positive(self, node: int) -> bool:
-        """Whether the expression is known to be > 0 for all inputs."""
-        operation, *operands = self._nodes[node]
+    def _above_zero(self, operation, *operands) -> bool:
         if operation == "number":
             return operands[0] > 0
         if operation in ("exp", "cosh"):
@@ -264,15 +270,16 @@ class Graph:
             return self.apply("mul", self.number(1 / number), a)
         if self._is(a, "neg"):
             return self.apply("neg", self.apply("div", self._operands(a)[0], b))
-        return self._without(a, b)
+        return self._without(a, b, set())
 
-    def _without(self, product, factor):
+    def _without(self, product, factor, seen):
         """``product / factor`` if factor is one of the product's factors: finite where both overflow or are 0."""
         if product == factor:
             return self.number(1)
-        if self._is(product, "mul"):
+        if self._is(product, "mul") and product not in seen:
+            seen.add(product)
             for x, rest in (self._operands(product), reversed(self._operands(product))):
-                found = self._without(x, factor)
+                found = self._without(x, factor, seen)
                 if found is not None:
                     return self.apply("mul", found, rest)
         return None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OPERATIONS", "Program", "evaluate"]
+__all__ = ["OPERATIONS", "Program", "evaluate", "values"]
 
 #: Every operation and its number of operands; a backend knows these and no other. Comparisons give 1 or 0; ``where`` chooses its second
 #: operand where the first is not 0, whatever the other one is (NaN, infinity). ``power(x, c)`` has x >= 0, a constant c > 0, and is 0 at
@@ -44,12 +44,16 @@ class Program(NamedTuple):
     #: numbers of the values that the program is for
     outputs: tuple[int, ...]
 
+    def depends(self, *inputs: int) -> tuple[bool, ...]:
+        """For every value, whether it depends on one of these inputs."""
+        found = [i in inputs for i in range(len(self.inputs) + len(self.constants))]
+        for _, *operands in self.instructions:
+            found.append(any(found[x] for x in operands))
+        return tuple(found)
+
     def varies(self) -> tuple[bool, ...]:
         """For every value, whether it depends on the first input: the others are the same along a row."""
-        varies = [i == 0 for i in range(len(self.inputs) + len(self.constants))]
-        for _, *operands in self.instructions:
-            varies.append(any(varies[x] for x in operands))
-        return tuple(varies)
+        return self.depends(0)
 
 
 def evaluate(program: Program, *inputs: Tensor | None) -> list[Tensor]:
@@ -61,11 +65,17 @@ def evaluate(program: Program, *inputs: Tensor | None) -> list[Tensor]:
     Returns:
         One tensor per output; each has the shape that its operands broadcast to.
     """
+    found = values(program, *inputs)
+    return [found[x] for x in program.outputs]
+
+
+def values(program: Program, *inputs: Tensor | None) -> list[Tensor]:
+    """Of the inputs, the constants and the instructions."""
     like = next(x for x in inputs if x is not None)
-    values = [*inputs, *(like.new_tensor(x) for x in program.constants)]
+    found: list[Tensor] = [*inputs, *(like.new_tensor(x) for x in program.constants)]  # type: ignore[list-item]
     for operation, *operands in program.instructions:
-        values.append(_TORCH[operation](*(values[x] for x in operands)))
-    return [values[x] for x in program.outputs]  # type: ignore[misc]
+        found.append(_TORCH[operation](*(found[x] for x in operands)))
+    return found
 
 
 _TORCH: dict[str, Callable[..., Tensor]] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import warnings
 from collections.abc import Mapping
 
 from .graph import Graph
@@ -10,6 +12,7 @@ from .graph import Graph
 __all__ = ["FUNCTIONS", "MAX_LENGTH", "parse"]
 
 MAX_LENGTH = 1000
+_OTHER = re.compile(r"[^\w.+\-*/(),<>=\s]", re.ASCII)
 MAX_DEPTH = 50
 
 #: Functions and their number of arguments (None: two or more).
@@ -35,8 +38,8 @@ def parse(text: str, graph: Graph, parameters: Mapping[str, float]) -> int:
     """The node of an expression in a graph.
 
     Args:
-        text: at most ``MAX_LENGTH`` characters: numbers, the graph's inputs, the names of ``parameters``, ``+ - * / **``, parentheses, the
-            functions of ``FUNCTIONS``, and comparisons (``< <= > >=``) as the first argument of ``where``.
+        text: at most ``MAX_LENGTH`` ASCII characters: numbers, the graph's inputs, the names of ``parameters``, ``+ - * / **``,
+            parentheses, the functions of ``FUNCTIONS``, and comparisons (``< <= > >=``) as the first argument of ``where``.
         parameters: values of named numbers.
 
     Raises:
@@ -47,13 +50,20 @@ def parse(text: str, graph: Graph, parameters: Mapping[str, float]) -> int:
         raise TypeError(f"an expression must be a string, got {type(text).__name__}")
     if len(text) > MAX_LENGTH:
         raise ValueError(f"an expression has at most {MAX_LENGTH} characters, got {len(text)}")
+    other = _OTHER.search(text)
+    if other:
+        raise _at(text, other.start() + 1, f"{other[0]!r} is not part of an expression")
     _check_depth(text)
+    line = re.sub(r"\s", " ", text)  # one line of ASCII, so that Python's columns are those of the text
+    indent = len(line) - len(line.lstrip())
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        with warnings.catch_warnings():  # Python's, of what is refused below anyway: 1if e else 2
+            warnings.simplefilter("ignore")
+            tree = ast.parse(line.strip(), mode="eval")
     except SyntaxError as error:
-        raise _at(text, error.offset or 1, "not an expression") from None
-    except (ValueError, MemoryError, RecursionError) as error:  # null characters; too deep for this Python's parser
-        raise _at(text, 1, f"not an expression ({error})") from None
+        raise _at(text, min(indent + (error.offset or 1), len(text) + 1), "not an expression") from None
+    except (ValueError, MemoryError, RecursionError) as error:  # too long a number; too deep for this Python's parser
+        raise _at(text, indent + 1, f"not an expression ({error})") from None
     try:
         return _Reader(text, graph, parameters).read(tree.body, 1)
     except _Positioned as error:
@@ -63,7 +73,7 @@ def parse(text: str, graph: Graph, parameters: Mapping[str, float]) -> int:
 def _check_depth(text: str) -> None:
     depth = 0
     for i, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
+        depth += (character == "(") - (character == ")")
         if depth > MAX_DEPTH:
             raise _at(text, i + 1, f"more than {MAX_DEPTH} parentheses inside each other")
 

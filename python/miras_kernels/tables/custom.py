@@ -42,6 +42,11 @@ class _Written(Row):
         numbers = "".join(f", {name}={value!r}" for name, value in self.values)
         return f"{type(self).__name__}({'loss=' if getattr(self, 'is_loss', False) else ''}{self.text!r}{numbers})"
 
+    def argument(self) -> str:
+        """As the command line takes it, without spaces: ``custom:e/s,s=0.5``."""
+        text = "".join(self.text.split())
+        return ",".join([f"custom:{'loss=' * getattr(self, 'is_loss', False)}{text}", *(f"{name}={x!r}" for name, x in self.values)])
+
     @classmethod
     @functools.lru_cache(maxsize=256)
     def from_code(cls: type[Self], code: str) -> Self:
@@ -53,8 +58,8 @@ class _Written(Row):
         return cls.from_fields(fields)
 
     @classmethod
-    def from_fields(cls: type[Self], fields: dict) -> Self:
-        """From the values of its fields, which may come from JSON; they are checked as in the constructor."""
+    def from_fields(cls: type[Self], fields: dict[str, Any]) -> Self:
+        """They are checked as in the constructor."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or fields.keys() != names:
             raise ValueError(f"{cls.__name__}: expected the fields {', '.join(sorted(names))}, got {str(fields)[:80]}")
@@ -67,8 +72,7 @@ class _Written(Row):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        object.__setattr__(self, "code", f"{self.tag} {json.dumps(fields)}")
+        object.__setattr__(self, "code", f"{self.tag} {json.dumps(self.__getstate__())}")
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -81,8 +85,10 @@ class _Written(Row):
             raise TypeError(f"{owner}: an expression must be a string, got {type(self.text).__name__}")
         values = {}
         for name, value in self.values:
-            if not isinstance(name, str) or not name.isidentifier() or name in self.INPUTS or name in FUNCTIONS or keyword.iskeyword(name):
-                raise ValueError(f"{owner}: {name!r} cannot name a parameter: it is taken, or not a name")
+            if not isinstance(name, str) or not (name.isidentifier() and name.isascii()) or keyword.iskeyword(name):
+                raise ValueError(f"{owner}: {str(name)[:50]!r} cannot name a parameter: expected a name in ASCII")
+            if name in self.INPUTS or name in FUNCTIONS:
+                raise ValueError(f"{owner}: {name!r} cannot name a parameter: it has a meaning in expressions")
             if not re.search(rf"\b{name}\b", self.text):
                 raise ValueError(f"{owner}: the parameter {name} is not in the expression {self.text[:100]!r}")
             if name in values:
@@ -176,11 +182,12 @@ class CustomBias(_Written, ErrorBias):
         return self.needs_delta and not self.row_coupled
 
     def loss(self, pred, v, delta):
-        if self.programs.loss is None:
+        program = self.programs.loss
+        if program is None:
             return None
         e = pred - v
-        loss = evaluate(self.programs.loss, e, (e * e).sum(-1, keepdim=True), delta)[0]
-        return loss.squeeze(-1) if self.row_coupled else loss.expand_as(e).sum(-1)
+        loss = evaluate(program, e, (e * e).sum(-1, keepdim=True), delta)[0]
+        return loss.expand_as(e).sum(-1) if program.varies()[program.outputs[0]] else loss.squeeze(-1)
 
     def _value(self, e, delta):
         return _Psi.apply(self, e, delta)
@@ -330,6 +337,8 @@ def _build(text: str, is_loss: bool, values: dict[str, float], smallest_delta: f
         if graph.depends(node, "norm2"):
             twice = graph.apply("mul", graph.number(2), graph.derivative(node, "norm2"))
             psi = graph.apply("mul", twice, graph.input("e"))
+    if graph.depends(node, "delta") and not graph.depends(psi, "delta"):
+        raise ValueError(f"the gradient of the loss does not depend on delta: {text!r}")
     if not (graph.depends(psi, "e") or graph.depends(psi, "norm2")):
         raise ValueError(f"psi does not depend on the error: {text!r}")
     pull = graph.apply("mul", graph.number(2), graph.derivative(psi, "norm2"))

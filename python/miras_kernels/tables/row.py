@@ -33,6 +33,14 @@ class Row:
         object.__setattr__(self, "padded", (*given, *(0.0,) * (most - len(given))))
         object.__setattr__(self, "code", " ".join([str(self.tag), *map(repr, given)]))
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Any:
+        """From the values of its fields by name, as JSON has them."""
+        return cls(**fields)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle from the fields alone: earlier versions stored other attributes too."""
         for field in dataclasses.fields(self):
