@@ -77,11 +77,10 @@ struct Nodes {
   }
 
   bool depends(int node, int input) const {
-    if (node == input) return true;
     std::vector<bool> found(all.size());
     found[size_t(input)] = true;
-    for (int i = kInputs; i <= node; ++i)
-      for (int k = 0; k < all[size_t(i)].count; ++k) found[size_t(i)] = found[size_t(i)] || found[size_t(all[size_t(i)].operands[size_t(k)])];
+    for (size_t i = kInputs; i < all.size(); ++i)
+      for (int k = 0; k < all[i].count; ++k) found[i] = found[i] || found[size_t(all[i].operands[size_t(k)])];
     return found[size_t(node)];
   }
 };
@@ -93,7 +92,8 @@ class Writer {
   int row_vectors = kGiven, vectors = kGiven;
 
   // `psi`: its node, if the stage is given it, else -1
-  Writer(const Nodes& nodes, bool delta_per_channel, int psi) : nodes_(nodes), place_(nodes.all.size(), kNowhere), varies_(nodes.all.size()) {
+  Writer(const Nodes& nodes, bool delta_per_channel, int psi)
+      : nodes_(nodes), place_(nodes.all.size(), kNowhere), varies_(nodes.all.size()) {
     varies_[kError] = true, varies_[kDelta] = delta_per_channel;
     for (size_t i = kInputs; i < varies_.size(); ++i)
       for (int k = 0; k < nodes.all[i].count; ++k) varies_[i] = varies_[i] || varies_[size_t(nodes.all[i].operands[size_t(k)])];

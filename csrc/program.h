@@ -1,16 +1,30 @@
-// A user's expression, a bias or a retention gate (docs/your-own-bias.md) as the kernels run it: instructions over blocks of rows. Written by compile.cpp, read by
-// cpu/program_rows.h; no ownership, no standard library, since kernels of every instruction set include it.
+// A user's expression, a bias or a retention gate (docs/your-own-bias.md), as the kernels run it: instructions over blocks of rows. Written by
+// compile.cpp, read by cpu/interpret.h; no ownership, no standard library, since kernels of every instruction set include it.
 #pragma once
 
 #include <cstdint>
 
 namespace miras {
 
-// name, number of operands: python/miras_kernels/expressions/program.py says what each computes
-#define MIRAS_OPERATIONS(OPERATION)                                                                                                   \
-  OPERATION(add, 2) OPERATION(sub, 2) OPERATION(mul, 2) OPERATION(div, 2) OPERATION(neg, 1) OPERATION(abs, 1) OPERATION(sign, 1)      \
-  OPERATION(sqrt, 1) OPERATION(exp, 1) OPERATION(log, 1) OPERATION(tanh, 1) OPERATION(min, 2) OPERATION(max, 2) OPERATION(power, 2) \
-  OPERATION(le, 2) OPERATION(lt, 2) OPERATION(where, 3)
+// name, number of operands: as OPERATIONS of python/miras_kernels/expressions/program.py, in its order
+#define MIRAS_OPERATIONS(OPERATION)                         \
+  OPERATION(add, 2)   /* a + b */                           \
+  OPERATION(sub, 2)   /* a - b */                           \
+  OPERATION(mul, 2)   /* a b */                             \
+  OPERATION(div, 2)   /* a / b */                           \
+  OPERATION(neg, 1)   /* -a */                              \
+  OPERATION(abs, 1)   /* |a| */                             \
+  OPERATION(sign, 1)  /* 1, 0 or -1 */                      \
+  OPERATION(sqrt, 1)  /* sqrt */                            \
+  OPERATION(exp, 1)   /* exp */                             \
+  OPERATION(log, 1)   /* log */                             \
+  OPERATION(tanh, 1)  /* tanh */                            \
+  OPERATION(min, 2)   /* min */                             \
+  OPERATION(max, 2)   /* max */                             \
+  OPERATION(power, 2) /* a to the constant b > 0, a >= 0 */ \
+  OPERATION(le, 2)    /* 1 if a <= b, else 0 */             \
+  OPERATION(lt, 2)    /* 1 if a < b, else 0 */              \
+  OPERATION(where, 3) /* b if a is not 0, else c */
 
 #define MIRAS_OPERATION_NAME(name, operands) name,
 enum class Operation : uint8_t { MIRAS_OPERATIONS(MIRAS_OPERATION_NAME) copy };  // copy: of a scalar
@@ -38,8 +52,8 @@ struct Stage {
   int outputs[3];  // vectors of `elements`, -1 if constantly 0
 };
 
-// psi, which `value` writes to vector kPsi, and from e and psi its slope, pull and slope_delta (bias.h). A retention gate has one input, A in
-// the place of e, and phi and its slope in the places of psi and its slope.
+// psi, which `value` writes to vector kPsi, and from e and psi its slope, pull and slope_delta (bias.h). A retention gate has one input, A
+// in the place of e, and phi and its slope in the places of psi and its slope.
 struct Program {
   int inputs;
   const float* constants;

@@ -65,8 +65,8 @@ struct Tokens {
   }
 };
 
-template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&params)[kParams], const Program*& program, int inputs,
-                                                                        const RuleCode& code) {
+template <class Tag, int kCount, int kParams>
+void fill_code(Tag& tag, float (&params)[kParams], const Program*& program, int inputs, const RuleCode& code) {
   const auto& [number, values, compiled] = code;
   require(number >= 0 && number < kCount, "unknown tag of a bias or a retention gate");
   require(values.size() <= size_t(kParams), "too many parameters of a bias or a retention gate");

@@ -9,12 +9,12 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BiasRows {
-  int c, cols;          // cols = Dvp
+  int c, cols;  // cols = Dvp
   const MemoryParams& p;
-  const float* eta;     // [c], or [c x Dvp] in kernels with kChannelEta
-  const float* delta;   // [c], or [c x Dvp] if per_channel; null if the bias uses none
-  bool per_channel;     // delta is
-  const float* v;       // [c x ldv]
+  const float* eta;    // [c], or [c x Dvp] in kernels with kChannelEta
+  const float* delta;  // [c], or [c x Dvp] if per_channel; null if the bias uses none
+  bool per_channel;    // delta is
+  const float* v;      // [c x ldv]
   index_t ldv;
 };
 

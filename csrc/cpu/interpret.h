@@ -15,8 +15,8 @@ struct Frame {
   index_t size;  // of a vector in scratch
   const float* constants;
   int constant_count;
-  float* row_values;        // kPad floats for each scalar that is not a constant, one per row
-  int rows, cols;           // rows of cols floats, contiguous
+  float* row_values;  // kPad floats for each scalar that is not a constant, one per row
+  int rows, cols;     // rows of cols floats, contiguous
 
   MIRAS_FN float* vector(int i) const { return i < kGiven ? given[i] : scratch + (i - kGiven) * size; }
   MIRAS_FN float scalar(int i, int row) const { return i < constant_count ? constants[i] : row_values[(i - constant_count) * kPad + row]; }
@@ -81,7 +81,9 @@ static void interpret(const Frame& f, const Code& code) {
       case Operation::div: apply<2>(f, i, [&](Vec a, Vec b, Vec) MIRAS_LAMBDA { return a / b; }); break;
       case Operation::neg: apply<1>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return -a; }); break;
       case Operation::abs: apply<1>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return M::abs(a); }); break;
-      case Operation::sign: apply<1>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return a == a && a != zero ? M::copysign(one, a) : a; }); break;
+      case Operation::sign:
+        apply<1>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return a == a && a != zero ? M::copysign(one, a) : a; });
+        break;
       case Operation::sqrt: apply<1>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return M::sqrt(a); }); break;
       case Operation::exp: apply<1>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return M::exp(a); }); break;
       case Operation::log: apply<1>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return M::log(a); }); break;
@@ -129,8 +131,14 @@ class Interpreter {
   // What is the same along a row
   MIRAS_FN void run_rows(int rows) const {
     float* const values = frame_.row_values;
-    const Frame vectors = {{values, values + kPad, values + 2 * kPad}, values + kGiven * kPad, kPad, frame_.constants, frame_.constant_count,
-                           nullptr, 1, round_up(rows, kLanes)};
+    const Frame vectors = {{values, values + kPad, values + 2 * kPad},
+                           values + kGiven * kPad,
+                           kPad,
+                           frame_.constants,
+                           frame_.constant_count,
+                           nullptr,
+                           1,
+                           round_up(rows, kLanes)};
     if (stage_.rows.count) interpret(vectors, stage_.rows);
   }
   // Only psi is written.

@@ -142,7 +142,8 @@ struct ProgramStates {
       float* const g = dW_dA + first;
       for (int i = 0; i < count; i += kLanes) store(g + i, slope ? load(slope + i) * load(g + i) : zeros());
     });
-    m.padding([&](index_t at, int j) MIRAS_LAMBDA { store(dW_dA + at, m.without_padding(load(dW_dA + at), j)); });  // NaN where W is not phi
+    // where W is 0 and not phi, the slope may be NaN
+    m.padding([&](index_t at, int j) MIRAS_LAMBDA { store(dW_dA + at, m.without_padding(load(dW_dA + at), j)); });
   }
 
  private:

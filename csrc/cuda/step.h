@@ -190,9 +190,7 @@ __device__ inline float block_sum(float x) {
 // ---------------------------------------------------------------------------------------------------------- biases and gates
 
 // A program's registers, [kRegisters, kThreads] of dynamic shared memory
-inline int register_bytes(const Step& p) {
-  return p.bias_program || p.retention_program ? kRegisters * kThreads * int(sizeof(float)) : 0;
-}
+inline int register_bytes(const Step& p) { return p.bias_program || p.retention_program ? kRegisters * kThreads * int(sizeof(float)) : 0; }
 __device__ inline float run(const int32_t* program, float first, float second = 0.0f, float third = 0.0f) {
   extern __shared__ float registers[];
   return interpret<kThreads>(program, registers + thread(), first, second, third);
