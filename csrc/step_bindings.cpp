@@ -154,7 +154,7 @@ template <class Memory> class Stepper {
  public:
   Stepper(const TokenTuple& tokens, const NormTuple& norm, const std::vector<OptionalTensor>& buffers, const RuleTuple& rules,
           bool check_values)
-      : kernels_(cpu::kernels()), norm_(norm), buffers_(buffers_of(buffers)), check_values_(check_values) {
+      : kernels_(cpu::kernels()), rules_(rules), norm_(norm), buffers_(buffers_of(buffers)), check_values_(check_values) {
     const Tokens x(tokens);
     wanted_ = {x.q, x.k, x.v, x.lr, x.log_decay, x.delta, x.momentum};
     fill_tokens(p_, x, {}, rules, 0);
@@ -214,6 +214,7 @@ template <class Memory> class Stepper {
 
   typename Memory::Params p_;
   const cpu::Kernels& kernels_;
+  RuleTuple rules_;
   NormTuple norm_;
   Buffers buffers_;
   struct {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -58,10 +59,9 @@ def check_same(pair: tuple[Case, Case], backend: str, dtype: torch.dtype = torch
     return judge(inputs, evaluate(_with(inputs, custom), backend), operands(backend, dtype))
 
 
-def check_same_steps(pair: tuple[Case, Case], backend: str) -> Report:
-    """The same for decoding, token by token after a prompt."""
+def check_same_steps(pair: tuple[Case, Case], backend: str, cuts: Sequence[int]) -> Report:
+    """The same for decoding: see :func:`miras_kernels.testing.steps.read`."""
     built_in, custom = pair
-    cuts = (5, *range(6, 5 + built_in.chunk_size, 3), built_in.tokens)
     found = read(_with(inputs_of(built_in, backend, torch.float32), custom), backend, cuts)
     return check_steps(built_in, backend, cuts=cuts, found=found)
 

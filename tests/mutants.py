@@ -144,6 +144,10 @@ MUTANTS = [
            ("core/test_reference.py::test_hand_derived_form[linear-chunk-1-l2]",),
            "self.scores[:, :, n] * self.lr[:, :, n].transpose(-1, -2)", "self.scores[:, :, n]"),
     # ---------------------------------------------------------------------------------------------- csrc: biases and gates
+    Mutant("cpp-interpreter-scalars-of-the-first-row", "csrc/cpu/interpret.h", cpp("linear-custom"),
+           "(i - constant_count) * kPad + row", "(i - constant_count) * kPad"),
+    Mutant("cpp-compiler-gives-places-away-too-early", "csrc/compile.cpp", ("cpp/test_interpreter.py::test_many_values_at_once",),
+           "last_use[operand] == i", "last_use[operand] >= i"),
     Mutant("cpp-delta-gradient-without-its-sign", "csrc/bias.h", cpp("linear-huber_coordinate"),
            "Math<F>::abs(e) <= delta ? F{} : Math<F>::copysign(F{} + 1.0f, e)", "Math<F>::abs(e) <= delta ? F{} : F{} + 1.0f"),
     Mutant("cpp-smooth-lp-slope-without-a-term", "csrc/bias.h", cpp("linear-lp_smooth-p1.5-odd"),

@@ -333,6 +333,7 @@ def test_any_text_is_an_expression_or_refused(text, value):
     (lambda: CustomBias("e", **{"é": 1.0}), ValueError, "'é' cannot name a parameter: expected a name in ASCII"),
     (lambda: CustomBias("e", s=1.0), ValueError, "the parameter s is not in the expression 'e'"),
     (lambda: CustomBias("e + 1"), ValueError, "psi must be 0 where the error is 0, got 1"),
+    (lambda: CustomBias("e + tanh(norm2)"), ValueError, "psi must be 0 where the error is 0, got"),
     (lambda: CustomBias("delta"), ValueError, "psi does not depend on the error: 'delta'"),
     (lambda: CustomBias("exp(e) - 1"), ValueError, "psi must be finite for |e| up to 1e6, got inf at e = 100"),
     (lambda: CustomBias("e/norm2"), ValueError, "psi must be finite for |e| up to 1e6, got nan at e = 0, norm2 = 0"),
