@@ -112,3 +112,22 @@ def test_explain_and_errors():
         mk.linear_memory(x, x, x, lr, bias=ROWS[0], delta=1.0)
     with pytest.raises(ValueError, match=r"delta: expected"):  # coupled over the row: none per channel
         mk.linear_memory(x, x, x, lr, bias=ROWS[1], delta=torch.ones(1, 4, 2, 8))
+
+
+@pytest.mark.parametrize("bias", [mk.L2(), mk.Huber("norm"), ROWS[0], ROWS[1]], ids=repr)
+def test_plots(bias, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = bias.plot(delta=0.5)
+    figure.savefig(tmp_path / "psi.png")
+    assert (tmp_path / "psi.png").read_bytes().startswith(b"\x89PNG")
+    (psi,), (slope,) = (axes.lines for axes in figure.axes)
+    e, y, dy = (torch.tensor(x, dtype=torch.float64) for x in (psi.get_xdata(), psi.get_ydata(), slope.get_ydata()))
+    middle = (y[2:] - y[:-2]) / (e[2:] - e[:-2])  # a central difference, of an error of second order; kinks are left out
+    assert ((middle - dy[1:-1]).abs() < 1e-2).float().mean() > 0.98
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    with pytest.raises(ImportError, match="plot: matplotlib is needed, and not installed"):
+        ROWS[0].plot()

@@ -89,7 +89,6 @@ PLANTED = (wrong_tail_mask, missing_decay_in_a_gradient, off_by_one, stale_initi
 @pytest.mark.parametrize("bug", [PLANTED[0], no_coupling, *map(slow, PLANTED[1:5])], ids=lambda f: f.__name__)
 def test_a_planted_bug_is_found_within_a_minute(bug):
     began = time.process_time()  # CPU time: other processes do not matter
-    custom = bug in (no_coupling)
     outcome = fuzz(bug, seconds=600, seed=0, strategy=examples(custom=True) if bug is no_coupling else None, shrink_seconds=1)
     assert outcome.failure is not None, outcome.tried
     assert time.process_time() - began < 60

@@ -36,9 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         outcome = fuzzing.fuzz(name, args.seconds, args.seed, fuzzing.examples(name, custom=args.custom))
         routes = ", ".join(f"{count} {route}" for route, count in outcome.tried.most_common())
-        print(
-            f"{name}: {sum(outcome.tried.values())} calls tried ({routes}); {sum(outcome.refused.values())} drawn that it does not serve or that cannot be judged"
-        )
+        print(f"{name}: {sum(outcome.tried.values())} calls tried ({routes}); {sum(outcome.refused.values())} drawn and not tried")
         for reason, count in outcome.refused.most_common(5):
             print(f"  {count} times: {reason}")
         if outcome.failure is not None:

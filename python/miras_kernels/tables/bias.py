@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,6 +37,16 @@ class Bias(Row):
     def psi(self, pred: Tensor, v: Tensor, delta: Tensor | None) -> Tensor:
         """Gradient of the loss in the prediction, ``[..., Dv]``."""
         raise NotImplementedError
+
+    def plot(self, delta: float = 1.0, limit: float = 3.0) -> Any:
+        """A figure of psi and of its slope for errors up to ``limit``, each alone in its row; ``.savefig("psi.png")`` writes it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .plot import plot
+
+        return plot(self, delta, limit)
 
     def psi_vjp(self, pred: Tensor, v: Tensor, delta: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(d pred, d v, d delta)`` for the gradient ``grad`` of psi; ``d delta`` is not yet reduced to delta's shape."""

@@ -99,7 +99,11 @@ def _rows(st, texts, make: Callable):
                 return None
         return found if _flat(found) else None
 
-    return st.tuples(texts.filter(lambda text: len(text) <= 300), value, value).map(row).filter(lambda row: row is not None)
+    @st.composite  # its repr is short
+    def rows(draw):
+        return draw(st.tuples(texts.filter(lambda text: len(text) <= 300), value, value).map(row).filter(lambda row: row is not None))
+
+    return rows()
 
 
 def _flat(row: CustomBias | CustomRetention) -> bool:
