@@ -54,6 +54,7 @@ class Graph:
         self._nodes: list[tuple] = []
         self._signs: list[tuple[bool, bool]] = []  # of every node: whether it is known to be >= 0, and > 0
         self._index: dict[tuple, int] = {}
+        self._varies: list[bool] = []  # along a row: whether it depends on the first input
         for name in inputs:
             self._node("input", name)
 
@@ -133,6 +134,8 @@ class Graph:
                 raise ValueError(f"too long: with its derivatives it has more than {MAX_NODES} operations")
             self._index[key] = len(self._nodes)
             self._nodes.append(key)
+            leaf = key[0] in ("input", "number")
+            self._varies.append(key[-1] == self.inputs[0] if leaf else any(self._varies[x] for x in key[1:]))
             self._signs.append((self._at_least_zero(*key), self._above_zero(*key)))
         return self._index[key]
 
@@ -258,6 +261,9 @@ class Graph:
                 inner = self._value(x)
                 if inner is not None:
                     return self.apply("mul", self.number(number * inner), rest)
+        for x, product in ((a, b), (b, a)):
+            if not self._varies[x]:
+                return self._once_per_row(product, lambda factor, x=x: self.apply("mul", x, factor))
         return None
 
     def _div(self, a, b):
@@ -270,7 +276,18 @@ class Graph:
             return self.apply("mul", self.number(1 / number), a)
         if self._is(a, "neg"):
             return self.apply("neg", self.apply("div", self._operands(a)[0], b))
-        return self._without(a, b, set())
+        found = self._without(a, b, set())
+        if found is None and not self._varies[b]:
+            return self._once_per_row(a, lambda factor: self.apply("div", factor, b))
+        return found
+
+    def _once_per_row(self, product, change):
+        """``x change(factor)`` for the product of x and a factor that is the same along a row, unlike x; or None."""
+        if self._is(product, "mul"):
+            for x, factor in (self._operands(product), reversed(self._operands(product))):
+                if self._varies[x] and not self._varies[factor]:
+                    return self.apply("mul", x, change(factor))
+        return None
 
     def _without(self, product, factor, seen):
         """``product / factor`` if factor is one of the product's factors: finite where both overflow or are 0."""
@@ -325,7 +342,21 @@ class Graph:
     def _where(self, condition, a, b):
         if a == b:
             return a
-        return None if self._value(condition) is None else (a if self._value(condition) else b)
+        if self._value(condition) is not None:
+            return a if self._value(condition) else b
+        if self._varies[condition] or not (self._varies[a] or self._varies[b]):
+            return None
+        factors = [self._factor_of_first(x) for x in (a, b)]
+        return None if None in factors else self.apply("mul", 0, self.apply("where", condition, *factors))
+
+    def _factor_of_first(self, node):
+        """What the first input is multiplied by, if that is the same along a row; or None."""
+        if node == 0 or self._value(node) == 0:
+            return self.number(1 if node == 0 else 0)
+        if self._is(node, "mul") and 0 in self._operands(node):
+            factor = self._operands(node)[self._operands(node)[0] == 0]
+            return None if self._varies[factor] else factor
+        return None
 
     def _power(self, base, exponent):
         number = self._value(exponent)
