@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..expressions import OPERATIONS, Program
-from ..tables.biases import Bias
 from ..tables.custom import CustomBias, CustomRetention
-from ..tables.retention import Retention
+from ..tables.row import Row
 
 __all__ = ["REGISTERS", "encoded", "registers"]
 
@@ -18,12 +17,12 @@ __all__ = ["REGISTERS", "encoded", "registers"]
 REGISTERS = 32
 
 
-def registers(row: Bias | Retention) -> int:
+def registers(row: Row) -> int:
     """How many registers the program of a row needs, 0 if it has none."""
     return _places(_program(row))[1] if isinstance(row, (CustomBias, CustomRetention)) else 0
 
 
-def encoded(row: Bias | Retention, device: torch.device) -> Tensor | None:
+def encoded(row: Row, device: torch.device) -> Tensor | None:
     """The program of a row, None if it has none."""
     if not isinstance(row, (CustomBias, CustomRetention)):
         return None
