@@ -9,6 +9,7 @@ import torch
 
 import miras_kernels as mk
 from miras_kernels import MemoryState, linear_memory, mlp_memory
+from miras_kernels.decode import step
 from miras_kernels.retention import LqRetention
 
 HEADS, SIZE, TOKENS = 2, 8, 30
@@ -186,3 +187,65 @@ def filled(window):
 def test_errors(call, kind, text):
     with pytest.raises(kind, match=text):
         call()
+
+
+# ------------------------------------------------------------------------------------------------------------ decoders
+
+
+def decoder(case, chunk_size=4, **options):
+    return mk.Decoder(start(case), chunk_size=chunk_size, memory="linear" if case[1] is linear_memory else "mlp",
+                      bias=case[2].get("bias", mk.L2()), retention=case[2].get("retention", mk.L2Retention()), **options)  # fmt: skip
+
+
+def steps(of, case, begin, ends):
+    rest = {name: x for name, x in case[2].items() if name in ("delta",)}
+    outputs = []
+    for end in ends:
+        outputs.append(of.step(**cut(case[0], begin, end), **rest))
+        begin = end
+    return outputs
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("ends", "back"), [((1, 2, 3, 4, 5, 6), 4), ((3, 6, 7), 4), ((5, 9), 3), ((2, 4, 6), 6), (range(1, 25), 5)])
+def test_a_decoder_has_the_bits_of_one_that_never_read_the_tokens(backend, ends, back):
+    case = tokens()
+    ours, theirs = decoder(case, backend=backend), decoder(case, backend=backend)
+    ours.keep(6)
+    for x, y in zip(steps(ours, case, 0, ends), steps(theirs, case, 0, ends), strict=True):
+        assert torch.equal(x, y)
+    theirs = decoder(case, backend=backend)
+    left = ends[-1] - back
+    addresses = [x.data_ptr() for x in ours.buffers.tensors()]
+    ours.crop(back)
+    steps(theirs, case, 0, [end for end in (*[e for e in ends if e < left], left) if end])
+    for x, y in zip(ours.state().tensors(), theirs.state().tensors(), strict=True):
+        assert torch.equal(x, y)
+    assert [x.data_ptr() for x in ours.buffers.tensors()] == addresses
+    assert torch.equal(steps(ours, case, left, [left + 2])[0], steps(theirs, case, left, [left + 2])[0])
+
+
+def test_a_decoder_whose_decay_comes_first_and_that_is_reordered():
+    case = tokens()
+    case = ({name: x for name, x in case[0].items() if name not in ("momentum", "log_decay")}, case[1], {}, case[3])
+    make = lambda: mk.Decoder(MemoryState(case[3]), chunk_size=1)
+    ours, theirs, order = make(), make(), torch.tensor([1, 0])
+    ours.keep(4)
+    for of, length in ((ours, 9), (theirs, 6)):
+        for t in range(length):
+            if t == 5:
+                of.reorder(order)
+            of.decay(torch.full((2, HEADS), -0.1 * t))
+            steps(of, case, t, [t + 1])
+    ours.crop(3)
+    assert all(torch.equal(x, y) for x, y in zip(ours.buffers.tensors(), theirs.buffers.tensors(), strict=True))
+    ours.crop(1)
+    ours.load(theirs.state())
+    with pytest.raises(ValueError, match="tokens: expected 0 to 0, since the window holds 0 tokens"):
+        ours.crop(1)
+    with pytest.raises(ValueError, match="tokens: this state cannot take back tokens"):
+        theirs.crop(1)
+    with pytest.raises(ValueError, match="tokens: expected an integer >= 1, got 0"):
+        theirs.keep(0)
+    with pytest.raises(ValueError, match="decoder: one that keeps tokens is read by its method step"):
+        step(ours, **cut(case[0], 0, 1))
