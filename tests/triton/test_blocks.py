@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import miras_kernels as mk
+from miras_kernels import dispatch
+from miras_kernels.interop.fla import chunk_gated_delta_rule
+from miras_kernels.layers import MemoryBlock
 from miras_kernels.testing import Case, check, evaluate, relative_error
 from miras_kernels.testing.parity import ARITHMETIC, ULPS, expect
 from quick import combinations, slow
@@ -174,3 +177,19 @@ def test_explain_says_what_is_computed_in_blocks():
     for other in others[::2]:
         assert "it serves decay_first with L2()" in explained(**other, decay_first=True)["triton"]
     assert explained(erase_k=given["k"])["triton"] == "it does not serve erase_k"
+
+
+def test_layers_and_flash_linear_attentions_function_run_on_triton(monkeypatch):
+    """The preset `gated_deltanet`, forward and backward, and `chunk_gated_delta_rule` with two value heads for every key head."""
+    torch.manual_seed(0)
+    block, x = MemoryBlock(32, 2, preset="gated_deltanet").to(DEVICE), torch.randn(1, 20, 32, device=DEVICE)
+    q, k, v = (torch.randn(2, 20, h, 16, device=DEVICE) for h in (2, 2, 4))
+    g, beta = -torch.rand(2, 20, 4, device=DEVICE), torch.rand(2, 20, 4, device=DEVICE)
+    found = {}
+    for backend in ("triton", "reference"):
+        block.backend = backend
+        monkeypatch.setattr(dispatch, "candidates", lambda device, backend=backend: (backend,))
+        grads = torch.autograd.grad(block(x)[0].square().sum(), tuple(block.parameters()))
+        found[backend] = [*grads, *chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, output_final_state=True)]
+    for a, b in zip(*found.values(), strict=True):
+        assert relative_error(a, b) < CLOSE
