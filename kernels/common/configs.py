@@ -190,7 +190,8 @@ def _tall(key: Key) -> bool:
 #: (configuration, whether it serves a key), the preferred one first; at most 8 per kernel
 RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay": ((Config(16, 16, 4, 1), _always),),
-    "block_solve": ((Config(32, 32, 4, 1, 255), _always),),
+    "block_solve": ((Config(64, 64, 4, 1, 128), _always),),
+    "block_reads": ((Config(64, 64, 4, 1), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1), _wide)),
     "block_errors_bwd": ((Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
     "linear_chain_fwd": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),

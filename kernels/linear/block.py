@@ -1,6 +1,7 @@
 """Exact steps of the L2 bias, a block of tokens at a time (docs/mathematics.md, section 13): the system of a block, parallel over blocks.
 
-    block_solve        P = (I + G diag(eta))^-1 G;  W = r K - P (eta r K);  Z = V - P (eta V)          before the chain
+    block_solve        P = (I + G diag(eta))^-1 G                                                       before the chain
+    block_reads        W = r K - P (eta r K);  Z = V - P (eta V)                                        before the chain, after that
     block_errors_bwd   Y = dU - P' (eta dU);  dE = eta Y;  d eta = Y . E;  dV = -dE;  F + F'            after its backward
 
 G and so P depend on keys and gates alone. With ``(I + G diag(eta))^-1 = I - P diag(eta)`` the errors of a block are ``E = W A_0' - Z``, so
@@ -32,13 +33,12 @@ TILE = tl.constexpr(16)
 
 
 @triton.jit
-def error_decay(decays, ROW, row, left, H, C: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr):
+def error_decay(decays, ROW, row, o_s, o_t, left, H, C: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr):
     """``L_b(t)s [s, t]``, 0 where the error of t does not see the write of s; ``left`` tokens are in the block."""
-    o_t = tl.arange(0, C)
-    o_b, m_t = error_place(o_t, CHUNK, DECAY_FIRST), o_t < left
-    m_b = m_t & (o_b >= 0)
-    b_l = pair_decay(decays, None, ROW, row, H, C, o_b[None, :], o_t[:, None], m_b[None, :], m_t[:, None])
-    return tl.where(o_t[None, :] > o_t[:, None], b_l, 0.0)
+    o_b = error_place(o_t, CHUNK, DECAY_FIRST)
+    m_b, m_s = (o_t < left) & (o_b >= 0), o_s < left
+    b_l = pair_decay(decays, None, ROW, row, H, C, o_b[None, :], o_s[:, None], m_b[None, :], m_s[:, None])
+    return tl.where(o_t[None, :] > o_s[:, None], b_l, 0.0)
 
 
 @triton.jit
@@ -49,9 +49,11 @@ def solve_tiles(solved, lr, row, left, H, C: tl.constexpr):
     o_s, p_tile = o_n[:, None] * TILE + o_i[None, :], solved + o_n * (TILE * (C + 1))
     b_lr = load_gate(lr, row, o_s * H, o_s < left)  # [n, s]
     p = p_tile[:, None, None] + (o_i * C)[None, :, None] + o_i[None, None, :]
-    b_p = tl.load(p)  # [n, t, s]
+    p_row = p_tile[:, None] + o_i[None, :]
+    b_p, b_next = tl.load(p), tl.load(p_row + C)  # [n, t, s], [n, s]
     for i in range(1, TILE):
-        b_g = tl.load(p_tile[:, None] + i * C + o_i[None, :]) * b_lr  # row i: [n, s]
+        b_g = b_next * b_lr  # row i
+        b_next = tl.load(p_row + tl.minimum(i + 1, TILE - 1) * C)  # before it is needed
         b_seen = tl.sum(b_g[:, :, None] * b_p, 1)
         b_p = tl.where((o_i == i)[None, :, None], b_p - b_seen[:, None, :], b_p)
     tl.debug_barrier()
@@ -69,9 +71,9 @@ def join_tiles(solved, lr, row, left, H, C: tl.constexpr, SIZE: tl.constexpr):
         o_s = first + o
         b_lr = load_gate(lr, row, o_s * H, o_s < left)
         b_next_lr = load_gate(lr, row, (o_s + SIZE) * H, o_s + SIZE < left)
-        b_g = tl.load(p + SIZE * C)
-        b_g -= dot(tl.load(p + SIZE * (C + 1)) * b_next_lr[None, :], b_g)
-        b_g -= dot(b_g * b_lr[None, :], tl.load(p))
+        b_g, b_p, b_next_p = tl.load(p + SIZE * C), tl.load(p), tl.load(p + SIZE * (C + 1))
+        b_g -= dot(b_next_p * b_next_lr[None, :], b_g)
+        b_g -= dot(b_g * b_lr[None, :], b_p)
         tl.debug_barrier()
         tl.store(p + SIZE * C, b_g)
     tl.debug_barrier()
@@ -79,15 +81,17 @@ def join_tiles(solved, lr, row, left, H, C: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def block_solve(
-    k, v, lr, decays,
-    solved, reads, targets,
+    k, lr, decays, solved,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
-    k_strides, v_strides,
-    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    k_strides,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, BK: tl.constexpr,
     CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """P, W and Z of one block and head: ``solved [slots, H, C, C]``, ``reads [B, T, H, Dk]``, ``targets [B, T, H, Dv]``."""
+    """P of one block and head, ``solved [slots, H, C, C]``.
+
+    It waits for memory more than it computes: apart from the products of `block_reads`, so that its few registers leave room for more programs.
+    """
     ROW = wide(ROW)
     _, _, i_slot, i_h = chunk_program(1, 1)
     i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
@@ -95,21 +99,50 @@ def block_solve(
         if t0 >= eos:  # an unused slot
             return
     left = tl.minimum(eos - t0, C).to(tl.int32)
-    o_t = tl.arange(0, C)
-    m_t, o_ts = o_t < left, o_t[:, None] * C + o_t[None, :]
+    o_s = tl.arange(0, C)
     row = (i_b * T + t0) * H + i_h
     k = token_of(k, k_strides, i_b, t0, i_h)
-    v = token_of(v, v_strides, i_b, t0, i_h)
     solved += (i_slot * H + i_h) * C * C
 
-    b_g = pair_products(k, k_strides.t, o_t, m_t, k, k_strides.t, o_t, m_t, C, Dk, BK)  # [s, t]
-    tl.store(solved + o_t[None, :] * C + o_t[:, None], b_g * error_decay(decays, ROW, row, left, H, C, CHUNK, DECAY_FIRST))
+    for i_t in range(0, C // TILE):  # rows of G
+        o_t = i_t * TILE + tl.arange(0, TILE)
+        b_g = tl.zeros((C, TILE), tl.float32)
+        for i_k in range(0, (Dk + BK - 1) // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = inside(o_k, Dk, BK)
+            b_k = load_tile(k, k_strides.t, o_t, o_k, o_t < left, m_k)  # [TILE, BK]
+            b_g += dot(load_tile(k, k_strides.t, o_s, o_k, o_s < left, m_k), tl.trans(b_k))  # [s, t]
+        b_g *= error_decay(decays, ROW, row, o_s, o_t, left, H, C, CHUNK, DECAY_FIRST)
+        tl.store(solved + o_t[None, :] * C + o_s[:, None], b_g)
     tl.debug_barrier()
     solve_tiles(solved, lr, row, left, H, C)
     if C >= 32:
         join_tiles(solved, lr, row, left, H, C, 16)
     if C >= 64:
         join_tiles(solved, lr, row, left, H, C, 32)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def block_reads(
+    k, v, lr, decays, solved, reads, targets,
+    cu_seqlens, first_slot, slot_owner,
+    T, H, CHUNKS, ROW,
+    k_strides, v_strides,
+    TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
+):  # fmt: skip
+    """W and Z of one block and head: ``reads [B, T, H, Dk]``, ``targets [B, T, H, Dv]``."""
+    _, _, i_slot, i_h = chunk_program(1, 1)
+    i_b, t0, _, eos = chunk_of(i_slot, None, cu_seqlens, first_slot, slot_owner, T, CHUNKS, TOKENS, C)
+    if first_slot is not None:
+        if t0 >= eos:  # an unused slot
+            return
+    o_t = tl.arange(0, C)
+    m_t, o_ts = o_t < tl.minimum(eos - t0, C).to(tl.int32), o_t[:, None] * C + o_t[None, :]
+    row = (i_b * T + t0) * H + i_h
+    k = token_of(k, k_strides, i_b, t0, i_h)
+    v = token_of(v, v_strides, i_b, t0, i_h)
+    solved += (i_slot * H + i_h) * C * C
 
     b_p = tl.load(solved + o_ts) * load_gate(lr, row, o_t * H, m_t)[None, :]
     for i_v in range(0, (Dv + BV - 1) // BV):
@@ -174,7 +207,7 @@ def block_errors_bwd(
         b_de, scale_de = fitted(b_y, DTYPE)
         b_pairs += dot(b_u, tl.trans(b_de)) * (scale * scale_de)
     tl.store(grad_lr + row + o_g, b_dlr, mask=m_t)
-    b_pairs *= error_decay(decays, ROW, row, left, H, C, CHUNK, DECAY_FIRST)  # F'
+    b_pairs *= error_decay(decays, ROW, row, o_t, o_t, left, H, C, CHUNK, DECAY_FIRST)  # F'
     store(grad_keys + place + o_t[:, None] * C + o_t[None, :], -(b_pairs + tl.trans(b_pairs)), True)
     if rows_crossed is not None:
         k = token_of(k, k_strides, i_b, t0, i_h)
@@ -189,7 +222,7 @@ def block_errors_bwd(
 
 
 class Solved(NamedTuple):
-    """Outputs of :func:`block_solve`; all None where chunks are taken as they are."""
+    """Outputs of :func:`block_solve` and :func:`block_reads`; all None where chunks are taken as they are."""
 
     system: Tensor | None = None  # [slots, H, C, C] float32   P
     reads: Tensor | None = None  # [B, T, H, Dk]   W
@@ -201,7 +234,7 @@ class Solved(NamedTuple):
 
 
 def solve(p: Problem, weights: Weights) -> Solved:
-    """Run :func:`block_solve`, if the call is computed in blocks."""
+    """Run :func:`block_solve` and :func:`block_reads`, if the call is computed in blocks."""
     if not p.key.exact:
         return Solved()
     wide_type = torch.float32 if p.q.dtype == torch.float16 else None
@@ -210,10 +243,9 @@ def solve(p: Problem, weights: Weights) -> Solved:
         p.per_token(p.key_dim),
         p.per_token(p.value_dim, dtype=wide_type),
     )
-    launch(
-        block_solve, p, p.slots.count, "head",
-        decays=weights.decays, solved=solved.system, reads=solved.reads, targets=solved.targets,
-    )  # fmt: skip
+    given = dict(decays=weights.decays, solved=solved.system)
+    launch(block_solve, p, p.slots.count, "head", **given)
+    launch(block_reads, p, p.slots.count, "head", **given, reads=solved.reads, targets=solved.targets)
     return solved
 
 

@@ -3,7 +3,7 @@
     forward     decays.py: weights from the gates;  chain.py: S and E of every chunk;  read.py: the output
                 where `configs.Key.fuses` says so:  decays.py;  fused.py: the output, without S and E in memory
     backward    decays.py;  chain.py: S and E recomputed;  linear_du_bwd;  linear_chain_bwd;  linear_dqk_bwd;  decays_bwd.py: gates
-    exact steps (section 13):  block_solve before the chain,  block_errors_bwd after its backward
+    exact steps (section 13):  block_solve and block_reads before the chain,  block_errors_bwd after its backward
 
 A token's log-decay scales what the state at the chunk's start and earlier tokens contribute to later reads and to the next chunk. Its
 gradient is the sum over these pairs, taken from the products themselves (dS as in read.py):
