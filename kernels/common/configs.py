@@ -162,11 +162,6 @@ def _wide(key: Key) -> bool:
     return key.itemsize == 4
 
 
-def _wide_block(key: Key) -> bool:
-    """Exact steps of more than 64 keys: the chain's backward reads W beside K."""
-    return key.exact and key.padded_k > 64
-
-
 def _wide_pair(key: Key) -> bool:
     """A chain of two matrices, multiplied without tensor cores."""
     return key.itemsize == 4 and key.momentum
@@ -227,8 +222,8 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_chain_bwd": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
         (Config(32, 0, 4, 2), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k > 64),
-        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and not _wide_block(key)),
-        (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and (key.chunk_size == 128 or _wide_block(key))),
+        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and not key.exact),
+        (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and (key.chunk_size == 128 or key.exact)),  # W too
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),

@@ -90,7 +90,7 @@ def block_solve(
 ):  # fmt: skip
     """P of one block and head, ``solved [slots, H, C, C]``.
 
-    It waits for memory more than it computes: apart from the products of `block_reads`, so that its few registers leave room for more programs.
+    It waits more than it computes. Apart from the products of `block_reads` it needs few registers, which leaves room for more programs.
     """
     ROW = wide(ROW)
     _, _, i_slot, i_h = chunk_program(1, 1)
