@@ -61,7 +61,7 @@ def accelerate(model: Model, enable: bool = True) -> Model:
 # ------------------------------------------------------------------------------------------- what layers call instead
 
 
-def _gated_delta_rule(
+def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -72,7 +72,7 @@ def _gated_delta_rule(
     )
 
 
-def _kimi_delta_attention(
+def kimi_delta_attention(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seq_lens_q: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -85,7 +85,7 @@ def _check_packed(cu_seqlens: Tensor | None, output_final_state: bool) -> None:
         raise ValueError(PACKED_CACHE)
 
 
-def _convolution(
+def convolution(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *,
     cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
@@ -99,14 +99,14 @@ def _convolution(
 
 
 _GATED: dict[str, Callable] = {
-    "torch_chunk_gated_delta_rule": _gated_delta_rule,
-    "torch_recurrent_gated_delta_rule": _gated_delta_rule,
-    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": gated_delta_rule,
+    "torch_recurrent_gated_delta_rule": gated_delta_rule,
+    "causal_conv1d_fn": convolution,
 }
 _KIMI: dict[str, Callable] = {
-    "chunk_kimi_delta_attention": _kimi_delta_attention,
-    "recurrent_kimi_delta_attention": _kimi_delta_attention,
-    "causal_conv1d_fn": _convolution,
+    "chunk_kimi_delta_attention": kimi_delta_attention,
+    "recurrent_kimi_delta_attention": kimi_delta_attention,
+    "causal_conv1d_fn": convolution,
 }
 
 # --------------------------------------------------------------------------------------------------- layers' classes
