@@ -27,8 +27,8 @@ class Projected(NamedTuple):
 
     Attributes:
         qkv: ``[B, T, 3 * num_heads * head_dim]``, the projected queries, keys and values.
-        cos, sin: ``[B, T, head_dim]``, a rotary position embedding or None. It is applied to queries and keys before they are
-            normalised, so that a linear memory depends on the distance of two tokens only.
+        cos, sin: ``[B, T, R]``, a rotary position embedding of the first R <= head_dim channels, or None. It is applied to queries and
+            keys before they are normalised, so that a linear memory depends on the distance of two tokens only.
     """
 
     qkv: Tensor
@@ -305,7 +305,8 @@ class MemoryBlock(nn.Module):
             raise ValueError(f"projected: expected {expected}, got {type(projected).__name__}")
         if projected is None:
             return
-        for name, tensor, width in zip(projected._fields, projected, (len(self.conv_weight), self.head_dim, self.head_dim), strict=True):
+        turned = self.head_dim if projected.cos is None else min(projected.cos.shape[-1], self.head_dim)
+        for name, tensor, width in zip(projected._fields, projected, (len(self.conv_weight), turned, turned), strict=True):
             if tensor is not None and tuple(tensor.shape) != (*x.shape[:2], width):
                 raise ValueError(f"projected.{name}: expected shape {(*x.shape[:2], width)}, got {tuple(tensor.shape)}")
 

@@ -49,9 +49,12 @@ def _depthwise(stream: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply a rotary position embedding to ``x [B, T, H, D]``; pairs are half a head apart (Llama's layout)."""
-    a, b = x.chunk(2, -1)
-    return (x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
+    """Apply a rotary position embedding ``[B, T, R]`` to the first R channels of ``x [B, T, H, D]``; pairs are R / 2 channels apart
+    (Llama's layout)."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, -1)
+    turned = (turned * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
+    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], -1)
 
 
 def token_mask(mask: Tensor, x: Tensor) -> Tensor:
