@@ -1,5 +1,5 @@
 // The extension module miras_kernels._C: turns tensors into parameter structs and hands them to the kernels.
-// This file, step_bindings.cpp and torch_api.cpp are the only ones that depend on Python.
+// This file, step_bindings.cpp, state_bindings.cpp, step_signature.h, tensor.h and torch_api.cpp are the only ones that depend on Python.
 #include <array>
 #include <map>
 #include <tuple>
