@@ -163,7 +163,7 @@ def _run_memory(
         pack = lambda x: x.flatten(0, 1).unsqueeze(0)
         out, _ = block(pack(x), cu_seqlens=batch.cu_seqlens, projected=projected and projected.map(pack))
         return out.unflatten(1, x.shape[:2]).squeeze(0)
-    before = None if cache is None else cache.before(tokens, batch.mask is not None)
+    before = None if cache is None else cache.before(block, x.shape[0], tokens, batch.mask is not None)
     out, state = block(x, batch.mask, initial_state=before, output_final_state=cache is not None, projected=projected)
     if cache is not None:
         cache.advance(block, state, tokens)
@@ -199,6 +199,8 @@ def describe_batch(model: PreTrainedModel, host: Host, kwargs: dict) -> dict:
         past = _past(cache, given, length)
         mask = _token_mask(given, length, past + length)
         documents = _documents(tokens, kwargs, mask)
+    if any(layer.memory.context is not None for layer in attentions(model, host) if isinstance(layer, MemoryAttention)):
+        _check_stretch(kwargs, documents)
     if documents is not None:
         if cache is not None or kwargs.get("use_cache"):
             raise ValueError(PACKED_CACHE)
@@ -223,6 +225,14 @@ def describe_batch(model: PreTrainedModel, host: Host, kwargs: dict) -> dict:
         # No layer reads this mask; since it has four dimensions, transformers creates no other one.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return {**kwargs, "memory_batch": Batch(mask, documents)}
+
+
+def _check_stretch(kwargs: dict, documents: Tensor | None) -> None:
+    """With context parallelism (:mod:`miras_kernels.parallel`) a rank cannot know what lies before its tokens."""
+    if kwargs.get("position_ids") is None:
+        raise ValueError("position_ids: with context parallelism expected those of this rank's tokens (ContextParallel.shard), got None")
+    if documents is not None and kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError("cu_seq_lens_q: with context parallelism expected the offsets of all ranks' packed documents, got None")
 
 
 def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iteration: bool) -> dict:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..memory import linear_memory, mlp_memory
+from ..parallel import ContextParallel
 from ..state import MemoryState
-from .functional import convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
+from .functional import Projected, convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
 from .presets import Preset, resolve
 from .state import BlockDecoder, BlockState
 
@@ -20,25 +21,6 @@ __all__ = ["MemoryBlock", "Projected"]
 _SPAN = 10.0  # initial decay span of a linear memory's fastest head: tokens for a factor of e
 _SPREAD = 100.0  # span of the slowest head over that of the fastest
 _MOMENTUM = 0.999  # upper bound, such that it is below 1 after rounding too
-
-
-class Projected(NamedTuple):
-    """Inputs of a :class:`MemoryBlock` without projections, in addition to the hidden states.
-
-    Attributes:
-        qkv: ``[B, T, 3 * num_heads * head_dim]``, the projected queries, keys and values.
-        cos, sin: ``[B, T, R]``, a rotary position embedding of the first R <= head_dim channels, or None. It is applied to queries and
-            keys before they are normalised, so that a linear memory depends on the distance of two tokens only.
-    """
-
-    qkv: Tensor
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Projected:
-        """Apply ``function`` to every tensor."""
-        turn = (None, None) if self.cos is None or self.sin is None else (function(self.cos), function(self.sin))
-        return Projected(function(self.qkv), *turn)
 
 
 class MemoryBlock(nn.Module):
@@ -158,6 +140,7 @@ class MemoryBlock(nn.Module):
         self.preset = resolve(preset, chunk_size)
         self.hidden_size, self.num_heads, self.head_dim = (hidden_size, num_heads, head_dim or hidden_size // num_heads)
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
+        self.context: ContextParallel | None = None  # set by miras_kernels.parallel
         inner, where = self.num_heads * self.head_dim, dict[str, Any](device=device, dtype=dtype)
         projection = lambda: nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
         self.q_proj, self.k_proj, self.v_proj = projection(), projection(), projection()
@@ -263,6 +246,11 @@ class MemoryBlock(nn.Module):
         if initial_state is not None and not isinstance(initial_state, BlockState | BlockDecoder):
             raise TypeError(f"initial_state: expected a BlockState or a BlockDecoder, got {type(initial_state).__name__}")
         self._check_projected(x, projected)
+        if self.context is not None and (attention_mask is not None or initial_state is not None or output_final_state):
+            raise ValueError(
+                "context parallelism trains on whole sequences: expected no attention_mask, no initial_state and no output_final_state "
+                "(of a model of transformers: use_cache=False)"
+            )
         if isinstance(initial_state, BlockDecoder):
             for name, given in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
                 if given is not None:
@@ -322,7 +310,7 @@ class MemoryBlock(nn.Module):
             return x.new_zeros(*mask.shape, self.hidden_size if self.o_proj is not None else len(self.conv_weight) // 3), before
         pack = lambda t: t.flatten(0, 1)[at].unsqueeze(0)
         start = before if every or before is None else before.map(lambda t: t[rows])
-        offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
+        offsets = F.pad(lengths[rows].cumsum(0), (1, 0)) if len(mask) > 1 else None
         out, state = self._run(pack(x), projected and projected.map(pack), offsets, start, True)
         out = out.new_zeros(mask.numel(), out.shape[-1]).index_copy(0, at, out.squeeze(0))
         assert isinstance(state, BlockState)
@@ -337,7 +325,11 @@ class MemoryBlock(nn.Module):
         output_final_state: bool,
     ) -> tuple[Tensor, BlockState | BlockDecoder | None]:
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1) if projected is None else projected.qkv
-        mixed, conv = convolve(qkv, self.conv_weight, None if initial_state is None else initial_state.conv, cu_seqlens)
+        before = None if initial_state is None else initial_state.conv
+        stretch = None if self.context is None else self.context.local(x.shape[1], cu_seqlens)
+        if stretch is not None:
+            cu_seqlens, before = stretch.cu_seqlens(x.device), stretch.tokens_before(qkv, self.conv_width - 1)
+        mixed, conv = convolve(qkv, self.conv_weight, before, cu_seqlens)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if projected is not None and projected.cos is not None and projected.sin is not None:
             q, k = (rotated(t, projected.cos, projected.sin) for t in (q, k))
@@ -351,12 +343,14 @@ class MemoryBlock(nn.Module):
         if isinstance(initial_state, BlockDecoder):
             o, final = initial_state.read(tokens, conv), initial_state
         else:
-            o, state = memory(
-                **tokens, bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size,
-                initial_state=start if initial_state is None else initial_state.memory, output_final_state=output_final_state,
-                cu_seqlens=cu_seqlens, backend=self.backend, **(dict(decay_first=True) if self.preset.decay_first else {}),
-            )  # fmt: skip
-            final = None if state is None else BlockState(state, conv)
+            rules = dict(bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size, backend=self.backend,
+                         **(dict(decay_first=True) if self.preset.decay_first else {}))  # fmt: skip
+            if stretch is not None:
+                o, state = stretch.read(memory, **tokens, **rules, initial_state=start), None
+            else:
+                first = start if initial_state is None else initial_state.memory
+                o, state = memory(**tokens, **rules, initial_state=first, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
+            final = None if state is None else BlockState.after(initial_state, state, conv, qkv)
         o = wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))
