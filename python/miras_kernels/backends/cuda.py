@@ -116,6 +116,9 @@ class CudaBackend:
     def decodes(self, call: Call) -> bool:
         return True
 
+    def decodes_decay_first(self, call: Call) -> bool:
+        return False
+
     def runs_on(self, device: torch.device) -> bool:
         return device.type == self.device
 
