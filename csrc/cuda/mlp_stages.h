@@ -114,7 +114,7 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
     }
   }
 
-  __device__ __forceinline__ void inner_gradient(uint32_t K, uint32_t V, uint32_t rows, int left) {
+  __device__ __forceinline__ void inner_gradient(uint32_t K, uint32_t V, uint32_t rows) {
     fresh();
     float u[8][4] = {};
 #pragma unroll kUnroll
@@ -125,7 +125,7 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
     }
     float y[X::kChannels], e[X::kChannels];
     const float inverse = exchange(u, y);
-    const float4 of_token = at<float4>(rows + 16 * row);  // eta, -dec, delta
+    const float4 of_token = at<float4>(rows + 16 * row);  // eta, -dec, delta; eta is 0 beyond the end
     float square = 0.0f;
     each_four([&](int i, int channel) {
       float k[4], v[4], w[4], b[4];
@@ -135,7 +135,7 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float predicted = traits.predicts ? k[j] + y[i + j] * w[j] + b[j] : 0.0f;
-        e[i + j] = row < left ? predicted - v[j] : 0.0f;  // padding stays 0 whatever the LayerNorm's bias is
+        e[i + j] = predicted - v[j];
         square += e[i + j] * e[i + j];
       }
     });
@@ -316,7 +316,7 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
       if (p.start && (c + 1) * C > tokens) store_state(p.start + own);
       predict(K, Q, logs);
       __syncthreads();
-      inner_gradient(K, V, S::kRows + buffer, tokens - c * C);
+      inner_gradient(K, V, S::kRows + buffer);
       __syncthreads();
       update(Q, gammas);
       __syncthreads();
