@@ -21,12 +21,14 @@ from .tables.biases import L2, Bias
 from .tables.memories import Memory
 from .tables.retention import L2Retention, Retention
 from .validation import make_call
+from .window import takes_back
 
 __all__ = ["explain", "linear_memory", "mlp_memory"]
 
 dispatch.BACKENDS.update({backend.name: backend for backend in (ReferenceBackend(), CppBackend(), CudaBackend(), TritonBackend())})
 
 
+@takes_back
 def linear_memory(
     q: Tensor,
     k: Tensor,
@@ -102,6 +104,7 @@ def linear_memory(
     )  # fmt: skip
 
 
+@takes_back
 def mlp_memory(
     q: Tensor,
     k: Tensor,
