@@ -101,10 +101,11 @@ class CudaBackend:
         return library, None
 
     def files(self) -> list[Path]:
-        return [self.path]
+        return [self.path, *BACKENDS["triton"].files()]
 
     def environment(self, device: torch.device) -> dict[str, str]:
-        return {}
+        triton = BACKENDS["triton"]  # does the backward
+        return {} if triton.unavailable() else triton.environment(device)
 
     def block_tokens(self, call: Call) -> int:
         return 0
