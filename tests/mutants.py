@@ -46,6 +46,10 @@ def cpp(*names: str) -> tuple[str, ...]:
     return cases("cpp/test_cpp.py::test_float32", *names)
 
 
+#: the forward of the MLP memory in CUDA C++
+MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
+
+
 def triton(*names: str) -> tuple[str, ...]:
     return cases("triton/test_triton.py::test_float32", *names)
 
@@ -120,8 +124,8 @@ MUTANTS = [
     Mutant("reference-decay-first-too-late", "python/miras_kernels/backends/reference/blocks.py",
            ("core/test_variants.py::test_the_recurrence_as_it_is_written[decay_first]",),
            "self.before = self.before + 1", "self.before = self.before + 0"),
-    Mutant("decayed-state-of-a-single-token-without-its-decay", "python/miras_kernels/memory.py",
-           ("core/test_variants.py::test_a_single_token_runs_on_the_kernels_of_the_plain_rule[cpp-token-decay_first]",),
+    Mutant("decayed-state-of-a-single-token-without-its-decay", "python/miras_kernels/call.py",
+           ("core/test_variants.py::test_a_single_token_runs_on_the_kernels_of_the_plain_rule[reference-token-decay_first]",),
            "MemoryState((alpha * dual,)", "MemoryState((dual,)"),
     Mutant("slope-of-tanh", "python/miras_kernels/expressions/graph.py",
            ("core/test_expressions.py::test_values_and_derivatives_are_those_of_autograd",),
@@ -174,11 +178,16 @@ MUTANTS = [
            "a.add(m.momenta, w.row(1), w.width)", "void(0)"),
     Mutant("cpp-step-reads-without-its-own-token", "csrc/cpu/linear_step.h", decode("linear-common"),
            "rho * (load(s.O + j) + own * load(s.U + j))", "rho * load(s.O + j)"),
+    Mutant("cpp-step-takes-the-error-before-the-decay", "csrc/cpu/linear_step.h",
+           ("core/test_variants.py::test_a_single_token_runs_on_the_kernels_of_the_plain_rule[cpp-token-decay_first]",),
+           "store(s.U + j, load(w.gamma + j) * load(s.U + j))", "store(s.U + j, load(s.U + j))"),
+    Mutant("state-in-place-not-written", "python/miras_kernels/state.py",
+           ("core/test_inplace_state.py::test_the_given_state_is_overwritten[cpp-chunks-True]",), "to.copy_(x)", "pass"),
     Mutant("cpp-mlp-step-without-rho", "csrc/cpu/mlp_step.h", decode("mlp-chunk-1-lq"),
            "add_multiple(first.read_scale(), changed, dp, s.Uq)", "add_multiple(1.0f, changed, dp, s.Uq)"),
-    Mutant("cpp-steps-advance-by-one-token", "csrc/step_bindings.cpp", decode("linear-common"),
+    Mutant("cpp-steps-advance-by-one-token", "csrc/step_signature.h", decode("linear-common"),
            "(p.state.position[n] + p.T) % p.C", "(p.state.position[n] + 1) % p.C"),
-    Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_bindings.cpp", ("core/test_decode.py::test_errors_of_values",),
+    Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_signature.h", ("core/test_decode.py::test_errors_of_values",),
            "!(x < 0.0f || x >= 1.0f)", "!(x < 0.0f || x > 1.0f)"),
     Mutant("cpp-panels-not-added-up", "csrc/shares.h", cases("cpp/test_cpp.py::test_any_number_of_threads", "(1, 1)-dot"),
            "x += from[share * size + i]", "x += 0.0f"),
@@ -189,6 +198,10 @@ MUTANTS = [
            "rho_2 * wq", "wq"),
     Mutant("cuda-open-chunk-keeps-its-log-decay", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_sizes", "coupled"),
            " = *open_log_decay = 0.0f", " = 0.0f"),
+    Mutant("cuda-mlp-chain-wrong-matrix-of-a-fragment", "csrc/cuda/tiles.h", MLP_CHAIN,
+           "(lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1", "(lane >> 3 & 1) * 8 + (lane & 7), lane >> 4"),
+    Mutant("cuda-mlp-chain-writes-do-not-decay", "csrc/cuda/mlp_block.h", MLP_CHAIN,
+           "at<float>(S::kRaw + 4 * r), -dec,", "at<float>(S::kRaw + 4 * r), -1.0f,"),
     # ------------------------------------------------------------------------------------------------------------- Triton
     Mutant("triton-decay-to-end-off-by-a-token", "kernels/common/decays.py", triton("linear-l2-strong-decay"),
            "log_decay + row + H + o_g", "log_decay + row + o_g"),
@@ -204,7 +217,14 @@ MUTANTS = [
            "o_vk = o_v[None, :] * Dk + o_k[:, None]", "o_vk = o_k[:, None] * Dv + o_v[None, :]"),
     Mutant("triton-state-gradient-without-the-predictions", "kernels/linear/chain.py",
            cases("triton/test_triton.py::test_states_in_registers", "linear-huber_norm-heads-first"),
-           "b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)", "b_j += 0.0"),
+           "b_j += fitted_dot(tl.trans(b_r), b_de, DTYPE)", "b_j += 0.0"),
+    Mutant("triton-block-tiles-joined-without-step-sizes", "kernels/linear/block.py",
+           cases("triton/test_blocks.py::test_float32", "no-decay"),
+           "dot(b_g * b_lr[None, :], b_p)", "dot(b_g, b_p)"),
+    Mutant("triton-block-errors-see-their-own-writes", "kernels/linear/block.py", cases("triton/test_blocks.py::test_float32", "first"),
+           "tl.where(o_t[None, :] > o_s[:, None], b_l, 0.0)", "tl.where(o_t[None, :] >= o_s[:, None], b_l, 0.0)"),
+    Mutant("triton-block-errors-of-the-next-block-are-in-this-one", "kernels/common/decays_bwd.py",
+           cases("triton/test_blocks.py::test_float32", "plain"), "& (o_e < TOKENS)", "& (o_e <= TOKENS)"),
     Mutant("triton-wrong-checkpoint", "kernels/linear/chain_streamed.py",
            cases("triton/test_calls.py::test_the_checkpoint_interval_does_not_change_a_bit", "linear-3"),
            "b_s, mask=only_if(i_c % EVERY == 0, m_kv)", "b_s, mask=only_if(i_c % EVERY == EVERY - 1, m_kv)"),
@@ -232,6 +252,11 @@ MUTANTS = [
            "whole = (before + end - begin) // size", "whole = (end - begin) // size"),
     Mutant("triton-delta-gradient-without-its-sign", "kernels/common/bias.py", triton("linear-huber_coordinate-channel-wise"),
            "tl.where(tl.abs(e) <= delta, 0.0, tl.where(e < 0, -1.0, 1.0))", "tl.where(tl.abs(e) <= delta, 0.0, 1.0)"),
+    Mutant("triton-custom-pull-of-another-output", "kernels/common/bias.py",
+           cases("triton/test_programs.py::test_same_numbers_as_the_built_in_row", "linear-bias-huber_norm"),
+           "programs.constant(BIAS.derivatives), 1)", "programs.constant(BIAS.derivatives), 2)"),
+    Mutant("triton-program-with-a-wrong-comparison", "kernels/common/programs.py",
+           cases("triton/test_programs.py::test_every_operation", "lt"), "return a < b", "return a <= b"),
     Mutant("triton-lq-slope-with-a-wrong-factor", "kernels/common/retention.py", triton("linear-l2-lq-p1.5"),
            "slope = (RETENTION.r0 - 2.0) * power", "slope = RETENTION.r0 * power"),
     Mutant("triton-mlp-hidden-gradient-without-curvature", "kernels/mlp/inner.py", triton_mlp("mlp-huber_switch"),

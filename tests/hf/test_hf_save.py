@@ -76,7 +76,7 @@ def test_biases_and_gates_of_one_s_own_are_saved(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) == pytest.approx(net(torch.arange(1, 9)[None])[0].double().sum().item(), abs=1e-4)
-    for wrong, problem in (("__import__('os')", "is not part of an expression"), ("e + q", "unknown name 'q'")):
+    for wrong, problem in (("s*__import__('os')", "is not part of an expression"), ("s * e + q", "unknown name 'q'")):
         config = json.loads((tmp_path / "config.json").read_text())
         config["miras"]["memories"][0]["preset"]["bias"]["text"] = wrong
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -7,8 +7,8 @@ searches: the graph of a derivative has a bounded number of nodes per node of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
+from .known import FOLD, above_zero, at_least_zero
 from .program import Program
 
 __all__ = ["Graph"]
@@ -16,27 +16,6 @@ __all__ = ["Graph"]
 #: Operations, expressions and derivatives together; a program beyond it would not be a short one.
 MAX_NODES = 600
 
-_FOLD: dict[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "neg": lambda a: -a,
-    "abs": abs,
-    "sign": lambda a: float((a > 0) - (a < 0)),
-    "sqrt": math.sqrt,
-    "exp": math.exp,
-    "log": math.log,
-    "tanh": math.tanh,
-    "cosh": math.cosh,
-    "logcosh": lambda a: abs(a) + math.log((1 + math.exp(-2 * abs(a))) / 2),
-    "min": min,
-    "max": max,
-    "power": lambda a, b: a**b,
-    "le": lambda a, b: float(a <= b),
-    "lt": lambda a, b: float(a < b),
-    "where": lambda c, a, b: a if c else b,
-}
 _COMMUTES = ("add", "mul")
 
 
@@ -50,10 +29,11 @@ class Graph:
 
     def __init__(self, inputs: tuple[str, ...], nonnegative: tuple[str, ...] = ()) -> None:
         self.inputs = inputs
-        self._nonnegative = nonnegative
+        self.nonnegative_inputs = nonnegative
         self._nodes: list[tuple] = []
         self._signs: list[tuple[bool, bool]] = []  # of every node: whether it is known to be >= 0, and > 0
         self._index: dict[tuple, int] = {}
+        self._varies: list[bool] = []  # along a row: whether it depends on the first input
         for name in inputs:
             self._node("input", name)
 
@@ -72,7 +52,7 @@ class Graph:
         values = [self._value(x) for x in operands]
         if None not in values:
             try:
-                return self.number(_FOLD[operation](*values))
+                return self.number(FOLD[operation](*values))
             except (ArithmeticError, ValueError, TypeError) as error:  # TypeError: a fractional power of a negative number is complex
                 raise ValueError(f"{operation}({', '.join(f'{x:g}' for x in values)}) is not a finite number") from error
         simpler = getattr(self, f"_{operation}", None)
@@ -133,7 +113,9 @@ class Graph:
                 raise ValueError(f"too long: with its derivatives it has more than {MAX_NODES} operations")
             self._index[key] = len(self._nodes)
             self._nodes.append(key)
-            self._signs.append((self._at_least_zero(*key), self._above_zero(*key)))
+            leaf = key[0] in ("input", "number")
+            self._varies.append(key[-1] == self.inputs[0] if leaf else any(self._varies[x] for x in key[1:]))
+            self._signs.append((at_least_zero(self, *key), above_zero(self, *key)))
         return self._index[key]
 
     def _value(self, node: int) -> float | None:
@@ -181,34 +163,6 @@ class Graph:
     def positive(self, node: int) -> bool:
         """Whether the expression is known to be > 0 for all inputs."""
         return self._signs[node][1]
-
-    def _at_least_zero(self, operation, *operands) -> bool:
-        if operation == "number":
-            return operands[0] >= 0
-        if operation == "input":
-            return operands[0] in self._nonnegative
-        if operation in ("abs", "sqrt", "exp", "cosh", "logcosh", "power", "le", "lt"):
-            return True
-        if operation == "mul" and operands[0] == operands[1]:
-            return True
-        if operation in ("add", "mul", "div", "min"):
-            return all(map(self.nonnegative, operands))
-        if operation == "max":
-            return any(map(self.nonnegative, operands))
-        return operation == "where" and all(map(self.nonnegative, operands[1:]))
-
-    def _above_zero(self, operation, *operands) -> bool:
-        if operation == "number":
-            return operands[0] > 0
-        if operation in ("exp", "cosh"):
-            return True
-        if operation == "add":
-            return all(map(self.nonnegative, operands)) and any(map(self.positive, operands))
-        if operation in ("mul", "div", "sqrt", "power", "min"):
-            return all(map(self.positive, operands if operation != "power" else operands[:1]))
-        if operation == "max":
-            return any(map(self.positive, operands))
-        return operation == "where" and all(map(self.positive, operands[1:]))
 
     # ---------------------------------------------------------------- simplification: one method per operation, None if there is none
 
@@ -258,6 +212,9 @@ class Graph:
                 inner = self._value(x)
                 if inner is not None:
                     return self.apply("mul", self.number(number * inner), rest)
+        for x, product in ((a, b), (b, a)):
+            if not self._varies[x]:
+                return self._once_per_row(product, lambda factor, x=x: self.apply("mul", x, factor))
         return None
 
     def _div(self, a, b):
@@ -270,7 +227,18 @@ class Graph:
             return self.apply("mul", self.number(1 / number), a)
         if self._is(a, "neg"):
             return self.apply("neg", self.apply("div", self._operands(a)[0], b))
-        return self._without(a, b, set())
+        found = self._without(a, b, set())
+        if found is None and not self._varies[b]:
+            return self._once_per_row(a, lambda factor: self.apply("div", factor, b))
+        return found
+
+    def _once_per_row(self, product, change):
+        """``x change(factor)`` for the product of x and a factor that is the same along a row, unlike x; or None."""
+        if self._is(product, "mul"):
+            for x, factor in (self._operands(product), reversed(self._operands(product))):
+                if self._varies[x] and not self._varies[factor]:
+                    return self.apply("mul", x, change(factor))
+        return None
 
     def _without(self, product, factor, seen):
         """``product / factor`` if factor is one of the product's factors: finite where both overflow or are 0."""
@@ -325,7 +293,21 @@ class Graph:
     def _where(self, condition, a, b):
         if a == b:
             return a
-        return None if self._value(condition) is None else (a if self._value(condition) else b)
+        if self._value(condition) is not None:
+            return a if self._value(condition) else b
+        if self._varies[condition] or not (self._varies[a] or self._varies[b]):
+            return None
+        factors = [self._factor_of_first(x) for x in (a, b)]
+        return None if None in factors else self.apply("mul", 0, self.apply("where", condition, *factors))
+
+    def _factor_of_first(self, node):
+        """What the first input is multiplied by, if that is the same along a row; or None."""
+        if node == 0 or self._value(node) == 0:
+            return self.number(1 if node == 0 else 0)
+        if self._is(node, "mul") and 0 in self._operands(node):
+            factor = self._operands(node)[self._operands(node)[0] == 0]
+            return None if self._varies[factor] else factor
+        return None
 
     def _power(self, base, exponent):
         number = self._value(exponent)
