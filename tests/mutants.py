@@ -315,9 +315,9 @@ MUTANTS = [
            ("hf/test_hf_take_back.py::test_crop_of_a_cache",),
            "self.length = self.length - count", "pass"),
     # ------------------------------------------------------------------------------------------------ Python: taking back
-    Mutant("window-takes-back-one-token-less", "python/miras_kernels/window.py",
+    Mutant("window-forgets-the-tokens-that-stay", "python/miras_kernels/window.py",
            ("core/test_window.py::test_the_state_has_the_bits_of_one_that_never_read_the_tokens",),
-           "kept = last.shortened(max(last.count - tokens, 0))", "kept = last.shortened(max(last.count - tokens + 1, 0))"),
+           "state = kept.end()", "state = last.start"),
     Mutant("window-forgets-the-earlier-piece", "python/miras_kernels/window.py",
            ("core/test_window.py::test_the_state_has_the_bits_of_one_that_never_read_the_tokens",),
            "(last,) if last.count >= self.size else (*earlier[-1:], last)", "(last,)"),
