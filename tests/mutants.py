@@ -328,6 +328,22 @@ MUTANTS = [
     Mutant("hf-memory-beside-attention-not-added", "python/miras_kernels/hf/attention.py",
            cases("hf/test_hf_parallel.py::test_outputs_do_not_change_before_training", "Llama"),
            "return out + read, weights", "return out, weights"),
+    Mutant("hf-neighbouring-channels-not-turned", "python/miras_kernels/hf/attention.py",
+           cases("hf/test_hf_hosts.py::test_a_memory_made_from_attention_has_its_queries_keys_and_values", "Cohere"),
+           'elif self.host.rotary == "interleaved"', 'elif self.host.rotary == "x"'),
+    Mutant("hf-a-cropped-cache-keeps-its-length", "python/miras_kernels/hf/cache.py",
+           ("hf/test_hf_take_back.py::test_crop_of_a_cache",),
+           "self.length = self.length - count", "pass"),
+    # ------------------------------------------------------------------------------------------------ Python: taking back
+    Mutant("window-forgets-the-tokens-that-stay", "python/miras_kernels/window.py",
+           ("core/test_window.py::test_the_state_has_the_bits_of_one_that_never_read_the_tokens",),
+           "state = kept.end()", "state = last.start"),
+    Mutant("window-forgets-the-earlier-piece", "python/miras_kernels/window.py",
+           ("core/test_window.py::test_the_state_has_the_bits_of_one_that_never_read_the_tokens",),
+           "(last,) if last.count >= self.size else (*earlier[-1:], last)", "(last,)"),
+    Mutant("decoder-keeps-no-copy-of-its-buffers", "python/miras_kernels/decode/past.py",
+           ("core/test_window.py::test_a_decoder_has_the_bits_of_one_that_never_read_the_tokens",),
+           "_Piece([x.clone() for x in buffers])", "_Piece(buffers)"),
 ]  # fmt: skip
 
 
