@@ -6,12 +6,12 @@
 //   F value(e, row)            psi(e)
 //   F slope(e, g, row)         the diagonal part of d psi / d e, given g = psi(e)
 //   F slope_delta(e, row)      d psi / d delta                                        (if kUsesDelta)
-//   F pull(row)                d psi / d e = diag(slope) + pull e e'                   (if kCouplesRow)
+//   F pull(e, row)             d psi / d e = diag(slope) + pull e'                     (if kCouplesRow)
 //
-// so that, for an incoming y:  dE = slope y + pull (e.y) e,   d delta = sum slope_delta y.
+// so that, for an incoming y:  dE = slope y + (pull.y) e,   d delta = sum slope_delta y.
 // psi(0) = 0 for all of them: zero padding stays zero.
 //
-// Adding a bias: docs/adding-a-bias.md.
+// Biases with a Program are not among them: cpu/program_rows.h. Adding a bias: docs/adding-a-bias.md.
 #pragma once
 
 #include "params.h"
@@ -27,7 +27,7 @@ struct Elementwise {
   template <class F> using Row = F;  // delta, one per token or per value channel
   template <class F> MIRAS_FN F row(F, F delta) const { return delta; }
   template <class F> MIRAS_FN F slope_delta(F, F) const { return F{}; }
-  template <class F> MIRAS_FN F pull(F) const { return F{}; }
+  template <class F> MIRAS_FN F pull(F, F) const { return F{}; }
 };
 
 // psi = -v: Hebbian. The kernels pass e = -v and skip everything that depends on the prediction.
@@ -124,7 +124,7 @@ struct HuberNorm : RowCoupled {
   template <class F> MIRAS_FN F value(F e, Row<F> r) const { return r.scale * e; }
   template <class F> MIRAS_FN F slope(F, F, Row<F> r) const { return r.scale; }
   template <class F> MIRAS_FN F slope_delta(F e, Row<F> r) const { return r.per_delta * e; }
-  template <class F> MIRAS_FN F pull(Row<F> r) const { return r.pull; }
+  template <class F> MIRAS_FN F pull(F e, Row<F> r) const { return r.pull * e; }
 };
 
 // psi = e if |e| <= delta, else delta tanh(s e); the switch itself has no gradient
@@ -141,7 +141,7 @@ struct HuberSwitch : RowCoupled {
     return r.norm <= r.delta ? F{} + 1.0f : r.delta * sharpness * Math<F>::sech2(sharpness * e);
   }
   template <class F> MIRAS_FN F slope_delta(F e, Row<F> r) const { return r.norm <= r.delta ? F{} : Math<F>::tanh(sharpness * e); }
-  template <class F> MIRAS_FN F pull(Row<F>) const { return F{}; }
+  template <class F> MIRAS_FN F pull(F, Row<F>) const { return F{}; }
 };
 
 // psi = e (1 + delta / sqrt(|e|^2 + eps))
@@ -159,10 +159,10 @@ struct RobustL2 : RowCoupled {
   template <class F> MIRAS_FN F value(F e, Row<F> r) const { return r.scale * e; }
   template <class F> MIRAS_FN F slope(F, F, Row<F> r) const { return r.scale; }
   template <class F> MIRAS_FN F slope_delta(F e, Row<F> r) const { return r.per_delta * e; }
-  template <class F> MIRAS_FN F pull(Row<F> r) const { return r.pull; }
+  template <class F> MIRAS_FN F pull(F e, Row<F> r) const { return r.pull * e; }
 };
 
-// Calls f(bias) with the functor of a tag.
+// Calls f(bias) with the functor of a tag; a custom bias has none.
 template <class Function> MIRAS_FN auto with_bias(BiasTag tag, const float* params, Function&& f) {
   switch (tag) {
     case BiasTag::dot: return f(DotProduct(params));
@@ -174,16 +174,18 @@ template <class Function> MIRAS_FN auto with_bias(BiasTag tag, const float* para
     case BiasTag::huber_norm: return f(HuberNorm(params));
     case BiasTag::huber_switch: return f(HuberSwitch(params));
     case BiasTag::robust_l2: return f(RobustL2(params));
+    case BiasTag::custom: break;
   }
   return f(L2(params));
 }
 
-// The traits of a tag's functor.
+// The traits of a bias; `program` is that of a custom one.
 struct BiasTraits {
   const char* name;
   bool predicts, couples_row, uses_delta;
 };
-MIRAS_FN BiasTraits bias_traits(BiasTag tag) {
+MIRAS_FN BiasTraits bias_traits(BiasTag tag, const Program* program = nullptr) {
+  if (tag == BiasTag::custom) return {"custom", true, program && program->couples_row, program && program->uses_delta};
   constexpr float no_params[kBiasParams] = {};
   return with_bias(tag, no_params, [](auto bias) {
     using Bias = decltype(bias);

@@ -72,7 +72,7 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
   // With fewer heads than threads, split the value rows too, into panels of at least 32 rows, unless something couples them.
   const int64_t heads = p.N * p.H, threads = num_threads();
   p.panels = 1, p.panel_width = p.Dv;
-  const bool coupled = bias_traits(p.bias).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
+  const bool coupled = bias_traits(p.bias, p.bias_program).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
   if (heads > 0 && heads < threads && !coupled) {
     const int wanted = int(std::min<int64_t>((threads + heads - 1) / heads, p.Dv / 32));
     if (wanted > 1) {
@@ -371,8 +371,16 @@ PYBIND11_MODULE(_C, m) {
         "checkpoint_every"_a, "output_final_state"_a);
   m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
         "checkpoints"_a, "grad_out"_a, "grad_state"_a);
+  using Lines = std::tuple<std::vector<double>, decltype(miras::StraightLine::instructions), std::vector<int>>;
+  py::class_<miras::CompiledProgram, miras::ProgramPointer>(m, "Program")
+      .def(py::init([](int inputs, const Lines& value, const Lines& derivatives) {
+             const auto lines = [](const Lines& x) { return std::make_from_tuple<miras::StraightLine>(x); };
+             return std::make_shared<miras::CompiledProgram>(inputs, lines(value), lines(derivatives));
+           }),
+           "inputs"_a, "value"_a, "derivatives"_a);
   miras::bind_steps(m);
   miras::bind_states(m);
+  m.def("operations", &miras::operations);
   m.def("bias_names", &miras::bias_names);
   m.def("retention_names", &miras::retention_names);
   m.def("limits", [] {

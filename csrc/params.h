@@ -6,7 +6,7 @@
 // N = B, or the number of packed sequences (then B = 1). All strides are in elements.
 #pragma once
 
-#include <cstdint>
+#include "program.h"
 
 // Small functions are always inlined: the kernel files are compiled for several instruction sets, and a shared out-of-line
 // copy could be the one that this machine cannot run.
@@ -31,13 +31,14 @@ enum class BiasTag : int {
   huber_norm = 6,
   huber_switch = 7,
   robust_l2 = 8,
+  custom = 9,  // has a Program
 };
-constexpr int kBiasCount = 9;
+constexpr int kBiasCount = 10;
 constexpr int kBiasParams = 3;
 
 // Tags of the retention gates, likewise.
-enum class RetentionTag : int { l2 = 0, lq = 1, kl = 2, elastic = 3, sigmoid = 4 };
-constexpr int kRetentionCount = 5;
+enum class RetentionTag : int { l2 = 0, lq = 1, kl = 2, elastic = 3, sigmoid = 4, custom = 5 };
+constexpr int kRetentionCount = 6;
 constexpr int kRetentionParams = 2;
 
 // q, k, v, gates and their gradients: [B, T, H] or [B, T, H, D]; `data` is float or bfloat16.
@@ -64,6 +65,7 @@ struct MemoryParams {
   float bias_params[kBiasParams] = {};
   RetentionTag retention = RetentionTag::l2;
   float retention_params[kRetentionParams] = {};
+  const Program *bias_program = nullptr, *retention_program = nullptr;  // if custom
 
   TokenTensor q, k, v;                         // [B, T, H, D*], channel stride 1
   TokenTensor lr, log_decay, delta, momentum;  // float32 [B, T, H]; all but lr optional

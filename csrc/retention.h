@@ -11,7 +11,7 @@
 //
 // The caller computes the sums. rho = 1 except for Coupling::matrix.
 //
-// Adding a gate: docs/adding-a-gate.md.
+// A gate with a Program has no functor: cpu/program_rows.h. Adding a gate: docs/adding-a-gate.md.
 #pragma once
 
 #include "bias.h"
@@ -91,7 +91,7 @@ struct SigmoidRetention {
   template <class F> MIRAS_FN F phi_vjp(F w, F g) const { return g * w * (1.0f - w); }
 };
 
-// Calls f(gate) with the functor of a tag.
+// Calls f(gate) with the functor of a tag; a custom gate has none.
 template <class Function> MIRAS_FN auto with_retention(RetentionTag tag, const float* params, Function&& f) {
   switch (tag) {
     case RetentionTag::l2: return f(L2Retention(params));
@@ -99,17 +99,19 @@ template <class Function> MIRAS_FN auto with_retention(RetentionTag tag, const f
     case RetentionTag::kl: return f(KLRetention(params));
     case RetentionTag::elastic: return f(ElasticNetRetention(params));
     case RetentionTag::sigmoid: return f(SigmoidRetention(params));
+    case RetentionTag::custom: break;
   }
   return f(L2Retention(params));
 }
 
-// The traits of a tag's functor.
+// The traits of a gate.
 struct RetentionTraits {
   const char* name;
   bool identity;
   Coupling coupling;
 };
 MIRAS_FN RetentionTraits retention_traits(RetentionTag tag) {
+  if (tag == RetentionTag::custom) return {"custom", false, Coupling::none};
   constexpr float no_params[kRetentionParams] = {};
   return with_retention(tag, no_params, [](auto gate) {
     using Gate = decltype(gate);

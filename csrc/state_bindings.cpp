@@ -163,7 +163,7 @@ class StateCalls {
 
  private:
   StateCalls(const Tokens& x, const RuleTuple& rules, bool decay_first, bool overwrite, bool check_values)
-      : signature_(x, check_values), overwrite_(overwrite) {
+      : rules_(rules), signature_(x, check_values), overwrite_(overwrite) {
     fill_tokens(p_, x, {}, rules, 0);
     Linear::fill(p_, x.q.size(3), x.v.size(3));
     require(p_.C == 1 && !p_.momentum && retention_traits(p_.retention).identity, "the dual is not the whole state");
@@ -171,6 +171,7 @@ class StateCalls {
   }
 
   LinearStep p_;
+  RuleTuple rules_;
   Signature signature_;
   bool overwrite_;
 };

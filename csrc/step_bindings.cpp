@@ -83,7 +83,7 @@ template <class Memory> class Stepper {
 
  private:
   Stepper(const Tokens& x, const NormTuple& norm, const std::vector<OptionalTensor>& buffers, const RuleTuple& rules, bool check_values)
-      : kernels_(cpu::kernels()), norm_(norm), buffers_(buffers_of(buffers)), signature_(x, check_values) {
+      : kernels_(cpu::kernels()), rules_(rules), norm_(norm), buffers_(buffers_of(buffers)), signature_(x, check_values) {
     fill_tokens(p_, x, {}, rules, 0);
     const Tensor &start = buffers_.start, &q = x.q, &v = x.v;
     require(start.dim() == 5, "start must be float32 [N, H, m, K, V]");
@@ -96,6 +96,7 @@ template <class Memory> class Stepper {
 
   typename Memory::Params p_;
   const cpu::Kernels& kernels_;
+  RuleTuple rules_;
   NormTuple norm_;
   Buffers buffers_;
   Signature signature_;

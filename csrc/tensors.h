@@ -2,11 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bias.h"
+#include "compile.h"
 #include "retention.h"
 #include "tensor.h"
 
@@ -43,12 +45,14 @@ inline bool is_float(const View& x) { return x.on_cpu() && x.is(kFloat32); }
 // The largest sizes; a test compares them with python/miras_kernels/tables/memories.py.
 constexpr int64_t kMaxHead = 256, kMaxHidden = 1024, kMaxChunk = 256;
 
-// A row of the table of biases or retention gates: its tag and parameters.
-using Code = std::pair<int64_t, std::vector<double>>;
+// A row of the table of biases or retention gates: its tag, its parameters and the program of a custom one.
+using ProgramPointer = std::shared_ptr<CompiledProgram>;
+using RuleCode = std::tuple<int64_t, std::vector<double>, ProgramPointer>;
 
 // A call as Python passes it, in tuples: q, k, v, lr, log_decay, delta and momentum; bias, retention and chunk_size.
 using TokenTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
-using RuleTuple = std::tuple<Code, Code, int64_t>;
+// Kernels read a program as long as such a tuple lives.
+using RuleTuple = std::tuple<RuleCode, RuleCode, int64_t>;
 
 struct Tokens {
   Tensor q, k, v, lr;
@@ -61,11 +65,16 @@ struct Tokens {
   }
 };
 
-template <class Tag, int kCount, int kParams> void fill_code(Tag& tag, float (&params)[kParams], const Code& code) {
-  require(code.first >= 0 && code.first < kCount, "unknown tag of a bias or a retention gate");
-  require(code.second.size() <= size_t(kParams), "too many parameters of a bias or a retention gate");
-  tag = Tag(code.first);
-  std::copy(code.second.begin(), code.second.end(), params);
+template <class Tag, int kCount, int kParams>
+void fill_code(Tag& tag, float (&params)[kParams], const Program*& program, int inputs, const RuleCode& code) {
+  const auto& [number, values, compiled] = code;
+  require(number >= 0 && number < kCount, "unknown tag of a bias or a retention gate");
+  require(values.size() <= size_t(kParams), "too many parameters of a bias or a retention gate");
+  require((Tag(number) == Tag::custom) == (compiled != nullptr), "a custom bias or gate needs a program, and no other has one");
+  require(!compiled || compiled->get()->inputs == inputs, "a bias's program has the inputs e, norm2, delta; a gate's has A");
+  tag = Tag(number);
+  std::copy(values.begin(), values.end(), params);
+  program = compiled ? compiled->get() : nullptr;
 }
 
 // float32 [B, T, H], or [B, T, H, Dv] if `per_channel` is given, which is then set; absent gates have no data
@@ -99,10 +108,10 @@ inline void fill_tokens(MemoryParams& p, const Tokens& x, const OptionalTensor& 
   p.delta = gate(p, x.delta, dv, &p.delta_per_channel, "delta must be float32 [B, T, H] or [B, T, H, Dv]");
   p.momentum = gate(p, x.momentum, dv, nullptr, "momentum must be float32 [B, T, H]");
 
-  fill_code<BiasTag, kBiasCount>(p.bias, p.bias_params, bias);
-  fill_code<RetentionTag, kRetentionCount>(p.retention, p.retention_params, retention);
-  require(bias_traits(p.bias).uses_delta == x.delta.has_value(), "delta given to a bias without one, or missing");
-  require(!p.delta_per_channel || !bias_traits(p.bias).couples_row, "delta per channel needs a coordinate-wise bias");
+  fill_code<BiasTag, kBiasCount>(p.bias, p.bias_params, p.bias_program, 3, bias);
+  fill_code<RetentionTag, kRetentionCount>(p.retention, p.retention_params, p.retention_program, 1, retention);
+  require(bias_traits(p.bias, p.bias_program).uses_delta == x.delta.has_value(), "delta given to a bias without one, or missing");
+  require(!p.delta_per_channel || !bias_traits(p.bias, p.bias_program).couples_row, "delta per channel needs a coordinate-wise bias");
 
   if (cu_seqlens) {
     require(p.B == 1 && cu_seqlens->is(kInt64) && cu_seqlens->is_contiguous(), "bad cu_seqlens");

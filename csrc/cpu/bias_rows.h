@@ -9,12 +9,12 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct BiasRows {
-  int c, cols;          // cols = Dvp
-  const float* params;  // of the bias
-  const float* eta;     // [c], or [c x Dvp] in kernels with kChannelEta
-  const float* delta;   // [c], or [c x Dvp] if per_channel; null if the bias uses none
-  bool per_channel;     // delta is
-  const float* v;       // [c x ldv]
+  int c, cols;  // cols = Dvp
+  const MemoryParams& p;
+  const float* eta;    // [c], or [c x Dvp] in kernels with kChannelEta
+  const float* delta;  // [c], or [c x Dvp] if per_channel; null if the bias uses none
+  bool per_channel;    // delta is
+  const float* v;      // [c x ldv]
   index_t ldv;
 };
 
@@ -52,7 +52,7 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
 
   // Forward: u = eta psi(E) over K W0' in place; u_end = to_end * u unless null.
   static void write(const BiasRows& x, float* kw_u, const float* to_end, float* u_end) {
-    const Bias bias(x.params);
+    const Bias bias(x.p.bias_params);
     for (int t = 0; t < x.c; ++t, kw_u += x.cols) {
       const float* v = x.v + t * x.ldv;
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return error(kw_u, v, j); });
@@ -67,7 +67,7 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
 
   // Backward, first half: E over K W0' in place, g = psi(E).
   static void grade(const BiasRows& x, float* kw_e, float* g) {
-    const Bias bias(x.params);
+    const Bias bias(x.p.bias_params);
     for (int t = 0; t < x.c; ++t, kw_e += x.cols, g += x.cols) {
       const float* v = x.v + t * x.ldv;
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return error(kw_e, v, j); });
@@ -82,17 +82,17 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
   // Backward, second half: from dU, over it in place, dE = psi'(E) (eta dU); d eta = dU . g [c] or dU o g [c x Dvp]; d delta
   // [c] or [c x Dvp].
   static void pull_back(const BiasRows& x, const float* e, const float* g, float* du_de, float* deta, float* ddelta) {
-    const Bias bias(x.params);
+    const Bias bias(x.p.bias_params);
     for (int t = 0; t < x.c; ++t, e += x.cols, g += x.cols, du_de += x.cols) {
       const auto row = shared(bias, x, t, [&](int j) MIRAS_LAMBDA { return load(e + j); });
       const Vec eta = row_eta(x, t);
       Vec pull = zeros();
-      if constexpr (Bias::kCouplesRow) {  // pull (e . eta dU)
+      if constexpr (Bias::kCouplesRow) {  // pull . eta dU
         for (int j = 0; j < x.cols; j += kLanes) {
           const Vec du = load(du_de + j);
-          pull += load(e + j) * (kChannelEta ? eta_at(x, t, j, eta) * du : du);
+          pull += bias.pull(load(e + j), row) * (kChannelEta ? eta_at(x, t, j, eta) * du : du);
         }
-        pull = bias.pull(row) * (kChannelEta ? broadcast(sum(pull)) : eta * broadcast(sum(pull)));
+        pull = kChannelEta ? broadcast(sum(pull)) : eta * broadcast(sum(pull));
       }
       Vec eta_sum = zeros(), delta_sum = zeros();
       for (int j = 0; j < x.cols; j += kLanes) {
@@ -114,21 +114,5 @@ template <class Bias, bool kChannelEta> struct BiasKernels {
     }
   }
 };
-
-struct BiasTable {
-  void (*write)(const BiasRows&, float* kw_u, const float* to_end, float* u_end);
-  void (*grade)(const BiasRows&, float* kw_e, float* g);
-  void (*pull_back)(const BiasRows&, const float* e, const float* g, float* du_de, float* deta, float* ddelta);
-  bool predicts, uses_delta;
-};
-
-static BiasTable bias_table(BiasTag tag, const float* params, bool channel_eta = false) {
-  return with_bias(tag, params, [channel_eta]<class Bias>(const Bias&) {
-    using Kernels = BiasKernels<Bias, false>;
-    using Channels = BiasKernels<Bias, true>;
-    return BiasTable{channel_eta ? Channels::write : Kernels::write, Kernels::grade, channel_eta ? Channels::pull_back : Kernels::pull_back,
-                     Bias::kPredicts, Bias::kUsesDelta};
-  });
-}
 
 }  // namespace miras::cpu::MIRAS_LEVEL

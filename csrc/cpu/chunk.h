@@ -3,7 +3,7 @@
 //   c tokens (Cp padded)   Dk key channels (Dkp)   Dvp value channels of the task, padded
 #pragma once
 
-#include "bias_rows.h"
+#include "bias_table.h"
 #include "pack.h"
 #include "retention_states.h"
 #include "tile.h"

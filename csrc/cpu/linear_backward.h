@@ -206,8 +206,8 @@ void BackwardTask::run() {
 }
 
 static void linear_backward(const LinearBackward& p, int64_t first, int64_t last) {
-  const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
-  const Retention retention(p.retention, p.retention_params);
+  const BiasTable bias = bias_table(p, p.lr_per_channel);
+  const Retention retention(p);
   with_scratch<BackwardScratch>(p, [&](const BackwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) BackwardTask(p, bias, retention, s, i).run();
   });

@@ -128,7 +128,7 @@ struct BackwardTask {
   BiasRows bias_rows(int64_t chunk) {
     const int c = tokens(chunk);
     const ChunkView v = values(p.v, chunk);
-    BiasRows rows{c, dvp, p.bias_params, s.gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
+    BiasRows rows{c, dvp, p, s.gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
     if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
     rows.delta = read_delta(p, task, b, token(chunk), c, s.delta);
     return rows;

@@ -128,7 +128,7 @@ void ForwardTask::open_primal() {
 void ForwardTask::write() {
   const LinearGates& gates = s.gates;
   const ChunkView v = values(p.v);
-  BiasRows rows{c, dvp, p.bias_params, gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
+  BiasRows rows{c, dvp, p, gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
   if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
   else v.read(c, s.V, dvp);
   rows.delta = read_delta(p, task, b, token, c, s.delta);
@@ -254,8 +254,8 @@ void ForwardTask::run() {
 }
 
 static void linear_forward(const LinearForward& p, int64_t first, int64_t last) {
-  const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
-  const Retention retention(p.retention, p.retention_params);
+  const BiasTable bias = bias_table(p, p.lr_per_channel);
+  const Retention retention(p);
   with_scratch<ForwardScratch>(p, [&](const ForwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) ForwardTask(p, bias, retention, s, i).run();
   });

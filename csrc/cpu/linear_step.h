@@ -86,7 +86,7 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   if (p.decay_first)
     for (int j = 0; j < dvp; j += kLanes) store(s.U + j, load(w.gamma + j) * load(s.U + j));
   read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
-  bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
+  bias.write({1, dvp, p, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
   scale(-1.0f, dvp, s.U);
   copy_out(s.K, 0, 1, dk, m.left + index_t(before.last) * dk, 0);
   copy_out(s.U, 0, 1, dv, m.right + index_t(before.last) * dv, 0);
@@ -102,8 +102,8 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
   LinearStepScratch(measure, p);
   Arena arena(thread_scratch(size_t(measure.used())));
   const LinearStepScratch s(arena, p);
-  const BiasTable bias = bias_table(p.bias, p.bias_params, p.lr_per_channel);
-  const Retention gate(p.retention, p.retention_params);
+  const BiasTable bias = bias_table(p, p.lr_per_channel);
+  const Retention gate(p);
   const int dvp = round_up(p.Dv, kPad);
   for (float* x : {s.U, s.Wq, s.O, s.more, s.alpha, s.gamma}) fill_zero(x, dvp);  // for a bias without predictions, and the padding
 

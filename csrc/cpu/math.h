@@ -120,6 +120,28 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
     return 4.0f * z * inverse * inverse;
   }
 
+  // within 4 ulp; zero below -87.6, infinite above 88.7
+  MIRAS_FN static F exp(F x) {
+    using namespace cpu::MIRAS_LEVEL;
+    x = x < -88.0f ? broadcast(-88.0f) : (x > 89.0f ? broadcast(89.0f) : x);
+    const F n = round_to_even(x * 1.44269504f);
+    const F r = (x - n * 6.93145752e-01f) - n * 1.42860677e-06f;
+    const F twice = n > 0.0f ? F{} + 1.0f : F{};  // 2^128 is infinity
+    const F y = power_of_two(n - twice) * (1.0f + exp2_minus_one(r * 1.44269504f)) * (1.0f + twice);
+    return n < -126.5f ? F{} : y;
+  }
+
+  // (n + log2 m) ln 2, x = 2^n m with m in [sqrt(1/2), sqrt(2)): within 3 ulp
+  MIRAS_FN static F log(F x) {
+    using namespace cpu::MIRAS_LEVEL;
+    const I bits = (I)x;
+    const I exponent = (bits - 0x3f3504f3) >> 23;
+    const F n = __builtin_convertvector(exponent, F);
+    const F y = n * 6.93145752e-01f + (n * 1.42860677e-06f + log2_mantissa((F)(bits - (exponent << 23))) * 6.93147181e-01f);
+    const F edge = x > 0.0f ? x : (x == 0.0f ? F{} - __builtin_inff() : F{} + __builtin_nanf(""));  // infinity stays
+    return (x > 0.0f) & (x < __builtin_inff()) ? y : edge;
+  }
+
   // x^a for x >= 0 and a > 0 as 2^(a n + a log2 m), x = 2^n m; the exponent is split so that it costs no accuracy.
   MIRAS_FN static F pow(F x, float a) {
     using namespace cpu::MIRAS_LEVEL;

@@ -230,7 +230,7 @@ void MlpBackwardTask::run() {
 }
 
 static void mlp_backward(const MlpBackward& p, int64_t first, int64_t last) {
-  const BiasTable bias = bias_table(p.bias, p.bias_params);
+  const BiasTable bias = bias_table(p);
   with_scratch<MlpBackwardScratch>(p, [&](const MlpBackwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) MlpBackwardTask(p, bias, s, i).run();
   });

@@ -72,8 +72,7 @@ struct MlpChunk {
   float *partT, *part;            // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
 
   MIRAS_FN MlpChunk(Arena& a, const MlpParams& p)
-      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p.retention, p.retention_params), gates(a, p),
-        norm(a, p) {
+      : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p), gates(a, p), norm(a, p) {
     K = a.take(p.C, dp), Q = a.take(p.C, dp), V = a.take(p.C, dp);
     KT = a.take(d, cp), QT = a.take(d, cp);
     X = a.take(p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = a.take(p.C, dp);
@@ -119,7 +118,7 @@ struct MlpChunk {
   }
 
   MIRAS_FN BiasRows bias_rows(const MlpParams& p, int c, const float* eta) const {
-    return {c, dp, p.bias_params, eta, p.delta ? delta : nullptr, false, V, dp};
+    return {c, dp, p, eta, p.delta ? delta : nullptr, false, V, dp};
   }
 
   // Sweeps a matrix with a row per hidden unit and a column per token.

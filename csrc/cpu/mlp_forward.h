@@ -112,7 +112,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
 }
 
 static void mlp_forward(const MlpForward& p, int64_t first, int64_t last) {
-  const BiasTable bias = bias_table(p.bias, p.bias_params);
+  const BiasTable bias = bias_table(p);
   with_scratch<MlpForwardScratch>(p, [&](const MlpForwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) mlp_forward_task(p, bias, s, i);
   });

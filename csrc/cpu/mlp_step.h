@@ -122,7 +122,7 @@ static void mlp_step_token(const MlpStep& p, const BiasTable& bias, const MlpSte
   predict_hidden(first, second, s);
   s.norm.normalise(1, s.X, &r);
   s.norm.affine(1, s.X, s.K, s.E);
-  bias.grade({1, dp, p.bias_params, nullptr, p.delta ? s.delta : nullptr, false, s.V, 0}, s.E, s.G);
+  bias.grade({1, dp, p, nullptr, p.delta ? s.delta : nullptr, false, s.V, 0}, s.E, s.G);
   s.norm.pull_back_weighted(1, s.X, &r, s.G, s.Gu);
 
   const float momentum = p.momentum ? *address<float>(p.momentum, n, t, h) : 0.0f;
@@ -163,8 +163,8 @@ static void mlp_step(const MlpStep& p, int64_t first, int64_t last) {
   MlpStepScratch(measure, p);
   Arena arena(thread_scratch(size_t(measure.used())));
   MlpStepScratch s(arena, p);
-  const BiasTable bias = bias_table(p.bias, p.bias_params);
-  const Retention gate(p.retention, p.retention_params);
+  const BiasTable bias = bias_table(p);
+  const Retention gate(p);
   for (float* x : {s.more, s.E}) fill_zero(x, s.norm.dp);  // the padding
 
   const HeadOrder order(p, p.state, first, last);

@@ -7,6 +7,7 @@
 
 #include "../retention.h"
 #include "math.h"
+#include "interpret.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
@@ -22,6 +23,11 @@ struct StateShape {
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < ld; j += kLanes) f(i * ld + j, j);
   }
+  // the same for the vectors with padding
+  template <class Function> MIRAS_FN void padding(Function&& f) const {
+    for (int i = 0; i < rows; ++i)
+      for (int j = cols / kLanes * kLanes; j < ld; j += kLanes) f(i * ld + j, j);
+  }
   MIRAS_FN Vec without_padding(Vec x, int j) const { return j + kLanes <= cols ? x : first_lanes(x, cols - j); }
   MIRAS_FN Vec instead_of_padding(Vec x, int j, Vec other) const { return iota() < cols - j ? x : other; }
 };
@@ -33,8 +39,8 @@ struct Rho {
 
 template <class Gate> struct RetentionKernels {
   // W = phi(A), rho
-  static Rho primal(const float* params, const StateShape& m, const float* A, float* W) {
-    const Gate gate(params);
+  static Rho primal(const MemoryParams& p, const StateShape& m, const float* A, float* W) {
+    const Gate gate(p.retention_params);
     if constexpr (Gate::kCoupling == Coupling::none) {
       m.each([&](index_t at, int j) MIRAS_LAMBDA { store(W + at, m.without_padding(gate.phi(load(A + at)), j)); });
     } else if constexpr (Gate::kCoupling == Coupling::row) {
@@ -53,9 +59,9 @@ template <class Gate> struct RetentionKernels {
   }
 
   // dA in place of dW, from d rho
-  static void pull_back(const float* params, const StateShape& m, const float* A, const float* W, const Rho& rho, float drho,
+  static void pull_back(const MemoryParams& p, const StateShape& m, const float* A, const float* W, const Rho& rho, float drho,
                         float* dW_dA) {
-    const Gate gate(params);
+    const Gate gate(p.retention_params);
     float* const g = dW_dA;
     if constexpr (Gate::kCoupling == Coupling::none) {
       m.each([&](index_t at, int) MIRAS_LAMBDA { store(g + at, gate.phi_vjp(load(W + at), load(g + at))); });
@@ -121,13 +127,52 @@ template <class Gate> struct RetentionKernels {
   }
 };
 
-// A gate with its parameters.
+// A user's gate: elementwise, rho = 1
+struct ProgramStates {
+  static Rho primal(const MemoryParams& p, const StateShape& m, const float* A, float* W) {
+    run(p, p.retention_program->value[0], m, A, W, [](const Interpreter&, index_t, int) MIRAS_LAMBDA {});
+    m.padding([&](index_t at, int j) MIRAS_LAMBDA { store(W + at, m.without_padding(load(W + at), j)); });
+    return {};
+  }
+
+  static void pull_back(const MemoryParams& p, const StateShape& m, const float* A, const float* W, const Rho&, float, float* dW_dA) {
+    float* const phi = const_cast<float*>(W);  // which derivatives only read
+    run(p, p.retention_program->derivatives[0], m, A, phi, [&](const Interpreter& program, index_t first, int count) MIRAS_LAMBDA {
+      const float* slope = program.output(0);
+      float* const g = dW_dA + first;
+      for (int i = 0; i < count; i += kLanes) store(g + i, slope ? load(slope + i) * load(g + i) : zeros());
+    });
+    // where W is 0 and not phi, the slope may be NaN
+    m.padding([&](index_t at, int j) MIRAS_LAMBDA { store(dW_dA + at, m.without_padding(load(dW_dA + at), j)); });
+  }
+
+ private:
+  // f(program, first, count) after every block
+  template <class Function>
+  MIRAS_INLINE void run(const MemoryParams& p, const Stage& stage, const StateShape& m, const float* A, float* W, Function&& f) {
+    const int block = Interpreter::block(stage);
+    Interpreter program(*p.retention_program, stage, 1, block);
+    program.run_rows(1);
+    for (index_t first = 0, size = m.rows * m.ld; first < size; first += block) {
+      const int count = int(size - first < block ? size - first : block);
+      program.run_elements(count, A + first, W + first);
+      f(program, first, count);
+    }
+  }
+};
+
+// The gate of a call.
 class Retention {
  public:
-  MIRAS_FN Retention(RetentionTag tag, const float* params) : params_(params) {
-    const RetentionTraits traits = retention_traits(tag);
+  // `p` is read as long as this lives.
+  MIRAS_FN explicit Retention(const MemoryParams& p) : p_(&p) {
+    const RetentionTraits traits = retention_traits(p.retention);
     identity = traits.identity, scales_reads = traits.coupling == Coupling::matrix;
-    with_retention(tag, params, [this]<class Gate>(const Gate&) {
+    if (p.retention == RetentionTag::custom) {
+      primal_ = ProgramStates::primal, pull_back_ = ProgramStates::pull_back;
+      return;
+    }
+    with_retention(p.retention, p.retention_params, [this]<class Gate>(const Gate&) {
       primal_ = RetentionKernels<Gate>::primal, pull_back_ = RetentionKernels<Gate>::pull_back;
     });
   }
@@ -136,16 +181,16 @@ class Retention {
   bool scales_reads;  // rho is not 1
 
   // W = phi(A), rho
-  MIRAS_FN Rho primal(const StateShape& m, const float* A, float* W) const { return primal_(params_, m, A, W); }
+  MIRAS_FN Rho primal(const StateShape& m, const float* A, float* W) const { return primal_(*p_, m, A, W); }
   // d A = phi'(A)^T [d W] + d rho d rho / d A, in place of d W
   MIRAS_FN void pull_back(const StateShape& m, const float* A, const float* W, const Rho& rho, float drho, float* dW_dA) const {
-    pull_back_(params_, m, A, W, rho, drho, dW_dA);
+    pull_back_(*p_, m, A, W, rho, drho, dW_dA);
   }
 
  private:
-  const float* params_;
-  Rho (*primal_)(const float*, const StateShape&, const float*, float*);
-  void (*pull_back_)(const float*, const StateShape&, const float*, const float*, const Rho&, float, float*);
+  const MemoryParams* p_;
+  Rho (*primal_)(const MemoryParams&, const StateShape&, const float*, float*);
+  void (*pull_back_)(const MemoryParams&, const StateShape&, const float*, const float*, const Rho&, float, float*);
 };
 
 }  // namespace miras::cpu::MIRAS_LEVEL

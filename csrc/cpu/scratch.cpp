@@ -14,8 +14,9 @@ struct Block {
 
 }  // namespace
 
-float* thread_scratch(std::size_t floats) {
-  thread_local Block block;
+float* thread_scratch(std::size_t floats, int i) {
+  thread_local Block blocks[2];
+  Block& block = blocks[i];
   if (floats > block.size) {
     std::free(block.data);
     block.size = 0;

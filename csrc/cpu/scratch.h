@@ -9,8 +9,9 @@
 
 namespace miras::cpu {
 
-// 64-byte aligned memory for that many floats, private to the calling thread. Invalidates what an earlier call returned.
-float* thread_scratch(std::size_t floats);
+// 64-byte aligned memory for that many floats, private to the calling thread. Invalidates what an earlier call for the same block returned:
+// 0 is a kernel's, 1 that of an interpreted program.
+float* thread_scratch(std::size_t floats, int block = 0);
 
 // AddressSanitizer sees scratch as one allocation: all of it is marked out of bounds until handed out, including the gaps between parts.
 // What is handed out holds NaN, so that reading before writing shows in the results.

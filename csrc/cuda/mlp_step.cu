@@ -175,6 +175,7 @@ template <int kVec> struct Part {
       }
       if (p.couples_row) square = warp_sum(square);
       const float delta = p.delta ? p.delta[gate] : 0.0f;
+#pragma unroll
       for (int j = 0; j < kChannels; ++j) y[j] = channel(j, [&](int d) { return psi(p, e[j], square, delta) * weight[d]; });
       norm.pull_back(y);
       for (int j = 0; j < kChannels; ++j) channel(j, [&](int d) { return channels[d] = y[j]; });

@@ -19,6 +19,12 @@ const char* miras_step_buffers() {
   return MIRAS_STEP_BUFFERS(MIRAS_NAME_AND_SPACE);
 }
 
+// The names of the operations of programs in their order, likewise.
+const char* miras_operations() {
+#define MIRAS_OPERATION_AND_SPACE(name, operands) #name " "
+  return MIRAS_OPERATIONS(MIRAS_OPERATION_AND_SPACE);
+}
+
 // The size of MirasStep, the offsets of some fields and the limits of the kernels, up to `room` of them; returns how many there are.
 int miras_step_layout(int64_t* layout, int room) {
   const int64_t found[] = {
@@ -31,6 +37,8 @@ int miras_step_layout(int64_t* layout, int room) {
       offsetof(MirasStep, ln_weight),
       offsetof(MirasStep, products),
       offsetof(MirasStep, after),
+      offsetof(MirasStep, bias_program),
+      offsetof(MirasStep, retention_program),
       offsetof(MirasStep, ln_eps),
       offsetof(MirasStep, bias_params),
       offsetof(MirasStep, bias),
@@ -40,6 +48,7 @@ int miras_step_layout(int64_t* layout, int room) {
       miras::cuda::kMaxHead,
       miras::cuda::kMaxMlpHead,
       miras::cuda::kMaxHidden,
+      miras::cuda::kRegisters,
   };
   constexpr int count = sizeof(found) / sizeof(found[0]);
   for (int i = 0; i < count && i < room; ++i) layout[i] = found[i];

@@ -14,7 +14,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "math.h"
+#include "interpret.h"
 
 extern "C" {
 
@@ -35,6 +35,7 @@ struct MirasStep {
   MIRAS_STEP_BUFFERS(MIRAS_BUFFER_FIELD)
   const float *ln_weight, *ln_bias;                     // [H, D] of an MLP
   float *products, *hidden, *partial, *scores, *after;  // workspace: the first of a linear memory, the others of an MLP
+  const int32_t *bias_program, *retention_program;      // of interpret.h, if custom
   float ln_eps;
   float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
   int32_t bias, retention, token_type;
@@ -65,7 +66,7 @@ struct Step : MirasStep {
 
   explicit Step(const MirasStep& step) : MirasStep(step) {
     const BiasTraits traits = bias_traits(BiasTag(bias));
-    predicts = traits.predicts, couples_row = traits.couples_row;
+    predicts = traits.predicts, couples_row = traits.couples_row || bias_program;  // whether its program does is not known here
     coupling = retention_traits(RetentionTag(retention)).coupling;
   }
   __device__ int64_t head_of(int n, int h) const { return int64_t(n) * H + h; }
@@ -188,9 +189,19 @@ __device__ inline float block_sum(float x) {
 
 // ---------------------------------------------------------------------------------------------------------- biases and gates
 
-// psi of one channel; `square` is |e|^2 of the row
-MIRAS_FN float psi(const Step& p, float e, float square, float delta) {
+// A program's registers, [kRegisters, kThreads] of dynamic shared memory
+inline int register_bytes(const Step& p) { return p.bias_program || p.retention_program ? kRegisters * kThreads * int(sizeof(float)) : 0; }
+__device__ inline float run(const int32_t* program, float first, float second = 0.0f, float third = 0.0f) {
+  extern __shared__ float registers[];
+  return interpret<kThreads>(program, registers + thread(), first, second, third);
+}
+
+MIRAS_FN float built_in_psi(const Step& p, float e, float square, float delta) {
   return with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) { return bias.value(e, bias.row(square, delta)); });
+}
+// psi of one channel; `square` is |e|^2 of the row
+__device__ inline float psi(const Step& p, float e, float square, float delta) {
+  return p.bias_program ? run(p.bias_program, e, square, delta) : built_in_psi(p, e, square, delta);
 }
 
 // a term of the sum of Coupling::matrix
@@ -204,14 +215,17 @@ __device__ inline float matrix_scale(const Step& p, float total) {
 __device__ inline float row_term(const Step& p, float a, float max) { return KLRetention(p.retention_params).weight(a, max); }
 __device__ inline float row_factor(const Step& p, float total) { return KLRetention(p.retention_params).factor(total); }
 
-// phi(a); for a gate that couples, from the row's largest element and the factor of its row or matrix
-MIRAS_FN float phi(const Step& p, float a, float max, float factor) {
+MIRAS_FN float built_in_phi(const Step& p, float a, float max, float factor) {
   return with_retention(RetentionTag(p.retention), p.retention_params, [&](auto gate) {
     using Gate = decltype(gate);
     if constexpr (Gate::kCoupling == Coupling::row) return factor * gate.weight(a, max);
     else if constexpr (Gate::kCoupling == Coupling::matrix) return factor * a;
     else return gate.phi(a);
   });
+}
+// phi(a); for a gate that couples, from the row's largest element and the factor of its row or matrix
+__device__ inline float phi(const Step& p, float a, float max, float factor) {
+  return p.retention_program ? run(p.retention_program, a) : built_in_phi(p, a, max, factor);
 }
 
 // ------------------------------------------------------------------------------------------------- places in a chunk
@@ -355,13 +369,15 @@ __device__ inline float map(const Step& p, const Matrix& x, bool columns, int fi
 
 // ------------------------------------------------------------------------------------------------------------------ launches
 
-template <class... Arguments> int launch(void (*kernel)(Arguments...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
+template <class... Arguments>
+int launch(void (*kernel)(Step, Arguments...), int64_t blocks, cudaStream_t stream, const Step& p, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = register_bytes(p);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return cudaLaunchKernelEx(&config, kernel, p, arguments...);
 }
 
 }  // namespace miras::cuda

@@ -1,5 +1,6 @@
 """Which attentional bias remembers what: measure it, and write ``docs/which-bias.md`` (``make study``).
 
+    python -m examples.which_bias --add "cauchy=e/(1+(e/s)**2)" --param s=1
     python -m examples.which_bias --json docs/which-bias.json --page docs/which-bias.md --plot docs/which-bias/recall.png
 
 Streams of key-value pairs with one difficulty each (``tasks.py``) are read by memories and by baselines that store every pair
@@ -11,12 +12,16 @@ compares the results; ``page.md`` is the template of the page, which ``page.py``
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import page
+from miras_kernels import CustomBias
+
+from . import methods, page
 from .plan import FULL, QUICK, measure
 from .results import Results
 
@@ -25,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or read earlier results; write the files that are asked for, and print the page's summary."""
     parser = argparse.ArgumentParser(prog="python -m examples.which_bias", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds: one level of each task and tiny budgets; the numbers mean nothing")
+    parser.add_argument("--add", action="append", default=[], metavar="NAME=EXPRESSION",
+                        help="also a linear memory with this psi (CustomBias), with decay and without; may be repeated")  # fmt: skip
+    parser.add_argument("--param", action="append", default=[], metavar="NAME=NUMBER", help="a number in the expressions of --add")
     parser.add_argument("--seed", type=int, default=0, help="of streams, initial memories and training data (default: 0)")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N",
                         help="processes, one thread each; the results do not depend on it (default: up to 2)")  # fmt: skip
@@ -33,10 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page, Markdown; it shows the plot")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the errors (needs matplotlib)")
     args = parser.parse_args(arguments)
+    try:
+        added = _added(args.add, args.param)
+    except ValueError as error:
+        parser.error(str(error))
+    methods.TABLE.update({row.name: row for row in added})  # the page has their rows, also of --results
     if args.plot is not None:
         from . import plot  # before anything is measured: matplotlib may be missing
     if args.results is None:
-        found = measure(QUICK if args.quick else FULL, args.seed, 1 if args.quick else args.workers)
+        found = measure(dataclasses.replace(QUICK if args.quick else FULL, added=added), args.seed, 1 if args.quick else args.workers)
         results = Results.load(found.dump())  # with the rounding of the JSON
     else:
         try:
@@ -54,6 +67,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path.write_text(content, encoding="utf-8")
     print(page.summary(text))
     return 0
+
+
+def _added(expressions: Sequence[str], parameters: Sequence[str]) -> tuple[methods.Method, ...]:
+    """The methods of ``--add``, with those of the numbers of ``--param`` that an expression uses.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    numbers: dict[str, float] = {}
+    for name, _, value in (text.partition("=") for text in parameters):
+        try:
+            numbers[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"--param: expected NAME=NUMBER, got {name}={value}") from None
+    rows: list[methods.Method] = []
+    unused = set(numbers)
+    for name, _, text in (text.partition("=") for text in expressions):
+        used = {x: value for x, value in numbers.items() if re.search(rf"\b{re.escape(x)}\b", text)}
+        unused -= used.keys()
+        new = methods.written(name.strip(), CustomBias(text.strip(), **used)) if name.strip() and text.strip() else []
+        if not new or {row.name for row in new} & {*methods.TABLE, *(row.name for row in rows)}:
+            raise ValueError(f"--add: expected NAME=EXPRESSION with a new name, got {name}={text}")
+        rows += new
+    if unused:
+        raise ValueError(f"--param: no expression uses {', '.join(sorted(unused))}")
+    return tuple(rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from miras_kernels.tables.retention import KLRetention, L2Retention, LqRetention
 
 from .tasks import DIM, Stream
 
-__all__ = ["TABLE", "Method", "read", "score"]
+__all__ = ["TABLE", "Method", "read", "score", "written"]
 
 EXPANSION = 4  # hidden channels of an MLP memory per channel, as in the paper
 STATE = {"linear": DIM * DIM, "mlp": 2 * EXPANSION * DIM * DIM}  # numbers in a memory's state
@@ -71,8 +71,8 @@ class Method:
         return {axis: AXES[axis](points[:, i]) for i, axis in enumerate(self.axes)}
 
 
-def _memory(bias: Bias, decay: bool, kind: str = "linear", retention: type[Retention] = L2Retention) -> Method:
-    name = " + ".join([("MLP " if kind == "mlp" else "") + NAMES[bias.name], *GATES[retention], *(["decay"] if decay else [])])
+def _memory(bias: Bias, decay: bool, kind: str = "linear", retention: type[Retention] = L2Retention, name: str | None = None) -> Method:
+    name = " + ".join([("MLP " if kind == "mlp" else "") + (name or NAMES[bias.name]), *GATES[retention], *(["decay"] if decay else [])])
     axes = ["step"] + ["forget"] * decay + ["delta"] * bias.needs_delta + ["size"] * (kind == "linear" and retention is not L2Retention)
     return Method(name, kind, tuple(axes), bias, retention)
 
@@ -94,6 +94,11 @@ def _rows() -> list[Method]:
         Method("hard attention", "baseline", ()),
         Method("ridge regression", "baseline", ("ridge",)),
     ]
+
+
+def written(name: str, bias: Bias) -> list[Method]:
+    """A linear memory with a bias of one's own, without decay and with it."""
+    return [_memory(bias, decay, name=name) for decay in (False, True)]
 
 
 #: name -> method

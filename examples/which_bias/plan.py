@@ -26,6 +26,7 @@ class Plan:
         budget, training: how much each method and each trained memory gets.
         levels: how many levels of each task, the hardest ones; None for all.
         tasks, memories: names of tasks on streams, and of memories that are trained.
+        added: methods besides those of the table.
     """
 
     budget: search.Budget
@@ -33,6 +34,7 @@ class Plan:
     levels: int | None = None
     tasks: tuple[str, ...] = tuple(tasks.TABLE)
     memories: tuple[str, ...] = tuple(training.MEMORIES)
+    added: tuple[methods.Method, ...] = ()
 
     def jobs(self) -> list[tuple]:
         """Independent measurements, the longest first, so that all processes end at about the same time."""
@@ -49,6 +51,7 @@ def _do(arguments: tuple[Plan, int, tuple]) -> tuple[tuple, list, float]:
     """A job, its results, and its CPU time."""
     plan, seed, job = arguments
     began = time.process_time()
+    methods.TABLE.update({row.name: row for row in plan.added})  # also in a process of its own
     kind, *what = job
     found = training.run(*what, plan.training, seed) if kind == "trained" else search.measure(*what, list(methods.TABLE), plan.budget, seed)
     return job, found, time.process_time() - began

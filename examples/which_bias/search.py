@@ -11,7 +11,7 @@ from torch import Tensor
 from . import methods, tasks
 from .results import Cell
 
-__all__ = ["Budget", "measure", "seeds"]
+__all__ = ["Budget", "measure", "seeds", "tune"]
 
 METRICS = ("error", "accuracy")
 BOXES = (1 / 6, 1 / 12, 1 / 24)  # half-width of the box around the best points, on every axis, in each later round of the search
@@ -42,7 +42,7 @@ def measure(task: str, level: float, names: Sequence[str], budget: Budget, seed:
     tuning, reporting = ((tasks.draw(tasks.TABLE[task], level, some), some) for some in seeds(seed, budget))
     cells = []
     for method in map(methods.TABLE.__getitem__, names):
-        best = _search(method, budget, *tuning)
+        best = tune(method, budget, *tuning)
         scores = methods.score(methods.read(method, best, *reporting), reporting[0])
         values = {metric: [round(x, 3) for x in scores[metric][i].tolist()] for i, metric in enumerate(METRICS)}
         chosen = {axis: float(f"{x[0]:.3g}") for axis, x in method.choices(best).items()}
@@ -50,7 +50,7 @@ def measure(task: str, level: float, names: Sequence[str], budget: Budget, seed:
     return cells
 
 
-def _search(method: methods.Method, budget: Budget, stream: tasks.Stream, seeds: list[int]) -> Tensor:
+def tune(method: methods.Method, budget: Budget, stream: tasks.Stream, seeds: list[int]) -> Tensor:
     """The best point for the error and the best for the accuracy, ``[2, axes]``."""
     axes = len(method.axes)
     if axes == 0:

@@ -6,9 +6,9 @@ of ``python/miras_kernels/tables/biases.py`` and ``csrc/bias.h``. Kernels never 
     value(e, square, delta)         psi(e)
     slope(e, square, delta)         the diagonal part of d psi / d e
     slope_delta(e, square, delta)   d psi / d delta
-    pull(square, delta)             d psi / d e = diag(slope) + pull e e'         (for biases that couple a row)
+    pull(e, square, delta)          2 d psi / d square                            (for biases that couple a row)
 
-so that, for an incoming y:  dE = slope y + pull (e . y) e,  d delta = sum slope_delta y.
+so that d psi / d e = diag(slope) + pull e', and for an incoming y:  dE = slope y + (pull . y) e,  d delta = sum slope_delta y.
 The last three broadcast against ``e [C, BV]``; ``square [C, 1]`` is ``||e||^2`` over the whole row (read only by biases that couple it);
 ``delta [C, 1]`` or ``[C, BV]``. psi(0) = 0 for all biases, so padding stays zero. NaN must stay NaN: tl.minimum and
 tl.maximum drop it unless told to propagate it.
@@ -18,10 +18,14 @@ Adding a bias: docs/adding-a-bias.md.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from . import programs
+from .elementary import power, sech2, tanh
 
 DOT = tl.constexpr(0)
 L2 = tl.constexpr(1)
@@ -32,6 +36,7 @@ HUBER_COORDINATE = tl.constexpr(5)
 HUBER_NORM = tl.constexpr(6)
 HUBER_SWITCH = tl.constexpr(7)
 ROBUST_L2 = tl.constexpr(8)
+CUSTOM = tl.constexpr(9)
 
 
 class Bias(NamedTuple):
@@ -44,43 +49,15 @@ class Bias(NamedTuple):
     reads_memory: bool  # the dot product does not
     row_coupled: bool  # psi of one value depends on the whole row of errors
     delta: int  # 0: none, 1: a threshold per token, 2: one per token and value channel
+    psi: str = ""  # of a CustomBias: its value, as text (programs.py)
+    derivatives: str = ""  # slope, pull and slope_delta
 
     @staticmethod
+    @functools.lru_cache(256)
     def of(bias, delta: int) -> Bias:
         """From a row of tables/biases.py; ``delta`` as in the field."""
-        return Bias(bias.tag, *bias.padded, bias.reads_memory, bias.row_coupled, delta)
-
-
-@triton.jit
-def tanh(x):
-    """tanh, accurate to a few units in the last place: a polynomial near 0, where the closed form cancels."""
-    t = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - t) / (1.0 + t)
-    y = x * x
-    near = 1.0 + y * (-0.33333333 + y * (0.13333333 + y * -0.053968254))
-    return tl.where(tl.abs(x) < 0.2, x * near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def sech2(x):
-    """1 - tanh^2 without cancellation."""
-    t = tl.exp(-2.0 * tl.abs(x))
-    return 4.0 * t / ((1.0 + t) * (1.0 + t))
-
-
-@triton.jit
-def power(x, EXPONENT: tl.constexpr):
-    """``x^EXPONENT`` for x >= 0; 0^EXPONENT is 0, and 1 for EXPONENT = 0. NaN stays NaN."""
-    if EXPONENT == 0.0:
-        return tl.where(x == x, 1.0, x)
-    elif EXPONENT == 0.5:
-        return tl.sqrt(x)
-    elif EXPONENT == 1.0:
-        return x
-    elif EXPONENT == 2.0:
-        return x * x
-    else:
-        return tl.where(x > 0, tl.exp2(EXPONENT * tl.log2(tl.where(x > 0, x, 1.0))), x * 0.0)
+        texts = () if bias.tag != CUSTOM.value else map(programs.text_of, (bias.programs.psi, bias.programs.derivatives))
+        return Bias(bias.tag, *bias.padded, bias.reads_memory, bias.row_coupled, delta, *texts)
 
 
 @triton.jit
@@ -99,9 +76,11 @@ def value(e, square, delta, BIAS: tl.constexpr):
         return e * tl.where(square <= delta * delta, 1.0, delta * inverse_norm(square))
     elif BIAS.tag == HUBER_SWITCH:
         return tl.where(square <= delta * delta, e, delta * tanh(BIAS.p0 * e))
-    else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias needs a value")
+    elif BIAS.tag == ROBUST_L2:
         return e * (1.0 + delta * inverse_norm(square + BIAS.p0))
+    else:
+        tl.static_assert(BIAS.tag == CUSTOM, "a bias needs a value")
+        return programs.run((e, square, delta), programs.constant(BIAS.psi), 0)
 
 
 @triton.jit
@@ -121,9 +100,11 @@ def slope(e, square, delta, BIAS: tl.constexpr):
         return tl.where(square <= delta * delta, 1.0, delta * inverse_norm(square))
     elif BIAS.tag == HUBER_SWITCH:
         return tl.where(square <= delta * delta, 1.0, delta * BIAS.p0 * sech2(BIAS.p0 * e))
-    else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias needs a slope")
+    elif BIAS.tag == ROBUST_L2:
         return 1.0 + delta * inverse_norm(square + BIAS.p0)
+    else:
+        tl.static_assert(BIAS.tag == CUSTOM, "a bias needs a slope")
+        return programs.run((e, square, delta), programs.constant(BIAS.derivatives), 0)
 
 
 @triton.jit
@@ -134,22 +115,26 @@ def slope_delta(e, square, delta, BIAS: tl.constexpr):
         return tl.where(square <= delta * delta, 0.0, inverse_norm(square)) * e
     elif BIAS.tag == HUBER_SWITCH:
         return tl.where(square <= delta * delta, 0.0, tanh(BIAS.p0 * e))
-    else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that uses delta needs a slope_delta")
+    elif BIAS.tag == ROBUST_L2:
         return e * inverse_norm(square + BIAS.p0)
+    else:
+        tl.static_assert(BIAS.tag == CUSTOM, "a bias that uses delta needs a slope_delta")
+        return programs.run((e, square, delta), programs.constant(BIAS.derivatives), 2)
 
 
 @triton.jit
-def pull(square, delta, BIAS: tl.constexpr):
+def pull(e, square, delta, BIAS: tl.constexpr):
     if BIAS.tag == HUBER_NORM:
         r = inverse_norm(square)
-        return tl.where(square <= delta * delta, 0.0, -delta * r * r * r)
+        return tl.where(square <= delta * delta, 0.0, -delta * r * r * r) * e
     elif BIAS.tag == HUBER_SWITCH:  # the switch has no gradient
-        return square * 0.0
-    else:
-        tl.static_assert(BIAS.tag == ROBUST_L2, "a bias that couples a row needs a pull")
+        return e * 0.0
+    elif BIAS.tag == ROBUST_L2:
         r = inverse_norm(square + BIAS.p0)
-        return -delta * r * r * r
+        return -delta * r * r * r * e
+    else:
+        tl.static_assert(BIAS.tag == CUSTOM, "a bias that couples a row needs a pull")
+        return programs.run((e, square, delta), programs.constant(BIAS.derivatives), 1)
 
 
 @triton.jit

@@ -20,18 +20,20 @@ Adding a gate: docs/adding-a-gate.md.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from . import bias as biases
+from . import elementary, programs
 
 L2 = tl.constexpr(0)
 LQ = tl.constexpr(1)
 KL = tl.constexpr(2)
 ELASTIC = tl.constexpr(3)
 SIGMOID = tl.constexpr(4)
+CUSTOM = tl.constexpr(5)
 
 #: below any dual, and finite: stands for masked entries in a row's maximum
 BOTTOM = tl.constexpr(-3.0e38)
@@ -49,11 +51,16 @@ class Retention(NamedTuple):
     has_rho: bool  # rho is not 1
     is_offset: bool  # phi(0) is not 0 although no entries are coupled: all of W may lie near one value
 
+    phi: str = ""  # of a CustomRetention: its mirror map, as text (programs.py)
+    slope: str = ""  # ... and its derivative
+
     @staticmethod
+    @functools.lru_cache(256)
     def of(gate) -> Retention:
         """From a row of tables/retention.py."""
-        traits = (gate.is_identity, gate.row_coupled, gate.matrix_coupled, gate.has_rho)
-        return Retention(gate.tag, *gate.padded, *traits, is_offset=gate.tag == SIGMOID.value)
+        traits = (gate.is_identity, gate.row_coupled, gate.matrix_coupled, gate.has_rho, gate.is_offset)
+        texts = () if gate.tag != CUSTOM.value else map(programs.text_of, (gate.programs.primal, gate.programs.slope))
+        return Retention(gate.tag, *gate.padded, *traits, *texts)
 
 
 @triton.jit
@@ -66,7 +73,7 @@ def power(x, EXPONENT: tl.constexpr):
     elif EXPONENT == -0.5:
         return 1.0 / tl.sqrt(x)
     else:
-        return biases.power(x, EXPONENT)
+        return elementary.power(x, EXPONENT)
 
 
 @triton.jit
@@ -104,9 +111,11 @@ def primal(a, shift, total, RETENTION: tl.constexpr):
         return tl.exp(a - shift) * (RETENTION.r0 / total)
     elif RETENTION.tag == ELASTIC:
         return tl.where(a > RETENTION.r0, a - RETENTION.r0, tl.where(a < -RETENTION.r0, a + RETENTION.r0, a * 0.0))
-    else:
-        tl.static_assert(RETENTION.tag == SIGMOID, "a gate needs a mirror map")
+    elif RETENTION.tag == SIGMOID:
         return sigmoid(a)
+    else:
+        tl.static_assert(RETENTION.tag == CUSTOM, "a gate needs a mirror map")
+        return programs.run((a,), programs.constant(RETENTION.phi), 0)
 
 
 @triton.jit
@@ -132,9 +141,11 @@ def pull(g, a, w, along, rho, RETENTION: tl.constexpr):
         return w * (g - along / RETENTION.r0)
     elif RETENTION.tag == ELASTIC:
         return tl.where(tl.abs(a) > RETENTION.r0, g, 0.0)
-    else:
-        tl.static_assert(RETENTION.tag == SIGMOID, "a gate needs a derivative")
+    elif RETENTION.tag == SIGMOID:
         return g * sigmoid(a) * sigmoid(-a)
+    else:
+        tl.static_assert(RETENTION.tag == CUSTOM, "a gate needs a derivative")
+        return g * programs.run((a,), programs.constant(RETENTION.slope), 0)
 
 
 @triton.jit

@@ -183,8 +183,7 @@ def linear_chain_bwd(
             b_y = b_du * b_lr[:, None]
         b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS)
         if BIAS.row_coupled:
-            b_along = tl.sum(b_y * b_e, 1)[:, None]
-            b_de += biases.pull(b_square, b_delta, BIAS) * b_along * b_e
+            b_de += tl.sum(b_y * biases.pull(b_e, b_square, b_delta, BIAS), 1)[:, None] * b_e
         store(grad_v + row * Dv + o_tv, -b_de if reads is None else b_du, m_tv)
         if BIAS.delta > 0:
             b_dd = b_y * biases.slope_delta(b_e, b_square, b_delta, BIAS)

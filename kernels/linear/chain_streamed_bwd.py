@@ -65,7 +65,7 @@ def update_bwd(
 ):  # fmt: skip
     """dU in ``grad_v``, the gradients of eta and delta, and the row sums for the other gates.
 
-    Returns the first part of d rho and, for a bias that couples rows, ``||e||^2 [C, 1]`` and ``(eta dU) . e [C]``.
+    Returns the first part of d rho and, for a bias that couples rows, ``||e||^2 [C, 1]`` and ``(eta dU) . pull [C]``.
     """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     o_c = tl.arange(0, C)
@@ -128,7 +128,7 @@ def update_bwd(
             else:
                 b_dd_row += tl.sum(b_dd, 1)
         if BIAS.row_coupled:
-            b_along += tl.sum((b_du * b_eta if CHANNEL_LR else b_du) * b_e, 1)
+            b_along += tl.sum((b_du * b_eta if CHANNEL_LR else b_du) * biases.pull(b_e, b_square, b_delta, BIAS), 1)
     if not CHANNEL_LR:
         b_end_sum *= b_lr
         b_along *= b_lr
@@ -176,7 +176,7 @@ def step_back(
         b_delta = load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS)
         b_de = b_y * biases.slope(b_e, b_square, b_delta, BIAS)  # [C, BV]
         if BIAS.row_coupled:
-            b_de += biases.pull(b_square, b_delta, BIAS) * b_along[:, None] * b_e
+            b_de += b_along[:, None] * b_e
         b_do = tl.load(grad_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32)
         if CHANNELS:
             b_gamma = load_row_weights(decays, row, o_g, o_v, m_t, m_v, Dv)  # [C, BV]

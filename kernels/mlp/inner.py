@@ -191,7 +191,7 @@ def inner_gradient_bwd(
         b_dpsi *= b_weight
         b_de = b_dpsi * biases.slope(b_e, b_square, b_delta, BIAS)  # [ROWS, BD]
         if BIAS.row_coupled:
-            b_de += biases.pull(b_square, b_delta, BIAS) * tl.sum(b_dpsi * b_e, 1)[:, None] * b_e
+            b_de += tl.sum(b_dpsi * biases.pull(b_e, b_square, b_delta, BIAS), 1)[:, None] * b_e
         if BIAS.delta > 0:
             b_dd = b_dpsi * biases.slope_delta(b_e, b_square, b_delta, BIAS)
             if BIAS.delta == 2:

@@ -7,8 +7,8 @@ from .memory import explain, linear_memory, mlp_memory
 from .options import options, override
 from .state import MemoryState, OpenChunk
 from .tables import biases, retention
-from .tables.biases import L1, L2, DotProduct, Huber, Lp, RobustL2
-from .tables.retention import ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
+from .tables.biases import L1, L2, CustomBias, DotProduct, Huber, Lp, RobustL2
+from .tables.retention import CustomRetention, ElasticNetRetention, KLRetention, L2Retention, LqRetention, SigmoidRetention
 
 if TYPE_CHECKING:
     from .testing import verify
@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "L1",
     "L2",
+    "CustomBias",
+    "CustomRetention",
     "Decoder",
     "DotProduct",
     "ElasticNetRetention",

@@ -43,7 +43,7 @@ from .decode import Decoder
 from .memory import linear_memory
 from .options import options
 from .state import MemoryState
-from .tables.biases import Bias
+from .tables.biases import Bias, CustomBias
 from .tables.memories import LINEAR
 from .tables.retention import L2Retention
 from .validation import make_call
@@ -89,6 +89,8 @@ class Variant:
     def __str__(self) -> str:
         parameters = ",".join(f"{x:g}" for x in self.bias.parameters)
         bias = f"{self.bias.name}:{parameters}" if parameters else self.bias.name
+        if isinstance(self.bias, CustomBias):
+            bias = self.bias.argument()
         return f"k{self.key_dim} v{self.value_dim} chunk {self.chunk_size} {str(self.dtype).removeprefix('torch.')} {bias}"
 
     def others(self) -> str:

@@ -222,6 +222,11 @@ def test_explain_variants(capsys, arguments, auto):
         ("explain --bias l2:3", "l2 takes no parameters"),
         ("explain --bias huber_norm:1,2", "huber_norm takes sharpness"),
         ("explain --retention lq:0.5", "q must be a finite number > 1, got 0.5"),
+        ("explain --bias custom:e+q", "CustomBias: unknown name 'q'"),
+        ("explain --bias custom:e*s,s=x", "custom: s: expected a number, got 'x'"),
+        ("explain --bias custom:loss=e", "CustomBias: psi does not depend on the error: 'e'"),
+        ("explain --retention custom:A*norm2", "CustomRetention: unknown name 'norm2'"),
+        ("explain --retention custom:loss=A", "CustomRetention"),
         ("explain --bias lp:x", "could not convert string to float: 'x'"),
         ("explain --retention foo", "unknown retention gate 'foo': expected one of l2, lq, kl, elastic, sigmoid"),
         ("explain --device moon", "invalid choice: 'moon'"),
@@ -246,6 +251,8 @@ def test_explain_refuses_a_wrong_call(capsys):
 def test_explain_takes_parameters(capsys):
     main(["explain", "--bias", "lp:2.5", "--retention", "lq:3,2"])
     assert "Lp(p=2.5, sharpness=None, eps=1e-06), LqRetention(q=3.0, floor=2.0)" in capsys.readouterr().out
+    main(["explain", "--bias", "custom:min(max(e, -c), c), c=2", "--retention", "custom:A / (1 + abs(A))"])
+    assert "CustomBias('min(max(e, -c), c)', c=2.0), CustomRetention('A / (1 + abs(A))')" in capsys.readouterr().out
 
 
 def test_runs_as_a_module():

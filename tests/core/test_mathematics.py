@@ -55,20 +55,24 @@ def jacobian(bias: mk.biases.Bias, e: Tensor, delta: Tensor | None) -> tuple[Ten
     n = e.norm(dim=-1, keepdim=True)
     if isinstance(bias, mk.RobustL2):
         r = (n * n + bias.eps).rsqrt()
-        return 1 + delta * r, -delta * r**3, r * e
+        return 1 + delta * r, -delta * r**3 * e, r * e
+    if isinstance(bias, mk.CustomBias):
+        assert bias == BIASES[bias.tag], "the row of section 4 is for the table's expression"
+        r = (1 + (n / delta) ** 2).rsqrt()
+        return r, -(r**3) * e / delta**2, n * n * r**3 * e / delta**3
     assert isinstance(bias, mk.Huber), f"section 4 has no row for {bias}"
     if bias.kind == "coordinate":
         return torch.where(e.abs() <= delta, one, 0.0), 0.0, torch.where(e.abs() <= delta, 0.0, e.sign())
     a, inside = bias.sharpness, n <= delta
     if bias.kind == "norm":
-        return torch.where(inside, one, delta / n), torch.where(inside, 0.0, -delta / n**3), torch.where(inside, 0.0, e / n)
+        return torch.where(inside, one, delta / n), torch.where(inside, 0.0, -delta * e / n**3), torch.where(inside, 0.0, e / n)
     return torch.where(inside, one, delta * a * sech2(a * e)), 0.0, torch.where(inside, 0.0, torch.tanh(a * e))
 
 
 def psi_vjp(bias: mk.biases.Bias, e: Tensor, delta: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Section 4: the gradient of the error, that of the prediction (0 for the dot product), and that of delta."""
     d, c, p = jacobian(bias, e, delta)
-    grad = d * y + c * (e * y).sum(-1, keepdim=True) * e
+    grad = d * y + (c * y).sum(-1, keepdim=True) * e
     of_delta = {} if delta is None else {"grad_delta": p * y if delta.shape == e.shape else (p * y).sum(-1, keepdim=True)}
     return grad, grad * bias.reads_memory, of_delta
 
@@ -86,6 +90,9 @@ def phi_vjp(gate: mk.retention.Retention, A: Tensor, G: Tensor, grad_rho: Tensor
         return G * (A.abs() > gate.threshold)
     if isinstance(gate, mk.SigmoidRetention):
         return G * W * (1 - W)
+    if isinstance(gate, mk.CustomRetention):
+        assert gate == GATES[gate.tag], "the row of section 5 is for the table's expression"
+        return G / (1 + A.abs() / dict(gate.values)["bound"]) ** 2
     assert isinstance(gate, mk.L2Retention), f"section 5 has no row for {gate}"
     return G
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import expressions
 import miras_kernels as mk
 from decoding import LONG, PAIRS, SHAPES, assert_right, at_different_places, unavailable
 from miras_kernels import dispatch
@@ -87,6 +88,27 @@ LARGEST = [
 @pytest.mark.parametrize("case", or_slow(LARGEST, LARGEST[3:]))
 def test_largest(case, cuda):
     on_cpu(case, cuts=[15, 16, 17])
+
+
+EXPRESSIONS = dict(
+    expressions.pairs("linear", batch=1, heads=1, key_dim=8, value_dim=9, tokens=17)
+    + expressions.pairs("mlp", memory="mlp", batch=1, heads=1, key_dim=8, value_dim=8, hidden=10, tokens=17, momentum=True)
+)
+
+
+@pytest.mark.parametrize("case", or_slow([*EXPRESSIONS], [*EXPRESSIONS][::5]))
+def test_same_steps_as_the_built_in_row(case, cuda):
+    """Biases and gates written as expressions, which the kernels interpret."""
+    report = expressions.check_same_steps((case, EXPRESSIONS[case]), "cuda", [14, 16, 17])
+    assert report.ok, report
+
+
+def test_an_expression_of_too_many_values_is_refused(cuda):
+    text = "e"
+    for i in range(34):  # every tanh is kept until the sum on its right is known
+        text = f"tanh({i + 1} * e) + ({text})"
+    call = Case("many", bias=mk.CustomBias(text), tokens=1).draw(torch.float32).call()
+    assert "32 registers" in cuda.refuses_steps(call)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

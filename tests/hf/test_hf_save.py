@@ -17,6 +17,7 @@ from hf_tiny import ARCHITECTURES, LAYERS, MLP, ids, model, plain
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
+import miras_kernels as mk
 import miras_kernels.hf as hf
 from miras_kernels.hf import MemoryAttention, load, memory_config, replace_attention, report
 from miras_kernels.layers import PRESETS, Preset
@@ -60,6 +61,27 @@ def test_every_preset_is_saved(preset, tmp_path):
     memory = loaded.model.layers[1].self_attn.memory
     assert memory.preset == net.model.layers[1].self_attn.memory.preset
     assert (memory.num_heads, memory.conv_width, memory.gate_down.shape[0] if memory.gate_down is not None else 5) == (3, 2, 5)
+
+
+def test_biases_and_gates_of_one_s_own_are_saved(tmp_path):
+    bias = mk.CustomBias("e * exp(-norm2 / (s * delta)**2)", s=1.5)
+    preset = Preset(bias, "bounded", "token", 4, "of this test", retention=mk.CustomRetention("A / (1 + abs(A))"))
+    net = model(preset=preset, layers=[1]).eval()
+    net.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert_same(loaded, net)
+    assert loaded.model.layers[1].self_attn.memory.preset == preset
+    program = (
+        "import sys, torch; from miras_kernels.hf import load; print(load(sys.argv[1])(torch.arange(1, 9)[None])[0].double().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) == pytest.approx(net(torch.arange(1, 9)[None])[0].double().sum().item(), abs=1e-4)
+    for wrong, problem in (("s*__import__('os')", "is not part of an expression"), ("s * e + q", "unknown name 'q'")):
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["miras"]["memories"][0]["preset"]["bias"]["text"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"CustomBias: .*{problem}"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,10 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ONE = dict(batch=1, heads=1)
 MLP = dict(memory="mlp", batch=1, heads=1, key_dim=16, value_dim=16, hidden=40, decay="slight")
 CHANNELS = dict(decay="channel", batch=1, key_dim=16, value_dim=16)
+#: expressions with every operation of a program: two that couple a row, one with a threshold by channel; the first has no kinks
+ROBUST = mk.CustomBias("e * (1 + delta / sqrt(norm2 + 1))")
+NORM = mk.CustomBias("where(norm2 <= delta**2, e, delta * e / sqrt(norm2))")
+SMOOTH = mk.CustomBias("clip(delta * tanh(2 * e), -2, 2) + sign(e) * (log(1 + abs(e)) + exp(-e**2) * abs(e)**1.3) / 2")
 #: (case, dtype, where a decoding step begins: none if the case is a forward and a backward, and the architectures of `make test`)
 SPECIMENS = [
     (Case("wide", key_dim=64, value_dim=64, chunk_size=64, tokens=130, **ONE), BF16, (), ("sm_90",)),
@@ -48,17 +52,22 @@ SPECIMENS = [
     (Case("channels", bias=mk.RobustL2(), retention=mk.KLRetention(), lr="channel", tokens=35, **CHANNELS), F32, (), ()),
     (Case("channels-momentum", retention=mk.LqRetention(), momentum=True, tokens=35, chunk_size=32, **CHANNELS), F16, (), ()),
     (Case("channels-long", momentum=True, chunk_size=128, tokens=131, heads=1, **CHANNELS), BF16, (), ()),
+    (Case("custom", bias=ROBUST, key_dim=32, value_dim=32, lengths=(20, 0, 13)), BF16, (), ("sm_90",)),
+    (Case("custom-gated", bias=SMOOTH, retention=GATES[5], delta="channel", tokens=35, **ONE), F32, (), ()),
     (Case("mlp", bias=mk.Huber("switch"), tokens=70, chunk_size=64, **MLP), BF16, (), ()),
     (Case("mlp-lq", retention=mk.LqRetention(), momentum=True, tokens=35, **MLP), BF16, (), ()),
     (Case("mlp-kl", bias=mk.Huber("norm"), retention=mk.KLRetention(), tokens=35, **MLP), F16, (), ()),
     (Case("mlp-elastic", bias=mk.L1(), retention=GATES[3], chunk_size=32, **MLP | dict(batch=1, lengths=(40, 0, 7))), F32, (), ()),
     (Case("mlp-sigmoid", bias=mk.RobustL2(), retention=mk.SigmoidRetention(), momentum=True, tokens=35, **MLP), F32, (), ()),
+    (Case("mlp-custom", bias=NORM, retention=GATES[5], tokens=35, **MLP), F32, (), ()),
     (Case("steps", bias=mk.Huber("switch"), key_dim=32, value_dim=32, chunk_size=32, tokens=36, **ONE), BF16, (30, 32, 36), ("sm_90",)),
     (Case("steps-wide", retention=mk.LqRetention(), key_dim=160, value_dim=32, chunk_size=32, tokens=35, **ONE), F16, (31, 35), ()),
     (
         Case("steps-channels", retention=mk.KLRetention(), lr="channel", momentum=True, tokens=20, **CHANNELS), F32, (14, 15, 20), (),
     ),
     (Case("steps-mlp", bias=mk.Huber("switch"), tokens=19, **MLP), F32, (14, 19), ("sm_80",)),
+    (Case("steps-custom", bias=SMOOTH, retention=GATES[5], tokens=19, batch=1, heads=1), F32, (14, 19), ()),
+    (Case("steps-mlp-custom", bias=NORM, retention=GATES[5], tokens=19, **MLP), F32, (14, 19), ()),
     (Case("steps-mlp-kl", retention=mk.KLRetention(), momentum=True, tokens=19, **MLP), F32, (14, 19), ()),
     (Case("steps-mlp-lq", retention=mk.LqRetention(), tokens=19, **MLP), F32, (14, 19), ()),
 ]  # fmt: skip

@@ -70,11 +70,14 @@ def test_all_biases(given):
 
 def test_a_variant_is_named_as_the_command_takes_it(given):
     """The text after the sizes is a valid --bias."""
-    for bias in mk.biases.TABLE.values():
+    written = [mk.CustomBias("min(max(e, -c), c * 2)", c=0.5), mk.CustomBias(loss="log(cosh(s * e)) / s", s=4.0)]
+    for bias in (*mk.biases.TABLE.values(), *written):
         name = str(variant(bias=bias))
         assert name.startswith("k64 v64 chunk 64 bfloat16 ")
         main(["warmup", "--key-dim", "64", "--bias", name.split()[-1]])
-    assert [variants[0].bias for variants, _ in given] == list(mk.biases.TABLE.values())
+    assert [variants[0].bias.code.replace(" ", "") for variants, _ in given] == [
+        bias.code.replace(" ", "") for bias in (*mk.biases.TABLE.values(), *written)
+    ]
 
 
 @pytest.mark.parametrize(

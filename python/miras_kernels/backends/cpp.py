@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..options import options
+from ..tables.custom import CustomBias, CustomRetention
 from ..tables.memories import LINEAR
 from ..tables.retention import L2Retention
 from . import checkpoints_like
@@ -171,8 +173,21 @@ def _offsets(call: Call) -> Tensor | None:
 
 
 def _rules(call: Call) -> tuple:
-    """The tags and parameters of the bias and of the retention gate, and the chunk size."""
-    return *((row.tag, row.parameters) for row in (call.bias, call.retention)), call.chunk_size
+    """Tag, parameters and program of the bias and of the retention gate, and the chunk size."""
+    bias, gate = call.bias, call.retention
+    programs = (
+        _program(bias, "psi", "derivatives") if isinstance(bias, CustomBias) else None,
+        _program(gate, "primal", "slope") if isinstance(gate, CustomRetention) else None,
+    )
+    return *((row.tag, row.parameters, program) for row, program in zip((bias, gate), programs, strict=True)), call.chunk_size
+
+
+@functools.lru_cache(maxsize=256)
+def _program(row: CustomBias | CustomRetention, *names: str) -> Any:
+    """The programs of a custom row, compiled for the kernels."""
+    value, derivatives = (getattr(row.programs, name) for name in names)
+    lines = lambda x: (x.constants, [(operation, operands) for operation, *operands in x.instructions], x.outputs)
+    return importlib.import_module("miras_kernels._C").Program(len(value.inputs), lines(value), lines(derivatives))
 
 
 #: tokens of a block with erase_k or key_log_decay, whose pairs of tokens are taken one by one

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ..call import Call
 from ..decode.buffers import NAMES as BUFFERS
+from ..expressions import OPERATIONS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
 from . import BACKENDS, checkpoints_like, cuda_mlp
+from .cuda_program import REGISTERS, encoded, registers
 from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, launch
 
 __all__ = ["CudaBackend", "Step"]
@@ -34,9 +36,10 @@ class Step(ctypes.Structure):
     TOKENS = ("q", "k", "v", "out")
     GATES = ("lr", "log_decay", "delta", "momentum")
     WORKSPACE = ("products", "hidden", "partial", "scores", "after")
+    PROGRAMS = ("bias_program", "retention_program")
     _fields_: ClassVar = [
         *((name, Tokens) for name in TOKENS),
-        *((name, ctypes.c_void_p) for name in (*GATES, *BUFFERS, "ln_weight", "ln_bias", *WORKSPACE)),
+        *((name, ctypes.c_void_p) for name in (*GATES, *BUFFERS, "ln_weight", "ln_bias", *WORKSPACE, *PROGRAMS)),
         ("ln_eps", ctypes.c_float),
         ("bias_params", ctypes.c_float * Bias.MAX_PARAMETERS),
         ("retention_params", ctypes.c_float * Retention.MAX_PARAMETERS),
@@ -44,8 +47,8 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("lr_per_channel", "decay_per_channel", "delta_per_channel")),
     ]
     #: the fields whose offsets miras_step_layout returns, after the size of the struct
-    MARKS = ("q", "out", "lr", BUFFERS[0], BUFFERS[-1], "ln_weight", "products", "after", "ln_eps", "bias_params", "bias",
-             "N", "lr_per_channel", "delta_per_channel")  # fmt: skip
+    MARKS = ("q", "out", "lr", BUFFERS[0], BUFFERS[-1], "ln_weight", "products", "after", *PROGRAMS, "ln_eps", "bias_params",
+             "bias", "N", "lr_per_channel", "delta_per_channel")  # fmt: skip
 
     @classmethod
     def layout(cls) -> list[int]:
@@ -86,12 +89,14 @@ class CudaBackend:
             found = _layout(library.miras_step_layout)
             library.miras_step_buffers.restype = ctypes.c_char_p
             buffers = tuple(library.miras_step_buffers().decode().split())
+            library.miras_operations.restype = ctypes.c_char_p
+            operations = library.miras_operations().decode().split()
             chains = {name: _layout(getattr(library, f"miras_{name}_chain_layout")) for name in SEQUENCES}
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
         linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
-        limits = [linear.head, mlp.head, mlp.hidden]
-        same = chains == {name: kernels.Chain.layout() for name, kernels in SEQUENCES.items()}
+        limits = [linear.head, mlp.head, mlp.hidden, REGISTERS]
+        same = chains == {name: kernels.Chain.layout() for name, kernels in SEQUENCES.items()} and operations == list(OPERATIONS)
         if buffers != BUFFERS or found != Step.layout() + limits or not same:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
         for name in ("miras_linear_step", "miras_mlp_step"):
@@ -138,7 +143,12 @@ class CudaBackend:
         if call.q.dtype not in TOKEN_TYPES:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         exceeded = call.exceeds(self.name, steps=True)
-        return exceeded or _refuses_device(call)
+        if exceeded is not None:
+            return exceeded
+        for row in (call.bias, call.retention):
+            if registers(row) > REGISTERS:
+                return f"it has {REGISTERS} registers for an expression's values, {row!r} needs {registers(row)}"
+        return _refuses_device(call)
 
     def stepper(self, call: Call) -> Callable:
         return Steps(self._loaded[0], call)
@@ -162,7 +172,8 @@ class Steps:
         self.library, self.launch = library, getattr(library, f"miras_{call.memory.name}_step")
         n, t, h = call.q.shape[:3]
         norm = dict(ln_weight=contiguous(call.ln_weight), ln_bias=contiguous(call.ln_bias)) if call.memory.needs_norm else {}
-        self.tensors = norm | self._workspace(call)  # as long as their addresses are used
+        programs = {name: encoded(row, call.q.device) for name, row in zip(Step.PROGRAMS, (call.bias, call.retention), strict=True)}
+        self.tensors = norm | programs | self._workspace(call)  # as long as their addresses are used
         self.constants: dict[str, Any] = {name: address(x) for name, x in self.tensors.items()}
         self.constants |= dict(
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..tables.biases import TABLE as BIASES
-from ..tables.biases import Bias
+from ..tables.biases import Bias, CustomBias
 from . import BACKENDS, checkpoints_like
 from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, launch
 
@@ -50,8 +50,8 @@ def refuses(library: Any, call: Call, differentiate: bool) -> str | None:
         return f"it reads chunks without a retention gate, got {call.retention.name}"
     if call.momentum is not None:
         return "it reads chunks without momentum"
-    if call.bias.tag not in BIASES:
-        return f"it reads chunks with the table's biases only, got {call.bias.name}"
+    if call.bias.tag not in BIASES or isinstance(call.bias, CustomBias):
+        return f"it reads chunks with the built-in biases only, got {call.bias.name}"
     if call.delta is not None and call.delta.dim() == 4:
         return "it reads chunks with a delta per token, got one per channel"
     if call.state.open_chunk is not None:

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="the same seed tries the same calls in the same order (default: 0)"
     )
+    parser.add_argument("--custom", action="store_true", help="biases and retention gates that are random expressions")
     parser.add_argument("--replay", metavar="JSON", help="try one example again, as a failing run printed it")
 
 
@@ -33,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     if args.replay is not None:
         return _replay(args.replay, names)
     for name in names:
-        outcome = fuzzing.fuzz(name, args.seconds, args.seed)
+        outcome = fuzzing.fuzz(name, args.seconds, args.seed, fuzzing.examples(name, custom=args.custom))
         routes = ", ".join(f"{count} {route}" for route, count in outcome.tried.most_common())
-        print(f"{name}: {sum(outcome.tried.values())} calls tried ({routes}); {sum(outcome.refused.values())} drawn that it does not serve")
+        print(f"{name}: {sum(outcome.tried.values())} calls tried ({routes}); {sum(outcome.refused.values())} drawn and not tried")
         for reason, count in outcome.refused.most_common(5):
             print(f"  {count} times: {reason}")
         if outcome.failure is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def rows_by_name(table: dict) -> dict:
 
 
 def row_parser(table: dict, what: str) -> Callable[[str], Any]:
-    """A parser of ``NAME`` or ``NAME:PARAMETER,...`` for a table of biases or gates."""
+    """A parser of ``NAME``, ``NAME:PARAMETER,...`` or ``custom:EXPRESSION,NAME=NUMBER,...`` for a table of biases or gates."""
 
     def parse(text: str) -> Any:
         name, _, numbers = text.partition(":")
@@ -45,6 +46,11 @@ def row_parser(table: dict, what: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"unknown {what} {name!r}: expected one of {', '.join(rows)}")
         if not numbers:
             return rows[name]
+        if name == "custom":
+            try:
+                return written(rows[name], numbers)
+            except (TypeError, ValueError) as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
         row, values = rows[name], numbers.split(",")
         fields = [field.name for field in dataclasses.fields(row) if isinstance(getattr(row, field.name), (float, type(None)))]
         if len(values) > len(fields):
@@ -56,6 +62,24 @@ def row_parser(table: dict, what: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{what} {text!r}: {error}") from None
 
     return parse
+
+
+def written(row: Any, text: str) -> Any:
+    """The row of an expression with the values of its names, ``e / (1 + (e / s)**2), s=1``; a loss begins with ``loss=``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    expression, *parts = re.split(r",(?=\s*\w+\s*=)", text)
+    values: dict[str, float] = {}
+    for name, _, value in (part.partition("=") for part in parts):
+        try:
+            values[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"{row.name}: {name.strip()}: expected a number, got {value.strip()!r}") from None
+    if expression.startswith("loss="):
+        return type(row)(loss=expression.removeprefix("loss="), **values)
+    return type(row)(expression, **values)
 
 
 def positive(text: str) -> int:
@@ -72,7 +96,7 @@ def memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", choices=tuple(memories.TABLE), default="linear")
     bias_names, gate_names = (", ".join(rows_by_name(module.TABLE)) for module in (biases, retention))
     parser.add_argument("--bias", type=row_parser(biases.TABLE, "bias"), default=biases.L2(), metavar="NAME[:P,...]",
-                        help=f"{bias_names}; with parameters: lp:2.5")  # fmt: skip
+                        help=f"{bias_names}; with parameters: lp:2.5, custom:'e/(1+(e/s)**2),s=1'")  # fmt: skip
     parser.add_argument("--retention", type=row_parser(retention.TABLE, "retention gate"), default=retention.L2Retention(),
                         metavar="NAME[:P,...]", help=gate_names)  # fmt: skip
     parser.add_argument("--dim", type=positive, default=64, help="head dimension of keys, and of values without --value-dim")

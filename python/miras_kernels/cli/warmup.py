@@ -25,12 +25,15 @@ def _dtype(text: str) -> torch.dtype:
 
 
 def _biases(text: str) -> tuple[biases.Bias, ...]:
-    """A list of biases. Commas also separate the parameters of one: a number belongs to the name before it."""
+    """A list of biases. Commas also separate the parameters of one: a number belongs to the name before it, and to an expression all that
+    is no name of a bias."""
     if text == "all":
         return tuple(biases.TABLE.values())
     found: list[str] = []
+    names = rows_by_name(biases.TABLE)
     for piece in text.split(","):
-        if found and piece and piece[0] in "+-.0123456789":
+        expression = found and found[-1].startswith("custom:") and piece.partition(":")[0] not in names
+        if found and (expression or (piece and piece[0] in "+-.0123456789")):
             found[-1] += f",{piece}"
         else:
             found.append(piece)

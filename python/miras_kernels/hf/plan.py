@@ -109,4 +109,4 @@ def _row_to_json(name: str, row: Any, table: dict) -> dict:
 def _row_from_json(data: dict, table: dict) -> Any:
     kinds = {type(row).__name__: type(row) for row in table.values()}
     data = dict(data)
-    return kinds[data.pop("type")](**data)
+    return kinds[data.pop("type")].from_fields(data)

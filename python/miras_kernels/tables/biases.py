@@ -21,9 +21,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .row import Row, decode, number
+from .bias import Bias, ErrorBias
+from .custom import CustomBias
+from .row import decode, number
 
-__all__ = ["L1", "L2", "TABLE", "Bias", "DotProduct", "Huber", "Lp", "RobustL2", "from_code"]
+__all__ = ["L1", "L2", "TABLE", "Bias", "CustomBias", "DotProduct", "Huber", "Lp", "RobustL2", "from_code"]
 
 
 def _squared_norm(e: Tensor) -> Tensor:
@@ -34,54 +36,6 @@ def _logcosh(x: Tensor) -> Tensor:
     """``log(cosh(x))`` without overflow."""
     a = x.abs()
     return a + torch.nn.functional.softplus(-2 * a) - math.log(2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bias(Row):
-    """Base of the table's rows."""
-
-    #: P0, P1, P2 of kernels/common/bias.py, kBiasParams of csrc/params.h
-    MAX_PARAMETERS: ClassVar[int] = 3
-    needs_delta: ClassVar[bool] = False
-    #: whether delta may be given per value channel, ``[B, T, H, Dv]``
-    delta_per_channel: ClassVar[bool] = False
-    #: whether psi of one value channel depends on the others, so that a kernel needs the whole row of the error
-    row_coupled: ClassVar[bool] = False
-    #: whether psi depends on the prediction (that of the dot product does not)
-    reads_memory: ClassVar[bool] = True
-
-    @property
-    def parameters(self) -> tuple[float, ...]:
-        return ()
-
-    def loss(self, pred: Tensor, v: Tensor, delta: Tensor | None) -> Tensor | None:
-        """The inner loss ``[...]``, or None without an elementary closed form: then psi defines the bias."""
-        raise NotImplementedError
-
-    def psi(self, pred: Tensor, v: Tensor, delta: Tensor | None) -> Tensor:
-        """Gradient of the loss in the prediction, ``[..., Dv]``."""
-        raise NotImplementedError
-
-    def psi_vjp(self, pred: Tensor, v: Tensor, delta: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(d pred, d v, d delta)`` for the gradient ``grad`` of psi; ``d delta`` is not yet reduced to delta's shape."""
-        raise NotImplementedError
-
-
-class _ErrorBias(Bias):
-    """A bias of the error ``e = pred - v`` alone: rows state psi and its derivative in e."""
-
-    def _value(self, e: Tensor, delta: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def _derivative(self, e: Tensor, delta: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
-
-    def psi(self, pred, v, delta):
-        return self._value(pred - v, delta)
-
-    def psi_vjp(self, pred, v, delta, grad):
-        d_e, d_delta = self._derivative(pred - v, delta, grad)
-        return d_e, -d_e, d_delta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +57,7 @@ class DotProduct(Bias):
 
 
 @dataclasses.dataclass(frozen=True)
-class L2(_ErrorBias):
+class L2(ErrorBias):
     """Squared error: loss ``||e||^2 / 2``, psi ``e`` (delta rule, TTT, Titans)."""
 
     name: ClassVar[str] = "l2"
@@ -120,7 +74,7 @@ class L2(_ErrorBias):
 
 
 @dataclasses.dataclass(frozen=True)
-class L1(_ErrorBias):
+class L1(ErrorBias):
     """Smoothed absolute error, psi ``tanh(sharpness e)``: the paper's value-less memory.
 
     Args:
@@ -150,7 +104,7 @@ class L1(_ErrorBias):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lp(_ErrorBias):
+class Lp(ErrorBias):
     """p-norm error: psi ``p sign(e) |e|^(p-1)``, or with a sharpness ``p tanh(sharpness e) (e^2 + eps)^((p-1)/2)``.
 
     The smooth form is the paper's (Miras, section 5.1). For p > 2 the loss has unbounded curvature: without a bounding
@@ -203,7 +157,7 @@ class Lp(_ErrorBias):
 
 
 @dataclasses.dataclass(frozen=True)
-class Huber(_ErrorBias):
+class Huber(ErrorBias):
     """Robust error: quadratic up to ``delta``, linear beyond it. Needs ``delta``.
 
     Args:
@@ -283,7 +237,7 @@ class Huber(_ErrorBias):
 
 
 @dataclasses.dataclass(frozen=True)
-class RobustL2(_ErrorBias):
+class RobustL2(ErrorBias):
     """Worst case over value shifts of radius delta: psi ``e (1 + delta / sqrt(||e||^2 + eps))``. Needs ``delta``.
 
     Args:
@@ -329,12 +283,15 @@ TABLE: dict[int, Bias] = {
         Huber("norm"),
         Huber("switch"),
         RobustL2(),
+        CustomBias("e / sqrt(1 + norm2 / delta**2)"),
     )
 }
 
 
 def from_code(code: str) -> Bias:
     """The inverse of ``code``."""
+    if code.startswith(f"{CustomBias.tag} "):
+        return CustomBias.from_code(code)
     tag, parameters = decode(code)
     row = TABLE[tag]
     if isinstance(row, Huber):

@@ -14,12 +14,14 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from .row import Row, decode, number
+from .custom import CustomRetention
+from .gate import Retention
+from .row import decode, number
 
 __all__ = [
     "TABLE",
+    "CustomRetention",
     "ElasticNetRetention",
     "KLRetention",
     "L2Retention",
@@ -28,29 +30,6 @@ __all__ = [
     "SigmoidRetention",
     "from_code",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Retention(Row):
-    """Base of the table's rows."""
-
-    #: R0, R1 of kernels/common/retention.py, kRetentionParams of csrc/params.h
-    MAX_PARAMETERS: ClassVar[int] = 2
-    #: whether ``phi(A) = A``
-    is_identity: ClassVar[bool] = False
-    #: whether an entry of the primal depends on its whole row of the dual, or on the whole matrix (csrc/retention.h: Coupling)
-    row_coupled: ClassVar[bool] = False
-    matrix_coupled: ClassVar[bool] = False
-    #: whether ``rho`` is not 1
-    has_rho: ClassVar[bool] = False
-
-    def phi(self, dual: Tensor) -> Tensor:
-        """The mirror map, ``[..., R, K]`` to the same shape."""
-        raise NotImplementedError
-
-    def rho(self, dual: Tensor) -> Tensor:
-        """Scale of the chunk's writes in the read-out, ``[..., 1, 1]``, differentiable."""
-        return dual.new_ones(()).expand(*dual.shape[:-2], 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +119,7 @@ class SigmoidRetention(Retention):
 
     name: ClassVar[str] = "sigmoid"
     tag: ClassVar[int] = 4
+    is_offset: ClassVar[bool] = True
 
     def phi(self, dual):
         return torch.sigmoid(dual)
@@ -147,11 +127,21 @@ class SigmoidRetention(Retention):
 
 #: Every gate by tag, with default parameters where it has them.
 TABLE: dict[int, Retention] = {
-    row.tag: row for row in (L2Retention(), LqRetention(), KLRetention(), ElasticNetRetention(0.05), SigmoidRetention())
+    row.tag: row
+    for row in (
+        L2Retention(),
+        LqRetention(),
+        KLRetention(),
+        ElasticNetRetention(0.05),
+        SigmoidRetention(),
+        CustomRetention("A / (1 + abs(A) / bound)", bound=2.0),
+    )
 }
 
 
 def from_code(code: str) -> Retention:
     """The inverse of ``code``."""
+    if code.startswith(f"{CustomRetention.tag} "):
+        return CustomRetention.from_code(code)
     tag, parameters = decode(code)
     return type(TABLE[tag])(*parameters)

@@ -33,6 +33,14 @@ class Row:
         object.__setattr__(self, "padded", (*given, *(0.0,) * (most - len(given))))
         object.__setattr__(self, "code", " ".join([str(self.tag), *map(repr, given)]))
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Any:
+        """From the values of its fields by name, as JSON has them."""
+        return cls(**fields)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle from the fields alone: earlier versions stored other attributes too."""
         for field in dataclasses.fields(self):
@@ -52,7 +60,7 @@ def number(owner: object, name: str, value: object, low: float, *, open_: bool =
     """A finite float parameter of ``owner`` above ``low`` (or equal to it, if not ``open_``)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {type(value).__name__}")
-    value = float(value)
+    value = float(value) if abs(value) < 1e308 or value != value else math.inf  # a whole number may be too large for a float
     if not math.isfinite(value) or value < low or (open_ and value == low):
         raise ValueError(f"{type(owner).__name__}: {name} must be a finite number {'>' if open_ else '>='} {low:g}, got {value:g}")
     return value

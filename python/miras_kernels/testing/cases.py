@@ -18,10 +18,11 @@ from ..backends.reference import chunkwise
 from ..call import Call
 from ..memory import FUNCTIONS
 from ..state import MemoryState
-from ..tables.biases import L2, Bias, Huber
+from ..tables.biases import L2, Bias, CustomBias, Huber
 from ..tables.memories import TABLE, Memory
-from ..tables.retention import L2Retention, Retention
+from ..tables.retention import CustomRetention, L2Retention, Retention
 from ..validation import make_call
+from . import kinks
 
 __all__ = ["Case", "Inputs"]
 
@@ -173,16 +174,24 @@ class Case:
         return torch.tensor([0, *self.lengths], device=device).cumsum(0)
 
     def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu", margin: float = KINK_DISTANCE) -> Inputs:
-        """The case's tensors, rounded to ``dtype``; errors keep a distance of about ``margin`` from a kink of psi."""
+        """The case's tensors, rounded to ``dtype``; errors keep a distance of about ``margin`` from a kink of psi.
+
+        Raises:
+            RuntimeError: no draw does. The kinks of an expression are not known well enough to move thresholds away from errors, so that
+                with operands of 16 bits, which need a wide margin, there is none.
+        """
+        custom = kinks.has_kinks(self.bias) or kinks.has_kinks(self.retention)
+        if custom and margin > KINK_DISTANCE:
+            raise RuntimeError(f"{self.name}: an expression has kinks, and operands of 16 bits decide the side on which numbers are")
         for attempt in range(50):
             inputs = self._draw(self.seed + 1000 * attempt).to(dtype).to(torch.float64)
-            if not isinstance(self.bias, Huber):
+            if not isinstance(self.bias, Huber) and not custom:
                 return inputs.to(dtype, device)
-            if self.delta != "float":
+            if isinstance(self.bias, Huber) and self.delta != "float":
                 inputs = self._with_margin(inputs, margin).to(dtype).to(torch.float64)
             if self._kink_distance(inputs) > KINK_DISTANCE:
                 return inputs.to(dtype, device)
-        raise RuntimeError(f"{self.name}: no draw keeps a distance from the kink of {self.bias}")
+        raise RuntimeError(f"{self.name}: no draw keeps a distance from the kinks of {self.bias} and {self.retention}")
 
     def _draw(self, seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
@@ -268,10 +277,19 @@ class Case:
         return dataclasses.replace(inputs, tensors=inputs.tensors | {"delta": moved})
 
     def _kink_distance(self, inputs: Inputs) -> float:
-        probe = _Probe(self.bias)
+        call, probes = inputs.call(), list[Any]()
+        if isinstance(self.bias, Huber):
+            probes.append(_Probe(self.bias))
+            call = call.replace(bias=probes[-1])
+        elif isinstance(self.bias, CustomBias):
+            probes.append(kinks.Probe(self.bias))
+            call = call.replace(bias=probes[-1])
+        if isinstance(self.retention, CustomRetention):
+            probes.append(kinks.ProbeGate(self.retention))
+            call = call.replace(retention=probes[-1])
         with torch.no_grad():
-            chunkwise.run(inputs.call().replace(bias=probe))
-        return min(probe.distances)
+            chunkwise.run(call)
+        return min(distance for probe in probes for distance in probe.distances)
 
 
 class _Probe(Bias):

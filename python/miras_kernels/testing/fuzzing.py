@@ -17,7 +17,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -25,18 +24,18 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.reference import chunkwise
 from ..call import Call
-from ..state import MemoryState
 from ..tables import biases, memories, retention
-from ..tables.biases import L2, Huber, RobustL2
+from ..tables.biases import L2, Huber
 from ..tables.retention import ElasticNetRetention, L2Retention, LqRetention
-from ..validation import make_call
+from . import expressions
 from .cases import Case, Inputs
+from .kinks import has_kinks
 from .parity import ARITHMETIC, ULPS, Report, evaluate, expect, judge, margin, operands, relative_error
+from .routes import ROUTES, of_tokens, results_of
 
 __all__ = ["Example", "Failure", "examples", "fuzz", "run_example"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-TOKENS = Call.PER_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,117 +89,6 @@ class Refused(Exception):
     """The backend does not support an example."""
 
 
-# ------------------------------------------------------------------------------------------------------------ routes
-
-
-def _run(case: Case, arguments: dict, run: str | Callable) -> tuple[Tensor, MemoryState]:
-    """Outputs and state; ``run`` is a backend's name or a function of a :class:`~miras_kernels.call.Call`."""
-    if callable(run):
-        tokens = [arguments[name] for name in TOKENS[:5]]
-        rest = {name: x for name, x in arguments.items() if name not in TOKENS[:5]}
-        return run(make_call(memories.TABLE[case.memory], *tokens, **rest))
-    out, state = case.function(**arguments, backend=run)
-    assert state is not None, "output_final_state is set"
-    return out, state
-
-
-def _named(out: Tensor, state: MemoryState) -> dict[str, Tensor]:
-    results = {"out": out} | {f"final_dual_{i}": x for i, x in enumerate(state.dual)}
-    return results | {f"final_momentum_{i}": x for i, x in enumerate(state.momentum or ())}
-
-
-def _of_tokens(arguments: dict, function: Callable[[Tensor], Tensor]) -> dict:
-    return arguments | {name: function(x) for name, x in arguments.items() if name in TOKENS and isinstance(x, Tensor)}
-
-
-def _of_states(state: MemoryState | tuple | Tensor | None, function: Callable[[Tensor], Tensor]):
-    if state is None or isinstance(state, MemoryState):
-        return None if state is None else state.map(function)
-    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
-
-
-def _one_call(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """Outputs, states and every gradient."""
-    return evaluate(inputs, run)
-
-
-@torch.no_grad()
-def _in_pieces(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """Piece by piece, each from the state of the one before: split at ``at``, after one more token, and in the middle of the rest."""
-    arguments, case = inputs.arguments(), inputs.case
-    length = inputs.tensors["q"].shape[1]
-    if case.lengths is not None or length < 2:
-        return _named(*_run(case, arguments, run))
-    first = 1 + at % (length - 1)
-    bounds = sorted({0, first, min(first + 1, length), (first + length) // 2, length})
-    outs, state = [], arguments["initial_state"]
-    for a, b in itertools.pairwise(bounds):
-        piece = _of_tokens(arguments, itemgetter((slice(None), slice(a, b))))
-        out, state = _run(case, piece | {"initial_state": state}, run)
-        outs.append(out)
-    return _named(torch.cat(outs, 1), state)
-
-
-@torch.no_grad()
-def _separately(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """Every sequence of a batch or of a pack in a call of its own."""
-    arguments, case = inputs.arguments(), inputs.case
-    lengths = case.lengths or ()
-    ends = list(itertools.accumulate(lengths))
-    results = []
-    for n in range(case.sequences):
-        rows, time_ = (slice(n, n + 1), slice(None)) if not ends else (slice(None), slice(ends[n] - lengths[n], ends[n]))
-        alone = _of_tokens(arguments, itemgetter((rows, time_))) | {"cu_seqlens": None}
-        if case.initial == "dual":
-            alone["initial_state"] = _of_states(arguments["initial_state"], itemgetter(slice(n, n + 1)))
-        results.append(_named(*_run(case, alone, run)))
-    axis = {"out": 1 if ends else 0}
-    return {name: torch.cat([r[name] for r in results], axis.get(name, 0)) for name in results[0]}
-
-
-@torch.no_grad()
-def _permuted(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """Heads, and the sequences of a batch, in reverse order."""
-    arguments, case = inputs.arguments(), inputs.case
-    batch = (0,) if case.lengths is None else ()
-    turned = _of_tokens(arguments, lambda x: x.flip((*batch, 2)))
-    shared = case.initial == "shared"
-    turned["initial_state"] = _of_states(arguments["initial_state"], lambda x: x.flip((0,) if shared else (*batch, 1)))
-    turned |= {name: arguments[name].flip(0) for name in ("ln_weight", "ln_bias") if name in arguments}
-    results = _named(*_run(case, turned, run))
-    return {name: x.flip((*batch, 2) if name == "out" else (*batch, 1)) for name, x in results.items()}
-
-
-@torch.no_grad()
-def _at_a_limit(inputs: Inputs, run, at: int) -> dict[str, Tensor]:
-    """A gate or a bias replaced by a more general one at the limit where both are equal."""
-    arguments, case = inputs.arguments(), inputs.case
-    shape = inputs.tensors["q"].shape[:3]
-    like = lambda value: torch.full(shape, value, dtype=inputs.tensors["lr"].dtype, device=inputs.tensors["lr"].device)
-    choices: list[dict] = []
-    if case.decay == "none":
-        choices.append({"log_decay": like(0.0)})
-    if not case.momentum and not case.variants:
-        choices.append({"momentum": like(0.0)})
-    if case.bias == L2() and not case.variants:
-        choices += [{"bias": Huber(kind), "delta": like(1e9)} for kind in ("coordinate", "norm", "switch")]
-        choices.append({"bias": RobustL2(), "delta": like(0.0)})
-    if case.retention == L2Retention() and not case.variants:
-        choices += [{"retention": ElasticNetRetention(0.0)}, {"retention": LqRetention(2.0)}]
-    change = choices[at % len(choices)] if choices else {}
-    out, state = _run(case, arguments | change, run)
-    return _named(out, MemoryState(state.dual) if "momentum" in change else state)
-
-
-ROUTES: dict[str, Callable[[Inputs, str | Callable, int], dict[str, Tensor]]] = {
-    "one call": _one_call,
-    "in pieces": _in_pieces,
-    "separately": _separately,
-    "permuted": _permuted,
-    "at a limit": _at_a_limit,
-}
-
-
 @torch.no_grad()
 def _causality(example: Example, inputs: Inputs, run) -> None:
     """Change the tokens from ``at`` on; no bit of an earlier output may change."""
@@ -211,7 +99,7 @@ def _causality(example: Example, inputs: Inputs, run) -> None:
         x[:, t:] *= 0.5
         return x
 
-    before, after = (_run(example.case, x, run)[0] for x in (arguments, _of_tokens(arguments, disturbed)))
+    before, after = (results_of(example.case, x, run)[0] for x in (arguments, of_tokens(arguments, disturbed)))
     if not torch.equal(before[:, :t], after[:, :t]):
         first = int((before != after).flatten(2).any(-1)[:, :t].any(0).nonzero()[0])
         raise Failure(f"causality: changing tokens from {t} on changed the output at {first}")
@@ -230,8 +118,11 @@ def run_example(example: Example, run: str | Callable) -> None:
     multiplied = operands(run, dtype)
     try:
         inputs = case.draw(dtype, margin=margin(case, multiplied))
-    except RuntimeError as error:  # no draw keeps a distance from a kink
-        raise Refused(str(error)) from None
+    except RuntimeError:
+        raise Refused("no draw keeps a distance from the kinks of the bias or the gate, so that it cannot be judged") from None
+    for row in (case.bias, case.retention):
+        if isinstance(row, (biases.CustomBias, retention.CustomRetention)) and expressions.derivative_error(row) > 1e-9:
+            raise Failure(f"the derivatives of {row} are not those of autograd: error {expressions.derivative_error(row):.1e}")
     differentiate = example.route == "one call"
     if not callable(run):
         call = inputs.call()
@@ -268,8 +159,12 @@ def _clearly_right(inputs: Inputs, results: dict[str, Tensor], multiplied: torch
 # -------------------------------------------------------------------------------------------------------- strategies
 
 
-def examples(backend: str | None = None):
-    """A hypothesis strategy for :class:`Example`, with sizes that suit a backend; shrinks towards small and plain examples."""
+def examples(backend: str | None = None, custom: bool = False):
+    """A hypothesis strategy for :class:`Example`, with sizes that suit a backend; shrinks towards small and plain examples.
+
+    Args:
+        custom: whether biases are random expressions, and gates often are.
+    """
     from hypothesis import strategies as st
 
     chunk_sizes = st.sampled_from([16, 32]) if backend == "triton" else st.integers(1, 40)
@@ -288,6 +183,8 @@ def examples(backend: str | None = None):
         numbers(0.3, 5.0).map(retention.KLRetention),
         numbers(0.0, 0.5).map(ElasticNetRetention),
     )
+    if custom:
+        float_biases, gates = expressions.biases(), st.one_of(st.just(L2Retention()), expressions.gates(), gates)
 
     served = Call.VARIANTS if backend is None else dispatch.BACKENDS[backend].variants
     variants = [(), *(used for n in range(1, 4) for used in itertools.combinations(served, n))]
@@ -298,8 +195,11 @@ def examples(backend: str | None = None):
         memory = one_of(*memories.TABLE)
         linear, dtype = memory == "linear", one_of("float32", "bfloat16", *(("float16",) if backend == "triton" else ()))
         # a number as delta cannot be moved away from errors, so 16-bit products may be on the other side of a kink than float64
-        variant = one_of(*variants) if linear and one_of(False, False, False, True) else ()
+        variant = one_of(*variants) if linear and not custom and one_of(False, False, False, True) else ()
         bias, exact = L2() if variant else draw(float_biases), backend is None or operands(backend, DTYPES[dtype]) == torch.float32
+        gate = L2Retention() if variant else draw(gates)
+        if not exact and (has_kinks(bias) or has_kinks(gate)):  # Case.draw keeps no wide margin from kinks of expressions
+            dtype = "float32"
         number = ("float",) if bias.needs_delta and exact else ()
         # their step sizes would make gradients underflow in float16
         huge = () if dtype == "float16" else ("huge",)
@@ -312,7 +212,7 @@ def examples(backend: str | None = None):
         decays = ("scalar", "none", "slight", *strong, *by_channel)
         # mild decays for MLP memories: where the primal of one matrix is 0 the other one only decays, and would underflow in float32
         case = Case(
-            "fuzz", memory=memory, bias=bias, retention=L2Retention() if variant else draw(gates),
+            "fuzz", memory=memory, bias=bias, retention=gate,
             decay_first="decay_first" in variant, erase_k="erase_k" in variant,
             seed=draw(st.integers(0, 999)), lengths=lengths,
             batch=1 if lengths else draw(st.integers(1, 3)), tokens=sum(lengths) if lengths else draw(st.integers(1, most)),
