@@ -22,6 +22,10 @@ TRITON = {
     "clip": dict(bias=mk.Huber("coordinate")),
     "power-elastic": dict(bias=mk.Lp(2.5), retention=mk.ElasticNetRetention(0.05)),
     "norm-power": dict(bias=mk.Huber("norm"), retention=mk.LqRetention(2.5), momentum=True),
+    "expressions": dict(
+        bias=mk.CustomBias("where(norm2 <= delta**2, clip(e, -1, 1), sign(e) * min(abs(e), delta))"),
+        retention=mk.CustomRetention("where(A < 0, max(A, -1), A / (1 + abs(A)))"),
+    ),
     "mlp-switch-kl": dict(memory="mlp", bias=mk.Huber("switch"), retention=mk.KLRetention()),
 }
 HEADS, CHUNK = 2, 16
