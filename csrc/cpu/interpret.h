@@ -92,7 +92,7 @@ static void interpret(const Frame& f, const Code& code) {
       case Operation::max: apply<2>(f, i, [&](Vec a, Vec b, Vec) MIRAS_LAMBDA { return M::max(a, b); }); break;
       case Operation::power: {
         const float exponent = f.constants[i.operands[1]];
-        apply<2>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return M::pow(a, exponent); });
+        apply<2>(f, i, [&](Vec a, Vec, Vec) MIRAS_LAMBDA { return M::pow(M::abs(a), exponent); });
         break;
       }
       case Operation::le: apply<2>(f, i, [&](Vec a, Vec b, Vec) MIRAS_LAMBDA { return a <= b ? one : zero; }); break;

@@ -134,7 +134,7 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
   // (n + log2 m) ln 2, x = 2^n m with m in [sqrt(1/2), sqrt(2)): within 3 ulp
   MIRAS_FN static F log(F x) {
     using namespace cpu::MIRAS_LEVEL;
-    const I bits = (I)x;
+    const I bits = (I)abs(x);
     const I exponent = (bits - 0x3f3504f3) >> 23;
     const F n = __builtin_convertvector(exponent, F);
     const F y = n * 6.93145752e-01f + (n * 1.42860677e-06f + log2_mantissa((F)(bits - (exponent << 23))) * 6.93147181e-01f);

@@ -111,6 +111,13 @@ def test_an_expression_of_too_many_values_is_refused(cuda):
     assert "32 registers" in cuda.refuses_steps(call)
 
 
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+@pytest.mark.parametrize("expression", [dict(bias=mk.CustomBias("tanh(e)")), dict(retention=mk.CustomRetention("tanh(A)"))])
+def test_expressions_are_decoded_only(memory, expression, cuda):
+    case = Case("chunks", memory=memory, batch=1, heads=1, tokens=128, key_dim=64, value_dim=64, hidden=256, chunk_size=64, **expression)
+    assert cuda.refuses(case.draw(torch.bfloat16).call(), differentiate=False) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
 def test_sixteen_bits(memory, dtype, cuda):
