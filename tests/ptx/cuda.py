@@ -38,7 +38,7 @@ def build(nvcc: str) -> tuple[Path, dict[str, str]]:
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=CACHE))
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", "-arch=compute_80", "-keep", f"--keep-dir={made}"]
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", "-arch=compute_80", "--threads", "0", "-keep", f"--keep-dir={made}"]
         target = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
         subprocess.run([nvcc, *flags, *map(str, given), *target], check=True)
         for path in made.iterdir():

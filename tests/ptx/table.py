@@ -79,6 +79,7 @@ def integers() -> None:
             simple(f"setp.{name}.{t}", f"({{a}} {sign} {{b}})", "pred", t, t)
         for name, sign in UNSIGNED.items():
             simple(f"setp.{name}.{t}", f"({{a}} {sign} {{b}})", "pred", u, u)
+    simple("bfi.b32", "A.inserted({a}, {b}, {c}, {d})", "b32", "b32", "b32", "u32", "u32")
     for kind, signed in (("u32", False), ("s32", True)):
         simple(f"bfe.{kind}", f"A.bit_field({{a}}, {{b}}, {{c}}, {signed})", "b32", "b32", "u32", "u32")
 

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels, ``csrc/cuda``, as a backend that only decodes, called by ctypes. Importing this module loads no library."""
+"""The CUDA C++ kernels, ``csrc/cuda``, called by ctypes. Importing this module loads no library."""
 
 from __future__ import annotations
 
@@ -18,22 +18,12 @@ from ..decode.buffers import NAMES as BUFFERS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
+from . import BACKENDS, checkpoints_like, cuda_chain
+from .cuda_chain import TOKEN_TYPES, LinearChain, Tokens
 
 __all__ = ["CudaBackend", "Step"]
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
-#: the numbers of MirasTokenType
-TOKEN_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class Tokens(ctypes.Structure):
-    """MirasTokens of csrc/cuda/step.h."""
-
-    _fields_: ClassVar = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
-
-    @staticmethod
-    def of(x: Tensor) -> Tokens:
-        return Tokens(x.data_ptr(), *x.stride()[:3])
 
 
 class Step(ctypes.Structure):
@@ -61,7 +51,8 @@ class Step(ctypes.Structure):
 
 
 class CudaBackend:
-    """Hand-written decoding steps of both memories, for short inputs without gradients; the Triton kernels take all others.
+    """Hand-written decoding steps of both memories, for short inputs without gradients, and the linear memory's forward. The Triton kernels
+    differentiate it, from the same checkpoints, and take all other calls.
 
     Args:
         path: of the library.
@@ -92,14 +83,20 @@ class CudaBackend:
             library.miras_cuda_error.restype = ctypes.c_char_p
             found = (ctypes.c_int64 * 32)()
             count = library.miras_step_layout(found, len(found))
+            chains = (ctypes.c_int64 * 32)()
+            of_chains = library.miras_linear_chain_layout(chains, len(chains))
             library.miras_step_buffers.restype = ctypes.c_char_p
             buffers = tuple(library.miras_step_buffers().decode().split())
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
         linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
         limits = [linear.head, mlp.head, mlp.hidden]
-        if buffers != BUFFERS or list(found[:count]) != Step.layout() + limits:
+        chain = memories.LINEAR.kernels[self.name].sequences
+        of_chain = [chain.head, max(chain.chunk), cuda_chain.COUPLED]
+        same = buffers == BUFFERS and list(found[:count]) == Step.layout() + limits
+        if not same or list(chains[:of_chains]) != LinearChain.layout() + of_chain:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
+        library.miras_linear_chain.argtypes = [ctypes.POINTER(LinearChain), ctypes.c_void_p]
         for name in ("miras_linear_step", "miras_mlp_step"):
             getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
         return library, None
@@ -114,45 +111,44 @@ class CudaBackend:
         return 0
 
     def decodes(self, call: Call) -> bool:
-        return True
+        """Whether a call without gradients has few enough tokens."""
+        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == self.device
 
     def operands(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
+        return dtype  # of the chain; steps multiply in float32
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
-        if differentiate:
-            return "it only decodes: it has no gradients"
-        if call.cu_seqlens is not None:
-            return "it only decodes: it takes no packed sequences"
-        few = call.memory.kernels[self.name].few
-        if call.q.shape[1] > few:
-            return f"it only decodes: calls of at most {few} tokens, got {call.q.shape[1]}"
-        return self.refuses_steps(call)
+        if not differentiate and self.decodes(call):
+            return self.refuses_steps(call)
+        kernels = call.memory.kernels[self.name]
+        if kernels.sequences is None:
+            return _only_decodes(call, differentiate, kernels.few)
+        reason = call.exceeds(self.name) or cuda_chain.refusal(call) or _refuses_device(call)
+        if reason is None and differentiate:
+            triton = BACKENDS["triton"]
+            of_triton = triton.unavailable() or triton.refuses(call, differentiate)
+            return of_triton and f"the Triton kernels compute its gradients: {of_triton}"
+        return reason
 
     def refuses_steps(self, call: Call) -> str | None:
         if call.q.dtype not in TOKEN_TYPES:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        exceeded = call.exceeds(self.name, steps=True)
-        if exceeded is not None:
-            return exceeded
-        if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
-            return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
-        return None
+        return call.exceeds(self.name, steps=True) or _refuses_device(call)
 
     def stepper(self, call: Call) -> Callable:
         return Steps(self._loaded[0], call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        raise NotImplementedError("the cuda backend only decodes")
+        return cuda_chain.forward(self._loaded[0], call, checkpoint_every)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return []
+        return checkpoints_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-        raise NotImplementedError("the cuda backend refuses calls that need gradients")
+        return BACKENDS["triton"].backward(call, checkpoint_every, saved, grad_out, grad_state)
 
 
 class Steps:
@@ -194,6 +190,20 @@ class Steps:
             return dict(products=room(4, d))
         parts = -(-call.hidden // self.library.miras_mlp_units())
         return dict(hidden=room(2, call.hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
+
+
+def _only_decodes(call: Call, differentiate: bool, few: int) -> str:
+    if differentiate:
+        return "it only decodes: it has no gradients"
+    if call.cu_seqlens is not None:
+        return "it only decodes: it takes no packed sequences"
+    return f"it only decodes: calls of at most {few} tokens, got {call.q.shape[1]}"
+
+
+def _refuses_device(call: Call) -> str | None:
+    if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
+        return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
+    return None
 
 
 def _gate(x: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from . import checkpoints_like
+from . import checkpoints_like, may_end_open
 
 __all__ = ["TritonBackend"]
 
@@ -89,7 +89,7 @@ class TritonBackend:
         from miras_kernels.kernels.common import launch
 
         forward = _sequence_kernels(call.memory.name).forward
-        out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, _may_end_open(call))
+        out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
@@ -110,8 +110,3 @@ def interpreted() -> bool:
 
 def _sequence_kernels(memory: str) -> ModuleType:
     return importlib.import_module(f"miras_kernels.kernels.{memory}.sequence")
-
-
-def _may_end_open(call: Call) -> bool:
-    """Whether sequences can end inside a chunk, as far as shapes tell, so that the final state needs an open chunk."""
-    return call.output_final_state and (call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)
