@@ -24,10 +24,10 @@ int miras_linear_chain_layout(int64_t* layout, int room) {
       offsetof(MirasLinearChain, T),
       offsetof(MirasLinearChain, bias_params),
       offsetof(MirasLinearChain, bias),
-      offsetof(MirasLinearChain, warps),
+      offsetof(MirasLinearChain, values),
       miras::cuda::kMaxChainHead,
       miras::cuda::kMaxChainChunk,
-      miras::cuda::kWarpValues * miras::cuda::kMaxChainWarps,
+      miras::cuda::kWarpValues * miras::cuda::kChainWarps,
   };
   constexpr int count = sizeof(found) / sizeof(found[0]);
   for (int i = 0; i < count && i < room; ++i) layout[i] = found[i];

@@ -22,7 +22,7 @@ struct MirasLinearChain {
   int64_t T;
   float bias_params[miras::kBiasParams];
   int32_t bias, token_type, N, H, K, V, C, slots, every, delta_per_channel;
-  int32_t warps;                         // of a block, each of which takes kWarpValues values: 2 or 4
+  int32_t values;                        // of a block: 32 or 64
 };
 
 // 0, or a cudaError_t. It does not synchronise.
@@ -31,9 +31,9 @@ int miras_linear_chain(const MirasLinearChain* chain, cudaStream_t stream);
 
 namespace miras::cuda {
 
-constexpr int kWarpValues = 16;
+constexpr int kWarpValues = 16, kChainWarps = 4;
 // CudaBackend compares them with python/miras_kernels/tables/memories.py and backends/cuda_chain.py.
-constexpr int kMaxChainHead = 128, kMaxChainChunk = 64, kMaxChainWarps = 4;
+constexpr int kMaxChainHead = 128, kMaxChainChunk = 64;
 
 // One for each type of token, in a file of its own: they compile side by side.
 int launch_linear_chain_bf16(const MirasLinearChain& p, cudaStream_t stream);

@@ -18,8 +18,8 @@ __all__ = ["LinearChain", "forward", "refusal"]
 
 #: the numbers of MirasTokenType
 TOKEN_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: head dimensions of the keys, the unit of those of the values, values of a warp, and the values that a bias may couple
-KEYS, UNIT, WARP, COUPLED = (64, 128), 16, 16, 64
+#: head dimensions of the keys, the unit of those of the values, and the values of the largest block, which a bias may couple
+KEYS, UNIT, COUPLED = (64, 128), 16, 64
 
 
 class Tokens(ctypes.Structure):
@@ -43,10 +43,10 @@ class LinearChain(ctypes.Structure):
         ("T", ctypes.c_int64),
         ("bias_params", ctypes.c_float * Bias.MAX_PARAMETERS),
         *((name, ctypes.c_int32) for name in ("bias", "token_type", "N", "H", "K", "V", "C", "slots", "every")),
-        *((name, ctypes.c_int32) for name in ("delta_per_channel", "warps")),
+        *((name, ctypes.c_int32) for name in ("delta_per_channel", "values")),
     ]
     #: the fields whose offsets miras_linear_chain_layout returns, after the size of the struct
-    MARKS = ("q", "lr", "initial_sequence", "final", "T", "bias_params", "bias", "warps")
+    MARKS = ("q", "lr", "initial_sequence", "final", "T", "bias_params", "bias", "values")
 
     @classmethod
     def layout(cls) -> list[int]:
@@ -100,7 +100,7 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
         *map(_address, (final, start, checkpoints[0] if checkpoints else None, cu_seqlens, first_slot)),
         T=call.q.shape[1], bias_params=(ctypes.c_float * Bias.MAX_PARAMETERS)(*call.bias.padded), bias=call.bias.tag,
         token_type=TOKEN_TYPES[call.q.dtype], N=n, H=heads, K=keys, V=values, C=call.chunk_size, slots=slots, every=every,
-        delta_per_channel=delta is not None and delta.dim() == 4, warps=_warps(call),
+        delta_per_channel=delta is not None and delta.dim() == 4, values=_block_values(call),
     )  # fmt: skip
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         error = library.miras_linear_chain(ctypes.byref(chain), torch.cuda.current_stream().cuda_stream if q.is_cuda else None)
@@ -116,13 +116,13 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
     return out, [final, start, open_decay], checkpoints
 
 
-def _warps(call: Call) -> int:
-    """Of a block, 16 values each: 4, or 2 where blocks of 4 would leave too many multiprocessors without one."""
+def _block_values(call: Call) -> int:
+    """Values of a block: 64, or 32 where those would leave too many multiprocessors without a block."""
     values, heads = call.v.shape[-1], call.state.dual[0].shape[0] * call.q.shape[2]
-    if values <= 2 * WARP:
-        return 2
-    whole = call.bias.row_coupled or 8 * heads * -(-values // (4 * WARP)) >= 7 * multiprocessors(call.q.device)
-    return 4 if whole else 2
+    if values <= 32:
+        return 32
+    fills = 8 * heads * -(-values // 64) >= 7 * multiprocessors(call.q.device)
+    return 64 if call.bias.row_coupled or fills else 32
 
 
 @functools.cache
