@@ -62,7 +62,7 @@ test-oldest: $(VENV)/.oldest  ## run the Triton tests with the oldest supported 
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PY) -m pytest tests/triton/test_triton.py tests/triton/test_compile.py -q -k "compile and not every_configuration or gates or float32 and (pairs or sizes)" $(WORKERS) $(ARGS)
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## run the transformers tests with the oldest supported transformers
-	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/hf/test_hf_generate.py tests/hf/test_hf_static.py tests/hf/test_hf_parallel.py tests/hf/test_hf_save.py tests/hf/test_hf_model.py tests/hf/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/hf/test_hosts.py tests/hf/test_hf_generate.py tests/hf/test_hf_static.py tests/hf/test_hf_parallel.py tests/hf/test_hf_save.py tests/hf/test_hf_model.py tests/hf/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)
 
 # In a virtual environment of its own: shows what a new release of a dependency would break for users.
 test-newest: $(VENV)/.newest  ## run the transformers, Triton and packaging tests with the newest releases of all but PyTorch

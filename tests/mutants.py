@@ -46,6 +46,10 @@ def cpp(*names: str) -> tuple[str, ...]:
     return cases("cpp/test_cpp.py::test_float32", *names)
 
 
+#: the forward of the MLP memory in CUDA C++
+MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
+
+
 def triton(*names: str) -> tuple[str, ...]:
     return cases("triton/test_triton.py::test_float32", *names)
 
@@ -170,6 +174,10 @@ MUTANTS = [
            "rho_2 * wq", "wq"),
     Mutant("cuda-open-chunk-keeps-its-log-decay", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_sizes", "coupled"),
            " = *open_log_decay = 0.0f", " = 0.0f"),
+    Mutant("cuda-mlp-chain-wrong-matrix-of-a-fragment", "csrc/cuda/tiles.h", MLP_CHAIN,
+           "(lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1", "(lane >> 3 & 1) * 8 + (lane & 7), lane >> 4"),
+    Mutant("cuda-mlp-chain-writes-do-not-decay", "csrc/cuda/mlp_block.h", MLP_CHAIN,
+           "at<float>(S::kRaw + 4 * r), -dec,", "at<float>(S::kRaw + 4 * r), -1.0f,"),
     # ------------------------------------------------------------------------------------------------------------- Triton
     Mutant("triton-decay-to-end-off-by-a-token", "kernels/common/decays.py", triton("linear-l2-strong-decay"),
            "log_decay + row + H + o_g", "log_decay + row + o_g"),

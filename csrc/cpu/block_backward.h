@@ -112,17 +112,15 @@ static void block_errors_backward(int c, int dk, int dvp, const BlockErrorsBackw
   for (int t = 0; t < c; ++t) x.deta[t] = -x.deta[t];
 }
 
-struct BlockBackwardTask {
+// What the backwards in blocks share: the sizes and places of one task, a panel of values of one head, and the way through its blocks.
+struct BlockWalk {
   const LinearBackward& p;
-  BlockBackwardScratch s;
   Task task;
   int64_t n, h, b, length;
   int dk, dkp, dvp, cp;
   index_t state;  // floats of [Dk x Dvp]
-  bool decays;
 
-  MIRAS_FN BlockBackwardTask(const LinearBackward& params, const BlockBackwardScratch& scratch, int64_t i)
-      : p(params), s(scratch), task(params, i), decays(s.gates.decays) {
+  MIRAS_FN BlockWalk(const LinearBackward& params, int64_t i) : p(params), task(params, i) {
     n = task.n, h = task.h, b = p.batch(n), length = p.length(n);
     dk = p.Dk, dkp = round_up(dk, kPad), dvp = task.dvp, cp = round_up(p.C, kPad);
     state = index_t(dk) * dvp;
@@ -140,6 +138,31 @@ struct BlockBackwardTask {
     x.data = static_cast<char*>(x.data) + task.panel * stride * (dtype == Dtype::f32 ? 4 : 2);
     return x;
   }
+
+  // All blocks from last to first, the segments between checkpoints recomputed; J [Dk x Dvp] from the final state to the initial one.
+  template <class BackwardTask> void backwards(BackwardTask& x, float* J, float* J_plain) {
+    if (p.grad_final_dual) read_state(p.grad_final_dual, n, h, task.first, task.dv, dk, J, dvp);
+    else fill_zero(J, state);
+    const int64_t blocks = (length + p.C - 1) / p.C, every = p.checkpoint_every;
+    for (int64_t last = blocks; last > 0;) {
+      const int64_t first = (last - 1) / every * every;
+      x.recompute(first, last);
+      for (int64_t block = last - 1; block >= first; --block) {
+        if (block != last - 1) x.begin(block);  // the last one is as recomputing left it
+        x.block_backward(block, block - first);
+      }
+      last = first;
+    }
+    write_state(p.d_dual, n, h, task.first, task.dv, dk, J, dvp, J_plain);
+  }
+};
+
+struct BlockBackwardTask : BlockWalk {
+  BlockBackwardScratch s;
+  bool decays;
+
+  MIRAS_FN BlockBackwardTask(const LinearBackward& params, const BlockBackwardScratch& scratch, int64_t i)
+      : BlockWalk(params, i), s(scratch), decays(s.gates.decays) {}
 
   void begin(int64_t block);
   void recompute(int64_t first, int64_t last);
@@ -335,24 +358,11 @@ void BlockBackwardTask::block_backward(int64_t block, int64_t i) {
 }
 
 void BlockBackwardTask::run() {
-  if (p.grad_final_dual) read_state(p.grad_final_dual, n, h, task.first, task.dv, dk, s.J, dvp);
-  else fill_zero(s.J, state);
   s.weights.clear(p.C);
   const int64_t square = int64_t(p.C) * cp;  // zero in the tiles that are not visited, where nothing is written
   fill_zero(s.P, square), fill_zero(s.N, square), fill_zero(s.X, square), fill_zero(s.F, square);
   fill_zero(s.G, square * p.segment);
-
-  const int64_t blocks = (length + p.C - 1) / p.C, every = p.checkpoint_every;
-  for (int64_t last = blocks; last > 0;) {
-    const int64_t first = (last - 1) / every * every;
-    recompute(first, last);
-    for (int64_t block = last - 1; block >= first; --block) {
-      if (block != last - 1) begin(block);  // the last one is as recomputing left it
-      block_backward(block, block - first);
-    }
-    last = first;
-  }
-  write_state(p.d_dual, n, h, task.first, task.dv, dk, s.J, dvp, s.J_plain);
+  backwards(*this, s.J, s.J_plain);
 }
 
 static void block_backward(const LinearBackward& p, int64_t first, int64_t last) {

@@ -42,33 +42,13 @@ struct KeyedBackwardScratch {
   }
 };
 
-struct KeyedBackwardTask {
-  const LinearBackward& p;
+struct KeyedBackwardTask : BlockWalk {
   KeyedBackwardScratch s;
-  Task task;
-  int64_t n, h, b, length;
-  int dk, dkp, dvp, cp;
-  index_t state;  // floats of [Dk x Dvp]
 
   MIRAS_FN KeyedBackwardTask(const LinearBackward& params, const KeyedBackwardScratch& scratch, int64_t i)
-      : p(params), s(scratch), task(params, i) {
-    n = task.n, h = task.h, b = p.batch(n), length = p.length(n);
-    dk = p.Dk, dkp = round_up(dk, kPad), dvp = task.dvp, cp = round_up(p.C, kPad);
-    state = index_t(dk) * dvp;
-  }
+      : BlockWalk(params, i), s(scratch) {}
 
-  MIRAS_FN int tokens(int64_t block) const {
-    const int64_t left = length - block * p.C;
-    return int(left < p.C ? left : p.C);
-  }
-  MIRAS_FN int64_t token(int64_t block) const { return p.begin(n) + block * p.C; }
-  MIRAS_FN ChunkView keys(const TokenTensor& x, int64_t block) const { return {x, p.dtype, b, token(block), h, 0, dk}; }
-  MIRAS_FN ChunkView values(const TokenTensor& x, int64_t block) const { return {x, p.dtype, b, token(block), h, task.first, task.dv}; }
-  // This panel's share of a gradient that all panels add to
-  MIRAS_FN TokenTensor part(TokenTensor x, int64_t stride, Dtype dtype = Dtype::f32) const {
-    x.data = static_cast<char*>(x.data) + task.panel * stride * (dtype == Dtype::f32 ? 4 : 2);
-    return x;
-  }
+  MIRAS_FN ChunkView keys(const TokenTensor& x, int64_t block) const { return BlockWalk::keys(x, p.dtype, block); }
   void put_keys(const TokenTensor& x, Dtype dtype, int64_t block, const float* from) const {
     const TokenTensor to = part(x, p.key_part, dtype);
     ChunkView{to, dtype, b, token(block), h, 0, dk}.write(tokens(block), from, dkp);
@@ -235,21 +215,8 @@ void KeyedBackwardTask::block_backward(int64_t block, int64_t i) {
 }
 
 void KeyedBackwardTask::run() {
-  if (p.grad_final_dual) read_state(p.grad_final_dual, n, h, task.first, task.dv, dk, s.J, dvp);
-  else fill_zero(s.J, state);
   fill_zero(s.P, int64_t(p.C) * cp * p.segment);  // nothing is written right of the diagonal
-
-  const int64_t blocks = (length + p.C - 1) / p.C, every = p.checkpoint_every;
-  for (int64_t last = blocks; last > 0;) {
-    const int64_t first = (last - 1) / every * every;
-    recompute(first, last);
-    for (int64_t block = last - 1; block >= first; --block) {
-      if (block != last - 1) begin(block);  // the last one is as recomputing left it
-      block_backward(block, block - first);
-    }
-    last = first;
-  }
-  write_state(p.d_dual, n, h, task.first, task.dv, dk, s.J, dvp, s.J_plain);
+  backwards(*this, s.J, s.J_plain);
 }
 
 static void keyed_backward(const LinearBackward& p, int64_t first, int64_t last) {

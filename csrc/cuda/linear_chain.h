@@ -3,7 +3,7 @@
 //
 //     E' = W K' - V'      U' = -eta psi(E')      O' = gamma (W Q') + U' (L o K Q')      W <- gamma_C W + (U' dec) K
 //
-// This interface does not depend on torch: python/miras_kernels/backends/cuda_chain.py fills the struct and passes it by ctypes.
+// This interface does not depend on torch: python/miras_kernels/backends/cuda_linear.py fills the struct and passes it by ctypes.
 #pragma once
 
 #include "step.h"
@@ -32,7 +32,7 @@ int miras_linear_chain(const MirasLinearChain* chain, cudaStream_t stream);
 namespace miras::cuda {
 
 constexpr int kWarpValues = 16, kChainWarps = 4;
-// CudaBackend compares them with python/miras_kernels/tables/memories.py and backends/cuda_chain.py.
+// CudaBackend compares them with python/miras_kernels/tables/memories.py and backends/cuda_linear.py.
 constexpr int kMaxChainHead = 128, kMaxChainChunk = 64;
 
 // One for each type of token, in a file of its own: they compile side by side.

@@ -60,9 +60,22 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
+// stores four 8 x 8 matrices as ldmatrix_x4 loads them (sm_90)
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+
 // 16 bytes from global to shared memory, or zeros; they are there once the thread has waited and the block has met at a barrier
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+// likewise 4 bytes
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
 
 // ends a group of this thread's copies
@@ -89,6 +102,14 @@ template <class T> __device__ __forceinline__ uint32_t pack(float low, float hig
   return packed;
 }
 
+// likewise, but not kept in registers from one product to the next
+template <class T> __device__ __forceinline__ uint32_t pack_again(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, Bf16>) asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  else asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // the lower and the upper half as floats
 template <class T> __device__ __forceinline__ float2 unpack(uint32_t packed) {
   if constexpr (std::is_same_v<T, Bf16>) {
@@ -98,6 +119,13 @@ template <class T> __device__ __forceinline__ float2 unpack(uint32_t packed) {
     memcpy(&halves, &packed, sizeof packed);
     return __half22float2(halves);
   }
+}
+
+// 1 / x to 1 unit in the last place; 0 for what is above 2^126
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // 2^x to 2 units in the last place; what is below 2^-126 becomes 0

@@ -245,9 +245,9 @@ def other_pattern():
     [
         (lambda: replace_attention(torch.nn.Linear(2, 2)), TypeError, r"model: expected a transformers model \(not wrapped.*got Linear"),
         (
-            lambda: replace_attention(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))),
+            lambda: replace_attention(transformers.BloomModel(transformers.BloomConfig(n_layer=1, hidden_size=8, n_head=1, vocab_size=9))),
             TypeError,
-            "model: expected one built on LlamaModel, .* Gemma3TextModel, with a head of transformers for text, got GPT2Model",
+            r"model: expected one built on LlamaModel, .* GPTNeoXModel, got BloomModel\. .*needs residual, .*register_host",
         ),
         (lambda: replace_attention(meta_model()), ValueError, "model: layer 0 has no data"),
         (lambda: replace_attention(model(layers=()), "mneta"), ValueError, "preset: expected one of 'moneta', .* got 'mneta'"),
@@ -283,7 +283,7 @@ def other_pattern():
         (lambda: replace_attention(plain().model.layers[0]), TypeError, "model: expected a transformers model .*got LlamaDecoderLayer"),
         (lambda: replace_attention(torch.compile(plain())), TypeError, "not compiled.*got OptimizedModule"),
         (lambda: replace_attention(Own(plain().config)), TypeError, "with a head of transformers for text, got Own"),
-        (lambda: memory_config(transformers.GPT2Config()), TypeError, "config: expected .* LlamaConfig, .*got GPT2Config"),
+        (lambda: memory_config(transformers.BloomConfig()), TypeError, "config: expected .* LlamaConfig, .*got BloomConfig"),
         (lambda: model(init="from_attention").model.layers[0].self_attn(torch.randn(1, 3, 24)), ValueError, "position_embeddings: .*None"),
         (
             lambda: model()(input_ids=ids(1), attention_mask=torch.tensor(ROWS["left"][:1]), cu_seq_lens_q=torch.tensor([0, 5, 13])),

@@ -124,10 +124,10 @@ def bit_field(x, place, length, signed: bool):
 
 
 def inserted(x, into, place, length):
-    """bfi: the lower bits of ``x`` in their place in ``into``."""
-    place, length = np.minimum(place & U32(255), U32(63)), np.minimum(length & U32(255), U32(32))
-    field = ((U64(1) << length.astype(U64)) - U64(1)) << place.astype(U64)
-    return ((into & ~field) | ((x.astype(U64) << place.astype(U64)) & field)).astype(U32)
+    """bfi: the lowest bits of ``x`` in the place of some of ``into``."""
+    place, length = np.minimum(place & U32(255), U32(63)).astype(U64), np.minimum(length & U32(255), U32(32)).astype(U64)
+    mask = ((U64(1) << length) - U64(1)) << place
+    return ((into & ~mask) | ((x.astype(U64) << place) & mask)).astype(U32)
 
 
 def permuted(a, b, selector):

@@ -79,7 +79,6 @@ def integers() -> None:
             simple(f"setp.{name}.{t}", f"({{a}} {sign} {{b}})", "pred", t, t)
         for name, sign in UNSIGNED.items():
             simple(f"setp.{name}.{t}", f"({{a}} {sign} {{b}})", "pred", u, u)
-    simple("bfi.b32", "A.inserted({a}, {b}, {c}, {d})", "b32", "b32", "b32", "u32", "u32")
     for kind, signed in (("u32", False), ("s32", True)):
         simple(f"bfe.{kind}", f"A.bit_field({{a}}, {{b}}, {{c}}, {signed})", "b32", "b32", "u32", "u32")
 
@@ -102,6 +101,7 @@ def bits() -> None:
             simple(f"selp.{t}", "np.where({c}, {a}, {b})", kind, kind, kind, "pred")
         OPS[f"mov.{t}"] = move
     simple("mov.pred", "{a}", "pred", "pred")
+    simple("bfi.b32", "A.inserted({a}, {b}, {c}, {d})", "b32", "b32", "b32", "u32", "u32")
     simple("prmt.b32", "A.permuted({a}, {b}, {c})", "b32", "b32", "b32", "u32")
     for side, left in (("l", True), ("r", False)):
         simple(f"shf.{side}.wrap.b32", f"A.funnel({{a}}, {{b}}, {{c}}, {left})", "b32", "b32", "b32", "u32")

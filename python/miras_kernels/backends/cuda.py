@@ -1,13 +1,13 @@
-"""The CUDA C++ kernels, ``csrc/cuda``, called by ctypes. Importing this module loads no library."""
+"""The CUDA C++ kernels, ``csrc/cuda``, as a backend, called by ctypes. Importing this module loads no library."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +18,14 @@ from ..decode.buffers import NAMES as BUFFERS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
-from . import BACKENDS, checkpoints_like, cuda_chain
-from .cuda_chain import TOKEN_TYPES, LinearChain, Tokens
+from . import BACKENDS, checkpoints_like, cuda_linear, cuda_mlp
+from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, launch
 
 __all__ = ["CudaBackend", "Step"]
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
+#: by memory, what reads whole chunks of it: a module with the struct `Chain`, `refuses` and `forward`
+SEQUENCES: dict[str, ModuleType] = {"linear": cuda_linear, "mlp": cuda_mlp}
 
 
 class Step(ctypes.Structure):
@@ -51,8 +53,8 @@ class Step(ctypes.Structure):
 
 
 class CudaBackend:
-    """Hand-written decoding steps of both memories, for short inputs without gradients, and the linear memory's forward. The Triton kernels
-    differentiate it, from the same checkpoints, and take all other calls.
+    """Hand-written decoding steps of both memories, for short inputs without gradients, and the forward of some memories' chunks
+    (``SEQUENCES``), whose backward the Triton kernels do.
 
     Args:
         path: of the library.
@@ -81,24 +83,21 @@ class CudaBackend:
         try:
             library = ctypes.CDLL(str(self.path))
             library.miras_cuda_error.restype = ctypes.c_char_p
-            found = (ctypes.c_int64 * 32)()
-            count = library.miras_step_layout(found, len(found))
-            chains = (ctypes.c_int64 * 32)()
-            of_chains = library.miras_linear_chain_layout(chains, len(chains))
+            found = _layout(library.miras_step_layout)
             library.miras_step_buffers.restype = ctypes.c_char_p
             buffers = tuple(library.miras_step_buffers().decode().split())
+            chains = {name: _layout(getattr(library, f"miras_{name}_chain_layout")) for name in SEQUENCES}
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
         linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
         limits = [linear.head, mlp.head, mlp.hidden]
-        chain = memories.LINEAR.kernels[self.name].sequences
-        of_chain = [chain.head, max(chain.chunk), cuda_chain.COUPLED]
-        same = buffers == BUFFERS and list(found[:count]) == Step.layout() + limits
-        if not same or list(chains[:of_chains]) != LinearChain.layout() + of_chain:
+        same = chains == {name: kernels.Chain.layout() for name, kernels in SEQUENCES.items()}
+        if buffers != BUFFERS or found != Step.layout() + limits or not same:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
-        library.miras_linear_chain.argtypes = [ctypes.POINTER(LinearChain), ctypes.c_void_p]
         for name in ("miras_linear_step", "miras_mlp_step"):
             getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
+        for name, kernels in SEQUENCES.items():
+            getattr(library, f"miras_{name}_chain").argtypes = [ctypes.POINTER(kernels.Chain), ctypes.c_void_p]
         return library, None
 
     def files(self) -> list[Path]:
@@ -112,37 +111,36 @@ class CudaBackend:
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has few enough tokens."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
+        return call.cu_seqlens is None and call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == self.device
 
     def operands(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype  # of the chain; steps multiply in float32
+        return dtype
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if not differentiate and self.decodes(call):
             return self.refuses_steps(call)
-        kernels = call.memory.kernels[self.name]
-        if kernels.sequences is None:
-            return _only_decodes(call, differentiate, kernels.few)
-        reason = call.exceeds(self.name) or cuda_chain.refusal(call) or _refuses_device(call)
-        if reason is None and differentiate:
-            triton = BACKENDS["triton"]
-            of_triton = triton.unavailable() or triton.refuses(call, differentiate)
-            return of_triton and f"the Triton kernels compute its gradients: {of_triton}"
-        return reason
+        if call.memory.name in SEQUENCES:
+            return _refuses_device(call) or SEQUENCES[call.memory.name].refuses(self._loaded[0], call, differentiate)
+        if differentiate:
+            return "it only decodes: it has no gradients"
+        if call.cu_seqlens is not None:
+            return "it only decodes: it takes no packed sequences"
+        return f"it only decodes: calls of at most {call.memory.kernels[self.name].few} tokens, got {call.q.shape[1]}"
 
     def refuses_steps(self, call: Call) -> str | None:
         if call.q.dtype not in TOKEN_TYPES:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
-        return call.exceeds(self.name, steps=True) or _refuses_device(call)
+        exceeded = call.exceeds(self.name, steps=True)
+        return exceeded or _refuses_device(call)
 
     def stepper(self, call: Call) -> Callable:
         return Steps(self._loaded[0], call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return cuda_chain.forward(self._loaded[0], call, checkpoint_every)
+        return SEQUENCES[call.memory.name].forward(self._loaded[0], call, checkpoint_every)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         return checkpoints_like(call, checkpoint_every)
@@ -159,9 +157,9 @@ class Steps:
     def __init__(self, library: Any, call: Call):
         self.library, self.launch = library, getattr(library, f"miras_{call.memory.name}_step")
         n, t, h = call.q.shape[:3]
-        norm = dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias)) if call.memory.needs_norm else {}
+        norm = dict(ln_weight=contiguous(call.ln_weight), ln_bias=contiguous(call.ln_bias)) if call.memory.needs_norm else {}
         self.tensors = norm | self._workspace(call)  # as long as their addresses are used
-        self.constants: dict[str, Any] = {name: _address(x) for name, x in self.tensors.items()}
+        self.constants: dict[str, Any] = {name: address(x) for name, x in self.tensors.items()}
         self.constants |= dict(
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
             K=call.hidden or call.q.shape[-1], V=call.v.shape[-1], C=call.chunk_size,
@@ -170,15 +168,12 @@ class Steps:
 
     def __call__(self, buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
         tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out)]
-        gates = [_gate(x) for x in (lr, log_decay, delta, momentum)]
+        gates = [contiguous(x) for x in (lr, log_decay, delta, momentum)]
         step = Step(
-            *map(Tokens.of, tokens), *map(_address, gates), *map(_address, buffers.all()), lr_per_channel=lr.dim() == 4,
+            *map(Tokens.of, tokens), *map(address, gates), *map(address, buffers.all()), lr_per_channel=lr.dim() == 4,
             decay_per_channel=buffers.open_log_decay.dim() == 3, delta_per_channel=delta is not None and delta.dim() == 4, **self.constants,
         )  # fmt: skip
-        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-            error = self.launch(ctypes.byref(step), torch.cuda.current_stream().cuda_stream if q.is_cuda else None)
-        if error:
-            raise RuntimeError(f"cuda: launching a step failed: {self.library.miras_cuda_error(error).decode()}")
+        launch(self.library, self.launch, step, q.device)
         if tokens[-1] is not out:
             out.copy_(tokens[-1])
 
@@ -192,31 +187,20 @@ class Steps:
         return dict(hidden=room(2, call.hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
 
 
-def _only_decodes(call: Call, differentiate: bool, few: int) -> str:
-    if differentiate:
-        return "it only decodes: it has no gradients"
-    if call.cu_seqlens is not None:
-        return "it only decodes: it takes no packed sequences"
-    return f"it only decodes: calls of at most {few} tokens, got {call.q.shape[1]}"
+def _floats(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * len(numbers))(*numbers)
+
+
+def _layout(function: Callable) -> list[int]:
+    """What a function of the library says of a struct."""
+    found = (ctypes.c_int64 * 32)()
+    return list(found[: function(found, len(found))])
 
 
 def _refuses_device(call: Call) -> str | None:
     if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
         return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
     return None
-
-
-def _gate(x: Tensor | None) -> Tensor | None:
-    """A gate or LayerNorm parameter as the kernels take it."""
-    return None if x is None else x.detach().to(torch.float32).contiguous()
-
-
-def _floats(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
-    return (ctypes.c_float * len(numbers))(*numbers)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _why_not_built() -> str:

@@ -50,11 +50,14 @@ from . import classes
 from .attention import MemoryAttention
 from .cache import MemoryCacheLayer
 from .classes import *  # noqa: F403
+from .classes import register_host
+from .hosts import Host
 from .linear_attention import accelerate
 from .model import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasForTokenClassification, MirasModel
 from .replace import Report, load, memory_config, replace_attention, report
 
 __all__ = [
+    "Host",
     "MemoryAttention",
     "MemoryCacheLayer",
     "MirasConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "accelerate",
     "load",
     "memory_config",
+    "register_host",
     "replace_attention",
     "report",
     *classes.NAMES,

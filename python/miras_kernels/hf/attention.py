@@ -17,13 +17,12 @@ from transformers import PreTrainedModel, StaticCache
 from ..layers import MemoryBlock, Projected
 from .cache import MemoryCacheLayer, check_cache, memory_layer, refuse_state
 from .compat import CACHE, accepts_old_name, drops_cache
+from .hosts import Host, attentions
 
 __all__ = ["Batch", "MemoryAttention", "ParallelAttention", "describe_batch", "mask_of_tokens"]
 
 #: keyword argument of the base model: a padding mask ``[B, T]``, where ``attention_mask`` has been expanded for attention already
 MASK = "memory_mask"
-#: the modules of an attention layer that a memory uses: projections, and the norms of queries and keys that some layers have
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class Batch(NamedTuple):
@@ -34,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class MemoryAttention(nn.Module):
-    """A :class:`~miras_kernels.layers.MemoryBlock` that a decoder layer calls as its ``self_attn``.
+    """A :class:`~miras_kernels.layers.MemoryBlock` that a decoder layer calls as its attention (``self_attn`` in most models).
 
     All new parameters belong to the child ``memory``. With ``attention``, the projections (and the norms of queries and keys) are that
     layer's own modules, under the same names; they are called as modules, so that adapters and hooks on them work.
@@ -43,22 +42,21 @@ class MemoryAttention(nn.Module):
         memory: the block, without projections if ``attention`` is given.
         layer_idx: index of the layer in the model and its cache.
         attention: the layer that is linearised.
+        host: how the model's attention layers are built.
     """
 
     # set only where there is an attention layer
-    q_proj: Any
-    k_proj: Any
-    v_proj: Any
-    o_proj: Any
     q_norm: Any
     k_norm: Any
+    host, turns = Host(), True  # of modules that an earlier version has pickled
 
-    def __init__(self, memory: MemoryBlock, layer_idx: int, attention: nn.Module | None = None):
+    def __init__(self, memory: MemoryBlock, layer_idx: int, attention: nn.Module | None = None, host: Host = host):
         super().__init__()
         self.memory = memory
         self.layer_idx = layer_idx
         self.is_causal = True
-        for name in PROJECTIONS if attention is not None else ():
+        self.host, self.turns = host, attention is not None and host.turns(attention)
+        for name in host.modules() if attention is not None else ():
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
 
@@ -80,21 +78,44 @@ class MemoryAttention(nn.Module):
         cache = _cache_layer(self, kwargs)
         projected = self._project(hidden_states, position_embeddings)
         out = _run_memory(self.memory, hidden_states, attention_mask, memory_batch, cache, projected)
-        return out if projected is None else self.o_proj(out), None
+        return out if projected is None else getattr(self, self.host.output)(out), None
 
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Projected | None:
-        """The attention layer's queries, keys and values, before the rotary position embedding."""
+        """The attention layer's queries, keys and values, and the rotary position embedding that the memory applies to them."""
         if self.memory.q_proj is not None:
             return None
-        if position_embeddings is None:
+        if self.turns and position_embeddings is None:
             raise ValueError("position_embeddings: a memory made from attention needs the model's (cos, sin), got None")
-        heads, size = self.memory.num_heads, self.memory.head_dim
-        q, k, v = (projection(x).unflatten(-1, (-1, size)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        heads = self.memory.num_heads
+        q, k, v = self._heads(x)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            if self.host.norm == "flat":
+                q, k = (norm(t.flatten(2)).view_as(t) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
         k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
-        cos, sin = (t.expand(*x.shape[:2], -1) for t in position_embeddings)
-        return Projected(torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1), cos, sin)
+        angles: Any = (None, None)
+        if self.turns and position_embeddings is not None:
+            angles = (t.expand(*x.shape[:2], -1) for t in position_embeddings)
+            if self.host.rotary == "angles":
+                angles = (torch.cat([t, t], -1) for t in angles)
+            elif self.host.rotary == "interleaved":  # a memory does not depend on the order of a head's channels, so change it
+                q, k = (torch.cat([t[..., ::2], t[..., 1::2]], -1) for t in (q, k))
+                angles = (torch.cat([t[..., ::2], t[..., 1::2]], -1) for t in angles)
+        return Projected(torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1), *angles)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[B, T, heads, head_dim]``; keys and values may have fewer heads than queries."""
+        heads, names = self.memory.num_heads, self.host.projections or ()
+        made = [getattr(self, name)(x).unflatten(-1, (-1, self.memory.head_dim)) for name in names]
+        if len(made) == 1:
+            if self.host.fused == "heads":
+                made = made[0].unflatten(2, (heads, 3)).unbind(3)
+            else:
+                groups = (made[0].shape[2] - heads) // 2
+                made = made[0].split([heads, groups, groups], 2)
+        q, k, v = made
+        return q, k, v
 
 
 class ParallelAttention:
@@ -104,6 +125,7 @@ class ParallelAttention:
     attention layer.
     """
 
+    host = Host()
     layer_idx: int
     memory: MemoryBlock
 
@@ -117,8 +139,9 @@ class ParallelAttention:
 
 def _cache_layer(layer: Any, kwargs: dict, beside_attention: bool = False) -> MemoryCacheLayer | None:
     """The layer of the cache that is among the keyword arguments."""
-    refuse_state(kwargs)
-    cache = kwargs.get(CACHE)
+    name = layer.host.cache
+    refuse_state(kwargs if name == CACHE else {key: value for key, value in kwargs.items() if key != name})
+    cache = kwargs.get(name)
     return None if cache is None else memory_layer(cache, layer.layer_idx, beside_attention)
 
 
@@ -155,7 +178,7 @@ PACKED_CACHE = (
 )
 
 
-def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
+def describe_batch(model: PreTrainedModel, host: Host, kwargs: dict) -> dict:
     """The keyword arguments for the original forward, with ``memory_batch``; refuses what memories do not support.
 
     If a padding mask ``[B, past + T]`` comes without ``position_ids``, positions count real tokens. In training mode no cache is created
@@ -169,15 +192,23 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
     if kwargs.get("use_cache") is None and cache is None and model.training:
         kwargs["use_cache"] = False
     given, length = kwargs.get("attention_mask"), tokens.shape[1]
+    every = all(isinstance(layer, MemoryAttention) for layer in attentions(model, host))
     if MASK in kwargs:  # from mask_of_tokens
         mask, documents, past = kwargs.pop(MASK), None, 0
     else:
         past = _past(cache, given, length)
         mask = _token_mask(given, length, past + length)
         documents = _documents(tokens, kwargs, mask)
+    if any(layer.memory.context is not None for layer in attentions(model, host) if isinstance(layer, MemoryAttention)):
+        _check_stretch(kwargs, documents)
     if documents is not None:
         if cache is not None or kwargs.get("use_cache"):
             raise ValueError(PACKED_CACHE)
+        if not (host.packs or every or "flash" in str(model.config._attn_implementation)):
+            raise ValueError(
+                f"position_ids, cu_seq_lens_q: the attention of {type(model).__name__} does not separate packed documents; expected one "
+                "document per row, memories in all layers, or attn_implementation='flash_attention_2'"
+            )
         # Without a mask, the remaining attention layers find the documents by the positions.
         kwargs["use_cache"], kwargs["attention_mask"], mask = False, None, None
         if kwargs.get("position_ids") is None:
@@ -190,10 +221,18 @@ def describe_batch(model: PreTrainedModel, kwargs: dict) -> dict:
         carries_state = cache is not None or kwargs.get("use_cache") is not False
         if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or carries_state) and bool(mask.all()):
             mask = None
-    if all(isinstance(layer.self_attn, MemoryAttention) for layer in model.layers):
+    if every:
         # No layer reads this mask; since it has four dimensions, transformers creates no other one.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return {**kwargs, "memory_batch": Batch(mask, documents)}
+
+
+def _check_stretch(kwargs: dict, documents: Tensor | None) -> None:
+    """With context parallelism (:mod:`miras_kernels.parallel`) a rank cannot know what lies before its tokens."""
+    if kwargs.get("position_ids") is None:
+        raise ValueError("position_ids: with context parallelism expected those of this rank's tokens (ContextParallel.shard), got None")
+    if documents is not None and kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError("cu_seq_lens_q: with context parallelism expected the offsets of all ranks' packed documents, got None")
 
 
 def mask_of_tokens(inputs: dict, attention_mask: Tensor | None, is_first_iteration: bool) -> dict:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -21,22 +21,15 @@ from torch import nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ..layers import MemoryBlock
-from . import compat, plan
+from . import compat, hosts, plan
 from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_of_tokens
+from .hosts import Host
 from .plan import Memories
 
-#: module of transformers.models -> its base model; their decoder layers call ``self_attn`` with the arguments of :class:`MemoryAttention`
-ARCHITECTURES = {
-    "llama": "LlamaModel",
-    "mistral": "MistralModel",
-    "qwen2": "Qwen2Model",
-    "qwen3": "Qwen3Model",
-    "gemma": "GemmaModel",
-    "gemma2": "Gemma2Model",
-    "gemma3": "Gemma3TextModel",
-}
 _SHIM = "modeling_miras"
-_HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+#: the end of a class' name -> that of its AutoModel class
+_HEADS = {name: name for name in ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")}
+_HEADS["LMHeadModel"] = "ForCausalLM"
 
 
 class Family(NamedTuple):
@@ -46,6 +39,7 @@ class Family(NamedTuple):
     config: type[PreTrainedConfig]  # ... with memories
     base: type[PreTrainedModel]  # the base model with memories
     models: dict[type[PreTrainedModel], type[PreTrainedModel]]  # original class -> the one with memories
+    host: Host  # how its layers are built
 
 
 if TYPE_CHECKING:  # the attributes that the mixins use
@@ -87,9 +81,10 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
             raise ValueError(f"config.miras: {type(self).__name__} needs the layers that have memories, see miras_kernels.hf; got None")
         super().__init__(config, *args, **kwargs)
         base = self.base_model
+        family = FAMILIES[self.config_class]
         if not isinstance(base, MirasModelMixin):  # created by the original __init__
-            adopt(base, FAMILIES[self.config_class])
-        install(base, build(base, config, groups))
+            adopt(base, family)
+        install(base, family.host, build(base, family.host, config, groups))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -132,27 +127,29 @@ def initializer_range(config: PreTrainedConfig) -> float:
     return getattr(config, "initializer_range", None) or 0.02
 
 
-def has_memory(layer: nn.Module) -> bool:
-    """Whether a decoder layer has a memory, in the place of attention or beside it."""
-    return isinstance(layer.self_attn, MemoryAttention | ParallelAttention)
-
-
 def build(
-    base: PreTrainedModel, config: PreTrainedConfig, groups: list[Memories], backend: str = "auto"
+    base: PreTrainedModel, host: Host, config: PreTrainedConfig, groups: list[Memories], backend: str = "auto"
 ) -> dict[int, MemoryAttention | MemoryBlock]:
     """New memories by layer, for the layers of ``groups`` that have none yet; a :class:`MemoryBlock` for one beside attention."""
+    layers = hosts.attentions(base, host)
     for group in groups:
-        plan.indices(group.layers, len(base.layers))
-    return {i: _layer(base, config, group, i, backend) for group in groups for i in group.layers if not has_memory(base.layers[i])}
+        plan.indices(group.layers, len(layers))
+    return {
+        i: _layer(base, layers[i], host, config, group, i, backend)
+        for group in groups
+        for i in group.layers
+        if not isinstance(layers[i], MemoryAttention | ParallelAttention)
+    }
 
 
-def install(base: PreTrainedModel, new: dict[int, MemoryAttention | MemoryBlock]) -> None:
+def install(base: PreTrainedModel, host: Host, new: dict[int, MemoryAttention | MemoryBlock]) -> None:
     """Put memories in place of attention, or beside it."""
     for i, memory in new.items():
+        layer = getattr(base, host.layers)[i]
         if isinstance(memory, MemoryAttention):
-            base.layers[i].self_attn = memory
+            setattr(layer, host.attention, memory)
         else:
-            attention = base.layers[i].self_attn
+            attention = getattr(layer, host.attention)
             attention.__class__, attention.memory = PARALLEL[type(attention)], memory
 
 
@@ -162,10 +159,15 @@ def adopt(model: PreTrainedModel, family: Family) -> None:
     compat.record_outputs(model)
 
 
-def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, index: int, backend: str) -> MemoryAttention | MemoryBlock:
-    layer, linearised, parallel = base.layers[index], group.init == "from_attention", group.mode == "parallel"
-    if parallel and type(layer.self_attn) not in PARALLEL:
-        raise TypeError(f"mode: 'parallel' needs the attention class of the original model, got {type(layer.self_attn).__name__}")
+def _layer(
+    base: PreTrainedModel, attention: nn.Module, host: Host, config: PreTrainedConfig, group: Memories, index: int, backend: str
+) -> MemoryAttention | MemoryBlock:
+    linearised, parallel, name = group.init == "from_attention", group.mode == "parallel", type(attention).__name__
+    if parallel and type(attention) not in PARALLEL:
+        raise TypeError(f"mode: 'parallel' needs the attention class of the original model, got {name}")
+    absent = [x for x in (*(host.projections or ()), host.output) if linearised and not isinstance(getattr(attention, x, None), nn.Module)]
+    if absent:
+        raise ValueError(f"init: 'from_attention' needs the modules {', '.join(absent)}, which {name} (layer {index}) does not have")
     block = MemoryBlock(
         config.hidden_size,
         group.num_heads,
@@ -179,8 +181,10 @@ def _layer(base: PreTrainedModel, config: PreTrainedConfig, group: Memories, ind
         backend=backend,
     )
     # Cast after initialisation, so that the random numbers do not depend on the model's dtype.
-    block = block.to(next(layer.parameters()).device, base.dtype).train(layer.training)
-    return block if parallel else MemoryAttention(block, index, layer.self_attn if linearised else None).train(layer.training)
+    block = block.to(next(attention.parameters()).device, base.dtype).train(attention.training)
+    if parallel:
+        return block
+    return MemoryAttention(block, index, attention if linearised else None, host).train(attention.training)
 
 
 # ------------------------------------------------------------------------------------------------- making the classes
@@ -191,13 +195,13 @@ def _positional(method: Callable) -> list[str]:
     return [name for name, p in inspect.signature(method).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
 
-def _forward(original: type[PreTrainedModel]):
+def _forward(original: type[PreTrainedModel], host: Host):
     names = _positional(original.forward)
 
     @compat.accepts_old_name
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        return original.forward(self, **describe_batch(self, {**dict(zip(names, args, strict=False)), **kwargs}))
+        return original.forward(self, **describe_batch(self, host, {**dict(zip(names, args, strict=False)), **kwargs}))
 
     return forward
 
@@ -214,33 +218,90 @@ def _prepare_inputs(original: type[PreTrainedModel]):
     return prepare_inputs_for_generation
 
 
-def _model_class(original: type[PreTrainedModel], config: type[PreTrainedConfig], is_base: bool) -> type[PreTrainedModel]:
+def _model_class(original: type[PreTrainedModel], config: type[PreTrainedConfig], base_of: Host | None) -> type[PreTrainedModel]:
     what = "with memories in the layers that ``config.miras`` lists"
     body = {"__module__": __name__, "__doc__": f":class:`transformers.{original.__name__}` {what}.", "config_class": config,
             "__annotations__": {"config": config}}  # fmt: skip
-    if is_base:
-        body["forward"] = _forward(original)
+    for name in ("_can_set_attn_implementation", "_can_set_experts_implementation"):  # they read the source of a class' module
+        body[name] = classmethod(lambda cls, name=name: getattr(original, name)())
+    if base_of is not None:
+        body["forward"] = _forward(original, base_of)
     if issubclass(original, GenerationMixin):
         body["prepare_inputs_for_generation"] = _prepare_inputs(original)
     return type(f"Miras{original.__name__}", (MirasModelMixin, original), body)
 
 
-def _family(module_name: str, base_name: str) -> Family:
-    module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
-    base = getattr(module, base_name)
+def _parallel_class(attention: type[nn.Module], host: Host) -> type[nn.Module]:
+    body = {"__module__": __name__, "__doc__": f":class:`{attention.__name__}` with a memory beside it.", "host": host}
+    return type(f"Miras{attention.__name__}", (ParallelAttention, attention), body)
+
+
+def _family(base: type[PreTrainedModel], heads: Iterable[type[PreTrainedModel]], attention: type[nn.Module] | None, host: Host) -> Family:
+    """Makes the classes of an architecture and registers them."""
     original = base.config_class
     what = "with the field ``miras``, see :mod:`miras_kernels.hf.plan`"
     body = {"__module__": __name__, "__doc__": f":class:`transformers.{original.__name__}` {what}.",
             "model_type": f"miras_{original.model_type}",
             "base_model_tp_plan": None, "miras": None, "__annotations__": {"miras": dict | None}}  # fmt: skip
     config = type(f"Miras{original.__name__}", (MirasConfigMixin, original), body)
+    models = {cls: _model_class(cls, config, host if cls is base else None) for cls in (base, *heads) if cls.config_class is original}
+    family = Family(original, config, models[base], models, host)
+    register(family)
+    FAMILIES[original] = family
+    made = [config, *models.values()]
+    if attention is not None:
+        PARALLEL[attention] = _parallel_class(attention, host)
+        globals()[PARALLEL[attention].__name__] = PARALLEL[attention]
+    for cls in made:  # for imports and pickle
+        globals()[cls.__name__] = cls
+    NAMES.extend(cls.__name__ for cls in made)
+    return family
+
+
+def _from_table(base_name: str, module_name: str, host: Host) -> None:
+    module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
     stem = base_name.removesuffix("Model").removesuffix("Text")
-    attention = getattr(module, f"{stem}Attention")
-    body = {"__module__": __name__, "__doc__": f":class:`{attention.__name__}` of transformers with a memory beside it."}
-    PARALLEL[attention] = type(f"Miras{attention.__name__}", (ParallelAttention, attention), body)
-    classes = [base, *(getattr(module, stem + middle + head, None) for head in _HEADS for middle in ("", "Text"))]
-    models = {cls: _model_class(cls, config, cls is base) for cls in classes if cls is not None and cls.config_class is original}
-    return Family(original, config, models[base], models)
+    heads = [getattr(module, stem + middle + head, None) for head in _HEADS for middle in ("", "Text")]
+    _family(getattr(module, base_name), [cls for cls in heads if cls is not None], getattr(module, f"{stem}Attention"), host)
+
+
+def register_host(
+    base: type[PreTrainedModel], *heads: type[PreTrainedModel], attention_class: type[nn.Module] | None = None, **names: Any
+) -> type[PreTrainedModel]:
+    """Let :func:`replace_attention` change models of an architecture that it does not know.
+
+    ::
+
+        miras_kernels.hf.register_host(MyModel, MyForCausalLM, layers="blocks", attention="mixer")
+
+    Every process that loads such a model with memories has to make the same call first.
+
+    Args:
+        base: the base model, without a head; with its own ``config_class``.
+        heads: models that contain it; their names end as those of transformers do (``ForCausalLM``, ``ForSequenceClassification`` ...).
+        attention_class: the class of attention modules, for ``mode="parallel"``.
+        names: what differs from Llama: the arguments of :class:`~miras_kernels.hf.hosts.Host`.
+
+    Returns:
+        The class of the base model with memories.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    host = Host(**names)
+    for cls in (base, *heads):
+        if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+            raise TypeError(f"base, heads: expected subclasses of PreTrainedModel, got {cls!r}")
+        if cls.config_class is None or cls.config_class in (PreTrainedConfig, *FAMILIES) or cls.config_class is not base.config_class:
+            raise ValueError(
+                f"config_class: expected a class of its own, not registered before, the same for {base.__name__} and its heads; got "
+                f"{getattr(cls.config_class, '__name__', None)} in {cls.__name__}"
+            )
+        if cls is not base and auto_class(cls) == "AutoModel":
+            raise ValueError(f"heads: expected names that end in {', '.join(_HEADS)}, got {cls.__name__}")
+    if not hosts.hands_on(base.forward):
+        raise TypeError(f"base: {base.__name__}.forward must take **kwargs and hand them on to its layers")
+    return _family(base, heads, attention_class, host).base
 
 
 def auto_map(model: type[PreTrainedModel]) -> dict[str, str]:
@@ -251,13 +312,14 @@ def auto_map(model: type[PreTrainedModel]) -> dict[str, str]:
 
 def auto_class(model: type[PreTrainedModel]) -> str:
     """The name of the AutoModel class that loads ``model``."""
-    return "AutoModel" + next((head for head in _HEADS if model.__name__.endswith(head)), "")
+    return "AutoModel" + next((auto for head, auto in _HEADS.items() if model.__name__.endswith(head)), "")
 
 
 def register(family: Family) -> None:
     """Register a family with AutoConfig and the AutoModel classes."""
     FAMILIES[family.config] = family
     AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+    compat.register_conversions(family.config.model_type, family.original.model_type)
     for cls in family.models.values():
         getattr(transformers, auto_class(cls)).register(family.config, cls, exist_ok=True)
 
@@ -268,13 +330,7 @@ FAMILIES: dict[type[PreTrainedConfig], Family] = {}
 PARALLEL: dict[type[nn.Module], type[nn.Module]] = {}
 #: the names of the public classes created here
 NAMES: list[str] = []
-for _names in ARCHITECTURES.items():
-    _made = _family(*_names)
-    register(_made)
-    FAMILIES[_made.original] = _made
-    for _cls in (_made.config, *_made.models.values()):
-        globals()[_cls.__name__] = _cls  # for imports and pickle
-        NAMES.append(_cls.__name__)
-globals().update({_cls.__name__: _cls for _cls in PARALLEL.values()})
+for _name, (_module, _host) in hosts.TABLE.items():
+    _from_table(_name, _module, _host)
 
-__all__ = ["FAMILIES", "NAMES", "register", *NAMES]
+__all__ = ["FAMILIES", "NAMES", "register", "register_host", *NAMES]

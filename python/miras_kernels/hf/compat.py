@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, conversion_mapping
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import output_capturing
 from transformers.utils.deprecation import deprecate_kwarg
@@ -42,6 +42,13 @@ def record_outputs(model: PreTrainedModel) -> None:
     """Register the outputs (hidden states ...) that the class of ``model`` can record, as transformers does in a model's ``__init__``:
     in a dict whose key is the class' name; from 5.24 on its ``__setitem__`` expects the model instead."""
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(model.__class__), model._can_record_outputs)
+
+
+def register_conversions(model_type: str, original: str) -> None:
+    """Read and write checkpoints of ``model_type`` in the format of ``original`` (that of mixtures of experts on the Hub)."""
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(original)
+    if mapping is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
 
 
 class GenerationMethods:

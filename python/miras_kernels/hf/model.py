@@ -110,5 +110,6 @@ register(
             mistral.MistralForSequenceClassification: MirasForSequenceClassification,
             mistral.MistralForTokenClassification: MirasForTokenClassification,
         },
+        classes.FAMILIES[MistralConfig].host,
     )
 )

@@ -7,13 +7,15 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..layers import Preset
 from ..layers.presets import resolve
 from . import compat, plan
-from .attention import PROJECTIONS, MemoryAttention, ParallelAttention
-from .classes import ARCHITECTURES, FAMILIES, Family, adopt, build, install
+from .attention import MemoryAttention, ParallelAttention
+from .classes import FAMILIES, Family, adopt, build, install
+from .hosts import TABLE, attentions, missing
 from .plan import Memories
 
 __all__ = ["Report", "load", "memory_config", "replace_attention", "report"]
@@ -33,7 +35,12 @@ def replace_attention(
     gate_rank: int = 16,
     backend: str = "auto",
 ) -> PreTrainedModel:
-    """Replace the attention of a Llama, Mistral, Qwen2, Qwen3 or Gemma (1, 2, 3 text) model by memories, in place, or add them to it.
+    """Replace the attention of a model by memories, in place, or add them to it.
+
+    The architectures are those of :data:`miras_kernels.hf.hosts.TABLE`: Llama, Mistral, Mixtral, Qwen 2 and 3 (also with experts),
+    Gemma 1 to 3, Granite, Phi-3, OLMo 2 and 3, SmolLM3, GPT-OSS, Cohere 1 and 2, DeepSeek V2 and V3, GPT-2 and GPT-NeoX;
+    :func:`register_host` adds others. In a model for images and text whose text model is one of these (LLaVA ...), the layers of the
+    text model are replaced.
 
     The model's class changes to the one with memories (``LlamaForCausalLM`` becomes ``MirasLlamaForCausalLM``, with its own
     configuration), which saves, loads, generates and trains like the original. The other layers keep their attention; a second call
@@ -41,7 +48,8 @@ def replace_attention(
 
     The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, initialised from
     torch's random generator with the model's ``initializer_range``. *A pretrained model whose attention has been replaced must be
-    trained before it is of use again.* All new parameters are named ``...self_attn.memory.*``; :func:`report` lists them.
+    trained before it is of use again.* All new parameters are named ``...self_attn.memory.*`` (``attn`` in GPT-2, ``attention`` in
+    GPT-NeoX); :func:`report` lists them.
 
     Args:
         model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped.
@@ -52,9 +60,9 @@ def replace_attention(
             (``memory.output_gate``, one number per channel) that is zero at first, so that the model's outputs do not change.
         init: ``"new"``: the memory has its own projections, and no position embedding. ``"from_attention"``, for linearising a
             pretrained model: the memory uses the layer's q_proj, k_proj, v_proj and o_proj (the same modules, under the same
-            names; also the norms of queries and keys in Qwen3 and Gemma 3), grouped keys and values are repeated for all heads,
+            names, fused ones too; also the norms of queries and keys), grouped keys and values are repeated for all heads,
             queries and keys keep their rotary position embedding, and the convolution is initialised to the identity. A sliding
-            window is dropped.
+            window, attention sinks and dropout inside of attention are dropped. DeepSeek's compressed keys and values are refused.
         num_heads, head_dim: by default those of the model's queries; not allowed with ``init="from_attention"``, which uses those.
         chunk_size, conv_width, gate_rank, backend: see :class:`~miras_kernels.layers.MemoryBlock`. The backend is not saved.
 
@@ -65,28 +73,34 @@ def replace_attention(
         TypeError, ValueError: naming the argument, what was expected and what came. The model is then unchanged.
     """
     compat.warn_if_untested()
-    family = _family(model)
-    base, old = model.base_model, model.config
+    part, family = _part(model)
+    base, old = part.base_model, part.config
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("model: expected one without adapters (replace attention first, then add them), got one with adapters")
     config, group = _add_memories(
         old, preset, layers, mode=mode, init=init, num_heads=num_heads, head_dim=head_dim, chunk_size=chunk_size,
         conv_width=conv_width, gate_rank=gate_rank,
     )  # fmt: skip
-    for i in plan.indices(group.layers, len(base.layers)):
-        if next(base.layers[i].parameters()).device.type == "meta":
+    layers_of_base = attentions(base, family.host)
+    for i in plan.indices(group.layers, len(layers_of_base)):
+        if next(layers_of_base[i].parameters()).device.type == "meta":
             raise ValueError(
                 f"model: layer {i} has no data (meta device); expected a model whose weights are loaded (or load them with "
                 f"from_pretrained of {family.base.__name__} or another class with memories and config=memory_config(...))"
             )
-    new = build(base, config, [group], backend)
+    new = build(base, family.host, config, [group], backend)
+    changed = {id(old): config}
+    if model.config is not old:  # that of a model for images and text, which other models may share too
+        outer = changed[id(model.config)] = copy.deepcopy(model.config)
+        setattr(outer, next(name for name, value in vars(model.config).items() if value is old), config)
     for module in model.modules():
-        if vars(module).get("config") is old:
-            module.config = config
-    for part in {id(part): part for part in (model, base)}.values():
-        if type(part) in family.models:
-            adopt(part, family)
-    install(base, new)
+        for name, value in vars(module).items():
+            if id(value) in changed:
+                setattr(module, name, changed[id(value)])
+    for x in {id(x): x for x in (part, base)}.values():
+        if type(x) in family.models:
+            adopt(x, family)
+    install(base, family.host, new)
     return model
 
 
@@ -137,7 +151,12 @@ def _add_memories(
         raise ValueError("model: a memory reads causally; expected a model with causal attention, got one with bidirectional attention")
     before = plan.read(config)
     chosen = plan.indices(layers, config.num_hidden_layers, [i for group in before for i in group.layers])
-    heads, size = _heads(config, mode, init, num_heads, head_dim)
+    if init == "from_attention" and family.host.projections is None:
+        raise ValueError(
+            f"init: {family.original.__name__} has compressed keys and values (multi-head latent attention), which a memory cannot use; "
+            "expected 'new', got 'from_attention'"
+        )
+    heads, size = _heads(config, family.host.head_dim, mode, init, num_heads, head_dim)
     group = Memories(chosen, resolve(preset, chunk_size), heads, size, conv_width, gate_rank, init, mode)
     new = copy.deepcopy(config)
     new.__class__ = family.config
@@ -161,6 +180,8 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     names = {cls.__name__: cls for family in FAMILIES.values() for cls in family.models.values()}
     saved = (config.architectures or ["no class"])[0]
+    if plan.read(config.get_text_config()) and hasattr(transformers, saved):  # a model for images and text
+        return getattr(transformers, saved).from_pretrained(path, **kwargs)
     if saved not in names:
         raise ValueError(
             f"path: expected a model with memories (saved after replace_attention), got {saved} of type {config.model_type!r} in {path}"
@@ -205,7 +226,7 @@ def report(model: PreTrainedModel) -> Report:
         if isinstance(module, MemoryAttention | ParallelAttention):
             new += [f"{prefix}.memory.{name}" for name, _ in module.memory.named_parameters()]
         if isinstance(module, MemoryAttention):
-            copied += [f"{prefix}.{name}" for name, _ in module.named_parameters() if name.split(".")[0] in PROJECTIONS]
+            copied += [f"{prefix}.{name}" for name, _ in module.named_parameters() if name.split(".")[0] != "memory"]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     return Report(tuple(copied), tuple(new), {name: sizes[name] for name in [*copied, *new]})
 
@@ -213,23 +234,48 @@ def report(model: PreTrainedModel) -> Report:
 # ---------------------------------------------------------------------------------------------------- checks
 
 
-def _family(model: object) -> Family:
-    names = ", ".join(ARCHITECTURES.values())
+def _part(model: object) -> tuple[PreTrainedModel, Family]:
+    """The model whose class changes, with its family: the given one, or the text model inside it."""
     if not isinstance(model, PreTrainedModel) or type(model).__name__.startswith("FSDP"):
         raise TypeError(f"model: expected a transformers model (not wrapped, not compiled), got {type(model).__name__}")
-    family = FAMILIES.get(type(model.config))
-    if family is None or type(model) not in {*family.models, *family.models.values()}:
-        raise TypeError(f"model: expected one built on {names}, with a head of transformers for text, got {type(model).__name__}")
-    return family
+    family, text = FAMILIES.get(type(model.config)), model.config.get_text_config()
+    if family is not None and type(model) in {*family.models, *family.models.values()}:
+        reasons = missing(model, family.host)
+        if reasons:
+            raise TypeError(f"model: {type(model).__name__} is not built as its architecture: {'; '.join(reasons)}")
+        return model, family
+    if model.config.model_type in ("gemma3", "paligemma"):
+        raise TypeError(
+            f"model: {type(model).__name__} attends to the tokens of an image in both directions, and a memory reads causally; expected "
+            f"its text model alone, or a model that reads images causally (LLaVA ...)"
+        )
+    if family is None and text is not model.config and type(text) in FAMILIES:
+        family = FAMILIES[type(text)]
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and part.config is text and type(part) in {*family.models, *family.models.values()}:
+                return part, family
+    if family is not None:
+        raise TypeError(
+            f"model: expected one built on {family.base.__name__.removeprefix('Miras')} with a head of transformers for text, got "
+            f"{type(model).__name__}"
+        )
+    reasons = missing(model)
+    raise TypeError(
+        f"model: expected one built on {', '.join(TABLE)}, got {type(model).__name__}. "
+        + ("A memory cannot replace its attention: " + "; ".join(reasons) if reasons else "It may be registered")
+        + ". See miras_kernels.hf.register_host, which says what an architecture needs and how to name its parts"
+    )
 
 
-def _heads(config: PreTrainedConfig, mode: str, init: str, num_heads: int | None, head_dim: int | None) -> tuple[int, int | None]:
+def _heads(
+    config: PreTrainedConfig, size_name: str, mode: str, init: str, num_heads: int | None, head_dim: int | None
+) -> tuple[int, int | None]:
     for name, given, choices in (("mode", mode, plan.MODES), ("init", init, plan.INITS)):
         if given not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {given!r}")
     if mode == "parallel" and init != "new":
         raise ValueError(f"init: with mode='parallel' attention keeps its projections; expected 'new', got {init!r}")
-    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    own = getattr(config, size_name, None) or config.hidden_size // config.num_attention_heads
     if init == "from_attention":
         for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
             if size is not None:

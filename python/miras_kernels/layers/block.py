@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..memory import linear_memory, mlp_memory
+from ..parallel import ContextParallel
 from ..state import MemoryState
-from .functional import convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
+from .functional import Projected, convolve, inverse_softplus, rotated, suit, token_mask, unit, wide
 from .presets import Preset, resolve
 from .state import BlockDecoder, BlockState
 
@@ -20,25 +21,6 @@ __all__ = ["MemoryBlock", "Projected"]
 _SPAN = 10.0  # initial decay span of a linear memory's fastest head: tokens for a factor of e
 _SPREAD = 100.0  # span of the slowest head over that of the fastest
 _MOMENTUM = 0.999  # upper bound, such that it is below 1 after rounding too
-
-
-class Projected(NamedTuple):
-    """Inputs of a :class:`MemoryBlock` without projections, in addition to the hidden states.
-
-    Attributes:
-        qkv: ``[B, T, 3 * num_heads * head_dim]``, the projected queries, keys and values.
-        cos, sin: ``[B, T, head_dim]``, a rotary position embedding or None. It is applied to queries and keys before they are
-            normalised, so that a linear memory depends on the distance of two tokens only.
-    """
-
-    qkv: Tensor
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Projected:
-        """Apply ``function`` to every tensor."""
-        turn = (None, None) if self.cos is None or self.sin is None else (function(self.cos), function(self.sin))
-        return Projected(function(self.qkv), *turn)
 
 
 class MemoryBlock(nn.Module):
@@ -158,6 +140,7 @@ class MemoryBlock(nn.Module):
         self.preset = resolve(preset, chunk_size)
         self.hidden_size, self.num_heads, self.head_dim = (hidden_size, num_heads, head_dim or hidden_size // num_heads)
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
+        self.context: ContextParallel | None = None  # set by miras_kernels.parallel
         inner, where = self.num_heads * self.head_dim, dict[str, Any](device=device, dtype=dtype)
         projection = lambda: nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
         self.q_proj, self.k_proj, self.v_proj = projection(), projection(), projection()
@@ -263,6 +246,11 @@ class MemoryBlock(nn.Module):
         if initial_state is not None and not isinstance(initial_state, BlockState | BlockDecoder):
             raise TypeError(f"initial_state: expected a BlockState or a BlockDecoder, got {type(initial_state).__name__}")
         self._check_projected(x, projected)
+        if self.context is not None and (attention_mask is not None or initial_state is not None or output_final_state):
+            raise ValueError(
+                "context parallelism trains on whole sequences: expected no attention_mask, no initial_state and no output_final_state "
+                "(of a model of transformers: use_cache=False)"
+            )
         if isinstance(initial_state, BlockDecoder):
             for name, given in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
                 if given is not None:
@@ -305,7 +293,8 @@ class MemoryBlock(nn.Module):
             raise ValueError(f"projected: expected {expected}, got {type(projected).__name__}")
         if projected is None:
             return
-        for name, tensor, width in zip(projected._fields, projected, (len(self.conv_weight), self.head_dim, self.head_dim), strict=True):
+        turned = self.head_dim if projected.cos is None else min(projected.cos.shape[-1], self.head_dim)
+        for name, tensor, width in zip(projected._fields, projected, (len(self.conv_weight), turned, turned), strict=True):
             if tensor is not None and tuple(tensor.shape) != (*x.shape[:2], width):
                 raise ValueError(f"projected.{name}: expected shape {(*x.shape[:2], width)}, got {tuple(tensor.shape)}")
 
@@ -336,7 +325,11 @@ class MemoryBlock(nn.Module):
         output_final_state: bool,
     ) -> tuple[Tensor, BlockState | BlockDecoder | None]:
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1) if projected is None else projected.qkv
-        mixed, conv = convolve(qkv, self.conv_weight, None if initial_state is None else initial_state.conv, cu_seqlens)
+        before = None if initial_state is None else initial_state.conv
+        stretch = None if self.context is None else self.context.local(x.shape[1], cu_seqlens)
+        if stretch is not None:
+            cu_seqlens, before = stretch.cu_seqlens(x.device), stretch.tokens_before(qkv, self.conv_width - 1)
+        mixed, conv = convolve(qkv, self.conv_weight, before, cu_seqlens)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if projected is not None and projected.cos is not None and projected.sin is not None:
             q, k = (rotated(t, projected.cos, projected.sin) for t in (q, k))
@@ -350,11 +343,13 @@ class MemoryBlock(nn.Module):
         if isinstance(initial_state, BlockDecoder):
             o, final = initial_state.read(tokens, conv), initial_state
         else:
-            o, state = memory(
-                **tokens, bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size,
-                initial_state=start if initial_state is None else initial_state.memory, output_final_state=output_final_state,
-                cu_seqlens=cu_seqlens, backend=self.backend, **(dict(decay_first=True) if self.preset.decay_first else {}),
-            )  # fmt: skip
+            rules = dict(bias=self.preset.bias, retention=self.preset.retention, chunk_size=self.preset.chunk_size, backend=self.backend,
+                         **(dict(decay_first=True) if self.preset.decay_first else {}))  # fmt: skip
+            if stretch is not None:
+                o, state = stretch.read(memory, **tokens, **rules, initial_state=start), None
+            else:
+                first = start if initial_state is None else initial_state.memory
+                o, state = memory(**tokens, **rules, initial_state=first, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
             final = None if state is None else BlockState(state, conv)
         o = wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..tables.retention import KLRetention, LqRetention, Retention
 
-__all__ = ["convolve", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
+__all__ = ["Projected", "convolve", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
 
 _LOGITS = 1.25  # initial standard deviation of the logits of a softmax
+
+
+class Projected(NamedTuple):
+    """Inputs of a :class:`MemoryBlock` without projections, in addition to the hidden states.
+
+    Attributes:
+        qkv: ``[B, T, 3 * num_heads * head_dim]``, the projected queries, keys and values.
+        cos, sin: ``[B, T, R]``, a rotary position embedding of the first R <= head_dim channels, or None. It is applied to queries and
+            keys before they are normalised, so that a linear memory depends on the distance of two tokens only.
+    """
+
+    qkv: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Projected:
+        """Apply ``function`` to every tensor."""
+        turn = (None, None) if self.cos is None or self.sin is None else (function(self.cos), function(self.sin))
+        return Projected(function(self.qkv), *turn)
 
 
 def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,9 +71,12 @@ def _depthwise(stream: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply a rotary position embedding to ``x [B, T, H, D]``; pairs are half a head apart (Llama's layout)."""
-    a, b = x.chunk(2, -1)
-    return (x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
+    """Apply a rotary position embedding ``[B, T, R]`` to the first R channels of ``x [B, T, H, D]``; pairs are R / 2 channels apart
+    (Llama's layout)."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, -1)
+    turned = (turned * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
+    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], -1)
 
 
 def token_mask(mask: Tensor, x: Tensor) -> Tensor:
