@@ -135,7 +135,8 @@ template <class S> struct Chain {
   static constexpr int kKeys = S::kKeys, kChunk = S::kChunk, kGroups = S::kGroups;
   static constexpr int kEach = kChunk < 32 ? 1 : kChunk / 32;              // tokens of a lane that computes decays
   static constexpr int kPieces = kKeys / 8, kValuePieces = S::kValues / 8;  // of 16 bytes
-  static constexpr int kRows = S::kThreads / kPieces, kValueRows = S::kThreads / kValuePieces;
+  static constexpr int kRows = S::kThreads / kPieces;
+  static constexpr int kValueRows = S::kThreads / kValuePieces < kChunk ? S::kThreads / kValuePieces : kChunk;
   static constexpr int kSixteens = kGroups / 2;  // of a chunk's tokens
   static constexpr int kSteps = kKeys / 16;
   static constexpr int kNever = 1 << 30;
@@ -190,7 +191,8 @@ template <class S> struct Chain {
       }
     });
     each<kValuesOf>([&](auto i) {
-      if constexpr (i * kParts / kValuesOf == kPart) values.template copy<i>(p.v, stage, count - values.row);
+      if constexpr (i * kParts / kValuesOf == kPart)
+        if (S::kThreads <= kValueRows * kValuePieces || values.row < kChunk) values.template copy<i>(p.v, stage, count - values.row);
     });
     if constexpr (kPart + 1 == kParts) cp_async_commit();
   }

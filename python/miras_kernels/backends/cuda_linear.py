@@ -94,7 +94,8 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
         *map(Tokens.of, (q, k, v, out)), *map(address, (lr, log_decay, delta, initial)), *initial.stride(),
         *map(address, (final, start, checkpoints[0] if checkpoints else None, cu_seqlens, first_slot)),
         T=call.q.shape[1], bias_params=(ctypes.c_float * Bias.MAX_PARAMETERS)(*call.bias.padded), bias=call.bias.tag,
-        token_type=TOKEN_TYPES[call.q.dtype], N=n, H=heads, K=keys, V=values, C=call.chunk_size, slots=-(-call.q.shape[1] // segment), every=max(every, 1),
+        token_type=TOKEN_TYPES[call.q.dtype], N=n, H=heads, K=keys, V=values, C=call.chunk_size, slots=-(-call.q.shape[1] // segment),
+        every=max(every, 1),
         delta_per_channel=delta is not None and delta.dim() == 4, values=_block_values(call),
     )  # fmt: skip
     launch(library, library.miras_linear_chain, chain, call.q.device)
