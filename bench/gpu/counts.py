@@ -58,8 +58,8 @@ class Specimen:
         return (256, 512)
 
 
-def _linear(d: int) -> Shape:
-    return Shape(1, 512, HEADS, d)
+def _linear(d: int, chunk_size: int = 64) -> Shape:
+    return Shape(1, 512, HEADS, d, chunk_size)
 
 
 LONG = (Shape(1, 8192, 64, 128), Shape(1, 32768, 32, 128), Shape(8, 8192, 32, 128))
@@ -69,6 +69,8 @@ SPECIMENS = {
         Specimen(_linear(64), "l2", (Shape(8, 8192, 32, 64), Shape(1, 8192, 64, 64))),
         Specimen(_linear(128), "l2", LONG),
         Specimen(_linear(128), "huber_coordinate", LONG),
+        Specimen(_linear(64, 1), "l2", (Shape(8, 8192, 32, 64, 1), Shape(1, 8192, 64, 64, 1))),
+        Specimen(_linear(128, 1), "l2", (Shape(1, 8192, 64, 128, 1), Shape(8, 8192, 32, 128, 1))),
         Specimen(_linear(128), "lq", (Shape(8, 8192, 32, 128),)),
         Specimen(_linear(128), "momentum", (Shape(8, 8192, 32, 128),)),
         Specimen(Shape(1, 512, HEADS, 64, 64, 256), "huber_coordinate", (Shape(4, 16384, 16, 64, 64, 256),)),

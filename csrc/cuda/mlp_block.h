@@ -12,7 +12,7 @@ template <int C, int Hd, class T> struct Block {
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
   static constexpr int kPass = kEights < 4 ? kEights : 4;               // tiles of 8 tokens whose Z is in registers at once
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
-  static constexpr int kUnroll = C == 32 ? 2 : 4;  // of the loops over hidden units, as registers allow
+  static constexpr int kUnroll = C / 16;  // of the loops over hidden units, as registers allow
   static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
 
   const MirasMlpChain& p;

@@ -14,9 +14,11 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from ...backends.reference.blocks import block_tokens as exact_tokens
+
 __all__ = [
     "CHUNK_SIZES", "DENIED", "KERNELS", "RULES", "STEPS", "STEP_ROWS",
-    "Config", "Denial", "Key", "choose", "eligible", "force", "forced", "fuse", "stream",
+    "Config", "Denial", "Key", "block_tokens", "choose", "eligible", "force", "forced", "fuse", "stream",
 ]  # fmt: skip
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
@@ -56,13 +58,14 @@ class Key:
     matrix_coupled: bool = False  # it couples the whole matrix
     momentum: bool = False
     channels: bool = False  # log-decays differ by value channel
+    exact: bool = False  # exact steps: a block of tokens takes the place of a chunk
 
     @staticmethod
     def of(call) -> Key:
-        bias, retention = call.bias, call.retention
+        bias, retention, block = call.bias, call.retention, block_tokens(call)
         return Key(
-            call.q.shape[-1], call.v.shape[-1], padded(call.chunk_size), call.q.element_size(), bias.row_coupled,
-            call.hidden,
+            call.q.shape[-1], call.v.shape[-1], padded(block or call.chunk_size), call.q.element_size(), bias.row_coupled,
+            call.hidden, exact=block > 0,
             gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
             channels=call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
@@ -98,7 +101,7 @@ class Key:
     @property
     def fusable(self) -> bool:
         """Whether the forward's chain can compute the output too (linear/fused.py): its program has registers for both."""
-        if self.gated or self.momentum or self.channels or self.coupled or self.padded_k > 128:
+        if self.gated or self.momentum or self.channels or self.coupled or self.exact or self.padded_k > 128:
             return False
         return self.chunk_size in (16, 64) or (self.chunk_size == 32 and self.padded_k <= 64)
 
@@ -134,6 +137,16 @@ class Key:
             return 1
         block_v, block_k = self.blocks(config)
         return -(-self.value_dim // block_v) if along == "value" else -(-self.key_dim // block_k)
+
+
+def block_tokens(call) -> int:
+    """How many tokens are computed together in exact steps (docs/mathematics.md, section 13), or 0 where a call goes chunk by chunk.
+
+    Chunks that a call begins or ends in the middle of stay chunks, unless they have one token.
+    """
+    if call.chunk_size > 1 and (call.output_final_state or call.state.open_chunk is not None):
+        return 0
+    return exact_tokens(call, 64 if call.q.element_size() == 2 else 32)
 
 
 def padded(d: int) -> int:
@@ -172,6 +185,9 @@ def _tall(key: Key) -> bool:
 #: (configuration, whether it serves a key), the preferred one first; at most 8 per kernel
 RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay": ((Config(16, 16, 4, 1), _always),),
+    "block_solve": ((Config(64, 64, 4, 1, 128), _always),),
+    "block_reads": ((Config(64, 64, 4, 1), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1), _wide)),
+    "block_errors_bwd": ((Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
     "linear_chain_fwd": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
         (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
@@ -206,8 +222,8 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_chain_bwd": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k <= 64),
         (Config(32, 0, 4, 2), lambda key: not key.coupled and key.chunk_size <= 64 and key.padded_k > 64),
-        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
-        (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
+        (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64 and not key.exact),
+        (Config(16, 0, 8, 2, 255), lambda key: not key.coupled and (key.chunk_size == 128 or key.exact)),  # W too
         (Config(0, 0, 4, 2, 255), lambda key: key.coupled and key.chunk_size <= 32),
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),

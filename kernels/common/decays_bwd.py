@@ -13,19 +13,23 @@ from torch import Tensor
 
 from .chunks import HEADS, chunk_of, head_programs, heads_program
 from .decays import Weights
-from .gates import CARRY
+from .gates import CARRY, error_place
 from .launch import Problem, launch
 from .tiles import LENGTHS, only_if, wide
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_decay_bwd(
-    decays, rows_read, rows_pairs, rows_to_end, inner, grad_log_decay,
+    decays, rows_read, rows_pairs, rows_to_end, rows_error, rows_crossed, inner, grad_log_decay,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS, READ_ROWS, END_ROWS,
-    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
+    TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """d log alpha of one chunk and some heads, from its four sums."""
+    """d log alpha of one chunk and some heads, from its four sums.
+
+    In exact steps (linear/block.py) also from what errors read: of the state ``rows_error [tiles, B, T, H]``, at the error's token, and of
+    the block's writes ``rows_crossed [B, T, H]``, already summed.
+    """
     ROW, SLOTS = wide(ROW), wide(SLOTS)
     NC: tl.constexpr = C // BC
     i_slot, i_h = heads_program(H)
@@ -54,6 +58,13 @@ def linear_decay_bwd(
         b_end_sum += tl.load(rows_to_end + i * ROW + p_g - H, mask=m_before, other=0.0)
     last = (tl.minimum(eos - t0, C) - 1) * H
     b_inner *= tl.load(decays + row + last + i_h + o_h, mask=m_h, other=0.0)  # gamma_C
+    if rows_error is not None:
+        b_pairs += tl.load(rows_crossed + p_g, mask=m_g, other=0.0)
+        for i in range(0, READ_ROWS * CHUNK):  # the errors that are taken after token c: its own, or those of the next chunk's tokens
+            o_e = o_c if DECAY_FIRST else o_c + 1 + i % CHUNK
+            m_e = (t0 + o_e < eos) & (o_e < TOKENS) & (error_place(o_e, CHUNK, DECAY_FIRST) == o_c)
+            p_e = rows_error + i // CHUNK * ROW + row + o_e[:, None] * H + i_h + o_h[None, :]
+            b_read += tl.load(p_e, mask=m_e[:, None] & m_h[None, :], other=0.0)
     b_g = tl.cumsum(b_read, 0, reverse=True) + b_pairs + tl.cumsum(b_end_sum, 0) + b_inner[None, :]
     tl.store(grad_log_decay + p_g, b_g, mask=m_g)
 
@@ -133,12 +144,16 @@ def momentum_weights_bwd(
 # -------------------------------------------------------------------------------------------------------------- launchers
 
 
-def decay_gradient(p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_to_end: Tensor, inner: Tensor, block: int) -> Tensor:
+def decay_gradient(
+    p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_to_end: Tensor, inner: Tensor, block: int,
+    rows_error: Tensor | None = None, rows_crossed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs by blocks of a chunk) and ``inner [tiles, slots, H]``."""
     grad = p.result(dtype=torch.float32)
     launch(
         linear_decay_bwd, p, head_programs(p), None,
         decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_to_end=rows_to_end, inner=inner, grad_log_decay=grad,
+        rows_error=rows_error, rows_crossed=rows_crossed,
         READ_ROWS=len(rows_read), END_ROWS=len(rows_to_end), BC=block,
     )  # fmt: skip
     return grad

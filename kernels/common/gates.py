@@ -54,6 +54,26 @@ def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
 
 
 @triton.jit
+def error_place(o_t, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr):
+    """b(t), the token of a block after which the error of token t is taken: the last one before its chunk of CHUNK tokens, -1 in the first
+    chunk; with decay first t itself."""
+    if DECAY_FIRST:
+        return o_t
+    else:
+        return o_t // CHUNK * CHUNK - 1
+
+
+@triton.jit
+def load_before(decays, row, H, o_t, m_t, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr):
+    """``r_t = gamma_b(t)``, 1 where b(t) lies before the block."""
+    o_b = error_place(o_t, CHUNK, DECAY_FIRST)
+    if decays is None:
+        return tl.where(m_t, 1.0, 0.0)
+    else:
+        return tl.load(decays + row + o_b * H, mask=m_t & (o_b >= 0), other=1.0)
+
+
+@triton.jit
 def load_scale(scales, place):
     """rho of a chunk and head; 1 for a gate without."""
     if scales is None:

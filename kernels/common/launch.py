@@ -81,9 +81,9 @@ class Problem:
         self.batch, self.tokens, self.heads, self.key_dim = call.q.shape
         self.value_dim = call.v.shape[-1]
         self.sequences = call.state.dual[0].shape[0]
-        self.chunk_size = call.chunk_size
-        self.position = None if call.state.open_chunk is None else call.state.open_chunk.position
-        self.slots = self.segments(call.chunk_size)
+        self.chunk_size = configs.block_tokens(call) or call.chunk_size
+        self.position = None if call.state.open_chunk is None or self.key.exact else call.state.open_chunk.position
+        self.slots = self.segments(self.chunk_size)
         self.device = call.q.device
         self.architecture = architecture_of(self.device)
         self._plans = _plans(self.key, self.architecture)
@@ -104,6 +104,7 @@ class Problem:
         constants = dict(
             TOKENS=self.chunk_size, C=self.rows, BC=self.block, DTYPE=DTYPES[call.q.dtype], BIAS=self.bias, RETENTION=self.retention,
             CHANNEL_LR=call.lr.dim() == 4, CHANNELS=self.key.channels, MOMENTUM=self.key.momentum,
+            CHUNK=call.chunk_size, DECAY_FIRST=call.decay_first,
         )  # fmt: skip
         if call.memory.name == "mlp":
             tensors |= dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())

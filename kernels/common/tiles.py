@@ -90,6 +90,17 @@ def fitted_dot(x, y, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def split_dot(x, y, DTYPE: tl.constexpr):
+    """``x @ y`` with x in float32 and y in the dtype of the operands. At 16 bits x is taken in two parts and loses about 2^-16."""
+    if DTYPE == tl.float32:
+        return dot(x, y)
+    else:
+        b_high, scale = fitted(x, DTYPE)
+        b_low = rounded(x * (1.0 / scale) - b_high.to(tl.float32), DTYPE)
+        return (dot(b_low, y) + dot(b_high, y)) * scale
+
+
+@triton.jit
 def pair_products(
     x, stride_x, o_x, m_x, y, stride_y, o_y, m_y, BC: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -3,6 +3,9 @@
     linear_chain_fwd   E = K S - V;  S <- gamma_C S - K' (dec eta psi(E))                                       from the first chunk on
     linear_chain_bwd   dU = R - dec (K J);  dE = psi'(E) (eta dU);  J <- gamma_C J + Q' (gamma dO) + K' dE      from the last chunk back
 
+In exact steps (block.py) a block of tokens takes the place of a chunk: ``E = W S - Z`` and ``J <- ... + W' (eta dU)``, with W in ``reads``
+and Z in the place of V. ``grad_v`` is then dU, from which block.py computes dV and d eta.
+
 ``S = W' [Dk, Dv]``; ``gamma`` and ``dec = gamma_C / gamma_s`` are those of decays.py. A program holds its tile ``[BK, BV]`` in float32
 registers, BK covering Dk, and stores every chunk's initial state, errors and dV in the operands' dtype for the parallel kernels. Values
 are independent, so BV may be any part of Dv; only a bias that couples a row of E needs BV to cover Dv. The dot product does not read the
@@ -29,13 +32,14 @@ from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from ..common.launch import MatrixStrides, Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
+from .block import Solved
 from .chain_streamed import linear_chain_fwd_streamed
 from .chain_streamed_bwd import linear_chain_bwd_streamed
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_fwd(
-    k, v, lr, decays, delta,
+    k, v, lr, decays, delta, reads,
     initial, opened, position,
     states, errors, squares, checkpoints, final,
     cu_seqlens, first_slot, first_segment, segment_owner,
@@ -87,7 +91,8 @@ def linear_chain_fwd(
             b_w = b_s
             if PART == HEAD:  # a chunk that was open before predicts with its own start
                 b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
-            b_e = fitted_dot(b_k, b_w, DTYPE) - b_v.to(tl.float32)  # [C, BV]
+            b_r = b_k if reads is None else load_tile(reads + row * Dk, H * Dk, o_c, o_k, m_t, m_k)  # [C, BK]
+            b_e = fitted_dot(b_r, b_w, DTYPE) - b_v.to(tl.float32)  # [C, BV]
             store(errors + row * Dv + o_tv, b_e, m_tv)
         else:
             b_e = -b_v.to(tl.float32)
@@ -109,7 +114,7 @@ def linear_chain_fwd(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_bwd(
-    q, k, v, lr, decays, delta,
+    q, k, v, lr, decays, delta, reads,
     errors, squares, from_out, grad_out, grad_final,
     grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_to_end,
     cu_seqlens, first_slot,
@@ -171,7 +176,8 @@ def linear_chain_bwd(
             b_y = b_du * b_lr
         else:
             b_lr = load_gate(lr, row, o_g, m_t)  # [C]
-            tl.store(rows_lr + tile_row + row + o_g, tl.sum(b_du * b_psi, 1), mask=m_t)
+            if reads is None:
+                tl.store(rows_lr + tile_row + row + o_g, tl.sum(b_du * b_psi, 1), mask=m_t)
             if decays is not None:
                 tl.store(rows_to_end + tile_row + row + o_g, -b_lr * tl.sum(b_kj * b_psi, 1), mask=m_t)
             b_y = b_du * b_lr[:, None]
@@ -179,7 +185,7 @@ def linear_chain_bwd(
         if BIAS.row_coupled:
             b_along = tl.sum(b_y * b_e, 1)[:, None]
             b_de += biases.pull(b_square, b_delta, BIAS) * b_along * b_e
-        store(grad_v + row * Dv + o_tv, -b_de, m_tv)
+        store(grad_v + row * Dv + o_tv, -b_de if reads is None else b_du, m_tv)
         if BIAS.delta > 0:
             b_dd = b_y * biases.slope_delta(b_e, b_square, b_delta, BIAS)
             if BIAS.delta == 2:
@@ -187,7 +193,8 @@ def linear_chain_bwd(
             else:
                 tl.store(rows_delta + tile_row + row + o_g, tl.sum(b_dd, 1), mask=m_t)
         if BIAS.reads_memory:
-            b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
+            b_r = b_k if reads is None else load_tile(reads + row * Dk, H * Dk, o_c, o_k, m_t, m_k)  # [C, BK]
+            b_j += fitted_dot(tl.trans(b_r), b_de, DTYPE)
     tl.store(grad_initial + state + o_vk, b_j, mask=m_kv)
 
 
@@ -221,16 +228,17 @@ def empty_chain(p: Problem) -> Chain:
 
 
 def walk(
-    p: Problem, chain: Chain, weights: Weights, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None, **arguments
-) -> None:
+    p: Problem, chain: Chain, weights: Weights, solved: Solved, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None,
+    **arguments,
+) -> None:  # fmt: skip
     """Run :func:`linear_chain_fwd`, or its streamed form.
 
     ``initial``: the matrices ``[units, H, Dv, Dk]`` to start from, all with the same strides; ``final [matrices, N, H, Dk, Dv]``.
     """
     opened = opened_chunk(p) if part == HEAD.value else None
     final, final_momentum = (None, None) if final is None else (*final, None)[:2]
-    arguments |= dict(
-        decays=weights.decays, **chain.only("states", "errors", "squares"), PART=part, final=final,
+    arguments |= solved.of_chain() | dict(
+        decays=weights.decays, reads=solved.reads, **chain.only("states", "errors", "squares"), PART=part, final=final,
         initial=initial[0], initial_strides=MatrixStrides(*initial[0].stride()), opened=None if opened is None else opened.primals[0],
     )  # fmt: skip
     if not p.key.streams("linear_chain_fwd"):
@@ -245,13 +253,13 @@ def walk(
     )  # fmt: skip
 
 
-def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int) -> Chain:
+def recompute(p: Problem, weights: Weights, solved: Solved, checkpoints: Tensor, every: int) -> Chain:
     """Recompute the chain from the checkpoints, all segments at once."""
     chain, segments = empty_chain(p), p.segments(p.chunk_size * every)
     initial = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
     walk(
-        p, chain, weights, segments.count, tuple(x.transpose(-1, -2) for x in initial), SEGMENT.value, final=None, checkpoints=None,
-        EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
+        p, chain, weights, solved, segments.count, tuple(x.transpose(-1, -2) for x in initial), SEGMENT.value, final=None,
+        checkpoints=None, EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
     )  # fmt: skip
     return chain
 
@@ -261,16 +269,16 @@ class ChainGradients(NamedTuple):
 
     states: Tensor  # [slots, H, Dk, Dv]   J; float32 if streamed, and for float16
     momenta: Tensor | None  # [slots, H, Dk, Dv] float32   JS
-    v: Tensor  # [B, T, H, Dv]
+    v: Tensor  # [B, T, H, Dv]   dV; in exact steps dU, float32 for float16
     initial: list[Tensor]  # [N, H, Dv, Dk]   for the initial dual and, with momentum, the momentum matrix
-    lr: Tensor  # [B, T, H] or [B, T, H, Dv]
+    lr: Tensor | None  # [B, T, H] or [B, T, H, Dv]; not in exact steps
     delta: Tensor | None  # [B, T, H] or [B, T, H, Dv]
     rows_to_end: Tensor | None  # with decay or momentum, unless decays go by channel
     rows_step: Tensor | None  # with momentum
 
 
 def chain_gradients(
-    p: Problem, weights: Weights, chain: Chain, from_out: Tensor, grad_out: Tensor, grad_state: list[Tensor]
+    p: Problem, weights: Weights, solved: Solved, chain: Chain, from_out: Tensor, grad_out: Tensor, grad_state: list[Tensor]
 ) -> ChainGradients:
     """Run :func:`linear_chain_bwd`, or its streamed form, from R and the gradients of the final matrices (an empty list: zeros)."""
     streamed, moving, by_channel = p.key.streams("linear_chain_bwd"), p.momentum is not None, p.key.channels
@@ -284,13 +292,13 @@ def chain_gradients(
         return p.result(p.value_dim, dtype=float32) if wanted else None
 
     channel_lr, delta = p.lr.dim() == 4, p.bias.delta
-    rows_lr = None if channel_lr else p.result(dtype=float32, tiles=count)
+    rows_lr = None if channel_lr or p.key.exact else p.result(dtype=float32, tiles=count)
     rows_delta = p.result(dtype=float32, tiles=count) if delta == 1 else None
     grad_lr, grad_delta = channels(channel_lr), channels(delta == 2)
     rows_to_end, rows_step = rows(not by_channel and (moving or p.log_decay is not None)), rows(moving)
     wide = float32 if streamed or p.q.dtype == torch.float16 else None
     grad_states, grad_momenta = p.per_slot(p.slots, wide), p.per_slot(p.slots, float32) if moving else None
-    grad_v = p.result(p.value_dim)
+    grad_v = p.result(p.value_dim, dtype=float32 if p.key.exact and p.q.dtype == torch.float16 else None)
     given = [x.contiguous() for x in grad_state]
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
     more = {}
@@ -302,10 +310,10 @@ def chain_gradients(
         )  # fmt: skip
     launch(
         kernel, p, p.sequences, "value",
-        decays=weights.decays, **chain.only("errors", "squares"), from_out=from_out, grad_out=grad_out,
+        decays=weights.decays, reads=solved.reads, **chain.only("errors", "squares"), from_out=from_out, grad_out=grad_out,
         grad_final=given[0] if given else None, grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0],
         grad_delta=grad_delta, grad_lr=grad_lr, rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, **more,
     )  # fmt: skip
-    of_lr = grad_lr if channel_lr else rows_lr.sum(0)
+    of_lr = grad_lr if rows_lr is None else rows_lr.sum(0)
     of_delta = rows_delta.sum(0) if delta == 1 else grad_delta
     return ChainGradients(grad_states, grad_momenta, grad_v, initial, of_lr, of_delta, rows_to_end, rows_step)

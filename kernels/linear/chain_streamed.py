@@ -38,7 +38,7 @@ from .mirror import hand_on, mirror, reopen, tile_of
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_fwd_streamed(
-    k, v, lr, decays, moves, delta,
+    k, v, lr, decays, moves, delta, reads,
     initial, initial_momentum, opened, readouts, opened_scales, position,
     states, duals, momenta, scales, errors, squares, checkpoints, final, final_momentum,
     cu_seqlens, first_slot, first_segment, segment_owner,
@@ -122,7 +122,10 @@ def linear_chain_fwd_streamed(
                     o_k = i_k * BK + tl.arange(0, BK)
                     m_k = inside(o_k, Dk, BK)
                     m_kv = m_k[:, None] & m_v[None, :]
-                    b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
+                    if reads is None:
+                        b_k = load_tile(k + t0 * k_strides.t, k_strides.t, o_c, o_k, m_t, m_k)  # [C, BK]
+                    else:
+                        b_k = load_tile(reads + row * Dk, H * Dk, o_c, o_k, m_t, m_k)
                     if PART == HEAD:  # a chunk that was open before predicts with its own start
                         b_w = tl.load(opened + state + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
                     else:

@@ -132,6 +132,7 @@ def update_bwd(
     if not CHANNEL_LR:
         b_end_sum *= b_lr
         b_along *= b_lr
+    if rows_lr is not None:
         tl.store(rows_lr + tile_row + row + o_g, b_dlr, mask=m_t)
     if rows_to_end is not None:
         tl.store(rows_to_end + tile_row + row + o_g, b_end_sum, mask=m_t)
@@ -144,13 +145,16 @@ def update_bwd(
 
 @triton.jit
 def step_back(
-    p_q, q_stride, p_k, k_stride, p_v, v_stride, lr, decays, moves, delta, duals, momenta, scales, errors, grad_out,
+    p_q, q_stride, p_k, k_stride, p_v, v_stride, lr, decays, moves, delta, reads, duals, momenta, scales, errors, grad_out,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
     ROW, row, o_last, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
     C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dV = -dE; J and JS of the chunk before, or dW in ``grad_primal`` instead of J if the gate couples entries. Returns d rho."""
+    """dV = -dE (in exact steps dU stays); J and JS of the chunk before, or dW in ``grad_primal`` instead of J if the gate couples entries.
+
+    Returns d rho.
+    """
     NK: tl.constexpr = (Dk + BK - 1) // BK
     o_c = tl.arange(0, C)
     o_g = o_c * H
@@ -202,7 +206,10 @@ def step_back(
             else:
                 b_g = dot(tl.trans(b_q), b_do)  # [BK, BV]
             if BIAS.reads_memory:
-                b_k = load_tile(p_k, k_stride, o_c, o_k, m_t, m_k)  # [C, BK]
+                if reads is None:
+                    b_k = load_tile(p_k, k_stride, o_c, o_k, m_t, m_k)  # [C, BK]
+                else:
+                    b_k = load_tile(reads + row * Dk, H * Dk, o_c, o_k, m_t, m_k)
                 if RETENTION.is_identity:
                     b_j += fitted_dot(tl.trans(b_k), b_de, DTYPE)
                 else:
@@ -214,13 +221,14 @@ def step_back(
                     b_a = tl.load(duals + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                     b_j += retentions.pull(b_g, b_a, b_a, 0.0, rho, RETENTION)
                 hand_on(grad_states + there, o_kv, grad_initial, state, o_vk, i_c > 0, b_j, m_kv)
-        store(grad_v + row * Dv + o_tv, -b_de, m_tv)
+        if reads is None:
+            store(grad_v + row * Dv + o_tv, -b_de, m_tv)
     return drho
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_bwd_streamed(
-    q, k, v, lr, decays, moves, delta,
+    q, k, v, lr, decays, moves, delta, reads,
     states, duals, momenta, scales, errors, squares, from_out, grad_out, grad_final, grad_final_momentum,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum, grad_delta, grad_lr,
     rows_lr, rows_delta, rows_to_end, rows_step,
@@ -281,7 +289,7 @@ def linear_chain_bwd_streamed(
         )  # fmt: skip
         tl.debug_barrier()
         drho = step_back(
-            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, duals, momenta, scales, errors,
+            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, reads, duals, momenta, scales, errors,
             grad_out, grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
             ROW, row, o_last, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
             C, Dk, Dv, BK, BV, TILES, DTYPE, BIAS, CHANNEL_LR, RETENTION, CHANNELS,

@@ -2,6 +2,8 @@
 
     linear_dqk_bwd   dQ = gamma (dO W') + dS K;  dK = dE W' - (dec U) J' + dS' Q
 
+In exact steps (block.py) ``dK = r (dE W') - (F + F') K - (dec U) J' + dS' Q``: an error reads the state decayed by r.
+
 dS is the gradient of the scores ``Q K'`` from `linear_du_bwd` or, where decays go by channel, `channel_du_bwd`. W is S, or its primal under
 a retention gate, which also scales dS by rho; J is the gradient of the dual. With momentum dQ gains ``rho b (dO S')`` of the momentum
 matrix S, and dK loses ``(Theta_C U) JS'``.
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.decays import Weights
-from ..common.gates import CARRY, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update
+from ..common.gates import CARRY, load_before, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update
 from ..common.launch import Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, rounded, store, trips, wide
+from .block import ErrorGradients
 from .chain import Chain, ChainGradients
 
 
@@ -82,11 +85,11 @@ def queries_bwd(
 
 @triton.jit
 def keys_bwd(
-    q, q_stride, v, v_stride, lr, decays, moves, delta,
-    states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v, grad_k, inner,
+    q, q_stride, k, k_stride, v, v_stride, lr, decays, moves, delta,
+    states, errors, squares, duals, momenta, scales, grad_scores, grad_keys, grad_states, grad_momenta, grad_v, grad_k, rows_error, inner,
     rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place,
     C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
 ):  # fmt: skip
     """``dK = dE W' - (dec U) J' - (Theta_C U) JS' + dS' Q``, and ``<J, A>, <J, S>, <JS, S>``."""
     NK: tl.constexpr = (Dk + BK - 1) // BK
@@ -96,6 +99,18 @@ def keys_bwd(
     m_r, m_k = t0 + o_r < eos, inside(o_k, Dk, BK)
     m_rk = m_r[:, None] & m_k[None, :]
     b_dk = tl.zeros((BC, BK), tl.float32)
+    if grad_keys is not None:  # a block's tokens are one tile
+        for i_v in range(0, trips(NV, H)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = inside(o_v, Dv, BV)
+            b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
+            b_dk -= fitted_dot(load_tile(grad_v, H * Dv, o_r, o_v, m_r, m_v), b_w, DTYPE)  # dE = -dV
+        b_dk *= load_before(decays, row, H, o_r, m_r, CHUNK, DECAY_FIRST)[:, None]
+        b_k = load_tile(k, k_stride, o_r, o_k, m_r, m_k)  # [BC, BK]
+        if rows_error is not None:
+            tl.store(rows_error + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dk * b_k.to(tl.float32), 1), mask=m_r)
+        b_pairs, scale = fitted(tl.load(grad_keys + o_r[:, None] * C + o_r[None, :]).to(tl.float32), DTYPE)
+        b_dk += dot(b_pairs, b_k) * scale
     if not CHANNELS:
         b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
     if momenta is not None:
@@ -125,9 +140,9 @@ def keys_bwd(
             b_dk -= fitted_dot(b_u_step, b_jm, DTYPE) * scale
             product_carry += tl.sum(b_m * b_j)
             product_pi += tl.sum(b_m * b_jm)
-        if BIAS.reads_memory or (inner is not None and duals is None):
+        if (BIAS.reads_memory and grad_keys is None) or (inner is not None and duals is None):
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_vk, other=0.0)  # [BV, BK]
-        if BIAS.reads_memory:
+        if BIAS.reads_memory and grad_keys is None:
             b_dv = load_tile(grad_v, H * Dv, o_r, o_v, m_r, m_v)  # [BC, BV]
             b_dk -= fitted_dot(b_dv, b_w, DTYPE)  # dE = -dV
         if inner is not None:
@@ -155,14 +170,14 @@ def keys_bwd(
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_dqk_bwd(
     q, k, v, lr, decays, moves, delta,
-    states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v,
-    grad_q, grad_k, rows_read, rows_carry, inner,
+    states, errors, squares, duals, momenta, scales, grad_scores, grad_keys, grad_states, grad_momenta, grad_out, grad_v,
+    grad_q, grad_k, rows_read, rows_error, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     q_strides, k_strides, v_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[BC, BK]`` of one chunk's dQ, then of its dK, so that only one large accumulator lives at a time (two with momentum).
 
@@ -185,6 +200,8 @@ def linear_dqk_bwd(
     grad_states += place * Dk * Dv
     rho = load_scale(scales, place)
     grad_scores += place * C * C
+    if grad_keys is not None:
+        grad_keys += place * C * C
     if momenta is not None:
         momenta += place * Dk * Dv
         grad_momenta += place * Dk * Dv
@@ -196,9 +213,10 @@ def linear_dqk_bwd(
         rho, ROW, row, H, t0, eos, i_k, i_r, C, BC, Dk, Dv, BK, BV, DTYPE, CHANNELS,
     )  # fmt: skip
     keys_bwd(
-        q, q_strides.t, v, v_strides.t, lr, decays, moves, delta,
-        states, errors, squares, duals, momenta, scales, grad_scores, grad_states, grad_momenta, grad_out, grad_v, grad_k, inner,
-        rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place, C, BC, Dk, Dv, BK, BV, DTYPE, BIAS, CHANNEL_LR, CHANNELS,
+        q, q_strides.t, k, k_strides.t, v, v_strides.t, lr, decays, moves, delta, states, errors, squares, duals, momenta, scales,
+        grad_scores, grad_keys, grad_states, grad_momenta, grad_v, grad_k, rows_error, inner,
+        rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place, C, BC, Dk, Dv, BK, BV, DTYPE,
+        BIAS, CHANNEL_LR, CHANNELS, CHUNK, DECAY_FIRST,
     )  # fmt: skip
 
 
@@ -211,14 +229,16 @@ class ReadGradients(NamedTuple):
     q: Tensor  # [B, T, H, Dk]
     k: Tensor  # [B, T, H, Dk]
     rows_read: Tensor | None  # [tiles, B, T, H]   with a decay, unless it goes by channel
+    rows_error: Tensor | None  # [tiles, B, T, H]   with a decay in exact steps
     rows_carry: Tensor | None  # [tiles, B, T, H]   with momentum, unless decays go by channel
     inner: Tensor | None  # [tiles, slots, H]   <J, A>; with momentum [3, tiles, slots, H], also <J, S>, <JS, S>
 
 
 def read_gradients(
-    p: Problem, weights: Weights, chain: Chain, of_chain: ChainGradients, grad_scores: Tensor, grad_out: Tensor
-) -> ReadGradients:
-    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dS."""
+    p: Problem, weights: Weights, chain: Chain, of_chain: ChainGradients, of_errors: ErrorGradients | None, grad_scores: Tensor,
+    grad_out: Tensor,
+) -> ReadGradients:  # fmt: skip
+    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dS; ``of_errors`` in exact steps."""
     moving, by_channel = p.momentum is not None, p.key.channels
     decaying = p.log_decay is not None and not by_channel
     count, float32 = tiles("linear_dqk_bwd", p, "key"), torch.float32
@@ -229,13 +249,15 @@ def read_gradients(
     products = (3,) if moving else ()
     grads = ReadGradients(
         p.result(p.key_dim), p.result(p.key_dim),
-        rows(decaying), rows(moving and not by_channel),
+        rows(decaying), rows(decaying and p.key.exact), rows(moving and not by_channel),
         p.empty(*products, count, p.slots.count, p.heads, dtype=float32) if decaying or moving else None,
     )  # fmt: skip
     launch(
         linear_dqk_bwd, p, p.slots.count * p.blocks, "key",
         **weights.only("decays", "moves"), **chain._asdict(),
-        grad_scores=grad_scores, grad_states=of_chain.states, grad_momenta=of_chain.momenta, grad_out=grad_out, grad_v=of_chain.v,
-        grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_carry=grads.rows_carry, inner=grads.inner,
+        grad_scores=grad_scores, grad_keys=None if of_errors is None else of_errors.keys, grad_states=of_chain.states,
+        grad_momenta=of_chain.momenta, grad_out=grad_out, grad_v=of_chain.v if of_errors is None else of_errors.v,
+        grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_error=grads.rows_error, rows_carry=grads.rows_carry,
+        inner=grads.inner,
     )  # fmt: skip
     return grads

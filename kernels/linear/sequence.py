@@ -3,6 +3,7 @@
     forward     decays.py: weights from the gates;  chain.py: S and E of every chunk;  read.py: the output
                 where `configs.Key.fuses` says so:  decays.py;  fused.py: the output, without S and E in memory
     backward    decays.py;  chain.py: S and E recomputed;  linear_du_bwd;  linear_chain_bwd;  linear_dqk_bwd;  decays_bwd.py: gates
+    exact steps (section 13):  block_solve and block_reads before the chain,  block_errors_bwd after its backward
 
 A token's log-decay scales what the state at the chunk's start and earlier tokens contribute to later reads and to the next chunk. Its
 gradient is the sum over these pairs, taken from the products themselves (dS as in read.py):
@@ -25,6 +26,7 @@ from ..common.final_state import Final, open_chunk_end
 from ..common.launch import Problem
 from . import channel as linear_channel
 from . import read as linear_read
+from .block import error_gradients, solve
 from .chain import Chain, ChainGradients, chain_gradients, empty_chain, recompute, walk
 from .dqk import ReadGradients, read_gradients
 from .fused import walk_fused
@@ -33,6 +35,7 @@ from .fused import walk_fused
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
     """``(out, final state, checkpoints)``; checkpoints: float32 matrices of every ``every``-th chunk, None for ``every = 0``."""
     fused, weights = p.fuses(), chunk_weights(p)
+    solved = solve(p, weights)
     chain, out = (None, p.result(p.value_dim)) if fused else (empty_chain(p), None)
     matrices = p.call.state.matrices()
     segments = p.segments(p.chunk_size * max(every, 1))
@@ -47,13 +50,15 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         if fused:
             walk_fused(p, weights, initial[0], part, out, None if final is None else final[0], **stored)
         else:
-            walk(p, chain, weights, p.sequences, initial, part, final=final, segment_owner=None, **stored)
+            walk(p, chain, weights, solved, p.sequences, initial, part, final=final, segment_owner=None, **stored)
         return () if final is None else final.transpose(-1, -2).unbind(0)
 
     final = None
-    if p.position is None and not may_end_open:
+    if p.key.exact or (p.position is None and not may_end_open):
         after = walked(WHOLE.value, matrices, wants_final)
         final = Final(after[:1], momentum=after[1:]) if wants_final else None
+        if p.key.exact and may_end_open:  # chunks of one token
+            final = final._replace(start=after[:1], open_decay=matrices[0].new_zeros(p.sequences, p.heads))
     else:
         before = matrices if p.position is None else walked(HEAD.value, matrices)
         start = walked(BODY.value, before)
@@ -68,17 +73,23 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
     """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: dual and, with momentum, momentum matrix."""
     weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
-    chain = recompute(p, weights, checkpoints, every)
+    solved = solve(p, weights)
+    chain = recompute(p, weights, solved, checkpoints, every)
     scores = rows_pairs = grad_pairs = None
     if p.key.channels:
         scores = linear_channel.chunk_scores(p)
         from_out, grad_scores = linear_channel.du_from_output(p, weights, chain, scores, grad_out)
     else:
         from_out, grad_scores, rows_pairs, grad_pairs = linear_read.score_gradients(p, weights, chain, grad_out)
-    of_chain = chain_gradients(p, weights, chain, from_out, grad_out, grad_state)
+    of_chain = chain_gradients(p, weights, solved, chain, from_out, grad_out, grad_state)
     del from_out
-    of_reads = read_gradients(p, weights, chain, of_chain, grad_scores, grad_out)
-    grads = {"q": of_reads.q, "k": of_reads.k, "v": of_chain.v, "lr": of_chain.lr, "state": of_chain.initial}
+    of_errors = error_gradients(p, weights, solved, chain.errors, of_chain.v) if p.key.exact else None
+    of_reads = read_gradients(p, weights, chain, of_chain, of_errors, grad_scores, grad_out)
+    of_tokens = of_errors or of_chain
+    grads = {"q": of_reads.q, "k": of_reads.k, "v": of_tokens.v, "lr": of_tokens.lr, "state": of_chain.initial}
+    if of_errors is not None and p.log_decay is not None:
+        sums = (of_reads.rows_read, rows_pairs, of_chain.rows_to_end, of_reads.inner)
+        return grads | {"log_decay": decay_gradient(p, weights.decays, *sums, p.block, of_reads.rows_error, of_errors.rows_crossed)}
     if p.delta is not None:
         grads["delta"] = of_chain.delta
     return grads | _gate_gradients(p, weights, chain, of_chain, of_reads, scores, rows_pairs, grad_pairs, grad_out)

@@ -218,13 +218,14 @@ def test_configurations_are_few_and_serve_every_key():
 
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
     assert {field.name for field in dataclasses.fields(configs.Key)} == {
-        "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden", "gated", "matrix_coupled", "momentum", "channels"
+        "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden", "gated", "matrix_coupled", "momentum", "channels", "exact"
     }  # fmt: skip
     sizes = (1, 16, 33, 64, 96, 128, 200, 256)
     keys = list(itertools.starmap(configs.Key, itertools.product(sizes, sizes, configs.CHUNK_SIZES, (2, 4), (False, True))))
     for key, gate, momentum, channels in itertools.product(keys[::7], GATES.values(), (False, True), (False, True)):
         traits = dict(gated=not gate.is_identity, matrix_coupled=gate.matrix_coupled)
         keys.append(dataclasses.replace(key, momentum=momentum, channels=channels, **traits))
+    keys += [dataclasses.replace(key, exact=True) for key in keys if key.chunk_size in (32, 64) and not (key.coupled or key.gated)]
     for key in keys:
         for kernel in configs.KERNELS:
             chain = kernel.removesuffix("_streamed")

@@ -32,6 +32,9 @@ class Backend(Protocol):
     def decodes(self, call: Call) -> bool:
         """Whether it reads a call without gradients token by token."""
 
+    def decodes_decay_first(self, call: Call) -> bool:
+        """Whether its decoding steps take the decay of such a token, which comes first, to the state themselves."""
+
     def block_tokens(self, call: Call) -> int:
         """The tokens of a block if it takes the exact steps of a call in blocks (docs/mathematics.md, section 13), else 0."""
 
@@ -87,4 +90,5 @@ def checkpoints_like(call: Call, every: int) -> list[Tensor]:
 
 def may_end_open(call: Call) -> bool:
     """Whether sequences can end inside a chunk, as far as shapes tell, so that the final state needs an open chunk."""
-    return call.output_final_state and (call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)
+    resumes = call.state.open_chunk is not None
+    return call.output_final_state and (resumes or call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)

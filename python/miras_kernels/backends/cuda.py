@@ -101,10 +101,11 @@ class CudaBackend:
         return library, None
 
     def files(self) -> list[Path]:
-        return [self.path]
+        return [self.path, *BACKENDS["triton"].files()]
 
     def environment(self, device: torch.device) -> dict[str, str]:
-        return {}
+        triton = BACKENDS["triton"]  # does the backward
+        return {} if triton.unavailable() else triton.environment(device)
 
     def block_tokens(self, call: Call) -> int:
         return 0
@@ -112,6 +113,9 @@ class CudaBackend:
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has few enough tokens."""
         return call.cu_seqlens is None and call.q.shape[1] <= call.memory.kernels[self.name].few
+
+    def decodes_decay_first(self, call: Call) -> bool:
+        return False
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == self.device

@@ -24,7 +24,7 @@ class TritonBackend:
 
     name = "triton"
     unverified = "warn"
-    variants: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ("decay_first",)
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -57,10 +57,15 @@ class TritonBackend:
     def operands(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
+    def decodes_decay_first(self, call: Call) -> bool:
+        return False
+
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if not differentiate and self.decodes(call):
             return self.refuses_steps(call)
         reason = self._refuses_dtype(call) or call.exceeds(self.name)
+        if reason is None and call.variants and not self.block_tokens(call):
+            return f"it serves {call.variants[0]} with L2(), lr and log_decay per token, and no momentum"
         if reason is None and differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return reason
@@ -71,11 +76,13 @@ class TritonBackend:
         return None
 
     def block_tokens(self, call: Call) -> int:
-        return 0
+        from miras_kernels.kernels.common import configs
+
+        return configs.block_tokens(call)
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has few enough tokens."""
-        return call.cu_seqlens is None and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
+        return call.cu_seqlens is None and not call.variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._refuses_dtype(call) or call.exceeds(self.name, steps=True)
@@ -89,17 +96,23 @@ class TritonBackend:
         from miras_kernels.kernels.common import launch
 
         forward = _sequence_kernels(call.memory.name).forward
-        out, final, checkpoints = forward(launch.Problem(call), checkpoint_every, call.output_final_state, may_end_open(call))
+        every = self._interval(call, checkpoint_every)
+        out, final, checkpoints = forward(launch.Problem(call), every, call.output_final_state, may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return checkpoints_like(call, checkpoint_every)
+        return checkpoints_like(call.replace(chunk_size=self.block_tokens(call) or call.chunk_size), self._interval(call, checkpoint_every))
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         from miras_kernels.kernels.common import launch
 
         backward = _sequence_kernels(call.memory.name).backward
-        return backward(launch.Problem(call), saved[0], checkpoint_every, grad_out, grad_state)
+        return backward(launch.Problem(call), saved[0], self._interval(call, checkpoint_every), grad_out, grad_state)
+
+    def _interval(self, call: Call, checkpoint_every: int) -> int:
+        """How many chunks, or blocks of chunks, share a checkpoint."""
+        size = self.block_tokens(call)
+        return max(1, checkpoint_every * call.chunk_size // size) if checkpoint_every and size else checkpoint_every
 
 
 @functools.cache

@@ -21,7 +21,9 @@ from ..tables import memories
 from ..tables.biases import L2, Bias
 from ..tables.retention import L2Retention, Retention
 from ..validation import make_call
+from ..window import check_tokens
 from .buffers import Buffers
+from .past import Past
 
 __all__ = ["Decoder", "read"]
 
@@ -80,6 +82,7 @@ class Decoder:
         self.buffers = Buffers.empty(state, chunk_size, retention, channel_wise_decay)
         self._steps: dict[tuple, Callable] = {}
         self._latest: Callable = _never
+        self._past: Past | None = None
         self.load(state)
 
     def step(
@@ -99,6 +102,11 @@ class Decoder:
         Args:
             out: where to put the result, ``[N, T, H, Dv]`` in the dtype of ``v``.
         """
+        if self._past is not None:
+            self._past.record(self.buffers.tensors(), self._read, (q, k, v, lr, log_decay, delta, momentum), q.shape[1])
+        return self._read(q, k, v, lr, log_decay, delta, momentum, out)
+
+    def _read(self, q, k, v, lr, log_decay=None, delta=None, momentum=None, out=None) -> Tensor:
         result = self._latest(q, k, v, lr, log_decay, delta, momentum, out)
         return result if result is not None else self._other_step(q, k, v, lr, log_decay, delta, momentum, out)
 
@@ -157,6 +165,36 @@ class Decoder:
     def load(self, state: MemoryState) -> None:
         """Continue from another state of the same sizes; the buffers stay where they are."""
         self.buffers.load(state, self.settings["retention"])
+        if self._past is not None:
+            self._past = Past(self._past.size)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether tokens can be taken back."""
+        return self._past is not None
+
+    @torch.no_grad()
+    def keep(self, tokens: int) -> None:
+        """Let :meth:`crop` take back up to ``tokens`` tokens that are read from now on.
+
+        This keeps copies of the buffers, made once in ``tokens`` tokens, and of the arguments of the steps since: two to three times the
+        memory. A step then allocates those.
+        """
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"tokens: expected an integer >= 1, got {tokens!r}")
+        self._past = Past(tokens)
+
+    @torch.no_grad()
+    def crop(self, tokens: int) -> None:
+        """Take back the last ``tokens`` tokens of every sequence: the buffers get the bits that they would have without them.
+
+        Raises:
+            TypeError, ValueError: the tokens have not been kept, see :meth:`keep`.
+        """
+        if self._past is None:
+            check_tokens("tokens", tokens, 0, None)
+        else:
+            self._past.crop(self.buffers.tensors(), tokens)
 
     @torch.no_grad()
     def decay(self, log_decay: Tensor) -> None:
@@ -173,6 +211,12 @@ class Decoder:
         if not isinstance(log_decay, Tensor) or tuple(log_decay.shape) not in map(tuple, shapes):
             got = f"shape {tuple(log_decay.shape)}" if isinstance(log_decay, Tensor) else type(log_decay).__name__
             raise ValueError(f"log_decay: expected shape [N, H] or [N, H, Dk] = {' or '.join(str(tuple(x)) for x in shapes)}, got {got}")
+        if self._past is not None:
+            self._past.record(self.buffers.tensors(), self._decay, (log_decay,), 0)
+        self._decay(log_decay)
+
+    def _decay(self, log_decay: Tensor) -> None:
+        start = self.buffers.start
         start.mul_(log_decay.to(start.dtype).exp().reshape(*start.shape[:2], 1, -1, 1))
 
     @torch.no_grad()
@@ -180,6 +224,8 @@ class Decoder:
         """Sequence ``n`` continues from the state of sequence ``index[n]``, as in beam search."""
         for x in self.buffers.tensors():
             x.copy_(x.index_select(0, index))
+        if self._past is not None:
+            self._past.reorder(index)
 
 
 def _never(*tokens) -> None:

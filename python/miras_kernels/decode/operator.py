@@ -41,6 +41,8 @@ def step(
     Arguments are not checked; gates are tensors in the dtype of the arithmetic. ``ln_weight`` and ``ln_bias`` are given with every
     step, since a layer's parameters may have changed or moved to another device since the last one; the decoder's own are ignored.
     """
+    if decoder.keeps:
+        raise ValueError("decoder: one that keeps tokens is read by its method step; expected one without keep, got one with it")
     gates = (lr, log_decay, delta, momentum)
     run = _step if is_plain_eager([q, k, v]) else torch.ops.miras_kernels.step
     with torch.no_grad():

@@ -26,8 +26,12 @@ the whole text at once. In static caches (``cache_implementation="static"``, :cl
 of fixed addresses and decoding steps update it in place: a compiled step is one graph (``fullgraph=True``) and is not recompiled. Compile
 the decoding steps and not the prefill, as ``generate`` does. Static caches have no gradients. The cache is the argument ``cache``
 (``past_key_values`` before transformers 5.24, accepted with a warning until 5.40; :data:`.compat.CACHE`); a state under any other name is
-refused. Quantized caches, assisted generation, prompt lookup, continuous batching (``generate_batch``) and cropping a cache are refused.
+refused. Quantized caches and continuous batching (``generate_batch``) are refused.
 ``python -m miras_kernels`` says whether the installed version of transformers is a tested one.
+
+**Taking tokens back.** Assisted generation (``assistant_model=``, with memories in either model or both) and prompt lookup
+(``prompt_lookup_num_tokens=``) give the texts of greedy search. ``generate`` tells the cache's layers to keep what they need for that;
+elsewhere ``layer.keep(n)`` does, before the tokens are read that ``cache.crop(-m)`` takes back. See docs/transformers.md.
 
 **Padding and packing.** The result of a padded row is that of its real tokens alone, wherever the padding is, and positions count real
 tokens. (Attention layers behave as in transformers: padding between tokens counts in a sliding window.) Documents that are packed by

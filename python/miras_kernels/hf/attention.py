@@ -163,7 +163,7 @@ def _run_memory(
         pack = lambda x: x.flatten(0, 1).unsqueeze(0)
         out, _ = block(pack(x), cu_seqlens=batch.cu_seqlens, projected=projected and projected.map(pack))
         return out.unflatten(1, x.shape[:2]).squeeze(0)
-    before = None if cache is None else cache.before(tokens, batch.mask is not None)
+    before = None if cache is None else cache.before(block, x.shape[0], tokens, batch.mask is not None)
     out, state = block(x, batch.mask, initial_state=before, output_final_state=cache is not None, projected=projected)
     if cache is not None:
         cache.advance(block, state, tokens)

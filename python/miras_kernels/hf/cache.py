@@ -25,20 +25,33 @@ class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
     Attributes:
         state: of B sequences, None before the first token. In float32 (float64 in a float64 model).
         length: number of tokens read.
+        window: how many tokens that are read from now on can be taken back; None for none.
     """
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
     supports_early_init = False
+    window: int | None = None  # of layers that an earlier version has pickled
 
     def __init__(self):
         super().__init__()
         self.state: BlockState | None = None
         self.length: Any = 0
 
-    def before(self, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
-        """The initial state of a block that is about to read ``tokens`` more tokens."""
+    @property
+    def is_croppable(self) -> bool:
+        return self.window is not None
+
+    def keep(self, tokens: int) -> None:
+        """Let :meth:`crop` take back up to ``tokens`` tokens that are read from now on."""
+        self.window = tokens
+        if self.state is not None:
+            self.state = self.state.keep(tokens)
+
+    def before(self, block: MemoryBlock, rows: int, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
+        """The initial state of a block that is about to read ``tokens`` more tokens of ``rows`` sequences."""
+        if self.state is None and self.window is not None:
+            return block.start(rows).keep(self.window)
         return self.state
 
     def advance(self, block: MemoryBlock, state: BlockState, tokens: int) -> None:
@@ -95,11 +108,23 @@ class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
 
     prefetch = offload
 
-    def crop(self, *args, **kwargs) -> None:
-        """Not supported: the state of a memory has no earlier versions."""
-        raise NotImplementedError(
-            "crop: tokens cannot be removed from a memory (assisted generation needs that), got a cache with memories"
-        )
+    def crop(self, tokens: int) -> None:
+        """Take back the last ``-tokens`` tokens, of those read since :meth:`keep` or the crop before (an argument as in transformers).
+
+        Raises:
+            ValueError: they have not been kept.
+        """
+        count = compat.tokens_to_remove(int(tokens), int(self.get_seq_length()))
+        if self.window is None:
+            if count:
+                raise ValueError(
+                    f"crop: a memory takes back tokens only if it has kept them; expected keep(n) of this cache layer to be called before "
+                    f"they are read (generate does so where it needs to), got {tokens}"
+                )
+            return
+        if self.state is not None:
+            self.state = self.state.crop(count).keep(self.window)
+            self.length = self.length - count
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         raise NotImplementedError("a memory's cache layer has no keys and values")
@@ -127,14 +152,28 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
         length: number of tokens read, a tensor (so that nothing is recompiled when it grows).
     """
 
-    is_compileable = True
+    is_compileable = True  # but not with a window, whose states are values
 
     def __init__(self, max_cache_len: int):
         super().__init__()
         self.max_cache_len = max_cache_len
         self.decoder: BlockDecoder | None = None
 
-    def before(self, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
+    def keep(self, tokens: int) -> None:
+        if self.is_initialized and self.decoder is not None:
+            self.state = self.decoder.state()
+        super().keep(tokens)
+
+    def crop(self, tokens: int) -> None:
+        length = self.length
+        super().crop(tokens)
+        if self.window is not None and self.state is not None and self.decoder is not None:
+            self.decoder.load(self.state)
+            self.length = length.copy_(self.length)
+
+    def before(self, block: MemoryBlock, rows: int, tokens: int, padded: bool) -> BlockState | BlockDecoder | None:
+        if self.window is not None:
+            return super().before(block, rows, tokens, padded)
         if self.decoder is None or not self.is_initialized:
             return None
         return self.decoder if tokens == 1 and not padded else self.decoder.state()
@@ -149,6 +188,7 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
                     torch._dynamo.mark_static_address(x)
         self.length.add_(tokens)
         self.is_initialized = True
+        self.state = state if self.window is not None and isinstance(state, BlockState) else None
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +217,7 @@ class StaticMemoryCacheLayer(MemoryCacheLayer):
 
     def reset(self) -> None:
         """Start again with no token read; the buffers keep their addresses."""
-        self.is_initialized = False
+        self.is_initialized, self.state = False, None
         if self.decoder is not None:
             self.length.zero_()
 
@@ -213,9 +253,9 @@ class ParallelCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
     Queries are answered by the attention layer's part; operations apply to both.
     """
 
-    is_croppable = False
     is_sliding = property(lambda self: self.attention.is_sliding)
     is_compileable = property(lambda self: self.attention.is_compileable)
+    is_croppable = property(lambda self: self.attention.is_croppable and self.memory.is_croppable)
 
     def __init__(self, attention: CacheLayerMixin, memory: MemoryCacheLayer):
         self.attention, self.memory = attention, memory
@@ -230,7 +270,7 @@ class ParallelCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
     get_max_length = _from_attention(compat.MAX_LENGTH)
     reset, reorder_cache, offload, prefetch = _both("reset"), _both("reorder_cache"), _both("offload"), _both("prefetch")
     batch_repeat_interleave, batch_select_indices = _both("batch_repeat_interleave"), _both("batch_select_indices")
-    crop = MemoryCacheLayer.crop
+    crop = _both("crop")
 
 
 def memory_layer(cache: Cache, index: int, beside_attention: bool = False) -> MemoryCacheLayer:

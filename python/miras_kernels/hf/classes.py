@@ -19,14 +19,17 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 
 from ..layers import MemoryBlock
 from . import compat, hosts, plan
 from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_of_tokens
+from .cache import check_cache, memory_layer
 from .hosts import Host
 from .plan import Memories
 
 _SHIM = "modeling_miras"
+_GUESSES = 128  # tokens that assisted generation may have to take back, if it does not guess more at once
 #: the end of a class' name -> that of its AutoModel class
 _HEADS = {name: name for name in ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")}
 _HEADS["LMHeadModel"] = "ForCausalLM"
@@ -72,7 +75,6 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
     <miras_kernels.layers.MemoryBlock.reset_parameters>` with the configuration's ``initializer_range``; the others keep the loaded values.
     """
 
-    _is_stateful = True  # transformers then refuses assisted generation and prompt lookup
     _tp_plan = None
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
@@ -103,6 +105,20 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{name}: a model with memories has no tensor-parallel plan; expected None, got {kwargs[name]!r}")
         return super().from_pretrained(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        """Also lets memories take back tokens where assisted generation will need that, of this model or of the one that it helps."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if generation_mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant:
+            return
+        guesses = [getattr(generation_config, name, None) or 0 for name in ("prompt_lookup_num_tokens", "num_assistant_tokens")]
+        cache, base = model_kwargs[compat.CACHE], self.base_model
+        check_cache(cache)
+        generation_config.disable_compile = True  # a state that takes back tokens is a value
+        for i, layer in enumerate(hosts.attentions(base, FAMILIES[self.config_class].host)):
+            if isinstance(layer, MemoryAttention | ParallelAttention):
+                memory = memory_layer(cache, i, isinstance(layer, ParallelAttention))
+                memory.keep(max(_GUESSES, 2 * max(guesses)))
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Also records in the configuration which classes load the model."""

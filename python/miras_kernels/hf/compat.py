@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import transformers
 from transformers import GenerationMixin, PreTrainedModel, conversion_mapping
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.utils import output_capturing
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -36,6 +36,18 @@ _ALWAYS_CHECKPOINTS = minor(transformers.__version__) < (5, 24)
 def drops_cache(model: PreTrainedModel) -> bool:
     """Whether gradient checkpointing drops the cache: in training mode, from 5.24 on only with gradients enabled."""
     return getattr(model, "gradient_checkpointing", False) and model.training and (_ALWAYS_CHECKPOINTS or torch.is_grad_enabled())
+
+
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+def tokens_to_remove(argument: int, length: int) -> int:
+    """How many of ``length`` tokens ``crop(argument)`` removes: -argument; before 5.17 a number >= 0 is the length that stays."""
+    if _CROPS_TO_LENGTH and argument >= 0:
+        return max(length - argument, 0)
+    if argument > 0:
+        raise ValueError(f"crop: expected minus the number of tokens to remove, got {argument}")
+    return -argument
 
 
 def record_outputs(model: PreTrainedModel) -> None:

@@ -310,7 +310,7 @@ class MemoryBlock(nn.Module):
             return x.new_zeros(*mask.shape, self.hidden_size if self.o_proj is not None else len(self.conv_weight) // 3), before
         pack = lambda t: t.flatten(0, 1)[at].unsqueeze(0)
         start = before if every or before is None else before.map(lambda t: t[rows])
-        offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
+        offsets = F.pad(lengths[rows].cumsum(0), (1, 0)) if len(mask) > 1 else None
         out, state = self._run(pack(x), projected and projected.map(pack), offsets, start, True)
         out = out.new_zeros(mask.numel(), out.shape[-1]).index_copy(0, at, out.squeeze(0))
         assert isinstance(state, BlockState)
@@ -350,7 +350,7 @@ class MemoryBlock(nn.Module):
             else:
                 first = start if initial_state is None else initial_state.memory
                 o, state = memory(**tokens, **rules, initial_state=first, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
-            final = None if state is None else BlockState(state, conv)
+            final = None if state is None else BlockState.after(initial_state, state, conv, qkv)
         o = wide(o)
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.norm_eps / scale**2) * self.norm_weight
         out = o.flatten(2).to(v.dtype) * F.silu(self.g_proj(x))

@@ -23,14 +23,37 @@ class BlockState:
     Attributes:
         memory: the state of the memory.
         conv: ``[N, conv_width - 1, 3 * num_heads * head_dim]``, the last inputs of the convolution.
+        inputs: those and as many before them as there are tokens in the memory's window, or None.
     """
 
     memory: MemoryState
     conv: Tensor
+    inputs: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> BlockState:
         """Apply ``function`` to every tensor (to index the batch, move, detach ...)."""
-        return BlockState(self.memory.map(function), function(self.conv))
+        return BlockState(self.memory.map(function), function(self.conv), None if self.inputs is None else function(self.inputs))
+
+    def keep(self, tokens: int) -> BlockState:
+        """The same state, such that up to ``tokens`` tokens can be taken back, see :meth:`MemoryState.keep`."""
+        return BlockState(self.memory.keep(tokens), self.conv)
+
+    def crop(self, tokens: int) -> BlockState:
+        """The state before its last ``tokens`` tokens, see :meth:`MemoryState.crop`."""
+        memory = self.memory.crop(tokens)
+        if tokens == 0 or self.inputs is None:
+            return BlockState(memory, self.conv, self.inputs)
+        inputs = self.inputs[:, : self.inputs.shape[1] - tokens]
+        return BlockState(memory, inputs[:, inputs.shape[1] - self.conv.shape[1] :], inputs)
+
+    @staticmethod
+    def after(before: BlockState | None, memory: MemoryState, conv: Tensor, inputs: Tensor) -> BlockState:
+        """The state after tokens that follow the state ``before``, ``inputs [N, T, channels]`` of the convolution."""
+        if before is None or memory.window is None or memory.window.count == 0:
+            return BlockState(memory, conv)
+        earlier = before.conv if before.inputs is None else before.inputs
+        seen = torch.cat([earlier.to(conv.dtype), inputs], 1)
+        return BlockState(memory, conv, seen[:, seen.shape[1] - memory.window.count - conv.shape[1] :])
 
     def detach(self) -> BlockState:
         """The same state without gradient history."""
