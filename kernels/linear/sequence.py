@@ -63,7 +63,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         before = matrices if p.position is None else walked(HEAD.value, matrices)
         start = walked(BODY.value, before)
         after = walked(TAIL.value, start)
-        final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
+        final = Final(after[:1], *open_chunk_end(p.call, start[:1]), after[1:])
     if not fused:
         parallel = linear_channel if p.key.channels else linear_read
         out = parallel.output(p, weights, chain)
