@@ -17,6 +17,8 @@ TESTED         := -c constraints/tested.txt
 # Installed beside .venv, not in it. Triton 3.6's interpreter needs an older numpy.
 OLDEST_TRITON  ?= "triton==3.6.*" "numpy<2.4"
 OLDEST_HF      ?= "transformers==5.4.*"
+# The newest pair on the package index that accept each other: transformers names the versions of kernels that it takes.
+HUB_KERNELS    ?= "transformers==5.20.*" "kernels==0.17.*"
 # Processes that run the tests; `make test WORKERS=` uses one.
 WORKERS        ?= -n 2 --dist worksteal
 # One thread per process, unless a test sets more: idle OpenMP threads spin and would slow the other processes down.
@@ -33,7 +35,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-newest update-constraints test-all ptx bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-hub-kernels test-newest update-constraints test-all ptx bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -63,6 +65,10 @@ test-oldest: $(VENV)/.oldest  ## run the Triton tests with the oldest supported 
 
 test-oldest-hf: $(VENV)/.oldest-hf  ## run the transformers tests with the oldest supported transformers
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-hf $(PY) -m pytest tests/hf/test_hf_hosts.py tests/hf/test_hf_take_back.py tests/hf/test_hf_generate.py tests/hf/test_hf_static.py tests/hf/test_hf_parallel.py tests/hf/test_hf_save.py tests/hf/test_hf_model.py tests/hf/test_hf_versions.py -q -m "not slow" $(WORKERS) $(ARGS)
+
+# Neither in this folder nor with it among the paths: kernels/ would be imported in the place of the package.
+test-hub-kernels: $(VENV)/.hub-kernels  ## run the tests of functions loaded by the kernels package
+	cd tests && $(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/hub-kernels $(CURDIR)/$(PY) -m pytest hf/test_hub_kernels.py -q -o pythonpath=tests $(ARGS)
 
 # In a virtual environment of its own: shows what a new release of a dependency would break for users.
 test-newest: $(VENV)/.newest  ## run the transformers, Triton and packaging tests with the newest releases of all but PyTorch
@@ -175,6 +181,11 @@ $(VENV)/.newest: | $(VENV)/.built
 $(VENV)/.oldest-hf: | $(VENV)/.built
 	@echo "installing the oldest supported transformers, for test-oldest-hf"
 	@$(PIP) install -qq --upgrade --target $(VENV)/oldest-hf $(OLDEST_HF)
+	@touch $@
+
+$(VENV)/.hub-kernels: | $(VENV)/.built
+	@echo "installing transformers and kernels, for test-hub-kernels"
+	@$(PIP) install -qq --upgrade --target $(VENV)/hub-kernels $(HUB_KERNELS)
 	@touch $@
 
 $(VENV)/.types: | $(VENV)/.torch

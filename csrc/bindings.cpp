@@ -1,5 +1,5 @@
 // The extension module miras_kernels._C: turns tensors into parameter structs and hands them to the kernels.
-// This file, step_bindings.cpp and torch_api.cpp are the only ones that depend on Python.
+// This file, step_bindings.cpp, state_bindings.cpp, step_signature.h, tensor.h and torch_api.cpp are the only ones that depend on Python.
 #include <array>
 #include <map>
 #include <tuple>
@@ -372,6 +372,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
         "checkpoints"_a, "grad_out"_a, "grad_state"_a);
   miras::bind_steps(m);
+  miras::bind_states(m);
   m.def("bias_names", &miras::bias_names);
   m.def("retention_names", &miras::retention_names);
   m.def("limits", [] {

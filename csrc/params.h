@@ -204,6 +204,9 @@ struct StepBuffers {
   int width = 1;  // 1, or Dv
   int rows = 1;   // R
 
+  // Where the dual goes when a chunk closes, if not into `start`, which is then left as it is. Linear memory only.
+  float* result = nullptr;
+
   // A state as a value: `written` and `start` hold its dual and, of an open chunk, its start; the dual and the momenta after the
   // tokens take the places of `written` and `momenta`. No other buffer has been set, and R = min(T, C) is enough.
   bool by_value = false;

@@ -6,5 +6,6 @@
 namespace miras {
 
 void bind_steps(pybind11::module_& m);
+void bind_states(pybind11::module_& m);
 
 }  // namespace miras

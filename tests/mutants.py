@@ -46,6 +46,10 @@ def cpp(*names: str) -> tuple[str, ...]:
     return cases("cpp/test_cpp.py::test_float32", *names)
 
 
+#: the forward of the MLP memory in CUDA C++
+MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
+
+
 def triton(*names: str) -> tuple[str, ...]:
     return cases("triton/test_triton.py::test_float32", *names)
 
@@ -120,8 +124,8 @@ MUTANTS = [
     Mutant("reference-decay-first-too-late", "python/miras_kernels/backends/reference/blocks.py",
            ("core/test_variants.py::test_the_recurrence_as_it_is_written[decay_first]",),
            "self.before = self.before + 1", "self.before = self.before + 0"),
-    Mutant("decayed-state-of-a-single-token-without-its-decay", "python/miras_kernels/memory.py",
-           ("core/test_variants.py::test_a_single_token_runs_on_the_kernels_of_the_plain_rule[cpp-token-decay_first]",),
+    Mutant("decayed-state-of-a-single-token-without-its-decay", "python/miras_kernels/call.py",
+           ("core/test_variants.py::test_a_single_token_runs_on_the_kernels_of_the_plain_rule[reference-token-decay_first]",),
            "MemoryState((alpha * dual,)", "MemoryState((dual,)"),
     Mutant("fla-keys-not-normalised", "python/miras_kernels/interop/fla.py",
            ("interop/test_fla.py::test_transformers_kimi_delta_attention",), "    if normalise:", "    if False:"),
@@ -155,11 +159,16 @@ MUTANTS = [
            "a.add(m.momenta, w.row(1), w.width)", "void(0)"),
     Mutant("cpp-step-reads-without-its-own-token", "csrc/cpu/linear_step.h", decode("linear-common"),
            "rho * (load(s.O + j) + own * load(s.U + j))", "rho * load(s.O + j)"),
+    Mutant("cpp-step-takes-the-error-before-the-decay", "csrc/cpu/linear_step.h",
+           ("core/test_variants.py::test_a_single_token_runs_on_the_kernels_of_the_plain_rule[cpp-token-decay_first]",),
+           "store(s.U + j, load(w.gamma + j) * load(s.U + j))", "store(s.U + j, load(s.U + j))"),
+    Mutant("state-in-place-not-written", "python/miras_kernels/state.py",
+           ("core/test_inplace_state.py::test_the_given_state_is_overwritten[cpp-chunks-True]",), "to.copy_(x)", "pass"),
     Mutant("cpp-mlp-step-without-rho", "csrc/cpu/mlp_step.h", decode("mlp-chunk-1-lq"),
            "add_multiple(first.read_scale(), changed, dp, s.Uq)", "add_multiple(1.0f, changed, dp, s.Uq)"),
-    Mutant("cpp-steps-advance-by-one-token", "csrc/step_bindings.cpp", decode("linear-common"),
+    Mutant("cpp-steps-advance-by-one-token", "csrc/step_signature.h", decode("linear-common"),
            "(p.state.position[n] + p.T) % p.C", "(p.state.position[n] + 1) % p.C"),
-    Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_bindings.cpp", ("core/test_decode.py::test_errors_of_values",),
+    Mutant("cpp-step-takes-a-momentum-of-one", "csrc/step_signature.h", ("core/test_decode.py::test_errors_of_values",),
            "!(x < 0.0f || x >= 1.0f)", "!(x < 0.0f || x > 1.0f)"),
     Mutant("cpp-panels-not-added-up", "csrc/shares.h", cases("cpp/test_cpp.py::test_any_number_of_threads", "(1, 1)-dot"),
            "x += from[share * size + i]", "x += 0.0f"),
@@ -170,6 +179,10 @@ MUTANTS = [
            "rho_2 * wq", "wq"),
     Mutant("cuda-open-chunk-keeps-its-log-decay", "csrc/cuda/linear_step.cu", cases("cuda/test_cuda.py::test_sizes", "coupled"),
            " = *open_log_decay = 0.0f", " = 0.0f"),
+    Mutant("cuda-mlp-chain-wrong-matrix-of-a-fragment", "csrc/cuda/tiles.h", MLP_CHAIN,
+           "(lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1", "(lane >> 3 & 1) * 8 + (lane & 7), lane >> 4"),
+    Mutant("cuda-mlp-chain-writes-do-not-decay", "csrc/cuda/mlp_block.h", MLP_CHAIN,
+           "at<float>(S::kRaw + 4 * r), -dec,", "at<float>(S::kRaw + 4 * r), -1.0f,"),
     # ------------------------------------------------------------------------------------------------------------- Triton
     Mutant("triton-decay-to-end-off-by-a-token", "kernels/common/decays.py", triton("linear-l2-strong-decay"),
            "log_decay + row + H + o_g", "log_decay + row + o_g"),

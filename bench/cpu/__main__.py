@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import base, delta_rule, program, report, scaling, studies, targets
+from . import base, delta_rule, hybrid, program, report, scaling, studies, targets
 from .cases import ONE_OF_EACH, SHAPES, Settings
 
 
@@ -32,13 +32,16 @@ def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], set
             found += [(study, f"{shape}, {axis}", n) for shape in pair for axis, counts in axes.items() for n in counts]
         elif study == "delta rule":
             found += [(study, size, threads[0]) for size in delta_rule.SIZES]
+        elif study == "hybrid":
+            found += [(study, name, threads[0]) for name in hybrid.RUNS]
         elif study != "capability" or settings.backend == "cpp":
             found.append((study, shapes[0], threads[0]))
     return found
 
 
 PROGRAM = program.Program(
-    module="bench.cpu", title="miras-kernels on the CPU", studies={**studies.STUDIES, **delta_rule.STUDIES, **scaling.STUDIES},
+    module="bench.cpu", title="miras-kernels on the CPU",
+    studies={**studies.STUDIES, **delta_rule.STUDIES, **hybrid.STUDIES, **scaling.STUDIES},
     helpers={**studies.HELPERS, **scaling.HELPERS, **base.STUDIES}, quick=("shapes", "bias", "decay"), shapes=tuple(SHAPES), jobs=jobs,
     targets=targets.targets, sections=report.SECTIONS, seconds=(8.0, 1.0), min_rounds=(7, 3),
 )  # fmt: skip

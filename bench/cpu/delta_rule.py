@@ -4,6 +4,7 @@ transformers' PyTorch, and against llama.cpp's fused operator; then a single tok
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -63,22 +64,22 @@ def _sequences(inputs, direction: str, settings: Settings) -> tuple[dict[str, Ca
 
 
 def _decoding(inputs, settings: Settings) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """A token, always from the same state except in the decoder, whose first step is the one that is compared."""
+    """A token, from a state in the layout of those that calls return. Where the state is overwritten, the first step is compared."""
     x = {name: tensor.detach() for name, tensor in inputs.tensors.items()}
-    dual = inputs.duals[0].detach()
-    decoder = miras_kernels.Decoder(miras_kernels.MemoryState((dual.clone(),)), chunk_size=1, backend=settings.backend)
-
-    def function() -> tuple:
-        out, _ = miras_kernels.linear_memory(
-            **x, initial_state=dual, chunk_size=1, decay_first=True, output_final_state=True, backend=settings.backend
-        )
-        return (out,)
+    state = miras_kernels.MemoryState((inputs.duals[0].detach().mT.contiguous().mT,))
+    inplace, decoder = state.map(torch.clone), miras_kernels.Decoder(state, chunk_size=1, backend=settings.backend)
+    call = functools.partial(miras_kernels.linear_memory, **x, chunk_size=1, decay_first=True, backend=settings.backend)
 
     def step() -> tuple:
         decoder.decay(x["log_decay"][:, 0])
         return (decoder.step(*(x[name] for name in ("q", "k", "v", "lr"))),)
 
-    return {"public function": function, "decoder": step}, {"ggml": lambda: Ggml(inputs)}
+    ours = {
+        "public function": lambda: (call(initial_state=state, output_final_state=True)[0],),
+        "public function, in place": lambda: (call(initial_state=inplace, inplace_state=True)[0],),
+        "decoder": step,
+    }
+    return ours, {"ggml": lambda: Ggml(inputs)}
 
 
 def transformers(inputs, direction: str) -> Callable[[], tuple]:

@@ -153,6 +153,7 @@ SECTIONS = (
     ("checkpoint", "A checkpoint every n chunks", _variants),
     ("dtype", "Input types", _variants),
     ("delta rule", "The delta rule: exact steps of one token", _variants),
+    ("hybrid", "A model in Qwen3.5's shape", _variants),
     ("memory", "Memory of one forward and backward, beyond the inputs", _memory),
     ("scaling", "Scaling, forward and backward", _scaling),
 )  # fmt: skip

@@ -5,6 +5,7 @@
     python -m bench.gpu.counts --check             execute the kernels; red if one is more than 3 % worse than in the table
     python -m bench.gpu.counts --renew "REASON"    execute the kernels, write the table; counts.json keeps the reason
     python -m bench.gpu.counts --only D64          the specimens with this text in their names
+    python -m bench.gpu.counts --backend cuda --only Hd256    execute the CUDA C++ kernels, beside the table
 
 The machine of tests/ptx executes two short sequences, and what is linear in the tokens is extrapolated: counts of programs, latencies of
 chains. bench/README.md explains the report.
@@ -13,13 +14,16 @@ chains. bench/README.md explains the report.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from ..common.implementations import BOTH, DIRECTIONS, FORWARD
 from ..common.processes import ROOT
@@ -77,12 +81,13 @@ SPECIMENS = {
 # ------------------------------------------------------------------------------------------------------------- executing
 
 
-def executed(specimen: Specimen, direction: str, tokens: int) -> list[dict]:
+def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> list[dict]:
     """The launches of a call, in order, with what is counted of each."""
     import torch
     from miras_kernels.kernels.common import configs
 
-    from ptx import compiling, host
+    from miras_kernels import dispatch
+    from ptx import compiling, cuda, host
 
     from ..common.implementations import kernel
     from .inputs import DTYPE, case_of
@@ -96,7 +101,7 @@ def executed(specimen: Specimen, direction: str, tokens: int) -> list[dict]:
         grid = (*launch.grid, 1)
         heads = EXECUTED if grid[1] > 1 else HEADS
         _, counts = launch.run(chip=chip, heads=heads)
-        registers, shared = compiling.registers(launch.ptx), launch.shared
+        registers, shared = compiling.registers(launch.ptx, launch.entry), launch.shared
         issued = counts.issued
         values = dict(
             programs=grid[0] * min(grid[1], heads), issued=sum(issued.values()), special=issued.get("special", 0), flop=counts.flop,
@@ -106,16 +111,22 @@ def executed(specimen: Specimen, direction: str, tokens: int) -> list[dict]:
         kernel = counts.program.kernel
         found.append(dict(kernel=kernel.name, heads=heads, threads=kernel.threads, registers=registers, shared=shared, counts=values))
 
-    with configs.fuse(True), host.on_machine(specimen.architecture, instead=count):  # as the shapes, which fill a chip, do
-        kernel(inputs, "triton", direction)()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(configs.fuse(True))  # as the shapes, which fill a chip, do
+        stack.enter_context(host.on_machine(specimen.architecture, instead=count))
+        if backend == "cuda":
+            built = cuda.build(shutil.which("nvcc") or "nvcc", specimen.architecture)
+            own = stack.enter_context(cuda.on_machine(built, instead=count))
+            stack.enter_context(mock.patch.dict(dispatch.BACKENDS, cuda=own))
+        kernel(inputs, backend, direction)()
     return found
 
 
-def rows(specimen: Specimen) -> dict[str, list[dict]]:
+def rows(specimen: Specimen, backend: str = "triton") -> dict[str, list[dict]]:
     """The launches of a forward, and those that a backward adds, with counts at two lengths."""
     found = {}
     for direction in DIRECTIONS:
-        short, long = (executed(specimen, direction, tokens) for tokens in specimen.between)
+        short, long = (executed(specimen, direction, tokens, backend) for tokens in specimen.between)
         both = []
         for a, b in zip(short, long, strict=True):
             assert a["kernel"] == b["kernel"]
@@ -237,6 +248,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.counts", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--chip", default="H200", choices=CHIPS)
     parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--backend", default="triton", choices=("triton", "cuda"))
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--renew", metavar="REASON")
     parser.add_argument("--label", metavar="LABEL", help="of the table's entry (default: the version of Triton)")
@@ -251,7 +263,9 @@ def main(arguments=None) -> int:
     for name, specimen in wanted.items():
         table = read()
         known = table.get(label, {"rows": {}})["rows"].get(name)
-        if args.check or args.renew:
+        if args.backend == "cuda":
+            found = rows(specimen, args.backend)
+        elif args.check or args.renew:
             found = rows(specimen)
             if args.renew:
                 write(label, {name: found}, f"{name}: {args.renew}")
@@ -262,7 +276,7 @@ def main(arguments=None) -> int:
         else:
             found = known
         if found is not None:
-            base = table.get(args.base, {"rows": {}})["rows"].get(name)
+            base = known if args.backend == "cuda" else table.get(args.base, {"rows": {}})["rows"].get(name)
             print("\n".join(report(specimen, found, args.chip, base)), flush=True)
     print("\n".join(red))
     return bool(red)

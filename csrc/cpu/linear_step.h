@@ -1,6 +1,6 @@
 // Decoding steps of the linear memory on a decoder's buffers (docs/mathematics.md, section 11), W' [Dk x Dv]:
 //
-//   e = W_0 k - v    u = eta psi(e)    left, right = k, -u
+//   e = W_0 k - v    u = eta psi(e)    left, right = k, -u          with decay_first, of chunks of one token: e = gamma W_0 k - v
 //   o = gamma W_0 q + rho (kappa_0 D q + kappa_1 S_0 q + sum_i (left_i . q) kappa_(2+i) o right_i)
 //
 // A task is one head of one sequence: one pass over W_0, for k and q together, and one over the open chunk's factors.
@@ -66,7 +66,7 @@ static void read_matrix(const float* M, const StepMatrix& m, const StepWeights& 
 
 // Token t, after the tokens `before` of its chunk. Reading their factors does not depend on the token's own write.
 static void linear_step_token(const LinearStep& p, const BiasTable& bias, const LinearStepScratch& s, const StepMatrix& m,
-                              const StepWeights& w, const Task& task, int64_t t, TokenRange before, const float* soon) {
+                              const StepWeights& w, const Task& task, int64_t t, TokenRange before, Soon next) {
   const int64_t n = task.n, h = task.h;
   const int dk = p.Dk, dv = p.Dv, dvp = task.dvp;
   ChunkView{p.k, p.dtype, n, t, h, 0, dk}.read(1, s.K, 0);
@@ -80,10 +80,11 @@ static void linear_step_token(const LinearStep& p, const BiasTable& bias, const 
   if (m.written && w.nonzero(0)) read_matrix(m.written, m, w, w.row(0), dvp, s);
   if (m.momenta && w.nonzero(1)) read_matrix(m.momenta, m, w, w.row(1), dvp, s);
 
-  const Soon next{soon, before.count()};
   if (bias.predicts) products<true>(W0, dk, dv, s.K, s.U, s.Q, s.Wq, next);
   else products<false>(W0, dk, dv, s.Q, s.Wq, nullptr, nullptr, next);
   fill_zero(s.U + dv, dvp - dv);  // a NaN left there by another head would reach |e|^2
+  if (p.decay_first)
+    for (int j = 0; j < dvp; j += kLanes) store(s.U + j, load(w.gamma + j) * load(s.U + j));
   read_value_gate(p.lr, p.lr_per_channel, task, n, t, 1, s.eta);
   bias.write({1, dvp, p.bias_params, s.eta, read_delta(p, task, n, t, 1, s.delta), p.delta_per_channel, s.V, 0}, s.U, nullptr, nullptr);
   scale(-1.0f, dvp, s.U);
@@ -110,7 +111,7 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
   for (int64_t turn = first; turn < last; ++turn) {
     const int64_t i = order.head(turn);
     const Task task(p, i);
-    const StepMatrix matrices[] = {{p.state, i, p.Dk, p.Dv, LastAxis::down}};
+    StepMatrix matrices[] = {{p.state, i, p.Dk, p.Dv, LastAxis::down}};
     const StepMatrix& m = matrices[0];
     const StepWeights w(p.state, i, s.alpha, s.gamma);
     int position = int(p.state.position[task.n]), row = position;
@@ -118,8 +119,10 @@ static void linear_step(const LinearStep& p, int64_t first, int64_t last) {
     TokenRange tokens{0, row};
     for (int64_t t = 0; t < p.T; ++t) {
       tokens = fold(matrices, w, s.spare, tokens.last);
-      const index_t to_next = t + 1 < p.T ? 0 : order.step * index_t(p.state.rows) * p.Dk;  // the next head's factors
-      linear_step_token(p, bias, s, m, w, task, t, tokens, m.left + to_next + index_t(tokens.first) * p.Dk);
+      const index_t to_next = t + 1 < p.T ? 0 : order.step;  // the next head's factors, or matrix where every token is a chunk
+      const float* const factors = m.left + to_next * p.state.rows * p.Dk + index_t(tokens.first) * p.Dk;
+      const Soon next = p.C == 1 ? Soon{m.predicting() + to_next * m.size(), p.Dk} : Soon{factors, tokens.count()};
+      linear_step_token(p, bias, s, m, w, task, t, tokens, next);
       ++tokens.last;
       if (++position == p.C) close_chunk(gate, matrices, w, s.spare, tokens), position = 0, tokens = {0, 0};
     }

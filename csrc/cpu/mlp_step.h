@@ -171,7 +171,7 @@ static void mlp_step(const MlpStep& p, int64_t first, int64_t last) {
   for (int64_t turn = first; turn < last; ++turn) {
     const int64_t i = order.head(turn), n = i / p.H, h = i % p.H;
     s.norm.read(p, h);
-    const StepMatrix matrices[] = {{p.state, 2 * i, p.Hd, p.D, LastAxis::down}, {p.state, 2 * i + 1, p.Hd, p.D, LastAxis::along}};
+    StepMatrix matrices[] = {{p.state, 2 * i, p.Hd, p.D, LastAxis::down}, {p.state, 2 * i + 1, p.Hd, p.D, LastAxis::along}};
     const StepWeights w(p.state, i, s.alpha, s.gamma);
     int position = int(p.state.position[n]), row = position;
     if (p.state.by_value) begin_value(gate, matrices, w, s.spare, position > 0, s.norm.dp), row = 0;

@@ -29,12 +29,14 @@ struct StepMatrix {
   int rows, cols;  // K, V
   LastAxis last;
   float *start, *primal, *written, *momenta, *rho;  // null if absent
+  float* result;                                    // the next chunk's start
   float *left, *right;                              // [R x K], [R x V]
 
   MIRAS_FN StepMatrix(const StepBuffers& x, int64_t index, int K, int V, LastAxis last) : rows(K), cols(V), last(last) {
     const int64_t at = index * K * V;
     const auto matrix = [at](float* base) { return base ? base + at : nullptr; };
     start = matrix(x.start), primal = matrix(x.primal), written = matrix(x.written), momenta = matrix(x.momenta);
+    result = x.result ? x.result + at : start;
     rho = x.rho ? x.rho + index : nullptr;
     left = x.left + index * x.rows * K, right = x.right + index * x.rows * V;
   }
@@ -192,6 +194,21 @@ class StepSum {
   const float* matrix_[3];
 };
 
+// to = start, columns weighted, + left right', of one token, whose weight is 1
+static void write_token(const StepMatrix& m, const float* weight, int width, float* to) {
+  each_columns(m.cols, [&]<class C>(const C& c) MIRAS_LAMBDA {
+    Vec right[C::kVectors], scale[C::kVectors];
+    MIRAS_UNROLL
+    for (int n = 0; n < C::kVectors; ++n) right[n] = c.load(m.right, n), scale[n] = width > 1 ? c.load(weight, n) : broadcast(*weight);
+    for (int i = 0; i < m.rows; ++i) {
+      const index_t row = index_t(i) * m.cols;
+      const Vec left = broadcast(m.left[i]);
+      MIRAS_UNROLL
+      for (int n = 0; n < C::kVectors; ++n) c.store(to + row, n, left * right[n] + c.load(m.start + row, n) * scale[n]);
+    }
+  });
+}
+
 // A, or without the chunk's start only its writes, into `to`, which may be one of the matrices; then S in place of S_0.
 static void write_matrices(const StepMatrix& m, const StepWeights& w, const StepSpare& spare, TokenRange tokens, bool with_start,
                            float* to) {
@@ -238,10 +255,12 @@ static TokenRange fold(const StepMatrix (&matrices)[kMatrices], const StepWeight
 
 // After a chunk's last token: the next chunk starts from the dual.
 template <int kMatrices>
-static void close_chunk(const Retention& gate, const StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
+static void close_chunk(const Retention& gate, StepMatrix (&matrices)[kMatrices], const StepWeights& w, const StepSpare& spare,
                         TokenRange tokens) {
-  for (const StepMatrix& m : matrices) {
-    write_matrices(m, w, spare, tokens, true, m.start);
+  for (StepMatrix& m : matrices) {
+    if (m.written || m.momenta) write_matrices(m, w, spare, tokens, true, m.result);
+    else write_token(m, w.gamma, w.width, m.result);  // every token is a chunk
+    m.start = m.result;
     map_start(gate, m, spare);
   }
   w.restart(0.0f);

@@ -7,6 +7,12 @@ extern "C" {
 
 const char* miras_cuda_error(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
+// The bytes of shared memory that a block may have on a device, 0 if that is unknown.
+int miras_shared_limit(int device) {
+  int bytes = 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ? 0 : bytes;
+}
+
 // The names of MirasStep's buffers in their order, separated by spaces.
 const char* miras_step_buffers() {
 #define MIRAS_NAME_AND_SPACE(type, name) #name " "

@@ -134,11 +134,16 @@ def _forward(call: Call, backend: str, checkpoint_every: int) -> tuple[Tensor, l
 
 
 def _own_tensors(call: Call, final: list[Tensor]) -> list[Tensor]:
-    """``final`` with inputs and repeated tensors cloned: an operator's outputs must be distinct from its inputs and from each other."""
-    taken: list[Tensor] = call.state.tensors()
-    for x in final:
-        taken.append(x.clone() if any(x is y for y in taken) else x)
-    return taken[len(taken) - len(final) :]
+    """``final`` with inputs and repeated tensors cloned: an operator's outputs must be distinct from its inputs and from each other.
+
+    With ``inplace_state``, which no operator has, a tensor may be that in its place in the initial state: it has been overwritten.
+    """
+    given = call.state.tensors()
+    taken = list(given)
+    for i, x in enumerate(final):
+        overwritten = call.inplace_state and i < len(given) and x is given[i]
+        taken.append(x.clone() if not overwritten and any(x is y for y in taken) else x)
+    return taken[len(given) :]
 
 
 def _backward(

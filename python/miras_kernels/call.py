@@ -44,6 +44,7 @@ class Call:
     erase_k: Tensor | None = None
     key_log_decay: Tensor | None = None
     decay_first: bool = False
+    inplace_state: bool = False
 
     #: the arguments of shape [B, T, H, ...]
     PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "erase_k", "key_log_decay")
@@ -57,6 +58,27 @@ class Call:
         """Names of the options of the delta rule that differ from the plain recurrence."""
         used = {"decay_first": self.decay_first, "erase_k": self.erase_k is not None, "key_log_decay": self.key_log_decay is not None}
         return tuple(name for name, use in used.items() if use)
+
+    @property
+    def lasting_variants(self) -> tuple[str, ...]:
+        """Those of them that a backend must serve: all but the ones that :meth:`decayed` removes."""
+        return tuple(name for name in self.variants if name == "erase_k" or not self.decays_before)
+
+    @property
+    def decays_before(self) -> bool:
+        """Whether there is one token and its decay comes before everything else, so that it can be applied to the state."""
+        first = self.decay_first or (self.key_log_decay is not None and not self.bias.reads_memory)
+        return first and self.q.shape[1] == 1 and self.cu_seqlens is None
+
+    def decayed(self) -> Call:
+        """The call with its decay applied to the state, where :attr:`decays_before`: the rest is the plain rule."""
+        dual, alpha = self.state.dual[0], None
+        if self.key_log_decay is not None:
+            alpha = self.key_log_decay[:, 0].exp().unsqueeze(-2)
+        elif self.log_decay is not None:
+            alpha = self.log_decay[:, 0].exp().reshape(*dual.shape[:2], -1, 1)
+        state = self.state if alpha is None else MemoryState((alpha * dual,), self.state.momentum)
+        return self.replace(state=state, log_decay=None, key_log_decay=None, decay_first=False)
 
     @property
     def hidden(self) -> int:

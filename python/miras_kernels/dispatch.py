@@ -50,7 +50,7 @@ def _refusal(name: str, call: Call, differentiate: bool) -> str | None:
 
 def unserved(name: str, call: Call) -> str | None:
     """Which option of the delta rule a backend does not serve, or None."""
-    lacks = [option for option in call.variants if option not in BACKENDS[name].variants]
+    lacks = [option for option in call.lasting_variants if option not in BACKENDS[name].variants]
     return f"it does not serve {lacks[0]}" if lacks else None
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch
+from . import autograd, decode, dispatch
 from .backends.cpp import CppBackend
 from .backends.cuda import CudaBackend
 from .backends.reference.backend import ReferenceBackend
 from .backends.triton import TritonBackend
 from .call import Call
+from .decode import repeat
 from .options import options
 from .state import MemoryState
 from .tables import memories
@@ -46,6 +47,7 @@ def linear_memory(
     chunk_size: int = 64,
     initial_state: MemoryState | Tensor | tuple[Tensor] | None = None,
     output_final_state: bool = False,
+    inplace_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
@@ -85,6 +87,10 @@ def linear_memory(
         initial_state: a :class:`MemoryState`, a dual ``[N, H, Dv, Dk]``, or a learned one ``[H, Dv, Dk]`` shared by all
             sequences; None for zeros.
         output_final_state: whether to return the state after the last token.
+        inplace_state: overwrite ``initial_state`` with the state after the last token, and return that: the :class:`MemoryState` given, or
+            one that holds the tensors given. Of an open chunk or momentum that the given state lacks, the returned one has new tensors.
+            Without gradients only. With ``chunk_size=1`` and ``L2Retention()`` the C++ kernels then write no second state; they hold
+            duals as ``[N, H, Dk, Dv]`` in memory, as those that this function returns do.
         cu_seqlens: ``[N + 1]`` int32 or int64, from 0 to T without decreasing: N sequences packed into ``B = 1``. The state of an
             empty one stays as it is.
         backend: "auto", "reference", "cpp", "triton" or "cuda". "auto" takes the fastest that can serve the call on the
@@ -97,10 +103,16 @@ def linear_memory(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given.
     """
+    settings = None
+    if chunk_size == 1 and momentum is erase_k is key_log_decay is cu_seqlens is None:
+        settings = (bias, retention, decay_first, output_final_state, inplace_state, backend)
+        found = repeat(settings, q, k, v, lr, log_decay, delta, initial_state)
+        if found is not None:
+            return found
     return run(
         memories.LINEAR, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend,
-        erase_k=erase_k, key_log_decay=key_log_decay, decay_first=decay_first,
+        initial_state=initial_state, output_final_state=output_final_state, inplace_state=inplace_state, cu_seqlens=cu_seqlens,
+        erase_k=erase_k, key_log_decay=key_log_decay, decay_first=decay_first, backend=backend, remember=settings,
     )  # fmt: skip
 
 
@@ -122,6 +134,7 @@ def mlp_memory(
     momentum: Tensor | None = None,
     chunk_size: int = 64,
     output_final_state: bool = False,
+    inplace_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
@@ -143,7 +156,7 @@ def mlp_memory(
     """
     return run(
         memories.MLP, q, k, v, lr, log_decay, bias=bias, retention=retention, delta=delta, momentum=momentum, chunk_size=chunk_size,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        initial_state=initial_state, output_final_state=output_final_state, inplace_state=inplace_state, cu_seqlens=cu_seqlens,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, backend=backend,
     )  # fmt: skip
 
@@ -153,14 +166,30 @@ FUNCTIONS: dict[str, Callable[..., tuple[Tensor, MemoryState | None]]] = {"linea
 
 
 def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: Tensor | None = None, *, backend: str = "auto",
-        **arguments) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
-    """Run a memory of :mod:`miras_kernels.tables.memories`; the arguments are those of its public function."""
-    call = _call(memory, q, k, v, lr, log_decay, arguments)
+        remember: tuple | None = None, **arguments) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
+    """Run a memory of :mod:`miras_kernels.tables.memories`; the arguments are those of its public function.
+
+    Args:
+        remember: the settings by which :func:`miras_kernels.decode.repeat` will find a call like this one.
+    """
+    call = given = _call(memory, q, k, v, lr, log_decay, arguments)
     differentiate = _differentiates(call)
+    if call.inplace_state and differentiate:
+        raise ValueError("inplace_state: True needs a call without gradients (torch.no_grad()), got arguments that require them")
     name = dispatch.choose(backend, call, differentiate)
     if call.q.shape[0] == 0 or call.q.shape[1] == 0:
-        return _nothing(call), call.state.map(torch.clone) if call.output_final_state else None
-    return autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+        out, state = _nothing(call), call.state if call.inplace_state else call.state.map(torch.clone) if call.output_final_state else None
+    else:
+        if call.decays_before and (differentiate or not dispatch.BACKENDS[name].decodes_decay_first(call)):
+            call = call.decayed()
+        out, state = autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+    if call.inplace_state and state is not None:
+        state = given.state.overwritten(state)
+        initial = arguments["initial_state"]
+        state = initial if isinstance(initial, MemoryState) and len(initial.tensors()) == len(state.tensors()) else state
+    if remember is not None and name == "cpp" and not differentiate:
+        decode.remember(remember, given)
+    return out, state
 
 
 def explain(
@@ -188,25 +217,10 @@ def _call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay
     q, k, v, erase_k = _autocast(q, k, v, arguments.get("erase_k"))
     if erase_k is not None:
         arguments["erase_k"] = erase_k
-    return _decayed(make_call(memory, q, k, v, lr, log_decay, **arguments))
-
-
-def _decayed(call: Call) -> Call:
-    """The call with its decay applied to the state, if there is one token and its decay comes first: the rest is the plain rule."""
-    if not call.decay_first and call.key_log_decay is None:
-        return call
-    if call.log_decay is None and call.key_log_decay is None:
+    call = make_call(memory, q, k, v, lr, log_decay, **arguments)
+    if call.decay_first and call.log_decay is None and call.key_log_decay is None:
         return call.replace(decay_first=False)
-    comes_first = call.decay_first or not call.bias.reads_memory
-    if not comes_first or call.q.shape[1] != 1 or call.cu_seqlens is not None:
-        return call
-    dual = call.state.dual[0]
-    if call.key_log_decay is not None:
-        alpha = call.key_log_decay[:, 0].exp().unsqueeze(-2)
-    elif call.log_decay is not None:
-        alpha = call.log_decay[:, 0].exp().reshape(*dual.shape[:2], -1, 1)
-    state = MemoryState((alpha * dual,), call.state.momentum)
-    return call.replace(state=state, log_decay=None, key_log_decay=None, decay_first=False)
+    return call
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -33,7 +33,8 @@ class OpenChunk:
 class MemoryState:
     """The recurrent state of ``N`` sequences (the batch, or the sequences packed by ``cu_seqlens``).
 
-    A state is a value: no function writes into one. Its size does not depend on the number of tokens read.
+    A state is a value: no function writes into one, unless ``inplace_state=True`` asks for it. Its size does not depend on the number of
+    tokens read.
 
     Attributes:
         dual: the matrices ``A`` after the last token: ``([N, H, Dv, Dk],)`` for a linear memory,
@@ -96,6 +97,27 @@ class MemoryState:
         if self.open_chunk is not None:
             open_chunk = OpenChunk(self.open_chunk.position, tuple(rest[:m]), rest[m])
         return MemoryState(head, momentum, open_chunk)
+
+    def overwritten(self, other: MemoryState) -> MemoryState:
+        """This state after the values of ``other`` were written into its tensors; of an open chunk that it lacks, it has those of
+        ``other``. Tensors that both share have been written already."""
+        pairs = [*zip(self.matrices(), other.matrices(), strict=True)]
+        open_chunk = other.open_chunk
+        if self.open_chunk is not None and open_chunk is not None:
+            mine = self.open_chunk
+            pairs += [
+                (mine.position, open_chunk.position),
+                (mine.log_decay, open_chunk.log_decay),
+                *zip(mine.start, open_chunk.start, strict=True),
+            ]
+            open_chunk = mine
+        with torch.no_grad():
+            for to, x in pairs:
+                if to is not x:
+                    to.copy_(x)
+                elif not to.is_inference():
+                    torch.autograd.graph.increment_version(to)
+        return MemoryState(self.dual, self.momentum, open_chunk)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         """Apply ``function`` to every tensor, integer positions included: to index the batch, move, detach ..."""

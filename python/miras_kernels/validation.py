@@ -21,7 +21,7 @@ __all__ = ["make_call"]
 
 #: the arguments of every memory besides q, k, v, lr and log_decay, with their defaults
 COMMON = dict(bias=L2(), retention=L2Retention(), delta=None, momentum=None, chunk_size=64, initial_state=None, output_final_state=False,
-              cu_seqlens=None)  # fmt: skip
+              inplace_state=False, cu_seqlens=None)  # fmt: skip
 #: and of a memory that ends in a LayerNorm
 NORM_DEFAULTS = dict(ln_weight=None, ln_bias=None, ln_eps=1e-6)
 #: and of a memory that takes the variants of the delta rule
@@ -38,17 +38,20 @@ def make_call(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_d
     dv = v.shape[-1]
     if memory.square and dv != dk:
         raise ValueError(f"v: {memory.title} needs Dv = Dk = {dk}, got shape {tuple(v.shape)}")
-    _settings(x["bias"], x["retention"], x["chunk_size"], x["output_final_state"])
+    _settings(x["bias"], x["retention"], x["chunk_size"], x["output_final_state"], x["inplace_state"])
     n = _sequences(x["cu_seqlens"], b, t, q)
     gates = _gates(memory, lr, log_decay, x["delta"], x["momentum"], x["bias"], q, (b, t, h), dv)
     shapes = [(n, h, *shape) for shape in _matrix_shapes(memory, x["initial_state"], dk, dv)]
+    if x["inplace_state"]:
+        _overwritable(x["initial_state"], q)
     state = _state(x["initial_state"], q, x["momentum"] is not None, x["chunk_size"], shapes, gates["log_decay"])
     variants = _variants(q, gates["log_decay"], x["chunk_size"], x["retention"], **{name: x[name] for name in VARIANTS if name in x})
     norm = {name: x.get(name) for name in NORM}
     norm = _norm(q, h, dv, **norm) if memory.needs_norm else norm | {"ln_eps": 0.0}
     return Call(
         memory=memory, q=q, k=k, v=v, **gates, **variants, **norm, state=state, cu_seqlens=x["cu_seqlens"],
-        bias=x["bias"], retention=x["retention"], chunk_size=x["chunk_size"], output_final_state=x["output_final_state"],
+        bias=x["bias"], retention=x["retention"], chunk_size=x["chunk_size"],
+        output_final_state=x["output_final_state"] or x["inplace_state"], inplace_state=x["inplace_state"],
     )  # fmt: skip
 
 
@@ -111,7 +114,7 @@ def _tokens(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return b, t, h, d
 
 
-def _settings(bias: object, retention: object, chunk_size: object, output_final_state: object) -> None:
+def _settings(bias: object, retention: object, chunk_size: object, output_final_state: object, inplace_state: object) -> None:
     if not isinstance(bias, Bias) or type(bias) is Bias:
         raise TypeError(f"bias: expected an attentional bias such as L2() or Huber('norm'), got {_describe(bias)}")
     if not isinstance(retention, Retention) or type(retention) is Retention:
@@ -122,6 +125,8 @@ def _settings(bias: object, retention: object, chunk_size: object, output_final_
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size}")
     if not isinstance(output_final_state, bool):
         raise TypeError(f"output_final_state: expected True or False, got {_describe(output_final_state)}")
+    if not isinstance(inplace_state, bool):
+        raise TypeError(f"inplace_state: expected True or False, got {_describe(inplace_state)}")
 
 
 def _sequences(cu_seqlens: object, b: int, t: int, q: Tensor) -> int:
@@ -235,6 +240,22 @@ def _norm(q: Tensor, h: int, d: int, ln_weight, ln_bias, ln_eps) -> dict:
     return weights | dict(ln_eps=float(ln_eps))
 
 
+def _overwritable(initial: Any, q: Tensor) -> None:
+    """Whether a state can be written in place; its shapes are checked elsewhere."""
+    if initial is None:
+        raise ValueError("initial_state: inplace_state=True needs a state to write into, got None")
+    parts = initial.tensors() if isinstance(initial, MemoryState) else initial if isinstance(initial, (tuple, list)) else (initial,)
+    for x in parts:
+        if not isinstance(x, Tensor):
+            continue
+        if x.dtype != _arithmetic(q):
+            raise TypeError(f"initial_state: inplace_state=True needs dtype {_arithmetic(q)}, got {x.dtype}")
+        if x.dim() == 3 and not isinstance(initial, MemoryState):
+            raise ValueError(f"initial_state: inplace_state=True needs a state of every sequence, [N, H, ...], got shape {tuple(x.shape)}")
+        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(f"initial_state: inplace_state=True needs memory of its own for every element, got strides {x.stride()}")
+
+
 def _state(initial, q: Tensor, with_momentum: bool, chunk_size: int, shapes: list[tuple[int, int, int, int]], log_decay) -> MemoryState:
     """The initial state with every tensor ``[N, H, ...]`` in the dtype of the arithmetic; ``shapes`` are those of the matrices."""
     n, h = shapes[0][:2]
@@ -246,7 +267,8 @@ def _state(initial, q: Tensor, with_momentum: bool, chunk_size: int, shapes: lis
         if len(parts) != len(shapes):
             raise ValueError(f"initial_state: expected {len(shapes)} matrices, got {_describe(initial)}")
         words = "[N, H, ...] or [H, ...]"
-        dual = tuple(_tensor("initial_state", x, q, (s, s[1:]), words).expand(s) for x, s in zip(parts, shapes, strict=True))
+        given = [_tensor("initial_state", x, q, (s, s[1:]), words) for x, s in zip(parts, shapes, strict=True)]
+        dual = tuple(x if x.dim() == len(s) else x.expand(s) for x, s in zip(given, shapes, strict=True))
         return MemoryState(dual, tuple(map(torch.zeros_like, dual)) if with_momentum else None)
 
     def every(name: str, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 
 from bench.common import implementations, results, timing
 from bench.cpu import __main__ as cpu
-from bench.cpu import cases, delta_rule, plots, program, report, studies, targets, watch
+from bench.cpu import cases, delta_rule, hybrid, plots, program, report, studies, targets, watch
 from miras_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,12 +105,24 @@ def test_the_delta_rule_against_others(monkeypatch, size):
     wrong = lambda inputs, direction: lambda: tuple(2 * x for x in delta_rule.kernel(inputs, "reference", direction)())
     monkeypatch.setattr(delta_rule, "transformers", wrong)
     for result in delta_rule.study_delta_rule(size, 1, settings):
-        ours = {"public function", "decoder"} if size.startswith("one token") else {"chunk 1", "chunk 64"}
+        ours = {"public function", "public function, in place", "decoder"} if size.startswith("one token") else {"chunk 1", "chunk 64"}
         assert set(result["ms"]) == ours and all(result["parity"][name]["ok"] for name in ours)
         assert result["direction"] != implementations.FORWARD or any(note.startswith("ggml: left out") for note in result["notes"])
         assert size.startswith("one token") or not result["parity"]["transformers"]["ok"]
     (section,) = (section([result]) for study, _, section in report.SECTIONS if study == "delta rule")
     assert all(name in section for name in ours)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", hybrid.RUNS)
+def test_a_hybrid_model(monkeypatch, name):
+    """A model that computes something else gets no time."""
+    pytest.importorskip("transformers.models.qwen3_5", reason="this version of transformers has no Qwen3.5")
+    (result,) = hybrid.study_hybrid(name, 1, SETTINGS)
+    assert set(result["ms"]) == {"accelerate", "transformers", "projections"} and result["parity"]["accelerate"]["ok"]
+    monkeypatch.setattr(hybrid, "agreement", lambda *_: 1.0)
+    (result,) = hybrid.study_hybrid(name, 1, SETTINGS)
+    assert "ms" not in result
 
 
 def refuse_momentum(monkeypatch, backend: str = "reference") -> None:

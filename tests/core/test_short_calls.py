@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decoding import MLP, PAIRS, SIZES
-from miras_kernels import autograd, validation
+from miras_kernels import autograd, memory, validation
 from miras_kernels.backends.cpp import Steps
 from miras_kernels.tables import memories
 from miras_kernels.testing import Case, check_steps, steps
@@ -25,6 +25,7 @@ CHUNK_1 = [
 def test_short_inputs_are_decoded(case, monkeypatch, poisoned):
     """A sequence cut into single tokens and short runs gives the results of the whole, on the kernels, for all gates."""
     taken, on_value = [], Steps.on_value
+    monkeypatch.setattr(memory, "repeat", lambda *_: None)
     monkeypatch.setattr(Steps, "on_value", lambda self: taken.append(self.call.q.shape[1]) or on_value(self))
     arguments, outs = steps.inputs_of(case, "cpp", torch.float32).arguments(), []
     with torch.no_grad():

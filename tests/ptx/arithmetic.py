@@ -123,6 +123,13 @@ def bit_field(x, place, length, signed: bool):
     return field.astype(U32)
 
 
+def inserted(x, into, place, length):
+    """bfi: the lowest bits of ``x`` in the place of some of ``into``."""
+    place, length = np.minimum(place & U32(255), U32(63)).astype(U64), np.minimum(length & U32(255), U32(32)).astype(U64)
+    mask = ((U64(1) << length) - U64(1)) << place
+    return ((into & ~mask) | ((x.astype(U64) << place) & mask)).astype(U32)
+
+
 def permuted(a, b, selector):
     """prmt: bytes of ``b:a`` by four hexadecimal digits; a digit's highest bit replicates the byte's sign."""
     both, result = (b.astype(U64) << U64(32)) | a, U32(0)

@@ -97,7 +97,8 @@ def _compile(module: str, name: str, arguments: dict, config, architecture: str,
     return Compiled(found.asm["ptx"], found.metadata.shared, taken)
 
 
-def registers(ptx: str) -> int:
+@functools.lru_cache
+def registers(ptx: str, entry: str = r"[\w$]+") -> int:
     """Registers of a thread, by ptxas."""
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -108,4 +109,4 @@ def registers(ptx: str) -> int:
         file.flush()
         command = [ptxas, "-v", "--fmad=false", f"--gpu-name={target}", "-o", "/dev/null", file.name]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(re.search(r"Used (\d+) registers", found.stderr)[1])
+    return int(re.search(rf"entry function '{entry}'.*?Used (\d+) registers", found.stderr, re.S)[1])

@@ -29,16 +29,17 @@ STUB = Path(__file__).with_name("cudart_stub.cpp")
 RECEIVE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
 
 
-def build(nvcc: str) -> tuple[Path, dict[str, str]]:
+def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]:
     """The library for CPU tensors, and the PTX of every kernel by its name; kept in ``build/ptx`` until a source changes."""
     given = [*sorted(SOURCES.glob("*.cu")), STUB]
     read = [*given, *SOURCES.glob("*.h"), *SOURCES.parent.glob("*.h"), Path(__file__)]
     name = hashlib.sha256(b"".join(path.read_bytes() for path in read) + os.path.realpath(nvcc).encode()).hexdigest()[:16]
-    folder = CACHE / f"cuda-{name}"
+    folder = CACHE / f"cuda-{architecture}-{name}"
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=CACHE))
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", "-arch=compute_80", "-keep", f"--keep-dir={made}"]
+        virtual = architecture.replace("sm", "compute")
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-arch={virtual}", "-keep", f"--keep-dir={made}"]
         target = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
         subprocess.run([nvcc, *flags, *map(str, given), *target], check=True)
         for path in made.iterdir():
@@ -51,8 +52,10 @@ def build(nvcc: str) -> tuple[Path, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def on_machine(built: tuple[Path, dict[str, str]], before: Callable[[Launch], None] | None = None) -> Iterator[CudaBackend]:
-    """Within it the backend that this gives runs on CPU tensors. It knows those whose address was asked for."""
+def on_machine(
+    built: tuple[Path, dict[str, str]], before: Callable[[Launch], None] | None = None, instead: Callable[[Launch], None] | None = None
+) -> Iterator[CudaBackend]:
+    """Within it the backend that this gives runs on CPU tensors. It knows those whose address was asked for. Arguments as in host.py."""
     path, entries = built
     backend, tensors, faults = CudaBackend(path, "cpu"), {}, []
     address = Tensor.data_ptr
@@ -71,7 +74,9 @@ def on_machine(built: tuple[Path, dict[str, str]], before: Callable[[Launch], No
             assert program(launch.ptx, launch.entry).kernel.threads == threads
             if before is not None:
                 before(launch)
-            if reports := launch.run()[0]:
+            if instead is not None:
+                instead(launch)
+            elif reports := launch.run()[0]:
                 raise Faults(reports)
         except BaseException as error:  # C code is in between
             faults.append(error)

@@ -101,6 +101,7 @@ def bits() -> None:
             simple(f"selp.{t}", "np.where({c}, {a}, {b})", kind, kind, kind, "pred")
         OPS[f"mov.{t}"] = move
     simple("mov.pred", "{a}", "pred", "pred")
+    simple("bfi.b32", "A.inserted({a}, {b}, {c}, {d})", "b32", "b32", "b32", "u32", "u32")
     simple("prmt.b32", "A.permuted({a}, {b}, {c})", "b32", "b32", "b32", "u32")
     for side, left in (("l", True), ("r", False)):
         simple(f"shf.{side}.wrap.b32", f"A.funnel({{a}}, {{b}}, {{c}}, {left})", "b32", "b32", "b32", "u32")

@@ -32,6 +32,9 @@ class Backend(Protocol):
     def decodes(self, call: Call) -> bool:
         """Whether it reads a call without gradients token by token."""
 
+    def decodes_decay_first(self, call: Call) -> bool:
+        """Whether its decoding steps take the decay of such a token, which comes first, to the state themselves."""
+
     def block_tokens(self, call: Call) -> int:
         """The tokens of a block if it takes the exact steps of a call in blocks (docs/mathematics.md, section 13), else 0."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..call import Call
 from ..options import options
 from ..tables.memories import LINEAR
+from ..tables.retention import L2Retention
 from . import checkpoints_like
 from .reference.blocks import block_tokens
 
@@ -46,8 +47,8 @@ class CppBackend:
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         reason = self._out_of_range(call)
-        if reason is None and call.variants and not _block_tokens(call):
-            return f"it serves {call.variants[0]} with L2(), lr and log_decay per token, and no momentum"
+        if reason is None and call.lasting_variants and not _block_tokens(call):
+            return f"it serves {call.lasting_variants[0]} with L2(), lr and log_decay per token, and no momentum"
         if reason is None and differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return reason
@@ -72,9 +73,12 @@ class CppBackend:
     def block_tokens(self, call: Call) -> int:
         return _block_tokens(call)
 
+    def decodes_decay_first(self, call: Call) -> bool:
+        return call.key_log_decay is None and self.decodes(call)
+
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has so few tokens that they are decoded one by one."""
-        return call.cu_seqlens is None and not call.variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
+        return call.cu_seqlens is None and not call.lasting_variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._out_of_range(call)
@@ -120,13 +124,24 @@ class Steps:
         make = getattr(self.extension, f"{self.call.memory.name.capitalize()}Stepper")
         return make(_tokens(self.call), _norm(self.call), buffers.all(), _rules(self.call), options.check_values is not False)
 
+    def repeated(self) -> Callable[..., tuple[Tensor, Tensor] | None] | None:
+        """``run(q, k, v, lr, log_decay, delta, dual)`` for calls like this one, of a linear memory whose dual is its state: the output and
+        the dual after the tokens. It does nothing and returns None if an argument is not as in the call. None if there is no such function.
+        """
+        call = self.call
+        if call.memory is not LINEAR or call.chunk_size != 1 or call.momentum is not None or not isinstance(call.retention, L2Retention):
+            return None
+        check = options.check_values is not False
+        return self.extension.StateCalls(_tokens(call), _rules(call), call.decay_first, call.inplace_state, check)
+
     def on_value(self) -> tuple[Tensor, list[Tensor]]:
         """Decode the call on its state as a value, without a decoder's buffers."""
         call, state, chunk = self.call, self.call.state, self.call.state.open_chunk
         run = getattr(self.extension, f"{call.memory.name}_steps")
         opened = ((), None, None) if chunk is None else (chunk.start, chunk.position, chunk.log_decay)
         matrices = (state.dual, state.momentum or ())
-        out, dual, momenta, start, open_log_decay = run(_tokens(call), _norm(call), matrices, opened, _rules(call))
+        how = (call.decay_first, call.inplace_state)
+        out, dual, momenta, start, open_log_decay = run(_tokens(call), _norm(call), matrices, opened, _rules(call), *how)
         return out, [*dual, *momenta, *start, open_log_decay]
 
 

@@ -1,13 +1,13 @@
-"""The CUDA C++ kernels, ``csrc/cuda``, as a backend that only decodes, called by ctypes. Importing this module loads no library."""
+"""The CUDA C++ kernels, ``csrc/cuda``, as a backend, called by ctypes. Importing this module loads no library."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -18,22 +18,14 @@ from ..decode.buffers import NAMES as BUFFERS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
+from . import BACKENDS, checkpoints_like, cuda_mlp
+from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, launch
 
 __all__ = ["CudaBackend", "Step"]
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
-#: the numbers of MirasTokenType
-TOKEN_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class Tokens(ctypes.Structure):
-    """MirasTokens of csrc/cuda/step.h."""
-
-    _fields_: ClassVar = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
-
-    @staticmethod
-    def of(x: Tensor) -> Tokens:
-        return Tokens(x.data_ptr(), *x.stride()[:3])
+#: by memory, what reads whole chunks of it: a module with the struct `Chain`, `refuses` and `forward`
+SEQUENCES: dict[str, ModuleType] = {"mlp": cuda_mlp}
 
 
 class Step(ctypes.Structure):
@@ -61,7 +53,8 @@ class Step(ctypes.Structure):
 
 
 class CudaBackend:
-    """Hand-written decoding steps of both memories, for short inputs without gradients; the Triton kernels take all others.
+    """Hand-written decoding steps of both memories, for short inputs without gradients, and the forward of some memories' chunks
+    (``SEQUENCES``), whose backward the Triton kernels do.
 
     Args:
         path: of the library.
@@ -90,69 +83,74 @@ class CudaBackend:
         try:
             library = ctypes.CDLL(str(self.path))
             library.miras_cuda_error.restype = ctypes.c_char_p
-            found = (ctypes.c_int64 * 32)()
-            count = library.miras_step_layout(found, len(found))
+            found = _layout(library.miras_step_layout)
             library.miras_step_buffers.restype = ctypes.c_char_p
             buffers = tuple(library.miras_step_buffers().decode().split())
+            chains = {name: _layout(getattr(library, f"miras_{name}_chain_layout")) for name in SEQUENCES}
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
         linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
         limits = [linear.head, mlp.head, mlp.hidden]
-        if buffers != BUFFERS or list(found[:count]) != Step.layout() + limits:
+        same = chains == {name: kernels.Chain.layout() for name, kernels in SEQUENCES.items()}
+        if buffers != BUFFERS or found != Step.layout() + limits or not same:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
         for name in ("miras_linear_step", "miras_mlp_step"):
             getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
+        for name, kernels in SEQUENCES.items():
+            getattr(library, f"miras_{name}_chain").argtypes = [ctypes.POINTER(kernels.Chain), ctypes.c_void_p]
         return library, None
 
     def files(self) -> list[Path]:
-        return [self.path]
+        return [self.path, *BACKENDS["triton"].files()]
 
     def environment(self, device: torch.device) -> dict[str, str]:
-        return {}
+        triton = BACKENDS["triton"]  # does the backward
+        return {} if triton.unavailable() else triton.environment(device)
 
     def block_tokens(self, call: Call) -> int:
         return 0
 
     def decodes(self, call: Call) -> bool:
-        return True
+        """Whether a call without gradients has few enough tokens."""
+        return call.cu_seqlens is None and call.q.shape[1] <= call.memory.kernels[self.name].few
+
+    def decodes_decay_first(self, call: Call) -> bool:
+        return False
 
     def runs_on(self, device: torch.device) -> bool:
         return device.type == self.device
 
     def operands(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
+        return dtype
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
+        if not differentiate and self.decodes(call):
+            return self.refuses_steps(call)
+        if call.memory.name in SEQUENCES:
+            return _refuses_device(call) or SEQUENCES[call.memory.name].refuses(self._loaded[0], call, differentiate)
         if differentiate:
             return "it only decodes: it has no gradients"
         if call.cu_seqlens is not None:
             return "it only decodes: it takes no packed sequences"
-        few = call.memory.kernels[self.name].few
-        if call.q.shape[1] > few:
-            return f"it only decodes: calls of at most {few} tokens, got {call.q.shape[1]}"
-        return self.refuses_steps(call)
+        return f"it only decodes: calls of at most {call.memory.kernels[self.name].few} tokens, got {call.q.shape[1]}"
 
     def refuses_steps(self, call: Call) -> str | None:
         if call.q.dtype not in TOKEN_TYPES:
             return f"it takes float32, bfloat16 or float16 inputs, got {call.q.dtype}"
         exceeded = call.exceeds(self.name, steps=True)
-        if exceeded is not None:
-            return exceeded
-        if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
-            return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
-        return None
+        return exceeded or _refuses_device(call)
 
     def stepper(self, call: Call) -> Callable:
         return Steps(self._loaded[0], call)
 
     def forward(self, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        raise NotImplementedError("the cuda backend only decodes")
+        return SEQUENCES[call.memory.name].forward(self._loaded[0], call, checkpoint_every)
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
-        return []
+        return checkpoints_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-        raise NotImplementedError("the cuda backend refuses calls that need gradients")
+        return BACKENDS["triton"].backward(call, checkpoint_every, saved, grad_out, grad_state)
 
 
 class Steps:
@@ -163,9 +161,9 @@ class Steps:
     def __init__(self, library: Any, call: Call):
         self.library, self.launch = library, getattr(library, f"miras_{call.memory.name}_step")
         n, t, h = call.q.shape[:3]
-        norm = dict(ln_weight=_gate(call.ln_weight), ln_bias=_gate(call.ln_bias)) if call.memory.needs_norm else {}
+        norm = dict(ln_weight=contiguous(call.ln_weight), ln_bias=contiguous(call.ln_bias)) if call.memory.needs_norm else {}
         self.tensors = norm | self._workspace(call)  # as long as their addresses are used
-        self.constants: dict[str, Any] = {name: _address(x) for name, x in self.tensors.items()}
+        self.constants: dict[str, Any] = {name: address(x) for name, x in self.tensors.items()}
         self.constants |= dict(
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
             K=call.hidden or call.q.shape[-1], V=call.v.shape[-1], C=call.chunk_size,
@@ -174,15 +172,12 @@ class Steps:
 
     def __call__(self, buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
         tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out)]
-        gates = [_gate(x) for x in (lr, log_decay, delta, momentum)]
+        gates = [contiguous(x) for x in (lr, log_decay, delta, momentum)]
         step = Step(
-            *map(Tokens.of, tokens), *map(_address, gates), *map(_address, buffers.all()), lr_per_channel=lr.dim() == 4,
+            *map(Tokens.of, tokens), *map(address, gates), *map(address, buffers.all()), lr_per_channel=lr.dim() == 4,
             decay_per_channel=buffers.open_log_decay.dim() == 3, delta_per_channel=delta is not None and delta.dim() == 4, **self.constants,
         )  # fmt: skip
-        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-            error = self.launch(ctypes.byref(step), torch.cuda.current_stream().cuda_stream if q.is_cuda else None)
-        if error:
-            raise RuntimeError(f"cuda: launching a step failed: {self.library.miras_cuda_error(error).decode()}")
+        launch(self.library, self.launch, step, q.device)
         if tokens[-1] is not out:
             out.copy_(tokens[-1])
 
@@ -196,17 +191,20 @@ class Steps:
         return dict(hidden=room(2, call.hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
 
 
-def _gate(x: Tensor | None) -> Tensor | None:
-    """A gate or LayerNorm parameter as the kernels take it."""
-    return None if x is None else x.detach().to(torch.float32).contiguous()
-
-
 def _floats(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
     return (ctypes.c_float * len(numbers))(*numbers)
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _layout(function: Callable) -> list[int]:
+    """What a function of the library says of a struct."""
+    found = (ctypes.c_int64 * 32)()
+    return list(found[: function(found, len(found))])
+
+
+def _refuses_device(call: Call) -> str | None:
+    if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
+        return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(call.q.device)}"
+    return None
 
 
 def _why_not_built() -> str:

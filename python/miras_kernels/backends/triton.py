@@ -57,6 +57,9 @@ class TritonBackend:
     def operands(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
+    def decodes_decay_first(self, call: Call) -> bool:
+        return False
+
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         if not differentiate and self.decodes(call):
             return self.refuses_steps(call)

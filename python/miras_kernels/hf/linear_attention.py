@@ -14,8 +14,10 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..interop.fla import chunk_gated_delta_rule, chunk_kda
@@ -61,7 +63,7 @@ def accelerate(model: Model, enable: bool = True) -> Model:
 # ------------------------------------------------------------------------------------------- what layers call instead
 
 
-def _gated_delta_rule(
+def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -72,7 +74,7 @@ def _gated_delta_rule(
     )
 
 
-def _kimi_delta_attention(
+def kimi_delta_attention(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seq_lens_q: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -85,28 +87,38 @@ def _check_packed(cu_seqlens: Tensor | None, output_final_state: bool) -> None:
         raise ValueError(PACKED_CACHE)
 
 
-def _convolution(
+def convolution(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *,
     cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """Depthwise causal convolution of ``[B, channels, T]``, that of packed documents apart."""
     if seq_idx is not None and cu_seq_lens_q is None:
         raise ValueError("seq_idx: expected cu_seq_lens_q as well, to tell where packed documents begin, got None")
-    out = convolve(hidden_states.transpose(1, 2).to(weight.dtype), weight, None, cu_seq_lens_q)[0].transpose(1, 2)
-    if bias is not None:
-        out = out + bias.unsqueeze(-1)
-    return (out if activation is None else ACT2FN[activation](out)).to(hidden_states.dtype)
+    x = hidden_states.to(weight.dtype)
+    if cu_seq_lens_q is None:
+        tokens, before = x.shape[-1], weight.shape[-1] - 1
+        # Channels-last, as the projection before it leaves them; its last outputs lack tokens after them.
+        image = F.conv2d(x.unsqueeze(2), weight[:, None, None], bias, padding=(0, before), groups=x.shape[1])
+        out = image[..., :tokens].squeeze(2)
+    else:
+        out = convolve(x.transpose(1, 2), weight, None, cu_seq_lens_q)[0].transpose(1, 2)
+        out = out if bias is None else out + bias.unsqueeze(-1)
+    if activation == "silu" and not (torch.is_grad_enabled() and out.requires_grad):
+        out = F.silu(out, inplace=True)  # new memory for a long sequence costs more than the function
+    elif activation is not None:
+        out = ACT2FN[activation](out)
+    return out.to(hidden_states.dtype)
 
 
 _GATED: dict[str, Callable] = {
-    "torch_chunk_gated_delta_rule": _gated_delta_rule,
-    "torch_recurrent_gated_delta_rule": _gated_delta_rule,
-    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": gated_delta_rule,
+    "torch_recurrent_gated_delta_rule": gated_delta_rule,
+    "causal_conv1d_fn": convolution,
 }
 _KIMI: dict[str, Callable] = {
-    "chunk_kimi_delta_attention": _kimi_delta_attention,
-    "recurrent_kimi_delta_attention": _kimi_delta_attention,
-    "causal_conv1d_fn": _convolution,
+    "chunk_kimi_delta_attention": kimi_delta_attention,
+    "recurrent_kimi_delta_attention": kimi_delta_attention,
+    "causal_conv1d_fn": convolution,
 }
 
 # --------------------------------------------------------------------------------------------------- layers' classes

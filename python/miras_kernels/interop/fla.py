@@ -300,6 +300,8 @@ def _run(
 def _key(x: Tensor, normalise: bool, scale: float | None) -> Tensor:
     """Queries or keys as the recurrence takes them: of norm 1, then scaled, in float32 or better; their dtype stays."""
     y = _wide(x)
+    factor: Tensor | float | None = scale
     if normalise:
-        y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)
-    return (y if scale is None else y * scale).to(x.dtype)
+        norm = torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)
+        factor = norm if scale is None else norm * scale
+    return (y if factor is None else y * factor).to(x.dtype)

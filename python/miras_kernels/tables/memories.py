@@ -28,38 +28,44 @@ class Limits(NamedTuple):
     """The sizes that kernels take.
 
     Attributes:
-        head: the largest Dk and Dv.
-        hidden: the largest hidden size; None for no limit.
-        chunk: the largest ``chunk_size``, or all that are served; None for no limit.
+        head: the largest Dk and Dv, or all that are served.
+        hidden: the largest hidden size, or all that are served; None for no limit.
+        chunk: likewise for ``chunk_size``.
         chunks: how many chunks a sequence has at most, all but one of them whole; None for no limit.
     """
 
-    head: int
-    hidden: int | None = None
+    head: int | tuple[int, ...]
+    hidden: int | tuple[int, ...] | None = None
     chunk: int | tuple[int, ...] | None = None
     chunks: int | None = None
 
     def exceeded_by(self, call: Call) -> str | None:
         """Which limit a call exceeds, or None."""
-        head, size = max(call.q.shape[-1], call.v.shape[-1]), call.chunk_size
-        if head > self.head:
-            return f"head dimensions are limited to {self.head}, got {head}"
-        if self.hidden is not None and call.hidden > self.hidden:
-            return f"hidden sizes are limited to {self.hidden}, got {call.hidden}"
-        if isinstance(self.chunk, int) and size > self.chunk:
-            return f"chunk_size is limited to {self.chunk}, got {size}"
-        if isinstance(self.chunk, tuple) and size not in self.chunk:
-            return f"chunk_size must be one of {', '.join(map(str, self.chunk))} for {call.memory.title}, got {size}"
-        if self.chunks is not None and call.q.shape[1] >= self.chunks * size:
+        sizes = (call.q.shape[-1], call.v.shape[-1])
+        head = max(sizes)
+        if isinstance(self.head, tuple):
+            head = next((x for x in sizes if x not in self.head), head)
+        given = (("head dimensions", "are", head, self.head), ("hidden sizes", "are", call.hidden, self.hidden),
+                 ("chunk_size", "is", call.chunk_size, self.chunk))  # fmt: skip
+        for name, verb, x, limit in given:
+            if isinstance(limit, int) and x > limit:
+                return f"{name} {verb} limited to {limit}, got {x}"
+            if isinstance(limit, tuple) and x not in limit:
+                return f"{name} must be {_one_of(limit)} for {call.memory.title}, got {x}"
+        if self.chunks is not None and call.q.shape[1] >= self.chunks * call.chunk_size:
             return f"{call.memory.title} is limited to {self.chunks} chunks, got {call.q.shape[1]} tokens"
         return None
+
+
+def _one_of(numbers: tuple[int, ...]) -> str:
+    return f"one of {', '.join(map(str, numbers))}" if len(numbers) > 1 else str(numbers[0])
 
 
 class Kernels(NamedTuple):
     """A backend's kernels for a memory.
 
     Attributes:
-        sequences: limits of those that read whole chunks, forward and backward; None if there are none.
+        sequences: limits of those that read whole chunks; None if there are none.
         steps: limits of those that decode, token by token.
         few: calls without gradients of at most so many tokens are decoded: products of whole chunks would mostly multiply padding.
     """
@@ -144,7 +150,7 @@ class _MLP(Memory):
         "cpp": Kernels(Limits(256, 1024, chunk=256), Limits(256, 1024, chunk=256), few=4),
         # its LayerNorm takes a row of values at once, and its kernels use a higher bit of a chunk's number (kernels/mlp/math.py, lanes)
         "triton": Kernels(Limits(128, 1024, chunk=(16, 32, 64), chunks=2**21), Limits(128), few=4),
-        "cuda": Kernels(None, Limits(128, 1024), few=4),
+        "cuda": Kernels(Limits((64,), (64, 128, 256), chunk=(16, 32, 64)), Limits(128, 1024), few=4),
     }
 
     def shapes(self, key_dim, value_dim, hidden):

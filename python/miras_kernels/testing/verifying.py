@@ -18,7 +18,7 @@ from ..tables.biases import L2, Bias
 from ..tables.biases import TABLE as BIASES
 from ..tables.memories import TABLE
 from ..tables.retention import TABLE as GATES
-from ..tables.retention import L2Retention, Retention
+from ..tables.retention import Retention
 from ..verification import DECODE, SEQUENCE
 from .cases import Case, Inputs
 from .parity import check, relative_error
@@ -90,10 +90,10 @@ def verify(
 ) -> Verification:
     """Compare the kernels that "auto" would choose on this machine with the float64 reference, and store the results.
 
-    Every configuration is checked with a plain call, and with packed sequences, momentum, a shared initial state and (linear memories)
-    gates per channel: outputs, final states and every gradient, or decoding steps after a prompt, within the budgets of
-    :func:`miras_kernels.testing.check`. From then on "auto" does not choose a backend in configurations in which it failed, also in
-    later processes: see :mod:`miras_kernels.verification`.
+    Every configuration is checked with a plain call, and with packed sequences, a shared initial state and, where the backend has them,
+    momentum and (linear memories) gates per channel: outputs, final states and every gradient, or decoding steps after a prompt, within
+    the budgets of :func:`miras_kernels.testing.check`. From then on "auto" does not choose a backend in configurations in which it
+    failed, also in later processes: see :mod:`miras_kernels.verification`.
 
     Args:
         memory, bias, retention, dtype: check only these; None for all, the simplest first.
@@ -118,13 +118,13 @@ def verify(
         if name != "reference" and dispatch.unavailable(name) is None and dispatch.BACKENDS[name].runs_on(place)
     ]  # fmt: skip
     dtypes = (torch.bfloat16, torch.float32, torch.float16) if dtype is None else (dtype,)
-    every = itertools.product(_pairs(memory, bias, retention, own), dtypes, (SEQUENCE, DECODE), names)
-    serves = functools.cache(_serves)
-    checks = [
-        _Check(name, mode, pair, dtype, place, own is not None)
-        for pair, dtype, mode, name in every
-        if all(serves(name, mode, dtype, dataclasses.replace(case, bias=L2(), retention=L2Retention(), seed=0)) for case in pair)
-    ]
+    every = itertools.product(_rows(memory, bias, retention), dtypes, (SEQUENCE, DECODE), names)
+    serves, checks = functools.cache(_serves), []
+    for row, dtype, mode, name in every:
+        for pair in (_pair(*row, own, plain=False), _pair(*row, own, plain=True)):
+            if all(serves(name, mode, dtype, dataclasses.replace(case, bias=L2(), seed=0)) for case in pair):
+                checks.append(_Check(name, mode, pair, dtype, place, own is not None))
+                break
     checks.sort(key=_Check.order)
     outcomes: list[Outcome] = []
     try:
@@ -161,27 +161,32 @@ def _sizes(memory: str | None, **given: int | None) -> dict[str, Any] | None:
     return dict[str, Any](key_dim=d, value_dim=d, hidden=4 * d, chunk_size=64) | own if own else None
 
 
-def _pairs(memory: str | None, bias: Bias | None, retention: Retention | None, own: dict[str, Any] | None) -> list[tuple[Case, Case]]:
-    """A plain case and one with all features, for each memory, bias and retention gate; the simplest first."""
+def _rows(memory: str | None, bias: Bias | None, retention: Retention | None) -> list[tuple[str, Bias, Retention]]:
+    """Every memory, bias and retention gate, the simplest first."""
     every = itertools.product([bias] if bias else BIASES.values(), [retention] if retention else GATES.values())
     rows = sorted(every, key=lambda row: (row[0].name != "l2") + (row[1].name != "l2"))
-    return [_pair(m, *row, own) for row in rows for m in ([memory] if memory else TABLE)]
+    return [(m, *row) for row in rows for m in ([memory] if memory else TABLE)]
 
 
-def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, Any] | None) -> tuple[Case, Case]:
-    linear = memory == "linear"
-    plain, rich = (
-        own or dict[str, Any](key_dim=d, value_dim=dv, hidden=hidden, chunk_size=c)
-        for d, dv, hidden, c in (((64, 64, 0, 64), (40, 24, 0, 16)) if linear else ((32, 32, 64, 16), (24, 24, 40, 16)))
-    )
+#: by memory: Dk, Dv, hidden size and chunk_size of both cases; then those for kernels that serve few sizes
+SIZES = {"linear": ((64, 64, 0, 64), (40, 24, 0, 16)), "mlp": ((32, 32, 64, 16), (24, 24, 40, 16))}
+USUAL = {"linear": ((64, 64, 0, 64), (64, 64, 0, 16)), "mlp": ((64, 64, 256, 32), (64, 64, 64, 16))}
+
+
+def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, Any] | None, plain: bool) -> tuple[Case, Case]:
+    """A plain case and one with all features, or if ``plain`` with those that all kernels serve: packed, with a shared initial state."""
+    names = ("key_dim", "value_dim", "hidden", "chunk_size")
+    first, second = (own or dict(zip(names, sizes, strict=True)) for sizes in (USUAL if plain else SIZES)[memory])
     shared = dict[str, Any](memory=memory, bias=bias, retention=retention, seed=len(bias.name + retention.name))
-    chunk = rich["chunk_size"]
-    gates = dict[str, Any](decay="channel", lr="channel") if linear else {}
-    gates |= dict(lengths=(chunk + 4, 1, chunk), momentum=True, initial="shared")
+    chunk = second["chunk_size"]
+    gates = dict[str, Any](momentum=True) | (dict(decay="channel", lr="channel") if memory == "linear" else {})
     return (
-        Case("plain", batch=1, tokens=2 * plain["chunk_size"] + 6, **plain, **shared),
-        Case("with all gates", tokens=2 * chunk + 6, **rich, **shared, **gates),
-    )
+        Case("plain", batch=1, tokens=2 * first["chunk_size"] + 6, **first, **shared),
+        Case(
+            "packed" if plain else "with all gates", tokens=2 * chunk + 6, lengths=(chunk + 4, 1, chunk), initial="shared",
+            **second, **shared, **({} if plain else gates),
+        ),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +254,7 @@ def _of_mode(case: Case, mode: str) -> Case:
 
 
 def _serves(name: str, mode: str, dtype: torch.dtype, case: Case) -> bool:
-    """Whether a backend supports a case. Its bias and gate do not matter, only dtypes and sizes, so that results can be cached."""
+    """Whether a backend supports a case. Its bias does not matter, so that results can be cached."""
     backend, call = dispatch.BACKENDS[name], _of_mode(case, mode).draw(dtype).call()
     return (backend.refuses_steps(call) if mode == DECODE else backend.refuses(call, True)) is None
 

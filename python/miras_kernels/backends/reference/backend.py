@@ -36,6 +36,9 @@ class ReferenceBackend:
     def decodes(self, call: Call) -> bool:
         return False
 
+    def decodes_decay_first(self, call: Call) -> bool:
+        return False
+
     def runs_on(self, device: torch.device) -> bool:
         return True
 

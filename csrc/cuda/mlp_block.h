@@ -1,0 +1,228 @@
+// What the stages of the MLP memory's forward are made of: a block's state in registers, its copies of tokens and gates, products with the
+// state, and sums over the hidden units.
+#pragma once
+
+#include "mlp_chain.h"
+
+namespace miras::cuda {
+
+template <int C, int Hd, class T> struct Block {
+  using X = Shape<C, Hd>;
+  using S = Shared<C, Hd>;
+  static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
+  static constexpr int kPass = kEights < 4 ? kEights : 4;               // tiles of 8 tokens whose Z is in registers at once
+  static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
+  static constexpr int kUnroll = C / 16;  // of the loops over hidden units, as registers allow
+  static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
+
+  const MirasMlpChain& p;
+  const BiasTraits traits;
+  const int n, h;
+  int64_t batch, begin;  // row of q, k, v, and first token
+  int tokens;
+  int lane, warp, g, t, tile, part, row, piece;  // of this thread: see `fresh`
+  float s1[kStrips][8][4], w2[kStrips][8][4];
+  uint32_t u2[kStrips][kEights][2];  // gelu'(Z'), then U2'
+
+  __device__ __forceinline__ explicit Block(const MirasMlpChain& p)
+      : p(p), traits(bias_traits(BiasTag(p.bias))), n(blockIdx.x / p.H), h(blockIdx.x % p.H) {
+    batch = p.cu_seqlens ? 0 : n;
+    begin = p.cu_seqlens ? p.cu_seqlens[n] : 0;
+    tokens = p.cu_seqlens ? int(p.cu_seqlens[n + 1] - begin) : p.T;
+  }
+
+  // Where this thread works, computed anew: kept from stage to stage, such numbers and the addresses made of them would be spilled.
+  __device__ __forceinline__ void fresh() {
+    const int id = fresh_thread();
+    lane = id & 31, warp = id >> 5, g = lane >> 2, t = lane & 3, tile = warp / X::kParts, part = warp % X::kParts;
+    row = 16 * tile + part * X::kRows + lane / X::kLanes, piece = lane % X::kLanes;
+  }
+
+  // f(strip, tile of 8 columns, half, place in a matrix [Hd, D]) for each pair of this thread's elements of a matrix
+  template <class Function> __device__ __forceinline__ void each_pair(Function&& f) {
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int x = 0; x < 8; ++x)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) f(m, x, e, (X::kUnits * warp + 16 * m + 8 * e + g) * kD + 8 * x + 2 * t);
+  }
+  __device__ __forceinline__ void load_state(const float* from) {
+    each_pair([&](int m, int x, int e, int place) {
+      const float2 a = *reinterpret_cast<const float2*>(from + place), b = *reinterpret_cast<const float2*>(from + Hd * kD + place);
+      s1[m][x][2 * e] = a.x, s1[m][x][2 * e + 1] = a.y, w2[m][x][2 * e] = b.x, w2[m][x][2 * e + 1] = b.y;
+    });
+  }
+  __device__ __forceinline__ void store_state(float* to) {
+    each_pair([&](int m, int x, int e, int place) {
+      *reinterpret_cast<float2*>(to + place) = make_float2(s1[m][x][2 * e], s1[m][x][2 * e + 1]);
+      *reinterpret_cast<float2*>(to + Hd * kD + place) = make_float2(w2[m][x][2 * e], w2[m][x][2 * e + 1]);
+    });
+  }
+
+  // -------------------------------------------------------------------------------------------------------- inputs of a chunk
+
+  // Starts the copies of chunk c. The gates are copied by the first warp, which alone reads them.
+  __device__ __forceinline__ void fetch(int c) {
+    fresh();
+    const int id = 32 * warp + lane, ch = id % 8;
+    const uint32_t buffer = (c & 1) * S::kTile;
+#pragma unroll
+    for (int first = 0; first < C; first += X::kThreads / 8) {
+      const int r = first + id / 8, token = c * C + r;
+      if (X::kThreads / 8 > C && r >= C) break;
+      const bool in = token < tokens;
+      const int64_t at_token = begin + (in ? token : 0);
+      const uint32_t to = address(buffer + place<8>(r, ch));
+      const auto of = [&](const MirasTokens& x) {
+        return static_cast<const T*>(x.data) + batch * x.batch + at_token * x.token + h * x.head + 8 * ch;
+      };
+      cp_async_16(to + S::kK, of(p.k), in), cp_async_16(to + S::kV, of(p.v), in), cp_async_16(to + S::kQ, of(p.q), in);
+    }
+    if (warp == 0)
+#pragma unroll
+      for (int i = 0; i < (C + 31) / 32; ++i) {
+        const int r = lane * ((C + 31) / 32) + i, token = c * C + r;
+        if (r >= C) break;
+        const bool in = token < tokens;
+        const int64_t at_token = (batch * p.T + begin + (in ? token : 0)) * p.H + h;
+        const uint32_t to = address(S::kRaw + 4 * r);
+        cp_async_4(to, p.lr + at_token, in);
+        cp_async_4(to + 4 * C, (p.log_decay ? p.log_decay : p.lr) + at_token, in && p.log_decay);
+        cp_async_4(to + 8 * C, (p.delta ? p.delta : p.lr) + at_token, in && p.delta);
+      }
+    cp_async_commit();
+  }
+
+  // The weights of chunk c from its gates, by the first warp, after its copies have arrived. Log-decays are summed in two parts, multiples
+  // of 2^-10 and remainders (kernels/common/decays.py), so that their differences keep their digits.
+  __device__ __forceinline__ void weigh(int c) {
+    constexpr int kPer = (C + 31) / 32, kActive = C / kPer;
+    const uint32_t buffer = (c & 1) * S::kGateBuffer;
+    float units[kPer], rest[kPer];
+    float all_units = 0.0f, all_rest = 0.0f, open = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const float given = lane < kActive ? at<float>(S::kRaw + 4 * (C + lane * kPer + i)) : 0.0f;
+      const float log_decay = Math<float>::max(given, kLowest);
+      const float unit = floorf(log_decay * 1024.0f + 0.5f);
+      units[i] = all_units += unit, rest[i] = all_rest += (log_decay - unit * (1.0f / 1024.0f)) * kLog2e;
+      open += given;
+    }
+    if (p.start && (c + 1) * C > tokens) {
+      open = row_sum<32>(open);
+      if (lane == 0) p.open_log_decay[int64_t(n) * p.H + h] = open;
+    }
+    float up_units = all_units, up_rest = all_rest;  // up to and including this lane's tokens
+#pragma unroll
+    for (int m = 1; m < kActive; m *= 2) {
+      const float a = __shfl_up_sync(kWholeWarp, up_units, m), b = __shfl_up_sync(kWholeWarp, up_rest, m);
+      if (lane >= m) up_units += a, up_rest += b;
+    }
+    const float end_units = __shfl_sync(kWholeWarp, up_units, kActive - 1), end_rest = __shfl_sync(kWholeWarp, up_rest, kActive - 1);
+    if (lane < kActive)
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        const int r = lane * kPer + i;
+        const float u = units[i] + (up_units - all_units), x = rest[i] + (up_rest - all_rest);
+        const float dec = exp2_approx((end_units - u) * kUnit + (end_rest - x));
+        at<float2>(buffer + S::kLogs + 8 * r) = make_float2(u, x);
+        at<float>(buffer + S::kGamma + 4 * r) = exp2_approx(u * kUnit + x);
+        at<float4>(buffer + S::kRows + 16 * r) =
+            make_float4(at<float>(S::kRaw + 4 * r), -dec, at<float>(S::kRaw + 4 * (2 * C + r)), 0.0f);
+      }
+  }
+  // -L of the pair (t, s), or 0 if s > t
+  __device__ __forceinline__ float weight(uint32_t logs, float2 of_t, int t, int s) {
+    const float2 of_s = at<float2>(logs + 8 * s);
+    return s <= t ? -exp2_approx((of_t.x - of_s.x) * kUnit + (of_t.y - of_s.y)) : 0.0f;
+  }
+
+  // ------------------------------------------------------------------------------------------------------------------ products
+
+  // z = state [units of the warp, D] x', x [tokens, D] in shared memory
+  __device__ __forceinline__ void state_times(float (&z)[kStrips][kPass][4], const float (&state)[kStrips][8][4], uint32_t x) {
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int i = 0; i < kPass; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) z[m][i][e] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t a[kStrips][4];
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float(&x)[4] = state[m][2 * k + (e >> 1)];
+          a[m][e] = pack_again<T>(x[2 * (e & 1)], x[2 * (e & 1) + 1]);
+        }
+#pragma unroll
+      for (int i = 0; i < kPass; i += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, address(x + by_columns<8>(8 * i, 16 * k, lane)));
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(z[m][i], a[m], b[0], b[1]), mma_m16n8k16<T>(z[m][i + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+  // u [16, D] += a [16, 16] b, b [16, D] from row r0 of a tile in shared memory on
+  __device__ __forceinline__ void add_rows(float (&u)[8][4], const uint32_t (&a)[4], uint32_t tile, int r0) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, address(tile + by_rows<8>(r0, 8 * i, lane)));
+      mma_m16n8k16<T>(u[i], a, b[0], b[1]), mma_m16n8k16<T>(u[i + 1], a, b[2], b[3]);
+    }
+  }
+
+  // --------------------------------------------------------------------------------------------------------- sums over all parts
+
+  // Hands u over; then y: this thread's channels of its row (see each_four), summed over the parts and normalised. Gives 1 / deviation.
+  __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
+    const auto at_row = [](int warp, int row) { return S::kExchange + (warp * 16 + row) * S::kExchangeRow * 4; };
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      at<float2>(at_row(warp, g) + 4 * (8 * i + 2 * t)) = make_float2(u[i][0], u[i][1]);
+      at<float2>(at_row(warp, g + 8) + 4 * (8 * i + 2 * t)) = make_float2(u[i][2], u[i][3]);
+    }
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < X::kChannels; i += 4) {
+      float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int j = 0; j < X::kParts; ++j) {
+        const float4 x = at<float4>(at_row(tile * X::kParts + j, row % 16) + 4 * (4 * piece + X::kLanes * i));
+        s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
+      }
+      y[i] = s.x, y[i + 1] = s.y, y[i + 2] = s.z, y[i + 3] = s.w;
+      sum += (s.x + s.y) + (s.z + s.w);
+    }
+    const float mean = row_sum<X::kLanes>(sum) * (1.0f / kD);
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < X::kChannels; ++i) y[i] -= mean, square += y[i] * y[i];
+    const float inverse = 1.0f / sqrtf(row_sum<X::kLanes>(square) * (1.0f / kD) + p.ln_eps);
+#pragma unroll
+    for (int i = 0; i < X::kChannels; ++i) y[i] *= inverse;
+    return inverse;
+  }
+  // f(i, channel) for this thread's channels of its row, four at a time
+  template <class Function> __device__ __forceinline__ void each_four(Function&& f) {
+#pragma unroll
+    for (int i = 0; i < X::kChannels; i += 4) f(i, 4 * piece + X::kLanes * i);
+  }
+  __device__ __forceinline__ static void floats(float (&x)[4], float4 y) { x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w; }
+  __device__ __forceinline__ static void load_tokens(float (&x)[4], uint32_t from) {
+    const uint2 packed = at<uint2>(from);
+    const float2 a = unpack<T>(packed.x), b = unpack<T>(packed.y);
+    x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
+  }
+  __device__ __forceinline__ static uint2 packed(const float (&x)[4], float factor) {
+    return make_uint2(pack<T>(x[0] * factor, x[1] * factor), pack<T>(x[2] * factor, x[3] * factor));
+  }
+};
+
+}  // namespace miras::cuda

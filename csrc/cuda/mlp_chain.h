@@ -1,0 +1,79 @@
+// The forward of the MLP memory with its state on chip: what Python passes, how the work is shared out, and where everything lies in shared
+// memory.
+#pragma once
+
+#include "../bias.h"
+#include "math.h"
+#include "mma.h"
+#include "step.h"
+#include "tiles.h"
+
+extern "C" {
+
+// One block computes the sequences of one head, chunk by chunk. All tensors but q, k, v, out are contiguous, gates float32 [B, T, H].
+struct MirasMlpChain {
+  MirasTokens q, k, v, out;             // [B, T, H, 64], aligned to 16 bytes
+  const float *lr, *log_decay, *delta;  // all but lr may be null
+  const float *ln_weight, *ln_bias;     // [H, 64]
+  const int64_t *cu_seqlens;            // [N + 1], or null
+  const int64_t *first_slot;            // [N], of packed sequences' checkpoints
+  float* state;                         // [N, H, 2, Hd, 64]: S1 = W1' and W2; before the first token, then after the last
+  float* start;                         // null, or likewise: before the chunk that the sequence ends in, after the last one if it is whole
+  float* open_log_decay;                // [N, H], with start: the sum of the log-decays of that chunk
+  float* checkpoints;                   // null, or [slots, H, 2, Hd, 64]: before chunks 0, every, 2 every, ...
+  float ln_eps;
+  float bias_params[miras::kBiasParams];
+  int32_t bias, token_type, N, T, H, Hd, C, every, slots_per_sequence;
+};
+
+// 0, or a cudaError_t. It does not synchronise.
+int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream);
+// see the function
+int miras_mlp_chain_layout(int64_t* layout, int room);
+// bytes of shared memory that a block needs; 0 if the sizes are not served
+int miras_mlp_chain_shared(int Hd, int C);
+}
+
+namespace miras::cuda {
+
+constexpr int kD = 64;
+
+// How the work is shared out. Every warp owns 16 kStrips hidden units: rows of S1 and W2 that lie in its registers. For U and Uq, [C, D],
+// warp w takes 16 tokens, tile w / kParts, and one of kParts parts of the hidden units; of the sums of all parts it then finishes kRows
+// whole rows, kLanes lanes a row.
+template <int C, int Hd> struct Shape {
+  static constexpr int kWarps = Hd / 16 < 8 ? Hd / 16 : 8, kThreads = 32 * kWarps;
+  static constexpr int kStrips = Hd / (16 * kWarps), kUnits = 16 * kStrips;
+  static constexpr int kEights = C / 8, kTiles = C / 16;  // tiles of 8 and of 16 tokens
+  static constexpr int kParts = kWarps / kTiles, kPartUnits = Hd / kParts;
+  static constexpr int kRows = 16 / kParts, kLanes = 32 / kRows, kChannels = kD / kLanes;
+  static_assert(kWarps % kTiles == 0 && kStrips * kUnits >= 16);
+};
+
+// Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q and the gates have two buffers.
+template <int C, int Hd> struct Shared {
+  static constexpr int kExchangeRow = kD + 8;  // floats
+  static constexpr uint32_t kTile = C * kD * 2;
+  static constexpr uint32_t kK = 0, kV = kK + 2 * kTile, kQ = kV + 2 * kTile;
+  static constexpr uint32_t kA = kQ + 2 * kTile, kAq = kA + Hd * C * 2;  // [Hd, C]
+  static constexpr uint32_t kS1 = kAq + Hd * C * 2;                      // [Hd, D]
+  static constexpr uint32_t kP = kS1 + Hd * kD * 2;                      // [C, C]   -L o (Q K')
+  static constexpr uint32_t kU1 = kP + C * C * 2;                        // [C, D]
+  static constexpr uint32_t kU1End = kU1 + kTile, kKEnd = kU1End + kTile;  // -dec U1, -dec K
+  static constexpr uint32_t kExchange = kKEnd + kTile;
+  static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // [C] float4: eta, -dec, delta, -
+  static constexpr uint32_t kLogs = kRows + C * 16;   // [C] float2: the sum of log-decays, in two parts
+  static constexpr uint32_t kGamma = kLogs + C * 8;   // [C]
+  static constexpr uint32_t kGateBuffer = C * 28;
+  static constexpr uint32_t kRaw = kRows + 2 * kGateBuffer;  // lr, log_decay, delta [3, C] of the next chunk
+  static constexpr uint32_t kNorm = kRaw + 3 * C * 4;         // weight and bias [2, D]
+  static constexpr uint32_t kBytes = kNorm + 2 * kD * 4;
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr uint32_t kMaxShared = 163 * 1024;
+#else
+constexpr uint32_t kMaxShared = 227 * 1024;
+#endif
+
+}  // namespace miras::cuda

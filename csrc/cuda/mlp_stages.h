@@ -1,0 +1,337 @@
+// The forward of the MLP memory (docs/mathematics.md, sections 9 and 10), a block a sequence and head, S1 = W1' and W2 in registers as
+// accumulators of tensor-core products. With primes for transposes, t for tokens that read and s for tokens that write, per chunk:
+//
+//     predict         Z' = W2 K';  A' = gelu(Z');  P = -L o (Q K')                                                        | barrier
+//     inner_gradient  U = A S1;  E = K + LN(U) - V;  g = psi(E);  U1 = eta LN-vjp(w g);  -dec U1, -dec K            barrier | barrier
+//     update          U2' = gelu'(Z') o (S1 U1');  Zq' = gamma (W2 Q') + U2' P';  Aq' = gelu(Zq')
+//                     W2 <- gamma_C W2 + U2' (-dec K);  S1 <- gamma_C S1 + A' (-dec U1)                                   | barrier
+//     read            Uq = gamma (Aq S1) - (L o Aq A') U1, with S1 before the chunk;  O = Q + LN(Uq)                barrier | barrier
+//
+// A product contracts a register tile over its columns only. So hidden units are rows everywhere (Z', A', U2', Aq'), and what has to be
+// contracted over them, A and Aq, is read from shared memory, transposed by ldmatrix. docs/mlp-on-chip.md
+#pragma once
+
+#include "mlp_block.h"
+
+namespace miras::cuda {
+
+// gelu in its tanh form, x s with s = 1 / (1 + 2^-y), y = log2(e) 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivative; by approximate
+// instructions: gelu within 2^-19 |x|, the derivative within 2^-17
+struct FastGelu {
+  static constexpr float kLinear = 2.302208198f, kCubic = 0.1029432396f;  // y = kLinear x + kCubic x^3
+  static constexpr float kLn2 = 0.6931471806f;
+  float x, square, s;
+  __device__ __forceinline__ explicit FastGelu(float x) : x(x), square(x * x) {
+    s = reciprocal_approx(1.0f + exp2_approx(-x * (kLinear + kCubic * square)));
+  }
+  __device__ __forceinline__ float value() const { return x * s; }
+  __device__ __forceinline__ float slope() const {
+    return s + x * s * (1.0f - s) * (kLinear * kLn2 + 3.0f * kCubic * kLn2 * square);
+  }
+};
+
+template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
+  using Base = Block<C, Hd, T>;
+  using typename Base::S;
+  using typename Base::X;
+  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
+  using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
+  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll;
+  using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
+  using Base::state_times, Base::add_rows, Base::exchange, Base::each_four;
+  using Base::floats, Base::load_tokens, Base::packed;
+
+  __device__ __forceinline__ void predict(uint32_t K, uint32_t Q, uint32_t logs) {
+    fresh();
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int x = 0; x < 8; x += 2) {
+        uint32_t a[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[e] = pack<T>(s1[m][x + (e >> 1)][2 * (e & 1)], s1[m][x + (e >> 1)][2 * (e & 1) + 1]);
+        store_fragment<8>(S::kS1, X::kUnits * warp + 16 * m, x, lane, a);
+      }
+    fresh();
+#pragma unroll
+    for (int first = 0; first < kEights; first += kPass) {
+      float z[kStrips][kPass][4];
+      state_times(z, w2, K + first * 8 * 2 * kD);
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+        for (int x = 0; x < kPass; x += 2) {
+          uint32_t a[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const FastGelu u(z[m][x + (e >> 1)][2 * (e & 1)]), v(z[m][x + (e >> 1)][2 * (e & 1) + 1]);
+            a[e] = pack<T>(u.value(), v.value());
+            u2[m][first + x + (e >> 1)][e & 1] = pack<T>(u.slope(), v.slope());
+          }
+          store_fragment<kPieces>(S::kA, X::kUnits * warp + 16 * m, first + x, lane, a);
+        }
+    }
+    park(true);
+    // the tiles of P up to the diagonal, shared out over the parts
+    constexpr int kShare = kEights > X::kParts ? kEights / X::kParts : 1;
+    const int t0 = 16 * tile + g, s0 = part * kShare;
+    if (s0 < kEights && 8 * s0 < 16 * tile + 16) {
+      uint32_t a[4][4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], address(Q + by_rows<8>(16 * tile, 16 * k, lane)));
+      const float2 upper = at<float2>(logs + 8 * t0), lower = at<float2>(logs + 8 * (t0 + 8));
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) {
+        const int x = s0 + i, s = 8 * x + 2 * t;
+        if (kShare > 2 && 8 * x >= 16 * tile + 16) break;
+        float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          uint32_t b[4];
+          ldmatrix_x4(b, address(K + place<8>(8 * x + (lane & 7), 4 * k + (lane >> 3))));
+          mma_m16n8k16<T>(acc, a[2 * k], b[0], b[1]), mma_m16n8k16<T>(acc, a[2 * k + 1], b[2], b[3]);
+        }
+        at<uint32_t>(S::kP + place<kPieces>(t0, x) + 4 * t) =
+            pack<T>(acc[0] * weight(logs, upper, t0, s), acc[1] * weight(logs, upper, t0, s + 1));
+        at<uint32_t>(S::kP + place<kPieces>(t0 + 8, x) + 4 * t) =
+            pack<T>(acc[2] * weight(logs, lower, t0 + 8, s), acc[3] * weight(logs, lower, t0 + 8, s + 1));
+      }
+    }
+  }
+
+  // Half of the slopes lies in the warp's own rows of Aq while registers are short.
+  __device__ __forceinline__ void park(bool out) {
+#pragma unroll
+    for (int i = 0; i < kParked; ++i) {
+      uint4& x = at<uint4>(S::kAq + warp * (X::kUnits * C * 2) + (i * 32 + lane) * 16);
+      uint32_t(&a)[2] = u2[kStrips - 1][2 * i], (&b)[2] = u2[kStrips - 1][2 * i + 1];
+      if (out) {
+        x = make_uint4(a[0], a[1], b[0], b[1]);
+      } else {
+        const uint4 y = x;
+        a[0] = y.x, a[1] = y.y, b[0] = y.z, b[1] = y.w;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void inner_gradient(uint32_t K, uint32_t V, uint32_t rows) {
+    fresh();
+    float u[8][4] = {};
+#pragma unroll kUnroll
+    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
+      uint32_t a[4];
+      ldmatrix_x4_trans(a, address(S::kA + by_columns<kPieces>(k, 16 * tile, lane)));
+      add_rows(u, a, S::kS1, k);
+    }
+    float y[X::kChannels], e[X::kChannels];
+    const float inverse = exchange(u, y);
+    const float4 of_token = at<float4>(rows + 16 * row);  // eta, -dec, delta; eta is 0 beyond the end
+    float square = 0.0f;
+    each_four([&](int i, int channel) {
+      float k[4], v[4], w[4], b[4];
+      load_tokens(k, K + channel_place(row, channel)), load_tokens(v, V + channel_place(row, channel));
+      floats(w, at<float4>(S::kNorm + 4 * channel)), floats(b, at<float4>(S::kNorm + 4 * (kD + channel)));
+      at<uint2>(S::kKEnd + channel_place(row, channel)) = packed(k, of_token.y);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float predicted = traits.predicts ? k[j] + y[i + j] * w[j] + b[j] : 0.0f;
+        e[i + j] = predicted - v[j];
+        square += e[i + j] * e[i + j];
+      }
+    });
+    if (traits.couples_row) square = row_sum<X::kLanes>(square);
+    with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
+      const auto of_row = bias.row(square, of_token.z);
+#pragma unroll
+      for (int i = 0; i < X::kChannels; ++i) e[i] = bias.value(e[i], of_row);
+    });
+    float sum = 0.0f, with = 0.0f;
+    each_four([&](int i, int channel) {
+      float w[4];
+      floats(w, at<float4>(S::kNorm + 4 * channel));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) e[i + j] *= w[j], sum += e[i + j], with += e[i + j] * y[i + j];
+    });
+    sum = row_sum<X::kLanes>(sum) * (1.0f / kD), with = row_sum<X::kLanes>(with) * (1.0f / kD);
+    each_four([&](int i, int channel) {
+      float u1[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) u1[j] = of_token.x * inverse * (e[i + j] - sum - y[i + j] * with);
+      at<uint2>(S::kU1 + channel_place(row, channel)) = packed(u1, 1.0f);
+      at<uint2>(S::kU1End + channel_place(row, channel)) = packed(u1, of_token.y);
+    });
+  }
+
+  __device__ __forceinline__ void update(uint32_t Q, uint32_t gammas) {
+    fresh();
+    park(false);
+    __syncwarp();  // Aq overwrites what other lanes parked
+#pragma unroll
+    for (int first = 0; first < kEights; first += kPass) {
+      float z[kStrips][kPass][4];
+      state_times(z, s1, S::kU1 + first * 8 * 2 * kD);
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+        for (int x = 0; x < kPass; ++x)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            uint32_t& own = u2[m][first + x][e];
+            const float2 slope = unpack<T>(own);
+            own = pack<T>(z[m][x][2 * e] * slope.x, z[m][x][2 * e + 1] * slope.y);
+          }
+    }
+    fresh();
+#pragma unroll
+    for (int first = 0; first < kEights; first += kPass) {
+      float z[kStrips][kPass][4];
+      state_times(z, w2, Q + first * 8 * 2 * kD);
+#pragma unroll
+      for (int x = 0; x < kPass; ++x) {
+        const float2 gamma = at<float2>(gammas + 4 * (8 * (first + x) + 2 * t));
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) z[m][x][0] *= gamma.x, z[m][x][1] *= gamma.y, z[m][x][2] *= gamma.x, z[m][x][3] *= gamma.y;
+      }
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k)
+#pragma unroll
+        for (int x = 0; x < kPass; x += 2) {
+          if (first + x < 2 * k) continue;  // these tokens come before those that write
+          uint32_t b[4];
+          ldmatrix_x4(b, address(S::kP + by_columns<kPieces>(8 * (first + x), 16 * k, lane)));
+#pragma unroll
+          for (int m = 0; m < kStrips; ++m) {
+            const uint32_t a[4] = {u2[m][2 * k][0], u2[m][2 * k][1], u2[m][2 * k + 1][0], u2[m][2 * k + 1][1]};
+            mma_m16n8k16<T>(z[m][x], a, b[0], b[1]), mma_m16n8k16<T>(z[m][x + 1], a, b[2], b[3]);
+          }
+        }
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+        for (int x = 0; x < kPass; x += 2) {
+          uint32_t a[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            a[e] = pack<T>(FastGelu(z[m][x + (e >> 1)][2 * (e & 1)]).value(), FastGelu(z[m][x + (e >> 1)][2 * (e & 1) + 1]).value());
+          store_fragment<kPieces>(S::kAq, X::kUnits * warp + 16 * m, first + x, lane, a);
+        }
+    }
+    fresh();
+    const float gamma = at<float>(gammas + 4 * (C - 1));  // tokens beyond the end do not decay
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int x = 0; x < 8; ++x)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) w2[m][x][e] *= gamma, s1[m][x][e] *= gamma;
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k)
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) {
+        const uint32_t a[4] = {u2[m][2 * k][0], u2[m][2 * k][1], u2[m][2 * k + 1][0], u2[m][2 * k + 1][1]};
+        add_rows(w2[m], a, S::kKEnd, 16 * k);
+      }
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k)
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) {
+        uint32_t a[4];
+        ldmatrix_x4(a, address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+        add_rows(s1[m], a, S::kU1End, 16 * k);
+      }
+  }
+
+  __device__ __forceinline__ void read(uint32_t Q, uint32_t logs, uint32_t gammas, int first_token) {
+    fresh();
+    float u[8][4] = {}, scores[kEights][4] = {};
+#pragma unroll kUnroll
+    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
+      uint32_t a[4];
+      ldmatrix_x4_trans(a, address(S::kAq + by_columns<kPieces>(k, 16 * tile, lane)));
+      add_rows(u, a, S::kS1, k);
+#pragma unroll
+      for (int s = 0; s < kTiles; ++s)
+        if (s <= tile) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, address(S::kA + by_rows<kPieces>(k, 16 * s, lane)));
+          mma_m16n8k16<T>(scores[2 * s], a, b[0], b[1]), mma_m16n8k16<T>(scores[2 * s + 1], a, b[2], b[3]);
+        }
+    }
+    const int t0 = 16 * tile + g;
+    const float upper = at<float>(gammas + 4 * t0), lower = at<float>(gammas + 4 * (t0 + 8));
+#pragma unroll
+    for (int x = 0; x < 8; ++x) u[x][0] *= upper, u[x][1] *= upper, u[x][2] *= lower, u[x][3] *= lower;
+    const float2 of_t[2] = {at<float2>(logs + 8 * t0), at<float2>(logs + 8 * (t0 + 8))};
+#pragma unroll
+    for (int s = 0; s < kTiles; ++s)
+      if (s <= tile) {  // each part's share of the scores has its own rounding and product
+        uint32_t a[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int s0 = 16 * s + 8 * (e >> 1) + 2 * t, half = e & 1;
+          const float(&x)[4] = scores[2 * s + (e >> 1)];
+          a[e] = pack<T>(x[2 * half] * weight(logs, of_t[half], t0 + 8 * half, s0),
+                         x[2 * half + 1] * weight(logs, of_t[half], t0 + 8 * half, s0 + 1));
+        }
+        add_rows(u, a, S::kU1, 16 * s);
+      }
+    float y[X::kChannels];
+    exchange(u, y);
+    if (first_token + row < tokens)
+      each_four([&](int i, int channel) {
+        float q[4], w[4], b[4];
+        load_tokens(q, Q + channel_place(row, channel));
+        floats(w, at<float4>(S::kNorm + 4 * channel)), floats(b, at<float4>(S::kNorm + 4 * (kD + channel)));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) q[j] += y[i + j] * w[j] + b[j];
+        T* to = static_cast<T*>(p.out.data) + batch * p.out.batch + (begin + first_token + row) * p.out.token + h * p.out.head + channel;
+        *reinterpret_cast<uint2*>(to) = packed(q, 1.0f);
+      });
+  }
+
+  __device__ __forceinline__ void run() {
+    constexpr int64_t kState = 2 * Hd * kD;
+    const int64_t own = (int64_t(n) * p.H + h) * kState;
+    const int chunks = (tokens + C - 1) / C;
+    fresh();
+    load_state(p.state + own);
+    for (int i = threadIdx.x; i < kD; i += X::kThreads)
+      at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
+    if (chunks) {
+      fetch(0);
+      cp_async_wait<0>();
+      if (warp == 0) weigh(0);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int c = 0; c < chunks; ++c) {
+      const uint32_t tile = (c & 1) * S::kTile, buffer = (c & 1) * S::kGateBuffer;
+      const uint32_t K = S::kK + tile, V = S::kV + tile, Q = S::kQ + tile;
+      const uint32_t logs = S::kLogs + buffer, gammas = S::kGamma + buffer;
+      if (c + 1 < chunks) fetch(c + 1);
+      if (p.checkpoints && c % p.every == 0) {
+        const int64_t slot = (p.first_slot ? p.first_slot[n] : int64_t(n) * p.slots_per_sequence) + c / p.every;
+        store_state(p.checkpoints + (slot * p.H + h) * kState);
+      }
+      if (p.start && (c + 1) * C > tokens) store_state(p.start + own);
+      predict(K, Q, logs);
+      __syncthreads();
+      inner_gradient(K, V, S::kRows + buffer);
+      __syncthreads();
+      update(Q, gammas);
+      __syncthreads();
+      read(Q, logs, gammas, c * C);
+      cp_async_wait<0>();
+      if (c + 1 < chunks && threadIdx.x < 32) weigh(c + 1);
+      __syncthreads();
+    }
+    fresh();
+    if (p.start && tokens % C == 0) {
+      store_state(p.start + own);
+      if (threadIdx.x == 0) p.open_log_decay[int64_t(n) * p.H + h] = 0.0f;
+    }
+    store_state(p.state + own);
+  }
+};
+
+}  // namespace miras::cuda
