@@ -101,7 +101,7 @@ class Key:
     @property
     def fusable(self) -> bool:
         """Whether the forward's chain can compute the output too (linear/fused.py): its program has registers for both."""
-        if self.gated or self.momentum or self.channels or self.coupled or self.exact or self.padded_k > 128:
+        if self.gated or self.momentum or self.channels or self.coupled or self.padded_k > (64 if self.exact else 128):
             return False
         return self.chunk_size in (16, 64) or (self.chunk_size == 32 and self.padded_k <= 64)
 
@@ -187,7 +187,7 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "linear_decay": ((Config(16, 16, 4, 1), _always),),
     "block_solve": ((Config(64, 64, 4, 1, 128), _always),),
     "block_reads": ((Config(64, 64, 4, 1), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1), _wide)),
-    "block_errors_bwd": ((Config(32, 64, 4, 1, 255), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
+    "block_errors_bwd": ((Config(32, 64, 4, 1, 168), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
     "linear_chain_fwd": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
         (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),
@@ -196,7 +196,7 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
         (Config(0, 0, 8, 2, 255), lambda key: key.coupled and key.chunk_size >= 64),
     ),
     "linear_chain_fwd_fused": (
-        (Config(32, 0, 4, 3, 255), lambda key: key.fusable and key.padded_k <= 64),
+        (Config(32, 0, 4, 3, 255), lambda key: key.fusable and key.padded_k <= 64 and not key.exact),
         (Config(32, 0, 4, 2, 255), lambda key: key.fusable),
         (Config(16, 0, 4, 2, 255), lambda key: key.fusable),
     ),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import Problem
+if TYPE_CHECKING:  # the CUDA C++ backend imports this module without Triton
+    from miras_kernels.call import Call
+
+    from .launch import Problem
 
 
 class Opened(NamedTuple):
@@ -49,22 +52,23 @@ class Final(NamedTuple):
         return [x.contiguous() for x in (*self.dual, *self.momentum, *self.start, self.open_decay) if x is not None]
 
 
-def open_chunk_end(p: Problem, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+def open_chunk_end(call: Call, start: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
     """Start, and sum of log-decays ``[N, H]``, of the chunk that a sequence ends in; ``start``: the matrices after its last whole chunk."""
-    size, device, opened = p.chunk_size, p.q.device, p.call.state.open_chunk
-    before = torch.zeros(p.sequences, dtype=torch.int64, device=device) if p.position is None else p.position
-    if p.cu_seqlens is None:
-        begin, end = torch.zeros_like(before), torch.full_like(before, p.tokens)
-        rows = torch.arange(p.sequences, device=device)
+    size, device, opened, all_tokens = call.chunk_size, call.q.device, call.state.open_chunk, call.q.shape[1]
+    sequences, channels = call.state.dual[0].shape[0], call.log_decay is not None and call.log_decay.dim() == 4
+    before = torch.zeros(sequences, dtype=torch.int64, device=device) if opened is None else opened.position
+    if call.cu_seqlens is None:
+        begin, end = torch.zeros_like(before), torch.full_like(before, all_tokens)
+        rows = torch.arange(sequences, device=device)
     else:
-        begin, end = p.cu_seqlens[:-1], p.cu_seqlens[1:]
+        begin, end = call.cu_seqlens[:-1].to(torch.int64), call.cu_seqlens[1:].to(torch.int64)
         rows = torch.zeros_like(begin)
     whole = (before + end - begin) // size
-    decay = start[0].new_zeros(start[0].shape[: 3 if p.key.channels else 2])
-    if p.log_decay is not None:
+    decay = start[0].new_zeros(start[0].shape[: 3 if channels else 2])
+    if call.log_decay is not None:
         tokens = (begin - before + whole * size)[:, None] + torch.arange(size, device=device)  # [N, C]
         belongs = (tokens >= begin[:, None]) & (tokens < end[:, None])
-        taken = p.log_decay[rows[:, None], tokens.clamp(0, p.tokens - 1)]  # [N, C, H] or [N, C, H, Dv]
+        taken = call.log_decay[rows[:, None], tokens.clamp(0, all_tokens - 1)]  # [N, C, H] or [N, C, H, Dv]
         decay = torch.where(belongs.reshape(*belongs.shape, *(1,) * (taken.dim() - 2)), taken, 0.0).sum(1)
     if opened is not None:
         same = (whole == 0) & (before > 0)

@@ -20,11 +20,12 @@ from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_gamma, load_gate, load_to_end, load_total, pair_decay
 from ..common.launch import MatrixStrides, Problem, launch
 from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, rounded, store, wide
+from .block import Solved
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_fwd_fused(
-    q, k, v, lr, decays, delta,
+    q, k, v, lr, decays, delta, reads,
     initial, opened, position,
     out, checkpoints, final,
     cu_seqlens, first_segment,
@@ -79,7 +80,8 @@ def linear_chain_fwd_fused(
             b_opened = tl.load(opened + (i_n * H + i_h) * Dk * Dv + o_v[None, :] * Dk + o_k[:, None], mask=m_kv, other=0.0)
             b_e = fitted_dot(b_k, b_opened, DTYPE) - b_v.to(tl.float32)  # [C, BV]
         elif BIAS.reads_memory:
-            b_e = dot(b_k, b_w) * scale - b_v.to(tl.float32)  # [C, BV]
+            b_r = b_k if reads is None else load_tile(reads + row * Dk, H * Dk, o_t, o_k, m_t, m_k)  # [C, BK]
+            b_e = dot(b_r, b_w) * scale - b_v.to(tl.float32)  # [C, BV]
         else:
             b_e = -b_v.to(tl.float32)
         b_psi = biases.value(b_e, 0.0, load_delta(delta, row, o_g, o_tv, m_t, m_tv, Dv, BIAS), BIAS)  # [C, BV]
@@ -103,11 +105,13 @@ def linear_chain_fwd_fused(
 # -------------------------------------------------------------------------------------------------------------- launcher
 
 
-def walk_fused(p: Problem, weights: Weights, initial: Tensor, part: int, out: Tensor, final: Tensor | None, **checkpoints) -> None:
+def walk_fused(
+    p: Problem, weights: Weights, solved: Solved, initial: Tensor, part: int, out: Tensor, final: Tensor | None, **checkpoints
+) -> None:
     """Run :func:`linear_chain_fwd_fused` from ``initial [N, H, Dv, Dk]``; writes the part's tokens of ``out``, ``final [N, H, Dk, Dv]``."""
     launch(
         linear_chain_fwd_fused, p, p.sequences, "value",
-        decays=weights.decays, initial=initial, initial_strides=MatrixStrides(*initial.stride()),
+        decays=weights.decays, reads=solved.reads, **solved.of_chain(), initial=initial, initial_strides=MatrixStrides(*initial.stride()),
         opened=opened_chunk(p).primals[0] if part == HEAD.value else None,
         out=out, final=final, PART=part, **checkpoints,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
             initial = torch.stack(initial).unbind(0)
         stored = dict(checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first)
         if fused:
-            walk_fused(p, weights, initial[0], part, out, None if final is None else final[0], **stored)
+            walk_fused(p, weights, solved, initial[0], part, out, None if final is None else final[0], **stored)
         else:
             walk(p, chain, weights, solved, p.sequences, initial, part, final=final, segment_owner=None, **stored)
         return () if final is None else final.transpose(-1, -2).unbind(0)
@@ -63,7 +63,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         before = matrices if p.position is None else walked(HEAD.value, matrices)
         start = walked(BODY.value, before)
         after = walked(TAIL.value, start)
-        final = Final(after[:1], *open_chunk_end(p, start[:1]), after[1:])
+        final = Final(after[:1], *open_chunk_end(p.call, start[:1]), after[1:])
     if not fused:
         parallel = linear_channel if p.key.channels else linear_read
         out = parallel.output(p, weights, chain)

@@ -59,7 +59,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
     start = unpack(memory[:, :, :2].clone())
     walk(TAIL.value)
     after = unpack(memory)
-    return out, Final(after[:2], *open_chunk_end(p, start), after[2:]), checkpoints
+    return out, Final(after[:2], *open_chunk_end(p.call, start), after[2:]), checkpoints
 
 
 class Group(NamedTuple):

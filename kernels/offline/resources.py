@@ -148,6 +148,7 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(128, 128, 64, fused=True, final=True)
     yield Specimen(128, 128, 64, smooth, fused=True)
     yield Specimen(64, 64, 1, L2())  # exact steps in blocks
+    yield Specimen(64, 64, 1, L2(), fused=True)
     yield Specimen(128, 128, 1, L2())
     yield Specimen(64, 64, 1, L2(), dtype=float32)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):

@@ -295,4 +295,6 @@ def _state(initial, q: Tensor, with_momentum: bool, chunk_size: int, shapes: lis
     start = every("initial_state.open_chunk.start", initial.open_chunk.start)
     gate_shape = (n, h) if log_decay is None else (n, *log_decay.shape[2:])
     total = _tensor("initial_state.open_chunk.log_decay", initial.open_chunk.log_decay, q, (gate_shape,), "as log_decay per sequence")
+    if chunk_size == 1:  # of a decoder's state: a chunk without tokens
+        return MemoryState(dual, momentum)
     return MemoryState(dual, momentum, OpenChunk(position, start, total))

@@ -138,14 +138,14 @@ def test_triton_has_a_gpu(capsys, monkeypatch):
 
 
 def test_cuda_is_explained(capsys, monkeypatch, tmp_path):
-    """It only decodes, and says so of other calls; where it is missing it says why."""
+    """It says which calls it does not serve; where it is missing it says why."""
     backend = dispatch.BACKENDS["cuda"]
     monkeypatch.setattr(backend, "path", tmp_path / "_cuda.so")
     main(["info"])
     assert lines(capsys)["cuda"].startswith("cannot run: the kernels are not built: ")
     monkeypatch.setattr(type(backend), "unavailable", lambda self: None)
     main(["explain", "--device", "cuda", "--no-grad"])
-    assert lines(capsys)["cuda"] == "cannot: it only decodes: calls of at most 4 tokens, got 128"
+    assert lines(capsys)["cuda"] == "cannot: it reads chunks of bfloat16 or float16 inputs, got torch.float32"
     main(["explain", "--device", "cuda", "--no-grad", "--tokens", "1"])
     assert lines(capsys)["cuda"].startswith('cannot: not verified on this machine, so "auto" skips it: run python -m miras_kernels verify')
     record = {"linear l2 l2 float32 decode": {"when": "2026-01-01", "failure": None}}

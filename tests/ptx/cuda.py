@@ -39,7 +39,8 @@ def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]
         CACHE.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=CACHE))
         virtual = architecture.replace("sm", "compute")
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-arch={virtual}", "-keep", f"--keep-dir={made}"]
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-arch={virtual}", "--threads", "0"]
+        flags += ["-keep", f"--keep-dir={made}"]
         target = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
         subprocess.run([nvcc, *flags, *map(str, given), *target], check=True)
         for path in made.iterdir():

@@ -97,7 +97,7 @@ class Machine:
         self.committed, self.copies = np.zeros(total, np.int64), []
         self.products = matrix.Products(self)
         self.ready: dict[int, np.ndarray] = {}
-        self.waiting: dict[int, tuple[int, np.ndarray]] = {}  # by CTA: the barrier and the threads at it
+        self.waiting: dict[int, list[tuple[int, int, np.ndarray]]] = {}  # by CTA: barriers, the blocks after them, the threads at them
         self.left = np.full(self.batch, size)
 
     # ------------------------------------------------------------------------------------------------------- scheduling
@@ -126,7 +126,7 @@ class Machine:
         """Where the threads are that have not ended."""
         starts = ((self.program.blocks[place].first, threads) for place, threads in self.ready.items())
         found = []
-        for at, threads in (*starts, *self.waiting.values()):
+        for at, threads in (*starts, *((at, x) for waiting in self.waiting.values() for at, _, x in waiting)):
             first = self.reports.place(self.everyone.thread[threads[0]])
             count = "1 thread" if threads.size == 1 else f"{threads.size} threads"
             found.append(f"{count} ({first}) at {self.program.kernel.instructions[at]}")
@@ -198,25 +198,21 @@ class Machine:
             self.go(after, threads)
             return
         ctas = threads // self.size
-        released = []
         for cta in np.unique(ctas):
             here = threads[ctas == cta]
-            if cta in self.waiting:
-                other, before = self.waiting.pop(cta)
-                if other != at:
-                    self.reports.add("threads of a CTA meet at different barriers", at, other, int(self.everyone.thread[here[0]]))
-                here = np.sort(np.concatenate([before, here]))
-            if here.size == self.size:
-                released.append(here)
-            elif here.size == self.left[cta]:
+            for other, _, before in self.waiting.get(cta, ()):
+                if other != at and np.intersect1d(before // 32, here // 32).size:  # warps of a CTA may
+                    self.reports.add("threads of a warp meet at different barriers", at, other, int(self.everyone.thread[here[0]]))
+            waiting = [*self.waiting.pop(cta, ()), (at, after, here)]
+            count = sum(x.size for _, _, x in waiting)
+            if count == self.left[cta] < self.size:
                 self.reports.add("a barrier that threads which have ended do not reach", at, thread=int(self.everyone.thread[here[0]]))
-                released.append(here)
-            else:
-                self.waiting[cta] = (at, here)
-        for here in released:
-            self.stamp[here] = ((self.stamp[here] >> 44) + 1) << 44
-        if released:
-            self.go(after, np.concatenate(released))
+            if count < self.left[cta]:
+                self.waiting[cta] = waiting
+                continue
+            for _, place, released in waiting:
+                self.stamp[released] = ((self.stamp[released] >> 44) + 1) << 44
+                self.go(place, released)
 
     def warp_barrier(self, ix) -> None:
         self.warps(self.who(ix).local, -1)

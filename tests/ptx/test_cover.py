@@ -34,6 +34,7 @@ SPECIMENS = [
     (Case("fused", bias=mk.Huber("coordinate"), key_dim=128, value_dim=32, chunk_size=64, tokens=130, **ONE), BF16, (), ("sm_90",)),
     (Case("fused-packed", bias=mk.L1(), key_dim=32, value_dim=32, chunk_size=32, lengths=(50, 30, 0)), F16, (), ()),
     (Case("exact", key_dim=128, value_dim=32, chunk_size=1, tokens=70, **ONE), BF16, (), ("sm_90",)),
+    (Case("fused-exact", key_dim=64, value_dim=32, chunk_size=1, tokens=70, **ONE), BF16, (), ()),
     (Case("exact-first", decay_first=True, chunk_size=1, lengths=(70, 0, 13)), F16, (), ("sm_80",)),
     (Case("exact-float32", decay="extreme", keys="zero", chunk_size=1, tokens=40, heads=1), F32, (), ()),
     (Case("narrow", bias=mk.Lp(3.0), lengths=(20, 0, 13)), F16, (), ()),

@@ -117,8 +117,9 @@ def test_ctas_that_write_different_bits():
 
 
 def test_a_barrier_that_not_all_threads_reach():
-    body = "setp.lt.u32 %p1, %r1, 32; @%p1 bra $THERE; bar.sync 0; bra.uni $END; $THERE: bar.sync 0; $END:"
-    assert run(body, ints(64), ints(64)) == ["threads of a CTA meet at different barriers"]
+    body = "setp.lt.u32 %p1, %r1, {}; @%p1 bra $THERE; bar.sync 0; bra.uni $END; $THERE: bar.sync 0; $END:"
+    assert run(body.format(16), ints(64), ints(64)) == ["threads of a warp meet at different barriers"]
+    assert run(body.format(32), ints(64), ints(64)) == []
     body = "setp.lt.u32 %p1, %r1, 32; @%p1 ret; bar.sync 0;"
     assert run(body, ints(64), ints(64)) == ["a barrier that threads which have ended do not reach"]
 

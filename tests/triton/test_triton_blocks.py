@@ -62,6 +62,15 @@ def test_states_in_registers(name, poisoned):
     assert report.ok, report
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("plain", F32), ("packed", F32), ("first-extreme", F32), ("no-decay", BF16)], ids=str)
+def test_with_the_output_in_the_chain(name, dtype, poisoned):
+    from miras_kernels.kernels.common import configs
+
+    with configs.fuse(True):
+        report = check(CASES[name], "triton", dtype, DEVICE)
+    assert report.ok, report
+
+
 class EqualKeys(Case):
     """The same key again and again, with steps up to 2 / |k|^2; some keys and steps are zero. The name says |k|^2 times the step."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..call import Call
 
-__all__ = ["BACKENDS", "Backend", "checkpoints_like"]
+__all__ = ["BACKENDS", "Backend", "checkpoints_like", "may_end_open"]
 
 
 class Backend(Protocol):
@@ -86,3 +86,9 @@ def checkpoints_like(call: Call, every: int) -> list[Tensor]:
     matrices = len(call.state.matrices())
     several = () if matrices == 1 else (matrices,)
     return [dual.new_empty(slots, h, *several, columns, rows)]
+
+
+def may_end_open(call: Call) -> bool:
+    """Whether sequences can end inside a chunk, as far as shapes tell, so that the final state needs an open chunk."""
+    resumes = call.state.open_chunk is not None
+    return call.output_final_state and (resumes or call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)

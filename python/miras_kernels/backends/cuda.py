@@ -19,7 +19,7 @@ from ..expressions import OPERATIONS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
-from . import BACKENDS, checkpoints_like, cuda_mlp
+from . import BACKENDS, checkpoints_like, cuda_linear, cuda_mlp
 from .cuda_program import REGISTERS, encoded, registers
 from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, launch
 
@@ -27,7 +27,7 @@ __all__ = ["CudaBackend", "Step"]
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 #: by memory, what reads whole chunks of it: a module with the struct `Chain`, `refuses` and `forward`
-SEQUENCES: dict[str, ModuleType] = {"mlp": cuda_mlp}
+SEQUENCES: dict[str, ModuleType] = {"linear": cuda_linear, "mlp": cuda_mlp}
 
 
 class Step(ctypes.Structure):

@@ -13,7 +13,7 @@ from ..call import Call
 from ..tables.biases import TABLE as BIASES
 from ..tables.biases import Bias, CustomBias
 from . import BACKENDS, checkpoints_like
-from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, launch
+from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, launch
 
 __all__ = ["Chain", "forward", "refuses"]
 
@@ -89,7 +89,7 @@ def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, li
         ln_weight=contiguous(call.ln_weight), ln_bias=contiguous(call.ln_bias), cu_seqlens=cu_seqlens, first_slot=first_slot,
         state=state, start=start, open_log_decay=open_log_decay, checkpoints=saved[0] if saved else None,
     )  # fmt: skip
-    q, k, v = (_aligned(x.detach()) for x in (call.q, call.k, call.v))
+    q, k, v = (aligned(x) for x in (call.q, call.k, call.v))
     chain = Chain(
         *map(Tokens.of, (q, k, v, out)), *(address(tensors[name]) for name in Chain.POINTERS),
         ln_eps=call.ln_eps, bias_params=(ctypes.c_float * Bias.MAX_PARAMETERS)(*call.bias.padded),
@@ -108,10 +108,3 @@ def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, li
 def _matrices(state: Tensor) -> tuple[Tensor, Tensor]:
     """W1 and W2 of ``[N, H, 2, Hd, D]``."""
     return state[:, :, 0].transpose(-1, -2).contiguous(), state[:, :, 1].contiguous()
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """q, k or v with rows that begin at multiples of 16 bytes."""
-    whole = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % whole == 0 for stride in x.stride()[:-1])
-    return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["TOKEN_TYPES", "Tokens", "address", "contiguous", "launch"]
+__all__ = ["TOKEN_TYPES", "Tokens", "address", "aligned", "contiguous", "launch"]
 
 #: the numbers of MirasTokenType
 TOKEN_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,6 +29,13 @@ class Tokens(ctypes.Structure):
 def contiguous(x: Tensor | None) -> Tensor | None:
     """A gate or LayerNorm parameter as the kernels take it."""
     return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """q, k or v with neighbouring channels and rows that begin at multiples of 16 bytes."""
+    x, whole = x.detach(), 16 // x.element_size()
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % whole == 0 for stride in x.stride()[:-1])
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def address(x: Tensor | None) -> int | None:

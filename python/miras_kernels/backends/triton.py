@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from . import checkpoints_like
+from . import checkpoints_like, may_end_open
 
 __all__ = ["TritonBackend"]
 
@@ -97,7 +97,7 @@ class TritonBackend:
 
         forward = _sequence_kernels(call.memory.name).forward
         every = self._interval(call, checkpoint_every)
-        out, final, checkpoints = forward(launch.Problem(call), every, call.output_final_state, _may_end_open(call))
+        out, final, checkpoints = forward(launch.Problem(call), every, call.output_final_state, may_end_open(call))
         return out, [] if final is None else final.tensors(), [] if checkpoints is None else [checkpoints]
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
@@ -123,9 +123,3 @@ def interpreted() -> bool:
 
 def _sequence_kernels(memory: str) -> ModuleType:
     return importlib.import_module(f"miras_kernels.kernels.{memory}.sequence")
-
-
-def _may_end_open(call: Call) -> bool:
-    """Whether sequences can end inside a chunk, as far as shapes tell, so that the final state needs an open chunk."""
-    resumes = call.state.open_chunk is not None
-    return call.output_final_state and (resumes or call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)

@@ -107,6 +107,8 @@ class MemoryBlock(nn.Module):
     w2: Any
     ln_weight: Any
     ln_bias: Any
+    #: set by miras_kernels.parallel
+    context: ContextParallel | None = None  # also of layers that an earlier version has pickled
 
     def __init__(
         self,
@@ -140,7 +142,6 @@ class MemoryBlock(nn.Module):
         self.preset = resolve(preset, chunk_size)
         self.hidden_size, self.num_heads, self.head_dim = (hidden_size, num_heads, head_dim or hidden_size // num_heads)
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
-        self.context: ContextParallel | None = None  # set by miras_kernels.parallel
         inner, where = self.num_heads * self.head_dim, dict[str, Any](device=device, dtype=dtype)
         projection = lambda: nn.Linear(hidden_size, inner, bias=False, **where) if projections else None
         self.q_proj, self.k_proj, self.v_proj = projection(), projection(), projection()

@@ -127,7 +127,7 @@ class _Linear(Memory):
     kernels: ClassVar[dict[str, Kernels]] = {
         "cpp": Kernels(Limits(head=256, chunk=256), Limits(head=256, chunk=256), few=8),
         "triton": Kernels(Limits(head=256, chunk=128), Limits(head=256), few=4),
-        "cuda": Kernels(None, Limits(head=256), few=4),
+        "cuda": Kernels(Limits(head=128, chunk=(16, 32, 64)), Limits(head=256), few=4),
     }
 
     def shapes(self, key_dim, value_dim, hidden):

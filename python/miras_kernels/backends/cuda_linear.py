@@ -1,0 +1,123 @@
+"""The forward of the linear memory in CUDA C++, ``csrc/cuda/linear_chain.h``: which calls it serves, and its launch. The Triton kernels do
+its backward, from the checkpoints that it saves."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..tables import memories
+from ..tables.biases import TABLE as BIASES
+from ..tables.biases import Bias
+from . import BACKENDS, checkpoints_like, may_end_open
+from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, launch
+
+__all__ = ["Chain", "forward", "refuses"]
+
+#: head dimensions of the keys, the unit of those of the values, and the values of the largest block, which a bias may couple
+KEYS, UNIT, COUPLED = (64, 128), 16, 64
+
+
+class Chain(ctypes.Structure):
+    """MirasLinearChain of csrc/cuda/linear_chain.h, which describes the fields."""
+
+    _fields_: ClassVar = [
+        *((name, Tokens) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("lr", "log_decay", "delta", "initial")),
+        *((f"initial_{axis}", ctypes.c_int64) for axis in ("sequence", "head", "value", "key")),
+        *((name, ctypes.c_void_p) for name in ("final", "start", "checkpoints", "cu_seqlens", "first_slot")),
+        ("T", ctypes.c_int64),
+        ("bias_params", ctypes.c_float * Bias.MAX_PARAMETERS),
+        *((name, ctypes.c_int32) for name in ("bias", "token_type", "N", "H", "K", "V", "C", "slots", "every")),
+        *((name, ctypes.c_int32) for name in ("delta_per_channel", "values")),
+    ]
+    #: the fields whose offsets miras_linear_chain_layout returns, after the size of the struct; then come the limits
+    MARKS = ("q", "lr", "initial_sequence", "final", "T", "bias_params", "bias", "values")
+
+    @classmethod
+    def layout(cls) -> list[int]:
+        limits = memories.LINEAR.kernels["cuda"].sequences
+        assert limits is not None and isinstance(limits.chunk, tuple)
+        return [ctypes.sizeof(cls), *(getattr(cls, name).offset for name in cls.MARKS), limits.head, max(limits.chunk), COUPLED]
+
+
+def refuses(library: Any, call: Call, differentiate: bool) -> str | None:
+    """Why the chain cannot read a call, or None."""
+    keys, values = call.q.shape[-1], call.v.shape[-1]
+    by_channel = [name for name, x in (("lr", call.lr), ("log_decay", call.log_decay)) if x is not None and x.dim() == 4]
+    if call.q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it reads chunks of bfloat16 or float16 inputs, got {call.q.dtype}"
+    if reason := call.exceeds("cuda"):
+        return reason
+    if keys not in KEYS or values % UNIT:
+        return f"it reads chunks with {' or '.join(map(str, KEYS))} keys and a multiple of {UNIT} values, got {keys} and {values}"
+    if not call.retention.is_identity:
+        return f"it reads chunks without a retention gate, got {call.retention.name}"
+    if call.momentum is not None:
+        return "it reads chunks without momentum"
+    if by_channel:
+        return f"it reads chunks with gates per token, got {by_channel[0]} per channel"
+    if call.bias.tag not in BIASES:
+        return f"it reads chunks with the table's biases only, got {call.bias.name}"
+    if call.bias.row_coupled and values > COUPLED:
+        return f"for a bias that couples a row it reads chunks of at most {COUPLED} values, got {values}"
+    if call.state.open_chunk is not None:
+        return "it does not continue inside a chunk"
+    if differentiate:  # its backward is Triton's
+        triton = BACKENDS["triton"]
+        reason = triton.unavailable() or triton.refuses(call, True)
+        return None if reason is None else f"the Triton kernels do its backward: {reason}"
+    return None
+
+
+def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """See :class:`~miras_kernels.backends.Backend`."""
+    n, heads, values, keys = call.state.dual[0].shape
+    q, k, v = (aligned(x) for x in (call.q, call.k, call.v))
+    lr, log_decay, delta = (contiguous(x) for x in (call.lr, call.log_decay, call.delta))
+    initial, cu_seqlens = call.state.dual[0].detach(), None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64).contiguous()
+    out = call.v.new_empty(call.v.shape)
+    if cu_seqlens is not None:
+        out.zero_()  # it may end before T
+    state = functools.partial(initial.new_empty, n, heads, values, keys)
+    final, start = (state() if wanted else None for wanted in (call.output_final_state, may_end_open(call)))
+    checkpoints, segment, first_slot = checkpoints_like(call, every), call.chunk_size * max(every, 1), None
+    if every and cu_seqlens is not None:
+        slots = (cu_seqlens.diff() + segment - 1) // segment
+        first_slot = slots.cumsum(0) - slots
+    chain = Chain(
+        *map(Tokens.of, (q, k, v, out)), *map(address, (lr, log_decay, delta, initial)), *initial.stride(),
+        *map(address, (final, start, checkpoints[0] if checkpoints else None, cu_seqlens, first_slot)),
+        T=call.q.shape[1], bias_params=(ctypes.c_float * Bias.MAX_PARAMETERS)(*call.bias.padded), bias=call.bias.tag,
+        token_type=TOKEN_TYPES[call.q.dtype], N=n, H=heads, K=keys, V=values, C=call.chunk_size, slots=-(-call.q.shape[1] // segment),
+        every=max(every, 1),
+        delta_per_channel=delta is not None and delta.dim() == 4, values=_block_values(call),
+    )  # fmt: skip
+    launch(library, library.miras_linear_chain, chain, call.q.device)
+    if final is None:
+        return out, [], checkpoints
+    if start is None:
+        return out, [final], checkpoints
+    from miras_kernels.kernels.common.final_state import open_chunk_end
+
+    (start,), open_decay = open_chunk_end(call, (start,))
+    return out, [final, start, open_decay], checkpoints
+
+
+def _block_values(call: Call) -> int:
+    """Values of a block: 64, or 32 where those would leave too many multiprocessors without a block."""
+    values, heads = call.v.shape[-1], call.state.dual[0].shape[0] * call.q.shape[2]
+    if values <= 32:
+        return 32
+    fills = 8 * heads * -(-values // 64) >= 7 * multiprocessors(call.q.device)
+    return 64 if call.bias.row_coupled or fills else 32
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**31
