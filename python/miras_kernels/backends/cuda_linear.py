@@ -13,7 +13,7 @@ from torch import Tensor
 from ..call import Call
 from ..tables import memories
 from ..tables.biases import TABLE as BIASES
-from ..tables.biases import Bias
+from ..tables.biases import Bias, CustomBias
 from . import BACKENDS, checkpoints_like, may_end_open
 from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, launch
 
@@ -62,7 +62,7 @@ def refuses(library: Any, call: Call, differentiate: bool) -> str | None:
         return "it reads chunks without momentum"
     if by_channel:
         return f"it reads chunks with gates per token, got {by_channel[0]} per channel"
-    if call.bias.tag not in BIASES:
+    if call.bias.tag not in BIASES or isinstance(call.bias, CustomBias):
         return f"it reads chunks with the table's biases only, got {call.bias.name}"
     if call.bias.row_coupled and values > COUPLED:
         return f"for a bias that couples a row it reads chunks of at most {COUPLED} values, got {values}"
