@@ -14,7 +14,7 @@ from miras_kernels.hf import replace_attention
 from miras_kernels.versions import minor
 from quick import slow
 
-PRESETS = ("yaad_linear", "deltanet", "gated_deltanet", "kda", "mamba2", "titans", "moneta", "yaad")
+PRESETS, MORE = ("yaad_linear", "deltanet", "kda", "titans", "yaad"), ("gated_deltanet", "mamba2", "moneta")
 #: a text that repeats itself, so that some guesses are right
 TEXT = ids(1, 6).repeat(1, 4)
 MASK = torch.ones_like(TEXT)
@@ -35,7 +35,13 @@ def net(preset="yaad_linear", seed=0, opened=True, **options):
 
 @pytest.mark.parametrize(
     ("preset", "layers", "guesses"),
-    [*((preset, "all", 4) for preset in PRESETS), ("yaad_linear", "all", 2), ("yaad_linear", "some", 9), ("yaad", "beside", 4)],
+    [
+        *((preset, "all", 4) for preset in PRESETS),
+        *(slow(preset, "all", 4) for preset in MORE),
+        ("yaad_linear", "all", 2),
+        ("yaad_linear", "some", 9),
+        ("yaad", "beside", 4),
+    ],
 )
 def test_prompt_lookup(preset, layers, guesses):
     of = net(preset, **LAYERS[layers])

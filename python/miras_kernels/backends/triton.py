@@ -64,8 +64,8 @@ class TritonBackend:
         if not differentiate and self.decodes(call):
             return self.refuses_steps(call)
         reason = self._refuses_dtype(call) or call.exceeds(self.name)
-        if reason is None and call.variants and not self.block_tokens(call):
-            return f"it serves {call.variants[0]} with L2(), lr and log_decay per token, and no momentum"
+        if reason is None and call.lasting_variants and not self.block_tokens(call):
+            return f"it serves {call.lasting_variants[0]} with L2(), lr and log_decay per token, and no momentum"
         if reason is None and differentiate and call.state.open_chunk is not None:
             return "it does not differentiate from a state that was cut inside a chunk"
         return reason
@@ -82,7 +82,7 @@ class TritonBackend:
 
     def decodes(self, call: Call) -> bool:
         """Whether a call without gradients has few enough tokens."""
-        return call.cu_seqlens is None and not call.variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
+        return call.cu_seqlens is None and not call.lasting_variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
     def refuses_steps(self, call: Call) -> str | None:
         return self._refuses_dtype(call) or call.exceeds(self.name, steps=True)

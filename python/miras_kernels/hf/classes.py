@@ -197,7 +197,7 @@ def _layer(
         backend=backend,
     )
     # Cast after initialisation, so that the random numbers do not depend on the model's dtype.
-    block = block.to(next(attention.parameters()).device, base.dtype).train(attention.training)
+    block = block.to(hosts.device_of(attention), base.dtype).train(attention.training)
     if parallel:
         return block
     return MemoryAttention(block, index, attention if linearised else None, host).train(attention.training)

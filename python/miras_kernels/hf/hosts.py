@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -114,6 +116,11 @@ TABLE: dict[str, tuple[str, Host]] = {
 def attentions(base: PreTrainedModel, host: Host) -> list[nn.Module]:
     """The attention module, or the memory in its place, of every decoder layer."""
     return [getattr(layer, host.attention) for layer in getattr(base, host.layers)]
+
+
+def device_of(attention: nn.Module) -> torch.device:
+    """The device of a layer; quantised projections may have buffers alone."""
+    return next(itertools.chain(attention.parameters(), attention.buffers())).device
 
 
 # -------------------------------------------------------------------------------------------------- unknown architectures

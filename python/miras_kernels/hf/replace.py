@@ -15,7 +15,7 @@ from ..layers.presets import resolve
 from . import compat, plan
 from .attention import MemoryAttention, ParallelAttention
 from .classes import FAMILIES, Family, adopt, build, install
-from .hosts import TABLE, attentions, missing
+from .hosts import TABLE, attentions, device_of, missing
 from .plan import Memories
 
 __all__ = ["Report", "load", "memory_config", "replace_attention", "report"]
@@ -83,7 +83,7 @@ def replace_attention(
     )  # fmt: skip
     layers_of_base = attentions(base, family.host)
     for i in plan.indices(group.layers, len(layers_of_base)):
-        if next(layers_of_base[i].parameters()).device.type == "meta":
+        if device_of(layers_of_base[i]).type == "meta":
             raise ValueError(
                 f"model: layer {i} has no data (meta device); expected a model whose weights are loaded (or load them with "
                 f"from_pretrained of {family.base.__name__} or another class with memories and config=memory_config(...))"

@@ -1,0 +1,154 @@
+"""What long training of large models uses: mixed dtypes, loss scaling, accumulation, everything at once, quantised projections."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from hf_tiny import assert_close, gradients, ids, model, plain
+from torch import nn
+
+from miras_kernels.hf import load, replace_attention
+from miras_kernels.layers import MemoryBlock
+from quick import slow
+
+GATES = ("gate_down", "gate_up", "gate_bias", "decay_rate")
+
+
+def steps(net, count=6, lr=3e-3, scaler=None, **autocast):
+    """Losses of a few steps on one batch."""
+    optimizer, losses = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr), []
+    for _ in range(count):
+        with torch.autocast("cpu", enabled=bool(autocast), **autocast):
+            loss = net(input_ids=ids(), labels=ids()).loss
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("preset", ["yaad_linear", "titans"])
+def test_weights_in_bfloat16_and_gates_in_float32(preset, tmp_path):
+    """Gates are computed in float32 anyway; their parameters may be too."""
+    net = model(preset=preset, layers=[0, 2], dtype=torch.bfloat16)
+    wide = [p for name, p in net.named_parameters() if name.split(".")[-1] in GATES]
+    for p in wide:
+        p.data = p.data.float()
+    before = net(input_ids=ids()).logits
+    other = model(preset=preset, layers=[0, 2], dtype=torch.bfloat16)
+    assert len(wide) >= 6 and torch.equal(before, other(input_ids=ids()).logits)  # the same numbers
+    losses = steps(net)
+    assert losses[-1] < losses[0] and {p.dtype for p in wide} == {torch.float32}
+    net.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype="auto")
+    assert {p.dtype for p in again.parameters()} <= {torch.bfloat16, torch.float32}
+    assert torch.isfinite(again(input_ids=ids()).logits).all()
+
+
+@pytest.mark.parametrize("preset", ["yaad_linear", slow("yaad")])
+def test_float16_and_a_gradient_scaler(preset):
+    net = model(preset=preset)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
+    before = copy.deepcopy(net.state_dict())
+    steps(net, 1, scaler=scaler, dtype=torch.float16)  # too large a scale: gradients overflow, the step is left out
+    assert scaler.get_scale() < 2.0**30 and all(torch.equal(x, before[n]) for n, x in net.state_dict().items())
+    losses = steps(net, 30, scaler=scaler, dtype=torch.float16)
+    assert losses[-1] < losses[0] - 1 and all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("preset", ["yaad_linear", "moneta"])
+def test_gradient_accumulation(preset):
+    """Two halves of a batch give the gradients of the whole."""
+    net = model("Qwen2", [0, 2], preset=preset, dtype=torch.float64)
+    whole = gradients(net, input_ids=ids(4), labels=ids(4))
+    net.zero_grad()
+    for half in ids(4).split(2):
+        (net(input_ids=half, labels=half).loss / 2).backward()
+    for n, p in net.named_parameters():
+        assert_close(p.grad, whole[n])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", [slow("new"), slow("from_attention")])
+def test_compiled_packed_and_checkpointed_at_once(init):
+    net, text, offsets = model("Llama", [0], init=init, num_hidden_layers=2).train(), ids(1), torch.tensor([0, 5, 6, 13])
+    plain = gradients(net, input_ids=text, labels=text, cu_seq_lens_q=offsets)
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager")
+    for n, grad in gradients(compiled, input_ids=text, labels=text, cu_seq_lens_q=offsets).items():
+        assert_close(grad, plain[n.removeprefix("_orig_mod.")])
+
+
+# -------------------------------------------------------------------------------------------------- quantised projections
+
+
+class EightBits(nn.Module):
+    """A linear layer whose weights are integers with a scale per row, as quantisation libraries make them: buffers, no parameters."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def quantised(net, restored=False):
+    """Every linear layer but the head in 8 bits; or with the weights that these stand for."""
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and name != "lm_head":
+                made = EightBits(child)
+                if restored:
+                    child.weight.data = made.weight.float() * made.scale
+                else:
+                    setattr(module, name, made)
+    return net
+
+
+@pytest.mark.parametrize("init", ["new", "from_attention"])
+def test_quantised_projections(init):
+    """The memory's own parameters are trained in the model's dtype, and its projections are called as modules."""
+    nets = []
+    for restored in (False, True):
+        net = quantised(plain("Llama", attention_bias=False), restored)
+        torch.manual_seed(1)
+        nets.append(replace_attention(net, "yaad_linear", [0, 2], init=init, chunk_size=4))
+    eight, full = nets
+    assert_close(eight(input_ids=ids()).logits, full(input_ids=ids()).logits)
+    memory = eight.model.layers[0].self_attn.memory
+    assert isinstance(memory, MemoryBlock) and {p.dtype for p in memory.parameters()} == {torch.float32}
+    expected, grads = gradients(full, input_ids=ids(), labels=ids()), gradients(eight, input_ids=ids(), labels=ids())
+    for n in grads:
+        assert_close(grads[n], expected[n])
+    text = eight.eval().generate(ids(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(text, eight.generate(ids(), max_new_tokens=4, do_sample=False, use_cache=False))
+
+
+def test_adapters_beside_a_memory_of_a_frozen_model():
+    """LoRA on the attention layers that stay and on the projections that a memory took over, whose own parameters are trained in full."""
+    net = model("Qwen2", [0, 2], init="from_attention", dtype=torch.bfloat16)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["memory"])
+    adapted = peft.get_peft_model(net, config)
+    losses = steps(adapted, 8, lr=1e-2)
+    assert losses[-1] < losses[0]
+    trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "memory" in n for n in trained) and any("memory" in n for n in trained)
+    adapted.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = adapted.merge_and_unload().eval()
+    assert torch.isfinite(merged(input_ids=ids()).logits).all()
