@@ -16,7 +16,7 @@ struct MirasLinearChain {
   const float *lr, *log_decay, *delta;   // [B, T, H]; the last two may be null; delta may be [B, T, H, V]
   const float* initial;                  // [N, H, V, K] with strides in elements
   int64_t initial_sequence, initial_head, initial_value, initial_key;
-  float *final, *start;                  // [N, H, V, K], may be null: after the last token, and at the start of a last chunk that is not whole
+  float *final, *start;                  // [N, H, V, K], may be null: after the last token; after the last whole chunk
   float* checkpoints;                    // [slots, H, K, V], may be null: the state before every `every`-th chunk
   const int64_t *cu_seqlens, *first_slot;  // [N + 1]; [N], a sequence's first slot. Null for a batch: N = B, `slots` a sequence
   int64_t T;

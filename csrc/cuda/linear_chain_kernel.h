@@ -24,7 +24,7 @@ namespace {
 
 // Gates of a chunk's tokens as the products take them
 template <int kChunk> struct Gates {
-  float2 log_gamma[kChunk];  // log2 of gamma_t in two parts, whose differences keep their digits: multiples of 1 / kUnit (docs/mathematics.md, section 3)
+  float2 log_gamma[kChunk];  // log2 of gamma_t in two parts: multiples of 1 / kUnit, and the rest (kernels/common/decays.py)
   float2 eta[kChunk];        // -eta_t, -eta_t gamma_C / gamma_t
   float gamma[kChunk], delta[kChunk];
   float total, padding[3];  // gamma_C
@@ -161,7 +161,9 @@ template <class S> struct Chain {
         values(values_of(tile * S::kValues)), first_gate((s.batch * p.T + s.begin) * p.H + s.h),
         out(s.token(p.out, 2 * (lane & 3)) + 2 * (first_value + 2 * (lane / 4))) {}
 
-  __device__ __forceinline__ Gates<kChunk>& gates(int chunk) const { return reinterpret_cast<Gates<kChunk>*>(shared + S::kGates)[chunk & 1]; }
+  __device__ __forceinline__ Gates<kChunk>& gates(int chunk) const {
+    return reinterpret_cast<Gates<kChunk>*>(shared + S::kGates)[chunk & 1];
+  }
   // the chunk's tokens that there are; at most 0 beyond the last chunk
   __device__ __forceinline__ int tokens_of(int chunk) const { return min(s.length - chunk * kChunk, kChunk); }
 
@@ -214,7 +216,7 @@ template <class S> struct Chain {
     }
     return x;
   }
-  // Decays of a chunk, a step at a time, so that other work comes between a shuffle and its result. All warps compute them, or the last one.
+  // Decays of a chunk, a step at a time, so that other work comes between a shuffle and its result. All warps do it, or the last.
   struct Scan {
     static constexpr int kSteps = 8;
     const Chain& chain;
@@ -239,7 +241,8 @@ template <class S> struct Chain {
       }
       constexpr int kBefore = kStep < 1 || kStep > 5 ? 0 : 1 << (kStep - 1), kNext = kStep < 5 ? 1 << kStep : 0;
       if constexpr (kBefore > 0) {
-        end.x += chain.lane >= kBefore ? __uint_as_float(moved[0]) : 0.0f, end.y += chain.lane >= kBefore ? __uint_as_float(moved[1]) : 0.0f;
+        end.x += chain.lane >= kBefore ? __uint_as_float(moved[0]) : 0.0f;
+        end.y += chain.lane >= kBefore ? __uint_as_float(moved[1]) : 0.0f;
       }
       if constexpr (kStep < 6) {
         const uint32_t x = __float_as_uint(end.x), y = __float_as_uint(end.y);
@@ -251,7 +254,8 @@ template <class S> struct Chain {
     __device__ __forceinline__ void store() const {
       if (chain.warp != (S::kHelped ? S::kWarps - 1 : 0) || chain.lane * kEach >= kChunk) return;
       Gates<kChunk>& to = chain.gates(chunk);
-      const float2 zero = make_float2(0.0f, 0.0f), all = make_float2(__uint_as_float(moved[0]), __uint_as_float(moved[1])), before = make_float2(end.x - own.x, end.y - own.y);
+      const float2 zero = make_float2(0.0f, 0.0f), all = make_float2(__uint_as_float(moved[0]), __uint_as_float(moved[1]));
+      const float2 before = make_float2(end.x - own.x, end.y - own.y);
       float2 of[kEach];
       float gamma[kEach], to_end[kEach];
 #pragma unroll
@@ -337,7 +341,9 @@ template <class S> struct Chain {
     }
   }
   // the first address of a lane for B operands of 16 keys: lanes 8 to 15 and 24 to 31 have the later keys, 16 to 31 the later tokens
-  __device__ __forceinline__ uint32_t lane_rows() const { return ((lane >> 4) * 8 + (lane & 7)) * S::kRow + ((((lane >> 3) & 1) ^ (lane & 7)) << 4); }
+  __device__ __forceinline__ uint32_t lane_rows() const {
+    return ((lane >> 4) * 8 + (lane & 7)) * S::kRow + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
+  }
 
   // This warp's tile of K Q', whose queries it reads as A operands, and E'. The tensor cores are busy: `work(i)` is done beside step i.
   template <bool kErrors, class Work>
@@ -403,7 +409,9 @@ template <class S> struct Chain {
           of_high(x.log_gamma[8 * (kGroups - 1 - this->tile) + chain.lane / 4]), low_words(chain.score_word(this->tile, 0)),
           high_words(chain.score_word(kGroups - 1 - this->tile, 0)) {}
     __device__ __forceinline__ bool is_low(int i) const { return i > kSixteens && tile >= i - kSixteens - 1; }
-    __device__ __forceinline__ int earlier(int i) const { return i <= kSixteens ? i : is_low(i) ? i - kSixteens - 1 : kGroups - (i - kSixteens - 1); }
+    __device__ __forceinline__ int earlier(int i) const {
+      return i <= kSixteens ? i : is_low(i) ? i - kSixteens - 1 : kGroups - (i - kSixteens - 1);
+    }
     __device__ __forceinline__ float4 load(int i) const { return chain.pair(x.log_gamma, earlier(i)); }
     __device__ __forceinline__ float2 decay(int i, float4 of) const {
       const float2 later = is_low(i) ? of_low : of_high;
@@ -419,7 +427,8 @@ template <class S> struct Chain {
         const int before = 8 * (group - earlier(i)) + chain.lane / 4 - 2 * (chain.lane & 3);  // tokens from s to t
         a = before >= 0 ? a : 0.0f, b = before >= 1 ? b : 0.0f;
       }
-      uint32_t* const to = i <= kSixteens ? high_words + kPlace(i) : is_low(i) ? low_words + kPlace(other) : high_words + kPlace(kGroups - other);
+      uint32_t* const either = is_low(i) ? low_words + kPlace(other) : high_words + kPlace(kGroups - other);
+      uint32_t* const to = i <= kSixteens ? high_words + kPlace(i) : either;
       if (kSixteens == S::kWarps || has) *to = pack<T>(a, b);
     }
   };
@@ -688,7 +697,8 @@ template <class S> struct Chain {
   }
 };
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, 2) linear_chain(const __grid_constant__ MirasLinearChain p, const int tiles) {
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 2) linear_chain(const __grid_constant__ MirasLinearChain p, const int tiles) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Chain<S>(p, shared, blockIdx.x / tiles, blockIdx.x % tiles).run();
 }

@@ -314,7 +314,7 @@ def test_any_text_is_an_expression_or_refused(text, value):
                     assert table.from_code(row.code) == row
 
 
-@pytest.mark.parametrize("make, error, problem", [
+BAD = (
     (lambda: CustomBias(), ValueError, "expected either psi or loss=, got neither"),
     (lambda: CustomBias("e", loss="e"), ValueError, "expected either psi or loss=, got both"),
     (lambda: CustomBias(3), TypeError, "an expression must be a string, got int"),
@@ -357,7 +357,10 @@ def test_any_text_is_an_expression_or_refused(text, value):
     (lambda: biases.from_code('9 {"text": "e", "is_loss": false, "values": [[3, 1]]}'), ValueError, "'3' cannot name a parameter"),
     (lambda: retention.from_code('5 {"text": "__import__", "values": []}'), ValueError, "unknown name '__import__'"),
     (lambda: retention.from_code('5 {"text": {"A": 1}, "values": []}'), TypeError, "an expression must be a string, got dict"),
-], ids=str)  # fmt: skip
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make, error, problem", BAD, ids=range(len(BAD)))
 def test_what_is_no_bias_and_no_gate(make, error, problem):
     with pytest.raises(error) as caught:
         make()

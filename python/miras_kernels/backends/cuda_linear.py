@@ -63,7 +63,7 @@ def refuses(library: Any, call: Call, differentiate: bool) -> str | None:
     if by_channel:
         return f"it reads chunks with gates per token, got {by_channel[0]} per channel"
     if call.bias.tag not in BIASES or isinstance(call.bias, CustomBias):
-        return f"it reads chunks with the built-in biases only, got {call.bias.name}"
+        return f"it reads chunks with the table's biases only, got {call.bias.name}"
     if call.bias.row_coupled and values > COUPLED:
         return f"for a bias that couples a row it reads chunks of at most {COUPLED} values, got {values}"
     if call.state.open_chunk is not None:
