@@ -14,688 +14,237 @@
 // multiprocessor to itself, and what a chunk takes is the latency of its steps.
 #pragma once
 
-#include <utility>
-
-#include "linear_chain.h"
-#include "mma.h"
+#include "linear_chain_state.h"
 
 namespace miras::cuda {
 namespace {
 
-// Gates of a chunk's tokens as the products take them
-template <int kChunk> struct Gates {
-  float2 log_gamma[kChunk];  // log2 of gamma_t in two parts: multiples of 1 / kUnit, and the rest (kernels/common/decays.py)
-  float2 eta[kChunk];        // -eta_t, -eta_t gamma_C / gamma_t
-  float gamma[kChunk], delta[kChunk];
-  float total, padding[3];  // gamma_C
-};
-
-// Sizes, and the places in shared memory
-template <class T_, int kKeys_, int kChunk_, int kValues_> struct ChainShape {
-  using T = T_;
-  static constexpr int kKeys = kKeys_, kChunk = kChunk_, kValues = kValues_;
-  static constexpr int kWarps = kChainWarps, kThreads = 32 * kWarps, kGroups = kChunk / 8;
-  static_assert(kGroups / 2 <= kWarps, "a warp computes one tile of the scores at most");
-  static_assert(kValues <= kWarps * kWarpValues);
-  static constexpr int kRow = 2 * kKeys, kValueRow = 2 * kValues + 16;  // bytes of a token; with the padding no banks conflict
-  static constexpr int kTokens = kChunk * kRow, kStage = 2 * kTokens + kChunk * kValueRow;
-  static constexpr bool kHelped = kValues < kWarps * kWarpValues;  // there are warps without values: one computes decays
-  static constexpr int kQ = kTokens, kV = 2 * kTokens;
-  static constexpr int kScores = 2 * kStage, kScoresBytes = kGroups * (kGroups / 2) * 32 * 8;
-  static constexpr int kGates = kScores + kScoresBytes;
-  static constexpr int kSquares = kGates + 2 * int(sizeof(Gates<kChunk>));
-  static constexpr int kBytes = kSquares + kWarps * kChunk * 4;
-  static_assert(kStage % 256 == 0 && kScores % 256 == 0);
-  static_assert(kBytes <= 99 * 1024, "what a block may have on every chip from compute capability 8.0 on");
-};
-
-constexpr float kLog2 = 1.44269504f, kUnit = 1024.0f, kLowest = -110.0f;  // exp of anything lower is 0
-
-// A number that the compiler knows, f(Index<i>) for i = 0 to kCount - 1
-template <int kValue> struct Index {
-  __device__ constexpr operator int() const { return kValue; }
-};
-template <class Function, int... kIndices> __device__ __forceinline__ void each(Function&& f, std::integer_sequence<int, kIndices...>) {
-  (f(Index<kIndices>{}), ...);
-}
-template <int kCount, class Function> __device__ __forceinline__ void each(Function&& f) {
-  each(f, std::make_integer_sequence<int, kCount>{});
-}
-
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-// the decay between two tokens, whose log2 gammas have these parts
-__device__ __forceinline__ float decay_of(float2 later, float2 earlier) {
-  return exp2_approx(fmaf(later.x - earlier.x, kLog2 / kUnit, later.y - earlier.y));
-}
-
-// With the offset in the instruction.
-template <int kOffset> __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address), "n"(kOffset)
-               : "memory");
-}
-template <int kOffset> __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address), "n"(kOffset)
-               : "memory");
-}
-template <int kOffset> __device__ __forceinline__ void copy_16(uint32_t to, const char* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes), "n"(kOffset) : "memory");
-}
-
-// A power of two, 1 unless numbers up to `largest` exceed float16's range: what they are divided by before they are rounded.
-template <class T> __device__ __forceinline__ float fitting(float largest) {
-  if constexpr (std::is_same_v<T, Bf16>) return 1.0f;
-  const int more = max((__float_as_int(over_lanes(largest, 1, 32, Max{})) >> 23) - 127 - 14, 0);
-  return __int_as_float((127 + more) << 23);
-}
-template <class T> __device__ __forceinline__ float inverse(float power) {
-  if constexpr (std::is_same_v<T, Bf16>) return 1.0f;
-  return __int_as_float((254 << 23) - __float_as_int(power));
-}
-
-// The tokens of one sequence and head.
-struct Sequence {
-  int64_t batch, begin;
-  int length, n, h, chunks, whole;
-
-  __device__ __forceinline__ Sequence(const MirasLinearChain& p, int head, int chunk) : n(head / p.H), h(head % p.H) {
-    batch = p.cu_seqlens ? 0 : n;
-    begin = p.cu_seqlens ? p.cu_seqlens[n] : 0;
-    length = int(p.cu_seqlens ? p.cu_seqlens[n + 1] - begin : p.T);
-    whole = length / chunk, chunks = whole + (length % chunk > 0);
-  }
-  // where the token `t` of the sequence begins
-  __device__ __forceinline__ char* token(const MirasTokens& x, int64_t t) const {
-    return static_cast<char*>(x.data) + 2 * (batch * x.batch + (begin + t) * x.token + h * x.head);
-  }
-};
-
-// Rows of q, k or v on their way to shared memory: a thread copies the same 16 bytes of every kRows-th token, chunk after chunk.
-template <int kRows, int kPitch> struct Copies {
-  const char* from;
-  uint32_t to[2];  // for even and odd of them
-  int row;  // the thread's first token
-
-  // the next of them; `left`: the chunk's tokens from `row` on
-  template <int kIndex> __device__ __forceinline__ void copy(const MirasTokens& x, uint32_t stage, int left) {
-    copy_16<kIndex * kRows * kPitch>(to[kRows % 8 ? kIndex % 2 : 0] + stage, from, left > kIndex * kRows ? 16 : 0);
-    from += 2 * kRows * x.token;
-  }
-};
-
-template <class S> struct Chain {
-  using T = typename S::T;
-  static constexpr int kKeys = S::kKeys, kChunk = S::kChunk, kGroups = S::kGroups;
-  static constexpr int kEach = kChunk < 32 ? 1 : kChunk / 32;              // tokens of a lane that computes decays
-  static constexpr int kPieces = kKeys / 8, kValuePieces = S::kValues / 8;  // of 16 bytes
-  static constexpr int kRows = S::kThreads / kPieces;
-  static constexpr int kValueRows = S::kThreads / kValuePieces < kChunk ? S::kThreads / kValuePieces : kChunk;
-  static constexpr int kSixteens = kGroups / 2;  // of a chunk's tokens
-  static constexpr int kSteps = kKeys / 16;
-  static constexpr int kNever = 1 << 30;
-
-  const MirasLinearChain& p;
-  const Sequence s;
-  unsigned char* const shared;
-  const uint32_t base;  // the address of `shared`
-  const int warp, lane, first_value;
-  const bool couples;  // the bias, a row of E
-  const bool active;  // the warp has values; the others compute scores
-  float w[kKeys / 8][4];
-  Copies<kRows, S::kRow> keys, queries;
-  Copies<kValueRows, S::kValueRow> values;
-  const int64_t first_gate;  // of the sequence's first token and the head
-  char* out;                 // of the thread's first token of the chunk
-
-  __device__ __forceinline__ Chain(const MirasLinearChain& p, unsigned char* shared, int head, int tile)
-      : p(p), s(p, head, kChunk), shared(shared), base(shared_address(shared)), warp(thread() / 32), lane(thread() % 32),
-        first_value(tile * S::kValues + warp * kWarpValues), couples(bias_traits(BiasTag(p.bias)).couples_row),
-        active(warp * kWarpValues < S::kValues && first_value < p.V), keys(rows_of(p.k, 0)), queries(rows_of(p.q, S::kQ)),
-        values(values_of(tile * S::kValues)), first_gate((s.batch * p.T + s.begin) * p.H + s.h),
-        out(s.token(p.out, 2 * (lane & 3)) + 2 * (first_value + 2 * (lane / 4))) {}
-
-  __device__ __forceinline__ Gates<kChunk>& gates(int chunk) const {
-    return reinterpret_cast<Gates<kChunk>*>(shared + S::kGates)[chunk & 1];
-  }
-  // the chunk's tokens that there are; at most 0 beyond the last chunk
-  __device__ __forceinline__ int tokens_of(int chunk) const { return min(s.length - chunk * kChunk, kChunk); }
-
-  // ---------------------------------------------------------------------------------------------------------------- copies
-
-  // a piece lies at its place ^ (row % 8), so that 8 rows of a matrix are in different banks
-  __device__ __forceinline__ Copies<kRows, S::kRow> rows_of(const MirasTokens& x, int place) const {
-    const int piece = thread() % kPieces, row = thread() / kPieces;
-    const auto at = [&](int odd) { return base + place + row * S::kRow + ((piece ^ ((row + odd * kRows) & 7)) << 4); };
-    return {s.token(x, row) + 16 * piece, {at(0), at(1)}, row};
-  }
-  __device__ __forceinline__ Copies<kValueRows, S::kValueRow> values_of(int first) const {
-    const int piece = thread() % kValuePieces, row = thread() / kValuePieces;
-    const bool has = first + 8 * piece < p.V;
-    const uint32_t at = base + S::kV + row * S::kValueRow + 16 * piece;
-    return {s.token(p.v, row) + 2 * (has ? first + 8 * piece : 0), {at, at}, has ? row : kNever};
-  }
-  // part kPart of kParts of a chunk's copies; a chunk beyond the last one has none
-  template <int kPart, int kParts> __device__ __forceinline__ void copy(int chunk) {
-    const uint32_t stage = (chunk & 1) * S::kStage;
-    const int count = tokens_of(chunk);
-    constexpr int kRowsOf = kChunk / kRows, kValuesOf = kChunk / kValueRows;
-    each<kRowsOf>([&](auto i) {
-      if constexpr (i * kParts / kRowsOf == kPart) {
-        keys.template copy<i>(p.k, stage, count - keys.row);
-        queries.template copy<i>(p.q, stage, count - keys.row);
-      }
-    });
-    each<kValuesOf>([&](auto i) {
-      if constexpr (i * kParts / kValuesOf == kPart)
-        if (S::kThreads <= kValueRows * kValuePieces || values.row < kChunk) values.template copy<i>(p.v, stage, count - values.row);
-    });
-    if constexpr (kPart + 1 == kParts) cp_async_commit();
-  }
-
-  // ----------------------------------------------------------------------------------------------------------------- gates
-
-  struct Raw {
-    float lr[kEach], log_decay[kEach], delta[kEach];
+template <class S>
+template <bool kErrors, class Work>
+__device__ __forceinline__ void Chain<S>::errors_and_scores(float (&e)[kGroups][4], float (&scores)[kGroups][4], uint32_t stage,
+                                                            float factor, Work&& work) const {
+  const uint32_t keys = stage + lane_rows();
+  const int tile = warp % kSixteens, group = (lane >> 3) & 1 ? kGroups - 1 - tile : tile;
+  const uint32_t queries = stage + S::kQ + (8 * group + (lane & 7)) * S::kRow + (((lane >> 4) ^ (lane & 7)) << 4);
+  uint32_t b[2][kSixteens][4], q[2][4], a[2][4];
+  const auto load = [&](auto i) {
+    load_matrices<0>(q[i % 2], queries ^ (i << 5));
+    const uint32_t at = keys ^ (i << 5);
+    each<kSixteens>([&](auto n) { load_matrices<n * 16 * S::kRow>(b[i % 2][n], at); });
+    if constexpr (kErrors) operand(a[i % 2], i, factor);
   };
-  // a chunk beyond the last one gets those of the last token
-  __device__ __forceinline__ Raw load_gates(int chunk) const {
-    Raw x;
-    const float* const log_decay = p.log_decay ? p.log_decay : p.lr;  // loads without branches
-    const float* const delta = p.delta && !p.delta_per_channel ? p.delta : p.lr;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t at = first_gate + int64_t(min(chunk * kChunk + lane * kEach + i, s.length - 1)) * p.H;
-      x.lr[i] = p.lr[at], x.log_decay[i] = log_decay[at], x.delta[i] = delta[at];
-    }
-    return x;
-  }
-  // Decays of a chunk, a step at a time, so that other work comes between a shuffle and its result. All warps do it, or the last.
-  struct Scan {
-    static constexpr int kSteps = 8;
-    const Chain& chain;
-    Raw x;
-    int chunk;
-    float2 sums[kEach], end, own;
-    uint32_t moved[2];  // words: nothing but the next step waits for a shuffle
+  load(Index<0>{});
+  each<kSteps>([&](auto i) {
+    if constexpr (i + 1 < kSteps) load(Index<i + 1>{});
+    each<kGroups>([&](auto n) {
+      const uint32_t (&x)[4] = b[i % 2][n / 2];
+      multiply<i == 0>(scores[n], q[i % 2], x[n % 2 * 2], x[n % 2 * 2 + 1]);
+      if constexpr (kErrors) multiply<i == 0>(e[n], a[i % 2], x[n % 2 * 2], x[n % 2 * 2 + 1]);
+    });
+    work(i);
+  });
+}
 
-    template <int kStep> __device__ __forceinline__ void step() {
-      if constexpr (kStep == 0) {
-        const int first = fresh_thread() % 32 * kEach, count = chain.tokens_of(chunk);  // fresh: not before the loads have come
-        end = make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          const bool has = first + i < count;
-          x.lr[i] = has ? -x.lr[i] : 0.0f, x.delta[i] = has ? x.delta[i] : 0.0f;
-          const float g = max_nan(has && chain.p.log_decay ? x.log_decay[i] : 0.0f, kLowest), units = floorf(fmaf(g, kUnit, 0.5f));
-          end.x += units, end.y += (g - units * (1 / kUnit)) * kLog2;
-          sums[i] = end;
-        }
-        own = end;
-      }
-      constexpr int kBefore = kStep < 1 || kStep > 5 ? 0 : 1 << (kStep - 1), kNext = kStep < 5 ? 1 << kStep : 0;
-      if constexpr (kBefore > 0) {
-        end.x += chain.lane >= kBefore ? __uint_as_float(moved[0]) : 0.0f;
-        end.y += chain.lane >= kBefore ? __uint_as_float(moved[1]) : 0.0f;
-      }
-      if constexpr (kStep < 6) {
-        const uint32_t x = __float_as_uint(end.x), y = __float_as_uint(end.y);
-        moved[0] = kStep < 5 ? __shfl_up_sync(kWholeWarp, x, kNext) : __shfl_sync(kWholeWarp, x, 31);
-        moved[1] = kStep < 5 ? __shfl_up_sync(kWholeWarp, y, kNext) : __shfl_sync(kWholeWarp, y, 31);
-      }
-      if constexpr (kStep == 7) store();
-    }
-    __device__ __forceinline__ void store() const {
-      if (chain.warp != (S::kHelped ? S::kWarps - 1 : 0) || chain.lane * kEach >= kChunk) return;
-      Gates<kChunk>& to = chain.gates(chunk);
-      const float2 zero = make_float2(0.0f, 0.0f), all = make_float2(__uint_as_float(moved[0]), __uint_as_float(moved[1]));
-      const float2 before = make_float2(end.x - own.x, end.y - own.y);
-      float2 of[kEach];
-      float gamma[kEach], to_end[kEach];
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) of[i] = make_float2(sums[i].x + before.x, sums[i].y + before.y);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) gamma[i] = decay_of(of[i], zero), to_end[i] = decay_of(all, of[i]);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int row = chain.lane * kEach + i;
-        to.log_gamma[row] = of[i], to.eta[row] = make_float2(x.lr[i], x.lr[i] * to_end[i]);
-        to.gamma[row] = gamma[i], to.delta[row] = x.delta[i];
-      }
-      if (chain.lane == 31 || (kEach == 1 && chain.lane == kChunk - 1)) to.total = gamma[kEach - 1];
-    }
+template <class S>
+template <class Work>
+__device__ __forceinline__ void Chain<S>::read_out(float (&o)[kGroups][4], uint32_t stage, float factor, Work&& work) const {
+  const uint32_t queries = stage + S::kQ + lane_rows();
+  uint32_t b[2][kSixteens][4], a[2][4];
+  const auto load = [&](auto i) {
+    const uint32_t at = queries ^ (i << 5);
+    each<kSixteens>([&](auto n) { load_matrices<n * 16 * S::kRow>(b[i % 2][n], at); });
+    operand(a[i % 2], i, factor);
   };
-  __device__ __forceinline__ void prepare(Raw x, int chunk) const {
-    Scan scan{*this, x, chunk};
-    each<Scan::kSteps>([&](auto i) { scan.template step<i>(); });
-  }
-  // of the thread's two tokens in each group
-  __device__ __forceinline__ float2 pair(const float (&of)[kChunk], int n) const {
-    return *reinterpret_cast<const float2*>(of + 8 * n + 2 * (lane & 3));
-  }
-  __device__ __forceinline__ float4 pair(const float2 (&of)[kChunk], int n) const {
-    return *reinterpret_cast<const float4*>(of + 8 * n + 2 * (lane & 3));
-  }
+  load(Index<0>{});
+  each<kSteps>([&](auto i) {
+    if constexpr (i + 1 < kSteps) load(Index<i + 1>{});
+    each<kGroups>([&](auto n) { multiply<i == 0>(o[n], a[i % 2], b[i % 2][n / 2][n % 2 * 2], b[i % 2][n / 2][n % 2 * 2 + 1]); });
+    work(i);
+  });
+}
 
-  // ---------------------------------------------------------------------------------------------------------------- states
-
-  // visit(W of value, key; the same of value + 1)
-  template <class Function> __device__ __forceinline__ void each_pair(Function&& visit) {
-    const int lane = fresh_thread() % 32, value = first_value + 2 * (lane / 4), key = 2 * (lane % 4);
+template <class S>
+__device__ __forceinline__ float Chain<S>::updates(uint32_t (&u)[kSixteens][4], uint32_t (&to_end)[kSixteens][4], float (&e)[kGroups][4],
+                                                   const uint32_t (&v)[kGroups][2], int chunk, int count, float scale) const {
+  float2 of[kGroups][2];
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-      visit(value, key + 8 * n, w[n][0], w[n][2]);
-      visit(value, key + 8 * n + 1, w[n][1], w[n][3]);
-    }
-  }
-  __device__ __forceinline__ void load_initial() {
-    const float* const from = p.initial + s.n * p.initial_sequence + s.h * p.initial_head;
-    each_pair([&](int value, int key, float& a, float& b) {
-      const float* const at = from + value * p.initial_value + key * p.initial_key;
-      a = at[0], b = at[p.initial_value];
-    });
-  }
-  // [V, K]
-  __device__ __forceinline__ void store_state(float* to) {
-    if (to == nullptr) return;
-    to += (int64_t(s.n) * p.H + s.h) * p.V * kKeys;
-    each_pair([&](int value, int key, float a, float b) { to[value * kKeys + key] = a, to[(value + 1) * kKeys + key] = b; });
-  }
-  // [K, V], where the chunk's state is kept
-  __device__ __forceinline__ void store_checkpoint(int chunk) {
-    if (p.checkpoints == nullptr || chunk % p.every) return;
-    const int64_t slot = (p.first_slot ? p.first_slot[s.n] : int64_t(s.n) * p.slots) + chunk / p.every;
-    float* const to = p.checkpoints + (slot * p.H + s.h) * kKeys * p.V;
-    each_pair([&](int value, int key, float a, float b) { *reinterpret_cast<float2*>(to + key * p.V + value) = make_float2(a, b); });
-  }
-
-  // -------------------------------------------------------------------------------------------------------------- products
-
-  // c += a b, or = for the first of a sum
-  template <bool kFirst> __device__ __forceinline__ static void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (kFirst) mma_first(c, a, b0, b1);
-    else mma_m16n8k16<T>(c, a, b0, b1);
-  }
-  __device__ __forceinline__ static void mma_first(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, Bf16>)
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-                   : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-    else
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-                   : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-  }
-  // an A operand: W, rounded, for 16 keys
-  __device__ __forceinline__ void operand(uint32_t (&a)[4], int i, float factor) const {
+  for (int n = 0; n < kGroups; ++n)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float* const x = &w[2 * i + j / 2][2 * (j % 2)];
-      a[j] = std::is_same_v<T, Bf16> ? pack<T>(x[0], x[1]) : pack<T>(x[0] * factor, x[1] * factor);
-    }
-  }
-  // the first address of a lane for B operands of 16 keys: lanes 8 to 15 and 24 to 31 have the later keys, 16 to 31 the later tokens
-  __device__ __forceinline__ uint32_t lane_rows() const {
-    return ((lane >> 4) * 8 + (lane & 7)) * S::kRow + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
-  }
-
-  // This warp's tile of K Q', whose queries it reads as A operands, and E'. The tensor cores are busy: `work(i)` is done beside step i.
-  template <bool kErrors, class Work>
-  __device__ __forceinline__ void errors_and_scores(float (&e)[kGroups][4], float (&scores)[kGroups][4], uint32_t stage, float factor,
-                                                    Work&& work) const {
-    const uint32_t keys = stage + lane_rows();
-    const int tile = warp % kSixteens, group = (lane >> 3) & 1 ? kGroups - 1 - tile : tile;
-    const uint32_t queries = stage + S::kQ + (8 * group + (lane & 7)) * S::kRow + (((lane >> 4) ^ (lane & 7)) << 4);
-    uint32_t b[2][kSixteens][4], q[2][4], a[2][4];
-    const auto load = [&](auto i) {
-      load_matrices<0>(q[i % 2], queries ^ (i << 5));
-      const uint32_t at = keys ^ (i << 5);
-      each<kSixteens>([&](auto n) { load_matrices<n * 16 * S::kRow>(b[i % 2][n], at); });
-      if constexpr (kErrors) operand(a[i % 2], i, factor);
-    };
-    load(Index<0>{});
-    each<kSteps>([&](auto i) {
-      if constexpr (i + 1 < kSteps) load(Index<i + 1>{});
-      each<kGroups>([&](auto n) {
-        const uint32_t(&x)[4] = b[i % 2][n / 2];
-        multiply<i == 0>(scores[n], q[i % 2], x[n % 2 * 2], x[n % 2 * 2 + 1]);
-        if constexpr (kErrors) multiply<i == 0>(e[n], a[i % 2], x[n % 2 * 2], x[n % 2 * 2 + 1]);
-      });
-      work(i);
-    });
-  }
-  // W Q', likewise
-  template <class Work> __device__ __forceinline__ void read_out(float (&o)[kGroups][4], uint32_t stage, float factor, Work&& work) const {
-    const uint32_t queries = stage + S::kQ + lane_rows();
-    uint32_t b[2][kSixteens][4], a[2][4];
-    const auto load = [&](auto i) {
-      const uint32_t at = queries ^ (i << 5);
-      each<kSixteens>([&](auto n) { load_matrices<n * 16 * S::kRow>(b[i % 2][n], at); });
-      operand(a[i % 2], i, factor);
-    };
-    load(Index<0>{});
-    each<kSteps>([&](auto i) {
-      if constexpr (i + 1 < kSteps) load(Index<i + 1>{});
-      each<kGroups>([&](auto n) { multiply<i == 0>(o[n], a[i % 2], b[i % 2][n / 2][n % 2 * 2], b[i % 2][n / 2][n % 2 * 2 + 1]); });
-      work(i);
-    });
-  }
-
-  // ---------------------------------------------------------------------------------------------------------------- scores
-
-  // the word of a thread's two pairs: group of 8 tokens t, group n of 8 tokens s
-  __device__ __forceinline__ uint32_t* score_word(int group, int n) const {
-    return reinterpret_cast<uint32_t*>(shared + S::kScores) + ((group * kSixteens + n / 2) * 32 + lane) * 2 + (n & 1);
-  }
-  // A tile's scores in units of 8 x 8: of a group of tokens t the groups 0 to `group` of s; zeros stay in the others. Of the tile's groups
-  // low < high, unit i belongs to `high` for i <= kGroups / 2, the next one to `low`, each of the rest to that one which lacks it.
-  struct Units {
-    static constexpr int kCount = kGroups + 1;
-    const Chain& chain;
-    const Gates<kChunk>& x;
-    int tile;
-    bool has;  // a tile that there is
-    float2 of_low, of_high;
-    uint32_t *low_words, *high_words;
-
-    __device__ __forceinline__ Units(const Chain& chain, const Gates<kChunk>& x, int tile)
-        : chain(chain), x(x), tile(tile % kSixteens), has(tile < kSixteens), of_low(x.log_gamma[8 * this->tile + chain.lane / 4]),
-          of_high(x.log_gamma[8 * (kGroups - 1 - this->tile) + chain.lane / 4]), low_words(chain.score_word(this->tile, 0)),
-          high_words(chain.score_word(kGroups - 1 - this->tile, 0)) {}
-    __device__ __forceinline__ bool is_low(int i) const { return i > kSixteens && tile >= i - kSixteens - 1; }
-    __device__ __forceinline__ int earlier(int i) const {
-      return i <= kSixteens ? i : is_low(i) ? i - kSixteens - 1 : kGroups - (i - kSixteens - 1);
-    }
-    __device__ __forceinline__ float4 load(int i) const { return chain.pair(x.log_gamma, earlier(i)); }
-    __device__ __forceinline__ float2 decay(int i, float4 of) const {
-      const float2 later = is_low(i) ? of_low : of_high;
-      return make_float2(decay_of(later, make_float2(of.x, of.y)), decay_of(later, make_float2(of.z, of.w)));
-    }
-    __device__ __forceinline__ void store(int i, const float (&scores)[kGroups][4], float2 decay) const {
-      constexpr auto kPlace = [](int n) { return n / 2 * 64 + n % 2; };
-      const int other = i - kSixteens - 1;
-      const float(&low)[4] = scores[i <= kSixteens ? i : other], (&high)[4] = scores[i <= kSixteens ? i : (kGroups - other) % kGroups];
-      float a = decay.x * (is_low(i) ? low[0] : high[2]), b = decay.y * (is_low(i) ? low[1] : high[3]);
-      if (i >= kSixteens) {  // it may lie on the diagonal
-        const int group = is_low(i) ? tile : kGroups - 1 - tile;
-        const int before = 8 * (group - earlier(i)) + chain.lane / 4 - 2 * (chain.lane & 3);  // tokens from s to t
-        a = before >= 0 ? a : 0.0f, b = before >= 1 ? b : 0.0f;
-      }
-      uint32_t* const either = is_low(i) ? low_words + kPlace(other) : high_words + kPlace(kGroups - other);
-      uint32_t* const to = i <= kSixteens ? high_words + kPlace(i) : either;
-      if (kSixteens == S::kWarps || has) *to = pack<T>(a, b);
-    }
-  };
-  __device__ __forceinline__ void clear_scores() const {
-    uint2* const words = reinterpret_cast<uint2*>(shared + S::kScores);
-    for (int i = thread(); i < S::kScoresBytes / 8; i += S::kThreads) words[i] = make_uint2(0, 0);
-  }
-
-  // --------------------------------------------------------------------------------------------------------------- updates
-
-  // |e|^2 of each of a thread's tokens: the sum of this warp's values, then of all. A barrier must be between.
-  __device__ __forceinline__ float* squares_of(int warp) const { return reinterpret_cast<float*>(shared + S::kSquares) + warp * kChunk; }
-  __device__ __forceinline__ void store_squares(const float (&e)[kGroups][4]) const {
+    for (int i = 0; i < 2; ++i) of[n][i] = unpack<T>(v[n][i]);
+  const Gates<kChunk>& x = gates(chunk);
+  float4 eta[kGroups];
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n) eta[n] = pair(x.eta, n);
+  return with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
+    using Bias = decltype(bias);
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float sum = over_lanes(e[n][i] * e[n][i] + e[n][i + 2] * e[n][i + 2], 4, 32, Add{});
-        if (lane < 4) squares_of(warp)[8 * n + 2 * lane + i] = sum;
+        if constexpr (Bias::kPredicts && !std::is_same_v<T, Bf16>) e[n][i] *= scale, e[n][i + 2] *= scale;
+        e[n][i] = Bias::kPredicts ? e[n][i] - of[n][i].x : -of[n][i].x;
+        e[n][i + 2] = Bias::kPredicts ? e[n][i + 2] - of[n][i].y : -of[n][i].y;
       }
-  }
-  __device__ __forceinline__ float square(int token) const {
-    float sum = 0.0f;
-    for (int i = 0; i < S::kValues / kWarpValues && i * kWarpValues < p.V; ++i) sum += squares_of(i)[token];
-    return sum;
-  }
-  // thresholds by channel; those of values 2g and 2g + 1 for each of a thread's tokens
-  __device__ __forceinline__ float2 channel_delta(int chunk, int count, int token) const {
-    if (token >= count) return make_float2(0.0f, 0.0f);
-    const int64_t row = first_gate + int64_t(chunk * kChunk + token) * p.H;
-    return *reinterpret_cast<const float2*>(p.delta + row * p.V + first_value + 2 * (lane / 4));
-  }
-  __device__ __forceinline__ void load_values(uint32_t (&v)[kGroups][2], int chunk) const {
-    const unsigned char* const at = shared + (chunk & 1) * S::kStage + S::kV + 2 * kWarpValues * warp + 4 * (lane / 4);
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) v[n][i] = *reinterpret_cast<const uint32_t*>(at + (8 * n + 2 * (lane & 3) + i) * S::kValueRow);
-  }
-
-  // U' from scale e - v
-  __device__ __forceinline__ float updates(uint32_t (&u)[kSixteens][4], uint32_t (&to_end)[kSixteens][4], float (&e)[kGroups][4],
-                                           const uint32_t (&v)[kGroups][2], int chunk, int count, float scale) const {
-    float2 of[kGroups][2];
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) of[n][i] = unpack<T>(v[n][i]);
-    const Gates<kChunk>& x = gates(chunk);
-    float4 eta[kGroups];
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) eta[n] = pair(x.eta, n);
-    return with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
-      using Bias = decltype(bias);
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if constexpr (Bias::kPredicts && !std::is_same_v<T, Bf16>) e[n][i] *= scale, e[n][i + 2] *= scale;
-          e[n][i] = Bias::kPredicts ? e[n][i] - of[n][i].x : -of[n][i].x;
-          e[n][i + 2] = Bias::kPredicts ? e[n][i + 2] - of[n][i].y : -of[n][i].y;
-        }
-      if constexpr (Bias::kCouplesRow) {
-        store_squares(e);
-        __syncthreads();
-      }
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = 8 * n + 2 * (lane & 3) + i;
-          float2 delta = make_float2(0.0f, 0.0f);
-          float norm2 = 0.0f;
-          if constexpr (Bias::kUsesDelta) {
-            if (!Bias::kCouplesRow && p.delta_per_channel) delta = channel_delta(chunk, count, token);
-            else delta.x = delta.y = x.delta[token];
-          }
-          if constexpr (Bias::kCouplesRow) norm2 = square(token);
-          e[n][i] = bias.value(e[n][i], bias.row(norm2, delta.x)), e[n][i + 2] = bias.value(e[n][i + 2], bias.row(norm2, delta.y));
-        }
-      return weigh(u, to_end, e, eta);
-    });
-  }
-
-  // U', rounded, in the order of A operands of 16 tokens: what reads add, and what states add. Returns what both are divided by.
-  __device__ __forceinline__ float weigh(uint32_t (&u)[kSixteens][4], uint32_t (&to_end)[kSixteens][4], const float (&psi)[kGroups][4],
-                         const float4 (&eta)[kGroups]) const {
-    float largest = 0.0f;
-    if constexpr (!std::is_same_v<T, Bf16>)
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n)
-        for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fabsf(psi[n][j] * (j % 2 ? eta[n].z : eta[n].x)));
-    const float scale = fitting<T>(largest), factor = inverse<T>(scale);
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      float4 of = eta[n];
-      if constexpr (!std::is_same_v<T, Bf16>) of.x *= factor, of.y *= factor, of.z *= factor, of.w *= factor;
-      float a[4], b[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = psi[n][i] * (i % 2 ? of.z : of.x), b[i] = psi[n][i] * (i % 2 ? of.w : of.y);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        u[n / 2][n % 2 * 2 + i] = pack<T>(a[2 * i], a[2 * i + 1]);
-        to_end[n / 2][n % 2 * 2 + i] = pack<T>(b[2 * i], b[2 * i + 1]);
-      }
-    }
-    return scale;
-  }
-
-  // W <- gamma_C W + (U' dec) K; `work(i)` beside its kSixteens * kKeys / 64 steps
-  template <class Work>
-  __device__ __forceinline__ void write(const uint32_t (&to_end)[kSixteens][4], uint32_t stage, float total, float scale, Work&& work) {
-    const float factor = total * inverse<T>(scale);
-    // lanes 8 to 15 and 24 to 31 have the later tokens, lanes 16 to 31 the later keys
-    const uint32_t rows = stage + (((lane >> 3) & 1) * 8 + (lane & 7)) * S::kRow + (((lane >> 4) ^ (lane & 7)) << 4);
-    constexpr int kAcross = kKeys / 64;
-    uint32_t b[2][4][4];
-    const auto load = [&](auto i) {  // 64 keys of 16 tokens
-      each<4>([&](auto n) { load_transposed<i / kAcross * 16 * S::kRow>(b[i % 2][n], rows ^ ((i % kAcross * 4 + n) << 5)); });
-    };
-    const auto decay = [&](auto n) {
-      for (float& x : w[n]) x *= factor;
-    };
-    load(Index<0>{});
-    each<2>(decay);
-    each<kSixteens * kAcross>([&](auto i) {
-      if constexpr (i + 1 < kSixteens * kAcross) load(Index<i + 1>{});
-      each<8>([&](auto n) {
-        constexpr int at = i % kAcross * 8 + n;
-        if constexpr (i < kAcross && at + 2 < kKeys / 8) decay(Index<at + 2>{});
-        mma_m16n8k16<T>(w[at], to_end[i / kAcross], b[i % 2][n / 2][n % 2 * 2], b[i % 2][n / 2][n % 2 * 2 + 1]);
-      });
-      work(i);
-    });
-    if constexpr (!std::is_same_v<T, Bf16>)
-      if (scale != 1.0f)
-        for (auto& x : w)
-          for (float& y : x) y *= scale;
-  }
-
-  // gamma O', and what of the scores is added to it: groups n of t with 16 tokens s, those of `i`
-  __device__ __forceinline__ void decay_output(float (&o)[kGroups][4], const float2 (&gamma)[kGroups], float factor) const {
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      float2 of = gamma[n];
-      if constexpr (!std::is_same_v<T, Bf16>) of.x *= factor, of.y *= factor;
-      o[n][0] *= of.x, o[n][1] *= of.y, o[n][2] *= of.x, o[n][3] *= of.y;
-    }
-  }
-  __device__ __forceinline__ void load_scores(uint2 (&b)[kGroups], int i) const {
-#pragma unroll
-    for (int n = 2 * i; n < kGroups; ++n) b[n] = *reinterpret_cast<const uint2*>(score_word(n, 2 * i));
-  }
-  __device__ __forceinline__ void store_output(const float (&o)[kGroups][4], int count, float scale) {
-    const int64_t token = 2 * p.out.token, step = 8 * token;
-    char* to[2] = {out, out + token};
-    out += kChunk * token;
-    const int left = count - 2 * (lane & 3);
-    uint32_t words[kGroups][2];
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        words[n][i] = std::is_same_v<T, Bf16> ? pack<T>(o[n][i], o[n][i + 2]) : pack<T>(o[n][i] * scale, o[n][i + 2] * scale);
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (left > 8 * n + i) *reinterpret_cast<uint32_t*>(to[i]) = words[n][i];
-        to[i] += step;
-      }
-  }
-
-  // ----------------------------------------------------------------------------------------------------------------- chunk
-
-  __device__ __forceinline__ float largest() const {
-    float found = 0.0f;
-    if constexpr (!std::is_same_v<T, Bf16>)
-      for (const auto& x : w)
-        for (float y : x) found = fmaxf(found, fabsf(y));
-    return found;
-  }
-  // A warp with values goes one way through a chunk, a warp without values the other; they meet at the same barriers.
-  template <bool kActive> __device__ __forceinline__ void read_chunk(int chunk) {
-    const uint32_t stage = base + (chunk & 1) * S::kStage;
-    const int count = tokens_of(chunk);
-    const Gates<kChunk>& x = gates(chunk);
-    cp_async_wait<0>();
-    __syncthreads();  // the tokens and gates of the chunk are here, and those before it have been read
-    float e[kGroups][4], o[kGroups][4], scores[kGroups][4];
-    // units of the scores beside products: gates, decays and stores, one after the other
-    constexpr int kAtOnce = (Units::kCount + kSteps - 3) / (kSteps - 2);
-    const Units units(*this, x, warp);
-    float4 gates_of[kAtOnce];
-    float2 decays[kAtOnce];
-    const auto units_of = [&](auto i, auto&& f) {  // those that are at a stage in step i
-      each<kAtOnce>([&](auto j) {
-        if constexpr (i >= 0 && i * kAtOnce + j < Units::kCount) f(Index<i * kAtOnce + j>{}, j);
-      });
-    };
-    const auto store_scores = [&](auto i) {
-      units_of(Index<i - 2>{}, [&](auto unit, auto j) { units.store(unit, scores, decays[j]); });
-      units_of(Index<i - 1>{}, [&](auto unit, auto j) { decays[j] = units.decay(unit, gates_of[j]); });
-      units_of(i, [&](auto unit, auto j) { gates_of[j] = units.load(unit); });
-    };
-    float w_scale = 1.0f, factor = 1.0f;
-    if constexpr (kActive) w_scale = fitting<T>(largest()), factor = inverse<T>(w_scale);
-    errors_and_scores<kActive>(e, scores, stage, factor, [&](auto i) { copy<i, kSteps>(chunk + 1); });
-    if constexpr (!kActive) {
-      each<kSteps>(store_scores);
-      if (couples) __syncthreads();
-      const bool prepares = S::kHelped && warp == S::kWarps - 1;
-      if (prepares) prepare(load_gates(chunk + 1), chunk + 1);
+    if constexpr (Bias::kCouplesRow) {
+      store_squares(e);
       __syncthreads();
-    } else {
-      uint32_t v[kGroups][2], u[kSixteens][4], to_end[kSixteens][4];
-      read_out(o, stage, factor, [&](auto i) {
-        store_scores(i);
-        if constexpr (i == kSteps - 1) load_values(v, chunk);
-      });
-      const Raw next = S::kHelped ? Raw{} : load_gates(chunk + 1);
-      const float u_scale = updates(u, to_end, e, v, chunk, count, w_scale), total = x.total;
-      float2 gamma[kGroups];
+    }
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) gamma[n] = pair(x.gamma, n);
-      __syncthreads();  // all scores are here
-      uint2 b[2][kGroups];
-      load_scores(b[0], 0);
-      decay_output(o, gamma, w_scale * inverse<T>(u_scale));
-      Scan scan{*this, next, chunk + 1};
-      constexpr int kWrites = kSixteens * (kKeys / 64), kScan = Scan::kSteps;
-      write(to_end, stage, total, u_scale, [&](auto i) {
-        if constexpr (i < kSixteens) {
-          if constexpr (i + 1 < kSixteens) load_scores(b[(i + 1) % 2], i + 1);
-          each<kGroups - 2 * i>([&](auto n) { mma_m16n8k16<T>(o[2 * i + n], u[i], b[i % 2][2 * i + n].x, b[i % 2][2 * i + n].y); });
+    for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = 8 * n + 2 * (lane & 3) + i;
+        float2 delta = make_float2(0.0f, 0.0f);
+        float norm2 = 0.0f;
+        if constexpr (Bias::kUsesDelta) {
+          if (!Bias::kCouplesRow && p.delta_per_channel) delta = channel_delta(chunk, count, token);
+          else delta.x = delta.y = x.delta[token];
         }
-        if constexpr (!S::kHelped)
-          each<kScan>([&](auto j) {
-            if constexpr (j * kWrites / kScan == i) scan.template step<j>();
-          });
-      });
-      store_output(o, count, u_scale);
-    }
-  }
-  __device__ __forceinline__ void run() {
-    clear_scores();
-    if (s.chunks > 0) {
-      copy<0, 1>(0);
-      if (!S::kHelped || warp == S::kWarps - 1) prepare(load_gates(0), 0);
-    }
-    if (active) {
-      load_initial();
-#pragma unroll 1
-      for (int chunk = 0; chunk < s.chunks; ++chunk) {
-        store_checkpoint(chunk);
-        if (chunk == s.whole) store_state(p.start);
-        read_chunk<true>(chunk);
+        if constexpr (Bias::kCouplesRow) norm2 = square(token);
+        e[n][i] = bias.value(e[n][i], bias.row(norm2, delta.x)), e[n][i + 2] = bias.value(e[n][i + 2], bias.row(norm2, delta.y));
       }
-      if (s.chunks == s.whole) store_state(p.start);
-      store_state(p.final);
-    } else {
-#pragma unroll 1
-      for (int chunk = 0; chunk < s.chunks; ++chunk) read_chunk<false>(chunk);
+    return weigh(u, to_end, e, eta);
+  });
+}
+
+template <class S>
+__device__ __forceinline__ float Chain<S>::weigh(uint32_t (&u)[kSixteens][4], uint32_t (&to_end)[kSixteens][4],
+                                                 const float (&psi)[kGroups][4], const float4 (&eta)[kGroups]) const {
+  float largest = 0.0f;
+  if constexpr (!std::is_same_v<T, Bf16>)
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n)
+      for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fabsf(psi[n][j] * (j % 2 ? eta[n].z : eta[n].x)));
+  const float scale = fitting<T>(largest), factor = inverse<T>(scale);
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n) {
+    float4 of = eta[n];
+    if constexpr (!std::is_same_v<T, Bf16>) of.x *= factor, of.y *= factor, of.z *= factor, of.w *= factor;
+    float a[4], b[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = psi[n][i] * (i % 2 ? of.z : of.x), b[i] = psi[n][i] * (i % 2 ? of.w : of.y);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      u[n / 2][n % 2 * 2 + i] = pack<T>(a[2 * i], a[2 * i + 1]);
+      to_end[n / 2][n % 2 * 2 + i] = pack<T>(b[2 * i], b[2 * i + 1]);
     }
-    cp_async_wait<0>();
   }
-};
+  return scale;
+}
+
+template <class S>
+template <class Work>
+__device__ __forceinline__ void Chain<S>::write(const uint32_t (&to_end)[kSixteens][4], uint32_t stage, float total, float scale,
+                                                Work&& work) {
+  const float factor = total * inverse<T>(scale);
+  // lanes 8 to 15 and 24 to 31 have the later tokens, lanes 16 to 31 the later keys
+  const uint32_t rows = stage + (((lane >> 3) & 1) * 8 + (lane & 7)) * S::kRow + (((lane >> 4) ^ (lane & 7)) << 4);
+  constexpr int kAcross = kKeys / 64;
+  uint32_t b[2][4][4];
+  const auto load = [&](auto i) {  // 64 keys of 16 tokens
+    each<4>([&](auto n) { load_transposed<i / kAcross * 16 * S::kRow>(b[i % 2][n], rows ^ ((i % kAcross * 4 + n) << 5)); });
+  };
+  const auto decay = [&](auto n) {
+    for (float& x : w[n]) x *= factor;
+  };
+  load(Index<0>{});
+  each<2>(decay);
+  each<kSixteens * kAcross>([&](auto i) {
+    if constexpr (i + 1 < kSixteens * kAcross) load(Index<i + 1>{});
+    each<8>([&](auto n) {
+      constexpr int at = i % kAcross * 8 + n;
+      if constexpr (i < kAcross && at + 2 < kKeys / 8) decay(Index<at + 2>{});
+      mma_m16n8k16<T>(w[at], to_end[i / kAcross], b[i % 2][n / 2][n % 2 * 2], b[i % 2][n / 2][n % 2 * 2 + 1]);
+    });
+    work(i);
+  });
+  if constexpr (!std::is_same_v<T, Bf16>)
+    if (scale != 1.0f)
+      for (auto& x : w)
+        for (float& y : x) y *= scale;
+}
+
+template <class S> __device__ __forceinline__ void Chain<S>::store_output(const float (&o)[kGroups][4], int count, float scale) {
+  const int64_t token = 2 * p.out.token, step = 8 * token;
+  char* to[2] = {out, out + token};
+  out += kChunk * token;
+  const int left = count - 2 * (lane & 3);
+  uint32_t words[kGroups][2];
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      words[n][i] = std::is_same_v<T, Bf16> ? pack<T>(o[n][i], o[n][i + 2]) : pack<T>(o[n][i] * scale, o[n][i + 2] * scale);
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (left > 8 * n + i) *reinterpret_cast<uint32_t*>(to[i]) = words[n][i];
+      to[i] += step;
+    }
+}
+
+template <class S> template <bool kActive> __device__ __forceinline__ void Chain<S>::read_chunk(int chunk) {
+  const uint32_t stage = base + (chunk & 1) * S::kStage;
+  const int count = tokens_of(chunk);
+  const Gates<kChunk>& x = gates(chunk);
+  cp_async_wait<0>();
+  __syncthreads();  // the tokens and gates of the chunk are here, and those before it have been read
+  float e[kGroups][4], o[kGroups][4], scores[kGroups][4];
+  // units of the scores beside products: gates, decays and stores, one after the other
+  constexpr int kAtOnce = (Units::kCount + kSteps - 3) / (kSteps - 2);
+  const Units units(*this, x, warp);
+  float4 gates_of[kAtOnce];
+  float2 decays[kAtOnce];
+  const auto units_of = [&](auto i, auto&& f) {  // those that are at a stage in step i
+    each<kAtOnce>([&](auto j) {
+      if constexpr (i >= 0 && i * kAtOnce + j < Units::kCount) f(Index<i * kAtOnce + j>{}, j);
+    });
+  };
+  const auto store_scores = [&](auto i) {
+    units_of(Index<i - 2>{}, [&](auto unit, auto j) { units.store(unit, scores, decays[j]); });
+    units_of(Index<i - 1>{}, [&](auto unit, auto j) { decays[j] = units.decay(unit, gates_of[j]); });
+    units_of(i, [&](auto unit, auto j) { gates_of[j] = units.load(unit); });
+  };
+  float w_scale = 1.0f, factor = 1.0f;
+  if constexpr (kActive) w_scale = fitting<T>(largest()), factor = inverse<T>(w_scale);
+  errors_and_scores<kActive>(e, scores, stage, factor, [&](auto i) { copy<i, kSteps>(chunk + 1); });
+  if constexpr (!kActive) {
+    each<kSteps>(store_scores);
+    if (couples) __syncthreads();
+    const bool prepares = S::kHelped && warp == S::kWarps - 1;
+    if (prepares) prepare(load_gates(chunk + 1), chunk + 1);
+    __syncthreads();
+  } else {
+    uint32_t v[kGroups][2], u[kSixteens][4], to_end[kSixteens][4];
+    read_out(o, stage, factor, [&](auto i) {
+      store_scores(i);
+      if constexpr (i == kSteps - 1) load_values(v, chunk);
+    });
+    const Raw next = S::kHelped ? Raw{} : load_gates(chunk + 1);
+    const float u_scale = updates(u, to_end, e, v, chunk, count, w_scale), total = x.total;
+    float2 gamma[kGroups];
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) gamma[n] = pair(x.gamma, n);
+    __syncthreads();  // all scores are here
+    uint2 b[2][kGroups];
+    load_scores(b[0], 0);
+    decay_output(o, gamma, w_scale * inverse<T>(u_scale));
+    Scan scan{*this, next, chunk + 1};
+    constexpr int kWrites = kSixteens * (kKeys / 64), kScan = Scan::kSteps;
+    write(to_end, stage, total, u_scale, [&](auto i) {
+      if constexpr (i < kSixteens) {
+        if constexpr (i + 1 < kSixteens) load_scores(b[(i + 1) % 2], i + 1);
+        each<kGroups - 2 * i>([&](auto n) { mma_m16n8k16<T>(o[2 * i + n], u[i], b[i % 2][2 * i + n].x, b[i % 2][2 * i + n].y); });
+      }
+      if constexpr (!S::kHelped)
+        each<kScan>([&](auto j) {
+          if constexpr (j * kWrites / kScan == i) scan.template step<j>();
+        });
+    });
+    store_output(o, count, u_scale);
+  }
+}
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 2) linear_chain(const __grid_constant__ MirasLinearChain p, const int tiles) {
