@@ -59,10 +59,11 @@ def test_a_count_that_is_worse_is_named():
 
 
 def test_the_table_is_complete():
-    """Every specimen has counts of the tested Triton, and of the baseline."""
+    """Every specimen has counts of the tested Triton, and of the baseline, which goes token by token where exact steps are taken now."""
     table = counts.read()
     for label in table:
-        assert set(table[label]["rows"]) == set(counts.SPECIMENS), label
+        known = {name for name in counts.SPECIMENS if label != "7c81e26" or "-C1-" not in name}
+        assert set(table[label]["rows"]) == known, label
         for name, directions in table[label]["rows"].items():
             for chip in CHIPS:
                 assert "forward+backward: " in "\n".join(counts.report(counts.SPECIMENS[name], directions, chip, directions))
