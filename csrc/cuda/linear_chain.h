@@ -12,17 +12,17 @@ extern "C" {
 
 // Tokens are bfloat16 or float16; rows of q, k and v begin at multiples of 16 bytes, those of `out` of 4. Gates are float32, contiguous.
 struct MirasLinearChain {
-  MirasTokens q, k, v, out;              // [B, T, H, K] and [B, T, H, V]
-  const float *lr, *log_decay, *delta;   // [B, T, H]; the last two may be null; delta may be [B, T, H, V]
-  const float* initial;                  // [N, H, V, K] with strides in elements
+  MirasTokens q, k, v, out;             // [B, T, H, K] and [B, T, H, V]
+  const float *lr, *log_decay, *delta;  // [B, T, H]; the last two may be null; delta may be [B, T, H, V]
+  const float* initial;                 // [N, H, V, K] with strides in elements
   int64_t initial_sequence, initial_head, initial_value, initial_key;
-  float *final, *start;                  // [N, H, V, K], may be null: after the last token; after the last whole chunk
-  float* checkpoints;                    // [slots, H, K, V], may be null: the state before every `every`-th chunk
+  float *final, *start;                    // [N, H, V, K], may be null: after the last token; after the last whole chunk
+  float* checkpoints;                      // [slots, H, K, V], may be null: the state before every `every`-th chunk
   const int64_t *cu_seqlens, *first_slot;  // [N + 1]; [N], a sequence's first slot. Null for a batch: N = B, `slots` a sequence
   int64_t T;
   float bias_params[miras::kBiasParams];
   int32_t bias, token_type, N, H, K, V, C, slots, every, delta_per_channel;
-  int32_t values;                        // of a block: 32 or 64
+  int32_t values;  // of a block: 32 or 64
 };
 
 // 0, or a cudaError_t. It does not synchronise.

@@ -10,9 +10,9 @@ template <int C, int Hd, class T> struct Block {
   using X = Shape<C, Hd>;
   using S = Shared<C, Hd>;
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
-  static constexpr int kPass = kEights < 4 ? kEights : 4;               // tiles of 8 tokens whose Z is in registers at once
+  static constexpr int kPass = kEights < 4 ? kEights : 4;                   // tiles of 8 tokens whose Z is in registers at once
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
-  static constexpr int kUnroll = C / 16;  // of the loops over hidden units, as registers allow
+  static constexpr int kUnroll = C / 16;                                    // of the loops over hidden units, as registers allow
   static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
 
   const MirasMlpChain& p;
@@ -128,8 +128,7 @@ template <int C, int Hd, class T> struct Block {
         const float dec = exp2_approx((end_units - u) * kUnit + (end_rest - x));
         at<float2>(buffer + S::kLogs + 8 * r) = make_float2(u, x);
         at<float>(buffer + S::kGamma + 4 * r) = exp2_approx(u * kUnit + x);
-        at<float4>(buffer + S::kRows + 16 * r) =
-            make_float4(at<float>(S::kRaw + 4 * r), -dec, at<float>(S::kRaw + 4 * (2 * C + r)), 0.0f);
+        at<float4>(buffer + S::kRows + 16 * r) = make_float4(at<float>(S::kRaw + 4 * r), -dec, at<float>(S::kRaw + 4 * (2 * C + r)), 0.0f);
       }
   }
   // -L of the pair (t, s), or 0 if s > t
@@ -155,7 +154,7 @@ template <int C, int Hd, class T> struct Block {
       for (int m = 0; m < kStrips; ++m)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float(&x)[4] = state[m][2 * k + (e >> 1)];
+          const float (&x)[4] = state[m][2 * k + (e >> 1)];
           a[m][e] = pack_again<T>(x[2 * (e & 1)], x[2 * (e & 1) + 1]);
         }
 #pragma unroll

@@ -15,8 +15,8 @@ struct MirasMlpChain {
   MirasTokens q, k, v, out;             // [B, T, H, 64], aligned to 16 bytes
   const float *lr, *log_decay, *delta;  // all but lr may be null
   const float *ln_weight, *ln_bias;     // [H, 64]
-  const int64_t *cu_seqlens;            // [N + 1], or null
-  const int64_t *first_slot;            // [N], of packed sequences' checkpoints
+  const int64_t* cu_seqlens;            // [N + 1], or null
+  const int64_t* first_slot;            // [N], of packed sequences' checkpoints
   float* state;                         // [N, H, 2, Hd, 64]: S1 = W1' and W2; before the first token, then after the last
   float* start;                         // null, or likewise: before the chunk that the sequence ends in, after the last one if it is whole
   float* open_log_decay;                // [N, H], with start: the sum of the log-decays of that chunk
@@ -55,18 +55,18 @@ template <int C, int Hd> struct Shared {
   static constexpr int kExchangeRow = kD + 8;  // floats
   static constexpr uint32_t kTile = C * kD * 2;
   static constexpr uint32_t kK = 0, kV = kK + 2 * kTile, kQ = kV + 2 * kTile;
-  static constexpr uint32_t kA = kQ + 2 * kTile, kAq = kA + Hd * C * 2;  // [Hd, C]
-  static constexpr uint32_t kS1 = kAq + Hd * C * 2;                      // [Hd, D]
-  static constexpr uint32_t kP = kS1 + Hd * kD * 2;                      // [C, C]   -L o (Q K')
-  static constexpr uint32_t kU1 = kP + C * C * 2;                        // [C, D]
+  static constexpr uint32_t kA = kQ + 2 * kTile, kAq = kA + Hd * C * 2;    // [Hd, C]
+  static constexpr uint32_t kS1 = kAq + Hd * C * 2;                        // [Hd, D]
+  static constexpr uint32_t kP = kS1 + Hd * kD * 2;                        // [C, C]   -L o (Q K')
+  static constexpr uint32_t kU1 = kP + C * C * 2;                          // [C, D]
   static constexpr uint32_t kU1End = kU1 + kTile, kKEnd = kU1End + kTile;  // -dec U1, -dec K
   static constexpr uint32_t kExchange = kKEnd + kTile;
   static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // [C] float4: eta, -dec, delta, -
-  static constexpr uint32_t kLogs = kRows + C * 16;   // [C] float2: the sum of log-decays, in two parts
-  static constexpr uint32_t kGamma = kLogs + C * 8;   // [C]
+  static constexpr uint32_t kLogs = kRows + C * 16;  // [C] float2: the sum of log-decays, in two parts
+  static constexpr uint32_t kGamma = kLogs + C * 8;  // [C]
   static constexpr uint32_t kGateBuffer = C * 28;
   static constexpr uint32_t kRaw = kRows + 2 * kGateBuffer;  // lr, log_decay, delta [3, C] of the next chunk
-  static constexpr uint32_t kNorm = kRaw + 3 * C * 4;         // weight and bias [2, D]
+  static constexpr uint32_t kNorm = kRaw + 3 * C * 4;        // weight and bias [2, D]
   static constexpr uint32_t kBytes = kNorm + 2 * kD * 4;
 };
 

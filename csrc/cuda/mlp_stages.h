@@ -25,21 +25,19 @@ struct FastGelu {
     s = reciprocal_approx(1.0f + exp2_approx(-x * (kLinear + kCubic * square)));
   }
   __device__ __forceinline__ float value() const { return x * s; }
-  __device__ __forceinline__ float slope() const {
-    return s + x * s * (1.0f - s) * (kLinear * kLn2 + 3.0f * kCubic * kLn2 * square);
-  }
+  __device__ __forceinline__ float slope() const { return s + x * s * (1.0f - s) * (kLinear * kLn2 + 3.0f * kCubic * kLn2 * square); }
 };
 
 template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
   using Base = Block<C, Hd, T>;
+  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
+  using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
+  using Base::floats, Base::load_tokens, Base::packed;
+  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll;
+  using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
+  using Base::state_times, Base::add_rows, Base::exchange, Base::each_four;
   using typename Base::S;
   using typename Base::X;
-  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
-  using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
-  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll;
-  using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
-  using Base::state_times, Base::add_rows, Base::exchange, Base::each_four;
-  using Base::floats, Base::load_tokens, Base::packed;
 
   __device__ __forceinline__ void predict(uint32_t K, uint32_t Q, uint32_t logs) {
     fresh();
@@ -104,7 +102,7 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
 #pragma unroll
     for (int i = 0; i < kParked; ++i) {
       uint4& x = at<uint4>(S::kAq + warp * (X::kUnits * C * 2) + (i * 32 + lane) * 16);
-      uint32_t(&a)[2] = u2[kStrips - 1][2 * i], (&b)[2] = u2[kStrips - 1][2 * i + 1];
+      uint32_t (&a)[2] = u2[kStrips - 1][2 * i], (&b)[2] = u2[kStrips - 1][2 * i + 1];
       if (out) {
         x = make_uint4(a[0], a[1], b[0], b[1]);
       } else {
@@ -269,7 +267,7 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int s0 = 16 * s + 8 * (e >> 1) + 2 * t, half = e & 1;
-          const float(&x)[4] = scores[2 * s + (e >> 1)];
+          const float (&x)[4] = scores[2 * s + (e >> 1)];
           a[e] = pack<T>(x[2 * half] * weight(logs, of_t[half], t0 + 8 * half, s0),
                          x[2 * half + 1] * weight(logs, of_t[half], t0 + 8 * half, s0 + 1));
         }
