@@ -120,8 +120,9 @@ def times(kernels: dict[str, list[str]], settings: Settings) -> Iterator[Item]:
         names = (base[shape], "eager", *([] if settings.smoke else ["compile"]), *LIBRARIES[SHAPES[shape].memory])
         rows.append(timed("times", shape, BOTH, names))
     rows += [timed("recurrence", shape, BOTH, recurrences(SHAPES[shape].memory)) for shape in RECURRENCE_SHAPES]
+    other = ("step", "block_")  # decoding, exact steps: not what these shapes launch
     tuned = [(shape, kernel) for shape in (TARGET, MLP_TARGET) for kernel, labels in kernels.items()
-             if len(labels) > 1 and "step" not in kernel and concerns(kernel, SHAPES[shape].memory)]  # fmt: skip
+             if len(labels) > 1 and not any(x in kernel for x in other) and concerns(kernel, SHAPES[shape].memory)]  # fmt: skip
     if not settings.smoke:  # compiled by all processors before times are taken
         ours = dict.fromkeys((row.case, name) for row in rows for name in row.arguments["names"] if is_ours(name))
         yield from (compiled(shape, name) for shape, name in ours)
