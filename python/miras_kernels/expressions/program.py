@@ -85,7 +85,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     "div": torch.div,
     "neg": torch.neg,
     "abs": torch.abs,
-    "sign": lambda a: torch.where(a == a, torch.sign(a), a),  # torch.sign(NaN) is 0
+    "sign": lambda a: torch.where(a.isnan(), a, torch.sign(a)),  # torch.sign(NaN) is 0
     "sqrt": torch.sqrt,
     "exp": torch.exp,
     "log": torch.log,
