@@ -29,8 +29,6 @@ int miras_linear_chain_layout(int64_t* layout, int room) {
       miras::cuda::kMaxChainChunk,
       miras::cuda::kWarpValues * miras::cuda::kChainWarps,
   };
-  constexpr int count = sizeof(found) / sizeof(found[0]);
-  for (int i = 0; i < count && i < room; ++i) layout[i] = found[i];
-  return count;
+  return miras::cuda::put_layout(found, layout, room);
 }
 }

@@ -54,9 +54,7 @@ extern "C" int miras_mlp_chain_layout(int64_t* layout, int room) {
       offsetof(MirasMlpChain, bias),
       offsetof(MirasMlpChain, slots_per_sequence),
   };
-  constexpr int count = sizeof(found) / sizeof(found[0]);
-  for (int i = 0; i < count && i < room; ++i) layout[i] = found[i];
-  return count;
+  return miras::cuda::put_layout(found, layout, room);
 }
 
 extern "C" int miras_mlp_chain_shared(int Hd, int C) {

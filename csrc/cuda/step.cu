@@ -50,8 +50,6 @@ int miras_step_layout(int64_t* layout, int room) {
       miras::cuda::kMaxHidden,
       miras::cuda::kRegisters,
   };
-  constexpr int count = sizeof(found) / sizeof(found[0]);
-  for (int i = 0; i < count && i < room; ++i) layout[i] = found[i];
-  return count;
+  return miras::cuda::put_layout(found, layout, room);
 }
 }

@@ -380,4 +380,10 @@ int launch(void (*kernel)(Step, Arguments...), int64_t blocks, cudaStream_t stre
   return cudaLaunchKernelEx(&config, kernel, p, arguments...);
 }
 
+// Gives the caller of a *_layout function up to `room` of the numbers found; returns how many there are.
+template <int kCount> int put_layout(const int64_t (&found)[kCount], int64_t* layout, int room) {
+  for (int i = 0; i < kCount && i < room; ++i) layout[i] = found[i];
+  return kCount;
+}
+
 }  // namespace miras::cuda

@@ -61,7 +61,8 @@ def folder() -> Path | None:
 def machine(name: str, device: torch.device) -> dict[str, str]:
     """Everything that a backend's results depend on."""
     backend, digest = BACKENDS[name], hashlib.sha256()
-    for path in sorted(backend.files()):
+    expressions = (Path(__file__).parent / "expressions").glob("*.py")  # the kernels run their programs
+    for path in sorted([*backend.files(), *expressions]):
         digest.update(path.name.encode() + path.read_bytes())
     found = {
         "miras-kernels": miras_kernels.__version__,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
+from equal_keys import EqualKeys
 from miras_kernels import _C
 from miras_kernels.__main__ import main
 from miras_kernels.backends.reference import blocks, definition
@@ -19,20 +20,6 @@ from quick import combinations
 EXACT, CLOSE = 1e-9, 64 * ARITHMETIC
 CHUNKS = (1, 2, 4, 7, 8, 15)
 DECAYS = ("scalar", "none", "strong", "extreme")
-
-
-class EqualKeys(Case):
-    """The same key again and again, with steps up to 2 / |k|^2; some keys and steps are zero. The name says |k|^2 times the step."""
-
-    def _draw(self, seed):
-        inputs = super()._draw(seed)
-        with torch.no_grad():
-            k = inputs.tensors["k"]
-            k.copy_(k[:, :1].expand_as(k))
-            inputs.tensors["lr"].copy_(float(self.name) / k.square().sum(-1))
-            k[:, 7::11] = 0.0
-            inputs.tensors["lr"][:, 3::13] = 0.0
-        return inputs
 
 
 STEPS = ("1.0", "1.9", "2.0")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
+from equal_keys import EqualKeys
 from miras_kernels import dispatch
 from miras_kernels.interop.fla import chunk_gated_delta_rule
 from miras_kernels.layers import MemoryBlock
@@ -69,20 +70,6 @@ def test_with_the_output_in_the_chain(name, dtype, poisoned):
     with configs.fuse(True):
         report = check(CASES[name], "triton", dtype, DEVICE)
     assert report.ok, report
-
-
-class EqualKeys(Case):
-    """The same key again and again, with steps up to 2 / |k|^2; some keys and steps are zero. The name says |k|^2 times the step."""
-
-    def _draw(self, seed):
-        inputs = super()._draw(seed)
-        with torch.no_grad():
-            k = inputs.tensors["k"]
-            k.copy_(k[:, :1].expand_as(k))
-            inputs.tensors["lr"].copy_(float(self.name) / k.square().sum(-1))
-            k[:, 7::11] = 0.0
-            inputs.tensors["lr"][:, 3::13] = 0.0
-        return inputs
 
 
 @pytest.mark.parametrize(

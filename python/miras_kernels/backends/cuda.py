@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from ..tables.biases import Bias
 from ..tables.retention import Retention
 from . import BACKENDS, checkpoints_like, cuda_linear, cuda_mlp
 from .cuda_program import REGISTERS, encoded, registers
-from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, launch
+from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, floats, launch, refuses_chunks
 
 __all__ = ["CudaBackend", "Step"]
 
@@ -132,7 +132,12 @@ class CudaBackend:
         if not differentiate and self.decodes(call):
             return self.refuses_steps(call)
         if call.memory.name in SEQUENCES:
-            return _refuses_device(call) or SEQUENCES[call.memory.name].refuses(self._loaded[0], call, differentiate)
+            kernels, triton = SEQUENCES[call.memory.name], BACKENDS["triton"]
+            reason = _refuses_device(call) or refuses_chunks(call) or kernels.refuses(self._loaded[0], call)
+            if reason is None and differentiate:
+                reason = triton.unavailable() or triton.refuses(call, True)
+                return None if reason is None else f"the Triton kernels do its backward: {reason}"
+            return reason
         if differentiate:
             return "it only decodes: it has no gradients"
         if call.cu_seqlens is not None:
@@ -178,7 +183,7 @@ class Steps:
         self.constants |= dict(
             bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=t, H=h,
             K=call.hidden or call.q.shape[-1], V=call.v.shape[-1], C=call.chunk_size,
-            ln_eps=call.ln_eps or 0.0, bias_params=_floats(call.bias.padded), retention_params=_floats(call.retention.padded),
+            ln_eps=call.ln_eps or 0.0, bias_params=floats(call.bias.padded), retention_params=floats(call.retention.padded),
         )  # fmt: skip
 
     def __call__(self, buffers, q, k, v, lr, log_decay, delta, momentum, out) -> None:
@@ -200,10 +205,6 @@ class Steps:
             return dict(products=room(4, d))
         parts = -(-call.hidden // self.library.miras_mlp_units())
         return dict(hidden=room(2, call.hidden), partial=room(2, parts, d), scores=room(parts, chunk), after=room(2 * (2 + chunk) + 1))
-
-
-def _floats(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
-    return (ctypes.c_float * len(numbers))(*numbers)
 
 
 def _layout(function: Callable) -> list[int]:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..call import Call
 from ..tables import memories
-from ..tables.biases import TABLE as BIASES
-from ..tables.biases import Bias, CustomBias
-from . import BACKENDS, checkpoints_like, may_end_open
-from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, launch
+from ..tables.biases import Bias
+from . import checkpoints_like, may_end_open
+from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, floats, launch, packed_slots
 
 __all__ = ["Chain", "forward", "refuses"]
 
@@ -46,32 +45,16 @@ class Chain(ctypes.Structure):
         return [ctypes.sizeof(cls), *(getattr(cls, name).offset for name in cls.MARKS), limits.head, max(limits.chunk), COUPLED]
 
 
-def refuses(library: Any, call: Call, differentiate: bool) -> str | None:
-    """Why the chain cannot read a call, or None."""
+def refuses(library: Any, call: Call) -> str | None:
+    """Why this chain cannot read a call that chains can, or None."""
     keys, values = call.q.shape[-1], call.v.shape[-1]
-    by_channel = [name for name, x in (("lr", call.lr), ("log_decay", call.log_decay)) if x is not None and x.dim() == 4]
-    if call.q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it reads chunks of bfloat16 or float16 inputs, got {call.q.dtype}"
-    if reason := call.exceeds("cuda"):
-        return reason
     if keys not in KEYS or values % UNIT:
         return f"it reads chunks with {' or '.join(map(str, KEYS))} keys and a multiple of {UNIT} values, got {keys} and {values}"
-    if not call.retention.is_identity:
-        return f"it reads chunks without a retention gate, got {call.retention.name}"
-    if call.momentum is not None:
-        return "it reads chunks without momentum"
-    if by_channel:
-        return f"it reads chunks with gates per token, got {by_channel[0]} per channel"
-    if call.bias.tag not in BIASES or isinstance(call.bias, CustomBias):
-        return f"it reads chunks with the table's biases only, got {call.bias.name}"
+    for name, x in (("lr", call.lr), ("log_decay", call.log_decay)):
+        if x is not None and x.dim() == 4:
+            return f"it reads chunks with gates per token, got {name} per channel"
     if call.bias.row_coupled and values > COUPLED:
         return f"for a bias that couples a row it reads chunks of at most {COUPLED} values, got {values}"
-    if call.state.open_chunk is not None:
-        return "it does not continue inside a chunk"
-    if differentiate:  # its backward is Triton's
-        triton = BACKENDS["triton"]
-        reason = triton.unavailable() or triton.refuses(call, True)
-        return None if reason is None else f"the Triton kernels do its backward: {reason}"
     return None
 
 
@@ -80,20 +63,17 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
     n, heads, values, keys = call.state.dual[0].shape
     q, k, v = (aligned(x) for x in (call.q, call.k, call.v))
     lr, log_decay, delta = (contiguous(x) for x in (call.lr, call.log_decay, call.delta))
-    initial, cu_seqlens = call.state.dual[0].detach(), None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64).contiguous()
+    initial, (cu_seqlens, first_slot, segment) = call.state.dual[0].detach(), packed_slots(call, every)
     out = call.v.new_empty(call.v.shape)
     if cu_seqlens is not None:
         out.zero_()  # it may end before T
     state = functools.partial(initial.new_empty, n, heads, values, keys)
     final, start = (state() if wanted else None for wanted in (call.output_final_state, may_end_open(call)))
-    checkpoints, segment, first_slot = checkpoints_like(call, every), call.chunk_size * max(every, 1), None
-    if every and cu_seqlens is not None:
-        slots = (cu_seqlens.diff() + segment - 1) // segment
-        first_slot = slots.cumsum(0) - slots
+    checkpoints = checkpoints_like(call, every)
     chain = Chain(
         *map(Tokens.of, (q, k, v, out)), *map(address, (lr, log_decay, delta, initial)), *initial.stride(),
         *map(address, (final, start, checkpoints[0] if checkpoints else None, cu_seqlens, first_slot)),
-        T=call.q.shape[1], bias_params=(ctypes.c_float * Bias.MAX_PARAMETERS)(*call.bias.padded), bias=call.bias.tag,
+        T=call.q.shape[1], bias_params=floats(call.bias.padded), bias=call.bias.tag,
         token_type=TOKEN_TYPES[call.q.dtype], N=n, H=heads, K=keys, V=values, C=call.chunk_size, slots=-(-call.q.shape[1] // segment),
         every=max(every, 1),
         delta_per_channel=delta is not None and delta.dim() == 4, values=_block_values(call),

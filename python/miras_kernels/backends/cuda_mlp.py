@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..tables.biases import TABLE as BIASES
-from ..tables.biases import Bias, CustomBias
-from . import BACKENDS, checkpoints_like
-from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, launch
+from ..tables.biases import Bias
+from . import checkpoints_like, may_end_open
+from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, floats, launch, packed_slots
 
 __all__ = ["Chain", "forward", "refuses"]
 
@@ -40,50 +39,29 @@ class Chain(ctypes.Structure):
         return [ctypes.sizeof(cls), *(getattr(cls, name).offset for name in cls.MARKS)]
 
 
-def refuses(library: Any, call: Call, differentiate: bool) -> str | None:
-    """Why the chain cannot read a call, or None."""
-    if call.q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it reads chunks of bfloat16 or float16 inputs, got {call.q.dtype}"
-    if reason := call.exceeds("cuda"):
-        return reason
-    if not call.retention.is_identity:
-        return f"it reads chunks without a retention gate, got {call.retention.name}"
-    if call.momentum is not None:
-        return "it reads chunks without momentum"
-    if call.bias.tag not in BIASES or isinstance(call.bias, CustomBias):
-        return f"it reads chunks with the built-in biases only, got {call.bias.name}"
+def refuses(library: Any, call: Call) -> str | None:
+    """Why this chain cannot read a call that chains can, or None."""
     if call.delta is not None and call.delta.dim() == 4:
         return "it reads chunks with a delta per token, got one per channel"
-    if call.state.open_chunk is not None:
-        return "it does not continue inside a chunk"
     if call.q.is_cuda and library is not None:
         needed, has = library.miras_mlp_chain_shared(call.hidden, call.chunk_size), library.miras_shared_limit(call.q.device.index)
         if needed > has:
             return f"it needs {needed} bytes of shared memory per block for hidden {call.hidden}, chunk {call.chunk_size}, got {has}"
-    if differentiate:  # its backward is Triton's
-        triton = BACKENDS["triton"]
-        reason = triton.unavailable() or triton.refuses(call, True)
-        return None if reason is None else f"the Triton kernels do its backward: {reason}"
     return None
 
 
 def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See :class:`~miras_kernels.backends.Backend`."""
     tokens, heads = call.q.shape[1:3]
-    packed = call.cu_seqlens is not None
-    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64).contiguous()
+    cu_seqlens, first_slot, segment = packed_slots(call, checkpoint_every)
     w1, w2 = call.state.dual
     state = torch.stack([w1.transpose(-1, -2), w2], 2)  # [N, H, 2, Hd, D]
     out = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-    if packed:  # cu_seqlens on the device may end before T
+    if cu_seqlens is not None:  # on the device it may end before T
         out.zero_()
-    may_end_open = call.output_final_state and (packed or tokens % call.chunk_size != 0)
-    start = torch.empty_like(state) if may_end_open else None
-    open_log_decay = state.new_empty(state.shape[:2]) if may_end_open else None
-    saved, first_slot, segment = checkpoints_like(call, checkpoint_every), None, call.chunk_size * max(checkpoint_every, 1)
-    if saved and cu_seqlens is not None:
-        slots = (cu_seqlens.diff() + segment - 1) // segment
-        first_slot = slots.cumsum(0) - slots
+    start = torch.empty_like(state) if may_end_open(call) else None
+    open_log_decay = None if start is None else state.new_empty(state.shape[:2])
+    saved = checkpoints_like(call, checkpoint_every)
     tensors = dict(
         lr=contiguous(call.lr), log_decay=contiguous(call.log_decay), delta=contiguous(call.delta),
         ln_weight=contiguous(call.ln_weight), ln_bias=contiguous(call.ln_bias), cu_seqlens=cu_seqlens, first_slot=first_slot,
@@ -92,7 +70,7 @@ def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, li
     q, k, v = (aligned(x) for x in (call.q, call.k, call.v))
     chain = Chain(
         *map(Tokens.of, (q, k, v, out)), *(address(tensors[name]) for name in Chain.POINTERS),
-        ln_eps=call.ln_eps, bias_params=(ctypes.c_float * Bias.MAX_PARAMETERS)(*call.bias.padded),
+        ln_eps=call.ln_eps, bias_params=floats(call.bias.padded),
         bias=call.bias.tag, token_type=TOKEN_TYPES[call.q.dtype], N=len(state), T=tokens, H=heads, Hd=call.hidden, C=call.chunk_size,
         every=max(checkpoint_every, 1), slots_per_sequence=-(-tokens // segment),
     )  # fmt: skip

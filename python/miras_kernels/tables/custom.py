@@ -293,9 +293,8 @@ def _gate_programs(text: str, values: tuple[tuple[str, float], ...]) -> GateProg
     a = _entries()
     for name, program in (("phi", found.primal), ("its derivative", found.slope)):
         x = evaluate(program, a)[0].expand_as(a)
-        wrong = (~x.isfinite()).nonzero().flatten()
-        if len(wrong):
-            i = int(wrong[0])
+        i = _first(~x.isfinite())
+        if i is not None:
             raise ValueError(f"{name} must be finite for |A| up to 1e6, got {x[i]:g} at A = {a[i]:g} (in float32)")
     return found
 
@@ -376,13 +375,16 @@ def _finite(found: Programs, deltas: Tensor) -> bool:
 def _refuse_bad_values(found: Programs) -> None:
     e, norm2, delta = _grid(torch.tensor([0.0, 1e-3, 0.1, 1.0, 1e3]))
     for name, x in _evaluate(found, e, norm2, delta).items():
-        wrong = (~x.isfinite()).nonzero().flatten()
-        if len(wrong):
-            i = int(wrong[0])
+        i = _first(~x.isfinite())
+        if i is not None:
             where = f"e = {e[i]:g}, norm2 = {norm2[i]:g}, delta = {delta[i]:g}"
             raise ValueError(f"{name} must be finite for |e| up to 1e6, got {x[i]:g} at {where} (in float32)")
-        if name == "psi":
-            wrong = ((e == 0) & (x != 0)).nonzero().flatten()  # kernels pad rows with errors that are 0
-            if len(wrong):
-                i = int(wrong[0])
-                raise ValueError(f"psi must be 0 where the error is 0, got {x[i]:g} (delta = {delta[i]:g})")
+        i = _first((e == 0) & (x != 0)) if name == "psi" else None  # kernels pad rows with errors that are 0
+        if i is not None:
+            raise ValueError(f"psi must be 0 where the error is 0, got {x[i]:g} (delta = {delta[i]:g})")
+
+
+def _first(wrong: Tensor) -> int | None:
+    """The place of the first true entry."""
+    found = wrong.nonzero().flatten()
+    return int(found[0]) if len(found) else None
