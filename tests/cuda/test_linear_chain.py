@@ -150,9 +150,10 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(name, monkey
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("source", ["linear_chain_bf16.cu", "linear_chain_f16.cu"])
 def test_little_spills(source, architecture, tmp_path):
+    """At most 128 bytes a thread, as in the MLP memory's chain."""
     command = [NVCC, "-std=c++17", "-O3", f"-I{SOURCES.parent}", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
     said = subprocess.run([*command, str(SOURCES / source), "-o", str(tmp_path / "x")], capture_output=True, text=True, check=True).stderr
     assert "warning" not in said, said
     spilled = [max(map(int, x)) for x in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)]
-    assert len(spilled) == 12 and max(spilled) <= 64, spilled
+    assert len(spilled) == 12 and max(spilled) <= 128, spilled
     assert max(map(int, re.findall(r"Used (\d+) registers", said))) <= 255

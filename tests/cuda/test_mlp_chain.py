@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import operator
 import re
 import runpy
 import subprocess
@@ -241,11 +242,14 @@ def resources(architecture: str, folder: Path) -> dict[str, list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_registers_and_spills(architecture, tmp_path):
-    """At most 128 bytes are spilled at C = 64, and nothing at C = 16 and 32. With the table's compiler, the numbers are the table's."""
+    """At most 128 bytes are spilled at C = 64, and nothing at C = 16 and 32. With the table's compiler, the table is the limit."""
     found = resources(architecture, tmp_path)
     assert len(found) == 18
     for name, (registers, stores, loads) in found.items():
         assert registers <= 255 and max(stores, loads) <= (128 if name.startswith("C64-Hd256") else 0), name
     version = re.search(r"V([\d.]+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout)[1]
     if version in (table := json.loads(TABLE.read_text())):
-        assert found == table[version][architecture]
+        limits = table[version][architecture]
+        assert found.keys() == limits.keys()
+        worse = {name: (used, limits[name]) for name, used in found.items() if any(map(operator.gt, used, limits[name]))}
+        assert not worse, worse
