@@ -60,9 +60,9 @@ MIRAS_INLINE Vec exp_nonpositive(Vec x) { return SplitExp(x).value(); }
 // gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivatives: all from
 // one power e = exp(-|y|), of base two because y is not needed itself.
 struct Gelu {
-  static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;      // y = kLinear x + kCubic x^3
-  static constexpr float kLinear2 = 2.302208198f, kCubic2 = 0.1029432397f;     // y / ln 2
-  Vec x, s, st;                                                                // st = s (1 - s)
+  static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;   // y = kLinear x + kCubic x^3
+  static constexpr float kLinear2 = 2.302208198f, kCubic2 = 0.1029432397f;  // y / ln 2
+  Vec x, s, st;                                                             // st = s (1 - s)
   MIRAS_FN explicit Gelu(Vec x) : x(x) {
     Vec exponent = x * (kLinear2 + kCubic2 * x * x);
     exponent = (Vec)((IVec)exponent | int32_t(0x80000000));         // -|y| / ln 2
