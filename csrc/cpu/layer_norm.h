@@ -59,8 +59,7 @@ struct LayerNorm {
   void affine(Range c, const float* x, const float* base, float* y) const {
     for (int t = c.first; t < c.last; ++t) {
       const index_t at = index_t(t) * dp;
-      for (int j = 0; j < dp; j += kLanes)
-        store(y + at + j, load(base + at + j) + (load(x + at + j) * load(weight + j) + load(bias + j)));
+      for (int j = 0; j < dp; j += kLanes) store(y + at + j, load(base + at + j) + (load(x + at + j) * load(weight + j) + load(bias + j)));
     }
   }
 

@@ -10,21 +10,21 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 struct MlpBackwardScratch {
   MlpChunk chunk;
-  MlpStates states;                    // of a segment
-  float *ZT, *GaT, *X, *r;             // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
-  float *J[2], *JS[2];                 // [Hd x Dp]  JS with momentum
-  float* dW[2];                        // [Hd x Dp]  unless W = A
-  float* dO;                           // [C x Dp]
-  float *dUq, *dUq_gamma, *Q_gamma;    // [C x Dp]  rows times gamma_t in the last two
-  float *dUq_carry, *Q_carry;          // [C x Dp]  with momentum: rows times carry
-  float* read;                         // [C x Dp]  gamma * (Aq W1T)
+  MlpStates states;                       // of a segment
+  float *ZT, *GaT, *X, *r;                // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
+  float *J[2], *JS[2];                    // [Hd x Dp]  JS with momentum
+  float* dW[2];                           // [Hd x Dp]  unless W = A
+  float* dO;                              // [C x Dp]
+  float *dUq, *dUq_gamma, *Q_gamma;       // [C x Dp]  rows times gamma_t in the last two
+  float *dUq_carry, *Q_carry;             // [C x Dp]  with momentum: rows times carry
+  float* read;                            // [C x Dp]  gamma * (Aq W1T)
   float *dU1, *dGu, *dGw, *dE, *dU, *dX;  // [C x Dp]  dE is dG at first; dX: dQ and dK
-  float *U1T, *dUqT, *dUT;             // [D x Cp]
-  float *dZqT, *dGaT;                  // [Hd x Cp]  gelu'(Zq) at first in dZqT
-  float *L, *M1, *M1T, *M2, *pairs;    // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
-  float* pairs2;                       // [C x Cp]  P2 o (dZq Gz')
-  float *Theta, *scores1, *scores2;    // [C x Cp]  with momentum: Theta, Aq A', Q K'
-  float *ones, *deta, *ddelta, *dlog;  // [Cp]
+  float *U1T, *dUqT, *dUT;                // [D x Cp]
+  float *dZqT, *dGaT;                     // [Hd x Cp]  gelu'(Zq) at first in dZqT
+  float *L, *M1, *M1T, *M2, *pairs;       // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
+  float* pairs2;                          // [C x Cp]  P2 o (dZq Gz')
+  float *Theta, *scores1, *scores2;       // [C x Cp]  with momentum: Theta, Aq A', Q K'
+  float *ones, *deta, *ddelta, *dlog;     // [Cp]
   float *read_sums, *write_sums, *write2_sums;  // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
   float *dcarry, *dstep, *dmomentum;            // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
   float* dots;                                  // [Cp]  with momentum

@@ -105,9 +105,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
       m.norm.affine(mine.tokens, m.Xq, m.Q, s.O);
       m.view(p, p.out, b, token + first, h).write(mine.tokens.count(), s.O + index_t(first) * dp, dp);
     });
-    in_parts(p, c, [&](const Part& mine) {
-      m.advance_matrix(0, mine, c, state, state, ReadSoon(m.view(p, p.q, b, token + c, h), next));
-    });
+    in_parts(p, c, [&](const Part& mine) { m.advance_matrix(0, mine, c, state, state, ReadSoon(m.view(p, p.q, b, token + c, h), next)); });
 
     if (m.gates.decays) {
       for (int i = 0; i < c; ++i) open_log_decay += m.gates.log_decay[i];
