@@ -43,6 +43,7 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
   const float* W2 = start.primal[1];
   float* const dX = s.dX + index_t(first) * dp;
 
+  MIRAS_STAGE("dQ", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 5 * c * d);
   if (momentum) {
     predict(rows, hd, s.dZqT, cp, start.momenta[1], dp, m.part, ReadSoon());
     for (int t = rows.first; t < rows.last; ++t) s.dots[t] = 0.0f;
@@ -63,6 +64,7 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
   for (index_t i = index_t(rows.first) * dp; i < index_t(rows.last) * dp; i += kLanes) store(s.dX + i, -load(s.dE + i));
   view(p.dv, chunk, first).write(count, dX, dp);
 
+  MIRAS_STAGE("dK", 4 * c * d * hd + c * (c + 1) * d, 2 * hd * c + 2 * hd * d + c * (c + 1) / 2 + 6 * c * d);
   if (momentum) {
     predict(rows, hd, m.GzT, cp, s.JS[1], dp, m.part, ReadSoon());
     for (int t = rows.first; t < rows.last; ++t) {
@@ -119,6 +121,7 @@ void MlpBackwardTask::gate_gradients(int64_t chunk) {
 // Hidden units: JS and J of matrix i of the preceding chunk, or the gradient of its W
 void MlpBackwardTask::state_gradients(const Part& mine, int i, int c, const float* dZT, ReadSoon soon) {
   const Gates& gates = m.gates;
+  MIRAS_STAGE("update", (i == 0 ? 6 : 4) * c * d * hd, (i == 0 ? 3 : 2) * hd * c + 3 * c * d + 2 * hd * d);
   const bool identity = m.retention.identity;
   const float* const readT = i == 0 ? m.AqT : s.dZqT;
   if (momentum) {
@@ -178,6 +181,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   });
   in_parts(p, c, [&](const Part& mine) {
     m.read_hidden(mine, c, start);
+    MIRAS_STAGE("gelu", 0, 3 * hd * c);
     m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
       const Gelu gelu(load(m.AqT + at));
       store(m.AqT + at, gelu.value());
@@ -186,6 +190,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   });
   in_parts(p, c, [&](const Part& mine) {
     m.read_out(mine, start, {momentum ? s.L : nullptr, s.Theta, s.scores1, s.read}, WriteSoon(view(p.dv, chunk), c));
+    MIRAS_PASS("backward");
     read_backward(mine, c, start);
   });
   rho_gradient(c, start.rho[0]);
@@ -199,6 +204,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   });
   add_pairs(c, start.rho[1]);
   in_parts(p, c, [&](const Part& mine) {
+    MIRAS_STAGE("gates", 0, 4 * hd * d);
     inner_products(mine, start);
     hidden_backward(mine, c, start, slopeT, HT);
     norm_gradients(mine, c);
@@ -206,6 +212,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   });
   in_parts(p, c, [&](const Part& mine) { token_gradients(mine, chunk, start, HT); });
   if (momentum) reads_of_momenta(c, 1, start.rho[1]);
+  MIRAS_STAGE("gates", 0, c * (c + 1) / 2);
   gate_gradients(chunk);
   in_parts(p, c, [&](const Part& mine) {
     if (!identity) state_gradients(mine, 0, c, HT, ReadSoon());
@@ -231,8 +238,11 @@ void MlpBackwardTask::run() {
   const int64_t chunks = (length + p.C - 1) / p.C, every = p.checkpoint_every;
   for (int64_t last = chunks; last > 0;) {
     const int64_t first = (last - 1) / every * every;
+    MIRAS_PASS("recompute");
     rerun(first, last);
     for (int64_t chunk = last - 1; chunk >= first; --chunk) {
+      MIRAS_PASS("recompute");
+      MIRAS_STAGE("read", 0, 14 * p.C * d);
       choose(chunk - first);
       if (chunk != last - 1) m.read(p, b, token(chunk), h, tokens(chunk));  // the last one is as recomputing left it
       chunk_backward(chunk, chunk - first);
@@ -250,6 +260,7 @@ static void mlp_backward(const MlpBackward& p, int64_t first, int64_t last) {
   with_scratch<MlpBackwardScratch>(p, [&](const MlpBackwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) MlpBackwardTask(p, bias, s, i).run();
   });
+  MIRAS_PASS(nullptr);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

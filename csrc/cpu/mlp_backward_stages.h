@@ -27,6 +27,7 @@ void MlpBackwardTask::read_backward(const Part& mine, int c, const MlpState& sta
   const Range tokens = mine.tokens;
   const index_t first = tokens.first;
   const Vec rho = broadcast(start.rho[0].value);
+  MIRAS_STAGE("row pass", 0, 9 * c * d);
   m.norm.pull_back_weighted(tokens, m.Xq, m.rq, s.dO, s.dUq);
   if (m.gates.decays) row_dots(tokens, dp, s.read, s.dUq, s.read_sums);
   if (momentum) {
@@ -39,6 +40,7 @@ void MlpBackwardTask::read_backward(const Part& mine, int c, const MlpState& sta
   weigh_rows(tokens, dp, m.gates.gamma, m.Q, s.Q_gamma);
   m.transpose_rows(tokens, s.dUq, s.dUqT);
 
+  MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * c * d + 3 * c * (c + 1));
   sweep_lower(tokens, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Rows{s.dUq + i * dp, dp}, s.U1T + j, cp, 0, d);
@@ -65,6 +67,7 @@ void MlpBackwardTask::rho_gradient(int c, const Rho& rho) {
 // Hidden units: dZq
 void MlpBackwardTask::read_backward_hidden(const Part& mine, int c, const MlpState& start) {
   const float* W1T = start.primal[0];
+  MIRAS_STAGE("dZq", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 3 * hd * c);
   if (momentum) m.hidden_product(mine.units, c, start.momenta[0], s.dUqT, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     const index_t at = index_t(i) * cp + j;
@@ -80,6 +83,7 @@ void MlpBackwardTask::read_backward_hidden(const Part& mine, int c, const MlpSta
 
 // Hidden units: dGa, and in place of gelu'' o Ga its product with dGz
 void MlpBackwardTask::write_backward_hidden(const Part& mine, int c, const float* slopeT, float* HT) {
+  MIRAS_STAGE("dGz", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 5 * hd * c);
   if (momentum) m.hidden_product(mine.units, c, s.JS[1], m.KT, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
@@ -101,6 +105,7 @@ void MlpBackwardTask::write_backward_hidden(const Part& mine, int c, const float
 void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& start) {
   const Range tokens = mine.tokens;
   const Vec rho = broadcast(start.rho[1].value);
+  MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + 3 * c * (c + 1));
   sweep_lower(tokens, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Cols{s.dZqT + i, cp}, m.GzT + j, cp, 0, hd);
@@ -114,6 +119,7 @@ void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& st
     x.store_to(s.M2 + i * cp + j, cp);
   });
 
+  MIRAS_STAGE("dU", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
   if (momentum) {
     predict(tokens, hd, m.AT, cp, s.JS[0], dp, m.part, ReadSoon());
     row_dots(tokens, dp, m.U1, m.part, s.dstep);
@@ -149,6 +155,7 @@ void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
   const Range tokens = mine.tokens;
   if (tokens.count() == 0) return;
   const LayerNorm& norm = m.norm;
+  MIRAS_STAGE("dGu", 2 * tokens.count() * d * hd, hd * tokens.count() + hd * d + 2 * tokens.count() * d);
   sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Cols{s.dGaT + i, cp}, start.primal[0] + j, dp, 0, hd);
@@ -156,6 +163,7 @@ void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
                MIRAS_LAMBDA { y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dGu + i * dp + j, dp);
   });
+  MIRAS_STAGE("row pass", 0, 20 * tokens.count() * d);
   norm.pull_back(tokens, m.X, m.r, s.dGu, s.dGw);
   for (int t = tokens.first; t < tokens.last; ++t) {
     Vec dot = zeros();
@@ -194,6 +202,7 @@ void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
 // Hidden units: dZ in place of gelu'' o Ga o dGz
 void MlpBackwardTask::hidden_backward(const Part& mine, int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
   const float* W1T = start.primal[0];
+  MIRAS_STAGE("dZ", 4 * c * d * hd + c * (c + 1) * hd, 2 * hd * d + 2 * d * c + c * (c + 1) / 2 + 4 * hd * c);
   if (momentum) m.hidden_product(mine.units, c, s.JS[0], s.U1T, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
@@ -211,6 +220,7 @@ void MlpBackwardTask::hidden_backward(const Part& mine, int c, const MlpState& s
 
 // Channels: d weight and d bias
 void MlpBackwardTask::norm_gradients(const Part& mine, int c) {
+  MIRAS_STAGE("row pass", 0, 6 * c * d);
   for (int j = mine.channels.first; j < mine.channels.last; j += kLanes) {
     Vec dweight = load(s.dweight + j), dbias = load(s.dbias + j);
     for (int t = 0; t < c; ++t) {

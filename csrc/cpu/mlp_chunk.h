@@ -169,7 +169,9 @@ struct MlpChunk {
 
   // Hidden units: Z, A, gelu'(Z)
   void predict_hidden(const Part& mine, int c, const MlpState& s, float* ZT, ReadSoon soon) {
+    MIRAS_STAGE("hidden units", 2 * c * d * hd, hd * d + d * c + hd * c);
     hidden_product(mine.units, c, s.primal[1], KT, ZT, mine.once(soon));
+    MIRAS_STAGE("gelu", 0, 3 * hd * c);
     each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
       const Gelu gelu(load(ZT + at));
       store(AT + at, gelu.value());
@@ -191,7 +193,10 @@ struct MlpChunk {
   // Tokens: X, errors, and what is written to the states
   void predict_errors(const Part& mine, const MlpParams& p, const BiasTable& bias, const MlpState& s, ReadSoon soon) {
     const Range tokens = mine.tokens;
+    const int c = tokens.count();
+    MIRAS_STAGE("predict", 2 * c * d * hd, hd * c + hd * d + c * d);
     predict(tokens, hd, AT, cp, s.primal[0], dp, X, mine.once(soon));
+    MIRAS_STAGE("row pass", 0, 19 * c * d);
     norm.normalise(tokens, X, r);
     errors(mine, p, bias);
     transpose_rows(tokens, Gu, GuT);
@@ -205,6 +210,7 @@ struct MlpChunk {
   // Hidden units: Gz, Ga
   void hidden_gradient(const Part& mine, int c, const MlpState& s, float* GaT, ReadSoon soon) {
     const float* W1T = s.primal[0];
+    MIRAS_STAGE("hidden gradient", 2 * c * d * hd, hd * d + d * c + 2 * hd * c);
     ReadSoon once = mine.once(soon);
     sweep_hidden(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
@@ -218,6 +224,7 @@ struct MlpChunk {
 
   // Hidden units: dual and momentum i after the chunk; next may be the same as s.
   void advance_matrix(int i, const Part& mine, int c, const MlpState& s, const MlpState& next, ReadSoon soon) const {
+    MIRAS_STAGE("update", 2 * c * d * hd, hd * c + c * d + 2 * hd * d);
     const float* left = i == 0 ? AT : GzT;
     const Scaled momenta{s.momenta[i], gates.momenta_end(c)};
     advance(c, mine.units, left, cp, i == 0 ? U1_end : K_end, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
@@ -251,6 +258,7 @@ struct MlpChunk {
   // Tokens: P2 and its transpose, and carry = rho b
   void query_scores(const Part& mine, int c, const MlpState& s, const Kept& kept, WriteSoon soon) {
     const Range tokens = mine.tokens;
+    MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * d * c + 5 * c * (c + 1) / 2);
     scores(mine, d, QT, KT, s.rho[1], P2, kept, soon);
     transpose(P2 + index_t(tokens.first) * cp, cp, tokens.count(), c, P2T + tokens.first, cp);
     for (int t = 0; t < c; ++t) {
@@ -264,6 +272,7 @@ struct MlpChunk {
   // Hidden units: Zq' = gamma * (W2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2 Q')
   void read_hidden(const Part& mine, int c, const MlpState& s) {
     const float* W2 = s.primal[1];
+    MIRAS_STAGE("hidden read-out", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + 2 * hd * c + c * (c + 1) / 2);
     if (gates.momentum) hidden_product(mine.units, c, s.momenta[1], QT, partT, ReadSoon());
     sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
@@ -280,7 +289,10 @@ struct MlpChunk {
   void read_out(const Part& mine, const MlpState& s, const Kept& kept, WriteSoon soon) {
     const float* W1T = s.primal[0];
     const Range tokens = mine.tokens;
+    const int c = tokens.count();
+    MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + c * (c + 1) / 2);
     scores(mine, hd, AqT, AT, s.rho[0], P1, kept, soon);
+    MIRAS_STAGE("read-out", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
     if (gates.momentum) predict(tokens, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
     sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * dp + j;

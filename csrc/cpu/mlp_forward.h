@@ -80,6 +80,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const bool closes = position + c == p.C;
     const int64_t token = p.begin(n) + t;
 
+    MIRAS_STAGE("read", 0, 12 * c * d);
     if (p.checkpoints && chunk % p.checkpoint_every == 0) Checkpoint(p, n, h, chunk).write(state);
     if (!closes && p.final_start[0]) write_start(), start_written = true;  // this chunk stays open
     if (!opened) m.find_primal(p, state);
@@ -96,12 +97,14 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     in_parts(p, c, [&](const Part& mine) {
       m.hidden_gradient(mine, c, written, nullptr, ReadSoon());
       m.read_hidden(mine, c, state);
+      MIRAS_STAGE("gelu", 0, 2 * hd * c);
       m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT + at, Gelu(load(m.AqT + at)).value()); });
       m.advance_matrix(1, mine, c, state, state, ReadSoon(m.view(p, p.k, b, token + c, h), next));
     });
     in_parts(p, c, [&](const Part& mine) {
       const int first = mine.tokens.first;
       m.read_out(mine, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
+      MIRAS_STAGE("row pass", 0, 5 * c * d);
       m.norm.affine(mine.tokens, m.Xq, m.Q, s.O);
       m.view(p, p.out, b, token + first, h).write(mine.tokens.count(), s.O + index_t(first) * dp, dp);
     });
@@ -122,10 +125,12 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
 }
 
 static void mlp_forward(const MlpForward& p, int64_t first, int64_t last) {
+  MIRAS_PASS("forward");
   const BiasTable bias = bias_table(p);
   with_scratch<MlpForwardScratch>(p, [&](const MlpForwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) mlp_forward_task(p, bias, s, i);
   });
+  MIRAS_PASS(nullptr);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL
