@@ -57,24 +57,27 @@ struct SplitExp {
 
 MIRAS_INLINE Vec exp_nonpositive(Vec x) { return SplitExp(x).value(); }
 
-// gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivatives.
+// gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivatives: all from
+// one power e = exp(-|y|), of base two because y is not needed itself.
 struct Gelu {
-  static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;  // y = kLinear x + kCubic x^3
-  Vec x, s, t;                                                             // t = 1 - s
+  static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;      // y = kLinear x + kCubic x^3
+  static constexpr float kLinear2 = 2.302208198f, kCubic2 = 0.1029432397f;     // y / ln 2
+  Vec x, s, st;                                                                // st = s (1 - s)
   MIRAS_FN explicit Gelu(Vec x) : x(x) {
-    const Vec y = x * (kLinear + kCubic * x * x);
-    const SplitExp z(y < 0.0f ? y : -y);
-    const Vec minus_one = z.minus_one();
-    const Vec large = 0.5f - 0.5f * minus_one / (2.0f + minus_one), small = z.value() * large;  // (1 + tanh|y/2|) / 2
-    s = y < 0.0f ? small : large;
-    t = y < 0.0f ? large : small;
+    Vec exponent = x * (kLinear2 + kCubic2 * x * x);
+    exponent = (Vec)((IVec)exponent | int32_t(0x80000000));         // -|y| / ln 2
+    exponent = exponent > -127.0f ? exponent : broadcast(-127.0f);  // 2^-127 is zero here
+    const Vec n = round_to_even(exponent), scale = power_of_two(n), e = scale + scale * exp2_minus_one(exponent - n);
+    const Vec large = 1.0f / (1.0f + e), small = e * large;  // s of |y| and of -|y|
+    s = x < 0.0f ? small : large;
+    st = small * large;
   }
   MIRAS_FN Vec dy() const { return kLinear + (3.0f * kCubic) * x * x; }
   MIRAS_FN Vec value() const { return x * s; }
-  MIRAS_FN Vec slope() const { return s + x * (dy() * s * t); }
+  MIRAS_FN Vec slope() const { return s + x * (dy() * st); }
   MIRAS_FN Vec curvature() const {
-    const Vec st = s * t, ds = dy() * st;
-    return 2.0f * ds + x * ((6.0f * kCubic) * x * st + dy() * ds * (t - s));
+    const Vec ds = dy() * st;
+    return 2.0f * ds + x * ((6.0f * kCubic) * x * st + dy() * ds * (1.0f - 2.0f * s));
   }
 };
 
