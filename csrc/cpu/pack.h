@@ -138,6 +138,9 @@ template <bool kWrite> class Prefetch {
     left_ = c * row_;
   }
 
+  // n floats in a row
+  MIRAS_FN Prefetch(const float* x, index_t n) : at_((const char*)x), row_(int(n / 16)), left_in_row_(row_), left_(row_) {}
+
   MIRAS_FN void operator()(index_t k) {
     if ((k & 1) || left_ <= 0) return;
     __builtin_prefetch(at_, kWrite);
