@@ -69,7 +69,7 @@ def bits(model: LlamaForCausalLM, valid: torch.Tensor) -> float:
 
 def measure(teacher: LlamaForCausalLM, preset: str, rows: torch.Tensor, ranking: torch.Tensor, valid: torch.Tensor, seed: int) -> dict:
     """One preset: bits per byte after each stage, and of the comparisons."""
-    began, given = time.process_time(), dict(init="from_attention", backend="auto")
+    began, given = time.process_time(), dict(init="from_attention")
     torch.manual_seed(seed)
     model = replace_attention(copy.deepcopy(teacher), preset, **given)
     untrained = copy.deepcopy(model)
@@ -95,26 +95,38 @@ def measure(teacher: LlamaForCausalLM, preset: str, rows: torch.Tensor, ranking:
     }  # fmt: skip
 
 
-def text(document: dict) -> str:
-    """The table of results."""
-    best, found = document["teacher"], document["results"]
-    rows = [[f"bits per byte, {LAYERS // 2} of {LAYERS} layers memories", *(x["preset"] for x in found)]]
+def rows_of(document: dict) -> list[list[str]]:
+    """The results as a table, the first row being the heading."""
+    settings, found = document["settings"], document["results"]
+    steps = settings["steps"]
     titles = {
         "replaced": "replaced, not trained",
-        "transfer": f"after transfer ({STEPS['transfer']} steps)",
-        "finetune": f"after finetuning ({STEPS['finetune']} steps)",
-        "scratch": f"from scratch ({STEPS['transfer'] + STEPS['finetune']} steps)",
+        "transfer": f"after transfer ({steps['transfer']} steps)",
+        "finetune": f"after finetuning ({steps['finetune']} steps)",
+        "scratch": f"the hybrid from scratch ({steps['transfer'] + steps['finetune']} steps)",
     }
-    rows.append([f"teacher (attention, {STEPS['teacher']} steps)", *(f"{best:.3f}" for _ in found)])
-    rows += [[title, *(f"{x['bits'][name]:.3f}" for x in found)] for name, title in titles.items()]
-    rows.append(["layers with memories", *(", ".join(map(str, x["layers"])) for x in found)])
-    lines = ["", table(rows)]
-    for x in found:
-        above = x["bits"]["finetune"] - best
-        lines.append(
-            f"{x['preset']}: {above:+.3f} bits per byte against the teacher ({'within' if above <= CLOSE else 'NOT within'} {CLOSE})"
-        )
+    return [
+        [f"{settings['layers'] // 2} of {settings['layers']} layers are memories", *(x["preset"] for x in found)],
+        [f"teacher ({steps['teacher']} steps)", *(f"{document['teacher']:.3f}" for _ in found)],
+        *([title, *(f"{x['bits'][name]:.3f}" for x in found)] for name, title in titles.items()),
+        ["layers with memories", *(", ".join(map(str, x["layers"])) for x in found)],
+    ]
+
+
+def text(document: dict) -> str:
+    """What is printed."""
+    lines = ["", "bits per byte", table(rows_of(document))]
+    for x in document["results"]:
+        above = x["bits"]["finetune"] - document["teacher"]
+        verdict = "within" if above <= CLOSE else "NOT within"
+        lines.append(f"{x['preset']}: {above:+.3f} bits per byte against the teacher, {verdict} {CLOSE}")
     return "\n".join([*lines, f"{document['cpu_seconds']:.0f} CPU seconds"])
+
+
+def page(document: dict) -> str:
+    """The table in docs/transformers.md."""
+    head, *rows = rows_of(document)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -146,6 +146,20 @@ def test_every_host(architecture, tmp_path):
     assert_close(load(tmp_path)(input_ids=HELD_OUT).logits, model(input_ids=HELD_OUT).logits)
 
 
+@pytest.mark.slow
+def test_autocast():
+    """The losses of float32, to the precision of bfloat16."""
+    found = []
+    for enabled in (False, True):
+        teacher, model = pair(layers=[1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            done = linearize(model, teacher=teacher, data=DATA, stages=[Transfer(steps=2, batch_size=10), Finetune(steps=2, batch_size=10)])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        found.append([x["losses"][0] for x in done.history])
+    (transfer, finetune), (rounded, last) = found
+    assert 0 < abs(rounded[0] - transfer[0]) < 0.1 * transfer[0] and abs(last - finetune) < 0.1 * finetune
+
+
 # ---------------------------------------------------------------------------------------------------- interruptions
 
 

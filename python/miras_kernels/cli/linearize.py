@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..layers import PRESETS
 from .shared import positive, print_rows
 
 
@@ -35,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the result and of checkpoint.pt, from which the same command goes on"
     )
-    parser.add_argument(
-        "--preset", default="yaad_linear", choices=PRESETS, metavar="NAME", help=f"{', '.join(PRESETS)} (default: yaad_linear)"
-    )
+    parser.add_argument("--preset", default="yaad_linear", metavar="NAME", help="of miras_kernels.layers.PRESETS (default: yaad_linear)")
     parser.add_argument("--keep", type=_count, default=0, metavar="N", help="layers that keep attention: those that lose most (default: 0)")
     parser.add_argument("--length", type=positive, default=512, help="tokens per row (default: 512)")
     parser.add_argument("--batch", type=positive, default=8, help="rows per step (default: 8)")
