@@ -3,7 +3,7 @@
     python -m examples.soak [--steps 3000] [--tokens 2048] [--presets moneta yaad memora titans] [--seed 0] [--out bench/out/soak.json]
 
 Each is a byte-level Llama of width 128 with 2 layers, batch 1, on the demo's text. Results are written after every preset; presets that the
-file has already, with as many steps, are not run again.
+file has already, with at least as many steps, are not run again.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
     if args.out.exists():
         before = json.loads(args.out.read_text())
         if before["settings"] == settings:
-            document["results"] = [r for r in before["results"] if r["steps"] == args.steps]
+            document["results"] = [r for r in before["results"] if r["steps"] >= args.steps]
     for preset in args.presets:
         if preset not in [r["preset"] for r in document["results"]]:
             document["results"].append(soak(preset, text, args.steps, args.tokens, args.seed))
