@@ -2,8 +2,8 @@
 
     python -m examples.soak [--steps 3000] [--minutes 120] [--tokens 2048] [--seed 0] [--out bench/out/soak.json]
 
-Each is a byte-level Llama of width 128 with 2 layers, batch 1, on the demo's text. They are trained in turns, a step each, and the results so far
-are written every 100 steps.
+Each is a byte-level Llama of width 128 with 2 layers, batch 1, on the demo's text. They are trained in turns, a step each, and the
+results so far are written every 100 steps.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class Training:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise RuntimeError(
-                f"{self.preset}, step {len(self.losses) + 1}: the loss is {loss.item()}, the norm of its gradients {norm.item()}"
-            )
+            raise RuntimeError(f"{self.preset}, step {len(self.losses) + 1}: loss {loss.item()}, norm of its gradients {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(loss.item() / math.log(2))
@@ -104,8 +102,10 @@ def main() -> None:
     text, _ = load_text()
     document = results.heading("examples.soak") | {
         "machine": results.machine(), "versions": results.versions("torch", "transformers", "miras-kernels"),
-        "settings": {"tokens": args.tokens, "batch": 1, "width": WIDTH, "layers": LAYERS, "heads": HEADS, "seed": args.seed, "backend": "cpp",
-                     "threads": torch.get_num_threads(), "steps_wanted": args.steps},
+        "settings": {
+            "tokens": args.tokens, "batch": 1, "width": WIDTH, "layers": LAYERS, "heads": HEADS, "seed": args.seed, "backend": "cpp",
+            "threads": torch.get_num_threads(), "steps_wanted": args.steps,
+        },
     }  # fmt: skip
     trainings = [Training(preset, args.tokens, args.seed) for preset in PRESETS]
     starts = torch.randint(len(text) - args.tokens + 1, (args.steps,), generator=torch.Generator().manual_seed(args.seed)).tolist()

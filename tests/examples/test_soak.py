@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples import soak
+from examples.demo import load_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +27,16 @@ def test_five_steps(tmp_path):
         assert r["steps"] == 5 and [step for step, _ in r["bits_per_byte"]] == [1, 2, 3, 4, 5]
         assert r["bits_per_byte"][-1][1] < r["bits_per_byte"][0][1] < 9.5
     assert all(mb > 100 for _, mb in found["memory"]["mb"])
+
+
+def test_gradients_at_the_start_are_of_one_size():
+    """On text, in which tokens repeat. With the step sizes of Titans, Memora's were 1e17."""
+    text, _ = load_text()
+    starts = torch.randint(len(text) - 2047, (2,), generator=torch.Generator().manual_seed(0)).tolist()
+    for preset in soak.PRESETS:
+        training, ids = soak.Training(preset, 2048, seed=0), text[starts[1] : starts[1] + 2048].unsqueeze(0)
+        training.model(input_ids=ids, labels=ids).loss.backward()
+        assert 1 < torch.nn.utils.get_total_norm([p.grad for p in training.model.parameters()]) < 10, preset
 
 
 def test_curves_are_short():
