@@ -117,7 +117,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   const ChunkView dq = keys(dq_part, p.grad_dtype, chunk), dkeys = keys(dk_part, p.grad_dtype, chunk);
   // Prefetched meanwhile: where the results are written, then what the next chunk (the preceding one) reads.
   const int next = chunk > 0 ? p.C : 0;
-  ReadSoon q_soon(keys(p.q, p.dtype, chunk - 1), next), dO_soon(values(p.grad_out, chunk - 1), next);
+  ReadSoon q_soon(keys(p.q, p.dtype, chunk - 1), next, products(c)), dO_soon(values(p.grad_out, chunk - 1), next, products(c));
 
   keys(p.k, p.dtype, chunk).read(c, s.K, dkp);
   keys(p.q, p.dtype, chunk).read(c, s.Q, dkp);
@@ -135,8 +135,9 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   if (channels) {
     channels_backward(c, x);
   } else {
-    scores_backward(c, WriteSoon(values(p.dv, chunk), c), WriteSoon(dq, c));
-    writes_backward(c, WriteSoon(dkeys, c));
+    const int64_t pairs = int64_t(c) * c / 2;
+    scores_backward(c, WriteSoon(values(p.dv, chunk), c, pairs * dk), WriteSoon(dq, c, pairs * dvp));
+    writes_backward(c, WriteSoon(dkeys, c, products(c)));
   }
 
   MIRAS_STAGE("row pass", 0, 4 * dk * dvp + 8 * c * dvp);
