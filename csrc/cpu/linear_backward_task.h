@@ -144,7 +144,7 @@ struct BackwardTask {
 
   void writes(int c, const float* g);
   void rerun(int64_t first, int64_t last);
-  void scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon);
+  void scores_backward(int c, WriteSoon soon);
   void writes_backward(int c, WriteSoon soon);
   void channels_backward(int c, const ChunkStart& x);
   void momenta_reads(int c, const ChunkStart& x);
