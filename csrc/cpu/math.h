@@ -1,4 +1,5 @@
-// Vector mathematics of one level: the `Math` that the bias functors use, and exp for the decays. Errors are a few ulp.
+// Vector mathematics of one level: the `Math` that the bias functors use, exp for the decays, and GELU. Their errors are stated in
+// docs/backends.md, Elementary functions.
 #pragma once
 
 #include "../bias.h"
@@ -145,17 +146,18 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
     return (x > 0.0f) & (x < __builtin_inff()) ? y : edge;
   }
 
-  // x^a for x >= 0 and a > 0 as 2^(a n + a log2 m), x = 2^n m; the exponent is split so that it costs no accuracy.
+  // x^a for x >= 0 and a > 0 as 2^(a n + a log2 m), x = 2^n m; a is split so that its products with n are exact but for a small one.
   MIRAS_FN static F pow(F x, float a) {
     using namespace cpu::MIRAS_LEVEL;
     const I bits = (I)x;
     const I exponent = (bits - 0x3f3504f3) >> 23;
     const F n = __builtin_convertvector(exponent, F);
-    const F fraction = a * log2_mantissa((F)(bits - (exponent << 23)));
-    F k = round_to_even(a * n + fraction);
-    const F r = (a * n - k) + fraction;
-    const F clamped = min(max(k, F{} - 126.0f), F{} + 128.0f);  // 2^128 is infinity
-    const F y = power_of_two(clamped) * (1.0f + exp2_minus_one(r));
+    const float a_high = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, a) & 0xfffff000u);
+    const F fraction = a * log2_mantissa((F)(bits - (exponent << 23))) + (a - a_high) * n;
+    const F k = round_to_even(a_high * n + fraction);
+    const F r = (a_high * n - k) + fraction;
+    const F clamped = min(max(k, F{} - 126.0f), F{} + 129.0f), twice = clamped > 127.0f ? F{} + 1.0f : F{};  // 2^128 is infinity
+    const F y = power_of_two(clamped - twice) * (1.0f + exp2_minus_one(r)) * (1.0f + twice);
     const F edge = x < 1.0f ? F{} : x;  // of 0, infinity and NaN, and what underflows
     return ((x > 0.0f) & (k >= -126.0f) & (x < __builtin_inff())) ? y : edge;
   }

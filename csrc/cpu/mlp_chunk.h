@@ -196,10 +196,9 @@ struct MlpChunk {
   // Tokens: X, errors, and what is written to the states
   void predict_errors(const Part& mine, const MlpParams& p, const BiasTable& bias, const MlpState& s, ReadSoon soon) {
     const Range tokens = mine.tokens;
-    const int c = tokens.count();
-    MIRAS_STAGE("predict", 2 * c * d * hd, hd * c + hd * d + c * d);
+    MIRAS_STAGE("predict", 2 * tokens.count() * d * hd, (hd + d) * tokens.count() + hd * d);
     predict(tokens, hd, AT, cp, s.primal[0], dp, X, mine.once(soon));
-    MIRAS_STAGE("row pass", 0, 19 * c * d);
+    MIRAS_STAGE("row pass", 0, 19 * tokens.count() * d);
     norm.normalise(tokens, X, r);
     errors(mine, p, bias);
     transpose_rows(tokens, Gu, GuT);
@@ -250,10 +249,10 @@ struct MlpChunk {
     float* const last = last_rows + index_t(mine.index) * 2 * cp;
     if (gates.momentum) {
       const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
-      run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon));
+      run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon), {});
     } else {
       const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
-      run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon));
+      run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon), {});
     }
     if (retention.scales_reads) scale(rho.value, index_t(tokens.count()) * cp, P + index_t(tokens.first) * cp);
   }
@@ -292,10 +291,9 @@ struct MlpChunk {
   void read_out(const Part& mine, const MlpState& s, const Kept& kept, WriteSoon soon) {
     const float* W1T = s.primal[0];
     const Range tokens = mine.tokens;
-    const int c = tokens.count();
-    MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + c * (c + 1) / 2);
+    MIRAS_STAGE("pairs", tokens.count() * (tokens.count() + 1) * hd, tokens.count() * (2 * hd + (tokens.count() + 1) / 2));
     scores(mine, hd, AqT, AT, s.rho[0], P1, kept, soon);
-    MIRAS_STAGE("read-out", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
+    MIRAS_STAGE("read-out", tokens.count() * (2 * hd + tokens.count() + 1) * d, tokens.count() * (hd + 3 * d) + hd * d);
     if (gates.momentum) predict(tokens, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
     sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * dp + j;
