@@ -278,6 +278,17 @@ def test_bad_input_is_named_before_anything_is_changed(name, net):
 
 
 @pytest.mark.parametrize(
+    ("part", "stage"), [("self_attn.o_proj", Transfer()), ("mlp.up_proj", Finetune()), ("mlp.up_proj", Finetune(rank=None))]
+)
+def test_quantised_matrices_are_refused_where_they_would_change(part, stage):
+    teacher, model = pair(layers=[1])
+    projection = model.model.layers[1].get_submodule(part)
+    projection.weight = torch.nn.Parameter(projection.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"model: expected floating-point parameters .* torch.int8 \(.*{part.split('.')[1]}"):
+        linearize(model, teacher=teacher, data=DATA, stages=[stage])
+
+
+@pytest.mark.parametrize(
     ("make", "text"),
     [
         (functools.partial(Transfer, steps=0), "transfer: steps: expected an integer >= 1, got 0"),
