@@ -175,7 +175,8 @@ def _resume(run: Run, path: Path, settings: dict) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, memories = state["settings"], state["memories"]
-        assert state["version"] == VERSION
+        if state["version"] != VERSION:
+            raise ValueError(f"of version {state['version']}, expected {VERSION}")
     except Exception as error:
         raise ValueError(f"folder: expected a checkpoint of linearize in {path}, or none, got a file that is none ({error})") from None
     differing = [name for name in settings if settings[name] != found[name]]
