@@ -76,7 +76,10 @@ template <int C, int Hd> struct ReverseShared {
   static constexpr uint32_t kLr = kNorm + 2 * kD * 4, kEnds = kLr + Shape<C, Hd>::kWarps * C * 4;  // [warps, C] float32
   static constexpr uint32_t kToEnd = kEnds + Shape<C, Hd>::kWarps * C * 4;                        // [C]
   static constexpr uint32_t kInner = kToEnd + C * 4;                                              // [warps]
-  static constexpr uint32_t kBytes = kInner + Shape<C, Hd>::kWarps * 4;
+  // where registers are short: gelu'(Z') by threads, and the sums for LayerNorm's weight and bias [2, C, D] float32
+  static constexpr bool kParks = Hd == 256 && C > 16;
+  static constexpr uint32_t kSlopes = whole_lines(kInner + Shape<C, Hd>::kWarps * 4), kSums = kSlopes + kHidden;
+  static constexpr uint32_t kBytes = kParks ? kSums + 2 * C * kD * 4 : kSlopes;
 };
 
 template <int C, int Hd> constexpr uint32_t backward_shared() {

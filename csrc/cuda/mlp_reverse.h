@@ -11,137 +11,23 @@
 //     states     J2 <- gamma_C J2 + dZ' K + dZq' (gamma Q)                                                                | barrier
 #pragma once
 
-#include "mlp_backward.h"
+#include "mlp_reverse_block.h"
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared<C, Hd>> {
-  using Base = Block<C, Hd, T, ReverseShared<C, Hd>>;
-  using From = Handed<C, Hd>;
+template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
+  using Base = ReverseBlock<C, Hd, T>;
+  using typename Base::From;
+  using typename Base::Packed;
   using typename Base::S;
   using typename Base::X;
-  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kUnroll;
-  using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::piece;
-  using Base::s1, Base::w2;  // here J1 and J2
-  using Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
-  using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::add_rows;
-  static_assert(kPass == kEights);
-  using Packed = uint32_t[kStrips][kEights][2];
-
-  const MirasMlpBackward& b;
-  const char* from;  // what was handed over of this chunk
-  Packed slope, curve, dz;        // gelu'(Z'); gelu''(Z') o Ga', then times eta dU2'; Gz', then dGa', then dZ'
-  float de[X::kChannels];
-  float dw[X::kChannels] = {}, db[X::kChannels] = {};
-
-  __device__ __forceinline__ Reverse(const MirasMlpBackward& b, int n, int h) : Base(b.chain, n, h), b(b) {}
-
-  __device__ __forceinline__ void copy(uint32_t tile, uint32_t offset, uint32_t bytes) {
-    for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * X::kThreads) cp_async_16(address(tile + i), from + offset + i);
-  }
-  __device__ __forceinline__ void copy_pairs(uint32_t square, uint32_t offset) {
-    for (int i = threadIdx.x; i < C * kPieces; i += X::kThreads) {
-      const int r = i / kPieces, ch = i % kPieces;
-      if (ch / 2 <= r / 16) cp_async_16(address(square + place<kPieces>(r, ch)), from + offset + place<kPieces>(r, ch));
-    }
-  }
-  __device__ __forceinline__ void fetch(int c) {
-    copy(S::kGu, From::kGu, S::kTile), copy(S::kDUq, From::kDUq, S::kTile);
-    copy(S::kS1, From::kS1, S::kState), copy(S::kW2, From::kW2, S::kState);
-    copy_pairs(S::kP, From::kP), copy_pairs(S::kN1, From::kN1), copy_pairs(S::kN2, From::kN2);
-    Base::fetch(c);
-  }
-  __device__ __forceinline__ void load_fragments(Packed& x, uint32_t offset) {
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-      for (int k = 0; k < kTiles; ++k) {
-        const uint4 a = *reinterpret_cast<const uint4*>(from + offset + (((warp * kStrips + m) * kTiles + k) * 32 + lane) * 16);
-        x[m][2 * k][0] = a.x, x[m][2 * k][1] = a.y, x[m][2 * k + 1][0] = a.z, x[m][2 * k + 1][1] = a.w;
-      }
-  }
-  __device__ __forceinline__ void put(uint32_t tile, const Packed& x) {
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-      for (int k = 0; k < kTiles; ++k) {
-        const uint32_t a[4] = {x[m][2 * k][0], x[m][2 * k][1], x[m][2 * k + 1][0], x[m][2 * k + 1][1]};
-        Base::template put_fragment<kPieces>(tile, m, 2 * k, a);
-      }
-  }
-  // z [units, s] += x [units, t] square [t, s], t >= s
-  __device__ __forceinline__ void times_pairs(float (&z)[kStrips][kPass][4], const Packed& x, uint32_t square) {
-#pragma unroll
-    for (int k = 0; k < kTiles; ++k)
-#pragma unroll
-      for (int s = 0; s <= k; ++s) {
-        uint32_t c[4];
-        ldmatrix_x4_trans(c, address(square + by_rows<kPieces>(16 * k, 16 * s, lane)));
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m) {
-          const uint32_t a[4] = {x[m][2 * k][0], x[m][2 * k][1], x[m][2 * k + 1][0], x[m][2 * k + 1][1]};
-          mma_m16n8k16<T>(z[m][2 * s], a, c[0], c[1]), mma_m16n8k16<T>(z[m][2 * s + 1], a, c[2], c[3]);
-        }
-      }
-  }
-  // j += x [units, s] rows [s, D]
-  __device__ __forceinline__ void add_outer(float (&j)[kStrips][8][4], const Packed& x, uint32_t rows) {
-#pragma unroll
-    for (int k = 0; k < kTiles; ++k)
-#pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        const uint32_t a[4] = {x[m][2 * k][0], x[m][2 * k][1], x[m][2 * k + 1][0], x[m][2 * k + 1][1]};
-        add_rows(j[m], a, rows, 16 * k);
-      }
-  }
-  __device__ __forceinline__ void decay(float (&j)[kStrips][8][4]) {
-    const float gamma = at<float>(S::kGamma + 4 * (C - 1));
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-      for (int x = 0; x < 8; ++x)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) j[m][x][e] *= gamma;
-  }
-  // z's columns times f(eta, -dec)
-  template <class Function> __device__ __forceinline__ void scale_columns(float (&z)[kStrips][kPass][4], Function&& f) {
-#pragma unroll
-    for (int x = 0; x < kEights; ++x)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float2 of = at<float2>(S::kRows + 16 * (8 * x + 2 * t + e));
-        const float factor = f(of.x, of.y);
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m) z[m][x][e] *= factor, z[m][x][e + 2] *= factor;
-      }
-  }
-  // f(packed register, the two elements of z at its place)
-  template <class Function> __device__ __forceinline__ void each_packed(Packed& x, float (&z)[kStrips][kPass][4], Function&& f) {
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-      for (int i = 0; i < kEights; ++i)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) f(x[m][i][e], z[m][i][2 * e], z[m][i][2 * e + 1], m, i, e);
-  }
-
-  __device__ __forceinline__ float product_with(const float (&j)[kStrips][8][4], uint32_t state) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t a[4];
-        ldmatrix_x4(a, address(state + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float2 s = unpack<T>(a[e]);
-          const float (&x)[4] = j[m][2 * k + (e >> 1)];
-          sum += x[2 * (e & 1)] * s.x + x[2 * (e & 1) + 1] * s.y;
-        }
-      }
-    return sum;
-  }
+  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from;
+  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
+  using Base::lane, Base::warp, Base::tile, Base::part, Base::row, Base::piece, Base::fresh;
+  using Base::s1, Base::w2, Base::slope, Base::curve, Base::dz, Base::de;
+  using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed, Base::of_token;
+  using Base::fetch, Base::put, Base::park, Base::unpark, Base::load_fragments, Base::times_pairs, Base::add_outer, Base::decay;
+  using Base::contract, Base::contract_all, Base::product_with, Base::add_norm, Base::end_norm, Base::add_rows;
 
   __device__ __forceinline__ void hidden() {
     fresh();
@@ -154,14 +40,17 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
         slope[m][i][e] = pack<T>(u.slope(), v.slope()), curve[m][i][e] = pack<T>(u.curve(), v.curve());
       });
       put(S::kA, dz);
+      park(slope, S::kSlopes), park(curve, S::kExchange);
     }
     {
       float z[kStrips][kPass][4] = {};
       Base::slice_times(z, S::kS1, S::kGu);
+      unpark(slope, S::kSlopes), unpark(curve, S::kExchange);
       each_packed(dz, z, [&](uint32_t& x, float low, float high, int m, int i, int e) {
         const float2 first = unpack<T>(slope[m][i][e]), second = unpack<T>(curve[m][i][e]);
         x = pack<T>(first.x * low, first.y * high), curve[m][i][e] = pack<T>(second.x * low, second.y * high);
       });
+      park(curve, S::kExchange);
     }
     fresh();
     float z[kStrips][kPass][4], sums[kEights][2] = {};
@@ -187,6 +76,7 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
     sum();
     put_sums(S::kLr + warp * C * 4, sums, lane);
     scale_columns(z, [](float eta, float) { return eta; });
+    unpark(slope, S::kSlopes), unpark(curve, S::kExchange);
     each_packed(dz, z, [&](uint32_t& x, float low, float high, int m, int i, int e) {
       const float2 first = unpack<T>(slope[m][i][e]), second = unpack<T>(curve[m][i][e]);
       x = pack<T>(first.x * low, first.y * high), curve[m][i][e] = pack<T>(second.x * low, second.y * high);
@@ -196,28 +86,6 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
       const float inner = row_sum<32>(product_with(s1, S::kS1) + product_with(w2, S::kW2));
       if (lane == 0) at<float>(S::kInner + 4 * warp) = inner;
     }
-  }
-
-  // this warp's share of left' right, for its tile of tokens, with hidden units as rows
-  __device__ __forceinline__ void contract(float (&u)[8][4], uint32_t left, uint32_t right) {
-#pragma unroll kUnroll
-    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
-      uint32_t a[4];
-      ldmatrix_x4_trans(a, address(left + by_columns<kPieces>(k, 16 * tile, lane)));
-      add_rows(u, a, right, k);
-    }
-  }
-  __device__ __forceinline__ void contract_all(float (&y)[X::kChannels], uint32_t left, uint32_t right) {
-    fresh();
-    float u[8][4] = {};
-    contract(u, left, right);
-    Base::hand_over(u);
-    __syncthreads();
-    Base::collect(y);
-  }
-
-  __device__ __forceinline__ T* of_token(const MirasTokens& x, int token, int channel) {
-    return static_cast<T*>(x.data) + batch * x.batch + (begin + token) * x.token + h * x.head + channel;
   }
 
   // The inner gradient's backward, for this thread's channels of its row
@@ -259,7 +127,7 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
       const auto of_row = bias.row(square, gates.z);
       float pull = 0.0f;
       each_four([&](int i, int channel) {
-        float w[4];
+        float w[4], products[4];
         floats(w, at<float4>(S::kNorm + 4 * channel));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -267,9 +135,10 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
           de[i + j] = d_psi * bias.slope(e[i + j], psi, of_row);
           if (Bias::kUsesDelta) d_delta += d_psi * bias.slope_delta(e[i + j], of_row);
           if (Bias::kCouplesRow) pull += d_psi * bias.pull(e[i + j], of_row);
-          dw[i + j] += dy * psi;
+          products[j] = dy * psi;
           y[i + j] = w[j] * psi, y_with_x += y[i + j] * x[i + j];
         }
+        add_norm(0, i, channel, products);
       });
       if (Bias::kCouplesRow) {
         pull = row_sum<X::kLanes>(pull);
@@ -282,16 +151,17 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
     const bool in = first_token + row < tokens;
     float dx_sum = 0.0f, dx_with = 0.0f;
     each_four([&](int i, int channel) {
-      float w[4], dv[4];
+      float w[4], dv[4], shift[4], products[4];
       floats(w, at<float4>(S::kNorm + 4 * channel));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         dv[j] = -de[i + j];
         if (!traits.predicts) de[i + j] = 0.0f;
-        dw[i + j] += de[i + j] * x[i + j], db[i + j] += de[i + j];
+        shift[j] = de[i + j], products[j] = de[i + j] * x[i + j];
         y[i + j] = w[j] * de[i + j] - inverse * (dg[i + j] * y_with_x + y[i + j] * with_x);  // dX
         dx_sum += y[i + j], dx_with += y[i + j] * x[i + j];
       }
+      add_norm(0, i, channel, products), add_norm(1, i, channel, shift);
       if (in) *reinterpret_cast<uint2*>(of_token(b.grad_v, first_token + row, channel)) = packed(dv, 1.0f);
     });
     dx_sum = row_sum<X::kLanes>(dx_sum) * (1.0f / kD), dx_with = row_sum<X::kLanes>(dx_with) * (1.0f / kD);
@@ -329,19 +199,14 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
     times_pairs(z, aq, S::kN1);
     decay(s1);
     add_outer(s1, aq, S::kDUq);
-    add_outer(s1, dz, S::kGu);
+    unpark(slope, S::kSlopes);
     each_packed(dz, z, [&](uint32_t& x, float low, float high, int m, int i, int e) {
       const float2 first = unpack<T>(slope[m][i][e]), second = unpack<T>(curve[m][i][e]);
       x = pack<T>(first.x * low + second.x, first.y * high + second.y);
     });
-#pragma unroll
-    for (int k = 0; k < kTiles; ++k)
-#pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        uint32_t a[4];
-        ldmatrix_x4(a, address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
-        add_rows(s1[m], a, S::kV, 16 * k);
-      }
+    fresh();
+    add_outer(s1, S::kB, S::kGu);
+    add_outer(s1, S::kA, S::kV);
     fresh();
 #pragma unroll
     for (int m = 0; m < kStrips; ++m)
@@ -355,7 +220,7 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
       const float2 first = unpack<T>(x);
       x = pack<T>(first.x * low, first.y * high);
     });
-    __syncwarp();  // other lanes have read A' and dGa' is used up
+    __syncwarp();  // other lanes have read A' and dGa'
     put(S::kA, slope), put(S::kB, dz);
   }
 
@@ -412,6 +277,8 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
     float* state = p.state + (int64_t(n) * p.H + h) * 2 * Hd * kD;
     fresh();
     Base::load_state(state);
+    if constexpr (S::kParks)
+      for (int i = threadIdx.x; i < 2 * C * kD; i += X::kThreads) at<float>(S::kSums + 4 * i) = 0.0f;
     for (int i = threadIdx.x; i < kD; i += X::kThreads)
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
 #pragma unroll 1
@@ -434,20 +301,9 @@ template <int C, int Hd, class T> struct Reverse : Block<C, Hd, T, ReverseShared
     }
     fresh();
     Base::store_state(state);
-    add_norm(place, stop, 0, dw);
+    end_norm(place, stop, 0);
     __syncthreads();
-    add_norm(place, stop, kD, db);
-  }
-  // LayerNorm's weight (0) or bias (kD): what this group's segments and chunks add to its gradient
-  __device__ __forceinline__ void add_norm(int64_t place, int64_t stop, int offset, const float (&x)[X::kChannels]) {
-    each_four([&](int i, int channel) {
-      at<float4>(S::kExchange + 4 * (row * S::kExchangeRow + channel)) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-    });
-    __syncthreads();
-    sum_rows<C, S::kExchangeRow>(S::kExchange, [&](int channel, float sum) {
-      for (int64_t i = place; i < stop; ++i) sum += b.norm_shares[(i * p.H + h) * 2 * kD + offset + channel];
-      b.grad_norm[(int64_t(n) * p.H + h) * 2 * kD + offset + channel] += sum;
-    });
+    end_norm(place, stop, 1);
   }
 };
 
