@@ -28,6 +28,7 @@ from ..common.launch import Problem, launch
 from .chain import mlp_chain_bwd, mlp_chain_fwd
 from .read import mlp_dq_bwd, mlp_read_bwd
 
+
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
     """``(out, final state, checkpoints)``; checkpoints ``[slots, H, 2 or 4, Hd, D]``: as in linear/sequence.py."""
     weights, out, memory = chunk_weights(p), p.result(p.value_dim), pack(p.call.state.matrices())

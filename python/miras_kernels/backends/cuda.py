@@ -28,7 +28,7 @@ __all__ = ["CudaBackend", "Step"]
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 #: by memory, what reads whole chunks of it: a module with the struct `Chain`, `refuses` and `forward`
 SEQUENCES: dict[str, ModuleType] = {"linear": cuda_linear, "mlp": cuda_mlp}
-#: by memory, its backward: a module with `refuses` and `backward`; the Triton kernels do what it refuses
+#: by memory, its backward: a module with the struct `Backward`, `refuses` and `backward`; the Triton kernels do what it refuses
 BACKWARDS: dict[str, ModuleType] = {"mlp": cuda_mlp_backward}
 
 
@@ -59,7 +59,7 @@ class Step(ctypes.Structure):
 
 class CudaBackend:
     """Hand-written decoding steps of both memories, for short inputs without gradients, and the forward of some memories' chunks
-    (``SEQUENCES``), whose backward the Triton kernels do.
+    (``SEQUENCES``), with their backward (``BACKWARDS``) or that of the Triton kernels.
 
     Args:
         path: of the library.
@@ -94,13 +94,13 @@ class CudaBackend:
             library.miras_operations.restype = ctypes.c_char_p
             operations = library.miras_operations().decode().split()
             chains = {name: _layout(getattr(library, f"miras_{name}_chain_layout")) for name in SEQUENCES}
-            backward = _layout(library.miras_mlp_backward_layout)
+            backwards = {name: _layout(getattr(library, f"miras_{name}_backward_layout")) for name in BACKWARDS}
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
         linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
         limits = [linear.head, mlp.head, mlp.hidden, REGISTERS]
         same = chains == {name: kernels.Chain.layout() for name, kernels in SEQUENCES.items()} and operations == list(OPERATIONS)
-        same = same and backward == cuda_mlp_backward.Backward.layout()
+        same = same and backwards == {name: kernels.Backward.layout() for name, kernels in BACKWARDS.items()}
         if buffers != BUFFERS or found != Step.layout() + limits or not same:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
         for name in ("miras_linear_step", "miras_mlp_step"):
@@ -115,7 +115,7 @@ class CudaBackend:
         return [self.path, *BACKENDS["triton"].files()]
 
     def environment(self, device: torch.device) -> dict[str, str]:
-        triton = BACKENDS["triton"]  # does the backward
+        triton = BACKENDS["triton"]  # does the backward of some calls
         return {} if triton.unavailable() else triton.environment(device)
 
     def block_tokens(self, call: Call) -> int:
@@ -151,7 +151,7 @@ class CudaBackend:
         return f"it only decodes: calls of at most {call.memory.kernels[self.name].few} tokens, got {call.q.shape[1]}"
 
     def refuses_backward(self, call: Call) -> str | None:
-        """Why the Triton kernels compute the gradients of a call that it serves, or None."""
+        """The Triton kernels do what it refuses."""
         if (kernels := BACKWARDS.get(call.memory.name)) is None:
             return "it has no backward of this memory"
         return kernels.refuses(self._loaded[0], call)
