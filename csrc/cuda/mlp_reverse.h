@@ -26,7 +26,7 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
   using Base::lane, Base::warp, Base::tile, Base::part, Base::row, Base::piece, Base::fresh;
   using Base::s1, Base::w2, Base::slope, Base::curve, Base::dz, Base::de;
   using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed, Base::of_token;
-  using Base::fetch, Base::put, Base::park, Base::unpark, Base::load_fragments, Base::times_pairs, Base::add_outer, Base::decay;
+  using Base::fetch, Base::fetch_early, Base::put, Base::park, Base::unpark, Base::load_fragments, Base::times_pairs, Base::add_outer, Base::decay;
   using Base::contract, Base::contract_all, Base::product_with, Base::add_norm, Base::end_norm, Base::add_rows;
 
   __device__ __forceinline__ void hidden() {
@@ -281,9 +281,11 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
       for (int i = threadIdx.x; i < 2 * C * kD; i += X::kThreads) at<float>(S::kSums + 4 * i) = 0.0f;
     for (int i = threadIdx.x; i < kD; i += X::kThreads)
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
+    int c = int(last < chunks ? last : chunks) - 1;
+    from = b.handed + ((place * p.every + (c - first)) * p.H + h) * From::kBytes;
+    fetch_early(from);
 #pragma unroll 1
-    for (int c = int(last < chunks ? last : chunks) - 1; c >= first; --c) {
-      from = b.handed + ((place * p.every + (c - first)) * p.H + h) * From::kBytes;
+    for (; c >= first; --c) {
       fetch(c);
       Base::put_state(S::kJ, s1);
       cp_async_wait<0>();
@@ -295,8 +297,11 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
       __syncthreads();
       units();
       __syncthreads();
+      const char* next = from - int64_t(p.H) * From::kBytes;
+      if (c > first) fetch_early(next);
       keys(c * C);
       states();
+      from = next;
       __syncthreads();
     }
     fresh();

@@ -26,19 +26,23 @@ template <int C, int Hd, class T> struct ReverseBlock : Block<C, Hd, T, ReverseS
 
   __device__ __forceinline__ ReverseBlock(const MirasMlpBackward& b, int n, int h) : Base(b.chain, n, h), b(b) {}
 
-  __device__ __forceinline__ void copy(uint32_t tile, uint32_t offset, uint32_t bytes) {
-    for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * X::kThreads) cp_async_16(address(tile + i), from + offset + i);
+  // a chunk's tiles, and of [C, C] the pieces up to the diagonal's tile of 16
+  __device__ __forceinline__ static void copy(uint32_t tile, const char* from, uint32_t bytes) {
+    for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * X::kThreads) cp_async_16(address(tile + i), from + i);
   }
-  __device__ __forceinline__ void copy_pairs(uint32_t square, uint32_t offset) {
+  __device__ __forceinline__ static void copy_pairs(uint32_t square, const char* from) {
     for (int i = threadIdx.x; i < C * kPieces; i += X::kThreads) {
       const int r = i / kPieces, ch = i % kPieces;
-      if (ch / 2 <= r / 16) cp_async_16(address(square + place<kPieces>(r, ch)), from + offset + place<kPieces>(r, ch));
+      if (ch / 2 <= r / 16) cp_async_16(address(square + place<kPieces>(r, ch)), from + place<kPieces>(r, ch));
     }
   }
+  // those whose places are free after `units`, and the others
+  __device__ __forceinline__ static void fetch_early(const char* from) {
+    copy(S::kS1, from + From::kS1, S::kState), copy(S::kDUq, from + From::kDUq, S::kTile);
+    copy_pairs(S::kP, from + From::kP), copy_pairs(S::kN1, from + From::kN1);
+  }
   __device__ __forceinline__ void fetch(int c) {
-    copy(S::kGu, From::kGu, S::kTile), copy(S::kDUq, From::kDUq, S::kTile);
-    copy(S::kS1, From::kS1, S::kState), copy(S::kW2, From::kW2, S::kState);
-    copy_pairs(S::kP, From::kP), copy_pairs(S::kN1, From::kN1), copy_pairs(S::kN2, From::kN2);
+    copy(S::kW2, from + From::kW2, S::kState), copy(S::kGu, from + From::kGu, S::kTile), copy_pairs(S::kN2, from + From::kN2);
     Base::fetch(c);
   }
   __device__ __forceinline__ void load_fragments(Packed& x, uint32_t offset) {
