@@ -49,8 +49,8 @@ def replace_attention(
 
     The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, initialised from
     torch's random generator with the model's ``initializer_range``. *A pretrained model whose attention has been replaced must be
-    trained before it is of use again.* All new parameters are named ``...self_attn.memory.*`` (``attn`` in GPT-2, ``attention`` in
-    GPT-NeoX); :func:`report` lists them.
+    trained before it is of use again* (:func:`linearize`). All new parameters are named ``...self_attn.memory.*`` (``attn`` in GPT-2,
+    ``attention`` in GPT-NeoX); :func:`report` lists them.
 
     Args:
         model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped.
