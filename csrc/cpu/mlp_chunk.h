@@ -246,10 +246,10 @@ struct MlpChunk {
     float* const last = last_rows + index_t(mine.index) * 2 * cp;
     if (gates.momentum) {
       const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
-      run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon));
+      run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon), {});
     } else {
       const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
-      run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon));
+      run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon), {});
     }
     if (retention.scales_reads) scale(rho.value, index_t(tokens.count()) * cp, P + index_t(tokens.first) * cp);
   }
