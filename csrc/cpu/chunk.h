@@ -93,11 +93,15 @@ static void weigh_rows(int c, int cols, const float* factors, const float* src, 
     for (int j = 0; j < cols; j += kLanes) store(dst + j, broadcast(factors[t]) * load(src + j));
 }
 
+struct NoStage {
+  template <int R, int N> MIRAS_FN void operator()(int, int) const {}
+};
+
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
-// P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere.
-template <bool kKeepL, class A>
+// P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere. then<R, N>(i, j) follows each tile.
+template <bool kKeepL, class A, class Then = NoStage>
 static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P, float* L,
-                           WriteSoon soon) {
+                           WriteSoon soon, Then then = {}) {
   fill_zero(last_row, round_up(c, kPad));
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;  // Q K'
@@ -116,14 +120,15 @@ static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* 
       store(last_row + j + n * kLanes, decay);
     }
     s.store_to(P + i * cp + j, cp);
+    then.template operator()<R, N>(i, j);
   });
 }
 
 // The same with momentum, P = M o (Q K'), and if wanted M, Theta and Q K' itself. By rows, Theta_t = theta_t Theta_(t-1) with
 // Theta_tt = 1 and M_t = alpha_t M_(t-1) + Theta_t. last_rows [2 x Cp].
-template <bool kKeep, class A>
+template <bool kKeep, class A, class Then = NoStage>
 static void momentum_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P, float* M,
-                            float* Theta, float* QK, WriteSoon soon) {
+                            float* Theta, float* QK, WriteSoon soon, Then then = {}) {
   float *const last_m = last_rows, *const last_theta = last_rows + cp;
   fill_zero(last_rows, 2 * cp);
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -146,6 +151,7 @@ static void momentum_scores(const Gates& gates, int c, int dk, A q, const float*
       store(last_m + first, m), store(last_theta + first, theta);
     }
     s.store_to(P + i * cp + j, cp);
+    then.template operator()<R, N>(i, j);
   });
 }
 
@@ -261,11 +267,16 @@ static void momentum_gradient(const Gates& gates, int c, const float* Theta, ind
   }
 }
 
-// <a, b> over n floats, a multiple of kPad
+// <a, b> over n floats, a multiple of kPad; four sums, which need not wait for each other
 static float inner_product(const float* a, const float* b, index_t n) {
-  Vec dot = zeros();
-  for (index_t i = 0; i < n; i += kLanes) dot += load(a + i) * load(b + i);
-  return sum(dot);
+  Vec dot[4] = {};
+  index_t i = 0;
+  for (; n - i >= 4 * kLanes; i += 4 * kLanes) {
+    MIRAS_UNROLL
+    for (int l = 0; l < 4; ++l) dot[l] += load(a + i + l * kLanes) * load(b + i + l * kLanes);
+  }
+  for (; i < n; i += kLanes) dot[0] += load(a + i) * load(b + i);
+  return sum((dot[0] + dot[1]) + (dot[2] + dot[3]));
 }
 
 // The column sums of A o B  [Dvp], both [rows x Dvp]

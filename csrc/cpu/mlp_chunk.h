@@ -210,10 +210,10 @@ struct MlpChunk {
     const Cols x{XT, cp};
     if (gates.momentum) {
       const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
-      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, kept.Theta, kept.XY, soon);
+      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, kept.Theta, kept.XY, soon, {});
     } else {
       const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
-      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, soon);
+      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, soon, {});
     }
     if (retention.scales_reads) scale(rho.value, index_t(c) * cp, P);
   }

@@ -2,7 +2,7 @@
 //
 //   Tile<R, N>     R rows by N vectors of accumulators; all operations on a result happen while it is in registers
 //   sweep          visits a matrix tile by tile:        sweep(rows, cols, [&]<int R, int N>(int i, int j) { ... })
-//   sweep_lower    the same for a lower triangle (by rows, columns to the next multiple of kPad)
+//   sweep_lower    the same for a lower triangle (by rows, columns to the next multiple of kLanes)
 //
 // A product accumulates A(i, k) B(k, j) with A read one element at a time and broadcast, so that A may lie in memory by rows
 // (`Rows`: A(i, k) = p[i ld + k]) or by columns (`Cols`: A(i, k) = p[k ld + i]) at the same cost; B is read in vectors, its
@@ -188,16 +188,14 @@ template <int N = kTileVectors, class Function> MIRAS_INLINE void sweep(int rows
   }
 }
 
-// The lower triangle of a square matrix, by rows. Tiles right of the diagonal's kPad columns are not visited.
+// The lower triangle of a square matrix, by rows. Vectors right of the diagonal's are not visited.
 template <class Function> MIRAS_INLINE void sweep_lower(int rows, Function visit) {
   constexpr int R = kTileRows<2>, step = 2 * kLanes;
   const auto row_block = [&]<int r>(int i) MIRAS_LAMBDA {
-    const int cols = round_up(i + r, kPad);
+    const int cols = round_up(i + r, kLanes);
     int j = 0;
     for (; cols - j >= step; j += step) visit.template operator()<r, 2>(i, j);
-    if constexpr (kPad < step) {
-      if (j < cols) visit.template operator()<r, 1>(i, j);
-    }
+    if (j < cols) visit.template operator()<r, 1>(i, j);
   };
   int i = 0;
   for (; rows - i >= R; i += R) row_block.template operator()<R>(i);
