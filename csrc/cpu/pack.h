@@ -69,7 +69,10 @@ template <class T> static void transpose(const T* src, index_t ld_src, int rows,
       for (int quad = 0; quad < width; quad += 4) {
         Vec x[4];
         transpose_quads(from + quad, ld, x);
-        for (int r = 0; r < minimum(4, width - quad); ++r) store(to + (quad + r) * ld_dst, x[r]);
+        float* const rows = to + quad * ld_dst;
+        MIRAS_UNROLL
+        for (int r = 0; r < 4; ++r)
+          if (quad + r < width) store(rows + r * ld_dst, x[r]);
       }
     }
   }
