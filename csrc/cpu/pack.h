@@ -127,7 +127,7 @@ struct ChunkView {
   }
 };
 
-// Prefetches a chunk of a tensor while a product of so many multiply-adds runs, evenly: a line at every 2nd, 4th, ... step of its inner loop.
+// Prefetches a chunk of a tensor while a product of so many multiply-adds runs, evenly: a line at every 2nd, 4th, ... of its inner steps.
 // Tokens are often a page apart, which the hardware does not predict. Prefetching all at once would fill the load buffers, for which the
 // product would wait; prefetching too early would let the rows, whose low address bits are equal, evict each other.
 template <bool kWrite> class Prefetch {
