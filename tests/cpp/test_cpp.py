@@ -177,12 +177,12 @@ SHARED = dict(memory="mlp", batch=1, heads=1, tokens=150, chunk_size=64, key_dim
         dict(bias=mk.Huber("norm")),
         slow(dict(chunk_size=33, momentum=True)),
         slow(dict(retention=mk.KLRetention(), momentum=True)),
-        slow(dict(retention=mk.LqRetention(1.5), lengths=(70, 0, 80))),
+        slow(dict(retention=mk.LqRetention(1.5), lengths=(150,), hidden=256)),
     ],
     ids=str,
 )
 def test_threads_that_share_a_head(changes):
-    """An MLP memory of few heads: the same bits for any number of threads, and within the budget."""
+    """An MLP memory of one head: the same bits for any number of threads, and within the budget."""
     case, before, results = Case("shared", **{**SHARED, **changes}), torch.get_num_threads(), []
     inputs = case.draw(torch.float32)
     try:
