@@ -143,6 +143,9 @@ template <bool kWrite> class Prefetch {
     while (left_ * kStep * 2 * (mask_ + 1) <= products && left_ > 0) mask_ = 2 * mask_ + 1;
   }
 
+  // n floats in a row
+  MIRAS_FN Prefetch(const float* x, index_t n) : at_((const char*)x), row_(int(n / 16)), left_in_row_(row_), left_(row_) {}
+
   MIRAS_FN void operator()(index_t k) {
     if ((k & mask_) || left_ <= 0) return;
     __builtin_prefetch(at_, kWrite);
