@@ -118,7 +118,7 @@ def readable(name: str) -> str:
 
 
 def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> list[dict]:
-    """The launches of a call, in order, with what is counted of each."""
+    """The launches of a call, in order, with what is counted of each; of "cuda" only the names of those that Triton's kernels do."""
     import torch
     from miras_kernels.kernels.common import configs
 
@@ -136,7 +136,10 @@ def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> l
 
     def count(launch) -> None:
         grid = (*launch.grid, 1)
-        own = bool(launch.pointers)  # of CUDA C++: blocks of all heads in one row, those of the first heads first
+        own = not launch.name  # of CUDA C++: blocks of all heads in one row, those of the first heads first
+        if backend == "cuda" and not own:
+            found.append(dict(kernel=launch.name.split()[0]))
+            return
         programs = grid[0] * EXECUTED // HEADS if own else grid[0]
         heads = EXECUTED if own or grid[1] > 1 else HEADS
         _, counts = launch.run(chip=chip, heads=heads, most=programs if own else 2**31)
@@ -172,7 +175,14 @@ def rows(specimen: Specimen, backend: str = "triton") -> dict[str, list[dict]]:
         both = []
         for a, b in zip(short, long, strict=True):
             assert a["kernel"] == b["kernel"]
-            both.append(b | {"counts": {field: [a["counts"][field], b["counts"][field]] for field in model.FIELDS}})
+            if "counts" in b:
+                b |= {"counts": {field: [a["counts"][field], b["counts"][field]] for field in model.FIELDS}}
+            both.append(b)
+        rest = [row["kernel"] for row in both if "counts" not in row]  # the last ones, a backward's
+        if rest:
+            known = read()[version("triton")]["rows"][str(dataclasses.replace(specimen, values=0))][direction][-len(rest) :]
+            assert rest == [row["kernel"] for row in known]
+            both[-len(rest) :] = known
         found[direction] = both
     return found
 
