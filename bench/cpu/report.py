@@ -115,7 +115,7 @@ def _scaling(results: Sequence[dict]) -> str:
     for r in results:
         least = min(r["sizes"].values())
         for name, size in r["sizes"].items():
-            ideal = least / size if r["axis"] == "threads" else size / least
+            ideal = least / size if r["axis"] in ("threads", "one head") else size / least
             row = [r["case"], name, str(r["threads"]), gate(r["parity"].get(name)), "-", "-", "-"]
             if name in r.get("ms", {}):
                 row[4] = f"{r['ms'][name]['median']:.2f}"
@@ -158,6 +158,7 @@ SECTIONS = (
     ("dtype", "Input types", _variants),
     ("delta rule", "The delta rule: exact steps of one token", _variants),
     ("hybrid", "A model in Qwen3.5's shape", _variants),
+    ("wrappers", "A model of transformers and its memory blocks alone", _variants),
     ("memory", "Memory of one forward and backward, beyond the inputs", _memory),
     ("scaling", "Scaling, forward and backward", _scaling),
     ("stages", "The stages of a chunk, the least ticks of the rounds", stages.section),

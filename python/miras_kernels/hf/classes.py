@@ -25,8 +25,10 @@ from ..layers import MemoryBlock
 from . import compat, hosts, plan
 from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_of_tokens
 from .cache import check_cache, memory_layer
+from .card import write_card
 from .hosts import Host
 from .plan import Memories
+from .quantised import leave_out_memories
 
 _SHIM = "modeling_miras"
 _GUESSES = 128  # tokens that assisted generation may have to take back, if it does not guess more at once
@@ -104,6 +106,8 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
         for name in ("tp_plan", "tp_size"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{name}: a model with memories has no tensor-parallel plan; expected None, got {kwargs[name]!r}")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = leave_out_memories(kwargs["quantization_config"])
         return super().from_pretrained(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
@@ -120,10 +124,12 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
                 memory = memory_layer(cache, i, isinstance(layer, ParallelAttention))
                 memory.keep(max(_GUESSES, 2 * max(guesses)))
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """Also records in the configuration which classes load the model."""
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs) -> None:
+        """Also records in the configuration which classes load the model, and writes a README.md unless there is one."""
         self.config.auto_map = auto_map(type(self))
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(self, save_directory)
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs) -> None:
