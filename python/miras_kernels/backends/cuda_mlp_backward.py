@@ -40,6 +40,8 @@ class Backward(ctypes.Structure):
 
 def refuses(library: Any, call: Call) -> str | None:
     """Why these kernels cannot compute the gradients of a call that the forward serves, or None."""
+    if library is None:  # no call runs
+        return None
     needed = library.miras_mlp_backward_shared(call.hidden, call.chunk_size)
     if not needed:
         at = f"chunks of {call.chunk_size} at hidden {call.hidden}"
