@@ -185,7 +185,7 @@ def run(kernel, grid: tuple[int, ...], config, device: torch.device, options: Ca
     active, values, (given, kind) = driver.active, tuple(own.values()), shared.read
     index = active.get_current_device()
     where = (
-        id(kernel), id(active), index, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode,
+        id(kernel), active, index, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode,
         tuple(own), tuple(map(type, values)),
     )  # fmt: skip
     site = kind.layouts.get(where)
