@@ -19,7 +19,7 @@ from ..expressions import OPERATIONS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
-from . import BACKENDS, checkpoints_like, cuda_linear, cuda_mlp
+from . import BACKENDS, checkpoints_like, cuda_linear, cuda_linear_backward, cuda_mlp
 from .cuda_program import REGISTERS, encoded, registers
 from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, floats, launch, refuses_chunks
 
@@ -28,6 +28,8 @@ __all__ = ["CudaBackend", "Step"]
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 #: by memory, what reads whole chunks of it: a module with the struct `Chain`, `refuses` and `forward`
 SEQUENCES: dict[str, ModuleType] = {"linear": cuda_linear, "mlp": cuda_mlp}
+#: by memory, its backward: a module with the struct `Backward`, `refuses` and `backward`; the Triton kernels do what it refuses
+BACKWARDS: dict[str, ModuleType] = {"linear": cuda_linear_backward}
 
 
 class Step(ctypes.Structure):
@@ -92,17 +94,20 @@ class CudaBackend:
             library.miras_operations.restype = ctypes.c_char_p
             operations = library.miras_operations().decode().split()
             chains = {name: _layout(getattr(library, f"miras_{name}_chain_layout")) for name in SEQUENCES}
+            backwards = {name: _layout(getattr(library, f"miras_{name}_backward_layout")) for name in BACKWARDS}
         except (OSError, AttributeError) as error:
             return None, f"the kernels cannot be loaded: {error}"
         linear, mlp = (row.kernels[self.name].steps for row in (memories.LINEAR, memories.MLP))
         limits = [linear.head, mlp.head, mlp.hidden, REGISTERS]
         same = chains == {name: kernels.Chain.layout() for name, kernels in SEQUENCES.items()} and operations == list(OPERATIONS)
+        same = same and backwards == {name: kernels.Backward.layout() for name, kernels in BACKWARDS.items()}
         if buffers != BUFFERS or found != Step.layout() + limits or not same:
             return None, f"{self.path.name} was built from other sources than this package: rebuild it"
         for name in ("miras_linear_step", "miras_mlp_step"):
             getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
         for name, kernels in SEQUENCES.items():
             getattr(library, f"miras_{name}_chain").argtypes = [ctypes.POINTER(kernels.Chain), ctypes.c_void_p]
+        library.miras_linear_reverse.argtypes = [ctypes.POINTER(cuda_linear_backward.Backward), ctypes.c_void_p]
         return library, None
 
     def files(self) -> list[Path]:
@@ -134,15 +139,21 @@ class CudaBackend:
         if call.memory.name in SEQUENCES:
             kernels, triton = SEQUENCES[call.memory.name], BACKENDS["triton"]
             reason = _refuses_device(call) or refuses_chunks(call) or kernels.refuses(self._loaded[0], call)
-            if reason is None and differentiate:
+            if reason is None and differentiate and (own := self.refuses_backward(call)):
                 reason = triton.unavailable() or triton.refuses(call, True)
-                return None if reason is None else f"the Triton kernels do its backward: {reason}"
+                return None if reason is None else f"the Triton kernels do its backward, since {own}: {reason}"
             return reason
         if differentiate:
             return "it only decodes: it has no gradients"
         if call.cu_seqlens is not None:
             return "it only decodes: it takes no packed sequences"
         return f"it only decodes: calls of at most {call.memory.kernels[self.name].few} tokens, got {call.q.shape[1]}"
+
+    def refuses_backward(self, call: Call) -> str | None:
+        """Why the Triton kernels compute the gradients of a call that it serves, or None."""
+        if (kernels := BACKWARDS.get(call.memory.name)) is None:
+            return "it has no backward of this memory"
+        return kernels.refuses(self._loaded[0], call)
 
     def refuses_steps(self, call: Call) -> str | None:
         if call.q.dtype not in TOKEN_TYPES:
@@ -165,7 +176,9 @@ class CudaBackend:
         return checkpoints_like(call, checkpoint_every)
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
-        return BACKENDS["triton"].backward(call, checkpoint_every, saved, grad_out, grad_state)
+        if self.refuses_backward(call):
+            return BACKENDS["triton"].backward(call, checkpoint_every, saved, grad_out, grad_state)
+        return BACKWARDS[call.memory.name].backward(self._loaded[0], call, checkpoint_every, saved, grad_out, grad_state)
 
 
 class Steps:

@@ -1,0 +1,90 @@
+// Sizes, sums and gates of the kernel of linear_reverse_kernel.h.
+#pragma once
+
+#include "linear_chain_tools.h"
+#include "linear_reverse.h"
+#include "tiles.h"
+
+namespace miras::cuda {
+namespace {
+
+// Gates of a chunk's tokens
+template <int kChunk> struct ReverseGates {
+  float2 log_gamma[kChunk];  // as in Gates
+  float eta[kChunk], to_end[kChunk], gamma[kChunk], delta[kChunk];  // -eta_t; gamma_C / gamma_t
+  float total, padding[3];
+};
+
+// Sizes, and the places in shared memory. A warp has 16 values.
+template <int kDim_, int kChunk_> struct ReverseShape {
+  using T = Bf16;
+  static constexpr int kDim = kDim_, kChunk = kChunk_, kWarps = kDim / 16, kThreads = 32 * kWarps;
+  static constexpr int kPieces = kDim / 8, kTokenPieces = kChunk / 8;  // 16 bytes each, of a row of channels and of one of tokens
+  static constexpr int kGroups = kChunk / 8, kSixteens = kChunk / 16, kSteps = kDim / 16;
+  static constexpr int kParts = kWarps / kSixteens;         // of the keys of dQ and dK; a warp has 16 tokens of a part
+  static constexpr int kPartKeys = kDim / kParts, kPairs = kPartKeys / 16;
+  static constexpr int kUnits = (kSixteens * kSixteens + kWarps - 1) / kWarps;  // of 16 x 16 pairs of tokens, of a warp
+  static constexpr int kLanes = kThreads / kChunk;          // threads of a token that add up its sums
+  static_assert(kPartKeys % 16 == 0 && kLanes <= 16);
+
+  static constexpr int kTokens = kChunk * kDim * 2, kMatrix = kDim * kDim * 2, kSquare = kChunk * kChunk * 2;
+  static constexpr int kStage = 3 * kTokens, kQ = kTokens, kD = 2 * kTokens;  // two stages of K, Q and dO
+  static constexpr int kV = 2 * kStage, kE = kV;                             // V', then dE
+  static constexpr int kU = kV + kTokens, kS = kU + kTokens, kJ = kS + kMatrix, kP = kJ + kMatrix, kG = kP + kSquare;
+  static constexpr int kGates = kG + kSquare;
+  static constexpr int kSums = kGates + 2 * int(sizeof(ReverseGates<kChunk>));  // [5, warps, tokens]
+  static constexpr int kEnds = kSums + 5 * kWarps * kChunk * 4;                 // [tokens]
+  static constexpr int kRows = kEnds + kChunk * 4, kUnitSums = kSixteens * kSixteens * 16 * 4, kColumns = kRows + kUnitSums;
+  static constexpr int kDiagonal = kColumns + kUnitSums, kReads = kDiagonal + kChunk * 4, kInner = kReads + kParts * kChunk * 4;
+  static constexpr int kBytes = kInner + kWarps * 4;
+  static_assert(kBytes <= 226 * 1024);
+};
+
+// The two tokens of a thread in each of kGroups groups of 8: their sums over the lanes / 4. A lane has the results of one group, which is
+// returned; where there are fewer groups than lanes, several lanes have the same.
+template <int kGroups> __device__ __forceinline__ int token_sums(float2 (&x)[kGroups], int lane) {
+  int group = 0;
+  each<3>([&](auto i) {
+    constexpr int kMask = 16 >> i, kLeft = kGroups >> i;  // groups that a lane still has
+    if constexpr (kLeft > 1) {
+      const bool upper = lane & kMask;
+#pragma unroll
+      for (int n = 0; n < kLeft / 2; ++n) {
+        const float2 mine = upper ? x[n + kLeft / 2] : x[n], other = upper ? x[n] : x[n + kLeft / 2];
+        x[n].x = mine.x + __shfl_xor_sync(kWholeWarp, other.x, kMask), x[n].y = mine.y + __shfl_xor_sync(kWholeWarp, other.y, kMask);
+      }
+      group += upper ? kLeft / 2 : 0;
+    } else {
+      x[0].x += __shfl_xor_sync(kWholeWarp, x[0].x, kMask), x[0].y += __shfl_xor_sync(kWholeWarp, x[0].y, kMask);
+    }
+  });
+  return group;
+}
+
+// Products of 16 x 16 and 16 x 16 kPairs numbers, summed over steps first to last - 1: load(i, a, b) loads the operands of step i, which
+// happens before those of step i - 1 are multiplied.
+template <int kSteps, int kPairs, class Load>
+__device__ __forceinline__ void products(float (&c)[2 * kPairs][4], int first, int last, Load&& load) {
+  uint32_t a[2][4], b[2][kPairs][4];
+  each<kSteps + 1>([&](auto i) {
+    if constexpr (i < kSteps)
+      if (i >= first && i < last) load(i, a[i % 2], b[i % 2]);
+    if constexpr (i > 0)
+      if (i - 1 >= first && i - 1 < last) {
+        constexpr int kBefore = (i + 1) % 2;
+        each<kPairs>([&](auto n) {
+          mma_m16n8k16<Bf16>(c[2 * n], a[kBefore], b[kBefore][n][0], b[kBefore][n][1]);
+          mma_m16n8k16<Bf16>(c[2 * n + 1], a[kBefore], b[kBefore][n][2], b[kBefore][n][3]);
+        });
+      }
+  });
+}
+
+// two neighbouring C tiles as an A operand
+__device__ __forceinline__ void packed(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
+  a[0] = pack<Bf16>(low[0], low[1]), a[1] = pack<Bf16>(low[2], low[3]);
+  a[2] = pack<Bf16>(high[0], high[1]), a[3] = pack<Bf16>(high[2], high[3]);
+}
+
+}  // namespace
+}  // namespace miras::cuda
