@@ -7,115 +7,10 @@
 //     [tokens, state here]    E', K J', scores, U'    [U', J, scores here]    G, dU', dE'    [dE', G here]    J, dQ, dK, dV    [all read]
 #pragma once
 
-#include "linear_reverse_state.h"
+#include "linear_reverse_gates.h"
 
 namespace miras::cuda {
 namespace {
-
-// Of a tile of dP o P: what its pairs add to the gradients of log-decays. Token t's is the sum over pairs of a read r >= t and a write s < t.
-template <class S> __device__ __forceinline__ void Reverse<S>::pair_sums(int row, int column, const float (&m)[2][4]) const {
-  const int place = (row * kSixteens + column) * 16, g = lane / 4, t = lane & 3;
-  if (row != column) {
-    float sums[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sums[i] = row_sum<4>((m[0][2 * i] + m[0][2 * i + 1]) + (m[1][2 * i] + m[1][2 * i + 1]));
-    if (t == 0) at<float>(S::kRows + 4 * (place + g)) = sums[0], at<float>(S::kRows + 4 * (place + g + 8)) = sums[1];
-    float2 columns[2] = {make_float2(m[0][0] + m[0][2], m[0][1] + m[0][3]), make_float2(m[1][0] + m[1][2], m[1][1] + m[1][3])};
-    const int group = token_sums(columns, lane);
-    at<float2>(S::kColumns + 4 * (place + 8 * group + 2 * t)) = columns[0];
-    return;
-  }
-  float2 columns[2] = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int read = g + 8 * i;
-    float before = 0.0f;  // of the row, the tokens of earlier groups
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float x = m[n][2 * i], own = x + m[n][2 * i + 1];
-      float sum = own;
-      const float one = __shfl_up_sync(kWholeWarp, sum, 1, 4);
-      sum += t >= 1 ? one : 0.0f;
-      const float two = __shfl_up_sync(kWholeWarp, sum, 2, 4);
-      sum += t >= 2 ? two : 0.0f;
-      const float left = __shfl_up_sync(kWholeWarp, sum, 1, 4), all = __shfl_sync(kWholeWarp, sum, 3, 4);
-      const float first = before + (t >= 1 ? left : 0.0f);
-      columns[n].x += read >= 8 * n + 2 * t ? first : 0.0f, columns[n].y += read > 8 * n + 2 * t ? first + x : 0.0f;
-      before += all;
-    }
-  }
-  const int group = token_sums(columns, lane);
-  at<float2>(S::kDiagonal + 4 * (16 * row + 8 * group + 2 * t)) = columns[0];
-}
-
-// A token's share of them, over all tiles: that of thread `part` of its kLanes.
-template <class S> __device__ __forceinline__ float Reverse<S>::decay_from_pairs(int token, int part) const {
-  constexpr int kEach = 16 / S::kLanes;
-  const int block = token / 16, place = token % 16;
-  float sum = part == 0 ? at<float>(S::kDiagonal + 4 * token) : 0.0f;
-#pragma unroll
-  for (int row = 0; row < kSixteens; ++row)
-#pragma unroll
-    for (int column = 0; column < row; ++column) {
-      if (row < block || column > block) continue;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int other = part * kEach + i, of = 4 * ((row * kSixteens + column) * 16 + other);
-        if (column == block) sum += other < place ? at<float>(S::kColumns + of) : 0.0f;
-        else sum += row > block || other >= place ? at<float>(S::kRows + of) : 0.0f;
-      }
-    }
-  return sum;
-}
-
-template <class S>
-__device__ __forceinline__ void Reverse<S>::store_rows(void* to, int chunk, int row, int channel, const float (&x)[2 * S::kPairs][4]) const {
-  const int token = 16 * row + lane / 4, count = tokens_of(chunk);
-  const int64_t step = int64_t(p.H) * kDim * 2;
-  char* const at = static_cast<char*>(to) + first_gate * kDim * 2 + (int64_t(chunk) * kChunk + token) * step + 2 * channel + 4 * (lane & 3);
-#pragma unroll
-  for (int n = 0; n < 2 * S::kPairs; ++n) {
-    if (token < count) *reinterpret_cast<uint32_t*>(at + 16 * n) = pack<T>(x[n][0], x[n][1]);
-    if (token + 8 < count) *reinterpret_cast<uint32_t*>(at + 16 * n + 8 * step) = pack<T>(x[n][2], x[n][3]);
-  }
-}
-
-// dE' from dU', and the sums over values of the gradients of gates
-template <class S>
-__device__ __forceinline__ void Reverse<S>::gradients_of_errors(float (&d)[kGroups][4], float (&e)[kGroups][4], int chunk) const {
-  with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
-    using Bias = decltype(bias);
-    float2 of_lr[kGroups] = {}, of_delta[kGroups] = {}, pulls[kGroups] = {};
-    each_error(bias, chunk, [&](int n, int i, int half, auto row) {
-      const int token = 8 * n + 2 * (lane & 3) + i;
-      const float error = e[n][2 * half + i], psi = bias.value(error, row);
-      float& y = d[n][2 * half + i];
-      const float weighted = y * gates(chunk).eta[token];
-      (i ? of_lr[n].y : of_lr[n].x) -= y * psi;
-      y = bias.slope(error, psi, row) * weighted;
-      if constexpr (Bias::kUsesDelta) {
-        const float of = bias.slope_delta(error, row) * weighted;
-        (i ? of_delta[n].y : of_delta[n].x) += of;
-        if constexpr (!Bias::kCouplesRow)
-          if (p.delta_per_channel && token < tokens_of(chunk)) p.grad_delta[channel_place(chunk, token, half)] = of;
-      }
-      if constexpr (Bias::kCouplesRow) (i ? pulls[n].y : pulls[n].x) += bias.pull(error, row) * weighted;
-    });
-    store_sums(kOfLr, of_lr);
-    if constexpr (Bias::kUsesDelta) store_sums(kOfDelta, of_delta);
-    if constexpr (Bias::kCouplesRow) {
-      store_sums(kPulls, pulls);
-      __syncthreads();
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float pull = sum_over_warps(kPulls, 8 * n + 2 * (lane & 3) + i);
-          d[n][i] += pull * e[n][i], d[n][2 + i] += pull * e[n][2 + i];
-        }
-    }
-  });
-}
 
 // The chunk's K, Q, dO and gates are on their way, and its state is the `kept`-th of the workspace.
 template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int chunk, int kept) {
@@ -134,7 +29,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   }
   cp_async_commit();
 
-  float e[kGroups][4] = {}, d[kGroups][4] = {}, scores[S::kUnits][2][4] = {}, inner = 0.0f;
+  float e[kGroups][4] = {}, d[kGroups][4] = {}, scores[S::kUnits][2][4] = {}, inner[4] = {};
   {
     uint32_t a[2][4], b[2][kSixteens][4];
     each<kSteps + 1>([&](auto i) {
@@ -150,16 +45,15 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
         packed(of_j, low, high);
         store_fragment<S::kPieces>(S::kJ, first_value, 2 * kStep, lane, of_j);
         each<kSixteens>([&](auto n) {
-          mma_m16n8k16<T>(e[2 * n], a[kOf], b[kOf][n][0], b[kOf][n][1]), mma_m16n8k16<T>(d[2 * n], of_j, b[kOf][n][0], b[kOf][n][1]);
-          mma_m16n8k16<T>(e[2 * n + 1], a[kOf], b[kOf][n][2], b[kOf][n][3]);
-          mma_m16n8k16<T>(d[2 * n + 1], of_j, b[kOf][n][2], b[kOf][n][3]);
+          multiply(e[2 * n], e[2 * n + 1], a[kOf], b[kOf][n]);
+          multiply(d[2 * n], d[2 * n + 1], of_j, b[kOf][n]);
         });
         if (decays)
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             const float2 of = unpack<T>(a[kOf][r]);
             const float* const with = &(r < 2 ? low : high)[2 * (r % 2)];
-            inner += of.x * with[0] + of.y * with[1];
+            inner[r] = fmaf(of.x, with[0], inner[r]), inner[r] = fmaf(of.y, with[1], inner[r]);
           }
       }
     });
@@ -172,13 +66,22 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     });
   };
   const auto decayed = [&](float (&of)[2][4], int row, int column) {
+    const int read = 16 * row + lane / 4, write = 16 * column + 2 * (lane & 3);
+    float2 reads[2], writes[2][2];
+    float by[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 two = *reinterpret_cast<const float4*>(x.log_gamma + write + 8 * i);
+      reads[i] = x.log_gamma[read + 8 * i], writes[i][0] = make_float2(two.x, two.y), writes[i][1] = make_float2(two.z, two.w);
+    }
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int read = 16 * row + lane / 4 + i / 2 * 8, write = 16 * column + 8 * n + 2 * (lane & 3) + i % 2;
-        of[n][i] = write <= read ? of[n][i] * decay_of(x.log_gamma[read], x.log_gamma[write]) : 0.0f;
-      }
+      for (int i = 0; i < 4; ++i) by[n][i] = decay_of(reads[i / 2], writes[n][i % 2]);
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of[n][i] = write + 8 * n + i % 2 <= read + i / 2 * 8 ? of[n][i] * by[n][i] : 0.0f;
   };
   each_unit([&](auto unit, int row, int column) {
     products<kSteps, 1>(scores[unit], 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[1][4]) {
@@ -193,18 +96,19 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   {
     float u[kGroups][4];
     float2 ends[kGroups];
+    float2 to_end[kGroups];
+    pairs(to_end, x.to_end);
     updates(u, e, chunk, S::kV);
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
-      const float2 to_end = pair(x.to_end, n);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) d[n][i] *= i % 2 ? to_end.y : to_end.x;
+      for (int i = 0; i < 4; ++i) d[n][i] *= i % 2 ? to_end[n].y : to_end[n].x;
       ends[n] = make_float2(u[n][0] * d[n][0] + u[n][2] * d[n][2], u[n][1] * d[n][1] + u[n][3] * d[n][3]);
     }
     if (decays) {
       store_sums(kOfEnd, ends);
-      inner = warp_sum(inner);
-      if (lane == 0) at<float>(S::kInner + 4 * warp) = inner;
+      const float sum = warp_sum((inner[0] + inner[1]) + (inner[2] + inner[3]));
+      if (lane == 0) at<float>(S::kInner + 4 * warp) = sum;
     }
 #pragma unroll
     for (int n = 0; n < kSixteens; ++n) {
@@ -243,24 +147,25 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
         });
       }
       if constexpr (i > 0)
-        each<i>([&](auto n) {
-          constexpr int kOf = (i + 1) % 2;
-          mma_m16n8k16<T>(d[2 * n], of_out[i - 1], b[kOf][n][0], b[kOf][n][1]);
-          mma_m16n8k16<T>(d[2 * n + 1], of_out[i - 1], b[kOf][n][2], b[kOf][n][3]);
-        });
+        each<i>([&](auto n) { multiply(d[2 * n], d[2 * n + 1], of_out[i - 1], b[(i + 1) % 2][n]); });
     });
+  }
+  {
+    float2 gamma[kGroups];
+    pairs(gamma, x.gamma);
+#pragma unroll
+    for (int n = 0; n < kSixteens; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 of = unpack<T>(of_out[n][i]), by = gamma[2 * n + i / 2];
+        of_out[n][i] = pack<T>(of.x * by.x, of.y * by.y);
+      }
   }
   gradients_of_errors(d, e, chunk);
 #pragma unroll
   for (int n = 0; n < kSixteens; ++n) {
     packed(of_error[n], d[2 * n], d[2 * n + 1]);
     store_fragment<S::kTokenPieces>(S::kE, first_value, 2 * n, lane, of_error[n]);
-    const float2 low = pair(x.gamma, 2 * n), high = pair(x.gamma, 2 * n + 1);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 of = unpack<T>(of_out[n][i]), gamma = i < 2 ? low : high;
-      of_out[n][i] = pack<T>(of.x * gamma.x, of.y * gamma.y);
-    }
   }
   __syncthreads();  // dE' and G are here
 
@@ -291,31 +196,51 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     });
   };
   const auto scale_rows = [&](float (&c)[2 * S::kPairs][4], const float (&of)[kChunk]) {
+    const float by[2] = {of[token], of[token + 8]};
 #pragma unroll
     for (int n = 0; n < 2 * S::kPairs; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[n][i] *= of[token + i / 2 * 8];
+      for (int i = 0; i < 4; ++i) c[n][i] *= by[i / 2];
   };
   {
-    float c[2 * S::kPairs][4] = {};
-    products<kSteps, S::kPairs>(c, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+    float c[2 * S::kPairs][4] = {}, of_k[2 * S::kPairs][4] = {};  // dQ, dK
+    products<kSteps, S::kPairs>(of_k, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+      load_transposed<0>(a, address(S::kU + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
+      load_keys(b, S::kJ, i);
+    });
+    scale_rows(of_k, x.to_end);
+    products<kSteps, S::kPairs>(c, of_k, [&](auto i, uint32_t (&a)[4], uint32_t (&of_error)[4], uint32_t (&b)[S::kPairs][4]) {
       load_matrices<0>(a, address(grads + by_rows<S::kPieces>(16 * row, 16 * i, lane)));
+      load_transposed<0>(of_error, address(S::kE + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
+#pragma unroll
+      for (int r = 0; r < 4; ++r) of_error[r] = traits.predicts ? of_error[r] : 0;
       load_keys(b, S::kS, i);
     });
+    products<kSixteens, S::kPairs>(of_k, row, kSixteens, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+      load_transposed<0>(a, address(S::kG + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
+      load_keys(b, queries, i);
+    });
+    store_rows(p.grad_k, chunk, row, first_key, of_k);
     scale_rows(c, x.gamma);
     if (decays) {
-      float reads[2] = {};
+      uint32_t q[2 * S::kPairs][2];
+#pragma unroll
+      for (int n = 0; n < 2 * S::kPairs; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          q[n][i] = at<uint32_t>(queries + place<S::kPieces>(token + 8 * i, first_key / 8 + n) + 4 * (lane & 3));
+      float reads[2][2] = {};
 #pragma unroll
       for (int n = 0; n < 2 * S::kPairs; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float2 q = unpack<T>(at<uint32_t>(queries + place<S::kPieces>(token + 8 * i, first_key / 8 + n) + 4 * (lane & 3)));
-          reads[i] += c[n][2 * i] * q.x + c[n][2 * i + 1] * q.y;
+          const float2 of = unpack<T>(q[n][i]);
+          reads[i][0] = fmaf(c[n][2 * i], of.x, reads[i][0]), reads[i][1] = fmaf(c[n][2 * i + 1], of.y, reads[i][1]);
         }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        reads[i] = row_sum<4>(reads[i]);
-        if ((lane & 3) == 0) at<float>(S::kReads + 4 * (part * kChunk + token + 8 * i)) = reads[i];
+        const float sum = row_sum<4>(reads[i][0] + reads[i][1]);
+        if ((lane & 3) == 0) at<float>(S::kReads + 4 * (part * kChunk + token + 8 * i)) = sum;
       }
     }
     products<kSixteens, S::kPairs>(c, 0, row + 1, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
@@ -323,24 +248,6 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
       load_keys(b, keys, i);
     });
     store_rows(p.grad_q, chunk, row, first_key, c);
-  }
-  {
-    float c[2 * S::kPairs][4] = {};
-    products<kSteps, S::kPairs>(c, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
-      load_transposed<0>(a, address(S::kU + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-      load_keys(b, S::kJ, i);
-    });
-    scale_rows(c, x.to_end);
-    if (traits.predicts)
-      products<kSteps, S::kPairs>(c, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
-        load_transposed<0>(a, address(S::kE + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-        load_keys(b, S::kS, i);
-      });
-    products<kSixteens, S::kPairs>(c, row, kSixteens, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
-      load_transposed<0>(a, address(S::kG + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-      load_keys(b, queries, i);
-    });
-    store_rows(p.grad_k, chunk, row, first_key, c);
   }
   {
     float c[2 * S::kPairs][4];  // dV = -dE
@@ -356,48 +263,6 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     store_rows(p.grad_v, chunk, row, first_key, c);
   }
   gate_gradients(chunk, total);
-}
-
-// Of the token that this thread and its neighbours have; all warps' sums are there.
-template <class S> __device__ __forceinline__ void Reverse<S>::gate_gradients(int chunk, float total) const {
-  const int token = thread() / S::kLanes, part = thread() % S::kLanes;
-  const bool writes = part == 0 && token < tokens_of(chunk);
-  const int64_t place = first_gate + (int64_t(chunk) * kChunk + token) * p.H;
-  const auto of_token = [&](Sum sum) {
-    float x = 0.0f;
-#pragma unroll
-    for (int i = 0; i < S::kWarps; i += S::kLanes)
-      if (S::kLanes <= S::kWarps || part < S::kWarps) x += sums(sum, i + part)[token];
-    return row_sum<S::kLanes>(x);
-  };
-  const float of_lr = of_token(kOfLr);
-  if (writes) p.grad_lr[place] = of_lr;
-  if (p.grad_delta && !p.delta_per_channel) {
-    const float of_delta = of_token(kOfDelta);
-    if (writes) p.grad_delta[place] = of_delta;
-  }
-  float sum = 0.0f;
-  if (p.log_decay) {
-    sum = decay_from_pairs(token, part);
-    const float end = of_token(kOfEnd);
-    if (part == 0) at<float>(S::kEnds + 4 * token) = end;
-  }
-  __syncthreads();  // all that is in shared memory has been read, but for these sums
-  if (p.log_decay == nullptr) return;
-#pragma unroll 4
-  for (int i = part; i < kChunk; i += S::kLanes) {
-    if (i < token) {
-      sum += at<float>(S::kEnds + 4 * i);
-    } else {
-#pragma unroll
-      for (int n = 0; n < S::kParts; ++n) sum += at<float>(S::kReads + 4 * (n * kChunk + i));
-    }
-  }
-  if (part == 0)
-#pragma unroll
-    for (int i = 0; i < S::kWarps; ++i) sum += total * at<float>(S::kInner + 4 * i);
-  sum = row_sum<S::kLanes>(sum);
-  if (writes) p.grad_log_decay[place] = sum;
 }
 
 template <class S> __global__ void __launch_bounds__(S::kThreads, 256 / S::kThreads) linear_reverse(const __grid_constant__ MirasLinearReverse p) {

@@ -41,9 +41,10 @@ template <class S> struct Reverse {
     const int group = token_sums(x, lane);
     *reinterpret_cast<float2*>(sums(sum, warp) + 8 * group + 2 * (lane & 3)) = x[0];
   }
-  // of the thread's two tokens of a group
-  __device__ __forceinline__ float2 pair(const float (&of)[kChunk], int n) const {
-    return *reinterpret_cast<const float2*>(of + 8 * n + 2 * (lane & 3));
+  // of the thread's two tokens of each group
+  __device__ __forceinline__ void pairs(float2 (&to)[kGroups], const float (&of)[kChunk]) const {
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) to[n] = *reinterpret_cast<const float2*>(of + 8 * n + 2 * (lane & 3));
   }
 
   // ---------------------------------------------------------------------------------------------------------------- copies
@@ -153,21 +154,23 @@ template <class S> struct Reverse {
   // V' of the warp's values: subtracted from E', or its negative
   template <bool kPredicts> __device__ __forceinline__ void subtract(float (&e)[kGroups][4], uint32_t values) const {
     const uint32_t rows = address(values + by_columns<S::kPieces>(0, first_value, lane));
-    each<kSixteens>([&](auto n) {
-      uint32_t v[4];
-      load_transposed<n * 16 * 2 * kDim>(v, rows);
+    uint32_t v[kSixteens][4];
+    each<kSixteens>([&](auto n) { load_transposed<n * 16 * 2 * kDim>(v[n], rows); });
+#pragma unroll
+    for (int n = 0; n < kSixteens; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack<T>(v[i]);
+        const float2 x = unpack<T>(v[n][i]);
         float* const to = &e[2 * n + i / 2][2 * (i % 2)];
         to[0] = kPredicts ? to[0] - x.x : -x.x, to[1] = kPredicts ? to[1] - x.y : -x.y;
       }
-    });
   }
-  // f(group, number of the fragment, what the bias shares in its row): |e|^2 of a row must be in `sums`
+  // f(group, token of two, half of the values, -eta, what the bias shares in the token's row): |e|^2 of all rows must be in `sums`
   template <class Bias, class Function>
   __device__ __forceinline__ void each_error(const Bias& bias, int chunk, Function&& f) const {
-    const ReverseGates<kChunk>& x = gates(chunk);
+    float2 eta[kGroups], deltas[kGroups];
+    pairs(eta, gates(chunk).eta);
+    if constexpr (Bias::kUsesDelta) pairs(deltas, gates(chunk).delta);
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
 #pragma unroll
@@ -179,11 +182,11 @@ template <class S> struct Reverse {
         for (int half = 0; half < 2; ++half) {
           float delta = 0.0f;
           if constexpr (Bias::kUsesDelta) {
-            delta = x.delta[token];
+            delta = i ? deltas[n].y : deltas[n].x;
             if constexpr (!Bias::kCouplesRow)
               if (p.delta_per_channel) delta = token < tokens_of(chunk) ? p.delta[channel_place(chunk, token, half)] : 0.0f;
           }
-          f(n, i, half, bias.row(norm2, delta));
+          f(n, i, half, i ? eta[n].y : eta[n].x, bias.row(norm2, delta));
         }
       }
   }
@@ -205,8 +208,8 @@ template <class S> struct Reverse {
       using Bias = decltype(bias);
       subtract<Bias::kPredicts>(e, values);
       if constexpr (Bias::kCouplesRow) share_squares(e);
-      each_error(bias, chunk, [&](int n, int i, int half, auto row) {
-        u[n][2 * half + i] = bias.value(e[n][2 * half + i], row) * gates(chunk).eta[8 * n + 2 * (lane & 3) + i];
+      each_error(bias, chunk, [&](int n, int i, int half, float eta, auto row) {
+        u[n][2 * half + i] = bias.value(e[n][2 * half + i], row) * eta;
       });
     });
   }
@@ -242,12 +245,12 @@ template <class S> struct Reverse {
       updates(e, e, chunk, chunk & 1 ? S::kU : S::kV);
       const ReverseGates<kChunk>& x = gates(chunk);
       uint32_t u[kSixteens][4];
+      float2 to_end[kGroups];
+      pairs(to_end, x.to_end);
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        const float2 to_end = pair(x.to_end, n);
+      for (int n = 0; n < kGroups; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) u[n / 2][n % 2 * 2 + i] = pack<T>(e[n][2 * i] * to_end.x, e[n][2 * i + 1] * to_end.y);
-      }
+        for (int i = 0; i < 2; ++i) u[n / 2][n % 2 * 2 + i] = pack<T>(e[n][2 * i] * to_end[n].x, e[n][2 * i + 1] * to_end[n].y);
       const float total = x.total;
       for (auto& half : w)
         for (auto& tile : half)

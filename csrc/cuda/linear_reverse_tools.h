@@ -48,17 +48,27 @@ template <int kGroups> __device__ __forceinline__ int token_sums(float2 (&x)[kGr
     constexpr int kMask = 16 >> i, kLeft = kGroups >> i;  // groups that a lane still has
     if constexpr (kLeft > 1) {
       const bool upper = lane & kMask;
+      float2 others[kLeft / 2];  // all shuffles first: none waits for another
 #pragma unroll
       for (int n = 0; n < kLeft / 2; ++n) {
-        const float2 mine = upper ? x[n + kLeft / 2] : x[n], other = upper ? x[n] : x[n + kLeft / 2];
-        x[n].x = mine.x + __shfl_xor_sync(kWholeWarp, other.x, kMask), x[n].y = mine.y + __shfl_xor_sync(kWholeWarp, other.y, kMask);
+        const float2 other = upper ? x[n] : x[n + kLeft / 2];
+        others[n].x = __shfl_xor_sync(kWholeWarp, other.x, kMask), others[n].y = __shfl_xor_sync(kWholeWarp, other.y, kMask);
+        x[n] = upper ? x[n + kLeft / 2] : x[n];
       }
+#pragma unroll
+      for (int n = 0; n < kLeft / 2; ++n) x[n].x += others[n].x, x[n].y += others[n].y;
       group += upper ? kLeft / 2 : 0;
     } else {
-      x[0].x += __shfl_xor_sync(kWholeWarp, x[0].x, kMask), x[0].y += __shfl_xor_sync(kWholeWarp, x[0].y, kMask);
+      const float one = __shfl_xor_sync(kWholeWarp, x[0].x, kMask), two = __shfl_xor_sync(kWholeWarp, x[0].y, kMask);
+      x[0].x += one, x[0].y += two;
     }
   });
   return group;
+}
+
+// c += a b, two neighbouring tiles
+__device__ __forceinline__ void multiply(float (&low)[4], float (&high)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  mma_m16n8k16<Bf16>(low, a, b[0], b[1]), mma_m16n8k16<Bf16>(high, a, b[2], b[3]);
 }
 
 // Products of 16 x 16 and 16 x 16 kPairs numbers, summed over steps first to last - 1: load(i, a, b) loads the operands of step i, which
@@ -70,13 +80,21 @@ __device__ __forceinline__ void products(float (&c)[2 * kPairs][4], int first, i
     if constexpr (i < kSteps)
       if (i >= first && i < last) load(i, a[i % 2], b[i % 2]);
     if constexpr (i > 0)
-      if (i - 1 >= first && i - 1 < last) {
-        constexpr int kBefore = (i + 1) % 2;
-        each<kPairs>([&](auto n) {
-          mma_m16n8k16<Bf16>(c[2 * n], a[kBefore], b[kBefore][n][0], b[kBefore][n][1]);
-          mma_m16n8k16<Bf16>(c[2 * n + 1], a[kBefore], b[kBefore][n][2], b[kBefore][n][3]);
-        });
-      }
+      if (i - 1 >= first && i - 1 < last)
+        each<kPairs>([&](auto n) { multiply(c[2 * n], c[2 * n + 1], a[(i + 1) % 2], b[(i + 1) % 2][n]); });
+  });
+}
+// Two such products with one b.
+template <int kSteps, int kPairs, class Load>
+__device__ __forceinline__ void products(float (&c)[2 * kPairs][4], float (&d)[2 * kPairs][4], Load&& load) {
+  uint32_t a[2][4], other[2][4], b[2][kPairs][4];
+  each<kSteps + 1>([&](auto i) {
+    if constexpr (i < kSteps) load(i, a[i % 2], other[i % 2], b[i % 2]);
+    if constexpr (i > 0)
+      each<kPairs>([&](auto n) {
+        multiply(c[2 * n], c[2 * n + 1], a[(i + 1) % 2], b[(i + 1) % 2][n]);
+        multiply(d[2 * n], d[2 * n + 1], other[(i + 1) % 2], b[(i + 1) % 2][n]);
+      });
   });
 }
 
