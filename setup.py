@@ -7,6 +7,7 @@ miras_kernels/_build_info.py; the errors of `backend="cpp"` and `backend="cuda"`
     MIRAS_REQUIRE_CPP=1    a failed build of the C++ kernels is an error (developers, CI, wheels)
     MIRAS_SKIP_CPP=1       do not build the C++ kernels
     MIRAS_SANITIZE=1       build them for `make sanitize` (AddressSanitizer, UndefinedBehaviorSanitizer), in build/sanitize alone
+    MIRAS_PROFILE=1        build them with counters for the stages of a chunk, and with symbols (`python -m bench.cpu --stages`)
     MIRAS_CUDA=1           build the CUDA kernels even for a torch without CUDA; a failed build is an error
     MIRAS_CUDA=0           do not build the CUDA kernels
     CXX, CXXFLAGS          the compiler (gcc >= 11, or clang), and flags for it
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 REQUIRE_CPP = os.environ.get("MIRAS_REQUIRE_CPP", "0") not in ("", "0")
 SKIP_CPP = os.environ.get("MIRAS_SKIP_CPP", "0") not in ("", "0")
 SANITIZE = os.environ.get("MIRAS_SANITIZE", "0") not in ("", "0")
+PROFILE = os.environ.get("MIRAS_PROFILE", "0") not in ("", "0")
 CUDA = os.environ.get("MIRAS_CUDA", "")
 BUILD_INFO = "_build_info.py"
 
@@ -38,6 +40,8 @@ SOURCES = [f"csrc/{name}{path.name}" for name in ("", "cpu/") for path in sorted
 # No -march: the kernels are compiled for several instruction sets and choose at run time. -O2 code is as fast as -O3 here and compiles in
 # half the time. -MMD writes each object's dependencies beside it, see outdated().
 COMPILE, LINK = ["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", "-MMD"], []
+if PROFILE:
+    COMPILE = [*COMPILE, "-g1", "-DMIRAS_PROFILE"]
 if SANITIZE:  # null: AddressSanitizer reports reads of null pointers anyway; vptr would need the types of other libraries
     INSTRUMENT = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr", "-fno-sanitize-recover=all"]
     CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]  # checks as calls compile in three quarters of the time

@@ -1,5 +1,5 @@
 // The extension module miras_kernels._C: turns tensors into parameter structs and hands them to the kernels.
-// This file, step_bindings.cpp, state_bindings.cpp, step_signature.h, tensor.h and torch_api.cpp are the only ones that depend on Python.
+// This file, *_bindings.cpp, step_signature.h, tensor.h and torch_api.cpp are the only ones that depend on Python.
 #include <array>
 #include <map>
 #include <tuple>
@@ -380,6 +380,7 @@ PYBIND11_MODULE(_C, m) {
            "inputs"_a, "value"_a, "derivatives"_a);
   miras::bind_steps(m);
   miras::bind_states(m);
+  miras::bind_measuring(m);
   m.def("operations", &miras::operations);
   m.def("bias_names", &miras::bias_names);
   m.def("retention_names", &miras::retention_names);

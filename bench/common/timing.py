@@ -90,11 +90,18 @@ def figures(times: dict[str, list[float]], base: str, yardsticks: Sequence[str] 
 def shares(times: dict[str, list[float]], base: str, work: dict[str, float], yardsticks: dict[str, float]) -> dict:
     """What ``base`` does per second, and its share of what the machine reached in the same rounds. The roofline is the least time possible:
     the operations at the speed of the matrix product, or the bytes at the speed of the copy, whichever takes longer. ``work``: flops and
-    bytes of a call; ``yardsticks``: those of ``mm`` and ``copy``, which are among the times."""
+    bytes of a call; ``yardsticks``: those of ``mm`` and ``copy``, which are among the times, and of ``peak``, which may be; its share has
+    also that of both sides' best rounds."""
     took, mm, copy = (spread(times[name])["median"] for name in (base, "mm", "copy"))
     arithmetic, memory = work["flops"] / yardsticks["mm"], work["bytes"] / yardsticks["copy"]
     rounds = list(zip(times[base], times["mm"], times["copy"], strict=True))
-    return {
+    found = {}
+    if "peak" in times:
+        least, fastest = work["flops"] / yardsticks["peak"], min(times["peak"])
+        share = spread([least * peak / t for t, peak in zip(times[base], times["peak"], strict=True)])
+        share["best"] = least * fastest / min(times[base])
+        found = {"peak_gflops": yardsticks["peak"] / fastest / 1e9, "share_of_peak": share}
+    return found | {
         "work": work, "gflops": work["flops"] / took / 1e9, "mm_gflops": yardsticks["mm"] / mm / 1e9,
         "gbytes": work["bytes"] / took / 1e9, "copy_gbytes": yardsticks["copy"] / copy / 1e9,
         "share_of_mm": spread([arithmetic * mm / t for t, mm, _ in rounds]),

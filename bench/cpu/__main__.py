@@ -5,6 +5,7 @@
     python -m bench.cpu --quick                about a minute: one thread, no torch.compile, fewer cases
     python -m bench.cpu --only shapes,bias     some studies; --list names them
     python -m bench.cpu --base HEAD            this tree against another commit of it
+    python -m bench.cpu --stages               the time of every stage of a chunk
 
 Every study has a fresh process, with the same malloc settings for all implementations. docs/benchmarks.md explains the numbers.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import base, delta_rule, hybrid, program, report, scaling, studies, targets
+from . import base, delta_rule, hybrid, program, report, scaling, stages, studies, targets
 from .cases import ONE_OF_EACH, SHAPES, Settings
 
 
@@ -42,7 +43,8 @@ def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], set
 PROGRAM = program.Program(
     module="bench.cpu", title="miras-kernels on the CPU",
     studies={**studies.STUDIES, **delta_rule.STUDIES, **hybrid.STUDIES, **scaling.STUDIES},
-    helpers={**studies.HELPERS, **scaling.HELPERS, **base.STUDIES}, quick=("shapes", "bias", "decay"), shapes=tuple(SHAPES), jobs=jobs,
+    helpers={**studies.HELPERS, **scaling.HELPERS, **base.STUDIES, **stages.STUDIES}, quick=("shapes", "bias", "decay"),
+    shapes=tuple(SHAPES), jobs=jobs,
     targets=targets.targets, sections=report.SECTIONS, seconds=(8.0, 1.0), min_rounds=(7, 3),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from miras_kernels import dispatch
 
 from ..common import processes, results
-from . import base, measuring, plots, report
+from . import base, measuring, plots, report, stages
 from .cases import Settings, registered
 from .targets import judged
 
@@ -48,6 +48,7 @@ def parse(program: Program, arguments: Sequence[str] | None) -> argparse.Namespa
     add("--seconds", type=float, help=f"per interleaved measurement (default {program.seconds[0]:g}; {program.seconds[1]:g} with --quick)")
     add("--compile-seconds", type=float, help="torch.compile is given up after this long (default 300; 0 leaves it out)")
     add("--base", metavar="REF", help="instead of the studies, compare bench.cpu's shapes with this commit, which is built elsewhere")
+    add("--stages", action="store_true", help="instead of the studies, the time of every stage of a chunk, in a build with counters")
     add("--launches", type=int, default=base.LAUNCHES, help=f"of each side, with --base (default {base.LAUNCHES})")
     add("--plots", type=Path, metavar="FOLDER", help="draw the ratios of the study shapes there, as PNG (needs matplotlib)")
     add("--backend", default="cpp", choices=("cpp", "reference"), help="what to measure")
@@ -60,6 +61,8 @@ def parse(program: Program, arguments: Sequence[str] | None) -> argparse.Namespa
     args = parser.parse_args(arguments)
     if args.base and (args.only or "base" not in program.helpers):
         parser.error("--base: it is a study of its own in bench.cpu, without --only")
+    if args.stages and (args.only or args.base or args.backend != "cpp" or "stages" not in program.helpers):
+        parser.error("--stages: it is a study of its own in bench.cpu, of the C++ kernels, without --only and --base")
     if args.launches < 1:
         parser.error(f"--launches: expected at least 1, got {args.launches}")
     if args.plots and importlib.util.find_spec("matplotlib") is None:
@@ -110,27 +113,29 @@ def _measure(program: Program, args: argparse.Namespace) -> int:
         print(f"bench: backend {args.backend!r} cannot run here: {reason}", file=sys.stderr)
         return 1
     with contextlib.ExitStack() as stack:
-        planned, compared, options = program.jobs(args.only, args.shapes, args.threads, settings), None, {}
-        if args.base:
-            try:
+        planned, compared, options, env = program.jobs(args.only, args.shapes, args.threads, settings), None, {}, None
+        try:
+            if args.base:
                 compared, options = stack.enter_context(base.prepared(args.base, settings.backend))
-            except base.Unusable as error:
-                print(f"bench: {error}", file=sys.stderr)
-                return 1
+            elif args.stages:
+                planned, env = [("stages", shape, 1) for shape in args.shapes], stages.prepared()
+        except base.Unusable as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        if args.base:
             options["launches"] = 1 if args.toy else args.launches
             planned = [("base", shape, n) for n in args.threads for shape in args.shapes]
         found = []
         for i, (study, case, threads) in enumerate(planned, 1):
             print(f"[{i}/{len(planned)}] {study} {case}, {threads} threads", file=sys.stderr, flush=True)
-            found += measuring.start(program.module, measuring.request(study, case, threads, settings, **options))
+            found += measuring.start(program.module, measuring.request(study, case, threads, settings, **options), env)
     extension = dispatch.BACKENDS["cpp"].extension
     capability = {"used": extension.cpu_capability(), "possible": extension.cpu_capabilities()} if extension else None
-    avx512 = bool(capability) and "avx512" in capability["possible"]
     document = {
         **results.heading(program.module), "machine": results.machine(), "capability": capability,
         "versions": results.versions("torch", "miras-kernels", "transformers", "triton"), "settings": dataclasses.asdict(settings),
         "malloc": measuring.MALLOC, "threads": args.threads, "base": compared, "results": found,
-        "targets": [] if args.toy or args.base else judged(program.targets(), found, args.threads, avx512),
+        "targets": [] if args.toy or args.base else judged(program.targets(), found, args.threads, capability and capability["used"]),
     }  # fmt: skip
     print(report.report(document, program.title, program.sections))
     if args.json:

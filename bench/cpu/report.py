@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..common.results import document_text, gate, notes, number, origin, span, table, target_table
 from ..common.timing import clock_for
+from . import stages
 from .base import NO_DIFFERENCE
 from .cases import MLP_SHAPES
 from .targets import summary_line
@@ -71,14 +72,17 @@ def _comparison(columns: dict[str, str], mlp: bool) -> Callable[[Sequence[dict]]
                 took = "" if r.get("compile_seconds") is None else f" ({r['compile_seconds']:.0f} s)"
                 row += [f"{r['ms']['kernel']['median']:.2f}", f"{r['gflops']:.0f}"]
                 row += [f"{r['share_of_mm']['median']:.2f} of {r['mm_gflops']:.0f}"]
+                peak = "share_of_peak" in r and "{best:.2f} ({median:.2f})".format_map(r["share_of_peak"]) + f" of {r['peak_gflops']:.0f}"
+                row += [peak or "-"]
                 roofline = "gbytes" in r and f"{r['share_of_roofline']['median']:.2f} at {r['gbytes']:.1f} of {r['copy_gbytes']:.0f} GB/s"
                 row += [roofline or "-"]
                 row += [span(r["ratios"].get(name), 1) + (took if name == "compile" else "") for name in columns.values()]
             else:
-                row += ["-"] * (4 + len(columns))
+                row += ["-"] * (5 + len(columns))
             rows.append(row)
-        header = ["shape", "direction", "threads", "error/budget", "ms", "GFLOP/s", "of torch.mm", "of the roofline", *columns]
-        return table(header, rows, ["of the roofline"]) if rows else ""
+        optional = ["of the peak", "of the roofline"]
+        header = ["shape", "direction", "threads", "error/budget", "ms", "GFLOP/s", "of torch.mm", *optional, *columns]
+        return table(header, rows, optional) if rows else ""
 
     return section
 
@@ -156,4 +160,5 @@ SECTIONS = (
     ("hybrid", "A model in Qwen3.5's shape", _variants),
     ("memory", "Memory of one forward and backward, beyond the inputs", _memory),
     ("scaling", "Scaling, forward and backward", _scaling),
+    ("stages", "The stages of a chunk, the least ticks of the rounds", stages.section),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from ..common.processes import Worker, first_line
 from ..common.timing import OverBudget, clock_for, figures, interleave, shares, time_limit, timed
 from .cases import Settings, least_work, make_case, parity
 from .measuring import environment, request, start
-from .watch import YARDSTICKS, Watch, matrix_product, memory_copy, peak_rise, saved_bytes
+from .watch import YARDSTICKS, Watch, peak_rise, saved_bytes, yardsticks
 
 #: PyTorch must agree with the kernel to so much, in float32
 SAME = 1e-3
@@ -99,7 +99,7 @@ def _baselines(inputs, direction: str, settings: Settings) -> tuple[dict[str, Ca
             notes.append("titans: the same sizes, another recurrence; its results are not compared")
         except ImportError as error:
             notes.append(f"titans-pytorch cannot be imported: {error}")
-    return runs | {"mm": matrix_product(), "copy": memory_copy()}, notes, seconds
+    return runs | yardsticks(), notes, seconds
 
 
 def _variants(study: str, shape: str, threads: int, settings: Settings, changes: dict, base: str, directions=DIRECTIONS) -> Iterator[dict]:

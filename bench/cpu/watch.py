@@ -1,4 +1,4 @@
-"""The machine under a measurement: load by other processes, real cores for the threads, memory, and the two yardsticks."""
+"""The machine under a measurement: load by other processes, real cores for the threads, memory, and the yardsticks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from miras_kernels import dispatch
 
 from ..common.timing import timed
 
@@ -94,8 +96,8 @@ def _thread_speedup(threads: int) -> float:
 
 _MM_SIZE = 1024
 _COPY_BYTES = 128 << 20  # more than the caches of most machines
-#: operations of the matrix product; bytes that the copy reads and writes
-YARDSTICKS = {"mm": 2 * _MM_SIZE**3, "copy": 2 * _COPY_BYTES}
+#: operations of the matrix product; bytes that the copy reads and writes; operations in registers
+YARDSTICKS = {"mm": 2 * _MM_SIZE**3, "copy": 2 * _COPY_BYTES, "peak": 3 << 25}
 
 
 def matrix_product() -> Callable[[], object]:
@@ -110,6 +112,17 @@ def memory_copy() -> Callable[[], object]:
     """The yardstick for memory: a copy of 128 MiB."""
     source, target = torch.ones(_COPY_BYTES // 4), torch.zeros(_COPY_BYTES // 4)
     return lambda: target.copy_(source)
+
+
+def multiply_adds() -> Callable[[], object]:
+    """The yardstick for what the cores could do at most: multiplications and additions in registers, with the kernels' instructions."""
+    extension = dispatch.BACKENDS["cpp"].extension
+    return lambda: extension.multiply_adds(YARDSTICKS["peak"])
+
+
+def yardsticks() -> dict[str, Callable[[], object]]:
+    """By name; there is no peak without the C++ extension."""
+    return {"mm": matrix_product(), "copy": memory_copy()} | ({} if dispatch.unavailable("cpp") else {"peak": multiply_adds()})
 
 
 def peak_rise(run: Callable[[], object]) -> float | None:

@@ -22,6 +22,7 @@ struct Kernels {
   void (*mlp_backward)(const MlpBackward&, int64_t first, int64_t last);
   void (*linear_step)(const LinearStep&, int64_t first, int64_t last);
   void (*mlp_step)(const MlpStep&, int64_t first, int64_t last);
+  float (*multiply_adds)(int64_t operations);
 };
 
 // Null if the compiler or the architecture has no such level. Defined in level_*.cpp.

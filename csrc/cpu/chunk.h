@@ -5,6 +5,7 @@
 
 #include "bias_table.h"
 #include "pack.h"
+#include "profile.h"
 #include "retention_states.h"
 #include "tile.h"
 

@@ -1,5 +1,6 @@
 // The kernels at level avx2: 8 lanes, 16 registers.
 #include "capability.h"
+#include "profile.h"
 #include "scratch.h"
 
 #if defined(__x86_64__)
@@ -23,6 +24,7 @@
 #include "mlp_backward.h"
 #include "mlp_forward.h"
 #include "mlp_step.h"
+#include "peak.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -41,7 +43,8 @@ const Kernels* avx2_kernels() {
                                     avx2::mlp_forward,
                                     avx2::mlp_backward,
                                     avx2::linear_step,
-                                    avx2::mlp_step};
+                                    avx2::mlp_step,
+                                    avx2::multiply_adds};
   return &table;
 }
 

@@ -1,5 +1,6 @@
 // The kernels at level avx512: 16 lanes, 32 registers.
 #include "capability.h"
+#include "profile.h"
 #include "scratch.h"
 
 #if defined(__x86_64__)
@@ -23,6 +24,7 @@
 #include "mlp_backward.h"
 #include "mlp_forward.h"
 #include "mlp_step.h"
+#include "peak.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -41,7 +43,8 @@ const Kernels* avx512_kernels() {
                                     avx512::mlp_forward,
                                     avx512::mlp_backward,
                                     avx512::linear_step,
-                                    avx512::mlp_step};
+                                    avx512::mlp_step,
+                                    avx512::multiply_adds};
   return &table;
 }
 

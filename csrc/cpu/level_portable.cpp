@@ -1,5 +1,6 @@
 // The kernels at the architecture's baseline: 4 lanes (SSE2, NEON).
 #include "capability.h"
+#include "profile.h"
 #include "scratch.h"
 
 #define MIRAS_LEVEL portable
@@ -14,6 +15,7 @@
 #include "mlp_backward.h"
 #include "mlp_forward.h"
 #include "mlp_step.h"
+#include "peak.h"
 
 namespace miras::cpu {
 
@@ -28,7 +30,8 @@ const Kernels* portable_kernels() {
                                     portable::mlp_forward,
                                     portable::mlp_backward,
                                     portable::linear_step,
-                                    portable::mlp_step};
+                                    portable::mlp_step,
+                                    portable::multiply_adds};
   return &table;
 }
 

@@ -30,6 +30,7 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 // P, N = M o (dO U') and X = -P o (dO U'), with momentum gM = -(Q K') o (dO U')  [c x Cp]; dO has the factor rho
 void BackwardTask::scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon) {
+  MIRAS_STAGE("pairs", c * (c + 1) * (dk + dvp), c * dk + dk * cp + 4 * c * dvp + 2 * c * (c + 1));
   const Rows Q{s.Q, dkp};
   if (momentum) momentum_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, s.Theta, s.QK, p_soon);
   else decayed_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, p_soon);
@@ -50,6 +51,7 @@ void BackwardTask::scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon) {
 
 // dU = -P' dO - to_end * (K J') - Theta_C * (K JS')
 void BackwardTask::writes_backward(int c, WriteSoon soon) {
+  MIRAS_STAGE("writes", 2 * c * dk * dvp + c * (c + 1) * dvp, c * dk + dk * dvp + c * (c + 1) / 2 + 3 * c * dvp);
   const LinearGates& gates = s.gates;
   if (momentum) weigh_rows(c, dvp, gates.step_end, s.KJS, s.KJS);
   const float* dotted = momentum ? s.U : s.U_end;
@@ -109,6 +111,7 @@ void BackwardTask::state_gradients(int c, const ChunkStart& x, float drho, ReadS
 
 void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   const int c = tokens(chunk);
+  MIRAS_STAGE("read", 0, 4 * c * dk + 6 * c * dvp);
   const LinearGates& gates = s.gates;
   const TokenTensor dq_part = part(p.dq, p.key_part, p.grad_dtype), dk_part = part(p.dk, p.key_part, p.grad_dtype);
   const ChunkView dq = keys(dq_part, p.grad_dtype, chunk), dkeys = keys(dk_part, p.grad_dtype, chunk);
@@ -136,6 +139,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
     writes_backward(c, WriteSoon(dkeys, c));
   }
 
+  MIRAS_STAGE("row pass", 0, 4 * dk * dvp + 8 * c * dvp);
   transpose(s.J, dvp, dk, task.dv, s.J_plain, dkp);  // while J is in the cache
   if (momentum) transpose(s.JS, dvp, dk, task.dv, s.JS_plain, dkp);
 
@@ -150,6 +154,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
 
   // dQ = (gamma dO) W0 + (rho b dO) S_0 - N K
   transpose(x.W, dvp, dk, task.dv, s.W_plain, dkp);
+  MIRAS_STAGE("dQ", 2 * c * dk * dvp + c * (c + 1) * dk, c * dvp + dk * dvp + c * (c + 1) / 2 + 3 * c * dk);
   float* to = dq.in_place() ? dq.at<float>() : s.dX;
   index_t ld = dq.in_place() ? p.dq.token : dkp;
   sweep(c, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -163,6 +168,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   if (!dq.in_place()) dq.write(c, s.dX, dkp);
 
   // dK = dE W0 - N' Q - U_end J - U_step JS
+  MIRAS_STAGE("dK", 4 * c * dk * dvp + c * (c + 1) * dk, 2 * c * dvp + 2 * dk * dvp + c * (c + 1) / 2 + 2 * c * dk);
   to = dkeys.in_place() ? dkeys.at<float>() : s.dX;
   ld = dkeys.in_place() ? p.dk.token : dkp;
   sweep(c, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -175,7 +181,9 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   });
   if (!dkeys.in_place()) dkeys.write(c, s.dX, dkp);
 
+  MIRAS_STAGE("gates", 0, 2 * dk * dvp + c * (c + 1) / 2);
   gate_gradients(chunk, x);
+  MIRAS_STAGE("update", 4 * c * dk * dvp, 2 * c * dk + 2 * c * dvp + 2 * dk * dvp);
   state_gradients(c, x, drho, dO_soon);
 }
 
@@ -194,7 +202,9 @@ void BackwardTask::run() {
   const int64_t chunks = (length + p.C - 1) / p.C, every = p.checkpoint_every;
   for (int64_t last = chunks; last > 0;) {
     const int64_t first = (last - 1) / every * every;
+    MIRAS_PASS("recompute");
     rerun(first, last);
+    MIRAS_PASS("backward");
     for (int64_t chunk = last - 1; chunk >= first; --chunk) {
       if (chunk != last - 1) begin(chunk);  // the last one is as recomputing left it
       chunk_backward(chunk, start(chunk - first));
@@ -211,6 +221,7 @@ static void linear_backward(const LinearBackward& p, int64_t first, int64_t last
   with_scratch<BackwardScratch>(p, [&](const BackwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) BackwardTask(p, bias, retention, s, i).run();
   });
+  MIRAS_PASS(nullptr);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

@@ -136,6 +136,7 @@ struct BackwardTask {
 
   // Gates and K transposed of a chunk.
   void begin(int64_t chunk) {
+    MIRAS_STAGE("read", 0, tokens(chunk) * dk + dk * cp);
     s.gates.read(p, task, b, token(chunk), tokens(chunk));
     keys(p.k, p.dtype, chunk).transpose_in(tokens(chunk), s.KT, cp);
   }
@@ -189,11 +190,14 @@ void BackwardTask::rerun(int64_t first, int64_t last) {
       s.rho[i] = rho.value, s.rho_slope[i] = rho.slope;
     }
     begin(chunk);
+    MIRAS_STAGE("predict", 2 * c * dk * dvp, dk * cp + dk * dvp + c * dvp);
     if (bias.predicts) predict(c, dk, s.KT, cp, x.W, dvp, x.E, ReadSoon(values(p.v, chunk), c));
+    MIRAS_STAGE("row pass", 0, 7 * c * dvp);
     if (!values(p.v, chunk).in_place()) values(p.v, chunk).read(c, s.V, dvp);
     bias.grade(bias_rows(chunk), x.E, x.G);
     if (chunk + 1 == last) break;
     writes(c, x.G);
+    MIRAS_STAGE("update", 2 * c * dk * dvp, dk * cp + c * dvp + 2 * dk * dvp);
     const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1));
     s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, dvp, x.A, x.S, x.A + state, k_soon);
     s.gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);

@@ -132,7 +132,9 @@ void ForwardTask::write() {
   if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
   else v.read(c, s.V, dvp);
   rows.delta = read_delta(p, task, b, token, c, s.delta);
+  MIRAS_STAGE("predict", 2 * c * dk * dvp, dk * cp + dk * dvp + c * dvp);
   if (bias.predicts) predict(c, dk, s.KT, cp, W, dvp, s.U, ReadSoon(keys(p.q), c));
+  MIRAS_STAGE("row pass", 0, 4 * c * dvp);
   bias.write(rows, s.U, gates.fades() && !gates.channel.on ? gates.to_end : nullptr, s.U_end);
   if (gates.channel.on) weigh(c, dvp, gates.until_end(), s.U, s.U_end);
   if (momentum) weigh_rows(c, dvp, gates.step_end, s.U, s.U_step);
@@ -146,6 +148,7 @@ void ForwardTask::write() {
 
 // P, and O_own if there is something to read besides gamma * (Q R') and P U
 void ForwardTask::read_within(Rows Q, WriteSoon soon) {
+  MIRAS_STAGE("pairs", c * (c + 1) * dk, c * dk + dk * cp + c * (c + 1) / 2);
   const LinearGates& gates = s.gates;
   if (momentum) {
     times_state(c, dk, Q, s.S, dvp, s.O_own);
@@ -165,6 +168,7 @@ void ForwardTask::read_within(Rows Q, WriteSoon soon) {
 
 // O = gamma * (Q R') + O_own - P U
 void ForwardTask::read_out(Rows Q, ReadSoon soon) {
+  MIRAS_STAGE("read-out", 2 * c * dk * dvp + c * (c + 1) * dvp, c * dk + dk * dvp + c * (c + 1) / 2 + 2 * c * dvp);
   const LinearGates& gates = s.gates;
   const ChunkView out = values(p.out);
   const bool channels = gates.channel.on, own = channels || momentum;
@@ -183,6 +187,7 @@ void ForwardTask::read_out(Rows Q, ReadSoon soon) {
 }
 
 void ForwardTask::advance_state(ReadSoon soon) {
+  MIRAS_STAGE("update", 2 * c * dk * dvp, dk * cp + c * dvp + 2 * dk * dvp);
   const LinearGates& gates = s.gates;
   const float* u_end = gates.fades() || retention.scales_reads ? s.U_end : s.U;
   gates.advance_dual(c, dk, s.KT, cp, u_end, dvp, s.A, s.S, s.A, soon);
@@ -216,6 +221,7 @@ void ForwardTask::run() {
     token = p.begin(n) + t;
     const bool closes = position + c == p.C;
 
+    MIRAS_STAGE("read", 0, c * dk + dk * cp);
     if (p.checkpoints && chunk % p.checkpoint_every == 0) save(chunk);
     if (!closes && p.final_start) {  // this chunk stays open: return the state at its start
       put(p.final_start, open_start ? open_start : s.A);
@@ -254,11 +260,13 @@ void ForwardTask::run() {
 }
 
 static void linear_forward(const LinearForward& p, int64_t first, int64_t last) {
+  MIRAS_PASS("forward");
   const BiasTable bias = bias_table(p, p.lr_per_channel);
   const Retention retention(p);
   with_scratch<ForwardScratch>(p, [&](const ForwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) ForwardTask(p, bias, retention, s, i).run();
   });
+  MIRAS_PASS(nullptr);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

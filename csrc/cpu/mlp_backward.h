@@ -41,6 +41,7 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
   const Gates& gates = m.gates;
   const float* W2 = start.primal[1];
 
+  MIRAS_STAGE("dQ", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 5 * c * d);
   if (momentum) {
     predict(c, hd, s.dZqT, cp, start.momenta[1], dp, m.part, ReadSoon());
     fill_zero(s.dots, cp);
@@ -63,6 +64,7 @@ void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, cons
   for (index_t i = 0; i < index_t(c) * dp; i += kLanes) store(s.dX + i, -load(s.dE + i));
   view(p.dv, chunk).write(c, s.dX, dp);
 
+  MIRAS_STAGE("dK", 4 * c * d * hd + c * (c + 1) * d, 2 * hd * c + 2 * hd * d + c * (c + 1) / 2 + 6 * c * d);
   if (momentum) {
     predict(c, hd, m.GzT, cp, s.JS[1], dp, m.part, ReadSoon());
     fill_zero(s.dots, cp);
@@ -181,6 +183,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
 
   repeat(i, c);
   m.read_hidden(c, start, {s.L, s.Theta, s.scores2}, WriteSoon(view(p.dq, chunk), c));
+  MIRAS_STAGE("gelu", 0, 3 * hd * c);
   m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
     const Gelu gelu(load(m.AqT + at));
     store(m.AqT + at, gelu.value());
@@ -189,12 +192,15 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   const auto kept = momentum ? MlpChunk::KeptScores{s.L, s.Theta, s.scores1} : MlpChunk::KeptScores{};
   m.read_out(c, start, kept, WriteSoon(view(p.dv, chunk), c));
 
+  MIRAS_PASS("backward");
   read_backward(c, start, WriteSoon(view(p.dk, chunk), c));
   write_backward(c, start, slopeT, HT);
   inner_backward(c);
   hidden_backward(c, start, slopeT, HT);
   token_gradients(chunk, start, HT);
+  MIRAS_STAGE("gates", 0, 4 * hd * d + c * (c + 1) / 2);
   gate_gradients(chunk, start);
+  MIRAS_STAGE("update", 10 * c * d * hd, 5 * hd * c + 9 * c * d + 4 * hd * d);
   state_gradients(c, start, HT, ReadSoon(view(p.k, chunk - 1), chunk > 0 ? p.C : 0));
 }
 
@@ -215,8 +221,11 @@ void MlpBackwardTask::run() {
   const int64_t chunks = (length + p.C - 1) / p.C, every = p.checkpoint_every;
   for (int64_t last = chunks; last > 0;) {
     const int64_t first = (last - 1) / every * every;
+    MIRAS_PASS("recompute");
     rerun(first, last);
     for (int64_t chunk = last - 1; chunk >= first; --chunk) {
+      MIRAS_PASS("recompute");
+      MIRAS_STAGE("read", 0, 14 * p.C * d);
       choose(chunk - first);
       if (chunk != last - 1) m.read(p, b, token(chunk), h, tokens(chunk));  // the last one is as recomputing left it
       chunk_backward(chunk, chunk - first);
@@ -234,6 +243,7 @@ static void mlp_backward(const MlpBackward& p, int64_t first, int64_t last) {
   with_scratch<MlpBackwardScratch>(p, [&](const MlpBackwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) MlpBackwardTask(p, bias, s, i).run();
   });
+  MIRAS_PASS(nullptr);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

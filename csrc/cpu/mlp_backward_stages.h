@@ -34,6 +34,7 @@ void MlpBackwardTask::reads_of_momenta(int c, const float* products, int i, cons
 void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon) {
   const float* W1T = start.primal[0];
   const Vec rho = broadcast(start.rho[0].value);
+  MIRAS_STAGE("row pass", 0, 11 * c * d);
   m.norm.pull_back_weighted(c, m.Xq, m.rq, s.dO, s.dUq);
   for (int t = 0; t < c; ++t) {
     for (int j = 0; j < dp; j += kLanes) {
@@ -45,6 +46,7 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
   transpose(m.U1, dp, c, d, s.U1T, cp);
   transpose(s.dUq, dp, c, d, s.dUqT, cp);
 
+  MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * c * d + 3 * c * (c + 1));
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Rows{s.dUq + i * dp, dp}, s.U1T + j, cp, 0, d, soon);
@@ -61,6 +63,7 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
     for (int t = 0; t < c; ++t) total += inner_product(s.pairs + t * cp, momentum ? s.L + t * cp : s.ones, cp);
     drho[0] = unscaled(total, start.rho[0]);
   }
+  MIRAS_STAGE("dZq", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 4 * hd * c);
   if (momentum) {
     m.hidden_product(c, start.momenta[0], s.dUqT, m.partT, ReadSoon());
     fill_zero(s.dots, cp);
@@ -85,6 +88,7 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
 void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* slopeT, float* HT) {
   const float* W1T = start.primal[0];
   const Vec rho = broadcast(start.rho[1].value);
+  MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + 5 * c * (c + 1) / 2);
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Cols{s.dZqT + i, cp}, m.GzT + j, cp, 0, hd);
@@ -107,6 +111,7 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
   });
   if (m.retention.scales_reads) drho[1] = unscaled(inner_product(m.gates.eta, s.deta, cp), start.rho[1]);
 
+  MIRAS_STAGE("dU", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
   if (momentum) {
     predict(c, hd, m.AT, cp, s.JS[0], dp, m.part, ReadSoon());
     row_dots(c, dp, m.U1, m.part, s.dstep);
@@ -124,6 +129,7 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
     x.store_to(s.dU1 + i * dp + j, dp);
   });
 
+  MIRAS_STAGE("dGz", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 5 * hd * c);
   if (momentum) m.hidden_product(c, s.JS[1], m.KT, m.partT, ReadSoon());
   m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
@@ -140,6 +146,7 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
     x.store_to(s.dGaT + index_t(i) * cp + j, cp);
   });
 
+  MIRAS_STAGE("dGu", 2 * c * d * hd, hd * c + hd * d + 2 * c * d);
   sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Cols{s.dGaT + i, cp}, W1T + j, dp, 0, hd);
@@ -151,6 +158,7 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
 
 // From dGu back to dE and dU, row by row; d eta's share of W1, d delta, d weight and d bias.
 void MlpBackwardTask::inner_backward(int c) {
+  MIRAS_STAGE("row pass", 0, 24 * c * d);
   const LayerNorm& norm = m.norm;
   norm.pull_back(c, m.X, m.r, s.dGu, s.dE);
   for (int t = 0; t < c; ++t) {
@@ -196,6 +204,7 @@ void MlpBackwardTask::inner_backward(int c) {
 // dZ in place of gelu'' o Ga o dGz
 void MlpBackwardTask::hidden_backward(int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
   const float* W1T = start.primal[0];
+  MIRAS_STAGE("dZ", 4 * c * d * hd + c * (c + 1) * hd, 2 * hd * d + 2 * d * c + c * (c + 1) / 2 + 4 * hd * c);
   if (momentum) m.hidden_product(c, s.JS[0], s.U1T, m.partT, ReadSoon());
   m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;

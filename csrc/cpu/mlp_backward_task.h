@@ -104,6 +104,7 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
     const int c = tokens(chunk);
     const MlpState start = s.states.at(i);
     choose(i);
+    MIRAS_STAGE("read", 0, 8 * c * d);
     m.find_primal(start);
     m.read(p, b, token(chunk), h, c);
     m.write(p, bias, c, start, s.ZT + i * hidden, s.GaT + i * hidden, ReadSoon());
@@ -115,6 +116,7 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
 // What recomputing did not store of chunk i; gelu'(Z) replaces Z, gelu''(Z) o Ga replaces Ga.
 void MlpBackwardTask::repeat(int64_t i, int c) {
   float *ZT = s.ZT + i * hidden, *GaT = s.GaT + i * hidden;
+  MIRAS_STAGE("gelu", 0, 6 * hd * c);
   m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
     const Gelu gelu(load(ZT + at));
     const Vec slope = gelu.slope(), ga = load(GaT + at);

@@ -160,16 +160,21 @@ struct MlpChunk {
   // The inner gradients at a state: Z, X, E, G, Gu, A, Gz, and Ga unless GaT is null.
   void write(const MlpParams& p, const BiasTable& bias, int c, const MlpState& s, float* ZT, float* GaT, ReadSoon soon) {
     const float *W1T = s.primal[0], *W2 = s.primal[1];
+    MIRAS_STAGE("hidden units", 2 * c * d * hd, hd * d + d * c + hd * c);
     hidden_product(c, W2, KT, ZT, soon);
+    MIRAS_STAGE("gelu", 0, 3 * hd * c);
     each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
       const Gelu gelu(load(ZT + at));
       store(AT + at, gelu.value());
       store(slopeT + at, gelu.slope());
     });
+    MIRAS_STAGE("predict", 2 * c * d * hd, hd * c + hd * d + c * d);
     predict(c, hd, AT, cp, W1T, dp, X, soon);
+    MIRAS_STAGE("row pass", 0, 12 * c * d);
     norm.normalise(c, X, r);
     errors(p, bias, c);
     transpose(Gu, dp, c, d, GuT, cp);
+    MIRAS_STAGE("hidden gradient", 2 * c * d * hd, hd * d + d * c + 2 * hd * c);
     sweep_hidden(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> x;
@@ -182,6 +187,7 @@ struct MlpChunk {
 
   // The duals and momenta after the chunk; next may be the same as s.
   void advance_both(int c, const MlpState& s, const MlpState& next, ReadSoon soon) {
+    MIRAS_STAGE("update", 4 * c * d * hd, 2 * hd * c + 6 * c * d + 4 * hd * d);
     const auto momenta = [&](int i) MIRAS_LAMBDA { return Scaled{s.momenta[i], gates.momenta_end(c)}; };
     weigh_rows(c, dp, weight, Gu, U1_end);
     weigh_rows(c, dp, weight, K, K_end);
@@ -221,9 +227,11 @@ struct MlpChunk {
   // Zq' = gamma * (W2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2 Q')
   void read_hidden(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
     const float* W2 = s.primal[1];
+    MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * d * c + 5 * c * (c + 1) / 2);
     scores(c, d, QT, KT, s.rho[1], P2, kept, soon);
     transpose(P2, cp, c, c, P2T, cp);
     weigh_rows(c, cp, gates.eta, P2T, P2T);
+    MIRAS_STAGE("hidden read-out", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + 2 * hd * c + c * (c + 1) / 2);
     if (gates.momentum) {
       weigh_momenta(c, s.rho);
       hidden_product(c, s.momenta[1], QT, partT, ReadSoon());
@@ -242,7 +250,9 @@ struct MlpChunk {
   // Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * (Aq S1'), and in its place X = LN(Uq)
   void read_out(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
     const float* W1T = s.primal[0];
+    MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + c * (c + 1) / 2);
     scores(c, hd, AqT, AT, s.rho[0], P1, kept, soon);
+    MIRAS_STAGE("read-out", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 5 * c * d);
     weigh_rows(c, dp, gates.eta, Gu, U1);
     if (gates.momentum) {
       predict(c, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());

@@ -80,6 +80,7 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const bool closes = position + c == p.C;
     const int64_t token = p.begin(n) + t;
 
+    MIRAS_STAGE("read", 0, 8 * c * d);
     if (p.checkpoints && chunk % p.checkpoint_every == 0) Checkpoint(p, n, h, chunk).write(state);
     if (!closes && p.final_start[0]) write_start(), start_written = true;  // this chunk stays open
     if (!opened) m.find_primal(state);
@@ -87,10 +88,13 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     m.read(p, b, token, h, c);
     m.write(p, bias, c, opened ? start : state, s.ZT, nullptr, ReadSoon(m.view(p, p.q, b, token, h), c));
 
+    MIRAS_STAGE("read", 0, 4 * c * d);
     m.read_queries(p, b, token, h, c);
     m.read_hidden(c, state, {}, WriteSoon());
+    MIRAS_STAGE("gelu", 0, 2 * hd * c);
     m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT + at, Gelu(load(m.AqT + at)).value()); });
     m.read_out(c, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
+    MIRAS_STAGE("row pass", 0, 5 * c * d);
     m.norm.affine(c, m.Xq, m.Q, s.O);
     m.view(p, p.out, b, token, h).write(c, s.O, dp);
 
@@ -112,10 +116,12 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
 }
 
 static void mlp_forward(const MlpForward& p, int64_t first, int64_t last) {
+  MIRAS_PASS("forward");
   const BiasTable bias = bias_table(p);
   with_scratch<MlpForwardScratch>(p, [&](const MlpForwardScratch& s) MIRAS_LAMBDA {
     for (int64_t i = first; i < last; ++i) mlp_forward_task(p, bias, s, i);
   });
+  MIRAS_PASS(nullptr);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

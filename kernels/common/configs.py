@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from ...backends import may_end_open
 from ...backends.reference.blocks import block_tokens as exact_tokens
 
 __all__ = [
@@ -144,7 +145,7 @@ def block_tokens(call) -> int:
 
     Chunks that a call begins or ends in the middle of stay chunks, unless they have one token.
     """
-    if call.chunk_size > 1 and (call.output_final_state or call.state.open_chunk is not None):
+    if call.chunk_size > 1 and (may_end_open(call) or call.state.open_chunk is not None):
         return 0
     return exact_tokens(call, 64 if call.q.element_size() == 2 else 32)
 

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.common import implementations, results, timing
 from bench.cpu import __main__ as cpu
-from bench.cpu import cases, delta_rule, hybrid, plots, program, report, studies, targets, watch
+from bench.cpu import cases, delta_rule, hybrid, plots, program, report, stages, studies, targets, watch
 from miras_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
+YARDSTICKS = {"mm", "copy", "peak"} - ({"peak"} if dispatch.unavailable("cpp") else set())
 SETTINGS = cases.Settings(backend="reference", seconds=0.02, min_rounds=2, compile_seconds=0, toy=True)
 
 
@@ -42,7 +44,7 @@ def test_document(tmp_path):
         assert (result["study"], result["case"], result["direction"]) == ("shapes", "D64 C64", direction)
         assert (result["threads"], result["clock"]) == (1, "cpu")
         assert result["parity"]["kernel"]["ok"]
-        assert set(result["ms"]) == {"kernel", "eager", "derived", "mm", "copy"}
+        assert set(result["ms"]) == {"kernel", "eager", "derived", *YARDSTICKS}
         assert set(result["ratios"]) == {"eager", "derived"}
         assert all(x["p10"] <= x["median"] <= x["p90"] and x["p10"] > 0 for x in [*result["ms"].values(), *result["ratios"].values()])
         assert result["gflops"] > 0 and result["share_of_mm"]["median"] > 0
@@ -90,7 +92,7 @@ def test_baselines_of_the_mlp_memory(monkeypatch):
     monkeypatch.setitem(sys.modules, "titans_pytorch", None)
     for result in studies.study_shapes("MLP D64 C16", 1, settings):
         assert result["parity"]["kernel"]["ok"]
-        assert set(result["ms"]) == {"kernel", "eager", "mm", "copy"}
+        assert set(result["ms"]) == {"kernel", "eager", *YARDSTICKS}
         assert any(note.startswith("titans-pytorch cannot be imported") for note in result["notes"])
     linear, mlp = (section([result]) for _, _, section in report.SECTIONS[:2])
     assert "MLP D64 C16" in mlp and not linear
@@ -144,7 +146,7 @@ def test_gates_and_momentum_against_the_plain_recurrence(monkeypatch, shape):
     assert "momentum: refused: it has no momentum, so far" in result["notes"]
     (section,) = (section([result]) for study, _, section in report.SECTIONS if study == "recurrence")
     assert all(name in section for name in names) and section.count("refused") == 1
-    rows = {(row["name"], row["case"]): row["measured"]["1"] for row in targets.judged(targets.targets(), [result], [1], avx512=True)}
+    rows = {(row["name"], row["case"]): row["measured"]["1"] for row in targets.judged(targets.targets(), [result], [1], capability="avx2")}
     assert rows["forward+backward, momentum / plain", shape] == {"value": None, "verdict": "refused: see notes"}
     assert rows["forward+backward, kl / plain", shape]["value"] == result["ratios"]["kl"]["median"]
 
@@ -224,12 +226,23 @@ def test_work_and_shares():
     bound = {"arithmetic": {"flops": mm, "bytes": 0}, "memory": {"flops": 0, "bytes": 2 * copy}}
     shares = {name: timing.shares(times, "kernel", work, watch.YARDSTICKS)["share_of_roofline"]["median"] for name, work in bound.items()}
     assert shares == {"arithmetic": 0.5, "memory": 0.5}
+    times |= {"kernel": [1.0, 0.8, 1.0], "peak": [0.5, 0.5, 0.4]}
+    peak = timing.shares(times, "kernel", {"flops": watch.YARDSTICKS["peak"], "bytes": 0}, watch.YARDSTICKS)["share_of_peak"]
+    assert peak["median"] == 0.5 and peak["best"] == pytest.approx(0.4 / 0.8)
+
+
+@pytest.mark.skipif(dispatch.unavailable("cpp") is not None, reason="no C++ kernels")
+def test_the_peak_is_a_time_in_proportion_to_its_operations():
+    run, best = dispatch.BACKENDS["cpp"].extension.multiply_adds, {}
+    for operations in [1 << 22, 1 << 24] * 20:
+        best[operations] = min(best.get(operations, 1.0), timing.timed(lambda n=operations: run(n), time.perf_counter)(1))
+    assert 2 < best[1 << 24] / best[1 << 22] < 8
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_case_of_the_tests_by_its_name():
     for result in studies.study_shapes("linear-l2-packed-shared", 1, SETTINGS):
-        assert result["parity"]["kernel"]["ok"] and set(result["ms"]) == {"kernel", "eager", "mm", "copy"}
+        assert result["parity"]["kernel"]["ok"] and set(result["ms"]) == {"kernel", "eager", *YARDSTICKS}
     assert program.parse(cpu.PROGRAM, ["--shapes", "linear-l2-packed-shared,D64 C64"]).shapes == ("linear-l2-packed-shared", "D64 C64")
 
 
@@ -240,15 +253,15 @@ def test_targets_are_judged():
     doubtful = {**speed[0], "threads": 2, "watch": {"flags": ["not 2 real cores"]}}
     rows = {
         (row["name"], row["case"]): row["measured"]
-        for row in targets.judged(targets.targets(), [*speed, slow, doubtful], [1, 2], avx512=True)
+        for row in targets.judged(targets.targets(), [*speed, slow, doubtful], [1, 2], capability="avx2")
     }
     assert rows["forward against eager", "D64 C64"]["1"] == {"value": 5.0, "verdict": "met"}
     assert rows["forward against eager", "D64 C64"]["2"]["verdict"] == "not judged: see notes"
     assert rows["forward against eager", "D64 C16"]["1"] == {"value": None, "verdict": "not measured"}
     assert rows["forward, generic p / L2", "D64 C64"]["1"]["verdict"] == "NOT met"
     assert {name for name, _ in rows if "plain" in name} == set()  # of studies that ran alone
-    without = {(row["name"], row["case"]): row["measured"] for row in targets.judged(targets.targets(), speed, [1], avx512=False)}
-    assert without["forward against eager", "D64 C64"]["1"]["verdict"] == "not judged: no AVX-512 here"
+    without = {(row["name"], row["case"]): row["measured"] for row in targets.judged(targets.targets(), speed, [1], capability="portable")}
+    assert without["forward against eager", "D64 C64"]["1"]["verdict"] == "not judged: neither AVX2 nor AVX-512"
 
 
 def test_interleaving_and_ratios():
@@ -265,6 +278,22 @@ def test_interleaving_and_ratios():
     assert times == {"a": [0.001] * 4, "b": [0.02] * 4}
     assert order[4:] == [("a", 10), ("b", 1), ("b", 1), ("a", 10)] * 2  # after two calibrating calls each
     assert timing.ratio(times["b"], times["a"])["median"] == pytest.approx(20)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_stages(monkeypatch):
+    """The least ticks of the rounds, sums of the passes, and shares of the peak of the same rounds."""
+    others = [("forward", "update", 2, 50, 0, 64), ("peak", "multiply-adds", 1, 20, 640, 0)]
+    rounds = iter([[], *([("forward", "predict", 2, ticks, 800, 64), *others] for ticks in (90.0, 50.0, 70.0))])
+    extension = SimpleNamespace(take_stages=lambda: next(rounds), multiply_adds=lambda operations: None)
+    monkeypatch.setattr(stages.dispatch.BACKENDS["cpp"], "extension", extension)
+    monkeypatch.setattr(stages, "parity", lambda *_: {"ok": True, "worst": {"tensor": "out", "error": 0.0, "budget": 1.0}})
+    monkeypatch.setattr(stages, "kernel", lambda *_: lambda: None)
+    (result,) = stages.study_stages("D64 C64", 1, dataclasses.replace(SETTINGS, seconds=0.0, min_rounds=3))
+    assert result["peak_per_tick"] == 32 and [x["ticks"] for x in result["stages"]] == [50, 50]
+    text = stages.section([result])
+    assert "| predict   | 50.0%       | 25    | 400  | 32    | 1.3        | 16.0      | 0.50" in text
+    assert "| all of it | 100.0%      | 50    | 400  | 64    | 1.3        | 8.0       | 0.25" in text
 
 
 def test_time_limit():
@@ -291,6 +320,7 @@ def test_watch_flags():
         (["--threads", "two"], "--threads: expected integers >= 1 such as 1,2, got 'two'"),
         (["--threads", "1,0"], "--threads: expected integers >= 1 such as 1,2, got '1,0'"),
         (["--base", "HEAD", "--only", "shapes"], "--base: it is a study of its own in bench.cpu, without --only"),
+        (["--stages", "--base", "HEAD"], "--stages: it is a study of its own in bench.cpu, of the C++ kernels, without --only and --base"),
         (["--base", "HEAD", "--launches", "0"], "--launches: expected at least 1, got 0"),
     ],
 )

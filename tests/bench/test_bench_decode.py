@@ -86,7 +86,7 @@ def test_a_cache_that_does_not_fit_is_left_out():
 
 
 def judged(results, threads):
-    return targets.judged(decode.targets(), results, threads, avx512=True)
+    return targets.judged(decode.targets(), results, threads, capability="avx512")
 
 
 def test_targets_are_judged():

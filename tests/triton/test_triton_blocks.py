@@ -33,6 +33,7 @@ CASES = {
     "first-extreme": dataclasses.replace(FIRST, decay="extreme", lengths=(1, 40, 0, 33), keys="repeated"),
     "first-no-decay": dataclasses.replace(FIRST, decay="none", tokens=40),
     "one-block": dataclasses.replace(SMALL, tokens=9),
+    "whole-chunks": dataclasses.replace(SMALL, chunk_size=7),
 }
 
 
@@ -167,7 +168,8 @@ def test_explain_says_what_is_computed_in_blocks():
     assert algorithm() == algorithm(log_decay=None) == algorithm(decay_first=True) == "exact steps in blocks of 32 tokens"
     assert algorithm(**halves) == "exact steps in blocks of 64 tokens"
     assert algorithm(**halves, chunk_size=7, output_final_state=False) == "exact steps in blocks of 63 tokens"
-    assert algorithm(chunk_size=7) == "chunks of 7 tokens"  # the sequence may end inside a chunk
+    assert algorithm(chunk_size=7) == "exact steps in blocks of 28 tokens"
+    assert algorithm(chunk_size=8) == "chunks of 8 tokens"  # the sequence ends inside a chunk
     others = [dict(bias=mk.L1()), dict(retention=mk.KLRetention()), dict(momentum=given["lr"].detach()), dict(lr=given["v"].detach().abs())]
     assert {algorithm(**other) for other in others} == {"chunks of 1 tokens"}
     for other in others[::2]:
