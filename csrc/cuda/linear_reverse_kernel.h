@@ -21,6 +21,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   copy(S::kV, p.v, chunk), copy_state(kept);
   cp_async_commit();
   cp_async_wait<0>();
+  fence_async();
   __syncthreads();
   if (kept > 0) {
     const uint32_t next = stage(chunk - 1);
@@ -29,35 +30,21 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   }
   cp_async_commit();
 
-  float e[kGroups][4] = {}, d[kGroups][4] = {}, scores[S::kUnits][2][4] = {}, inner[4] = {};
-  {
-    uint32_t a[2][4], b[2][kSixteens][4];
-    each<kSteps + 1>([&](auto i) {
-      if constexpr (i < kSteps) {
-        load_matrices<0>(a[i % 2], address(S::kS + by_rows<S::kPieces>(first_value, 16 * i, lane)));
-        const uint32_t at = address(keys + by_columns<S::kPieces>(0, 16 * i, lane));
-        each<kSixteens>([&](auto n) { load_matrices<n * 16 * 2 * kDim>(b[i % 2][n], at); });
-      }
-      if constexpr (i > 0) {
-        constexpr int kStep = i - 1, kOf = kStep % 2;
-        float (&low)[4] = j[kStep / 4][kStep % 4 * 2], (&high)[4] = j[kStep / 4][kStep % 4 * 2 + 1];
-        uint32_t of_j[4];
-        packed(of_j, low, high);
-        store_fragment<S::kPieces>(S::kJ, first_value, 2 * kStep, lane, of_j);
-        each<kSixteens>([&](auto n) {
-          multiply(e[2 * n], e[2 * n + 1], a[kOf], b[kOf][n]);
-          multiply(d[2 * n], d[2 * n + 1], of_j, b[kOf][n]);
-        });
-        if (decays)
+  float e[kGroups][4], d[kGroups][4], scores[S::kUnits][2][4] = {}, inner[4] = {};
+  tile_product<kSteps, kGroups, kChunk, false, false>(d, keys, 0, lane, [&](auto i, uint32_t (&a)[4]) {
+    packed(a, j[2 * i], j[2 * i + 1]);
+    store_fragment<8>(S::kJ + i / 4 * (kDim * 128), first_value, i % 4 * 2, lane, a);
+  });
+  tile_product<kSteps, kGroups, kChunk, false, false>(e, keys, 0, lane, [&](auto i, uint32_t (&a)[4]) {
+    load_matrices<0>(a, address(S::kS + rows_of<kDim>(first_value, 16 * i, lane)));
+    if (decays)
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const float2 of = unpack<T>(a[kOf][r]);
-            const float* const with = &(r < 2 ? low : high)[2 * (r % 2)];
-            inner[r] = fmaf(of.x, with[0], inner[r]), inner[r] = fmaf(of.y, with[1], inner[r]);
-          }
+      for (int r = 0; r < 4; ++r) {
+        const float2 of = unpack<T>(a[r]);
+        const float* const with = &j[2 * i + r / 2][2 * (r % 2)];
+        inner[r] = fmaf(of.x, with[0], inner[r]), inner[r] = fmaf(of.y, with[1], inner[r]);
       }
-    });
-  }
+  });
   // f(number, row, column) of the warp's tiles of pairs; decay of a pair of a tile
   const auto each_unit = [&](auto&& f) {
     each<S::kUnits>([&](auto i) {
@@ -85,8 +72,8 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   };
   each_unit([&](auto unit, int row, int column) {
     products<kSteps, 1>(scores[unit], 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[1][4]) {
-      load_matrices<0>(a, address(queries + by_rows<S::kPieces>(16 * row, 16 * i, lane)));
-      load_matrices<0>(b[0], address(keys + by_columns<S::kPieces>(16 * column, 16 * i, lane)));
+      load_matrices<0>(a, address(queries + rows_of<kChunk>(16 * row, 16 * i, lane)));
+      load_matrices<0>(b[0], address(keys + columns_of<kChunk>(16 * column, 16 * i, lane)));
     });
     decayed(scores[unit], row, column);
     uint32_t to[4];
@@ -117,12 +104,13 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
       store_fragment<S::kTokenPieces>(S::kU, first_value, 2 * n, lane, to);
     }
   }
+  fence_async();
   __syncthreads();  // U', J and the scores are here
 
   each_unit([&](auto unit, int row, int column) {
     float g[2][4] = {};
     products<kSteps, 1>(g, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[1][4]) {
-      load_matrices<0>(a, address(grads + by_rows<S::kPieces>(16 * row, 16 * i, lane)));
+      load_matrices<0>(a, address(grads + rows_of<kChunk>(16 * row, 16 * i, lane)));
       load_transposed<0>(b[0], address(S::kU + by_rows<S::kTokenPieces>(16 * i, 16 * column, lane)));
     });
     if (decays) {
@@ -141,7 +129,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     uint32_t b[2][kSixteens][4];
     each<kSixteens + 1>([&](auto i) {
       if constexpr (i < kSixteens) {
-        load_transposed<0>(of_out[i], address(grads + by_columns<S::kPieces>(16 * i, first_value, lane)));
+        load_transposed<0>(of_out[i], address(grads + columns_of<kChunk>(16 * i, first_value, lane)));
         each<i + 1>([&](auto n) {
           load_transposed<0>(b[i % 2][n], address(S::kP + by_rows<S::kTokenPieces>(16 * i, 16 * n, lane)));
         });
@@ -167,34 +155,23 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     packed(of_error[n], d[2 * n], d[2 * n + 1]);
     store_fragment<S::kTokenPieces>(S::kE, first_value, 2 * n, lane, of_error[n]);
   }
+  fence_async();
   __syncthreads();  // dE' and G are here
 
   const float total = x.total;
-  for (auto& half : j)
-    for (auto& tile : half)
-      for (float& y : tile) y *= total;
+  for (auto& tile : j)
+    for (float& y : tile) y *= total;
   // J += a b
   const auto add = [&](const uint32_t (&of)[kSixteens][4], uint32_t tile) {
-    each<kHalves>([&](auto h) {
-      products<kSixteens, 4>(j[h], 0, kSixteens, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[4][4]) {
+    tile_product<kSixteens, kDim / 8, kChunk, true, true>(j, tile, 0, lane, [&](auto i, uint32_t (&a)[4]) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = of[i][r];
-        each<4>([&](auto n) {
-          load_transposed<i * 16 * 2 * kDim>(b[n], address(tile + by_rows<S::kPieces>(0, 64 * h + 16 * n, lane)));
-        });
-      });
+      for (int r = 0; r < 4; ++r) a[r] = of[i][r];
     });
   };
   add(of_out, queries);
   if (traits.predicts) add(of_error, keys);
 
   const int row = warp % kSixteens, part = warp / kSixteens, first_key = part * S::kPartKeys, token = 16 * row + lane / 4;
-  // c += a b, b from rows of all keys
-  const auto load_keys = [&](uint32_t (&b)[S::kPairs][4], uint32_t tile, auto i) {
-    each<S::kPairs>([&](auto n) {
-      load_transposed<i * 16 * 2 * kDim>(b[n], address(tile + by_rows<S::kPieces>(0, first_key + 16 * n, lane)));
-    });
-  };
   const auto scale_rows = [&](float (&c)[2 * S::kPairs][4], const float (&of)[kChunk]) {
     const float by[2] = {of[token], of[token + 8]};
 #pragma unroll
@@ -203,24 +180,25 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
       for (int i = 0; i < 4; ++i) c[n][i] *= by[i / 2];
   };
   {
-    float c[2 * S::kPairs][4] = {}, of_k[2 * S::kPairs][4] = {};  // dQ, dK
-    products<kSteps, S::kPairs>(of_k, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+    float c[2 * S::kPairs][4] = {};  // dK
+    add_keys<kSteps, kDim>(c, S::kJ, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
       load_transposed<0>(a, address(S::kU + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-      load_keys(b, S::kJ, i);
     });
-    scale_rows(of_k, x.to_end);
-    products<kSteps, S::kPairs>(c, of_k, [&](auto i, uint32_t (&a)[4], uint32_t (&of_error)[4], uint32_t (&b)[S::kPairs][4]) {
-      load_matrices<0>(a, address(grads + by_rows<S::kPieces>(16 * row, 16 * i, lane)));
-      load_transposed<0>(of_error, address(S::kE + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-#pragma unroll
-      for (int r = 0; r < 4; ++r) of_error[r] = traits.predicts ? of_error[r] : 0;
-      load_keys(b, S::kS, i);
-    });
-    products<kSixteens, S::kPairs>(of_k, row, kSixteens, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+    scale_rows(c, x.to_end);
+    if (traits.predicts)
+      add_keys<kSteps, kDim>(c, S::kS, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
+        load_transposed<0>(a, address(S::kE + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
+      });
+    add_keys<kSixteens, kChunk>(c, queries, row, kSixteens, [&](auto i, uint32_t (&a)[4]) {
       load_transposed<0>(a, address(S::kG + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-      load_keys(b, queries, i);
     });
-    store_rows(p.grad_k, chunk, row, first_key, of_k);
+    store_rows(p.grad_k, chunk, row, first_key, c);
+  }
+  {
+    float c[2 * S::kPairs][4] = {};  // dQ
+    add_keys<kSteps, kDim>(c, S::kS, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
+      load_matrices<0>(a, address(grads + rows_of<kChunk>(16 * row, 16 * i, lane)));
+    });
     scale_rows(c, x.gamma);
     if (decays) {
       uint32_t q[2 * S::kPairs][2];
@@ -228,7 +206,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
       for (int n = 0; n < 2 * S::kPairs; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          q[n][i] = at<uint32_t>(queries + place<S::kPieces>(token + 8 * i, first_key / 8 + n) + 4 * (lane & 3));
+          q[n][i] = at<uint32_t>(queries + piece_of<kChunk>(token + 8 * i, first_key / 8 + n) + 4 * (lane & 3));
       float reads[2][2] = {};
 #pragma unroll
       for (int n = 0; n < 2 * S::kPairs; ++n)
@@ -243,9 +221,8 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
         if ((lane & 3) == 0) at<float>(S::kReads + 4 * (part * kChunk + token + 8 * i)) = sum;
       }
     }
-    products<kSixteens, S::kPairs>(c, 0, row + 1, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+    add_keys<kSixteens, kChunk>(c, keys, 0, row + 1, [&](auto i, uint32_t (&a)[4]) {
       load_matrices<0>(a, address(S::kG + by_rows<S::kTokenPieces>(16 * row, 16 * i, lane)));
-      load_keys(b, keys, i);
     });
     store_rows(p.grad_q, chunk, row, first_key, c);
   }

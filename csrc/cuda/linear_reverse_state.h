@@ -9,7 +9,6 @@ namespace {
 template <class S> struct Reverse {
   using T = typename S::T;
   static constexpr int kDim = S::kDim, kChunk = S::kChunk, kGroups = S::kGroups, kSixteens = S::kSixteens, kSteps = S::kSteps;
-  static constexpr int kHalves = kDim / 64;
   enum Sum { kOfLr, kOfEnd, kOfDelta, kSquares, kPulls };
 
   const MirasLinearReverse& p;
@@ -18,7 +17,7 @@ template <class S> struct Reverse {
   const bool couples;        // the bias, a row of E
   const int64_t first_gate;  // of the sequence's first token and the head
   uint16_t* const states;    // the block's workspace
-  float j[kHalves][8][4];    // J: the warp's values by keys
+  float j[kDim / 8][4];      // J: the warp's values by keys
 
   __device__ __forceinline__ Reverse(const MirasLinearReverse& p, int head)
       : p(p), s(p, head, kChunk), warp(thread() / 32), lane(thread() % 32), first_value(16 * warp),
@@ -58,7 +57,7 @@ template <class S> struct Reverse {
     for (int i = 0; i < kTimes; ++i) {
       const int r = row + i * kRows;
       if (kChunk % kRows == 0 || r < kChunk)
-        cp_async_16(address(tile + place<S::kPieces>(r, piece)), from + 2 * x.token * (r < count ? r : 0), r < count);
+        cp_async_16(address(tile + piece_of<kChunk>(r, piece)), from + 2 * x.token * (r < count ? r : 0), r < count);
     }
   }
   // a state of the workspace, where 16-byte pieces of all values lie side by side
@@ -66,7 +65,7 @@ template <class S> struct Reverse {
     const char* const from = reinterpret_cast<const char*>(states + int64_t(kept) * kDim * kDim);
 #pragma unroll
     for (int i = thread(); i < kDim * S::kPieces; i += S::kThreads)
-      cp_async_16(address(S::kS + place<S::kPieces>(i % kDim, i / kDim)), from + 16 * i);
+      cp_async_16(address(S::kS + piece_of<kDim>(i % kDim, i / kDim)), from + 16 * i);
   }
 
   // By one warp.
@@ -110,9 +109,7 @@ template <class S> struct Reverse {
   // f(value, key, the numbers of value and of value + 8, for `key` and the next)
   template <class Matrix, class Function> __device__ __forceinline__ void each_pair(Matrix& x, Function&& f) const {
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h)
-#pragma unroll
-      for (int n = 0; n < 8; ++n) f(first_value + lane / 4, 64 * h + 8 * n + 2 * (lane & 3), x[h][n]);
+    for (int n = 0; n < kDim / 8; ++n) f(first_value + lane / 4, 8 * n + 2 * (lane & 3), x[n]);
   }
   __device__ __forceinline__ int64_t matrix() const { return (int64_t(s.n) * p.H + s.h) * kDim * kDim; }
   __device__ __forceinline__ void load_gradient() {
@@ -133,7 +130,7 @@ template <class S> struct Reverse {
       *reinterpret_cast<float2*>(to + (value + 8) * kDim + key) = make_float2(x[2], x[3]);
     });
   }
-  __device__ __forceinline__ void load_checkpoint(float (&w)[kHalves][8][4], int segment) const {
+  __device__ __forceinline__ void load_checkpoint(float (&w)[kDim / 8][4], int segment) const {
     const int64_t slot = (p.first_slot ? p.first_slot[s.n] : int64_t(s.n) * p.slots) + segment;
     const float* const from = p.checkpoints + (slot * p.H + s.h) * kDim * kDim;
     each_pair(w, [&](int value, int key, float (&x)[4]) {
@@ -141,7 +138,7 @@ template <class S> struct Reverse {
       x[0] = at[0], x[1] = at[kDim], x[2] = at[8], x[3] = at[kDim + 8];
     });
   }
-  __device__ __forceinline__ void keep(const float (&w)[kHalves][8][4], int kept) const {
+  __device__ __forceinline__ void keep(const float (&w)[kDim / 8][4], int kept) const {
     char* const to = reinterpret_cast<char*>(states + int64_t(kept) * kDim * kDim);
     each_pair(w, [&](int value, int key, const float (&x)[4]) {
       char* const at = to + (key / 8 * kDim + value) * 16 + 2 * (key % 8);
@@ -153,9 +150,9 @@ template <class S> struct Reverse {
 
   // V' of the warp's values: subtracted from E', or its negative
   template <bool kPredicts> __device__ __forceinline__ void subtract(float (&e)[kGroups][4], uint32_t values) const {
-    const uint32_t rows = address(values + by_columns<S::kPieces>(0, first_value, lane));
+    const uint32_t rows = address(values + columns_of<kChunk>(0, first_value, lane));
     uint32_t v[kSixteens][4];
-    each<kSixteens>([&](auto n) { load_transposed<n * 16 * 2 * kDim>(v[n], rows); });
+    each<kSixteens>([&](auto n) { load_transposed<n * 16 * 128>(v[n], rows); });
 #pragma unroll
     for (int n = 0; n < kSixteens; ++n)
 #pragma unroll
@@ -214,11 +211,28 @@ template <class S> struct Reverse {
     });
   }
 
+  // Of dQ or dK: c += A B over steps first to last - 1 of kCount, B the warp's keys of a tile of kRows rows.
+  template <int kCount, int kRows, class Load>
+  __device__ __forceinline__ void add_keys(float (&c)[2 * S::kPairs][4], uint32_t tile, int first, int last, Load&& load) const {
+    const int first_key = warp / kSixteens * S::kPartKeys;
+    if constexpr (S::kWide) {
+      tile_product<kCount, 2 * S::kPairs, kRows, true, true>(c, tile, first_key, lane, [&](auto i, uint32_t (&a)[4]) {
+        if (i >= first && i < last) load(i, a);
+        else a[0] = a[1] = a[2] = a[3] = 0;
+      });
+    } else {
+      products<kCount, S::kPairs>(c, first, last, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+        load(i, a);
+        each<S::kPairs>([&](auto n) { load_transposed<i * 16 * 128>(b[n], address(tile + rows_of<kRows>(0, first_key + 16 * n, lane))); });
+      });
+    }
+  }
+
   // ------------------------------------------------------------------------------------------------------------ the rerun
 
   // Keeps the states of the chunks from `first` on, up to `last`, whose own products nobody needs here.
   __device__ __forceinline__ void rerun(int first, int last) const {
-    float w[kHalves][8][4];
+    float w[kDim / 8][4];
     load_checkpoint(w, first / p.every);
     const auto copy_tokens = [&](int chunk) {
       if (chunk < last) {
@@ -233,15 +247,12 @@ template <class S> struct Reverse {
       keep(w, chunk - first);
       if (chunk == last) break;
       cp_async_wait<0>();
+      fence_async();
       __syncthreads();  // the chunk's tokens and gates are here, and those before it have been read
       copy_tokens(chunk + 1);
       const uint32_t keys = stage(chunk);
-      float e[kGroups][4] = {};
-      products<kSteps, kSixteens>(e, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[kSixteens][4]) {
-        packed(a, w[i / 4][i % 4 * 2], w[i / 4][i % 4 * 2 + 1]);
-        const uint32_t at = address(keys + by_columns<S::kPieces>(0, 16 * i, lane));
-        each<kSixteens>([&](auto n) { load_matrices<n * 16 * 2 * kDim>(b[n], at); });
-      });
+      float e[kGroups][4];
+      tile_product<kSteps, kGroups, kChunk, false, false>(e, keys, 0, lane, [&](auto i, uint32_t (&a)[4]) { packed(a, w[2 * i], w[2 * i + 1]); });
       updates(e, e, chunk, chunk & 1 ? S::kU : S::kV);
       const ReverseGates<kChunk>& x = gates(chunk);
       uint32_t u[kSixteens][4];
@@ -252,17 +263,11 @@ template <class S> struct Reverse {
 #pragma unroll
         for (int i = 0; i < 2; ++i) u[n / 2][n % 2 * 2 + i] = pack<T>(e[n][2 * i] * to_end[n].x, e[n][2 * i + 1] * to_end[n].y);
       const float total = x.total;
-      for (auto& half : w)
-        for (auto& tile : half)
-          for (float& y : tile) y *= total;
-      each<kHalves>([&](auto h) {
-        products<kSixteens, 4>(w[h], 0, kSixteens, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[4][4]) {
+      for (auto& tile : w)
+        for (float& y : tile) y *= total;
+      tile_product<kSixteens, kDim / 8, kChunk, true, true>(w, keys, 0, lane, [&](auto i, uint32_t (&a)[4]) {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) a[r] = u[i][r];
-          each<4>([&](auto n) {
-            load_transposed<i * 16 * 2 * kDim>(b[n], address(keys + by_rows<S::kPieces>(0, 64 * h + 16 * n, lane)));
-          });
-        });
+        for (int r = 0; r < 4; ++r) a[r] = u[i][r];
       });
     }
     cp_async_wait<0>();

@@ -4,6 +4,7 @@
 #include "linear_chain_tools.h"
 #include "linear_reverse.h"
 #include "tiles.h"
+#include "wgmma.h"
 
 namespace miras::cuda {
 namespace {
@@ -20,6 +21,7 @@ template <int kDim_, int kChunk_> struct ReverseShape {
   using T = Bf16;
   static constexpr int kDim = kDim_, kChunk = kChunk_, kWarps = kDim / 16, kThreads = 32 * kWarps;
   static constexpr int kPieces = kDim / 8, kTokenPieces = kChunk / 8;  // 16 bytes each, of a row of channels and of one of tokens
+  static constexpr bool kWide = kWgmma && kChunk == 64;                // a warpgroup computes all tokens of dQ and dK
   static constexpr int kGroups = kChunk / 8, kSixteens = kChunk / 16, kSteps = kDim / 16;
   static constexpr int kParts = kWarps / kSixteens;         // of the keys of dQ and dK; a warp has 16 tokens of a part
   static constexpr int kPartKeys = kDim / kParts, kPairs = kPartKeys / 16;
@@ -74,7 +76,7 @@ __device__ __forceinline__ void multiply(float (&low)[4], float (&high)[4], cons
 // Products of 16 x 16 and 16 x 16 kPairs numbers, summed over steps first to last - 1: load(i, a, b) loads the operands of step i, which
 // happens before those of step i - 1 are multiplied.
 template <int kSteps, int kPairs, class Load>
-__device__ __forceinline__ void products(float (&c)[2 * kPairs][4], int first, int last, Load&& load) {
+__device__ __forceinline__ void products(float (*c)[4], int first, int last, Load&& load) {
   uint32_t a[2][4], b[2][kPairs][4];
   each<kSteps + 1>([&](auto i) {
     if constexpr (i < kSteps)
@@ -84,18 +86,55 @@ __device__ __forceinline__ void products(float (&c)[2 * kPairs][4], int first, i
         each<kPairs>([&](auto n) { multiply(c[2 * n], c[2 * n + 1], a[(i + 1) % 2], b[(i + 1) % 2][n]); });
   });
 }
-// Two such products with one b.
-template <int kSteps, int kPairs, class Load>
-__device__ __forceinline__ void products(float (&c)[2 * kPairs][4], float (&d)[2 * kPairs][4], Load&& load) {
-  uint32_t a[2][4], other[2][4], b[2][kPairs][4];
-  each<kSteps + 1>([&](auto i) {
-    if constexpr (i < kSteps) load(i, a[i % 2], other[i % 2], b[i % 2]);
-    if constexpr (i > 0)
+
+// A tile of kRows rows of channels in shared memory: 64 channels of all rows, then the next 64. What ldmatrix_x4 takes for 16 x 16 numbers
+// (tiles.h), and a 16-byte piece.
+template <int kRows> __device__ __forceinline__ uint32_t piece_of(int row, int piece) {
+  return piece / 8 * (kRows * 128) + place<8>(row, piece % 8);
+}
+template <int kRows> __device__ __forceinline__ uint32_t rows_of(int r0, int c0, int lane) {
+  return by_rows<8>(r0, c0 % 64, lane) + c0 / 64 * (kRows * 128);
+}
+template <int kRows> __device__ __forceinline__ uint32_t columns_of(int r0, int c0, int lane) {
+  return by_columns<8>(r0, c0 % 64, lane) + c0 / 64 * (kRows * 128);
+}
+
+// tile_product by each warp alone, kPairs pairs of tiles at a time
+template <int kSteps, int kPairs, int kTiles, int kRows, bool kByRows, class Load>
+__device__ __forceinline__ void warp_product(float (&c)[kTiles][4], uint32_t tile, int c0, int lane, Load&& load) {
+#pragma unroll
+  for (int first = 0; first < kTiles / 2; first += kPairs)
+    products<kSteps, kPairs>(c + 2 * first, 0, kSteps, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[kPairs][4]) {
+      load(i, a);
       each<kPairs>([&](auto n) {
-        multiply(c[2 * n], c[2 * n + 1], a[(i + 1) % 2], b[(i + 1) % 2][n]);
-        multiply(d[2 * n], d[2 * n + 1], other[(i + 1) % 2], b[(i + 1) % 2][n]);
+        if constexpr (kByRows) load_transposed<i * 16 * 128>(b[n], address(tile + rows_of<kRows>(0, c0 + 16 * (first + n), lane)));
+        else load_matrices<n * 16 * 128>(b[n], address(tile + columns_of<kRows>(16 * first, c0 + 16 * i, lane)));
       });
-  });
+    });
+}
+
+// c += A B (kAdds; else c = A B) over kSteps times 16, where load(i, a) loads the A operand of step i, and B is such a tile from channel c0
+// on. kByRows: the sum goes over its rows and the columns of c are channels; else the sum goes over channels and its rows are the columns.
+// The warps of a warpgroup, which have 16 rows of c each, come together.
+template <int kSteps, int kTiles, int kRows, bool kByRows, bool kAdds, class Load>
+__device__ __forceinline__ void tile_product(float (&c)[kTiles][4], uint32_t tile, int c0, int lane, Load&& load) {
+  if constexpr (kWgmma) {
+    uint32_t a[kSteps][4];
+    each<kSteps>([&](auto i) { load(i, a[i]); });
+    wgmma_fence();
+    const uint32_t at = address(tile) + c0 / 64 * (kRows * 128) + c0 % 64 * 2;
+    each<kSteps>([&](auto i) {
+      constexpr uint32_t kStep = kByRows ? i * 16 * 128 : i / 4 * (kRows * 128) + i % 4 * 32;
+      wgmma<kTiles, i == 0 && !kAdds, kByRows>(c, a[i], wgmma_tile(at + kStep, kRows * 128));
+    });
+    wgmma_commit();
+    wgmma_wait<0>();
+  } else {
+    if constexpr (!kAdds)
+      for (auto& x : c)
+        for (float& y : x) y = 0.0f;
+    warp_product<kSteps, (kTiles / 2 < 4 ? kTiles / 2 : 4), kTiles, kRows, kByRows>(c, tile, c0, lane, load);
+  }
 }
 
 // two neighbouring C tiles as an A operand
