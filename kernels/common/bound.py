@@ -1,10 +1,14 @@
 """Launches of compiled kernels without the work that Triton's own launch repeats every time.
 
 ``kernel[grid](...)`` binds some 48 arguments by name, specialises each one and finds the compiled kernel by all of them, which takes longer
-than many kernels run. Here arguments that a call's launches share are specialised once, by Triton's own function, and the compiled kernel
-that Triton's launch returned is kept under the specialisations. The first launch under every key is Triton's; there they are compared with
-what Triton's binder makes of the same arguments, and on any difference the kernel is always launched by Triton. So it is where this
-module does not know Triton's internals: an unknown version, an AMD GPU, the interpreter, or hooks that want to see launches.
+than many kernels run. Here the compiled kernel that Triton's launch returned is kept under what it depends on: dtypes and alignments of
+tensors, types of numbers, values of constants. Arguments that a call's launches share are read once; what is the same for all arguments of
+the same names and types (:class:`Layout`) is worked out once in a process. The first launch under every key is Triton's; there the keys are
+compared with what Triton's binder makes of the same arguments, and on any difference the kernel is always launched by Triton. So it is
+where this module does not know Triton's internals: an unknown version, an AMD GPU, the interpreter, or hooks that want to see launches.
+
+Tensors are given to Triton's launcher as addresses, which are read here in any case. It would read them again, and ask the driver for each
+tensor whether the device can access it: the public functions have checked that.
 
 Everything here that is internal to Triton is the same in versions 3.6 to 3.9. ``TRITON_*`` variables count when a kernel is compiled.
 """
@@ -12,13 +16,14 @@ Everything here that is internal to Triton is the same in versions 3.6 to 3.9. `
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
@@ -35,13 +40,13 @@ VERSIONS = ((3, 6), (3, 9))
 KNOWN = native_specialize_impl is not None and VERSIONS[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= VERSIONS[1]
 #: tile sizes, which every launch has
 BLOCKS = frozenset(("BV", "BK", "BD", "BH"))
-#: specialisations and compiled kernels that are kept; a program has a few dozen
+#: compiled kernels that are kept; a process has a few dozen
 MOST = 4096
+#: of a tensor's address, in bytes: what Triton tells apart
+ALIGNMENT = 16
 
-_kinds: dict[tuple, int] = {}
-_bound: dict[tuple, Bound] = {}
-_numbers = itertools.count()
-_always, _never = itertools.repeat(True), itertools.repeat(False)
+_kernels: list[CompiledKernel] = []
+_dtype = operator.attrgetter("dtype")
 
 
 class Bound(NamedTuple):
@@ -53,60 +58,102 @@ class Bound(NamedTuple):
     metadata: object
 
 
-class Signature(NamedTuple):
-    """A kernel's parameters. It holds the kernel, so that its id stays its own."""
+def _specialised(x) -> tuple:
+    """What Triton tells apart of an argument: its type, whether it is None or 1, whether 16 divides it."""
+    return native_specialize_impl(BaseBackend, x, False, True, True)
 
-    kernel: triton.JITFunction
-    constants: frozenset[str]
-    values: Callable[[dict], tuple]
+
+#: of numbers and strides, most of which come again
+_of_number = functools.lru_cache(MOST, typed=True)(_specialised)
+
+
+def _alignment(addresses: tuple[int, ...]) -> bool | tuple[bool, ...]:
+    """Which addresses are aligned; True: all of them, as is usual."""
+    return math.gcd(ALIGNMENT, *addresses) == ALIGNMENT or tuple(x % ALIGNMENT == 0 for x in addresses)
+
+
+def _picker(places: list[int]) -> Callable[[tuple], tuple]:
+    """The values at those places."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return (lambda values: (values[places[0]],)) if places else (lambda values: ())
+
+
+class Kind:
+    """Arguments that compiled kernels do not tell apart. ``layouts``: of those that were read after them, by names, types and all else."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names, self.layouts = names, {}
+
+
+class Layout:
+    """How arguments of the same names and types are read.
+
+    ``names``: of the values that :meth:`read` gives, with those before them. ``found``: by what it says of the values, their kinds, or the
+    compiled kernels for a launch's own arguments.
+    """
+
+    def __init__(self, before: Kind, names: tuple[str, ...], types: tuple[type, ...], constants: Container[str]):
+        places: dict[str, list[int]] = {"tensors": [], "numbers": [], "constants": [], "none": []}
+        for i, (name, x) in enumerate(zip(names, types, strict=True)):
+            kind = "tensors" if issubclass(x, Tensor) else "none" if x is type(None) else "numbers"
+            places["constants" if name in constants else kind].append(i)
+        self.names, self.found = before.names + tuple(names[i] for found in places.values() for i in found), {}
+        self.tensors, self.numbers, self.constants, _ = map(_picker, places.values())
+        self.others = _picker([i for kind, found in places.items() if kind != "tensors" for i in found])
+        self.only_tensors = not (places["numbers"] or places["constants"])
+
+    def read(self, values: tuple) -> tuple[tuple, tuple]:
+        """The values, with addresses for tensors, and what of them a compiled kernel depends on."""
+        tensors = self.tensors(values)
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        key = (_alignment(addresses), *map(_dtype, tensors))
+        if not self.only_tensors:
+            key += (*map(_of_number, self.numbers(values)), *self.constants(values))
+        return addresses + self.others(values), key
+
+
+#: before all arguments; what launches have shown so far is kept here
+_none = Kind(())
+
+
+class Site(Layout):
+    """Launches of a kernel with shared arguments of one kind, and own ones that have the same names and types."""
+
+    def __init__(self, kernel, before: Kind, own: dict):
+        constants = BLOCKS.union(parameter.name for parameter in kernel.params if parameter.is_constexpr)
+        super().__init__(before, tuple(own), tuple(map(type, own.values())), constants)
+        self.kernel = kernel  # so that its id stays its own
+        places = {name: i for i, name in enumerate(self.names)}  # a launch's own arguments take the place of shared ones
+        self.arguments = operator.itemgetter(*(places[name] for name in kernel.arg_names))
 
 
 class Shared:
-    """Arguments that several launches share, by name; ``constants`` are those that no kernel takes at run time."""
+    """Arguments that several launches share, by name, after others that more launches share.
 
-    def __init__(self, values: dict, constants: dict):
-        self.all = values | constants
-        self._values, self._constants = values, constants
+    ``constants`` are those that no kernel takes at run time.
+    """
 
-    @functools.cached_property
-    def kind(self) -> int:
-        """A number that stands for the names, specialisations and constants."""
-        of_values = [
-            _of_tuple(x) if isinstance(x, tuple) else native_specialize_impl(BaseBackend, x, False, True, True)
-            for x in self._values.values()
-        ]
-        key = (*self.all, *of_values, *self._constants.values())
-        return _kinds.get(key) or _kinds.setdefault(key, next(_numbers) + 1)
+    def __init__(self, values: dict, constants: dict | None = None, before: Shared | None = None):
+        self._values, self._constants, self.before = values, constants or {}, before
+
+    @property
+    def all(self) -> dict:
+        return (self.before.all if self.before else {}) | self._values | self._constants
 
     def is_constant(self, name: str) -> bool:
-        return name in self._constants
+        return name in self._constants or (self.before is not None and self.before.is_constant(name))
 
-
-def _specialised(values) -> map:
-    """The specialisation of every argument: its type, whether it is None or 1, whether 16 divides it."""
-    return map(native_specialize_impl, itertools.repeat(BaseBackend), values, _never, _always, _always)
-
-
-#: a tuple's takes several times as long as a number's, and most strides come again
-_of_tuple = functools.lru_cache(MOST)(lambda x: next(_specialised([x])))
-
-
-@functools.lru_cache(MOST)
-def _picker(names: tuple[str, ...], constants: frozenset[str]) -> Callable[[dict], object]:
-    """The values of those names that are constants."""
-    chosen = [name for name in names if name in constants]
-    return operator.itemgetter(*chosen) if chosen else lambda own: None
-
-
-_signatures: dict[int, Signature] = {}
-
-
-def _signature(kernel) -> Signature:
-    found = _signatures.get(id(kernel))
-    if found is None:
-        constants = frozenset(parameter.name for parameter in kernel.params if parameter.is_constexpr)
-        found = _signatures[id(kernel)] = Signature(kernel, constants, operator.itemgetter(*kernel.arg_names))
-    return found
+    @functools.cached_property
+    def read(self) -> tuple[tuple, Kind]:
+        """The values as :class:`Layout` reads them, and their kind."""
+        given, before = self.before.read if self.before else ((), _none)
+        arguments = self._values | self._constants if self._constants else self._values
+        values = tuple(arguments.values())
+        where = tuple(arguments), tuple(map(type, values)), len(self._constants)  # the last ones
+        layout = before.layouts.get(where) or before.layouts.setdefault(where, Layout(before, *where[:2], self._constants))
+        more, key = layout.read(values)
+        return given + more, layout.found.get(key) or layout.found.setdefault(key, Kind(layout.names))
 
 
 def by_name(kernel, shared: Shared, own: dict) -> dict:
@@ -135,40 +182,48 @@ def run(kernel, grid: tuple[int, ...], config, device: torch.device, options: Ca
     if not KNOWN or type(kernel) is not triton.JITFunction or _is_watched(kernel):
         kernel[grid](**by_name(kernel, shared, own), **options(config, device))
         return
-    signature, names, active = _signature(kernel), tuple(own), driver.active
+    active, values, (given, kind) = driver.active, tuple(own.values()), shared.read
     index = active.get_current_device()
-    key = (
-        id(kernel), id(active), index, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode, shared.kind,
-        names, _picker(names, signature.constants)(own), *_specialised(own.values()),
+    where = (
+        id(kernel), id(active), index, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode,
+        tuple(own), tuple(map(type, values)),
     )  # fmt: skip
-    bound = _bound.get(key)
+    site = kind.layouts.get(where)
+    if site is None:
+        by_name(kernel, shared, own)  # names them if some are unknown
+        site = kind.layouts[where] = Site(kernel, kind, own)
+    more, key = site.read(values)
+    bound = site.found.get(key)
     if bound is None:
         compiled = kernel[grid](**by_name(kernel, shared, own), **options(config, device))
-        if isinstance(compiled, CompiledKernel) and _agrees(signature, index, shared, own):
-            if len(_bound) + len(_kinds) > MOST:
-                _bound.clear()
-                _kinds.clear()
-            _bound[key] = Bound(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+        if isinstance(compiled, CompiledKernel) and _agrees(kernel, index, shared, own):
+            if len(_kernels) >= MOST:
+                _kernels.clear()
+                _none.layouts.clear()
+            _kernels.append(compiled)
+            site.found[key] = Bound(compiled, compiled.run, compiled.function, compiled.packed_metadata)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(index)
-    bound.run(x, y, z, stream, bound.function, bound.metadata, None, None, None, *signature.values(shared.all | own))
+    bound.run(x, y, z, active.get_current_stream(index), bound.function, bound.metadata, None, None, None, *site.arguments(given + more))
 
 
-def _agrees(signature: Signature, device: int, shared: Shared, own: dict) -> bool:
-    """Whether the key tells apart whatever Triton does, and Triton passes the same arguments in the same order."""
-    *_, target, _, binder = signature.kernel.device_caches[device]
+def _agrees(kernel, device: int, shared: Shared, own: dict) -> bool:
+    """Whether the keys tell apart whatever Triton does, and Triton passes the same arguments in the same order."""
+    *_, target, _, binder = kernel.device_caches[device]
     if target.backend != "cuda":
         return False
-    given = by_name(signature.kernel, shared, own)
+    given = by_name(kernel, shared, own)
     bound, specialised, _ = binder(**given)
-    if [*map(id, bound.values())] != [*map(id, signature.values(shared.all | own))]:
+    if [*bound] != [*kernel.arg_names] or any(bound[name] is not x for name, x in given.items()):
         return False
-    for parameter, theirs in zip(signature.kernel.params, specialised, strict=True):
-        name = parameter.name
+    for parameter, theirs in zip(kernel.params, specialised, strict=True):
+        name, x = parameter.name, given[parameter.name]
         if parameter.is_constexpr:
             if not (name in own or shared.is_constant(name)):
                 return False
-        elif not parameter.do_not_specialize and tuple(_specialised([given[name]])) != (theirs,):
-            return False
+        elif not parameter.do_not_specialize:
+            if _specialised(x) != theirs:
+                return False
+            if isinstance(x, Tensor) and ("D" in theirs[1]) != (_alignment((x.data_ptr(),)) is True):
+                return False
     return True

@@ -185,7 +185,7 @@ def chunk_decays(p: Problem) -> Tensor | None:
     if p.log_decay is None:
         return None
     decays = p.empty(4, p.batch, p.tokens, p.heads, dtype=torch.float32)
-    launch(linear_decay, p, head_programs(p), None, decays=decays)
+    launch(linear_decay, p, head_programs(p), None, dict(decays=decays))
     return decays
 
 
@@ -193,9 +193,9 @@ def decays_by_channel(p: Problem, moves: Tensor | None = None) -> Tensor:
     """gamma_tv and M_Cs,v; with momentum, whose pi is in ``moves``, b_tv: ``[2 or 3, B, T, H, Dv]`` float32."""
     decays = p.empty(2 if moves is None else 3, p.batch, p.tokens, p.heads, p.value_dim, dtype=torch.float32)
     if moves is None:
-        launch(channel_decay, p, p.slots.count, "value", decays=decays)
+        launch(channel_decay, p, p.slots.count, "value", dict(decays=decays))
     else:
-        launch(channel_momentum, p, p.slots.count, "value", moves=moves, decays=decays)
+        launch(channel_momentum, p, p.slots.count, "value", dict(moves=moves, decays=decays))
     return decays
 
 
@@ -224,5 +224,6 @@ def chunk_weights(p: Problem, backward: bool = False) -> Weights:
     weights = Weights(
         empty(not by_channel, 3, *tokens), empty(True, 2, *tokens), empty(not by_channel, *square), empty(backward or by_channel, *square)
     )
-    launch(momentum_weights, p, head_programs(p), None, log_decay=None if by_channel else p.log_decay, **weights._asdict())
+    own = weights._asdict() | dict(log_decay=None if by_channel else p.log_decay)
+    launch(momentum_weights, p, head_programs(p), None, own)
     return weights._replace(decays=decays_by_channel(p, weights.moves)) if by_channel else weights

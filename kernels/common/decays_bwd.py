@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import HEADS, chunk_of, head_programs, heads_program
-from .decays import Weights
 from .gates import CARRY, error_place
 from .launch import Problem, launch
 from .tiles import LENGTHS, only_if, wide
@@ -145,23 +144,24 @@ def momentum_weights_bwd(
 
 
 def decay_gradient(
-    p: Problem, decays, rows_read: Tensor, rows_pairs: Tensor, rows_to_end: Tensor, inner: Tensor, block: int,
+    p: Problem, rows_read: Tensor, rows_pairs: Tensor, rows_to_end: Tensor, inner: Tensor, block: int,
     rows_error: Tensor | None = None, rows_crossed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs by blocks of a chunk) and ``inner [tiles, slots, H]``."""
+    """d log alpha ``[B, T, H]`` from its sums ``[tiles, B, T, H]`` (pairs by blocks of a chunk) and ``inner [tiles, slots, H]``.
+
+    The problem shares the weights of the call, here and below.
+    """
     grad = p.result(dtype=torch.float32)
-    launch(
-        linear_decay_bwd, p, head_programs(p), None,
-        decays=decays, rows_read=rows_read, rows_pairs=rows_pairs, rows_to_end=rows_to_end, inner=inner, grad_log_decay=grad,
-        rows_error=rows_error, rows_crossed=rows_crossed,
-        READ_ROWS=len(rows_read), END_ROWS=len(rows_to_end), BC=block,
+    own = dict(
+        rows_read=rows_read, rows_pairs=rows_pairs, rows_to_end=rows_to_end, inner=inner, grad_log_decay=grad,
+        rows_error=rows_error, rows_crossed=rows_crossed, READ_ROWS=len(rows_read), END_ROWS=len(rows_to_end), BC=block,
     )  # fmt: skip
+    launch(linear_decay_bwd, p, head_programs(p), None, own)
     return grad
 
 
 def gate_gradients(
     p: Problem,
-    weights: Weights,
     grad_pairs: Tensor,
     rows_read: Tensor,
     rows_to_end: Tensor,
@@ -173,11 +173,10 @@ def gate_gradients(
     by_channel = p.key.channels
     log_decay = None if by_channel else p.log_decay
     grads = {name: p.result(dtype=torch.float32) for name, x in (("log_decay", log_decay), ("momentum", p.momentum)) if x is not None}
-    launch(
-        momentum_weights_bwd, p, head_programs(p), None,
-        log_decay=log_decay, **weights._asdict(), grad_pairs=grad_pairs,
+    own = dict(
+        log_decay=log_decay, grad_pairs=grad_pairs,
         rows_read=rows_read, rows_to_end=rows_to_end, rows_step=rows_step, rows_carry=rows_carry, inner=inner,
-        grad_log_decay=grads.get("log_decay"), grad_momentum=grads["momentum"],
-        SUMMED=by_channel,
+        grad_log_decay=grads.get("log_decay"), grad_momentum=grads["momentum"], SUMMED=by_channel,
     )  # fmt: skip
+    launch(momentum_weights_bwd, p, head_programs(p), None, own)
     return grads

@@ -23,26 +23,31 @@ OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class Slots(NamedTuple):
+class Slots:
     """Where the chunks (or segments) of every sequence lie in a buffer with one slot for each; computed without device synchronisation."""
 
-    count: int
-    per_sequence: int  # unless packed
-    first: Tensor | None  # [N] int64, the first slot of every packed sequence
-    owner: Tensor | None  # [count] int64, the packed sequence of every slot; -1 for an unused one
-
-    @staticmethod
-    def of(cu_seqlens: Tensor | None, sequences: int, tokens: int, size: int, position: Tensor | None = None) -> Slots:
+    def __init__(self, cu_seqlens: Tensor | None, sequences: int, tokens: int, size: int, position: Tensor | None = None):
         """Slots of ``size`` tokens each; sequence n begins ``position[n]`` tokens inside its first slot."""
         before = 0 if position is None else size - 1  # at most
+        self.per_sequence = 0  # unless not packed
+        self.first = self._last = None
         if cu_seqlens is None:
-            each = -(-(tokens + before) // size)
-            return Slots(sequences * each, each, None, None)
-        count = (tokens + sequences * before) // size + sequences
+            self.per_sequence = -(-(tokens + before) // size)
+            self.count = sequences * self.per_sequence
+            return
+        self.count = (tokens + sequences * before) // size + sequences
         lengths = cu_seqlens.diff() if position is None else cu_seqlens.diff() + position
-        last = ((lengths + size - 1) // size).cumsum(0)
-        owner = torch.searchsorted(last, torch.arange(count, device=last.device), right=True)
-        return Slots(count, 0, last - (lengths + size - 1) // size, torch.where(owner < sequences, owner, -1))
+        each = (lengths + (size - 1)) // size
+        self._last = each.cumsum(0)
+        self.first = self._last - each  # [N] int64, the first slot of every packed sequence
+
+    @functools.cached_property
+    def owner(self) -> Tensor | None:
+        """``[count]`` int64, the packed sequence of every slot; -1 for an unused one."""
+        if self._last is None:
+            return None
+        owner = torch.searchsorted(self._last, torch.arange(self.count, device=self._last.device), right=True)
+        return torch.where(owner < len(self._last), owner, -1)
 
 
 class Strides(NamedTuple):
@@ -96,22 +101,20 @@ class Problem:
         call, slots = self.call, self.slots
         tensors = dict(
             q=self.q, k=self.k, v=self.v, lr=self.lr, log_decay=self.log_decay, delta=self.delta, momentum=self.momentum,
-            q_strides=Strides.of(self.q), k_strides=Strides.of(self.k), v_strides=Strides.of(self.v), position=self.position,
-            cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner,
-        )  # fmt: skip
-        numbers = dict(T=self.tokens, H=self.heads, CHUNKS=slots.per_sequence, SLOTS=slots.count)
-        numbers["ROW"] = self.batch * self.tokens * self.heads
-        constants = dict(
-            TOKENS=self.chunk_size, C=self.rows, BC=self.block, DTYPE=DTYPES[call.q.dtype], BIAS=self.bias, RETENTION=self.retention,
-            CHANNEL_LR=call.lr.dim() == 4, CHANNELS=self.key.channels, MOMENTUM=self.key.momentum,
-            CHUNK=call.chunk_size, DECAY_FIRST=call.decay_first,
+            position=self.position, cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner,
         )  # fmt: skip
         if call.memory.name == "mlp":
             tensors |= dict(ln_weight=call.ln_weight.contiguous(), ln_bias=call.ln_bias.contiguous())
-            constants |= dict(D=self.key_dim, Hd=self.hidden, EPS=call.ln_eps)
-        else:
-            constants |= dict(Dk=self.key_dim, Dv=self.value_dim)
-        return Shared(tensors | numbers, constants)
+        numbers = self.tokens, self.heads, slots.per_sequence, slots.count, self.batch * self.tokens * self.heads
+        strides = Strides.of(self.q), Strides.of(self.k), Strides.of(self.v)
+        settings = self.chunk_size, call.chunk_size, call.decay_first, call.lr.dim() == 4, call.ln_eps
+        return Shared(tensors, before=_settled(self.key, call.q.dtype, self.bias, self.retention, numbers, strides, settings))
+
+    def sharing(self, **arguments) -> Problem:
+        """The same problem, with arguments that its launches share from here on: each is read once, not once a launch."""
+        other = object.__new__(Problem)
+        other.__dict__ |= self.__dict__ | {"shared": Shared(arguments, before=self.shared)}
+        return other
 
     def plan(self, kernel: str, along: str | None) -> Plan:
         """How a kernel is launched; ``along`` as in :func:`launch`."""
@@ -124,7 +127,9 @@ class Problem:
         return plain and self.key.fuses(self.sequences * self.heads, multiprocessors(self.device), self.architecture)
 
     def segments(self, size: int) -> Slots:
-        return Slots.of(self.cu_seqlens, self.sequences, self.tokens, size, self.position)
+        """Computed once for the forward and the backward of a call."""
+        slots = self.call.slots
+        return slots.get(size) or slots.setdefault(size, Slots(self.cu_seqlens, self.sequences, self.tokens, size, self.position))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.device)
@@ -166,6 +171,21 @@ class Plan(NamedTuple):
         elif along:
             blocks = dict(zip(("BV", "BK"), key.blocks(config), strict=True))
         return Plan(config, blocks, key.tiles(kernel, config, along) if along else 1)
+
+
+@functools.lru_cache(1024)
+def _settled(
+    key: configs.Key, dtype: torch.dtype, bias: Bias, retention: Retention, numbers: tuple, strides: tuple, settings: tuple
+) -> Shared:
+    """Those arguments of all launches that are no tensors. Calls of the same sizes share them."""
+    tokens, chunk, decay_first, channel_lr, eps = settings
+    values = dict(zip(("T", "H", "CHUNKS", "SLOTS", "ROW", "q_strides", "k_strides", "v_strides"), (*numbers, *strides), strict=True))
+    constants = dict(
+        TOKENS=tokens, C=key.chunk_size, BC=key.block_c, DTYPE=DTYPES[dtype], BIAS=bias, RETENTION=retention,
+        CHANNEL_LR=channel_lr, CHANNELS=key.channels, MOMENTUM=key.momentum, CHUNK=chunk, DECAY_FIRST=decay_first,
+    )  # fmt: skip
+    sizes = dict(D=key.key_dim, Hd=key.hidden, EPS=eps) if key.hidden else dict(Dk=key.key_dim, Dv=key.value_dim)
+    return Shared(values, constants | sizes)
 
 
 @functools.lru_cache(1024)
@@ -228,15 +248,15 @@ def recording(receive: Callable, architecture: str = "") -> Iterator[None]:
         _recorder = before
 
 
-def launch(kernel, problem: Problem, units: int, along: str | None, **arguments) -> None:
+def launch(kernel, problem: Problem, units: int, along: str | None, own: dict) -> None:
     """Run a kernel for ``units`` sequences, segments or chunks, times the tiles along an axis times heads if there is an axis.
 
     ``along``: ``"value"``, ``"key"``, ``"hidden"`` (units of an MLP, all of them in one program) or ``"head"`` (all keys and values in
-    one program). ``arguments``: those that the problem does not have, or has otherwise.
+    one program). ``own``: the arguments that the problem does not have, or has otherwise.
     """
     plan = problem.plan(kernel.__name__, along)
     grid = (units * plan.tiles, problem.heads) if along else (units,)
-    start(kernel, grid, plan.config, problem.device, problem.shared, arguments | plan.blocks)
+    start(kernel, grid, plan.config, problem.device, problem.shared, own | plan.blocks)
 
 
 def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.device, shared: Shared, own: dict) -> None:

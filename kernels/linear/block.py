@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import chunk_of, chunk_program, token_of
-from ..common.decays import Weights
 from ..common.gates import error_place, load_before, load_gate, pair_decay
 from ..common.launch import Problem, Strides, launch
 from ..common.tiles import LENGTHS, dot, fitted, inside, load_tile, pair_products, split_dot, store, wide
@@ -233,8 +232,8 @@ class Solved(NamedTuple):
         return {} if self.targets is None else dict(v=self.targets, v_strides=Strides.of(self.targets))
 
 
-def solve(p: Problem, weights: Weights) -> Solved:
-    """Run :func:`block_solve` and :func:`block_reads`, if the call is computed in blocks."""
+def solve(p: Problem) -> Solved:
+    """Run :func:`block_solve` and :func:`block_reads`, if the call is computed in blocks; the problem shares the decays."""
     if not p.key.exact:
         return Solved()
     wide_type = torch.float32 if p.q.dtype == torch.float16 else None
@@ -243,9 +242,8 @@ def solve(p: Problem, weights: Weights) -> Solved:
         p.per_token(p.key_dim),
         p.per_token(p.value_dim, dtype=wide_type),
     )
-    given = dict(decays=weights.decays, solved=solved.system)
-    launch(block_solve, p, p.slots.count, "head", **given)
-    launch(block_reads, p, p.slots.count, "head", **given, reads=solved.reads, targets=solved.targets)
+    launch(block_solve, p, p.slots.count, "head", dict(solved=solved.system))
+    launch(block_reads, p, p.slots.count, "head", dict(solved=solved.system, reads=solved.reads, targets=solved.targets))
     return solved
 
 
@@ -258,16 +256,16 @@ class ErrorGradients(NamedTuple):
     rows_crossed: Tensor | None  # [B, T, H] float32   with a decay
 
 
-def error_gradients(p: Problem, weights: Weights, solved: Solved, errors: Tensor, grad_updates: Tensor) -> ErrorGradients:
-    """Run :func:`block_errors_bwd`; ``grad_updates``: dU from the chain's backward."""
+def error_gradients(p: Problem, solved: Solved, grad_updates: Tensor) -> ErrorGradients:
+    """Run :func:`block_errors_bwd`; ``grad_updates``: dU from the chain's backward. The problem shares decays and errors."""
     square, float32 = (p.slots.count, p.heads, p.rows, p.rows), torch.float32
     grads = ErrorGradients(
         p.result(p.value_dim), p.result(dtype=float32), p.empty(*square, dtype=float32 if p.q.dtype == torch.float16 else None),
         p.result(dtype=float32) if p.log_decay is not None else None,
     )  # fmt: skip
-    launch(
-        block_errors_bwd, p, p.slots.count, "head",
-        decays=weights.decays, solved=solved.system, errors=errors, grad_updates=grad_updates,
+    own = dict(
+        solved=solved.system, grad_updates=grad_updates,
         grad_v=grads.v, grad_lr=grads.lr, grad_keys=grads.keys, rows_crossed=grads.rows_crossed,
     )  # fmt: skip
+    launch(block_errors_bwd, p, p.slots.count, "head", own)
     return grads

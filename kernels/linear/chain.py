@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..common import bias as biases
 from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, segment_of, sequence_of, slot_of
-from ..common.decays import Weights
 from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from ..common.launch import MatrixStrides, Problem, launch, tiles
@@ -210,9 +209,6 @@ class Chain(NamedTuple):
     momenta: Tensor | None = None  # [slots, H, Dk, Dv] float32   S
     scales: Tensor | None = None  # [slots, H] float32   rho of a gate that has one
 
-    def only(self, *names: str) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in names}
-
 
 def empty_chain(p: Problem) -> Chain:
     gated, float32 = p.key.gated, torch.float32
@@ -226,41 +222,35 @@ def empty_chain(p: Problem) -> Chain:
     return Chain(states, errors, squares, duals, momenta, scales)
 
 
-def walk(
-    p: Problem, chain: Chain, weights: Weights, solved: Solved, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None,
-    **arguments,
-) -> None:  # fmt: skip
-    """Run :func:`linear_chain_fwd`, or its streamed form.
+def walk(p: Problem, solved: Solved, units: int, initial: tuple[Tensor, ...], part: int, final: Tensor | None, checkpoints: dict) -> None:
+    """Run :func:`linear_chain_fwd`, or its streamed form. The problem shares the weights of the call and the tensors to write.
 
     ``initial``: the matrices ``[units, H, Dv, Dk]`` to start from, all with the same strides; ``final [matrices, N, H, Dk, Dv]``.
     """
     opened = opened_chunk(p) if part == HEAD.value else None
     final, final_momentum = (None, None) if final is None else (*final, None)[:2]
-    arguments |= solved.of_chain() | dict(
-        decays=weights.decays, reads=solved.reads, **chain.only("states", "errors", "squares"), PART=part, final=final,
+    own = solved.of_chain() | checkpoints | dict(
+        reads=solved.reads, PART=part, final=final,
         initial=initial[0], initial_strides=MatrixStrides(*initial[0].stride()), opened=None if opened is None else opened.primals[0],
     )  # fmt: skip
     if not p.key.streams("linear_chain_fwd"):
-        launch(linear_chain_fwd, p, units, "value", **arguments)
+        launch(linear_chain_fwd, p, units, "value", own)
         return
-    launch(
-        linear_chain_fwd_streamed, p, units, "value",
-        **chain.only("duals", "momenta", "scales"), moves=weights.moves,
+    own |= dict(
         initial_momentum=initial[1] if len(initial) > 1 else None, final_momentum=final_momentum,
         readouts=opened.readouts[0] if opened and opened.readouts else None,
-        opened_scales=opened.scales[0] if opened and opened.scales else None, **arguments,
+        opened_scales=opened.scales[0] if opened and opened.scales else None,
     )  # fmt: skip
+    launch(linear_chain_fwd_streamed, p, units, "value", own)
 
 
-def recompute(p: Problem, weights: Weights, solved: Solved, checkpoints: Tensor, every: int) -> Chain:
-    """Recompute the chain from the checkpoints, all segments at once."""
-    chain, segments = empty_chain(p), p.segments(p.chunk_size * every)
-    initial = (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
-    walk(
-        p, chain, weights, solved, segments.count, tuple(x.transpose(-1, -2) for x in initial), SEGMENT.value, final=None,
-        checkpoints=None, EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner,
-    )  # fmt: skip
-    return chain
+def recompute(p: Problem, solved: Solved, checkpoints: Tensor, every: int) -> None:
+    """Recompute the chain from the checkpoints, all segments at once. The problem shares what :func:`walk` says."""
+    segments, initial = p.segments(p.chunk_size * every), (checkpoints,) if p.momentum is None else checkpoints.unbind(2)
+    segmented = dict(
+        checkpoints=None, EVERY=every, SEGMENTS=segments.per_sequence, first_segment=segments.first, segment_owner=segments.owner
+    )
+    walk(p, solved, segments.count, tuple(x.transpose(-1, -2) for x in initial), SEGMENT.value, None, segmented)
 
 
 class ChainGradients(NamedTuple):
@@ -276,10 +266,11 @@ class ChainGradients(NamedTuple):
     rows_step: Tensor | None  # with momentum
 
 
-def chain_gradients(
-    p: Problem, weights: Weights, solved: Solved, chain: Chain, from_out: Tensor, grad_out: Tensor, grad_state: list[Tensor]
-) -> ChainGradients:
-    """Run :func:`linear_chain_bwd`, or its streamed form, from R and the gradients of the final matrices (an empty list: zeros)."""
+def chain_gradients(p: Problem, solved: Solved, from_out: Tensor, grad_state: list[Tensor]) -> ChainGradients:
+    """Run :func:`linear_chain_bwd`, or its streamed form, from R and the gradients of the final matrices (an empty list: zeros).
+
+    The problem shares the weights of the call, the chain's outputs and ``grad_out``.
+    """
     streamed, moving, by_channel = p.key.streams("linear_chain_bwd"), p.momentum is not None, p.key.channels
     kernel, float32 = linear_chain_bwd_streamed if streamed else linear_chain_bwd, torch.float32
     count = tiles(kernel.__name__, p, "value")
@@ -300,19 +291,18 @@ def chain_gradients(
     grad_v = p.result(p.value_dim, dtype=float32 if p.key.exact and p.q.dtype == torch.float16 else None)
     given = [x.contiguous() for x in grad_state]
     initial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.call.state.matrices()]
-    more = {}
+    own = dict(
+        reads=solved.reads, from_out=from_out,
+        grad_final=given[0] if given else None, grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0],
+        grad_delta=grad_delta, grad_lr=grad_lr, rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end,
+    )  # fmt: skip
     if streamed:
-        more = dict(
-            **chain.only("states", "duals", "momenta", "scales"), moves=weights.moves, grad_momenta=grad_momenta, rows_step=rows_step,
+        own |= dict(
+            grad_momenta=grad_momenta, rows_step=rows_step,
             grad_primal=p.empty(p.sequences, p.heads, p.key_dim, p.value_dim, dtype=float32) if p.key.gated else None,
             grad_final_momentum=given[1] if moving and given else None, grad_initial_momentum=initial[1] if moving else None,
         )  # fmt: skip
-    launch(
-        kernel, p, p.sequences, "value",
-        decays=weights.decays, reads=solved.reads, **chain.only("errors", "squares"), from_out=from_out, grad_out=grad_out,
-        grad_final=given[0] if given else None, grad_states=grad_states, grad_v=grad_v, grad_initial=initial[0],
-        grad_delta=grad_delta, grad_lr=grad_lr, rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, **more,
-    )  # fmt: skip
+    launch(kernel, p, p.sequences, "value", own)
     of_lr = grad_lr if rows_lr is None else rows_lr.sum(0)
     of_delta = rows_delta.sum(0) if delta == 1 else grad_delta
     return ChainGradients(grad_states, grad_momenta, grad_v, initial, of_lr, of_delta, rows_to_end, rows_step)

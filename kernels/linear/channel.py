@@ -269,42 +269,31 @@ def channel_decay_bwd(
 def chunk_scores(p: Problem) -> Tensor:
     """``Q K' [slots, H, C, C]`` float32."""
     scores = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
-    launch(channel_scores, p, p.slots.count * p.blocks**2, "head", scores=scores)
+    launch(channel_scores, p, p.slots.count * p.blocks**2, "head", dict(scores=scores))
     return scores
 
 
-def output(p: Problem, weights, chain) -> Tensor:
-    """``[B, T, H, Dv]``."""
+def output(p: Problem) -> Tensor:
+    """``[B, T, H, Dv]``. The problem shares the weights of the call and the chain's outputs, here and below."""
     out = p.result(p.value_dim)
-    launch(
-        channel_output, p, p.slots.count, "value",
-        **weights.only("decays", "steps"), **chain.only("states", "errors", "squares", "momenta", "scales"),
-        scores=chunk_scores(p), out=out,
-    )  # fmt: skip
+    launch(channel_output, p, p.slots.count, "value", dict(scores=chunk_scores(p), out=out))
     return out
 
 
-def du_from_output(p: Problem, weights, chain, scores: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, without the factor rho."""
+def du_from_output(p: Problem, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """R ``[B, T, H, Dv]`` and dX ``[slots, H, C, C]`` float32, without the factor rho; the problem also shares ``grad_out``."""
     from_out = p.per_token(p.value_dim)
     grad_scores = p.empty(tiles("channel_du_bwd", p, "value"), *scores.shape, dtype=torch.float32)
-    launch(
-        channel_du_bwd, p, p.slots.count, "value",
-        steps=weights.steps, **chain.only("errors", "squares"), scores=scores,
-        grad_out=grad_out, from_out=from_out, grad_scores=grad_scores,
-    )  # fmt: skip
+    launch(channel_du_bwd, p, p.slots.count, "value", dict(scores=scores, from_out=from_out, grad_scores=grad_scores))
     return from_out, grad_scores.sum(0)
 
 
-def decay_gradient(p: Problem, weights, chain, scores: Tensor, grad_states: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+def decay_gradient(p: Problem, scores: Tensor, grad_states: Tensor) -> tuple[Tensor, ...]:
     """d log alpha ``[B, T, H, Dv]``; with momentum also gTheta ``[slots, H, C, C]`` and gpi ``[B, T, H]`` for `momentum_weights_bwd`."""
     grad, partial = p.result(p.value_dim, dtype=torch.float32), [None, None]
     if p.momentum is not None:
         count = tiles("channel_decay_bwd", p, "value")
         partial = [p.empty(count, *shape, dtype=torch.float32) for shape in (scores.shape, p.momentum.shape)]
-    launch(
-        channel_decay_bwd, p, p.slots.count, "value",
-        **weights.only("decays", "moves", "steps"), **chain.only("states", "duals", "momenta", "errors", "squares", "scales"),
-        scores=scores, grad_states=grad_states, grad_out=grad_out, grad_log_decay=grad, grad_steps=partial[0], rows_carry=partial[1],
-    )  # fmt: skip
+    own = dict(scores=scores, grad_states=grad_states, grad_log_decay=grad, grad_steps=partial[0], rows_carry=partial[1])
+    launch(channel_decay_bwd, p, p.slots.count, "value", own)
     return grad, *(x.sum(0) for x in partial if x is not None)

@@ -19,12 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import chunk_of, chunk_program, token_of
-from ..common.decays import Weights
 from ..common.gates import CARRY, load_before, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update
 from ..common.launch import Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, rounded, store, trips, wide
 from .block import ErrorGradients
-from .chain import Chain, ChainGradients
+from .chain import ChainGradients
 
 
 @triton.jit
@@ -234,11 +233,8 @@ class ReadGradients(NamedTuple):
     inner: Tensor | None  # [tiles, slots, H]   <J, A>; with momentum [3, tiles, slots, H], also <J, S>, <JS, S>
 
 
-def read_gradients(
-    p: Problem, weights: Weights, chain: Chain, of_chain: ChainGradients, of_errors: ErrorGradients | None, grad_scores: Tensor,
-    grad_out: Tensor,
-) -> ReadGradients:  # fmt: skip
-    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dS; ``of_errors`` in exact steps."""
+def read_gradients(p: Problem, of_chain: ChainGradients, of_errors: ErrorGradients | None, grad_scores: Tensor) -> ReadGradients:
+    """Run :func:`linear_dqk_bwd`; ``grad_scores``: dS; ``of_errors`` in exact steps. The problem shares what read.py says."""
     moving, by_channel = p.momentum is not None, p.key.channels
     decaying = p.log_decay is not None and not by_channel
     count, float32 = tiles("linear_dqk_bwd", p, "key"), torch.float32
@@ -252,12 +248,11 @@ def read_gradients(
         rows(decaying), rows(decaying and p.key.exact), rows(moving and not by_channel),
         p.empty(*products, count, p.slots.count, p.heads, dtype=float32) if decaying or moving else None,
     )  # fmt: skip
-    launch(
-        linear_dqk_bwd, p, p.slots.count * p.blocks, "key",
-        **weights.only("decays", "moves"), **chain._asdict(),
+    own = dict(
         grad_scores=grad_scores, grad_keys=None if of_errors is None else of_errors.keys, grad_states=of_chain.states,
-        grad_momenta=of_chain.momenta, grad_out=grad_out, grad_v=of_chain.v if of_errors is None else of_errors.v,
+        grad_momenta=of_chain.momenta, grad_v=of_chain.v if of_errors is None else of_errors.v,
         grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_error=grads.rows_error, rows_carry=grads.rows_carry,
         inner=grads.inner,
     )  # fmt: skip
+    launch(linear_dqk_bwd, p, p.slots.count * p.blocks, "key", own)
     return grads

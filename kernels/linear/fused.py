@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..common import bias as biases
 from ..common.chunks import HEAD, chain_program, end_of, head_of, of_chunk, segment_of, slot_of
-from ..common.decays import Weights
 from ..common.final_state import opened_chunk
 from ..common.gates import load_delta, load_gamma, load_gate, load_to_end, load_total, pair_decay
 from ..common.launch import MatrixStrides, Problem, launch
@@ -105,13 +104,10 @@ def linear_chain_fwd_fused(
 # -------------------------------------------------------------------------------------------------------------- launcher
 
 
-def walk_fused(
-    p: Problem, weights: Weights, solved: Solved, initial: Tensor, part: int, out: Tensor, final: Tensor | None, **checkpoints
-) -> None:
+def walk_fused(p: Problem, solved: Solved, initial: Tensor, part: int, out: Tensor, final: Tensor | None, checkpoints: dict) -> None:
     """Run :func:`linear_chain_fwd_fused` from ``initial [N, H, Dv, Dk]``; writes the part's tokens of ``out``, ``final [N, H, Dk, Dv]``."""
-    launch(
-        linear_chain_fwd_fused, p, p.sequences, "value",
-        decays=weights.decays, reads=solved.reads, **solved.of_chain(), initial=initial, initial_strides=MatrixStrides(*initial.stride()),
-        opened=opened_chunk(p).primals[0] if part == HEAD.value else None,
-        out=out, final=final, PART=part, **checkpoints,
+    own = solved.of_chain() | checkpoints | dict(
+        reads=solved.reads, initial=initial, initial_strides=MatrixStrides(*initial.stride()),
+        opened=opened_chunk(p).primals[0] if part == HEAD.value else None, out=out, final=final, PART=part,
     )  # fmt: skip
+    launch(linear_chain_fwd_fused, p, p.sequences, "value", own)

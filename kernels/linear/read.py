@@ -18,11 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.chunks import chunk_of, chunk_program, token_of
-from ..common.decays import Weights
 from ..common.gates import CARRY, load_gamma, load_gate, load_scale, load_update, pair_decay
 from ..common.launch import Problem, launch
 from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, pair_products, rounded, store, wide
-from .chain import Chain
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -177,13 +175,10 @@ def linear_du_bwd(
 # -------------------------------------------------------------------------------------------------------------- launchers
 
 
-def output(p: Problem, weights: Weights, chain: Chain) -> Tensor:
-    """``[B, T, H, Dv]``."""
+def output(p: Problem) -> Tensor:
+    """``[B, T, H, Dv]``. The problem shares the weights of the call and the chain's outputs, here and below."""
     out = p.result(p.value_dim)
-    launch(
-        linear_output, p, p.slots.count * p.blocks, "value",
-        **weights.only("decays", "pairs"), **chain.only("states", "errors", "squares", "momenta", "scales"), out=out,
-    )  # fmt: skip
+    launch(linear_output, p, p.slots.count * p.blocks, "value", dict(out=out))
     return out
 
 
@@ -196,16 +191,13 @@ class ScoreGradients(NamedTuple):
     grad_pairs: Tensor | None  # [slots, H, C, C] float32   gM, with momentum
 
 
-def score_gradients(p: Problem, weights: Weights, chain: Chain, grad_out: Tensor) -> ScoreGradients:
-    """Run :func:`linear_du_bwd`."""
+def score_gradients(p: Problem) -> ScoreGradients:
+    """Run :func:`linear_du_bwd`; the problem also shares ``grad_out``."""
     square, float32, moving = (p.slots.count, p.heads, p.rows, p.rows), torch.float32, p.momentum is not None
     grads = ScoreGradients(
         p.per_token(p.value_dim), p.empty(*square, dtype=float32 if p.q.dtype == torch.float16 else None),
         p.empty(p.blocks, p.batch, p.tokens, p.heads, dtype=float32) if p.log_decay is not None and not moving else None,
         p.empty(*square, dtype=float32) if moving else None,
     )  # fmt: skip
-    launch(
-        linear_du_bwd, p, p.slots.count * p.blocks, "head",
-        **weights.only("decays", "pairs"), **chain.only("errors", "squares", "scales"), grad_out=grad_out, **grads._asdict(),
-    )  # fmt: skip
+    launch(linear_du_bwd, p, p.slots.count * p.blocks, "head", grads._asdict())
     return grads

@@ -20,23 +20,23 @@ import torch
 from torch import Tensor
 
 from ..common.chunks import BODY, HEAD, TAIL, WHOLE
-from ..common.decays import Weights, chunk_weights
+from ..common.decays import chunk_weights
 from ..common.decays_bwd import decay_gradient, gate_gradients
 from ..common.final_state import Final, open_chunk_end
 from ..common.launch import Problem
 from . import channel as linear_channel
 from . import read as linear_read
 from .block import error_gradients, solve
-from .chain import Chain, ChainGradients, chain_gradients, empty_chain, recompute, walk
+from .chain import ChainGradients, chain_gradients, empty_chain, recompute, walk
 from .dqk import ReadGradients, read_gradients
 from .fused import walk_fused
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
     """``(out, final state, checkpoints)``; checkpoints: float32 matrices of every ``every``-th chunk, None for ``every = 0``."""
-    fused, weights = p.fuses(), chunk_weights(p)
-    solved = solve(p, weights)
-    chain, out = (None, p.result(p.value_dim)) if fused else (empty_chain(p), None)
+    fused, weights = p.fuses(), chunk_weights(p)._asdict()
+    p, out = (p.sharing(**weights), p.result(p.value_dim)) if fused else (p.sharing(**weights, **empty_chain(p)._asdict()), None)
+    solved = solve(p)
     matrices = p.call.state.matrices()
     segments = p.segments(p.chunk_size * max(every, 1))
     several = () if len(matrices) == 1 else (len(matrices),)
@@ -48,9 +48,9 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
             initial = torch.stack(initial).unbind(0)
         stored = dict(checkpoints=checkpoints, EVERY=max(every, 1), SEGMENTS=segments.per_sequence, first_segment=segments.first)
         if fused:
-            walk_fused(p, weights, solved, initial[0], part, out, None if final is None else final[0], **stored)
+            walk_fused(p, solved, initial[0], part, out, None if final is None else final[0], stored)
         else:
-            walk(p, chain, weights, solved, p.sequences, initial, part, final=final, segment_owner=None, **stored)
+            walk(p, solved, p.sequences, initial, part, final, stored | dict(segment_owner=None))
         return () if final is None else final.transpose(-1, -2).unbind(0)
 
     final = None
@@ -65,62 +65,59 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
         after = walked(TAIL.value, start)
         final = Final(after[:1], *open_chunk_end(p.call, start[:1]), after[1:])
     if not fused:
-        parallel = linear_channel if p.key.channels else linear_read
-        out = parallel.output(p, weights, chain)
+        out = (linear_channel if p.key.channels else linear_read).output(p)
     return out, final, checkpoints
 
 
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
     """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: dual and, with momentum, momentum matrix."""
-    weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
-    solved = solve(p, weights)
-    chain = recompute(p, weights, solved, checkpoints, every)
+    weights, chain = chunk_weights(p, backward=True), empty_chain(p)
+    p = p.sharing(**weights._asdict(), **chain._asdict(), grad_out=grad_out.contiguous())
+    solved = solve(p)
+    recompute(p, solved, checkpoints, every)
     scores = rows_pairs = grad_pairs = None
     if p.key.channels:
         scores = linear_channel.chunk_scores(p)
-        from_out, grad_scores = linear_channel.du_from_output(p, weights, chain, scores, grad_out)
+        from_out, grad_scores = linear_channel.du_from_output(p, scores)
     else:
-        from_out, grad_scores, rows_pairs, grad_pairs = linear_read.score_gradients(p, weights, chain, grad_out)
-    of_chain = chain_gradients(p, weights, solved, chain, from_out, grad_out, grad_state)
+        from_out, grad_scores, rows_pairs, grad_pairs = linear_read.score_gradients(p)
+    of_chain = chain_gradients(p, solved, from_out, grad_state)
     del from_out
-    of_errors = error_gradients(p, weights, solved, chain.errors, of_chain.v) if p.key.exact else None
-    of_reads = read_gradients(p, weights, chain, of_chain, of_errors, grad_scores, grad_out)
+    of_errors = error_gradients(p, solved, of_chain.v) if p.key.exact else None
+    of_reads = read_gradients(p, of_chain, of_errors, grad_scores)
     of_tokens = of_errors or of_chain
     grads = {"q": of_reads.q, "k": of_reads.k, "v": of_tokens.v, "lr": of_tokens.lr, "state": of_chain.initial}
     if of_errors is not None and p.log_decay is not None:
         sums = (of_reads.rows_read, rows_pairs, of_chain.rows_to_end, of_reads.inner)
-        return grads | {"log_decay": decay_gradient(p, weights.decays, *sums, p.block, of_reads.rows_error, of_errors.rows_crossed)}
+        return grads | {"log_decay": decay_gradient(p, *sums, p.block, of_reads.rows_error, of_errors.rows_crossed)}
     if p.delta is not None:
         grads["delta"] = of_chain.delta
-    return grads | _gate_gradients(p, weights, chain, of_chain, of_reads, scores, rows_pairs, grad_pairs, grad_out)
+    return grads | _gate_gradients(p, of_chain, of_reads, scores, rows_pairs, grad_pairs)
 
 
 def _gate_gradients(
     p: Problem,
-    weights: Weights,
-    chain: Chain,
     of_chain: ChainGradients,
     of_reads: ReadGradients,
     scores: Tensor | None,
     rows_pairs: Tensor | None,
     grad_pairs: Tensor | None,
-    grad_out: Tensor,
 ) -> dict[str, Tensor]:
     """d log alpha and d theta, by argument name; ``scores``: ``Q K'`` where decays go by channel."""
     if p.key.channels:
-        log_decay, *of_steps = linear_channel.decay_gradient(p, weights, chain, scores, of_chain.states, grad_out)
+        log_decay, *of_steps = linear_channel.decay_gradient(p, scores, of_chain.states)
         grads = {"log_decay": log_decay}
         if p.momentum is not None:
             grad_steps, rows_carry = of_steps
             rows = dict(rows_read=None, rows_to_end=None, rows_step=of_chain.rows_step.sum(0), rows_carry=rows_carry)
-            grads |= gate_gradients(p, weights, grad_steps, inner=of_reads.inner.sum(1), **rows)
+            grads |= gate_gradients(p, grad_steps, inner=of_reads.inner.sum(1), **rows)
         return grads
     if p.momentum is not None:
         read = None if of_reads.rows_read is None else of_reads.rows_read.sum(0)
         rows = dict(rows_read=read, rows_to_end=of_chain.rows_to_end.sum(0), rows_step=of_chain.rows_step.sum(0))
         rows |= dict(rows_carry=of_reads.rows_carry.sum(0), inner=of_reads.inner.sum(1))
-        return gate_gradients(p, weights, grad_pairs, **rows)
+        return gate_gradients(p, grad_pairs, **rows)
     if p.log_decay is None:
         return {}
     sums = (of_reads.rows_read, rows_pairs, of_chain.rows_to_end, of_reads.inner)
-    return {"log_decay": decay_gradient(p, weights.decays, *sums, p.block)}
+    return {"log_decay": decay_gradient(p, *sums, p.block)}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.chunks import BODY, HEAD, SEGMENT, TAIL, WHOLE
-from ..common.decays import Weights, chunk_weights
+from ..common.decays import chunk_weights
 from ..common.decays_bwd import decay_gradient, gate_gradients
 from ..common.final_state import Final, open_chunk_end, opened_chunk
 from ..common.launch import Problem, launch
@@ -39,15 +39,15 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
     def walk(part: int) -> None:
         opened = _opened(p) if part == HEAD.value else dict(opened=None, readouts=None, opened_scales=None)
         chunk, float32 = (p.sequences, p.heads, p.chunk_size), torch.float32
-        launch(
-            mlp_chain_fwd, p, p.sequences, "hidden",
-            PART=part, **weights.only("decays", "moves"), memory=memory, **opened,
+        own = opened | dict(
+            PART=part, decays=weights.decays, moves=weights.moves, memory=memory,
             hidden=p.empty(*chunk, p.hidden), updates=p.empty(*chunk, p.value_dim), sums=p.empty(*chunk, p.value_dim, dtype=float32),
             pairs=p.empty(*chunk, p.chunk_size, dtype=float32) if weights.pairs is None else weights.pairs,
             scores=p.empty(*chunk, p.chunk_size), states=p.empty(*memory.shape[:2], 2, *memory.shape[3:]) if p.key.gated else None,
             checkpoints=checkpoints, duals=None, momenta=None, scales=None, out=out,
             first_segment=segments.first, group_segments=None, SEGMENTS=segments.per_sequence, EVERY=max(every, 1),
         )  # fmt: skip
+        launch(mlp_chain_fwd, p, p.sequences, "hidden", own)
 
     if p.position is None and not may_end_open:
         walk(WHOLE.value)
@@ -72,9 +72,6 @@ class Group(NamedTuple):
     duals: Tensor | None  # [chunks, H, 2, Hd, D] float32   A, with ``states = phi(A)``
     momenta: Tensor | None  # [chunks, H, 2, Hd, D]
     scales: Tensor | None  # [chunks, H, 2] float32   rho
-
-    def only(self, *names: str) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in names}
 
 
 class Groups(NamedTuple):
@@ -107,8 +104,8 @@ class Groups(NamedTuple):
         return Groups(torch.stack([owner, number], -1), torch.stack([begin, stop], -1), slots)
 
 
-def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, groups: Groups, i: int) -> Group:
-    """Recompute the segments of a group, all at once."""
+def recompute(p: Problem, checkpoints: Tensor, every: int, groups: Groups, i: int) -> Problem:
+    """Recompute the segments of a group, all at once; gives the problem of the group's launches, which share what was recomputed."""
     segments, memory = p.segments(p.chunk_size * every), checkpoints[groups.slots[i]]
     chunks, c, float32 = len(memory) * every, p.chunk_size, torch.float32
     matrices = (chunks, p.heads, 2, p.hidden, p.value_dim)
@@ -118,13 +115,13 @@ def recompute(p: Problem, weights: Weights, checkpoints: Tensor, every: int, gro
         p.empty(*matrices, dtype=float32) if p.key.gated else None, p.empty(*matrices) if p.key.momentum else None,
         p.empty(chunks, p.heads, 2, dtype=float32) if p.retention.has_rho else None,
     )  # fmt: skip
-    launch(
-        mlp_chain_fwd, p, len(memory), "hidden",
-        PART=SEGMENT.value, **weights.only("decays", "moves"), memory=memory,
-        opened=None, readouts=None, opened_scales=None, **group._asdict(), pairs=None, scores=None, checkpoints=None, out=None,
-        first_segment=segments.first, group_segments=groups.segments[i], SEGMENTS=segments.per_sequence, EVERY=every,
+    p = p.sharing(**group._asdict(), group_segments=groups.segments[i], EVERY=every)
+    own = dict(
+        PART=SEGMENT.value, memory=memory, opened=None, readouts=None, opened_scales=None, pairs=None, scores=None, checkpoints=None,
+        out=None, first_segment=segments.first, SEGMENTS=segments.per_sequence,
     )  # fmt: skip
-    return group
+    launch(mlp_chain_fwd, p, len(memory), "hidden", own)
+    return p
 
 
 class Workspace(NamedTuple):
@@ -152,14 +149,11 @@ class Workspace(NamedTuple):
         rest = [p.empty(chunks, p.heads, *x, dtype=torch.float32) if x else None for x in ((2, p.value_dim), (2,) if scaled else None)]
         return Workspace(*wide, *narrow, *square, *rest)
 
-    def only(self, *names: str) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in names}
-
 
 def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad_state: list[Tensor]) -> dict:
     """Gradients by argument name, ``state`` for the initial matrices: ``[N, H, D, Hd]`` and ``[N, H, Hd, D]``, then their momenta."""
-    weights, grad_out = chunk_weights(p, backward=True), grad_out.contiguous()
-    decays, moving = weights.decays, p.key.momentum
+    p = p.sharing(**chunk_weights(p, backward=True)._asdict(), grad_out=grad_out.contiguous())
+    moving = p.key.momentum
     float32, decaying, per_token = torch.float32, p.log_decay is not None, p.bias.delta == 1
 
     def rows(count: int, wanted: bool = True) -> Tensor | None:
@@ -180,39 +174,26 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
 
     groups = Groups.of(p, every)
     chunks = groups.slots.shape[1] * every
-    workspace = Workspace.of(p, chunks)
+    p = p.sharing(
+        **Workspace.of(p, chunks)._asdict(), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
+        row_sums=row_sums, grad_sum=grad_sum, grad_memory=grad_memory, grad_primal=grad_primal, grad_layer_norm=grad_layer_norm,
+        grad_pairs=grad_pairs, rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, rows_read=rows_read,
+        rows_carry=rows_carry, rows_step=rows_step, inner=inner,
+    )  # fmt: skip
     for i in reversed(range(len(groups.slots))):
-        group = recompute(p, weights, checkpoints, every, groups, i)
-        common = dict(decays=decays, group_segments=groups.segments[i], EVERY=every, **group.only("states", "momenta", "scales", "hidden"))
-        shares = dict(grad_pairs=grad_pairs, rows_carry=rows_carry, **workspace.only("grad_scales"))
-        launch(
-            mlp_read_bwd, p, chunks, "hidden",
-            grad_out=grad_out, pairs=weights.pairs, updates=group.updates,
-            **workspace.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "grad_norm", "weights"),
-            rows_pairs=None if rows_pairs is None else rows_pairs[0], **shares, **common,
-        )  # fmt: skip
-        launch(
-            mlp_dq_bwd, p, chunks, "hidden",
-            grad_out=grad_out, **workspace.only("inner_grad", "hidden_q", "grad_sums", "scores", "grad_scores", "weights"),
-            **workspace.only("grad_hidden_q", "from_hidden", "from_updates", "from_inner"), grad_q=grad_q,
-            rows_read=rows_read, rows_pairs=None if rows_pairs is None else rows_pairs[1], **shares, **common,
-        )  # fmt: skip
-        launch(
-            mlp_chain_bwd, p, p.sequences, "hidden",
-            moves=weights.moves, group_places=groups.places[i], **group.only("duals", "updates", "sums"),
-            **{name: x for name, x in workspace._asdict().items() if name not in ("scores", "weights")},
-            row_sums=row_sums, grad_sum=grad_sum, grad_memory=grad_memory, grad_primal=grad_primal, grad_layer_norm=grad_layer_norm,
-            grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,
-            rows_lr=rows_lr, rows_delta=rows_delta, rows_to_end=rows_to_end, rows_step=rows_step, inner=inner, **common,
-        )  # fmt: skip
+        group = recompute(p, checkpoints, every, groups, i)
+        of_first, of_second = (None, None) if rows_pairs is None else rows_pairs
+        launch(mlp_read_bwd, group, chunks, "hidden", dict(rows_pairs=of_first))
+        launch(mlp_dq_bwd, group, chunks, "hidden", dict(rows_pairs=of_second))
+        launch(mlp_chain_bwd, group, p.sequences, "hidden", dict(group_places=groups.places[i]))
 
     grads = {"q": grad_q, "k": grad_k, "v": grad_v, "lr": rows_lr, "state": list(unpack(grad_memory))}
     grads["ln_weight"], grads["ln_bias"] = grad_layer_norm.sum(0).unbind(1)
     if moving:
         added = {"rows_read": None if rows_read is None else rows_read[0], "rows_to_end": rows_to_end[0]}
-        grads |= gate_gradients(p, weights, grad_pairs, rows_step=rows_step[0], rows_carry=rows_carry[0], inner=inner, **added)
+        grads |= gate_gradients(p, grad_pairs, rows_step=rows_step[0], rows_carry=rows_carry[0], inner=inner, **added)
     elif decaying:
-        grads["log_decay"] = decay_gradient(p, decays, rows_read, rows_pairs.sum(0, keepdim=True), rows_to_end, inner, p.chunk_size)
+        grads["log_decay"] = decay_gradient(p, rows_read, rows_pairs.sum(0, keepdim=True), rows_to_end, inner, p.chunk_size)
     if p.delta is not None:
         grads["delta"] = rows_delta if per_token else grad_delta
     return grads

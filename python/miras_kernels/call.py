@@ -45,6 +45,8 @@ class Call:
     key_log_decay: Tensor | None = None
     decay_first: bool = False
     inplace_state: bool = False
+    #: where the chunks and segments of packed sequences lie, by their tokens: kept by the forward of a backend for its backward
+    slots: dict[int, Any] = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)
 
     #: the arguments of shape [B, T, H, ...]
     PER_TOKEN = ("q", "k", "v", "lr", "log_decay", "delta", "momentum", "erase_k", "key_log_decay")
@@ -108,7 +110,7 @@ class Call:
         return self.differentiable() + [x for x in (None if opened is None else opened.position, self.cu_seqlens) if x is not None]
 
     def replace_tensors(self, tensors: Sequence[Tensor]) -> Call:
-        """A call of the same structure with other ``tensors``, in the order of :meth:`tensors`."""
+        """A call of the same structure with other ``tensors``, in the order of :meth:`tensors`; sequences are packed in the same way."""
         names, count = self.present(), len(self.state.tensors())
         changes: dict[str, Any] = dict(zip(names, tensors, strict=False))
         rest = list(tensors[len(names) :])
@@ -117,4 +119,6 @@ class Call:
             state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=rest[count]))
         if self.cu_seqlens is not None:
             changes["cu_seqlens"] = rest[-1]
-        return self.replace(**changes, state=state)
+        call = self.replace(**changes, state=state)
+        call.slots.update(self.slots)
+        return call

@@ -114,8 +114,7 @@ class Machine:
         self.launches: list[tuple] = []
         self.by_triton = 0
         self.bound = bound
-        for kept in (bound._bound, bound._kinds, bound._signatures):
-            kept.clear()
+        bound._none.layouts.clear()
 
         class Kernel(triton.compiler.CompiledKernel):
             def __init__(self, source, options):
@@ -151,7 +150,8 @@ class Machine:
         monkeypatch.setattr(bound, "run", twice)
 
     def receive(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
-        self.launches.append((x, y, z, stream, function, metadata, [*map(id, arguments)]))
+        given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        self.launches.append((x, y, z, stream, function, metadata, given))
 
     def count(self, run, *call) -> SimpleNamespace:
         """How many launches a call has, and how many of them this package leaves to Triton."""
@@ -180,30 +180,28 @@ def test_launches_are_those_of_triton(machine):
     assert [count.by_triton for count in again] == [0] * len(made)
 
 
-def blind_to_alignment(bound) -> dict:
-    impl = bound.native_specialize_impl
-    return dict(native_specialize_impl=lambda *given: (impl(*given)[0], ""))
+def blind_to_alignment(bound) -> tuple:
+    return bound, "_alignment", lambda addresses: True
 
 
-def blind_to_constants(bound) -> dict:
-    return dict(_picker=lambda names, constants: lambda own: None)
+def blind_to_constants(bound) -> tuple:
+    read = bound.Layout.read
+
+    def tensors_only(self, values):
+        given, key = read(self, values)
+        return given, key[: 1 + len(self.tensors(values))]
+
+    return bound.Layout, "read", tensors_only
 
 
-def blind_to_shared_arguments(bound) -> dict:
-    return dict(Shared=type("Blind", (bound.Shared,), {"kind": 1}))
-
-
-FAULTS = (blind_to_alignment, blind_to_constants, blind_to_shared_arguments)
+FAULTS = (blind_to_alignment, blind_to_constants)
 
 
 @compiled_only
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_key_would_be_seen(machine, monkeypatch, fault):
     """The test above fails with keys that tell apart too little, if the package does not compare them with Triton's."""
-    from miras_kernels.kernels.common import launch
-
-    for name, value in fault(machine.bound).items():
-        monkeypatch.setattr(launch if name == "Shared" else machine.bound, name, value)
+    monkeypatch.setattr(*fault(machine.bound))
     monkeypatch.setattr(machine.bound, "_agrees", lambda *_: True)
     with pytest.raises(AssertionError):
         for _ in range(2):
@@ -212,9 +210,25 @@ def test_a_wrong_key_would_be_seen(machine, monkeypatch, fault):
 
 
 @compiled_only
+def test_keys(machine):
+    """A key changes with whatever Triton compiles anew for, and with nothing else."""
+
+    def key(n=3, strides=(64, 1), size=16, **tensors):
+        shared = machine.bound.Shared(dict(n=n, strides=strides), dict(size=size))
+        return machine.bound.Shared(dict(x=torch.zeros(8)) | tensors, before=shared).read[1]
+
+    assert key() is key(x=torch.ones(8)) is key(n=5) is key(strides=(32, 1))
+    others = (
+        dict(x=torch.zeros(8, dtype=torch.bfloat16)), dict(x=torch.zeros(9)[1:]), dict(x=None), dict(n=1), dict(n=32), dict(n=2**40),
+        dict(n=3.0), dict(strides=(64, 2)), dict(strides=(33, 1)), dict(size=17), dict(y=None),
+    )  # fmt: skip
+    kinds = {key(), *(key(**given) for given in others)}
+    assert len(kinds) == 1 + len(others)
+
+
+@compiled_only
 def test_other_rules_than_known_leave_launches_to_triton(machine, monkeypatch):
-    for name, value in blind_to_alignment(machine.bound).items():
-        monkeypatch.setattr(machine.bound, name, value)
+    monkeypatch.setattr(machine.bound, "_alignment", lambda addresses: (False,) * len(addresses))
     made = calls()[:4]
     for _ in range(2):
         counts = [machine.count(*call) for call in made]
