@@ -45,8 +45,7 @@ int miras_linear_reverse_shared(int D, int C) {
 int miras_linear_reverse(const MirasLinearReverse* chain, cudaStream_t stream) {
   using namespace miras::cuda;
   if (chain->token_type != MIRAS_BF16 || chain->K != chain->V) return cudaErrorInvalidValue;
-  return with_shape(chain->K, chain->C, cudaErrorInvalidValue,
-                    [&](auto shape) { return launch_reverse<decltype(shape)>(*chain, stream); });
+  return with_shape(chain->K, chain->C, cudaErrorInvalidValue, [&](auto shape) { return launch_reverse<decltype(shape)>(*chain, stream); });
 }
 
 // As miras_step_layout, of MirasLinearReverse.

@@ -18,14 +18,14 @@ extern "C" {
 
 // Tokens are bfloat16; rows of q, k, v and grad_out begin at multiples of 16 bytes. All else is contiguous; gates are float32.
 struct MirasLinearReverse {
-  MirasTokens q, k, v, grad_out;         // [B, T, H, D]
-  void *grad_q, *grad_k, *grad_v;        // [B, T, H, D]
-  const float *lr, *log_decay, *delta;   // [B, T, H]; the last two may be null; delta may be [B, T, H, D]
+  MirasTokens q, k, v, grad_out;        // [B, T, H, D]
+  void *grad_q, *grad_k, *grad_v;       // [B, T, H, D]
+  const float *lr, *log_decay, *delta;  // [B, T, H]; the last two may be null; delta may be [B, T, H, D]
   float *grad_lr, *grad_log_decay, *grad_delta;
-  const float* checkpoints;              // [slots, H, K, V]: the state before every `every`-th chunk
-  const float* grad_final;               // [N, H, V, K], may be null
-  float* grad_initial;                   // [N, H, V, K]
-  void* states;                          // workspace [N, H, kept, V, K] of the tokens' type: the states of a segment's chunks
+  const float* checkpoints;                // [slots, H, K, V]: the state before every `every`-th chunk
+  const float* grad_final;                 // [N, H, V, K], may be null
+  float* grad_initial;                     // [N, H, V, K]
+  void* states;                            // workspace [N, H, kept, V, K] of the tokens' type: the states of a segment's chunks
   const int64_t *cu_seqlens, *first_slot;  // as in MirasLinearChain
   int64_t T;
   float bias_params[miras::kBiasParams];

@@ -62,16 +62,26 @@ template <class S> __device__ __forceinline__ float Reverse<S>::decay_from_pairs
   return sum;
 }
 
+// Rows of a token gradient: the thread's two words of each group of 8 channels.
 template <class S>
-__device__ __forceinline__ void Reverse<S>::store_rows(void* to, int chunk, int row, int channel, const float (&x)[2 * S::kPairs][4]) const {
+__device__ __forceinline__ void Reverse<S>::store_rows(void* to, int chunk, int row, int channel,
+                                                       const uint32_t (&x)[2 * S::kPairs][2]) const {
   const int token = 16 * row + lane / 4, count = tokens_of(chunk);
   const int64_t step = int64_t(p.H) * kDim * 2;
   char* const at = static_cast<char*>(to) + first_gate * kDim * 2 + (int64_t(chunk) * kChunk + token) * step + 2 * channel + 4 * (lane & 3);
 #pragma unroll
   for (int n = 0; n < 2 * S::kPairs; ++n) {
-    if (token < count) *reinterpret_cast<uint32_t*>(at + 16 * n) = pack<T>(x[n][0], x[n][1]);
-    if (token + 8 < count) *reinterpret_cast<uint32_t*>(at + 16 * n + 8 * step) = pack<T>(x[n][2], x[n][3]);
+    if (token < count) *reinterpret_cast<uint32_t*>(at + 16 * n) = x[n][0];
+    if (token + 8 < count) *reinterpret_cast<uint32_t*>(at + 16 * n + 8 * step) = x[n][1];
   }
+}
+template <class S>
+__device__ __forceinline__ void Reverse<S>::store_rows(void* to, int chunk, int row, int channel,
+                                                       const float (&x)[2 * S::kPairs][4]) const {
+  uint32_t words[2 * S::kPairs][2];
+#pragma unroll
+  for (int n = 0; n < 2 * S::kPairs; ++n) words[n][0] = pack<T>(x[n][0], x[n][1]), words[n][1] = pack<T>(x[n][2], x[n][3]);
+  store_rows(to, chunk, row, channel, words);
 }
 
 // dE' from dU', and the sums over values of the gradients of gates
@@ -111,8 +121,8 @@ __device__ __forceinline__ void Reverse<S>::gradients_of_errors(float (&d)[kGrou
   });
 }
 
-// Of the token that this thread and its neighbours have; all warps' sums are there.
-template <class S> __device__ __forceinline__ void Reverse<S>::gate_gradients(int chunk, float total) const {
+// Of the token that this thread and its neighbours have, once all warps' sums over values are there. Returns a part of its log-decay's.
+template <class S> __device__ __forceinline__ float Reverse<S>::gate_gradients(int chunk) const {
   const int token = thread() / S::kLanes, part = thread() % S::kLanes;
   const bool writes = part == 0 && token < tokens_of(chunk);
   const int64_t place = first_gate + (int64_t(chunk) * kChunk + token) * p.H;
@@ -129,25 +139,26 @@ template <class S> __device__ __forceinline__ void Reverse<S>::gate_gradients(in
     const float of_delta = of_token(kOfDelta);
     if (writes) p.grad_delta[place] = of_delta;
   }
-  float sum = 0.0f;
-  if (p.log_decay) {
-    sum = decay_from_pairs(token, part);
-    const float end = of_token(kOfEnd);
-    if (part == 0) at<float>(S::kEnds + 4 * token) = end;
-  }
-  __syncthreads();  // all that is in shared memory has been read, but for these sums
-  if (p.log_decay == nullptr) return;
+  if (p.log_decay == nullptr) return 0.0f;
+  const float end = of_token(kOfEnd);
+  if (part == 0) at<float>(S::kEnds + 4 * token) = end;
+  return decay_from_pairs(token, part);
+}
+
+// The rest of it, once the sums over keys are there too.
+template <class S> __device__ __forceinline__ void Reverse<S>::decay_gradients(int chunk, float sum, float total) const {
+  const int token = thread() / S::kLanes, part = thread() % S::kLanes;
   constexpr int kEach = kChunk / S::kLanes;
   float ends[kEach], reads[kEach][S::kParts];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    ends[i] = at<float>(S::kEnds + 4 * (i * S::kLanes + part));
+    ends[i] = load_float(S::kEnds + 4 * (i * S::kLanes + part));
 #pragma unroll
-    for (int n = 0; n < S::kParts; ++n) reads[i][n] = at<float>(S::kReads + 4 * (n * kChunk + i * S::kLanes + part));
+    for (int n = 0; n < S::kParts; ++n) reads[i][n] = load_float(S::kReads + 4 * (n * kChunk + i * S::kLanes + part));
   }
   float inner[S::kWarps];
 #pragma unroll
-  for (int i = 0; i < S::kWarps; ++i) inner[i] = at<float>(S::kInner + 4 * i);
+  for (int i = 0; i < S::kWarps; ++i) inner[i] = load_float(S::kInner + 4 * i);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     float read = reads[i][0];
@@ -158,7 +169,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::gate_gradients(in
 #pragma unroll
   for (int i = 0; i < S::kWarps; ++i) sum += part == 0 ? total * inner[i] : 0.0f;
   sum = row_sum<S::kLanes>(sum);
-  if (writes) p.grad_log_decay[place] = sum;
+  if (part == 0 && token < tokens_of(chunk)) p.grad_log_decay[first_gate + (int64_t(chunk) * kChunk + token) * p.H] = sum;
 }
 
 }  // namespace

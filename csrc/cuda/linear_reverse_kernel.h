@@ -35,16 +35,22 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     packed(a, j[2 * i], j[2 * i + 1]);
     store_fragment<8>(S::kJ + i / 4 * (kDim * 128), first_value, i % 4 * 2, lane, a);
   });
+  uint32_t of_state[kSteps][4];
+  each<kSteps>([&](auto i) { load_matrices<0>(of_state[i], address(S::kS + rows_of<kDim>(first_value, 16 * i, lane))); });
   tile_product<kSteps, kGroups, kChunk, false, false>(e, keys, 0, lane, [&](auto i, uint32_t (&a)[4]) {
-    load_matrices<0>(a, address(S::kS + rows_of<kDim>(first_value, 16 * i, lane)));
-    if (decays)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = of_state[i][r];
+  });
+  if (decays)
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const float2 of = unpack<T>(a[r]);
+        const float2 of = unpack<T>(of_state[i][r]);
         const float* const with = &j[2 * i + r / 2][2 * (r % 2)];
         inner[r] = fmaf(of.x, with[0], inner[r]), inner[r] = fmaf(of.y, with[1], inner[r]);
       }
-  });
+  wgmma_wait(d), wgmma_wait(e);  // their operands take the registers that the scores need
   // f(number, row, column) of the warp's tiles of pairs; decay of a pair of a tile
   const auto each_unit = [&](auto&& f) {
     each<S::kUnits>([&](auto i) {
@@ -130,12 +136,9 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     each<kSixteens + 1>([&](auto i) {
       if constexpr (i < kSixteens) {
         load_transposed<0>(of_out[i], address(grads + columns_of<kChunk>(16 * i, first_value, lane)));
-        each<i + 1>([&](auto n) {
-          load_transposed<0>(b[i % 2][n], address(S::kP + by_rows<S::kTokenPieces>(16 * i, 16 * n, lane)));
-        });
+        each<i + 1>([&](auto n) { load_transposed<0>(b[i % 2][n], address(S::kP + by_rows<S::kTokenPieces>(16 * i, 16 * n, lane))); });
       }
-      if constexpr (i > 0)
-        each<i>([&](auto n) { multiply(d[2 * n], d[2 * n + 1], of_out[i - 1], b[(i + 1) % 2][n]); });
+      if constexpr (i > 0) each<i>([&](auto n) { multiply(d[2 * n], d[2 * n + 1], of_out[i - 1], b[(i + 1) % 2][n]); });
     });
   }
   {
@@ -170,7 +173,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   };
   add(of_out, queries);
   if (traits.predicts) add(of_error, keys);
-
+  const float sum = gate_gradients(chunk);
   const int row = warp % kSixteens, part = warp / kSixteens, first_key = part * S::kPartKeys, token = 16 * row + lane / 4;
   const auto scale_rows = [&](float (&c)[2 * S::kPairs][4], const float (&of)[kChunk]) {
     const float by[2] = {of[token], of[token + 8]};
@@ -180,69 +183,67 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
       for (int i = 0; i < 4; ++i) c[n][i] *= by[i / 2];
   };
   {
-    float c[2 * S::kPairs][4] = {};  // dK
-    add_keys<kSteps, kDim>(c, S::kJ, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
-      load_transposed<0>(a, address(S::kU + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-    });
-    scale_rows(c, x.to_end);
-    if (traits.predicts)
-      add_keys<kSteps, kDim>(c, S::kS, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
-        load_transposed<0>(a, address(S::kE + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-      });
-    add_keys<kSixteens, kChunk>(c, queries, row, kSixteens, [&](auto i, uint32_t (&a)[4]) {
-      load_transposed<0>(a, address(S::kG + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
-    });
-    store_rows(p.grad_k, chunk, row, first_key, c);
+    uint32_t of[S::kPairs][4], words[2 * S::kPairs][2];  // dV = -dE
+    each<S::kPairs>(
+        [&](auto n) { load_transposed<0>(of[n], address(S::kE + by_rows<S::kTokenPieces>(first_key + 16 * n, 16 * row, lane))); });
+#pragma unroll
+    for (int n = 0; n < S::kPairs; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[2 * n + i % 2][i / 2] = of[n][i] ^ 0x80008000u;
+    store_rows(p.grad_v, chunk, row, first_key, words);
   }
-  {
-    float c[2 * S::kPairs][4] = {};  // dQ
-    add_keys<kSteps, kDim>(c, S::kS, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
-      load_matrices<0>(a, address(grads + rows_of<kChunk>(16 * row, 16 * i, lane)));
+  wgmma_wait(j);
+  float of_k[2 * S::kPairs][4] = {}, c[2 * S::kPairs][4] = {};  // dK, dQ
+  add_keys<kSteps, kDim>(of_k, S::kJ, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
+    load_transposed<0>(a, address(S::kU + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
+  });
+  wgmma_wait(of_k);
+  scale_rows(of_k, x.to_end);
+  if (traits.predicts)
+    add_keys<kSteps, kDim>(of_k, S::kS, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
+      load_transposed<0>(a, address(S::kE + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
     });
-    scale_rows(c, x.gamma);
-    if (decays) {
-      uint32_t q[2 * S::kPairs][2];
+  add_keys<kSixteens, kChunk>(of_k, queries, row, kSixteens, [&](auto i, uint32_t (&a)[4]) {
+    load_transposed<0>(a, address(S::kG + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
+  });
+  wgmma_wait(of_k);
+  add_keys<kSteps, kDim>(c, S::kS, 0, kSteps,
+                         [&](auto i, uint32_t (&a)[4]) { load_matrices<0>(a, address(grads + rows_of<kChunk>(16 * row, 16 * i, lane))); });
+  store_rows(p.grad_k, chunk, row, first_key, of_k);
+  uint32_t q[2 * S::kPairs][2];
+  if (decays)
 #pragma unroll
-      for (int n = 0; n < 2 * S::kPairs; ++n)
+    for (int n = 0; n < 2 * S::kPairs; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          q[n][i] = at<uint32_t>(queries + piece_of<kChunk>(token + 8 * i, first_key / 8 + n) + 4 * (lane & 3));
-      float reads[2][2] = {};
+      for (int i = 0; i < 2; ++i) q[n][i] = load_word(queries + piece_of<kChunk>(token + 8 * i, first_key / 8 + n) + 4 * (lane & 3));
+  wgmma_wait(c);
+  scale_rows(c, x.gamma);
+  if (decays) {
+    float reads[2][2] = {};
 #pragma unroll
-      for (int n = 0; n < 2 * S::kPairs; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 of = unpack<T>(q[n][i]);
-          reads[i][0] = fmaf(c[n][2 * i], of.x, reads[i][0]), reads[i][1] = fmaf(c[n][2 * i + 1], of.y, reads[i][1]);
-        }
+    for (int n = 0; n < 2 * S::kPairs; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float sum = row_sum<4>(reads[i][0] + reads[i][1]);
-        if ((lane & 3) == 0) at<float>(S::kReads + 4 * (part * kChunk + token + 8 * i)) = sum;
+        const float2 of = unpack<T>(q[n][i]);
+        reads[i][0] = fmaf(c[n][2 * i], of.x, reads[i][0]), reads[i][1] = fmaf(c[n][2 * i + 1], of.y, reads[i][1]);
       }
-    }
-    add_keys<kSixteens, kChunk>(c, keys, 0, row + 1, [&](auto i, uint32_t (&a)[4]) {
-      load_matrices<0>(a, address(S::kG + by_rows<S::kTokenPieces>(16 * row, 16 * i, lane)));
-    });
-    store_rows(p.grad_q, chunk, row, first_key, c);
-  }
-  {
-    float c[2 * S::kPairs][4];  // dV = -dE
-    each<S::kPairs>([&](auto n) {
-      uint32_t of[4];
-      load_transposed<0>(of, address(S::kE + by_rows<S::kTokenPieces>(first_key + 16 * n, 16 * row, lane)));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 y = unpack<T>(of[i]);
-        c[2 * n + i % 2][i / 2 * 2] = -y.x, c[2 * n + i % 2][i / 2 * 2 + 1] = -y.y;
-      }
-    });
-    store_rows(p.grad_v, chunk, row, first_key, c);
+    for (int i = 0; i < 2; ++i) {
+      const float sum = row_sum<4>(reads[i][0] + reads[i][1]);
+      if ((lane & 3) == 0) at<float>(S::kReads + 4 * (part * kChunk + token + 8 * i)) = sum;
+    }
   }
-  gate_gradients(chunk, total);
+  add_keys<kSixteens, kChunk>(c, keys, 0, row + 1, [&](auto i, uint32_t (&a)[4]) {
+    load_matrices<0>(a, address(S::kG + by_rows<S::kTokenPieces>(16 * row, 16 * i, lane)));
+  });
+  wgmma_wait(c);
+  store_rows(p.grad_q, chunk, row, first_key, c);
+  __syncthreads();  // all that is in shared memory has been read, but for the sums
+  if (decays) decay_gradients(chunk, sum, total);
 }
 
-template <class S> __global__ void __launch_bounds__(S::kThreads, 256 / S::kThreads) linear_reverse(const __grid_constant__ MirasLinearReverse p) {
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 256 / S::kThreads) linear_reverse(const __grid_constant__ MirasLinearReverse p) {
   Reverse<S>(p, blockIdx.x).run();
 }
 

@@ -52,12 +52,12 @@ template <class S> struct Reverse {
   __device__ __forceinline__ void copy(uint32_t tile, const MirasTokens& x, int chunk) const {
     constexpr int kRows = S::kThreads / S::kPieces, kTimes = (kChunk + kRows - 1) / kRows;
     const int piece = thread() % S::kPieces, row = thread() / S::kPieces, count = tokens_of(chunk);
-    const char* const from = s.token(x, int64_t(chunk) * kChunk) + 16 * piece;
+    const char* from = s.token(x, int64_t(chunk) * kChunk + row) + 16 * piece;
+    const int64_t step = 2 * kRows * x.token;
 #pragma unroll
-    for (int i = 0; i < kTimes; ++i) {
+    for (int i = 0; i < kTimes; ++i, from += step) {
       const int r = row + i * kRows;
-      if (kChunk % kRows == 0 || r < kChunk)
-        cp_async_16(address(tile + piece_of<kChunk>(r, piece)), from + 2 * x.token * (r < count ? r : 0), r < count);
+      if (kChunk % kRows == 0 || r < kChunk) cp_async_16(address(tile + piece_of<kChunk>(r, piece)), from, r < count);
     }
   }
   // a state of the workspace, where 16-byte pieces of all values lie side by side
@@ -163,8 +163,7 @@ template <class S> struct Reverse {
       }
   }
   // f(group, token of two, half of the values, -eta, what the bias shares in the token's row): |e|^2 of all rows must be in `sums`
-  template <class Bias, class Function>
-  __device__ __forceinline__ void each_error(const Bias& bias, int chunk, Function&& f) const {
+  template <class Bias, class Function> __device__ __forceinline__ void each_error(const Bias& bias, int chunk, Function&& f) const {
     float2 eta[kGroups], deltas[kGroups];
     pairs(eta, gates(chunk).eta);
     if constexpr (Bias::kUsesDelta) pairs(deltas, gates(chunk).delta);
@@ -205,9 +204,8 @@ template <class S> struct Reverse {
       using Bias = decltype(bias);
       subtract<Bias::kPredicts>(e, values);
       if constexpr (Bias::kCouplesRow) share_squares(e);
-      each_error(bias, chunk, [&](int n, int i, int half, float eta, auto row) {
-        u[n][2 * half + i] = bias.value(e[n][2 * half + i], row) * eta;
-      });
+      each_error(bias, chunk,
+                 [&](int n, int i, int half, float eta, auto row) { u[n][2 * half + i] = bias.value(e[n][2 * half + i], row) * eta; });
     });
   }
 
@@ -230,8 +228,11 @@ template <class S> struct Reverse {
 
   // ------------------------------------------------------------------------------------------------------------ the rerun
 
-  // Keeps the states of the chunks from `first` on, up to `last`, whose own products nobody needs here.
-  __device__ __forceinline__ void rerun(int first, int last) const {
+  // Keeps the states of the chunks from `first` on, up to `last`, whose own products nobody needs here. Meanwhile J lies in shared memory.
+  __device__ __forceinline__ void rerun(int first, int last) {
+    const auto parked = [&](int i) -> float4& { return at<float4>(S::kS + (i * S::kThreads + thread()) * 16); };
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) parked(i) = make_float4(j[i][0], j[i][1], j[i][2], j[i][3]);
     float w[kDim / 8][4];
     load_checkpoint(w, first / p.every);
     const auto copy_tokens = [&](int chunk) {
@@ -252,7 +253,9 @@ template <class S> struct Reverse {
       copy_tokens(chunk + 1);
       const uint32_t keys = stage(chunk);
       float e[kGroups][4];
-      tile_product<kSteps, kGroups, kChunk, false, false>(e, keys, 0, lane, [&](auto i, uint32_t (&a)[4]) { packed(a, w[2 * i], w[2 * i + 1]); });
+      tile_product<kSteps, kGroups, kChunk, false, false>(e, keys, 0, lane,
+                                                          [&](auto i, uint32_t (&a)[4]) { packed(a, w[2 * i], w[2 * i + 1]); });
+      wgmma_wait(e);
       updates(e, e, chunk, chunk & 1 ? S::kU : S::kV);
       const ReverseGates<kChunk>& x = gates(chunk);
       uint32_t u[kSixteens][4];
@@ -269,6 +272,12 @@ template <class S> struct Reverse {
 #pragma unroll
         for (int r = 0; r < 4; ++r) a[r] = u[i][r];
       });
+      wgmma_wait(w);
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+      const float4 x = parked(i);
+      j[i][0] = x.x, j[i][1] = x.y, j[i][2] = x.z, j[i][3] = x.w;
     }
     cp_async_wait<0>();
     __syncthreads();  // the states are kept, the stages read
@@ -278,8 +287,10 @@ template <class S> struct Reverse {
   __device__ __forceinline__ void read_chunk(int chunk, int kept);
   __device__ __forceinline__ void pair_sums(int row, int column, const float (&m)[2][4]) const;
   __device__ __forceinline__ float decay_from_pairs(int token, int part) const;
+  __device__ __forceinline__ void store_rows(void* to, int chunk, int row, int channel, const uint32_t (&x)[2 * S::kPairs][2]) const;
   __device__ __forceinline__ void store_rows(void* to, int chunk, int row, int channel, const float (&x)[2 * S::kPairs][4]) const;
-  __device__ __forceinline__ void gate_gradients(int chunk, float total) const;
+  __device__ __forceinline__ float gate_gradients(int chunk) const;
+  __device__ __forceinline__ void decay_gradients(int chunk, float sum, float total) const;
   __device__ __forceinline__ void gradients_of_errors(float (&d)[kGroups][4], float (&e)[kGroups][4], int chunk) const;
 
   __device__ __forceinline__ void run() {

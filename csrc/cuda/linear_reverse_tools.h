@@ -11,7 +11,7 @@ namespace {
 
 // Gates of a chunk's tokens
 template <int kChunk> struct ReverseGates {
-  float2 log_gamma[kChunk];  // as in Gates
+  float2 log_gamma[kChunk];                                         // as in Gates
   float eta[kChunk], to_end[kChunk], gamma[kChunk], delta[kChunk];  // -eta_t; gamma_C / gamma_t
   float total, padding[3];
 };
@@ -23,15 +23,15 @@ template <int kDim_, int kChunk_> struct ReverseShape {
   static constexpr int kPieces = kDim / 8, kTokenPieces = kChunk / 8;  // 16 bytes each, of a row of channels and of one of tokens
   static constexpr bool kWide = kWgmma && kChunk == 64;                // a warpgroup computes all tokens of dQ and dK
   static constexpr int kGroups = kChunk / 8, kSixteens = kChunk / 16, kSteps = kDim / 16;
-  static constexpr int kParts = kWarps / kSixteens;         // of the keys of dQ and dK; a warp has 16 tokens of a part
+  static constexpr int kParts = kWarps / kSixteens;  // of the keys of dQ and dK; a warp has 16 tokens of a part
   static constexpr int kPartKeys = kDim / kParts, kPairs = kPartKeys / 16;
   static constexpr int kUnits = (kSixteens * kSixteens + kWarps - 1) / kWarps;  // of 16 x 16 pairs of tokens, of a warp
-  static constexpr int kLanes = kThreads / kChunk;          // threads of a token that add up its sums
+  static constexpr int kLanes = kThreads / kChunk;                              // threads of a token that add up its sums
   static_assert(kPartKeys % 16 == 0 && kLanes <= 16);
 
   static constexpr int kTokens = kChunk * kDim * 2, kMatrix = kDim * kDim * 2, kSquare = kChunk * kChunk * 2;
   static constexpr int kStage = 3 * kTokens, kQ = kTokens, kD = 2 * kTokens;  // two stages of K, Q and dO
-  static constexpr int kV = 2 * kStage, kE = kV;                             // V', then dE
+  static constexpr int kV = 2 * kStage, kE = kV;                              // V', then dE
   static constexpr int kU = kV + kTokens, kS = kU + kTokens, kJ = kS + kMatrix, kP = kJ + kMatrix, kG = kP + kSquare;
   static constexpr int kGates = kG + kSquare;
   static constexpr int kSums = kGates + 2 * int(sizeof(ReverseGates<kChunk>));  // [5, warps, tokens]
@@ -75,8 +75,7 @@ __device__ __forceinline__ void multiply(float (&low)[4], float (&high)[4], cons
 
 // Products of 16 x 16 and 16 x 16 kPairs numbers, summed over steps first to last - 1: load(i, a, b) loads the operands of step i, which
 // happens before those of step i - 1 are multiplied.
-template <int kSteps, int kPairs, class Load>
-__device__ __forceinline__ void products(float (*c)[4], int first, int last, Load&& load) {
+template <int kSteps, int kPairs, class Load> __device__ __forceinline__ void products(float (*c)[4], int first, int last, Load&& load) {
   uint32_t a[2][4], b[2][kPairs][4];
   each<kSteps + 1>([&](auto i) {
     if constexpr (i < kSteps)
@@ -115,26 +114,37 @@ __device__ __forceinline__ void warp_product(float (&c)[kTiles][4], uint32_t til
 
 // c += A B (kAdds; else c = A B) over kSteps times 16, where load(i, a) loads the A operand of step i, and B is such a tile from channel c0
 // on. kByRows: the sum goes over its rows and the columns of c are channels; else the sum goes over channels and its rows are the columns.
-// The warps of a warpgroup, which have 16 rows of c each, come together.
+// The warps of a warpgroup, which have 16 rows of c each, come together. c is there after wgmma_wait(c), and the tile may then change.
 template <int kSteps, int kTiles, int kRows, bool kByRows, bool kAdds, class Load>
 __device__ __forceinline__ void tile_product(float (&c)[kTiles][4], uint32_t tile, int c0, int lane, Load&& load) {
   if constexpr (kWgmma) {
     uint32_t a[kSteps][4];
     each<kSteps>([&](auto i) { load(i, a[i]); });
     wgmma_fence();
-    const uint32_t at = address(tile) + c0 / 64 * (kRows * 128) + c0 % 64 * 2;
+    const uint64_t b = wgmma_tile(address(tile) + c0 / 64 * (kRows * 128) + c0 % 64 * 2, kRows * 128);
     each<kSteps>([&](auto i) {
       constexpr uint32_t kStep = kByRows ? i * 16 * 128 : i / 4 * (kRows * 128) + i % 4 * 32;
-      wgmma<kTiles, i == 0 && !kAdds, kByRows>(c, a[i], wgmma_tile(at + kStep, kRows * 128));
+      wgmma<kTiles, i == 0 && !kAdds, kByRows>(c, a[i], b + kStep / 16);
     });
     wgmma_commit();
-    wgmma_wait<0>();
   } else {
     if constexpr (!kAdds)
       for (auto& x : c)
         for (float& y : x) y = 0.0f;
     warp_product<kSteps, (kTiles / 2 < 4 ? kTiles / 2 : 4), kTiles, kRows, kByRows>(c, tile, c0, lane, load);
   }
+}
+
+// From shared memory, in this order: the compiler does not move loads to where their results are used.
+__device__ __forceinline__ float load_float(uint32_t offset) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address(offset)) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint32_t load_word(uint32_t offset) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address(offset)) : "memory");
+  return x;
 }
 
 // two neighbouring C tiles as an A operand

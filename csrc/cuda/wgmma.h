@@ -33,13 +33,17 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
-template <int kPending> __device__ __forceinline__ void wgmma_wait() {
+// all products are done; what reads `d` stays behind this
+template <int kTiles> __device__ __forceinline__ void wgmma_wait(float (&d)[kTiles][4]) {
 #if MIRAS_WGMMA
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
 #endif
 }
 
-// The descriptor of a B that begins at a byte of shared memory; `columns`: bytes from 64 of its columns to the next 64.
+// The descriptor of a B that begins at a byte of shared memory, to which 1 / 16 of an offset may be added; `columns`: bytes from 64 of its
+// columns to the next 64.
 __device__ __forceinline__ uint64_t wgmma_tile(uint32_t address, uint32_t columns) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(columns >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }

@@ -38,7 +38,7 @@ def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=CACHE))
-        virtual = architecture.replace("sm", "compute")
+        virtual = {"sm_90": "compute_90a"}.get(architecture, architecture.replace("sm", "compute"))  # as build.py
         flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-arch={virtual}", "--threads", "0"]
         flags += ["-keep", f"--keep-dir={made}"]
         target = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]

@@ -49,8 +49,9 @@ def refuses(library: Any, call: Call) -> str | None:
         needed, has = library.miras_linear_reverse_shared(keys, call.chunk_size), library.miras_shared_limit(call.q.device.index)
         if needed > has:
             return f"its backward needs {needed} bytes of shared memory per block for head {keys}, chunk {call.chunk_size}, got {has}"
-        if 8 * heads < 7 * (count := multiprocessors(call.q.device)):
-            return f"its backward takes a multiprocessor for each sequence and head, got {heads} of them for {count}"
+        count = multiprocessors(call.q.device)
+        if 3 * heads < 2 * count * -(-heads // count):
+            return f"its backward takes a multiprocessor for each sequence and head: {heads} of them leave too many of {count} idle"
     return None
 
 
