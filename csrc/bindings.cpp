@@ -257,6 +257,21 @@ void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple
     require(is_float(*each) && each->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
   p.ln_weight = ln_weight.data<float>(), p.ln_bias = ln_bias.data<float>();
   p.ln_eps = float(ln_eps);
+
+  // Threads share a task where half of them would be idle otherwise, and a stage takes longer than starting it.
+  constexpr int kUnits = 32;
+  constexpr int64_t kWork = int64_t(1) << 17;
+  const int64_t threads = num_threads(), tasks = std::max<int64_t>(1, p.tasks());
+  if (2 * tasks <= threads && int64_t(std::min<int64_t>(p.C, p.T)) * p.D * p.Hd >= kWork)
+    p.parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, p.Hd / kUnits)));
+  p.parallel_for = parallel_for;
+}
+
+// Tasks side by side, or one after the other if threads share them
+template <class Params> void run_mlp(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
+  if (p.parts == 1) return run(kernel, p);
+  pybind11::gil_scoped_release nogil;
+  kernel(p, 0, p.tasks());
 }
 
 // As linear_forward
@@ -295,7 +310,7 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(const TokenTupl
   const Tensor checkpoints = new_checkpoints(p, p.momentum ? 4 : 2, p.Hd, p.D);
   if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
-  run(cpu::kernels().mlp_forward, p);
+  run_mlp(cpu::kernels().mlp_forward, p);
   return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
@@ -337,7 +352,7 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
   OptionalPair d_momenta;
   if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
-  run(cpu::kernels().mlp_backward, p);
+  run_mlp(cpu::kernels().mlp_backward, p);
   return {
       dq,     dk,       dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32), sum_shares(dln_bias, p.N, kFloat32),
       d_dual, d_momenta};

@@ -145,9 +145,13 @@ struct LinearBackward : LinearParams {
 
 // The MLP memory M(x) = x + LN(W1 gelu(W2 x)): duals W1 [N, H, D, Hd] and W2 [N, H, Hd, D], in this order everywhere, and with
 // momentum as many momenta. Checkpoints are [slots, H, 2, Hd, D]: W1 transposed, then W2; with momentum [slots, H, 4, Hd, D], S1
-// transposed and S2 after them. A task is one head of one sequence; if there are fewer tasks than threads, the other threads idle.
+// transposed and S2 after them. A task is one head of one sequence.
 struct MlpParams : MemoryParams {
   int D = 0, Hd = 0;
+
+  // With far fewer tasks than threads, the stages of a chunk are split into so many parts (cpu/parts.h), tasks one after the other.
+  int parts = 1;
+  void (*parallel_for)(int64_t count, int64_t grain, void (*body)(int64_t first, int64_t last, void* context), void* context) = nullptr;
   StateTensor dual[2], momenta[2];
 
   const float *ln_weight = nullptr, *ln_bias = nullptr;  // [H, D], contiguous

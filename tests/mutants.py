@@ -168,7 +168,7 @@ MUTANTS = [
     Mutant("cpp-mlp-norm-gradient-without-a-term", "csrc/cpu/mlp_backward_stages.h", cpp("mlp-huber_norm"),
            "load(s.dU + row + j) - shrink * load(x + j)", "load(s.dU + row + j)"),
     Mutant("cpp-mlp-weight-gradient-without-the-prediction", "csrc/cpu/mlp_backward_stages.h", cpp("mlp-huber_norm"),
-           "store(s.dweight + j, load(s.dweight + j) + load(de + j) * load(x + j))", "void(0)"),
+           "load(s.dGw + at) * load(m.G + at) + dE * load(m.X + at)", "load(s.dGw + at) * load(m.G + at)"),
     Mutant("cpp-mlp-momentum-gradient-without-the-state", "csrc/cpu/mlp_backward.h", cpp("mlp-momentum-common"),
            "x.add_scaled(s.J[i] + at, dp, gates.momenta_end(c))", "void(0)"),
     # ----------------------------------------------------------------------------------------------- csrc: steps, bindings

@@ -29,7 +29,8 @@ def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], set
         elif study in ("checkpoint", "memory", "recurrence"):
             found += [(study, shape, threads[0]) for shape in (pair if study == "recurrence" else shapes)]
         elif study == "scaling":
-            axes = {"tokens": threads[:1], "heads": threads, "threads": [max(threads)] if max(threads) > 1 else []}
+            several = [max(threads)] if max(threads) > 1 else []
+            axes = {"tokens": threads[:1], "heads": threads, "threads": several, "one head": several}
             found += [(study, f"{shape}, {axis}", n) for shape in pair for axis, counts in axes.items() for n in counts]
         elif study == "delta rule":
             found += [(study, size, threads[0]) for size in delta_rule.SIZES]

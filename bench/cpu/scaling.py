@@ -25,9 +25,9 @@ FEW_HEADS = 2  # on the axis of tokens
 
 
 def study_scaling(name: str, threads: int, settings: Settings) -> Iterator[dict]:
-    """Forward and backward of one sequence of 1k to 128k tokens, of 1 to 16 heads, and with 1 to all threads."""
+    """Forward and backward of one sequence of 1k to 128k tokens, of 1 to 16 heads, and with 1 to all threads: the shape, and one head."""
     shape, _, axis = name.rpartition(", ")
-    yield {"tokens": _tokens, "heads": _heads, "threads": _threads}[axis](shape, threads, settings)
+    yield {"tokens": _tokens, "heads": _heads, "threads": _threads, "one head": _one_head}[axis](shape, threads, settings)
 
 
 def _tokens(shape: str, threads: int, settings: Settings) -> dict:
@@ -62,9 +62,14 @@ def _heads(shape: str, threads: int, settings: Settings) -> dict:
     return _measure(shape, "heads", sizes, {name: part(inputs, "heads", 0, n) for name, n in sizes.items()}, threads, settings)
 
 
-def _threads(shape: str, threads: int, settings: Settings) -> dict:
+def _one_head(shape: str, threads: int, settings: Settings) -> dict:
+    """As :func:`_threads`, of one sequence with one head: threads share it."""
+    return _threads(shape, threads, settings, "one head", batch=1, heads=1)
+
+
+def _threads(shape: str, threads: int, settings: Settings, axis: str = "threads", **changes: int) -> dict:
     """The shape as it is; wall time, and ``torch.mm`` with as many threads beside it."""
-    case = make_case(shape, settings)
+    case = make_case(shape, settings, **changes)
     sizes = {str(n): n for n in sorted({*(2**i for i in range(threads.bit_length())), threads})}
     run, product = kernel(case.draw(torch.float32), settings.backend, BOTH), matrix_product()
 
@@ -74,7 +79,7 @@ def _threads(shape: str, threads: int, settings: Settings) -> dict:
     expected, gates = by(1, run)(), {"1": parity(case, settings.backend)}
     gates |= {name: _same(by(n, run)(), expected, case.tokens, "one thread") for name, n in sizes.items() if n > 1}
     runs = {name: by(n, run) for name, n in sizes.items()} | {f"mm {name}": by(n, product) for name, n in sizes.items()}
-    return _timed(shape, "threads", sizes, runs, gates, threads, settings)
+    return _timed(shape, axis, sizes, runs, gates, threads, settings)
 
 
 def _measure(shape: str, axis: str, sizes: dict[str, int], inputs: dict, threads: int, settings: Settings) -> dict:

@@ -25,6 +25,7 @@ def targets() -> Iterator[Target]:
         case = f"{shape}, tokens"
         yield Target("time as a power of the tokens", "scaling", case, BOTH, ("fit", "time"), 1.05, at_most=True)
         yield Target("saved for the backward / promised", "scaling", case, BOTH, ("saved_over_promised",), 1.0, at_most=True)
+    yield Target("one head, 2 threads / 1", "scaling", "MLP D64 C64, one head", BOTH, ("ratios", "2", "median"), 0.667, 0.556, at_most=True)
     for shape in MLP_SHAPES:
         yield Target("peak memory / eager", "memory", shape, BOTH, ("peak_share",), 0.5, at_most=True)
 

@@ -88,17 +88,32 @@ struct Gates {
 };
 
 // dst row t = factors[t] * src row t   [c x cols]
-static void weigh_rows(int c, int cols, const float* factors, const float* src, float* dst) {
-  for (int t = 0; t < c; ++t, src += cols, dst += cols)
-    for (int j = 0; j < cols; j += kLanes) store(dst + j, broadcast(factors[t]) * load(src + j));
+static void weigh_rows(Range c, int cols, const float* factors, const float* src, float* dst) {
+  for (int t = c.first; t < c.last; ++t) {
+    const index_t at = index_t(t) * cols;
+    for (int j = 0; j < cols; j += kLanes) store(dst + at + j, broadcast(factors[t]) * load(src + at + j));
+  }
 }
 
+struct NoStage {
+  template <int R, int N> MIRAS_FN void operator()(int, int) const {}
+};
+
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
-// P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere.
-template <bool kKeepL, class A>
-static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P, float* L,
-                           WriteSoon soon) {
-  fill_zero(last_row, round_up(c, kPad));
+// P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere. With a range of rows only those.
+// then<R, N>(i, j) follows each tile.
+template <bool kKeepL, class A, class Then = NoStage>
+static void decayed_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P, float* L,
+                           WriteSoon soon, Then then = {}) {
+  fill_zero(last_row, round_up(c.last, kPad));
+  for (int j = 0; j < c.first; j += kLanes) {  // row c.first - 1, as the rows before would leave it
+    Vec decay = zeros();
+    for (int t = j; t < c.first; ++t) {
+      decay *= broadcast(gates.alpha[t]);
+      decay = iota() + j == t ? broadcast(1.0f) : decay;
+    }
+    store(last_row + j, decay);
+  }
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;  // Q K'
     s.add(q.at(i), kt + j, cp, 0, dk, soon);
@@ -116,16 +131,26 @@ static void decayed_scores(const Gates& gates, int c, int dk, A q, const float* 
       store(last_row + j + n * kLanes, decay);
     }
     s.store_to(P + i * cp + j, cp);
+    then.template operator()<R, N>(i, j);
   });
 }
 
 // The same with momentum, P = M o (Q K'), and if wanted M, Theta and Q K' itself. By rows, Theta_t = theta_t Theta_(t-1) with
 // Theta_tt = 1 and M_t = alpha_t M_(t-1) + Theta_t. last_rows [2 x Cp].
-template <bool kKeep, class A>
-static void momentum_scores(const Gates& gates, int c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P, float* M,
-                            float* Theta, float* QK, WriteSoon soon) {
+template <bool kKeep, class A, class Then = NoStage>
+static void momentum_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P, float* M,
+                            float* Theta, float* QK, WriteSoon soon, Then then = {}) {
   float *const last_m = last_rows, *const last_theta = last_rows + cp;
   fill_zero(last_rows, 2 * cp);
+  for (int j = 0; j < c.first; j += kLanes) {  // as in decayed_scores
+    Vec m = zeros(), theta = zeros();
+    for (int t = j; t < c.first; ++t) {
+      theta *= broadcast(gates.theta[t]);
+      theta = iota() + j == t ? broadcast(1.0f) : theta;
+      m = m * broadcast(gates.alpha[t]) + theta;
+    }
+    store(last_m + j, m), store(last_theta + j, theta);
+  }
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;  // Q K'
     s.add(q.at(i), kt + j, cp, 0, dk, soon);
@@ -146,11 +171,12 @@ static void momentum_scores(const Gates& gates, int c, int dk, A q, const float*
       store(last_m + first, m), store(last_theta + first, theta);
     }
     s.store_to(P + i * cp + j, cp);
+    then.template operator()<R, N>(i, j);
   });
 }
 
 // X W0'  [c x Dvp], from X [c x Dk] by rows or columns and W0 transposed [Dk x Dvp]
-template <class X> static void times_state(int c, int dk, X x, const float* w, int dvp, float* xw, ReadSoon soon = {}) {
+template <class X> static void times_state(Range c, int dk, X x, const float* w, int dvp, float* xw, ReadSoon soon = {}) {
   sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(x.at(i), w + j, dvp, 0, dk, soon);
@@ -159,7 +185,7 @@ template <class X> static void times_state(int c, int dk, X x, const float* w, i
 }
 
 // K W0'  [c x Dvp], from K transposed [Dk x Cp]
-static void predict(int c, int dk, const float* kt, index_t cp, const float* w, int dvp, float* kw, ReadSoon soon) {
+static void predict(Range c, int dk, const float* kt, index_t cp, const float* w, int dvp, float* kw, ReadSoon soon) {
   times_state(c, dk, Cols{kt, cp}, w, dvp, kw, soon);
 }
 
@@ -177,7 +203,7 @@ struct Scaled {
 // second term, b_c S_0, and likewise for the momenta S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be the given state.
 // kPerColumn: scales are [Dvp].
 template <bool kPerColumn = false>
-static void advance(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next, ReadSoon soon,
+static void advance(int c, Range dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next, ReadSoon soon,
                     Scaled more = {}) {
   const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
     sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -261,11 +287,16 @@ static void momentum_gradient(const Gates& gates, int c, const float* Theta, ind
   }
 }
 
-// <a, b> over n floats, a multiple of kPad
+// <a, b> over n floats, a multiple of kPad; four sums, which need not wait for each other
 static float inner_product(const float* a, const float* b, index_t n) {
-  Vec dot = zeros();
-  for (index_t i = 0; i < n; i += kLanes) dot += load(a + i) * load(b + i);
-  return sum(dot);
+  Vec dot[4] = {};
+  index_t i = 0;
+  for (; n - i >= 4 * kLanes; i += 4 * kLanes) {
+    MIRAS_UNROLL
+    for (int l = 0; l < 4; ++l) dot[l] += load(a + i + l * kLanes) * load(b + i + l * kLanes);
+  }
+  for (; i < n; i += kLanes) dot[0] += load(a + i) * load(b + i);
+  return sum((dot[0] + dot[1]) + (dot[2] + dot[3]));
 }
 
 // The column sums of A o B  [Dvp], both [rows x Dvp]

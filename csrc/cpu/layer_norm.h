@@ -1,6 +1,6 @@
 // LayerNorm over the channels of a chunk's rows, and its vjp.
 //
-//   c tokens   D channels (Dp padded); matrices are [c x Dp], x is a normalised row, r its 1 / std
+//   c tokens, or a range of them   D channels (Dp padded); matrices are [c x Dp], x is a normalised row, r its 1 / std
 #pragma once
 
 #include "pack.h"
@@ -38,8 +38,9 @@ struct LayerNorm {
   }
 
   // x = r (u - mean(u)) over u in place, and r [c]
-  void normalise(int c, float* u_x, float* r) const {
-    for (int t = 0; t < c; ++t, u_x += dp) {
+  void normalise(Range c, float* u_x, float* r) const {
+    u_x += index_t(c.first) * dp;
+    for (int t = c.first; t < c.last; ++t, u_x += dp) {
       Vec total = zeros(), square = zeros();
       for (int j = 0; j < dp; j += kLanes) total += load(u_x + j);
       const Vec centre = broadcast(mean(total));
@@ -55,9 +56,11 @@ struct LayerNorm {
   }
 
   // y = base + x weight + bias
-  void affine(int c, const float* x, const float* base, float* y) const {
-    for (int t = 0; t < c; ++t, x += dp, base += dp, y += dp)
-      for (int j = 0; j < dp; j += kLanes) store(y + j, load(base + j) + (load(x + j) * load(weight + j) + load(bias + j)));
+  void affine(Range c, const float* x, const float* base, float* y) const {
+    for (int t = c.first; t < c.last; ++t) {
+      const index_t at = index_t(t) * dp;
+      for (int j = 0; j < dp; j += kLanes) store(y + at + j, load(base + at + j) + (load(x + at + j) * load(weight + j) + load(bias + j)));
+    }
   }
 
   // One row: du = r (y - m(y) - x m(y x)), m the mean over channels; y(j) is zero in the padding.
@@ -73,13 +76,18 @@ struct LayerNorm {
   }
 
   // du, the gradient in u of LN(u) without its affine part, for the gradient y of its output
-  void pull_back(int c, const float* x, const float* r, const float* y, float* du) const {
-    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp) pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j); }, du);
+  void pull_back(Range c, const float* x, const float* r, const float* y, float* du) const {
+    for (int t = c.first; t < c.last; ++t) {
+      const index_t at = index_t(t) * dp;
+      pull_row(x + at, r[t], [&](int j) MIRAS_LAMBDA { return load(y + at + j); }, du + at);
+    }
   }
   // the same for the gradient y of the whole
-  void pull_back_weighted(int c, const float* x, const float* r, const float* y, float* du) const {
-    for (int t = 0; t < c; ++t, x += dp, y += dp, du += dp)
-      pull_row(x, r[t], [&](int j) MIRAS_LAMBDA { return load(y + j) * load(weight + j); }, du);
+  void pull_back_weighted(Range c, const float* x, const float* r, const float* y, float* du) const {
+    for (int t = c.first; t < c.last; ++t) {
+      const index_t at = index_t(t) * dp;
+      pull_row(x + at, r[t], [&](int j) MIRAS_LAMBDA { return load(y + at + j) * load(weight + j); }, du + at);
+    }
   }
 };
 

@@ -29,24 +29,24 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 // P, N = M o (dO U') and X = -P o (dO U'), with momentum gM = -(Q K') o (dO U')  [c x Cp]; dO has the factor rho
-void BackwardTask::scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon) {
+void BackwardTask::scores_backward(int c, WriteSoon soon) {
   MIRAS_STAGE("pairs", c * (c + 1) * (dk + dvp), c * dk + dk * cp + 4 * c * dvp + 2 * c * (c + 1));
   const Rows Q{s.Q, dkp};
-  if (momentum) momentum_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, s.Theta, s.QK, p_soon);
-  else decayed_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, p_soon);
   transpose(s.U, dvp, c, task.dv, s.UT, cp);
   const bool keep_x = momentum || s.gates.decays || retention.scales_reads;
   const float* factors = momentum ? s.QK : s.P;
-  sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  const auto then = [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Rows{s.dO + i * dvp, dvp}, s.UT + j, cp, 0, task.dv, n_soon);
+    x.add(Rows{s.dO + i * dvp, dvp}, s.UT + j, cp, 0, task.dv, soon);
     x.each([&](int r, int m, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + m * kLanes;
       if (keep_x) store(s.X + at, -load(factors + at) * y);
       y *= load(s.M + at);
     });
     x.store_to(s.N + i * cp + j, cp);
-  });
+  };
+  if (momentum) momentum_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, s.Theta, s.QK, WriteSoon(), then);
+  else decayed_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, WriteSoon(), then);
 }
 
 // dU = -P' dO - to_end * (K J') - Theta_C * (K JS')
@@ -117,7 +117,8 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   const ChunkView dq = keys(dq_part, p.grad_dtype, chunk), dkeys = keys(dk_part, p.grad_dtype, chunk);
   // Prefetched meanwhile: where the results are written, then what the next chunk (the preceding one) reads.
   const int next = chunk > 0 ? p.C : 0;
-  ReadSoon q_soon(keys(p.q, p.dtype, chunk - 1), next), dO_soon(values(p.grad_out, chunk - 1), next);
+  WriteSoon dk_soon(dkeys, c, products(c));
+  ReadSoon q_soon(keys(p.q, p.dtype, chunk - 1), next, products(c)), dO_soon(values(p.grad_out, chunk - 1), next, products(c));
 
   keys(p.k, p.dtype, chunk).read(c, s.K, dkp);
   keys(p.q, p.dtype, chunk).read(c, s.Q, dkp);
@@ -135,8 +136,8 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   if (channels) {
     channels_backward(c, x);
   } else {
-    scores_backward(c, WriteSoon(values(p.dv, chunk), c), WriteSoon(dq, c));
-    writes_backward(c, WriteSoon(dkeys, c));
+    scores_backward(c, WriteSoon(values(p.dv, chunk), c, int64_t(c) * c / 2 * dvp));
+    writes_backward(c, WriteSoon(dq, c, products(c)));
   }
 
   MIRAS_STAGE("row pass", 0, 4 * dk * dvp + 8 * c * dvp);
@@ -148,9 +149,12 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   put(p.dlr, gates.channel_eta, chunk, s.deta);
   if (p.ddelta) put(p.ddelta, p.delta_per_channel, chunk, s.ddelta);
   const float drho = retention.scales_reads ? rho_gradient(c, x) : 0.0f;
-  float* dV = s.U;  // free until the next chunk
-  for (index_t i = 0; i < index_t(c) * dvp; i += kLanes) store(dV + i, -load(s.dE + i));
-  values(p.dv, chunk).write(c, dV, dvp);
+  const ChunkView dv = values(p.dv, chunk);
+  float* dV = dv.in_place() ? dv.at<float>() : s.U;  // free until the next chunk
+  const index_t ldv = dv.in_place() ? p.dv.token : dvp;
+  for (int t = 0; t < c; ++t)
+    for (int j = 0; j < dvp; j += kLanes) store(dV + t * ldv + j, -load(s.dE + index_t(t) * dvp + j));
+  if (!dv.in_place()) dv.write(c, s.U, dvp);
 
   // dQ = (gamma dO) W0 + (rho b dO) S_0 - N K
   transpose(x.W, dvp, dk, task.dv, s.W_plain, dkp);
@@ -159,7 +163,7 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
   index_t ld = dq.in_place() ? p.dq.token : dkp;
   sweep(c, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
-    y.add(Rows{s.dO_gamma + i * dvp, dvp}, s.W_plain + j, dkp, 0, task.dv);
+    y.add(Rows{s.dO_gamma + i * dvp, dvp}, s.W_plain + j, dkp, 0, task.dv, dk_soon);
     if (gates.decays) y.dot_rows(s.Q + i * dkp + j, dkp, s.read_sums + i);
     if (momentum) y.add_matrix(s.dQ_b + i * dkp + j, dkp);
     y.subtract(Rows{s.N + i * cp, cp}, s.K + j, dkp, 0, i + R);

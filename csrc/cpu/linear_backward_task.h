@@ -104,6 +104,7 @@ struct BackwardTask {
   }
   MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
   MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
+  MIRAS_FN int64_t products(int c) const { return int64_t(c) * dk * dvp; }  // of a chunk and a state
 
   MIRAS_FN ChunkView keys(const TokenTensor& x, Dtype dtype, int64_t chunk) const { return {x, dtype, b, token(chunk), h, 0, dk}; }
   MIRAS_FN ChunkView values(const TokenTensor& x, int64_t chunk) const { return {x, p.dtype, b, token(chunk), h, task.first, task.dv}; }
@@ -143,7 +144,7 @@ struct BackwardTask {
 
   void writes(int c, const float* g);
   void rerun(int64_t first, int64_t last);
-  void scores_backward(int c, WriteSoon p_soon, WriteSoon n_soon);
+  void scores_backward(int c, WriteSoon soon);
   void writes_backward(int c, WriteSoon soon);
   void channels_backward(int c, const ChunkStart& x);
   void momenta_reads(int c, const ChunkStart& x);
@@ -191,14 +192,14 @@ void BackwardTask::rerun(int64_t first, int64_t last) {
     }
     begin(chunk);
     MIRAS_STAGE("predict", 2 * c * dk * dvp, dk * cp + dk * dvp + c * dvp);
-    if (bias.predicts) predict(c, dk, s.KT, cp, x.W, dvp, x.E, ReadSoon(values(p.v, chunk), c));
+    if (bias.predicts) predict(c, dk, s.KT, cp, x.W, dvp, x.E, ReadSoon(values(p.v, chunk), c, products(c)));
     MIRAS_STAGE("row pass", 0, 7 * c * dvp);
     if (!values(p.v, chunk).in_place()) values(p.v, chunk).read(c, s.V, dvp);
     bias.grade(bias_rows(chunk), x.E, x.G);
     if (chunk + 1 == last) break;
     writes(c, x.G);
     MIRAS_STAGE("update", 2 * c * dk * dvp, dk * cp + c * dvp + 2 * dk * dvp);
-    const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1));
+    const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1), products(c));
     s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, dvp, x.A, x.S, x.A + state, k_soon);
     s.gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);
   }

@@ -76,6 +76,7 @@ struct ForwardTask {
   MIRAS_FN ChunkView keys(const TokenTensor& x) const { return {x, p.dtype, b, token, h, 0, dk}; }
   MIRAS_FN ChunkView values(const TokenTensor& x) const { return {x, p.dtype, b, token, h, task.first, task.dv}; }
   MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
+  MIRAS_FN int64_t products() const { return int64_t(c) * dk * dvp; }  // of a chunk and a state
   void put(const StateTensor& to, const float* state) { write_state(to, n, h, task.first, task.dv, dk, state, dvp, s.spare); }
 
   void read_open_chunk(int position);
@@ -133,7 +134,7 @@ void ForwardTask::write() {
   else v.read(c, s.V, dvp);
   rows.delta = read_delta(p, task, b, token, c, s.delta);
   MIRAS_STAGE("predict", 2 * c * dk * dvp, dk * cp + dk * dvp + c * dvp);
-  if (bias.predicts) predict(c, dk, s.KT, cp, W, dvp, s.U, ReadSoon(keys(p.q), c));
+  if (bias.predicts) predict(c, dk, s.KT, cp, W, dvp, s.U, ReadSoon(keys(p.q), c, products()));
   MIRAS_STAGE("row pass", 0, 4 * c * dvp);
   bias.write(rows, s.U, gates.fades() && !gates.channel.on ? gates.to_end : nullptr, s.U_end);
   if (gates.channel.on) weigh(c, dvp, gates.until_end(), s.U, s.U_end);
@@ -235,11 +236,11 @@ void ForwardTask::run() {
     else keys(p.q).read(c, s.Q, dkp);
 
     const int next = int(left - c < p.C ? left - c : p.C);
-    const ReadSoon k_soon({p.k, p.dtype, b, token + c, h, 0, dk}, next);
-    const ReadSoon v_soon({p.v, p.dtype, b, token + c, h, task.first, task.dv}, next);
+    const ReadSoon k_soon({p.k, p.dtype, b, token + c, h, 0, dk}, next, products());
+    const ReadSoon v_soon({p.v, p.dtype, b, token + c, h, task.first, task.dv}, next, products());
     open_primal();
     write();
-    read_within(Q, WriteSoon(values(p.out), c));
+    read_within(Q, WriteSoon(values(p.out), c, int64_t(c) * c / 2 * dk));
     read_out(Q, k_soon);
     advance_state(v_soon);
     pass_decays(closes);

@@ -1,4 +1,5 @@
-// Vector mathematics of one level: the `Math` that the bias functors use, and exp for the decays. Errors are a few ulp.
+// Vector mathematics of one level: the `Math` that the bias functors use, exp for the decays, and GELU. Their errors are stated in
+// docs/backends.md, Elementary functions.
 #pragma once
 
 #include "../bias.h"
@@ -57,24 +58,27 @@ struct SplitExp {
 
 MIRAS_INLINE Vec exp_nonpositive(Vec x) { return SplitExp(x).value(); }
 
-// gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivatives.
+// gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivatives: all from
+// one power e = exp(-|y|), of base two because y is not needed itself.
 struct Gelu {
-  static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;  // y = kLinear x + kCubic x^3
-  Vec x, s, t;                                                             // t = 1 - s
+  static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;   // y = kLinear x + kCubic x^3
+  static constexpr float kLinear2 = 2.302208198f, kCubic2 = 0.1029432397f;  // y / ln 2
+  Vec x, s, st;                                                             // st = s (1 - s)
   MIRAS_FN explicit Gelu(Vec x) : x(x) {
-    const Vec y = x * (kLinear + kCubic * x * x);
-    const SplitExp z(y < 0.0f ? y : -y);
-    const Vec minus_one = z.minus_one();
-    const Vec large = 0.5f - 0.5f * minus_one / (2.0f + minus_one), small = z.value() * large;  // (1 + tanh|y/2|) / 2
-    s = y < 0.0f ? small : large;
-    t = y < 0.0f ? large : small;
+    Vec exponent = x * (kLinear2 + kCubic2 * x * x);
+    exponent = (Vec)((IVec)exponent | int32_t(0x80000000));         // -|y| / ln 2
+    exponent = exponent > -127.0f ? exponent : broadcast(-127.0f);  // 2^-127 is zero here
+    const Vec n = round_to_even(exponent), scale = power_of_two(n), e = scale + scale * exp2_minus_one(exponent - n);
+    const Vec large = 1.0f / (1.0f + e), small = e * large;  // s of |y| and of -|y|
+    s = x < 0.0f ? small : large;
+    st = small * large;
   }
   MIRAS_FN Vec dy() const { return kLinear + (3.0f * kCubic) * x * x; }
   MIRAS_FN Vec value() const { return x * s; }
-  MIRAS_FN Vec slope() const { return s + x * (dy() * s * t); }
+  MIRAS_FN Vec slope() const { return s + x * (dy() * st); }
   MIRAS_FN Vec curvature() const {
-    const Vec st = s * t, ds = dy() * st;
-    return 2.0f * ds + x * ((6.0f * kCubic) * x * st + dy() * ds * (t - s));
+    const Vec ds = dy() * st;
+    return 2.0f * ds + x * ((6.0f * kCubic) * x * st + dy() * ds * (1.0f - 2.0f * s));
   }
 };
 
@@ -142,17 +146,18 @@ template <> struct Math<cpu::MIRAS_LEVEL::Vec> {
     return (x > 0.0f) & (x < __builtin_inff()) ? y : edge;
   }
 
-  // x^a for x >= 0 and a > 0 as 2^(a n + a log2 m), x = 2^n m; the exponent is split so that it costs no accuracy.
+  // x^a for x >= 0 and a > 0 as 2^(a n + a log2 m), x = 2^n m; a is split so that its products with n are exact but for a small one.
   MIRAS_FN static F pow(F x, float a) {
     using namespace cpu::MIRAS_LEVEL;
     const I bits = (I)x;
     const I exponent = (bits - 0x3f3504f3) >> 23;
     const F n = __builtin_convertvector(exponent, F);
-    const F fraction = a * log2_mantissa((F)(bits - (exponent << 23)));
-    F k = round_to_even(a * n + fraction);
-    const F r = (a * n - k) + fraction;
-    const F clamped = min(max(k, F{} - 126.0f), F{} + 128.0f);  // 2^128 is infinity
-    const F y = power_of_two(clamped) * (1.0f + exp2_minus_one(r));
+    const float a_high = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, a) & 0xfffff000u);
+    const F fraction = a * log2_mantissa((F)(bits - (exponent << 23))) + (a - a_high) * n;
+    const F k = round_to_even(a_high * n + fraction);
+    const F r = (a_high * n - k) + fraction;
+    const F clamped = min(max(k, F{} - 126.0f), F{} + 129.0f), twice = clamped > 127.0f ? F{} + 1.0f : F{};  // 2^128 is infinity
+    const F y = power_of_two(clamped - twice) * (1.0f + exp2_minus_one(r)) * (1.0f + twice);
     const F edge = x < 1.0f ? F{} : x;  // of 0, infinity and NaN, and what underflows
     return ((x > 0.0f) & (k >= -126.0f) & (x < __builtin_inff())) ? y : edge;
   }

@@ -35,145 +35,137 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// dQ, dV, dK and the gates
-void MlpBackwardTask::token_gradients(int64_t chunk, const MlpState& start, const float* dZT) {
-  const int c = tokens(chunk);
+// Tokens: dQ, dV, dK
+void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const MlpState& start, const float* dZT) {
+  const int c = tokens(chunk), first = mine.tokens.first, count = mine.tokens.count();
+  const Range rows = mine.tokens;
   const Gates& gates = m.gates;
   const float* W2 = start.primal[1];
+  float* const dX = s.dX + index_t(first) * dp;
 
   MIRAS_STAGE("dQ", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 5 * c * d);
   if (momentum) {
-    predict(c, hd, s.dZqT, cp, start.momenta[1], dp, m.part, ReadSoon());
-    fill_zero(s.dots, cp);
-    row_dots(c, dp, m.Q, m.part, s.dots);
-    reads_of_momenta(c, s.dots, 1, start.rho[1]);
-    weigh_rows(c, dp, m.carry[1], m.part, m.part);
+    predict(rows, hd, s.dZqT, cp, start.momenta[1], dp, m.part, ReadSoon());
+    for (int t = rows.first; t < rows.last; ++t) s.dots[t] = 0.0f;
+    row_dots(rows, dp, m.Q, m.part, s.dots);
   }
-  sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  sweep(rows, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Cols{s.dZqT + i, cp}, W2 + j, dp, 0, hd);
     x.scale_rows(gates.gamma + i);
     if (gates.decays) x.dot_rows(m.Q + i * dp + j, dp, s.read_sums + i);
-    if (momentum) x.add_matrix(m.part + index_t(i) * dp + j, dp);
+    if (momentum) x.add_scaled_rows(m.part + index_t(i) * dp + j, dp, m.carry[1] + i);
     x.subtract(Rows{s.M2 + i * cp, cp}, m.K + j, dp, 0, i + R);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dO + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
   });
-  view(p.dq, chunk).write(c, s.dX, dp);
+  view(p.dq, chunk, first).write(count, dX, dp);
 
-  for (index_t i = 0; i < index_t(c) * dp; i += kLanes) store(s.dX + i, -load(s.dE + i));
-  view(p.dv, chunk).write(c, s.dX, dp);
+  for (index_t i = index_t(rows.first) * dp; i < index_t(rows.last) * dp; i += kLanes) store(s.dX + i, -load(s.dE + i));
+  view(p.dv, chunk, first).write(count, dX, dp);
 
   MIRAS_STAGE("dK", 4 * c * d * hd + c * (c + 1) * d, 2 * hd * c + 2 * hd * d + c * (c + 1) / 2 + 6 * c * d);
   if (momentum) {
-    predict(c, hd, m.GzT, cp, s.JS[1], dp, m.part, ReadSoon());
-    fill_zero(s.dots, cp);
-    row_dots(c, dp, m.K, m.part, s.dots);
-    for (int t = 0; t < c; ++t) {
-      s.dstep[t] += gates.eta[t] * s.dots[t];
-      s.deta[t] -= gates.step_end[t] * s.dots[t];
+    predict(rows, hd, m.GzT, cp, s.JS[1], dp, m.part, ReadSoon());
+    for (int t = rows.first; t < rows.last; ++t) {
+      const float dot = inner_product(m.K + index_t(t) * dp, m.part + index_t(t) * dp, dp);
+      s.dstep[t] += gates.eta[t] * dot;
+      s.deta[t] -= gates.step_end[t] * dot;
     }
-    weigh_rows(c, dp, m.step_weight, m.part, m.part);
   }
-  sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  sweep(rows, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.subtract(Cols{m.GzT + i, cp}, s.J[1] + j, dp, 0, hd);
     if (momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.to_end + i);
     if (!momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.eta + i);
-    if (momentum) x.subtract_matrix(m.part + index_t(i) * dp + j, dp);
+    if (momentum) x.subtract_scaled_rows(m.part + index_t(i) * dp + j, dp, m.step_weight + i);
     x.add(Cols{dZT + i, cp}, W2 + j, dp, 0, hd);
     x.subtract(Cols{s.M2 + i, cp}, m.Q + j, dp, i, c);
     if (bias.predicts) x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dE + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
   });
-  view(p.dk, chunk).write(c, s.dX, dp);
+  view(p.dk, chunk, first).write(count, dX, dp);
 
-  for (int t = 0; t < c; ++t) {
+  for (int t = rows.first; t < rows.last; ++t) {
     s.deta[t] += momentum ? gates.to_end[t] * s.write2_sums[t] : s.write2_sums[t];
     s.write_sums[t] -= gates.eta[t] * s.write2_sums[t];
   }
-  write_gate(p.dlr, b, token(chunk), h, c, s.deta);
-  if (p.ddelta) write_gate(p.ddelta, b, token(chunk), h, c, s.ddelta);
 }
 
-// d log alpha and d theta
-void MlpBackwardTask::gate_gradients(int64_t chunk, const MlpState& start) {
+// The gates' gradients
+void MlpBackwardTask::gate_gradients(int64_t chunk) {
   const int c = tokens(chunk);
   const Gates& gates = m.gates;
-  const auto along = [&](float* const(&grads)[2], float* const(&states)[2]) {
-    return inner_product(grads[0], states[0], state) + inner_product(grads[1], states[1], state);
+  const auto along = [&](int i) {
+    float total = 0.0f;
+    for (int k = 0; k < round_up(hd, kPad) / kPad; ++k) total += s.along[i][k];
+    return total;
   };
-  const float through = gates.decays ? *gates.end(c) * along(s.J, start.dual) : 0.0f;
+  write_gate(p.dlr, b, token(chunk), h, c, s.deta);
+  if (p.ddelta) write_gate(p.ddelta, b, token(chunk), h, c, s.ddelta);
+  const float through = gates.decays ? *gates.end(c) * along(0) : 0.0f;
   if (!momentum) {
     if (gates.decays) decay_gradient(c, s.pairs, cp, s.read_sums, s.write_sums, through, s.dlog);
   } else {
-    s.dcarry[c - 1] += along(s.J, start.momenta);
+    s.dcarry[c - 1] += along(1);
     for (int t = 0; t < cp; ++t) s.write_sums[t] = -s.write_sums[t], s.dstep[t] = -s.dstep[t];
     decay_gradient_with_momentum(gates, c, s.L, cp, s.write_sums, s.pairs, s.dcarry, s.read_sums, through, s.dlog);
-    momentum_gradient(gates, c, s.Theta, cp, s.pairs, s.dcarry, s.dstep, along(s.JS, start.momenta), s.dmomentum);
+    momentum_gradient(gates, c, s.Theta, cp, s.pairs, s.dcarry, s.dstep, along(2), s.dmomentum);
     write_gate(p.dmomentum, b, token(chunk), h, c, s.dmomentum);
   }
   if (gates.decays) write_gate(p.dlog_decay, b, token(chunk), h, c, s.dlog);
 }
 
-// J and JS of the preceding chunk
-void MlpBackwardTask::state_gradients(int c, const MlpState& start, const float* dZT, ReadSoon soon) {
+// Hidden units: JS and J of matrix i of the preceding chunk, or the gradient of its W
+void MlpBackwardTask::state_gradients(const Part& mine, int i, int c, const float* dZT, ReadSoon soon) {
   const Gates& gates = m.gates;
+  MIRAS_STAGE("update", (i == 0 ? 6 : 4) * c * d * hd, (i == 0 ? 3 : 2) * hd * c + 3 * c * d + 2 * hd * d);
   const bool identity = m.retention.identity;
+  const float* const readT = i == 0 ? m.AqT : s.dZqT;
   if (momentum) {
-    const auto momenta_gradient = [&](int i, const float* leftT, const float* right) {
-      weigh_rows(c, dp, m.carry[i], right, m.part);
-      sweep(hd, dp, [&]<int R, int N>(int row, int j) MIRAS_LAMBDA {
-        const index_t at = index_t(row) * dp + j;
-        Tile<R, N> x;
-        x.add(Rows{leftT + index_t(row) * cp, cp}, m.part + j, dp, 0, c);
-        x.add_scaled(s.J[i] + at, dp, gates.momenta_end(c));
-        x.add_scaled(s.JS[i] + at, dp, gates.step_momenta_end(c));
-        x.store_to(s.JS[i] + at, dp);
-      });
-    };
-    momenta_gradient(0, m.AqT, s.dUq);
-    momenta_gradient(1, s.dZqT, m.Q);
+    sweep(mine.units, dp, [&]<int R, int N>(int row, int j) MIRAS_LAMBDA {
+      const index_t at = index_t(row) * dp + j;
+      Tile<R, N> x;
+      x.add(Rows{readT + index_t(row) * cp, cp}, (i == 0 ? s.dUq_carry : s.Q_carry) + j, dp, 0, c);
+      x.add_scaled(s.J[i] + at, dp, gates.momenta_end(c));
+      x.add_scaled(s.JS[i] + at, dp, gates.step_momenta_end(c));
+      x.store_to(s.JS[i] + at, dp);
+    });
   }
+  ReadSoon once = mine.once(soon);
+  float* const to = identity ? s.J[i] : s.dW[i];
+  sweep(mine.units, dp, [&]<int R, int N>(int unit, int j) MIRAS_LAMBDA {
+    const index_t row = index_t(unit) * cp, at = index_t(unit) * dp + j;
+    Tile<R, N> x;
+    if (i == 0) {
+      x.add(Rows{readT + row, cp}, s.dUq_gamma + j, dp, 0, c, once);
+      x.add(Rows{s.dGaT + row, cp}, m.Gu + j, dp, 0, c);
+      x.add(Rows{m.AT + row, cp}, s.dU + j, dp, 0, c);
+    } else {
+      x.add(Rows{readT + row, cp}, s.Q_gamma + j, dp, 0, c, once);
+      x.add(Rows{dZT + row, cp}, m.K + j, dp, 0, c);
+    }
+    if (identity) x.add_scaled(s.J[i] + at, dp, gates.end(c));
+    x.store_to(to + at, dp);
+  });
+}
 
-  // In place on J if W = A; else the gradient of W goes through phi first.
-  const auto through_phi = [&](int i) {
-    if (identity) return;
-    m.retention.pull_back(m.shape(i), start.dual[i], start.primal[i], start.rho[i], drho[i], s.dW);
-    const Vec decay = broadcast(*gates.end(c));
-    for (index_t at = 0; at < state; at += kLanes) store(s.J[i] + at, decay * load(s.J[i] + at) + load(s.dW + at));
-  };
-  weigh_rows(c, dp, gates.gamma, s.dUq, s.dUq_gamma);
-  weigh_rows(c, dp, gates.gamma, m.Q, s.Q_gamma);
-  float* to = identity ? s.J[0] : s.dW;
-  sweep(hd, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    const index_t row = index_t(i) * cp, at = index_t(i) * dp + j;
-    Tile<R, N> x;
-    x.add(Rows{m.AqT + row, cp}, s.dUq_gamma + j, dp, 0, c, soon);
-    x.add(Rows{s.dGaT + row, cp}, m.Gu + j, dp, 0, c);
-    x.add(Rows{m.AT + row, cp}, s.dU + j, dp, 0, c);
-    if (identity) x.add_scaled(s.J[0] + at, dp, gates.end(c));
-    x.store_to(to + at, dp);
-  });
-  through_phi(0);
-  to = identity ? s.J[1] : s.dW;
-  sweep(hd, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    const index_t row = index_t(i) * cp, at = index_t(i) * dp + j;
-    Tile<R, N> x;
-    x.add(Rows{s.dZqT + row, cp}, s.Q_gamma + j, dp, 0, c, soon);
-    x.add(Rows{dZT + row, cp}, m.K + j, dp, 0, c);
-    if (identity) x.add_scaled(s.J[1] + at, dp, gates.end(c));
-    x.store_to(to + at, dp);
-  });
-  through_phi(1);
+// The gradient of W goes through phi, a matrix by each part.
+void MlpBackwardTask::through_primal(const Part& mine, int c, const MlpState& start) {
+  for (int i = mine.index; i < 2; i += p.parts) {
+    m.retention.pull_back(m.shape(i), start.dual[i], start.primal[i], start.rho[i], drho[i], s.dW[i]);
+    const Vec decay = broadcast(*m.gates.end(c));
+    for (index_t at = 0; at < state; at += kLanes) store(s.J[i] + at, decay * load(s.J[i] + at) + load(s.dW[i] + at));
+  }
 }
 
 void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   const int c = tokens(chunk);
   const MlpState start = s.states.at(i);
-  float *slopeT = s.ZT + i * hidden, *HT = s.GaT + i * hidden;  // as `repeat` leaves them; HT becomes dZ'
+  float *slopeT = s.ZT + i * hidden, *HT = s.GaT + i * hidden;  // as `repeat_hidden` leaves them; HT becomes dZ'
+  const bool identity = m.retention.identity;
   m.read_queries(p, b, token(chunk), h, c);
   view(p.grad_out, chunk).read(c, s.dO, dp);
   fill_zero(s.deta, cp);
@@ -181,27 +173,52 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   if (momentum) fill_zero(s.dcarry, cp), fill_zero(s.dstep, cp);
   drho[0] = drho[1] = 0.0f;
 
-  repeat(i, c);
-  m.read_hidden(c, start, {s.L, s.Theta, s.scores2}, WriteSoon(view(p.dq, chunk), c));
-  MIRAS_STAGE("gelu", 0, 3 * hd * c);
-  m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
-    const Gelu gelu(load(m.AqT + at));
-    store(m.AqT + at, gelu.value());
-    store(s.dZqT + at, gelu.slope());
+  in_parts(p, c, [&](const Part& mine) {
+    repeat_hidden(mine, i, c);
+    m.errors(mine, p, bias);
+    m.transpose_rows(mine.tokens, m.U1, s.U1T);
+    m.query_scores(mine, c, start, {s.L, s.Theta, s.scores2, nullptr}, WriteSoon());
   });
-  const auto kept = momentum ? MlpChunk::KeptScores{s.L, s.Theta, s.scores1} : MlpChunk::KeptScores{};
-  m.read_out(c, start, kept, WriteSoon(view(p.dv, chunk), c));
-
-  MIRAS_PASS("backward");
-  read_backward(c, start, WriteSoon(view(p.dk, chunk), c));
-  write_backward(c, start, slopeT, HT);
-  inner_backward(c);
-  hidden_backward(c, start, slopeT, HT);
-  token_gradients(chunk, start, HT);
-  MIRAS_STAGE("gates", 0, 4 * hd * d + c * (c + 1) / 2);
-  gate_gradients(chunk, start);
-  MIRAS_STAGE("update", 10 * c * d * hd, 5 * hd * c + 9 * c * d + 4 * hd * d);
-  state_gradients(c, start, HT, ReadSoon(view(p.k, chunk - 1), chunk > 0 ? p.C : 0));
+  in_parts(p, c, [&](const Part& mine) {
+    m.read_hidden(mine, c, start);
+    MIRAS_STAGE("gelu", 0, 3 * hd * c);
+    m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
+      const Gelu gelu(load(m.AqT + at));
+      store(m.AqT + at, gelu.value());
+      store(s.dZqT + at, gelu.slope());
+    });
+  });
+  in_parts(p, c, [&](const Part& mine) {
+    m.read_out(mine, start, {momentum ? s.L : nullptr, s.Theta, s.scores1, s.read}, WriteSoon(view(p.dv, chunk), c));
+    MIRAS_PASS("backward");
+    read_backward(mine, c, start);
+  });
+  rho_gradient(c, start.rho[0]);
+  in_parts(p, c, [&](const Part& mine) {
+    read_backward_hidden(mine, c, start);
+    write_backward_hidden(mine, c, slopeT, HT);
+  });
+  in_parts(p, c, [&](const Part& mine) {
+    write_backward(mine, c, start);
+    inner_backward(mine, start);
+  });
+  add_pairs(c, start.rho[1]);
+  in_parts(p, c, [&](const Part& mine) {
+    MIRAS_STAGE("gates", 0, 4 * hd * d);
+    inner_products(mine, start);
+    hidden_backward(mine, c, start, slopeT, HT);
+    norm_gradients(mine, c);
+    if (identity) state_gradients(mine, 0, c, HT, ReadSoon());
+  });
+  in_parts(p, c, [&](const Part& mine) { token_gradients(mine, chunk, start, HT); });
+  if (momentum) reads_of_momenta(c, 1, start.rho[1]);
+  MIRAS_STAGE("gates", 0, c * (c + 1) / 2);
+  gate_gradients(chunk);
+  in_parts(p, c, [&](const Part& mine) {
+    if (!identity) state_gradients(mine, 0, c, HT, ReadSoon());
+    state_gradients(mine, 1, c, HT, ReadSoon(view(p.k, chunk - 1), chunk > 0 ? p.C : 0));
+  });
+  if (!identity) in_parts(p, c, [&](const Part& mine) { through_primal(mine, c, start); });
 }
 
 void MlpBackwardTask::run() {

@@ -7,49 +7,43 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 // sums[t] += <row t of a, row t of b>   [c x cols]
-static void row_dots(int c, int cols, const float* a, const float* b, float* sums) {
-  for (int t = 0; t < c; ++t, a += cols, b += cols) sums[t] += inner_product(a, b, cols);
-}
-// sums[t] += <column t of a, column t of b>   [rows x Cp]
-static void column_dots(int rows, int c, index_t cp, const float* a, const float* b, float* sums) {
-  for (int t = 0; t < c; t += kLanes) {
-    Vec dot = load(sums + t);
-    for (int i = 0; i < rows; ++i) dot += load(a + i * cp + t) * load(b + i * cp + t);
-    store(sums + t, dot);
-  }
+static void row_dots(Range c, int cols, const float* a, const float* b, float* sums) {
+  for (int t = c.first; t < c.last; ++t) sums[t] += inner_product(a + index_t(t) * cols, b + index_t(t) * cols, cols);
 }
 
 // x / rho for an x that is a multiple of rho; if rho underflows, so does everything that it multiplies
 MIRAS_INLINE float unscaled(float x, const Rho& rho) { return rho.value > 0.0f ? x / rho.value : 0.0f; }
 
-// The gradient of b, and d rho's share, from the products <what a token reads of S, its gradient> of matrix i
-void MlpBackwardTask::reads_of_momenta(int c, const float* products, int i, const Rho& rho) {
+// The gradient of b, and d rho's share, from `dots`: <what a token reads of S, its gradient> of matrix i
+void MlpBackwardTask::reads_of_momenta(int c, int i, const Rho& rho) {
   for (int t = 0; t < c; ++t) {
-    s.dcarry[t] += rho.value * products[t];
-    drho[i] += m.gates.b[t] * products[t];
+    s.dcarry[t] += rho.value * s.dots[t];
+    drho[i] += m.gates.b[t] * s.dots[t];
   }
 }
 
-// dUq, M1, dZq, the pairs of W1 and its reads
-void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon) {
-  const float* W1T = start.primal[0];
+// Tokens: dUq, M1, the pairs of W1, its reads
+void MlpBackwardTask::read_backward(const Part& mine, int c, const MlpState& start) {
+  const Range tokens = mine.tokens;
+  const index_t first = tokens.first;
   const Vec rho = broadcast(start.rho[0].value);
-  MIRAS_STAGE("row pass", 0, 11 * c * d);
-  m.norm.pull_back_weighted(c, m.Xq, m.rq, s.dO, s.dUq);
-  for (int t = 0; t < c; ++t) {
-    for (int j = 0; j < dp; j += kLanes) {
-      const Vec dO = load(s.dO + t * dp + j);
-      store(s.dweight + j, load(s.dweight + j) + dO * load(m.Xq + t * dp + j));
-      store(s.dbias + j, load(s.dbias + j) + dO);
-    }
+  MIRAS_STAGE("row pass", 0, 9 * c * d);
+  m.norm.pull_back_weighted(tokens, m.Xq, m.rq, s.dO, s.dUq);
+  if (m.gates.decays) row_dots(tokens, dp, s.read, s.dUq, s.read_sums);
+  if (momentum) {
+    for (int t = tokens.first; t < tokens.last; ++t) s.dots[t] = 0.0f;
+    row_dots(tokens, dp, m.part, s.dUq, s.dots);
+    weigh_rows(tokens, dp, m.carry[0], s.dUq, s.dUq_carry);
+    weigh_rows(tokens, dp, m.carry[1], m.Q, s.Q_carry);
   }
-  transpose(m.U1, dp, c, d, s.U1T, cp);
-  transpose(s.dUq, dp, c, d, s.dUqT, cp);
+  weigh_rows(tokens, dp, m.gates.gamma, s.dUq, s.dUq_gamma);
+  weigh_rows(tokens, dp, m.gates.gamma, m.Q, s.Q_gamma);
+  m.transpose_rows(tokens, s.dUq, s.dUqT);
 
   MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * c * d + 3 * c * (c + 1));
-  sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  sweep_lower(tokens, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Rows{s.dUq + i * dp, dp}, s.U1T + j, cp, 0, d, soon);
+    x.add(Rows{s.dUq + i * dp, dp}, s.U1T + j, cp, 0, d);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
       store(s.pairs + at, momentum ? -rho * load(s.scores1 + at) * y : -load(m.P1 + at) * y);
@@ -57,26 +51,29 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
     });
     x.store_to(s.M1 + i * cp + j, cp);
   });
-  transpose(s.M1, cp, c, c, s.M1T, cp);
+  transpose(s.M1 + first * cp, cp, tokens.count(), c, s.M1T + first, cp);
+}
+
+// d rho of W1
+void MlpBackwardTask::rho_gradient(int c, const Rho& rho) {
   if (m.retention.scales_reads) {
     float total = 0.0f;
     for (int t = 0; t < c; ++t) total += inner_product(s.pairs + t * cp, momentum ? s.L + t * cp : s.ones, cp);
-    drho[0] = unscaled(total, start.rho[0]);
+    drho[0] = unscaled(total, rho);
   }
-  MIRAS_STAGE("dZq", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 4 * hd * c);
-  if (momentum) {
-    m.hidden_product(c, start.momenta[0], s.dUqT, m.partT, ReadSoon());
-    fill_zero(s.dots, cp);
-    column_dots(hd, c, cp, m.AqT, m.partT, s.dots);
-    reads_of_momenta(c, s.dots, 0, start.rho[0]);
-  }
+  if (momentum) reads_of_momenta(c, 0, rho);
+}
 
-  m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+// Hidden units: dZq
+void MlpBackwardTask::read_backward_hidden(const Part& mine, int c, const MlpState& start) {
+  const float* W1T = start.primal[0];
+  MIRAS_STAGE("dZq", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 3 * hd * c);
+  if (momentum) m.hidden_product(mine.units, c, start.momenta[0], s.dUqT, m.partT, ReadSoon());
+  m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     const index_t at = index_t(i) * cp + j;
     Tile<R, N> x;
     x.add(Rows{W1T + index_t(i) * dp, dp}, s.dUqT + j, cp, 0, d);
     x.scale_cols(m.gates.gamma + j);
-    if (m.gates.decays) x.dot_cols(m.AqT + at, cp, s.read_sums + j);
     if (momentum) x.add_scaled_cols(m.partT + at, cp, m.carry[0] + j);
     x.subtract(Rows{m.AT + index_t(i) * cp, cp}, s.M1T + j, cp, 0, minimum(c, j + N * kLanes));
     x.multiply(s.dZqT + at, cp);
@@ -84,54 +81,11 @@ void MlpBackwardTask::read_backward(int c, const MlpState& start, WriteSoon soon
   });
 }
 
-// M2, the pairs of W2, dU1, dGu, and in place of gelu'' o Ga its product with dGz; d eta gets the share of W2's pairs
-void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* slopeT, float* HT) {
-  const float* W1T = start.primal[0];
-  const Vec rho = broadcast(start.rho[1].value);
-  MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + 5 * c * (c + 1) / 2);
-  sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> x;
-    x.add(Cols{s.dZqT + i, cp}, m.GzT + j, cp, 0, hd);
-    MIRAS_UNROLL
-    for (int k = 0; k < N; ++k) {
-      const index_t column = j + k * kLanes;
-      const Vec eta = load(m.gates.eta + column);
-      Vec total = load(s.deta + column);
-      MIRAS_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const index_t at = index_t(i + r) * cp + column;
-        const Vec pair = load(m.P2 + at) * x.acc[r][k];
-        total -= pair;
-        store(s.pairs + at, load(s.pairs + at) - eta * (momentum ? rho * load(s.scores2 + at) * x.acc[r][k] : pair));
-        x.acc[r][k] *= eta * load(s.L + at) * rho;
-      }
-      store(s.deta + column, total);
-    }
-    x.store_to(s.M2 + i * cp + j, cp);
-  });
-  if (m.retention.scales_reads) drho[1] = unscaled(inner_product(m.gates.eta, s.deta, cp), start.rho[1]);
-
-  MIRAS_STAGE("dU", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
-  if (momentum) {
-    predict(c, hd, m.AT, cp, s.JS[0], dp, m.part, ReadSoon());
-    row_dots(c, dp, m.U1, m.part, s.dstep);
-    weigh_rows(c, dp, m.gates.step_end, m.part, m.part);
-  }
-  sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> x;
-    x.add(Cols{m.AT + i, cp}, s.J[0] + j, dp, 0, hd);
-    if (momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
-    x.scale_rows(m.gates.to_end + i);
-    if (m.gates.decays && !momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
-    if (momentum) x.add_matrix(m.part + index_t(i) * dp + j, dp);
-    x.add(Cols{m.P1 + i, cp}, s.dUq + j, dp, i, c);
-    x.each([](int, int, Vec& y) MIRAS_LAMBDA { y = -y; });
-    x.store_to(s.dU1 + i * dp + j, dp);
-  });
-
+// Hidden units: dGa, and in place of gelu'' o Ga its product with dGz
+void MlpBackwardTask::write_backward_hidden(const Part& mine, int c, const float* slopeT, float* HT) {
   MIRAS_STAGE("dGz", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 5 * hd * c);
-  if (momentum) m.hidden_product(c, s.JS[1], m.KT, m.partT, ReadSoon());
-  m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  if (momentum) m.hidden_product(mine.units, c, s.JS[1], m.KT, m.partT, ReadSoon());
+  m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Rows{s.J[1] + index_t(i) * dp, dp}, m.KT + j, cp, 0, d);
     x.scale_cols(m.gates.to_end + j);
@@ -145,37 +99,86 @@ void MlpBackwardTask::write_backward(int c, const MlpState& start, const float* 
     });
     x.store_to(s.dGaT + index_t(i) * cp + j, cp);
   });
+}
 
-  MIRAS_STAGE("dGu", 2 * c * d * hd, hd * c + hd * d + 2 * c * d);
-  sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+// Tokens: M2, the pairs of W2, dU1
+void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& start) {
+  const Range tokens = mine.tokens;
+  const Vec rho = broadcast(start.rho[1].value);
+  MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + 3 * c * (c + 1));
+  sweep_lower(tokens, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dGaT + i, cp}, W1T + j, dp, 0, hd);
+    x.add(Cols{s.dZqT + i, cp}, m.GzT + j, cp, 0, hd);
+    x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
+      const index_t column = j + k * kLanes, at = index_t(i + r) * cp + column;
+      const Vec eta = load(m.gates.eta + column), pair = load(m.P2 + at) * y;
+      store(s.pairs2 + at, pair);
+      store(s.pairs + at, load(s.pairs + at) - eta * (momentum ? rho * load(s.scores2 + at) * y : pair));
+      y *= eta * load(s.L + at) * rho;
+    });
+    x.store_to(s.M2 + i * cp + j, cp);
+  });
+
+  MIRAS_STAGE("dU", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
+  if (momentum) {
+    predict(tokens, hd, m.AT, cp, s.JS[0], dp, m.part, ReadSoon());
+    row_dots(tokens, dp, m.U1, m.part, s.dstep);
+    weigh_rows(tokens, dp, m.gates.step_end, m.part, m.part);
+  }
+  sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    Tile<R, N> x;
+    x.add(Cols{m.AT + i, cp}, s.J[0] + j, dp, 0, hd);
+    if (momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
+    x.scale_rows(m.gates.to_end + i);
+    if (m.gates.decays && !momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
+    if (momentum) x.add_matrix(m.part + index_t(i) * dp + j, dp);
+    x.add(Cols{m.P1 + i, cp}, s.dUq + j, dp, i, c);
+    x.each([](int, int, Vec& y) MIRAS_LAMBDA { y = -y; });
+    x.store_to(s.dU1 + i * dp + j, dp);
+  });
+}
+
+// d eta's share of the pairs of W2, and d rho of W2
+void MlpBackwardTask::add_pairs(int c, const Rho& rho) {
+  Vec total = zeros();
+  for (int j = 0; j < c; j += kLanes) {
+    Vec sums = zeros();
+    for (int t = j; t < c; ++t) sums -= load(s.pairs2 + index_t(t) * cp + j);
+    store(s.deta + j, load(s.deta + j) + sums);
+    total += load(m.gates.eta + j) * sums;
+  }
+  if (m.retention.scales_reads) drho[1] = unscaled(sum(total), rho);
+}
+
+// Tokens: dGu, then back to dE and dU, row by row; d eta's share of W1, d delta
+void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
+  const Range tokens = mine.tokens;
+  if (tokens.count() == 0) return;
+  const LayerNorm& norm = m.norm;
+  MIRAS_STAGE("dGu", 2 * tokens.count() * d * hd, hd * tokens.count() + hd * d + 2 * tokens.count() * d);
+  sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    Tile<R, N> x;
+    x.add(Cols{s.dGaT + i, cp}, start.primal[0] + j, dp, 0, hd);
     x.each([&](int r, int k, Vec& y)
                MIRAS_LAMBDA { y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dGu + i * dp + j, dp);
   });
-}
-
-// From dGu back to dE and dU, row by row; d eta's share of W1, d delta, d weight and d bias.
-void MlpBackwardTask::inner_backward(int c) {
-  MIRAS_STAGE("row pass", 0, 24 * c * d);
-  const LayerNorm& norm = m.norm;
-  norm.pull_back(c, m.X, m.r, s.dGu, s.dE);
-  for (int t = 0; t < c; ++t) {
+  MIRAS_STAGE("row pass", 0, 20 * tokens.count() * d);
+  norm.pull_back(tokens, m.X, m.r, s.dGu, s.dGw);
+  for (int t = tokens.first; t < tokens.last; ++t) {
     Vec dot = zeros();
     for (int j = 0; j < dp; j += kLanes) {
       const index_t at = index_t(t) * dp + j;
-      const Vec dGw = load(s.dE + at);
       dot += load(s.dU1 + at) * load(m.Gu + at);
-      store(s.dweight + j, load(s.dweight + j) + dGw * load(m.G + at));
-      store(s.dE + at, dGw * load(norm.weight + j));
+      store(s.dE + at, load(s.dGw + at) * load(norm.weight + j));
     }
-    s.deta[t] += sum(dot);
+    s.deta[t] = sum(dot);
   }
 
-  bias.pull_back(m.bias_rows(p, c, s.ones), m.E, m.G, s.dE, s.dlog, s.ddelta);  // its d eta is not used
+  const index_t first = tokens.first, from = first * dp;  // its d eta is not used
+  bias.pull_back(m.bias_rows(p, tokens, s.ones), m.E + from, m.G + from, s.dE + from, s.dlog + first, s.ddelta + first);
 
-  for (int t = 0; t < c; ++t) {
+  for (int t = tokens.first; t < tokens.last; ++t) {
     const index_t row = index_t(t) * dp;
     const float *x = m.X + row, *g = m.G + row, *gu = m.Gu + row, *dgu = s.dGu + row, *de = s.dE + row;
     Vec g_x = zeros(), dgu_x = zeros(), dgu_gu = zeros();
@@ -190,23 +193,18 @@ void MlpBackwardTask::inner_backward(int c) {
       return direct - (load(dgu + j) * c1 + w * load(g + j) * c2);
     };
     norm.pull_row(x, m.r[t], dx, s.dU + row);
-    for (int j = 0; j < dp; j += kLanes) {
-      store(s.dU + row + j, load(s.dU + row + j) - shrink * load(x + j));
-      if (!bias.predicts) continue;
-      store(s.dweight + j, load(s.dweight + j) + load(de + j) * load(x + j));
-      store(s.dbias + j, load(s.dbias + j) + load(de + j));
-    }
+    for (int j = 0; j < dp; j += kLanes) store(s.dU + row + j, load(s.dU + row + j) - shrink * load(x + j));
     norm.centre_again(s.dU + row);
   }
-  transpose(s.dU, dp, c, d, s.dUT, cp);
+  m.transpose_rows(tokens, s.dU, s.dUT);
 }
 
-// dZ in place of gelu'' o Ga o dGz
-void MlpBackwardTask::hidden_backward(int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
+// Hidden units: dZ in place of gelu'' o Ga o dGz
+void MlpBackwardTask::hidden_backward(const Part& mine, int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
   const float* W1T = start.primal[0];
   MIRAS_STAGE("dZ", 4 * c * d * hd + c * (c + 1) * hd, 2 * hd * d + 2 * d * c + c * (c + 1) / 2 + 4 * hd * c);
-  if (momentum) m.hidden_product(c, s.JS[0], s.U1T, m.partT, ReadSoon());
-  m.sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  if (momentum) m.hidden_product(mine.units, c, s.JS[0], s.U1T, m.partT, ReadSoon());
+  m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.subtract(Rows{s.J[0] + index_t(i) * dp, dp}, s.U1T + j, cp, 0, d);
     x.scale_cols(m.gates.to_end + j);
@@ -218,6 +216,33 @@ void MlpBackwardTask::hidden_backward(int c, const MlpState& start, const float*
       store(HT_dZT + at, load(HT_dZT + at) + load(slopeT + at) * y);
     });
   });
+}
+
+// Channels: d weight and d bias
+void MlpBackwardTask::norm_gradients(const Part& mine, int c) {
+  MIRAS_STAGE("row pass", 0, 6 * c * d);
+  for (int j = mine.channels.first; j < mine.channels.last; j += kLanes) {
+    Vec dweight = load(s.dweight + j), dbias = load(s.dbias + j);
+    for (int t = 0; t < c; ++t) {
+      const index_t at = index_t(t) * dp + j;
+      const Vec dO = load(s.dO + at), dE = bias.predicts ? load(s.dE + at) : zeros();
+      dweight += dO * load(m.Xq + at) + load(s.dGw + at) * load(m.G + at) + dE * load(m.X + at);
+      dbias += dO + dE;
+    }
+    store(s.dweight + j, dweight), store(s.dbias + j, dbias);
+  }
+}
+
+// Hidden units: products of the states and their gradients, kPad units at a time, whatever the number of parts
+void MlpBackwardTask::inner_products(const Part& mine, const MlpState& start) {
+  for (int i = mine.units.first; i < mine.units.last; i += kPad) {
+    const index_t at = index_t(i) * dp, n = index_t(minimum(kPad, hd - i)) * dp;
+    const auto along = [&](float* const(&grads)[2], float* const(&states)[2]) {
+      return inner_product(grads[0] + at, states[0] + at, n) + inner_product(grads[1] + at, states[1] + at, n);
+    };
+    s.along[0][i / kPad] = along(s.J, start.dual);
+    if (momentum) s.along[1][i / kPad] = along(s.J, start.momenta), s.along[2][i / kPad] = along(s.JS, start.momenta);
+  }
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

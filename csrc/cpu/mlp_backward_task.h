@@ -10,21 +10,25 @@ namespace miras::cpu::MIRAS_LEVEL {
 
 struct MlpBackwardScratch {
   MlpChunk chunk;
-  MlpStates states;                    // of a segment
-  float *ZT, *GaT, *X, *r;             // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
-  float *J[2], *JS[2];                 // [Hd x Dp]  JS with momentum
-  float* dW;                           // [Hd x Dp]  unless W = A
-  float* dO;                           // [C x Dp]
-  float *dUq, *dUq_gamma, *Q_gamma;    // [C x Dp]  rows times gamma_t in the last two
-  float *dU1, *dGu, *dE, *dU, *dX;     // [C x Dp]  dE is dG at first; dX: dQ and dK
-  float *U1T, *dUqT, *dUT;             // [D x Cp]
-  float *dZqT, *dGaT;                  // [Hd x Cp]  gelu'(Zq) at first in dZqT
-  float *L, *M1, *M1T, *M2, *pairs;    // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
-  float *Theta, *scores1, *scores2;    // [C x Cp]  with momentum: Theta, Aq A', Q K'
-  float *ones, *deta, *ddelta, *dlog;  // [Cp]
+  MlpStates states;                       // of a segment
+  float *ZT, *GaT, *X, *r;                // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
+  float *J[2], *JS[2];                    // [Hd x Dp]  JS with momentum
+  float* dW[2];                           // [Hd x Dp]  unless W = A
+  float* dO;                              // [C x Dp]
+  float *dUq, *dUq_gamma, *Q_gamma;       // [C x Dp]  rows times gamma_t in the last two
+  float *dUq_carry, *Q_carry;             // [C x Dp]  with momentum: rows times carry
+  float* read;                            // [C x Dp]  gamma * (Aq W1T)
+  float *dU1, *dGu, *dGw, *dE, *dU, *dX;  // [C x Dp]  dE is dG at first; dX: dQ and dK
+  float *U1T, *dUqT, *dUT;                // [D x Cp]
+  float *dZqT, *dGaT;                     // [Hd x Cp]  gelu'(Zq) at first in dZqT
+  float *L, *M1, *M1T, *M2, *pairs;       // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
+  float* pairs2;                          // [C x Cp]  P2 o (dZq Gz')
+  float *Theta, *scores1, *scores2;       // [C x Cp]  with momentum: Theta, Aq A', Q K'
+  float *ones, *deta, *ddelta, *dlog;     // [Cp]
   float *read_sums, *write_sums, *write2_sums;  // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
   float *dcarry, *dstep, *dmomentum;            // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
-  float* dots;                                  // [Cp]
+  float* dots;                                  // [Cp]  with momentum
+  float* along[3];                              // [Hd / kPad]  <J, A>, <J, S>, <JS, S> of kPad hidden units
   float *dweight, *dbias;                       // [Dp]
   float* spare;                                 // [D x Hdp]
 
@@ -35,18 +39,22 @@ struct MlpBackwardScratch {
     X = a.take(n * p.C, dp), r = a.take(n, cp);
     for (float*& x : J) x = a.take(p.Hd, dp);
     for (float*& x : JS) x = a.take(momentum * p.Hd, dp);
-    dW = a.take(chunk.retention.identity ? 0 : p.Hd, dp);
+    for (float*& x : dW) x = a.take(chunk.retention.identity ? 0 : p.Hd, dp);
     dO = a.take(p.C, dp);
     dUq = a.take(p.C, dp), dUq_gamma = a.take(p.C, dp), Q_gamma = a.take(p.C, dp);
-    dU1 = a.take(p.C, dp), dGu = a.take(p.C, dp), dE = a.take(p.C, dp), dU = a.take(p.C, dp), dX = a.take(p.C, dp);
+    dUq_carry = a.take(momentum * p.C, dp), Q_carry = a.take(momentum * p.C, dp), read = a.take(p.C, dp);
+    dU1 = a.take(p.C, dp), dGu = a.take(p.C, dp), dGw = a.take(p.C, dp);
+    dE = a.take(p.C, dp), dU = a.take(p.C, dp), dX = a.take(p.C, dp);
     U1T = a.take(p.D, cp), dUqT = a.take(p.D, cp), dUT = a.take(p.D, cp);
     dZqT = a.take(p.Hd, cp), dGaT = a.take(p.Hd, cp);
     L = a.take(p.C, cp), M1 = a.take(p.C, cp), M1T = a.take(p.C, cp), M2 = a.take(p.C, cp), pairs = a.take(p.C, cp);
+    pairs2 = a.take(p.C, cp);
     Theta = a.take(momentum * p.C, cp), scores1 = a.take(momentum * p.C, cp), scores2 = a.take(momentum * p.C, cp);
     ones = a.take(1, cp), deta = a.take(1, cp), ddelta = a.take(1, cp), dlog = a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp), write2_sums = a.take(1, cp);
     dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dmomentum = a.take(momentum, cp);
     dots = a.take(momentum, cp);
+    for (float*& x : along) x = a.take(1, round_up(p.Hd, kPad) / kPad);
     dweight = a.take(1, dp), dbias = a.take(1, dp);
     spare = a.take(p.D, round_up(p.Hd, kPad));
   }
@@ -77,21 +85,30 @@ struct MlpBackwardTask {
     return int(left < p.C ? left : p.C);
   }
   MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
-  MIRAS_FN ChunkView view(const TokenTensor& x, int64_t chunk) const { return m.view(p, x, b, token(chunk), h); }
+  MIRAS_FN ChunkView view(const TokenTensor& x, int64_t chunk, int first = 0) const { return m.view(p, x, b, token(chunk) + first, h); }
 
   // Chunk i's part of MlpChunk that is stored for the whole segment.
   void choose(int64_t i) { m.X = s.X + i * rows, m.r = s.r + i * cp; }
 
   void rerun(int64_t first, int64_t last);
-  void repeat(int64_t i, int c);
-  void read_backward(int c, const MlpState& start, WriteSoon soon);
-  void write_backward(int c, const MlpState& start, const float* slopeT, float* HT);
-  void inner_backward(int c);
-  void hidden_backward(int c, const MlpState& start, const float* slopeT, float* HT_dZT);
-  void token_gradients(int64_t chunk, const MlpState& start, const float* dZT);
-  void gate_gradients(int64_t chunk, const MlpState& start);
-  void state_gradients(int c, const MlpState& start, const float* dZT, ReadSoon soon);
-  void reads_of_momenta(int c, const float* products, int i, const Rho& rho);
+  // Stages, by parts of the hidden units or of the tokens
+  void repeat_hidden(const Part& mine, int64_t i, int c);
+  void read_backward(const Part& mine, int c, const MlpState& start);
+  void read_backward_hidden(const Part& mine, int c, const MlpState& start);
+  void write_backward_hidden(const Part& mine, int c, const float* slopeT, float* HT);
+  void write_backward(const Part& mine, int c, const MlpState& start);
+  void inner_backward(const Part& mine, const MlpState& start);
+  void hidden_backward(const Part& mine, int c, const MlpState& start, const float* slopeT, float* HT_dZT);
+  void norm_gradients(const Part& mine, int c);
+  void inner_products(const Part& mine, const MlpState& start);
+  void token_gradients(const Part& mine, int64_t chunk, const MlpState& start, const float* dZT);
+  void state_gradients(const Part& mine, int i, int c, const float* dZT, ReadSoon soon);
+  // Between stages
+  void reads_of_momenta(int c, int i, const Rho& rho);
+  void rho_gradient(int c, const Rho& rho);
+  void add_pairs(int c, const Rho& rho);
+  void gate_gradients(int64_t chunk);
+  void through_primal(const Part& mine, int c, const MlpState& start);
   void chunk_backward(int64_t chunk, int64_t i);
   void run();
 };
@@ -105,19 +122,25 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
     const MlpState start = s.states.at(i);
     choose(i);
     MIRAS_STAGE("read", 0, 8 * c * d);
-    m.find_primal(start);
+    m.find_primal(p, start);
     m.read(p, b, token(chunk), h, c);
-    m.write(p, bias, c, start, s.ZT + i * hidden, s.GaT + i * hidden, ReadSoon());
-    if (chunk + 1 == last) break;
-    m.advance_both(c, start, s.states.at(i + 1), ReadSoon(view(p.k, chunk + 1), tokens(chunk + 1)));
+    const MlpState next = s.states.at(chunk + 1 < last ? i + 1 : i);
+    in_parts(p, c, [&](const Part& mine) { m.predict_hidden(mine, c, start, s.ZT + i * hidden, ReadSoon()); });
+    in_parts(p, c, [&](const Part& mine) { m.predict_errors(mine, p, bias, start, ReadSoon()); });
+    in_parts(p, c, [&](const Part& mine) {
+      m.hidden_gradient(mine, c, start, s.GaT + i * hidden, ReadSoon());
+      if (chunk + 1 == last) return;
+      m.advance_matrix(0, mine, c, start, next, ReadSoon(view(p.k, chunk + 1), tokens(chunk + 1)));
+      m.advance_matrix(1, mine, c, start, next, ReadSoon());
+    });
   }
 }
 
-// What recomputing did not store of chunk i; gelu'(Z) replaces Z, gelu''(Z) o Ga replaces Ga.
-void MlpBackwardTask::repeat(int64_t i, int c) {
+// What recomputing did not store of chunk i's hidden units; gelu'(Z) replaces Z, gelu''(Z) o Ga replaces Ga.
+void MlpBackwardTask::repeat_hidden(const Part& mine, int64_t i, int c) {
   float *ZT = s.ZT + i * hidden, *GaT = s.GaT + i * hidden;
   MIRAS_STAGE("gelu", 0, 6 * hd * c);
-  m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
+  m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
     const Gelu gelu(load(ZT + at));
     const Vec slope = gelu.slope(), ga = load(GaT + at);
     store(m.AT + at, gelu.value());
@@ -125,7 +148,6 @@ void MlpBackwardTask::repeat(int64_t i, int c) {
     store(ZT + at, slope);
     store(GaT + at, gelu.curvature() * ga);
   });
-  m.errors(p, bias, c);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

@@ -8,11 +8,12 @@
 //   Z' = W2 K'   U = A W1T   Ga' = W1T Gu'   W1T -= A' (..Gu)   W2 -= Gz' (..K)   Zq' = W2 Q' - ..   Uq = Aq W1T - ..
 //
 // Every product reads its second operand by rows, nothing larger than [c x Dp] or [c x c] is transposed, and hidden units need
-// no padding.
+// no padding. Functions that take a Part do its share: of the hidden units or of the tokens, as their comments say.
 #pragma once
 
 #include "chunk.h"
 #include "layer_norm.h"
+#include "parts.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
@@ -66,9 +67,10 @@ struct MlpChunk {
   float *P1, *P2, *P2T;        // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
   float* Xq;                   // [C x Dp]  LN(Uq) without its affine part
   float *r, *rq, *weight;      // [Cp]  1 / std of the two; eta gamma_c / gamma_t
-  float *last_rows, *delta;    // [2 x Cp], [Cp]
+  float *last_rows, *delta;    // [2 x Cp] of each part, [Cp]
   // With momentum, M in place of L and to_end in place of gamma_c / gamma_t, and:
   float *step_weight, *carry[2];  // [Cp]  eta step_end; rho b
+  float *U1_step, *K_step;        // [C x Dp]  step_weight times Gu and K
   float *partT, *part;            // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
 
   MIRAS_FN MlpChunk(Arena& a, const MlpParams& p)
@@ -83,9 +85,10 @@ struct MlpChunk {
     P1 = a.take(p.C, cp), P2 = a.take(p.C, cp), P2T = a.take(p.C, cp);
     Xq = a.take(p.C, dp);
     r = a.take(1, cp), rq = a.take(1, cp), weight = a.take(1, cp);
-    last_rows = a.take(2, cp), delta = a.take(1, cp);
+    last_rows = a.take(2 * p.parts, cp), delta = a.take(1, cp);
     const int momentum = gates.momentum;
     step_weight = a.take(momentum, cp), carry[0] = a.take(momentum, cp), carry[1] = a.take(momentum, cp);
+    U1_step = a.take(momentum * p.C, dp), K_step = a.take(momentum * p.C, dp);
     partT = a.take(momentum * hd, cp), part = a.take(momentum * p.C, dp);
   }
 
@@ -117,19 +120,19 @@ struct MlpChunk {
     transpose(Q, dp, c, d, QT, cp);
   }
 
-  MIRAS_FN BiasRows bias_rows(const MlpParams& p, int c, const float* eta) const {
-    return {c, dp, p, eta, p.delta ? delta : nullptr, false, V, dp};
+  MIRAS_FN BiasRows bias_rows(const MlpParams& p, Range tokens, const float* eta) const {
+    return {tokens.count(), dp, p, eta + tokens.first, p.delta ? delta + tokens.first : nullptr, false, V + index_t(tokens.first) * dp, dp};
   }
 
   // Sweeps a matrix with a row per hidden unit and a column per token.
-  template <int N = kTileVectors, class Function> MIRAS_FN void sweep_hidden(int c, Function&& f) const {
-    sweep<N>(hd, round_up(c, kPad), f);
+  template <int N = kTileVectors, class Function> MIRAS_FN void sweep_hidden(Range units, int c, Function&& f) const {
+    sweep<N>(units, round_up(c, kPad), f);
   }
 
   // The same, vector by vector.
-  template <class Function> MIRAS_FN void each_hidden(int c, Function&& f) const {
+  template <class Function> MIRAS_FN void each_hidden(Range units, int c, Function&& f) const {
     const int cols = round_up(c, kPad);
-    for (int i = 0; i < hd; ++i)
+    for (int i = units.first; i < units.last; ++i)
       for (int j = 0; j < cols; j += kLanes) f(index_t(i) * cp + j);
   }
 
@@ -140,106 +143,140 @@ struct MlpChunk {
   void find_primal(const MlpState& s) const {
     for (int i = 0; i < 2; ++i) s.rho[i] = retention.identity ? Rho() : retention.primal(shape(i), s.dual[i], s.primal[i]);
   }
+  // The same, a matrix by each part
+  void find_primal(const MlpParams& p, const MlpState& s) const {
+    if (retention.identity) return find_primal(s);
+    in_parts(p, p.C, [&](const Part& mine) {
+      for (int i = mine.index; i < 2; i += p.parts) s.rho[i] = retention.primal(shape(i), s.dual[i], s.primal[i]);
+    });
+  }
 
   // S X' [Hd x Cp] for a matrix S of a state and rows X, given transposed
-  void hidden_product(int c, const float* S, const float* XT, float* to, ReadSoon soon) const {
-    sweep_hidden(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  void hidden_product(Range units, int c, const float* S, const float* XT, float* to, ReadSoon soon) const {
+    sweep_hidden(units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> z;
       z.add(Rows{S + index_t(i) * dp, dp}, XT + j, cp, 0, d, soon);
       z.store_to(to + index_t(i) * cp + j, cp);
     });
   }
 
-  // E, G and Gu from X
-  void errors(const MlpParams& p, const BiasTable& bias, int c) {
-    norm.affine(c, X, K, E);
-    bias.grade(bias_rows(p, c, gates.eta), E, G);
-    norm.pull_back_weighted(c, X, r, G, Gu);
+  // Columns of dst = rows of src [C x Dp]
+  MIRAS_FN void transpose_rows(Range tokens, const float* src, float* dst) const {
+    transpose(src + index_t(tokens.first) * dp, dp, tokens.count(), d, dst + tokens.first, cp);
   }
 
-  // The inner gradients at a state: Z, X, E, G, Gu, A, Gz, and Ga unless GaT is null.
-  void write(const MlpParams& p, const BiasTable& bias, int c, const MlpState& s, float* ZT, float* GaT, ReadSoon soon) {
-    const float *W1T = s.primal[0], *W2 = s.primal[1];
+  // ---- the inner gradients at a state: Z, X, E, G, Gu, A, Gz, and Ga unless GaT is null ----
+
+  // Hidden units: Z, A, gelu'(Z)
+  void predict_hidden(const Part& mine, int c, const MlpState& s, float* ZT, ReadSoon soon) {
     MIRAS_STAGE("hidden units", 2 * c * d * hd, hd * d + d * c + hd * c);
-    hidden_product(c, W2, KT, ZT, soon);
+    hidden_product(mine.units, c, s.primal[1], KT, ZT, mine.once(soon));
     MIRAS_STAGE("gelu", 0, 3 * hd * c);
-    each_hidden(c, [&](index_t at) MIRAS_LAMBDA {
+    each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
       const Gelu gelu(load(ZT + at));
       store(AT + at, gelu.value());
       store(slopeT + at, gelu.slope());
     });
-    MIRAS_STAGE("predict", 2 * c * d * hd, hd * c + hd * d + c * d);
-    predict(c, hd, AT, cp, W1T, dp, X, soon);
-    MIRAS_STAGE("row pass", 0, 12 * c * d);
-    norm.normalise(c, X, r);
-    errors(p, bias, c);
-    transpose(Gu, dp, c, d, GuT, cp);
+  }
+
+  // Tokens: E, G, Gu and U1 from X
+  void errors(const Part& mine, const MlpParams& p, const BiasTable& bias) {
+    const Range tokens = mine.tokens;
+    if (tokens.count() == 0) return;
+    const index_t at = index_t(tokens.first) * dp;
+    norm.affine(tokens, X, K, E);
+    bias.grade(bias_rows(p, tokens, gates.eta), E + at, G + at);
+    norm.pull_back_weighted(tokens, X, r, G, Gu);
+    weigh_rows(tokens, dp, gates.eta, Gu, U1);
+  }
+
+  // Tokens: X, errors, and what is written to the states
+  void predict_errors(const Part& mine, const MlpParams& p, const BiasTable& bias, const MlpState& s, ReadSoon soon) {
+    const Range tokens = mine.tokens;
+    MIRAS_STAGE("predict", 2 * tokens.count() * d * hd, (hd + d) * tokens.count() + hd * d);
+    predict(tokens, hd, AT, cp, s.primal[0], dp, X, mine.once(soon));
+    MIRAS_STAGE("row pass", 0, 19 * tokens.count() * d);
+    norm.normalise(tokens, X, r);
+    errors(mine, p, bias);
+    transpose_rows(tokens, Gu, GuT);
+    weigh_rows(tokens, dp, weight, Gu, U1_end);
+    weigh_rows(tokens, dp, weight, K, K_end);
+    if (!gates.momentum) return;
+    weigh_rows(tokens, dp, step_weight, Gu, U1_step);
+    weigh_rows(tokens, dp, step_weight, K, K_step);
+  }
+
+  // Hidden units: Gz, Ga
+  void hidden_gradient(const Part& mine, int c, const MlpState& s, float* GaT, ReadSoon soon) {
+    const float* W1T = s.primal[0];
     MIRAS_STAGE("hidden gradient", 2 * c * d * hd, hd * d + d * c + 2 * hd * c);
-    sweep_hidden(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    ReadSoon once = mine.once(soon);
+    sweep_hidden(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> x;
-      x.add(Rows{W1T + index_t(i) * dp, dp}, GuT + j, cp, 0, d, soon);
+      x.add(Rows{W1T + index_t(i) * dp, dp}, GuT + j, cp, 0, d, once);
       if (GaT) x.store_to(GaT + at, cp);
       x.multiply(slopeT + at, cp);
       x.store_to(GzT + at, cp);
     });
   }
 
-  // The duals and momenta after the chunk; next may be the same as s.
-  void advance_both(int c, const MlpState& s, const MlpState& next, ReadSoon soon) {
-    MIRAS_STAGE("update", 4 * c * d * hd, 2 * hd * c + 6 * c * d + 4 * hd * d);
-    const auto momenta = [&](int i) MIRAS_LAMBDA { return Scaled{s.momenta[i], gates.momenta_end(c)}; };
-    weigh_rows(c, dp, weight, Gu, U1_end);
-    weigh_rows(c, dp, weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, {s.dual[0], gates.end(c)}, next.dual[0], soon, momenta(0));
-    advance(c, hd, GzT, cp, K_end, dp, {s.dual[1], gates.end(c)}, next.dual[1], soon, momenta(1));
+  // Hidden units: dual and momentum i after the chunk; next may be the same as s.
+  void advance_matrix(int i, const Part& mine, int c, const MlpState& s, const MlpState& next, ReadSoon soon) const {
+    MIRAS_STAGE("update", 2 * c * d * hd, hd * c + c * d + 2 * hd * d);
+    const float* left = i == 0 ? AT : GzT;
+    const Scaled momenta{s.momenta[i], gates.momenta_end(c)};
+    advance(c, mine.units, left, cp, i == 0 ? U1_end : K_end, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
     if (!gates.momentum) return;
-    weigh_rows(c, dp, step_weight, Gu, U1_end);
-    weigh_rows(c, dp, step_weight, K, K_end);
-    advance(c, hd, AT, cp, U1_end, dp, {s.momenta[0], gates.step_momenta_end(c)}, next.momenta[0], ReadSoon());
-    advance(c, hd, GzT, cp, K_end, dp, {s.momenta[1], gates.step_momenta_end(c)}, next.momenta[1], ReadSoon());
+    const Scaled steps{s.momenta[i], gates.step_momenta_end(c)};
+    advance(c, mine.units, left, cp, i == 0 ? U1_step : K_step, dp, steps, next.momenta[i], ReadSoon());
   }
 
-  // Scores that the backward needs, if L is not null, [C x Cp]; the last two with momentum, where L is M.
-  struct KeptScores {
-    float *L, *Theta, *XY;
+  // ---- the read-out ----
+
+  // What the backward needs, if L and read are not null: scores [C x Cp], XY and Theta with momentum, where L is M; gamma * (Aq W1T).
+  struct Kept {
+    float *L, *Theta, *XY, *read;
   };
 
-  // P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
-  void scores(int c, int width, const float* XT, const float* YT, const Rho& rho, float* P, const KeptScores& kept, WriteSoon soon) {
+  // Tokens: P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
+  void scores(const Part& mine, int width, const float* XT, const float* YT, const Rho& rho, float* P, const Kept& kept, WriteSoon soon) {
     const Cols x{XT, cp};
+    const Range tokens = mine.tokens;
+    float* const last = last_rows + index_t(mine.index) * 2 * cp;
     if (gates.momentum) {
       const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
-      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, kept.Theta, kept.XY, soon);
+      run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon), {});
     } else {
       const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
-      run(gates, c, width, x, YT, cp, last_rows, P, kept.L, soon);
+      run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon), {});
     }
-    if (retention.scales_reads) scale(rho.value, index_t(c) * cp, P);
+    if (retention.scales_reads) scale(rho.value, index_t(tokens.count()) * cp, P + index_t(tokens.first) * cp);
   }
 
-  // carry = rho b
-  void weigh_momenta(int c, const Rho* rho) {
-    for (int i = 0; i < 2; ++i)
-      for (int t = 0; t < round_up(c, kPad); t += kLanes) store(carry[i] + t, rho[i].value * load(gates.b + t));
-  }
-
-  // Zq' = gamma * (W2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2 Q')
-  void read_hidden(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
-    const float* W2 = s.primal[1];
+  // Tokens: P2 and its transpose, and carry = rho b
+  void query_scores(const Part& mine, int c, const MlpState& s, const Kept& kept, WriteSoon soon) {
+    const Range tokens = mine.tokens;
     MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * d * c + 5 * c * (c + 1) / 2);
-    scores(c, d, QT, KT, s.rho[1], P2, kept, soon);
-    transpose(P2, cp, c, c, P2T, cp);
-    weigh_rows(c, cp, gates.eta, P2T, P2T);
-    MIRAS_STAGE("hidden read-out", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + 2 * hd * c + c * (c + 1) / 2);
-    if (gates.momentum) {
-      weigh_momenta(c, s.rho);
-      hidden_product(c, s.momenta[1], QT, partT, ReadSoon());
+    scores(mine, d, QT, KT, s.rho[1], P2, kept, soon);
+    transpose(P2 + index_t(tokens.first) * cp, cp, tokens.count(), c, P2T + tokens.first, cp);
+    for (int t = 0; t < c; ++t) {
+      float* const row = P2T + index_t(t) * cp;
+      for (int j = tokens.first; j < tokens.last; j += kLanes) store(row + j, broadcast(gates.eta[t]) * load(row + j));
     }
-    sweep_hidden<2>(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    for (int i = 0; i < 2 && gates.momentum; ++i)
+      for (int t = tokens.first; t < tokens.last; t += kLanes) store(carry[i] + t, s.rho[i].value * load(gates.b + t));
+  }
+
+  // Hidden units: Zq' = gamma * (W2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2 Q')
+  void read_hidden(const Part& mine, int c, const MlpState& s) {
+    const float* W2 = s.primal[1];
+    MIRAS_STAGE("hidden read-out", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + 2 * hd * c + c * (c + 1) / 2);
+    if (gates.momentum) hidden_product(mine.units, c, s.momenta[1], QT, partT, ReadSoon());
+    sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> z;
-      z.add(Rows{W2 + index_t(i) * dp, dp}, QT + j, cp, 0, d, soon);
+      z.add(Rows{W2 + index_t(i) * dp, dp}, QT + j, cp, 0, d);
       z.scale_cols(gates.gamma + j);
       if (gates.momentum) z.add_scaled_cols(partT + at, cp, carry[1] + j);
       z.subtract(Rows{GzT + index_t(i) * cp, cp}, P2T + j, cp, 0, minimum(c, j + N * kLanes));
@@ -247,26 +284,25 @@ struct MlpChunk {
     });
   }
 
-  // Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * (Aq S1'), and in its place X = LN(Uq)
-  void read_out(int c, const MlpState& s, const KeptScores& kept, WriteSoon soon) {
+  // Tokens: Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * part, part = Aq S1'; and in its place X = LN(Uq)
+  void read_out(const Part& mine, const MlpState& s, const Kept& kept, WriteSoon soon) {
     const float* W1T = s.primal[0];
-    MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + c * (c + 1) / 2);
-    scores(c, hd, AqT, AT, s.rho[0], P1, kept, soon);
-    MIRAS_STAGE("read-out", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 5 * c * d);
-    weigh_rows(c, dp, gates.eta, Gu, U1);
-    if (gates.momentum) {
-      predict(c, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
-      weigh_rows(c, dp, carry[0], part, part);
-    }
-    sweep(c, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    const Range tokens = mine.tokens;
+    MIRAS_STAGE("pairs", tokens.count() * (tokens.count() + 1) * hd, tokens.count() * (2 * hd + (tokens.count() + 1) / 2));
+    scores(mine, hd, AqT, AT, s.rho[0], P1, kept, soon);
+    MIRAS_STAGE("read-out", tokens.count() * (2 * hd + tokens.count() + 1) * d, tokens.count() * (hd + 3 * d) + hd * d);
+    if (gates.momentum) predict(tokens, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
+    sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+      const index_t at = index_t(i) * dp + j;
       Tile<R, N> u;
       u.add(Cols{AqT + i, cp}, W1T + j, dp, 0, hd);
       u.scale_rows(gates.gamma + i);
-      if (gates.momentum) u.add_matrix(part + index_t(i) * dp + j, dp);
+      if (kept.read) u.store_to(kept.read + at, dp);
+      if (gates.momentum) u.add_scaled_rows(part + at, dp, carry[0] + i);
       u.subtract(Rows{P1 + i * cp, cp}, U1 + j, dp, 0, i + R);
-      u.store_to(Xq + i * dp + j, dp);
+      u.store_to(Xq + at, dp);
     });
-    norm.normalise(c, Xq, rq);
+    norm.normalise(tokens, Xq, rq);
   }
 };
 

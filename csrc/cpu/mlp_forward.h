@@ -14,7 +14,7 @@
 //   Zq = gamma * (Q W2') + rho2 (b * (Q S2') - (M o Q K') (eta Gz))       A <- gamma_C A + b_C S - sum_s M_Cs ...
 //   Uq = gamma * (Aq W1') + rho1 (b * (Aq S1') - (M o Aq A') (eta Gu))    S <- pi_C S - sum_s Theta_Cs ...
 //
-// A task is one head of one sequence. Sizes and layouts: mlp_chunk.h.
+// A task is one head of one sequence, which threads may share (parts.h). Sizes and layouts: mlp_chunk.h.
 #pragma once
 
 #include "mlp_chunk.h"
@@ -80,26 +80,35 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const bool closes = position + c == p.C;
     const int64_t token = p.begin(n) + t;
 
-    MIRAS_STAGE("read", 0, 8 * c * d);
+    MIRAS_STAGE("read", 0, 12 * c * d);
     if (p.checkpoints && chunk % p.checkpoint_every == 0) Checkpoint(p, n, h, chunk).write(state);
     if (!closes && p.final_start[0]) write_start(), start_written = true;  // this chunk stays open
-    if (!opened) m.find_primal(state);
+    if (!opened) m.find_primal(p, state);
 
     m.read(p, b, token, h, c);
-    m.write(p, bias, c, opened ? start : state, s.ZT, nullptr, ReadSoon(m.view(p, p.q, b, token, h), c));
-
-    MIRAS_STAGE("read", 0, 4 * c * d);
     m.read_queries(p, b, token, h, c);
-    m.read_hidden(c, state, {}, WriteSoon());
-    MIRAS_STAGE("gelu", 0, 2 * hd * c);
-    m.each_hidden(c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT + at, Gelu(load(m.AqT + at)).value()); });
-    m.read_out(c, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
-    MIRAS_STAGE("row pass", 0, 5 * c * d);
-    m.norm.affine(c, m.Xq, m.Q, s.O);
-    m.view(p, p.out, b, token, h).write(c, s.O, dp);
-
     const int next = int(length - t - c < p.C ? length - t - c : p.C);
-    m.advance_both(c, state, state, ReadSoon(m.view(p, p.k, b, token + c, h), next));
+    const MlpState& written = opened ? start : state;
+    in_parts(p, c, [&](const Part& mine) {
+      m.predict_hidden(mine, c, written, s.ZT, ReadSoon());
+      m.query_scores(mine, c, state, {}, WriteSoon());
+    });
+    in_parts(p, c, [&](const Part& mine) { m.predict_errors(mine, p, bias, written, ReadSoon()); });
+    in_parts(p, c, [&](const Part& mine) {
+      m.hidden_gradient(mine, c, written, nullptr, ReadSoon());
+      m.read_hidden(mine, c, state);
+      MIRAS_STAGE("gelu", 0, 2 * hd * c);
+      m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT + at, Gelu(load(m.AqT + at)).value()); });
+      m.advance_matrix(1, mine, c, state, state, ReadSoon(m.view(p, p.k, b, token + c, h), next));
+    });
+    in_parts(p, c, [&](const Part& mine) {
+      const int first = mine.tokens.first;
+      m.read_out(mine, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
+      MIRAS_STAGE("row pass", 0, 5 * c * d);
+      m.norm.affine(mine.tokens, m.Xq, m.Q, s.O);
+      m.view(p, p.out, b, token + first, h).write(mine.tokens.count(), s.O + index_t(first) * dp, dp);
+    });
+    in_parts(p, c, [&](const Part& mine) { m.advance_matrix(0, mine, c, state, state, ReadSoon(m.view(p, p.q, b, token + c, h), next)); });
 
     if (m.gates.decays) {
       for (int i = 0; i < c; ++i) open_log_decay += m.gates.log_decay[i];

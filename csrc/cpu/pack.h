@@ -7,7 +7,7 @@
 
 #include "../params.h"
 #include "scratch.h"
-#include "vec.h"
+#include "tile.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
 
@@ -124,22 +124,24 @@ struct ChunkView {
   }
 };
 
-// Prefetches a chunk of a tensor while a product runs, one line at every other step of its inner loop. Tokens are often a page apart,
-// which the hardware does not predict. Prefetching all at once would fill the load buffers; prefetching too early would let the rows,
-// whose low address bits are equal, evict each other.
+// Prefetches a chunk of a tensor while a product of so many multiply-adds runs, evenly: a line at every 2^n-th step of its inner loop, n >= 1.
+// Tokens are often a page apart, which the hardware does not predict. Prefetching all at once would fill the load buffers, for which the
+// product would wait; prefetching too early would let the rows, whose low address bits are equal, evict each other.
 template <bool kWrite> class Prefetch {
  public:
   Prefetch() = default;
-  MIRAS_FN Prefetch(const ChunkView& x, int c) {
+  MIRAS_FN Prefetch(const ChunkView& x, int c, int64_t products = 0) {
     const int size = x.dtype == Dtype::f32 ? 4 : 2;
     at_ = x.dtype == Dtype::f32 ? (const char*)x.at<float>() : (const char*)x.at<uint16_t>();
     row_ = left_in_row_ = (x.cols * size + 63) / 64;
     skip_ = x.x.token * size - 64 * row_;
     left_ = c * row_;
+    constexpr int kStep = kTileRows<kTileVectors> * kTileVectors * kLanes;
+    while (left_ * kStep * 2 * (mask_ + 1) <= products && left_ > 0) mask_ = 2 * mask_ + 1;
   }
 
   MIRAS_FN void operator()(index_t k) {
-    if ((k & 1) || left_ <= 0) return;
+    if ((k & mask_) || left_ <= 0) return;
     __builtin_prefetch(at_, kWrite);
     at_ += 64, --left_;
     if (--left_in_row_ == 0) at_ += skip_, left_in_row_ = row_;
@@ -148,6 +150,7 @@ template <bool kWrite> class Prefetch {
  private:
   const char* at_ = nullptr;
   index_t skip_ = 0;
+  index_t mask_ = 1;
   int row_ = 0, left_in_row_ = 0, left_ = 0;
 };
 using ReadSoon = Prefetch<false>;

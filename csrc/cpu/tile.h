@@ -1,8 +1,8 @@
 // Small matrix products on register tiles: the micro-kernels under every memory.
 //
 //   Tile<R, N>     R rows by N vectors of accumulators; all operations on a result happen while it is in registers
-//   sweep          visits a matrix tile by tile:        sweep(rows, cols, [&]<int R, int N>(int i, int j) { ... })
-//   sweep_lower    the same for a lower triangle (by rows, columns to the next multiple of kPad)
+//   sweep          visits a matrix, or a range of its rows, tile by tile:   sweep(rows, cols, [&]<int R, int N>(int i, int j) { ... })
+//   sweep_lower    the same for a lower triangle (by rows, columns to the next multiple of kLanes)
 //
 // A product accumulates A(i, k) B(k, j) with A read one element at a time and broadcast, so that A may lie in memory by rows
 // (`Rows`: A(i, k) = p[i ld + k]) or by columns (`Cols`: A(i, k) = p[k ld + i]) at the same cost; B is read in vectors, its
@@ -146,6 +146,13 @@ template <int R, int N> struct Tile {
   MIRAS_FN void add_scaled(const float* x, index_t ld, const float* scale) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * broadcast(*scale); });
   }
+  // +=, -= x, row r times scale[r]
+  MIRAS_FN void add_scaled_rows(const float* x, index_t ld, const float* scale) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * broadcast(scale[r]); });
+  }
+  MIRAS_FN void subtract_scaled_rows(const float* x, index_t ld, const float* scale) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y -= load(x + r * ld + n * kLanes) * broadcast(scale[r]); });
+  }
   // +=, -= x, column n times scale[n]
   MIRAS_FN void add_scaled_cols(const float* x, index_t ld, const float* scale) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y += load(x + r * ld + n * kLanes) * load(scale + n * kLanes); });
@@ -162,22 +169,23 @@ template <int R, int N> struct Tile {
 template <int N> constexpr int kTileRows = kLanes == 16 ? (N == 4 ? 6 : N == 2 ? 8 : 16) : kLanes == 8 ? 6 : 4;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 
-template <int N, class Function> MIRAS_INLINE void sweep_rows(int rows, int j, Function& visit) {
+template <int N, class Function> MIRAS_INLINE void sweep_rows(Range rows, int j, Function& visit) {
   constexpr int R = kTileRows<N>;
-  int i = 0;
-  while (rows - i >= R && !(R == 6 && rows - i == 8)) visit.template operator()<R, N>(i, j), i += R;
+  const int end = rows.last;
+  int i = rows.first;
+  while (end - i >= R && !(R == 6 && end - i == 8)) visit.template operator()<R, N>(i, j), i += R;
   if constexpr (R == 16) {
-    if (rows - i >= 8) visit.template operator()<8, N>(i, j), i += 8;
+    if (end - i >= 8) visit.template operator()<8, N>(i, j), i += 8;
   }
   if constexpr (R != 4) {
-    while (rows - i >= 4) visit.template operator()<4, N>(i, j), i += 4;
+    while (end - i >= 4) visit.template operator()<4, N>(i, j), i += 4;
   }
-  while (i < rows) visit.template operator()<1, N>(i, j), i += 1;
+  while (i < end) visit.template operator()<1, N>(i, j), i += 1;
 }
 
 // Columns outside: a panel of B, N vectors wide, stays in the first-level cache while the rows pass by. `cols` is a multiple
 // of kPad.
-template <int N = kTileVectors, class Function> MIRAS_INLINE void sweep(int rows, int cols, Function visit) {
+template <int N = kTileVectors, class Function> MIRAS_INLINE void sweep(Range rows, int cols, Function visit) {
   int j = 0;
   for (; cols - j >= N * kLanes; j += N * kLanes) sweep_rows<N>(rows, j, visit);
   if constexpr (N == 4) {
@@ -188,23 +196,22 @@ template <int N = kTileVectors, class Function> MIRAS_INLINE void sweep(int rows
   }
 }
 
-// The lower triangle of a square matrix, by rows. Tiles right of the diagonal's kPad columns are not visited.
-template <class Function> MIRAS_INLINE void sweep_lower(int rows, Function visit) {
+// The lower triangle of a square matrix, by rows. Vectors right of the diagonal's are not visited.
+template <class Function> MIRAS_INLINE void sweep_lower(Range rows, Function visit) {
   constexpr int R = kTileRows<2>, step = 2 * kLanes;
   const auto row_block = [&]<int r>(int i) MIRAS_LAMBDA {
-    const int cols = round_up(i + r, kPad);
+    const int cols = round_up(i + r, kLanes);
     int j = 0;
     for (; cols - j >= step; j += step) visit.template operator()<r, 2>(i, j);
-    if constexpr (kPad < step) {
-      if (j < cols) visit.template operator()<r, 1>(i, j);
-    }
+    if (j < cols) visit.template operator()<r, 1>(i, j);
   };
-  int i = 0;
-  for (; rows - i >= R; i += R) row_block.template operator()<R>(i);
+  const int end = rows.last;
+  int i = rows.first;
+  for (; end - i >= R; i += R) row_block.template operator()<R>(i);
   if constexpr (R != 4) {
-    for (; rows - i >= 4; i += 4) row_block.template operator()<4>(i);
+    for (; end - i >= 4; i += 4) row_block.template operator()<4>(i);
   }
-  for (; i < rows; ++i) row_block.template operator()<1>(i);
+  for (; i < end; ++i) row_block.template operator()<1>(i);
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

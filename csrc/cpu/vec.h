@@ -40,6 +40,14 @@ typedef uint16_t HVecAtAnyAddress __attribute__((vector_size(2 * kLanes), aligne
 MIRAS_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 MIRAS_INLINE int minimum(int a, int b) { return a < b ? a : b; }
 
+// Rows [first, last); a number of rows is the range from 0 on.
+struct Range {
+  int first, last;
+  MIRAS_FN Range(int count) : first(0), last(count) {}
+  MIRAS_FN Range(int first, int last) : first(first), last(last) {}
+  MIRAS_FN int count() const { return last - first; }
+};
+
 MIRAS_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAtAnyAddress*>(p); }
 MIRAS_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAtAnyAddress*>(p) = x; }
 MIRAS_INLINE Vec broadcast(float x) { return x - Vec{}; }

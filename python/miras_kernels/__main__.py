@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .cli import explain, fuzz, info, verify, warmup
+from .cli import explain, fuzz, info, linearize, verify, warmup
 
 #: name: (one line of help, the module in cli/)
 COMMANDS: dict[str, tuple[str, ModuleType]] = {
     "info": ("versions, devices, backends and options (the default)", info),
     "explain": ("which backends can serve a call, and which one 'auto' takes", explain),
     "fuzz": ("random calls of everything public, checked against the reference", fuzz),
+    "linearize": ("replace the attention of a pretrained model by memories, and train it to do what it did", linearize),
     "verify": ("compare this machine's kernels with the reference; 'auto' then skips wrong ones", verify),
     "warmup": ("compile the Triton kernels that calls of given sizes need, before a job does", warmup),
 }

@@ -147,6 +147,36 @@ def test_bitwise_repeatable(case):
         assert all(torch.equal(x, other[name]) for other in results[1:]), name
 
 
+#: large enough to be shared by several threads
+SHARED = dict(memory="mlp", batch=1, heads=1, tokens=150, chunk_size=64, key_dim=40, value_dim=40, hidden=112)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(bias=mk.Huber("norm")),
+        slow(dict(chunk_size=33, momentum=True)),
+        slow(dict(retention=mk.KLRetention(), momentum=True)),
+        slow(dict(retention=mk.LqRetention(1.5), lengths=(70, 0, 80))),
+    ],
+    ids=str,
+)
+def test_threads_that_share_a_head(changes):
+    """An MLP memory of few heads: the same bits for any number of threads, and within the budget."""
+    case, before, results = Case("shared", **{**SHARED, **changes}), torch.get_num_threads(), []
+    inputs = case.draw(torch.float32)
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(evaluate(inputs, "cpp"))
+        report = check(case, "cpp")
+        assert report.ok, report
+    finally:
+        torch.set_num_threads(before)
+    for name, x in results[0].items():
+        assert all(torch.equal(x, other[name]) for other in results[1:]), name
+
+
 VARIANTS = {
     **{bias.name: dict(bias=bias) for bias in BIASES.values()},
     **{gate.name: dict(retention=gate) for gate in GATES.values() if gate.tag},

@@ -1,4 +1,4 @@
-"""What long training of large models uses: mixed dtypes, loss scaling, accumulation, everything at once, quantised projections."""
+"""What long training of large models uses: mixed dtypes, loss scaling, accumulation, adapters, everything at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import warnings
 import peft
 import pytest
 import torch
-from hf_tiny import assert_close, gradients, ids, model, plain
-from torch import nn
+from hf_tiny import assert_close, gradients, ids, model
 
-from miras_kernels.hf import load, replace_attention
-from miras_kernels.layers import MemoryBlock
+from miras_kernels.hf import load
 from quick import slow
 
 GATES = ("gate_down", "gate_up", "gate_bias", "decay_rate")
@@ -87,55 +85,6 @@ def test_compiled_packed_and_checkpointed_at_once(init):
     compiled = torch.compile(net, backend="aot_eager")
     for n, grad in gradients(compiled, input_ids=text, labels=text, cu_seq_lens_q=offsets).items():
         assert_close(grad, plain[n.removeprefix("_orig_mod.")])
-
-
-# -------------------------------------------------------------------------------------------------- quantised projections
-
-
-class EightBits(nn.Module):
-    """A linear layer whose weights are integers with a scale per row, as quantisation libraries make them: buffers, no parameters."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
-
-
-def quantised(net, restored=False):
-    """Every linear layer but the head in 8 bits; or with the weights that these stand for."""
-    for module in list(net.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                made = EightBits(child)
-                if restored:
-                    child.weight.data = made.weight.float() * made.scale
-                else:
-                    setattr(module, name, made)
-    return net
-
-
-@pytest.mark.parametrize("init", ["new", "from_attention"])
-def test_quantised_projections(init):
-    """The memory's own parameters are trained in the model's dtype, and its projections are called as modules."""
-    nets = []
-    for restored in (False, True):
-        net = quantised(plain("Llama", attention_bias=False), restored)
-        torch.manual_seed(1)
-        nets.append(replace_attention(net, "yaad_linear", [0, 2], init=init, chunk_size=4))
-    eight, full = nets
-    assert_close(eight(input_ids=ids()).logits, full(input_ids=ids()).logits)
-    memory = eight.model.layers[0].self_attn.memory
-    assert isinstance(memory, MemoryBlock) and {p.dtype for p in memory.parameters()} == {torch.float32}
-    expected, grads = gradients(full, input_ids=ids(), labels=ids()), gradients(eight, input_ids=ids(), labels=ids())
-    for n in grads:
-        assert_close(grads[n], expected[n])
-    text = eight.eval().generate(ids(), max_new_tokens=4, do_sample=False)
-    assert torch.equal(text, eight.generate(ids(), max_new_tokens=4, do_sample=False, use_cache=False))
 
 
 def test_adapters_beside_a_memory_of_a_frozen_model():

@@ -75,7 +75,7 @@ def written_out(module: MemoryBlock, x: torch.Tensor) -> torch.Tensor:
             unit = lambda y: y / (y @ y + 1e-6).sqrt()
             key, error = unit(k[i]), None if name in MLP else started[i] @ unit(k[i]) - v[i]
             bounded = 1 / (1 + torch.exp(-raw[t, 0, i])) / module.preset.chunk_size if module.preset.lr == "bounded" else None
-            bounded = bounded / 8 if name == "moneta" else bounded
+            bounded = bounded / 8 if name in ("moneta", "memora") else bounded
             if name == "linear_attention":
                 decay, write = 1.0, v[i]
             elif name == "retnet":

@@ -15,6 +15,10 @@
 With ``mode="parallel"`` attention stays and memories are added beside it, behind gates that are zero at first: the model's outputs do not
 change until it is trained. Each layer of the cache then holds both keys and values and the memory's state.
 
+**Keeping the quality.** A replaced model must be trained before it is of use. :func:`linearize` does it in stages: each memory learns
+its attention layer's outputs, the layers that lose most get attention back, and the whole is finetuned; on the command line
+``python -m miras_kernels linearize``. See docs/transformers.md.
+
 **From scratch.** :class:`MirasConfig` and :class:`MirasForCausalLM` are the paper's model, see :mod:`miras_kernels.hf.model`.
 
 **Linear attention that is there already.** :func:`accelerate` runs that of Qwen3-Next, Qwen3.5, OLMo hybrid and Kimi Linear on this
@@ -58,10 +62,14 @@ from .classes import register_host
 from .hosts import Host
 from .linear_attention import accelerate
 from .model import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasForTokenClassification, MirasModel
+from .recipe import Linearized, linearize
 from .replace import Report, load, memory_config, replace_attention, report
+from .stages import Finetune, Rank, Transfer
 
 __all__ = [
+    "Finetune",
     "Host",
+    "Linearized",
     "MemoryAttention",
     "MemoryCacheLayer",
     "MirasConfig",
@@ -69,8 +77,11 @@ __all__ = [
     "MirasForSequenceClassification",
     "MirasForTokenClassification",
     "MirasModel",
+    "Rank",
     "Report",
+    "Transfer",
     "accelerate",
+    "linearize",
     "load",
     "memory_config",
     "register_host",

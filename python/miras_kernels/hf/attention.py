@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, StaticCache
 
 from ..layers import MemoryBlock, Projected
-from .cache import MemoryCacheLayer, check_cache, memory_layer, refuse_state
+from .cache import MemoryCacheLayer, check_cache, fetch_next, memory_layer, refuse_state
 from .compat import CACHE, accepts_old_name, drops_cache
 from .hosts import Host, attentions
 
@@ -142,7 +142,11 @@ def _cache_layer(layer: Any, kwargs: dict, beside_attention: bool = False) -> Me
     name = layer.host.cache
     refuse_state(kwargs if name == CACHE else {key: value for key, value in kwargs.items() if key != name})
     cache = kwargs.get(name)
-    return None if cache is None else memory_layer(cache, layer.layer_idx, beside_attention)
+    if cache is None:
+        return None
+    if not beside_attention:
+        fetch_next(cache, layer.layer_idx)
+    return memory_layer(cache, layer.layer_idx, beside_attention)
 
 
 def _run_memory(

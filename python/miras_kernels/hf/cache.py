@@ -13,7 +13,7 @@ from ..layers import BlockDecoder, BlockState, MemoryBlock
 from . import compat
 from .compat import CACHE
 
-__all__ = ["MemoryCacheLayer", "ParallelCacheLayer", "StaticMemoryCacheLayer", "check_cache", "memory_layer", "refuse_state"]
+__all__ = ["MemoryCacheLayer", "ParallelCacheLayer", "StaticMemoryCacheLayer", "check_cache", "fetch_next", "memory_layer", "refuse_state"]
 
 
 class MemoryCacheLayer(compat.CacheLayerMethods, CacheLayerMixin):
@@ -295,6 +295,14 @@ def memory_layer(cache: Cache, index: int, beside_attention: bool = False) -> Me
     memory = StaticMemoryCacheLayer(max(x.max_cache_len for x in cache.layers)) if static else MemoryCacheLayer()
     cache.layers[index] = ParallelCacheLayer(layer, memory) if beside_attention else memory
     return memory
+
+
+def fetch_next(cache: Cache, index: int) -> None:
+    """In a cache that keeps keys and values on the CPU, bring the next attention layer's back, as attention layers do themselves."""
+    if getattr(cache, "offloading", False) and cache.prefetch_stream.device.type == "cuda":
+        stream = cache.prefetch_stream
+        stream.wait_stream(torch.cuda.default_stream(stream.device))
+        cache.prefetch(index + 1, cache.only_non_sliding)
 
 
 def check_cache(cache: object) -> None:

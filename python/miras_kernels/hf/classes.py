@@ -27,6 +27,7 @@ from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_
 from .cache import check_cache, memory_layer
 from .hosts import Host
 from .plan import Memories
+from .quantised import leave_out_memories
 
 _SHIM = "modeling_miras"
 _GUESSES = 128  # tokens that assisted generation may have to take back, if it does not guess more at once
@@ -104,6 +105,8 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
         for name in ("tp_plan", "tp_size"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{name}: a model with memories has no tensor-parallel plan; expected None, got {kwargs[name]!r}")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = leave_out_memories(kwargs["quantization_config"])
         return super().from_pretrained(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):

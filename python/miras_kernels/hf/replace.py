@@ -17,6 +17,7 @@ from .attention import MemoryAttention, ParallelAttention
 from .classes import FAMILIES, Family, adopt, build, install
 from .hosts import TABLE, attentions, device_of, missing
 from .plan import Memories
+from .quantised import check_projections, leave_out_of
 
 __all__ = ["Report", "load", "memory_config", "replace_attention", "report"]
 
@@ -48,8 +49,8 @@ def replace_attention(
 
     The new layers are :class:`~miras_kernels.layers.MemoryBlock` in the model's dtype and on the layer's device, initialised from
     torch's random generator with the model's ``initializer_range``. *A pretrained model whose attention has been replaced must be
-    trained before it is of use again.* All new parameters are named ``...self_attn.memory.*`` (``attn`` in GPT-2, ``attention`` in
-    GPT-NeoX); :func:`report` lists them.
+    trained before it is of use again* (:func:`linearize`). All new parameters are named ``...self_attn.memory.*`` (``attn`` in GPT-2,
+    ``attention`` in GPT-NeoX); :func:`report` lists them.
 
     Args:
         model: a ``PreTrainedModel`` of these architectures, with any of transformers' heads for text, on real devices and not wrapped.
@@ -88,10 +89,14 @@ def replace_attention(
                 f"model: layer {i} has no data (meta device); expected a model whose weights are loaded (or load them with "
                 f"from_pretrained of {family.base.__name__} or another class with memories and config=memory_config(...))"
             )
+        if init == "from_attention":
+            inner = group.num_heads * (group.head_dim or config.hidden_size // group.num_heads)
+            check_projections(layers_of_base[i], family.host, i, base.dtype, (config.hidden_size, inner))
     new = build(base, family.host, config, [group], backend)
     changed = {id(old): config}
     if model.config is not old:  # that of a model for images and text, which other models may share too
         outer = changed[id(model.config)] = copy.deepcopy(model.config)
+        leave_out_of(outer)
         setattr(outer, next(name for name, value in vars(model.config).items() if value is old), config)
     for module in model.modules():
         for name, value in vars(module).items():
@@ -159,6 +164,7 @@ def _add_memories(
     heads, size = _heads(config, family.host.head_dim, mode, init, num_heads, head_dim)
     group = Memories(chosen, resolve(preset, chunk_size), heads, size, conv_width, gate_rank, init, mode)
     new = copy.deepcopy(config)
+    leave_out_of(new)
     new.__class__ = family.config
     new.miras = plan.write([*before, group])
     return new, group

@@ -96,7 +96,15 @@ PRESETS: dict[str, Preset] = {
     ),
     "yaad": Preset(Huber("switch"), "bounded", "token", 16, "Yaad: Miras, arXiv 2504.13173, section 5.3", memory="mlp", expansion=4),
     "memora": Preset(
-        L2(), "bounded", "token", 16, "Memora: Miras, arXiv 2504.13173, section 5.3", retention=KLRetention(), memory="mlp", expansion=4
+        L2(),
+        "bounded",
+        "token",
+        16,
+        "Memora: Miras, arXiv 2504.13173, section 5.3",
+        retention=KLRetention(),
+        memory="mlp",
+        expansion=4,
+        rate=0.125,
     ),
     "titans": Preset(L2(), "bounded", "token", 16, "Titans (LMM), arXiv 2501.00663, section 3", memory="mlp", momentum=True, expansion=4),
     "ttt_mlp": Preset(L2(), "bounded", None, 16, "TTT-MLP, arXiv 2407.04620", memory="mlp", expansion=4),
