@@ -48,6 +48,7 @@ def cpp(*names: str) -> tuple[str, ...]:
 
 #: the forward of the MLP memory in CUDA C++
 MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
+MLP_BACKWARD = cases("cuda/test_mlp_backward.py::test_gradients", "sm_80-torch.float16-small")
 
 
 def triton(*names: str) -> tuple[str, ...]:
@@ -202,6 +203,15 @@ MUTANTS = [
            "(lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1", "(lane >> 3 & 1) * 8 + (lane & 7), lane >> 4"),
     Mutant("cuda-mlp-chain-writes-do-not-decay", "csrc/cuda/mlp_block.h", MLP_CHAIN,
            "at<float>(S::kRaw + 4 * r), -dec,", "at<float>(S::kRaw + 4 * r), -1.0f,"),
+    Mutant("cuda-mlp-backward-without-the-second-derivative-of-gelu", "csrc/cuda/mlp_reverse.h", MLP_BACKWARD,
+           "first.x * low + second.x, first.y * high + second.y", "first.x * low, first.y * high"),
+    Mutant("cuda-mlp-backward-reads-pairs-transposed", "csrc/cuda/mlp_reverse_block.h", MLP_BACKWARD,
+           "ldmatrix_x4_trans(c, address(square + by_rows<kPieces>(16 * k, 16 * s, lane)))",
+           "ldmatrix_x4(c, address(square + by_rows<kPieces>(16 * k, 16 * s, lane)))"),
+    Mutant("cuda-mlp-backward-log-decay-without-the-state", "csrc/cuda/mlp_reverse.h", MLP_BACKWARD,
+           "S::kGamma + 4 * (C - 1)) * inner + end", "S::kGamma + 4 * (C - 1)) * 0.0f + end"),
+    Mutant("cuda-mlp-backward-of-queries-does-not-decay", "csrc/cuda/mlp_replay.h", MLP_BACKWARD,
+           "packed(du, gamma)", "packed(du, 1.0f)"),
     # ------------------------------------------------------------------------------------------------------------- Triton
     Mutant("triton-decay-to-end-off-by-a-token", "kernels/common/decays.py", triton("linear-l2-strong-decay"),
            "log_decay + row + H + o_g", "log_decay + row + o_g"),

@@ -6,9 +6,9 @@
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T> struct Block {
+template <int C, int Hd, class T, class Layout> struct Block {
   using X = Shape<C, Hd>;
-  using S = Shared<C, Hd>;
+  using S = Layout;
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
   static constexpr int kPass = kEights < 4 ? kEights : 4;                   // tiles of 8 tokens whose Z is in registers at once
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
@@ -24,8 +24,8 @@ template <int C, int Hd, class T> struct Block {
   float s1[kStrips][8][4], w2[kStrips][8][4];
   uint32_t u2[kStrips][kEights][2];  // gelu'(Z'), then U2'
 
-  __device__ __forceinline__ explicit Block(const MirasMlpChain& p)
-      : p(p), traits(bias_traits(BiasTag(p.bias))), n(blockIdx.x / p.H), h(blockIdx.x % p.H) {
+  // of a sequence and head
+  __device__ __forceinline__ Block(const MirasMlpChain& p, int n, int h) : p(p), traits(bias_traits(BiasTag(p.bias))), n(n), h(h) {
     batch = p.cu_seqlens ? 0 : n;
     begin = p.cu_seqlens ? p.cu_seqlens[n] : 0;
     tokens = p.cu_seqlens ? int(p.cu_seqlens[n + 1] - begin) : p.T;
@@ -66,7 +66,7 @@ template <int C, int Hd, class T> struct Block {
   __device__ __forceinline__ void fetch(int c) {
     fresh();
     const int id = 32 * warp + lane, ch = id % 8;
-    const uint32_t buffer = (c & 1) * S::kTile;
+    const uint32_t buffer = (c & (S::kBuffers - 1)) * S::kTile;
 #pragma unroll
     for (int first = 0; first < C; first += X::kThreads / 8) {
       const int r = first + id / 8, token = c * C + r;
@@ -98,7 +98,7 @@ template <int C, int Hd, class T> struct Block {
   // of 2^-10 and remainders (kernels/common/decays.py), so that their differences keep their digits.
   __device__ __forceinline__ void weigh(int c) {
     constexpr int kPer = (C + 31) / 32, kActive = C / kPer;
-    const uint32_t buffer = (c & 1) * S::kGateBuffer;
+    const uint32_t buffer = (c & (S::kBuffers - 1)) * S::kGateBuffer;
     float units[kPer], rest[kPer];
     float all_units = 0.0f, all_rest = 0.0f, open = 0.0f;
 #pragma unroll
@@ -166,6 +166,38 @@ template <int C, int Hd, class T> struct Block {
       }
     }
   }
+  // z += matrix [units of the warp, D] x', both in shared memory
+  __device__ __forceinline__ void slice_times(float (&z)[kStrips][kPass][4], uint32_t matrix, uint32_t x) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t a[kStrips][4];
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(matrix + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+#pragma unroll
+      for (int i = 0; i < kPass; i += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, address(x + by_columns<8>(8 * i, 16 * k, lane)));
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(z[m][i], a[m], b[0], b[1]), mma_m16n8k16<T>(z[m][i + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+  // two packed tiles of the warp's units, 8 columns each from tile x on, of a matrix of rows of kRowPieces pieces
+  template <int kRowPieces> __device__ __forceinline__ void put_fragment(uint32_t to, int m, int x, const uint32_t (&a)[4]) {
+    store_fragment<kRowPieces>(to, X::kUnits * warp + 16 * m, x, lane, a);
+  }
+  // a matrix in registers, in 16 bits, to shared memory
+  __device__ __forceinline__ void put_state(uint32_t to, const float (&state)[kStrips][8][4]) {
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int x = 0; x < 8; x += 2) {
+        uint32_t a[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[e] = pack<T>(state[m][x + (e >> 1)][2 * (e & 1)], state[m][x + (e >> 1)][2 * (e & 1) + 1]);
+        put_fragment<8>(to, m, x, a);
+      }
+  }
   // u [16, D] += a [16, 16] b, b [16, D] from row r0 of a tile in shared memory on
   __device__ __forceinline__ void add_rows(float (&u)[8][4], const uint32_t (&a)[4], uint32_t tile, int r0) {
 #pragma unroll
@@ -178,27 +210,35 @@ template <int C, int Hd, class T> struct Block {
 
   // --------------------------------------------------------------------------------------------------------- sums over all parts
 
-  // Hands u over; then y: this thread's channels of its row (see each_four), summed over the parts and normalised. Gives 1 / deviation.
-  __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
-    const auto at_row = [](int warp, int row) { return S::kExchange + (warp * 16 + row) * S::kExchangeRow * 4; };
+  __device__ __forceinline__ static uint32_t exchange_row(int warp, int row) {
+    return S::kExchange + (warp * 16 + row) * S::kExchangeRow * 4;
+  }
+  // a warp's share of [16, 8 kColumns], from a column on
+  template <int kColumns> __device__ __forceinline__ void hand_over(const float (&u)[kColumns][4], int column = 0) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      at<float2>(at_row(warp, g) + 4 * (8 * i + 2 * t)) = make_float2(u[i][0], u[i][1]);
-      at<float2>(at_row(warp, g + 8) + 4 * (8 * i + 2 * t)) = make_float2(u[i][2], u[i][3]);
+    for (int i = 0; i < kColumns; ++i) {
+      at<float2>(exchange_row(warp, g) + 4 * (column + 8 * i + 2 * t)) = make_float2(u[i][0], u[i][1]);
+      at<float2>(exchange_row(warp, g + 8) + 4 * (column + 8 * i + 2 * t)) = make_float2(u[i][2], u[i][3]);
     }
-    __syncthreads();
-    float sum = 0.0f;
+  }
+  // this thread's channels of its row (see each_four), summed over the parts
+  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) {
 #pragma unroll
     for (int i = 0; i < X::kChannels; i += 4) {
       float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int j = 0; j < X::kParts; ++j) {
-        const float4 x = at<float4>(at_row(tile * X::kParts + j, row % 16) + 4 * (4 * piece + X::kLanes * i));
+        const float4 x = at<float4>(exchange_row(tile * X::kParts + j, row % 16) + 4 * (4 * piece + X::kLanes * i));
         s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
       }
       y[i] = s.x, y[i + 1] = s.y, y[i + 2] = s.z, y[i + 3] = s.w;
-      sum += (s.x + s.y) + (s.z + s.w);
     }
+  }
+  // gives 1 / deviation
+  __device__ __forceinline__ float normalise(float (&y)[X::kChannels]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < X::kChannels; i += 4) sum += (y[i] + y[i + 1]) + (y[i + 2] + y[i + 3]);
     const float mean = row_sum<X::kLanes>(sum) * (1.0f / kD);
     float square = 0.0f;
 #pragma unroll
@@ -207,6 +247,13 @@ template <int C, int Hd, class T> struct Block {
 #pragma unroll
     for (int i = 0; i < X::kChannels; ++i) y[i] *= inverse;
     return inverse;
+  }
+  // Hands u over; then y: this thread's channels of its row, normalised. Gives 1 / deviation.
+  __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
+    hand_over(u);
+    __syncthreads();
+    collect(y);
+    return normalise(y);
   }
   // f(i, channel) for this thread's channels of its row, four at a time
   template <class Function> __device__ __forceinline__ void each_four(Function&& f) {

@@ -9,7 +9,7 @@ namespace {
 template <int C, int Hd, class T>
 __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_chain(const __grid_constant__ MirasMlpChain p) {
   if constexpr (Shared<C, Hd>::kBytes <= kMaxShared) {
-    Chain<C, Hd, T> chain(p);
+    Chain<C, Hd, T> chain(p, blockIdx.x / p.H, blockIdx.x % p.H);
     chain.run();
   }
 }

@@ -50,9 +50,10 @@ template <int C, int Hd> struct Shape {
   static_assert(kWarps % kTiles == 0 && kStrips * kUnits >= 16);
 };
 
-// Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q and the gates have two buffers.
-template <int C, int Hd> struct Shared {
-  static constexpr int kExchangeRow = kD + 8;  // floats
+// Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q and the gates have two buffers. kMore columns
+// more are exchanged than channels.
+template <int C, int Hd, int kMore = 0> struct Shared {
+  static constexpr int kBuffers = 2, kExchangeRow = kD + kMore + 8;  // floats
   static constexpr uint32_t kTile = C * kD * 2;
   static constexpr uint32_t kK = 0, kV = kK + 2 * kTile, kQ = kV + 2 * kTile;
   static constexpr uint32_t kA = kQ + 2 * kTile, kAq = kA + Hd * C * 2;    // [Hd, C]

@@ -25,31 +25,28 @@ struct FastGelu {
     s = reciprocal_approx(1.0f + exp2_approx(-x * (kLinear + kCubic * square)));
   }
   __device__ __forceinline__ float value() const { return x * s; }
-  __device__ __forceinline__ float slope() const { return s + x * s * (1.0f - s) * (kLinear * kLn2 + 3.0f * kCubic * kLn2 * square); }
+  __device__ __forceinline__ float steepness() const { return kLinear * kLn2 + 3.0f * kCubic * kLn2 * square; }  // of ln(2) y
+  __device__ __forceinline__ float slope() const { return s + x * s * (1.0f - s) * steepness(); }
+  __device__ __forceinline__ float curve() const {  // the second derivative
+    const float y1 = steepness();
+    return s * (1.0f - s) * (2.0f * y1 + x * (6.0f * kCubic * kLn2 * x + (1.0f - 2.0f * s) * y1 * y1));
+  }
 };
 
-template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
-  using Base = Block<C, Hd, T>;
+template <int C, int Hd, class T, class Layout = Shared<C, Hd>> struct Chain : Block<C, Hd, T, Layout> {
+  using Base = Block<C, Hd, T, Layout>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
   using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
   using Base::floats, Base::load_tokens, Base::packed;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
-  using Base::state_times, Base::add_rows, Base::exchange, Base::each_four;
+  using Base::state_times, Base::put_state, Base::add_rows, Base::exchange, Base::each_four;
   using typename Base::S;
   using typename Base::X;
 
   __device__ __forceinline__ void predict(uint32_t K, uint32_t Q, uint32_t logs) {
     fresh();
-#pragma unroll
-    for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-      for (int x = 0; x < 8; x += 2) {
-        uint32_t a[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) a[e] = pack<T>(s1[m][x + (e >> 1)][2 * (e & 1)], s1[m][x + (e >> 1)][2 * (e & 1) + 1]);
-        store_fragment<8>(S::kS1, X::kUnits * warp + 16 * m, x, lane, a);
-      }
+    put_state(S::kS1, s1);
     fresh();
 #pragma unroll
     for (int first = 0; first < kEights; first += kPass) {
@@ -70,13 +67,17 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
         }
     }
     park(true);
-    // the tiles of P up to the diagonal, shared out over the parts
+    weigh_pairs(S::kP, Q, K, logs);
+  }
+
+  // -L o (left right'): the tiles up to the diagonal, shared out over the parts
+  __device__ __forceinline__ void weigh_pairs(uint32_t to, uint32_t left, uint32_t right, uint32_t logs) {
     constexpr int kShare = kEights > X::kParts ? kEights / X::kParts : 1;
     const int t0 = 16 * tile + g, s0 = part * kShare;
     if (s0 < kEights && 8 * s0 < 16 * tile + 16) {
       uint32_t a[4][4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], address(Q + by_rows<8>(16 * tile, 16 * k, lane)));
+      for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], address(left + by_rows<8>(16 * tile, 16 * k, lane)));
       const float2 upper = at<float2>(logs + 8 * t0), lower = at<float2>(logs + 8 * (t0 + 8));
 #pragma unroll
       for (int i = 0; i < kShare; ++i) {
@@ -86,12 +87,12 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           uint32_t b[4];
-          ldmatrix_x4(b, address(K + place<8>(8 * x + (lane & 7), 4 * k + (lane >> 3))));
+          ldmatrix_x4(b, address(right + place<8>(8 * x + (lane & 7), 4 * k + (lane >> 3))));
           mma_m16n8k16<T>(acc, a[2 * k], b[0], b[1]), mma_m16n8k16<T>(acc, a[2 * k + 1], b[2], b[3]);
         }
-        at<uint32_t>(S::kP + place<kPieces>(t0, x) + 4 * t) =
+        at<uint32_t>(to + place<kPieces>(t0, x) + 4 * t) =
             pack<T>(acc[0] * weight(logs, upper, t0, s), acc[1] * weight(logs, upper, t0, s + 1));
-        at<uint32_t>(S::kP + place<kPieces>(t0 + 8, x) + 4 * t) =
+        at<uint32_t>(to + place<kPieces>(t0 + 8, x) + 4 * t) =
             pack<T>(acc[2] * weight(logs, lower, t0 + 8, s), acc[3] * weight(logs, lower, t0 + 8, s + 1));
       }
     }
@@ -112,7 +113,8 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
     }
   }
 
-  __device__ __forceinline__ void inner_gradient(uint32_t K, uint32_t V, uint32_t rows) {
+  // keep(channel, four of LN(U), four of Gu without its factor, the factor)
+  template <class Keep> __device__ __forceinline__ void inner_gradient(uint32_t K, uint32_t V, uint32_t rows, Keep&& keep) {
     fresh();
     float u[8][4] = {};
 #pragma unroll kUnroll
@@ -152,15 +154,17 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
     });
     sum = row_sum<X::kLanes>(sum) * (1.0f / kD), with = row_sum<X::kLanes>(with) * (1.0f / kD);
     each_four([&](int i, int channel) {
-      float u1[4];
+      float gu[4], u1[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) u1[j] = of_token.x * inverse * (e[i + j] - sum - y[i + j] * with);
+      for (int j = 0; j < 4; ++j) gu[j] = e[i + j] - sum - y[i + j] * with, u1[j] = of_token.x * inverse * gu[j];
+      keep(channel, &y[i], gu, inverse);
       at<uint2>(S::kU1 + channel_place(row, channel)) = packed(u1, 1.0f);
       at<uint2>(S::kU1End + channel_place(row, channel)) = packed(u1, of_token.y);
     });
   }
 
-  __device__ __forceinline__ void update(uint32_t Q, uint32_t gammas) {
+  // U2' and Aq'; keep(strip, tile of 8 tokens, half, two gelu(Zq'))
+  template <class Keep> __device__ __forceinline__ void hidden(uint32_t Q, uint32_t gammas, Keep&& keep) {
     fresh();
     park(false);
     __syncwarp();  // Aq overwrites what other lanes parked
@@ -209,11 +213,17 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
         for (int x = 0; x < kPass; x += 2) {
           uint32_t a[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            a[e] = pack<T>(FastGelu(z[m][x + (e >> 1)][2 * (e & 1)]).value(), FastGelu(z[m][x + (e >> 1)][2 * (e & 1) + 1]).value());
+          for (int e = 0; e < 4; ++e) {
+            const FastGelu u(z[m][x + (e >> 1)][2 * (e & 1)]), v(z[m][x + (e >> 1)][2 * (e & 1) + 1]);
+            a[e] = pack<T>(u.value(), v.value());
+            keep(m, first + x + (e >> 1), e & 1, u, v);
+          }
           store_fragment<kPieces>(S::kAq, X::kUnits * warp + 16 * m, first + x, lane, a);
         }
     }
+  }
+
+  __device__ __forceinline__ void update(uint32_t gammas) {
     fresh();
     const float gamma = at<float>(gammas + 4 * (C - 1));  // tokens beyond the end do not decay
 #pragma unroll
@@ -239,19 +249,20 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
       }
   }
 
-  __device__ __forceinline__ void read(uint32_t Q, uint32_t logs, uint32_t gammas, int first_token) {
+  // This part's share of u = gamma (left' state) - (L o scores) rows, scores = left' right, for 16 tokens; with hidden units as rows
+  __device__ __forceinline__ void read_part(float (&u)[8][4], float (&scores)[kEights][4], uint32_t left, uint32_t state, uint32_t right,
+                                            uint32_t rows, uint32_t logs, uint32_t gammas) {
     fresh();
-    float u[8][4] = {}, scores[kEights][4] = {};
 #pragma unroll kUnroll
     for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
       uint32_t a[4];
-      ldmatrix_x4_trans(a, address(S::kAq + by_columns<kPieces>(k, 16 * tile, lane)));
-      add_rows(u, a, S::kS1, k);
+      ldmatrix_x4_trans(a, address(left + by_columns<kPieces>(k, 16 * tile, lane)));
+      add_rows(u, a, state, k);
 #pragma unroll
       for (int s = 0; s < kTiles; ++s)
         if (s <= tile) {
           uint32_t b[4];
-          ldmatrix_x4_trans(b, address(S::kA + by_rows<kPieces>(k, 16 * s, lane)));
+          ldmatrix_x4_trans(b, address(right + by_rows<kPieces>(k, 16 * s, lane)));
           mma_m16n8k16<T>(scores[2 * s], a, b[0], b[1]), mma_m16n8k16<T>(scores[2 * s + 1], a, b[2], b[3]);
         }
     }
@@ -271,8 +282,13 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
           a[e] = pack<T>(x[2 * half] * weight(logs, of_t[half], t0 + 8 * half, s0),
                          x[2 * half + 1] * weight(logs, of_t[half], t0 + 8 * half, s0 + 1));
         }
-        add_rows(u, a, S::kU1, 16 * s);
+        add_rows(u, a, rows, 16 * s);
       }
+  }
+
+  __device__ __forceinline__ void read(uint32_t Q, uint32_t logs, uint32_t gammas, int first_token) {
+    float u[8][4] = {}, scores[kEights][4] = {};
+    read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas);
     float y[X::kChannels];
     exchange(u, y);
     if (first_token + row < tokens)
@@ -314,9 +330,10 @@ template <int C, int Hd, class T> struct Chain : Block<C, Hd, T> {
       if (p.start && (c + 1) * C > tokens) store_state(p.start + own);
       predict(K, Q, logs);
       __syncthreads();
-      inner_gradient(K, V, S::kRows + buffer);
+      inner_gradient(K, V, S::kRows + buffer, [](auto&&...) {});
       __syncthreads();
-      update(Q, gammas);
+      hidden(Q, gammas, [](auto&&...) {});
+      update(gammas);
       __syncthreads();
       read(Q, logs, gammas, c * C);
       cp_async_wait<0>();

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from miras_kernels.backends.groups import Groups
+
 from ..common.chunks import BODY, HEAD, SEGMENT, TAIL, WHOLE
 from ..common.decays import chunk_weights
 from ..common.decays_bwd import decay_gradient, gate_gradients
@@ -25,9 +27,6 @@ from ..common.final_state import Final, open_chunk_end, opened_chunk
 from ..common.launch import Problem, launch
 from .chain import mlp_chain_bwd, mlp_chain_fwd
 from .read import mlp_dq_bwd, mlp_read_bwd
-
-#: chunks times heads of a group, at least: several for every multiprocessor of the largest chips
-MIN_GROUP = 1024
 
 
 def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tuple[Tensor, Final | None, Tensor | None]:
@@ -72,36 +71,6 @@ class Group(NamedTuple):
     duals: Tensor | None  # [chunks, H, 2, Hd, D] float32   A, with ``states = phi(A)``
     momenta: Tensor | None  # [chunks, H, 2, Hd, D]
     scales: Tensor | None  # [chunks, H, 2] float32   rho
-
-
-class Groups(NamedTuple):
-    """The segments of each group: about an equal share of every sequence, so that the chains of all sequences run at once. Computed
-    without device synchronisation; a group of packed sequences has places that may not be used."""
-
-    segments: Tensor  # [groups, places, 2] int64   sequence and number of a segment; a number beyond the last for an unused place
-    places: Tensor  # [groups, N, 2] int64   the places of every sequence: the first, and that after its last
-    slots: Tensor  # [groups, places] int64   of their checkpoints
-
-    @staticmethod
-    def of(p: Problem, every: int) -> Groups:
-        segments, size, device = p.segments(p.chunk_size * every), p.chunk_size * every, p.device
-        longest, share = -(-p.tokens // size), -(-MIN_GROUP // (every * p.heads))  # of a sequence, at most; of a group, at least
-        if p.cu_seqlens is None:
-            each = min(longest, -(-share // p.sequences))
-            groups, counts = -(-longest // each), torch.full((p.sequences,), longest, device=device)
-            first, places = torch.arange(p.sequences, device=device) * segments.per_sequence, p.sequences * -(-longest // groups)
-        else:
-            groups, counts = max(1, segments.count // share), (p.cu_seqlens.diff() + size - 1) // size
-            first, places = segments.first, segments.count // groups + p.sequences
-        bounds = counts * torch.arange(groups + 1, device=device)[:, None] // groups  # [groups + 1, N]
-        stop = (bounds[1:] - bounds[:-1]).cumsum(1)
-        begin = stop - (bounds[1:] - bounds[:-1])
-        place = torch.arange(places, device=device).expand(groups, places).contiguous()
-        owner = torch.searchsorted(stop, place, right=True)
-        used, owner = owner < p.sequences, owner.clamp_max(p.sequences - 1)
-        number = torch.where(used, place + (bounds[:-1] - begin).gather(1, owner), longest)
-        slots = (first[owner] + number).clamp_max(segments.count - 1)
-        return Groups(torch.stack([owner, number], -1), torch.stack([begin, stop], -1), slots)
 
 
 def recompute(p: Problem, checkpoints: Tensor, every: int, groups: Groups, i: int) -> Problem:
@@ -172,7 +141,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     row_sums = p.empty(p.sequences, p.heads, 3 if moving else 2, p.chunk_size, p.value_dim, dtype=float32)
     grad_sum = p.empty(p.sequences, p.heads, p.chunk_size, p.value_dim)
 
-    groups = Groups.of(p, every)
+    groups = Groups.of(p.call, every)
     chunks = groups.slots.shape[1] * every
     p = p.sharing(
         **Workspace.of(p, chunks)._asdict(), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, grad_delta=grad_delta,

@@ -89,7 +89,9 @@ def _algorithm(name: str, call: Call, differentiate: bool) -> str:
     if not differentiate and BACKENDS[name].decodes(call):
         return "token by token"
     size = BACKENDS[name].block_tokens(call)
-    return f"exact steps in blocks of {size} tokens" if size else f"chunks of {call.chunk_size} tokens"
+    found = f"exact steps in blocks of {size} tokens" if size else f"chunks of {call.chunk_size} tokens"
+    elsewhere = BACKENDS[name].refuses_backward(call) if differentiate else None
+    return f"{found}; the Triton kernels do the backward: {elsewhere}" if elsewhere else found
 
 
 #: backends whose absence "auto" mentions once: what is missing, and for which tensors

@@ -50,6 +50,9 @@ class Backend(Protocol):
     def refuses(self, call: Call, differentiate: bool) -> str | None:
         """Why it cannot serve this call, or None."""
 
+    def refuses_backward(self, call: Call) -> str | None:
+        """Why another backend computes the gradients of a call that it serves, or None."""
+
     def refuses_steps(self, call: Call) -> str | None:
         """Why it cannot decode such tokens, or None."""
 

@@ -82,6 +82,9 @@ class CppBackend:
         """Whether a call without gradients has so few tokens that they are decoded one by one."""
         return call.cu_seqlens is None and not call.lasting_variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
+    def refuses_backward(self, call: Call) -> str | None:
+        return None
+
     def refuses_steps(self, call: Call) -> str | None:
         return self._out_of_range(call)
 

@@ -19,7 +19,7 @@ from ..expressions import OPERATIONS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
-from . import BACKENDS, checkpoints_like, cuda_linear, cuda_linear_backward, cuda_mlp
+from . import BACKENDS, checkpoints_like, cuda_linear, cuda_linear_backward, cuda_mlp, cuda_mlp_backward
 from .cuda_program import REGISTERS, encoded, registers
 from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, floats, launch, refuses_chunks
 
@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 #: by memory, what reads whole chunks of it: a module with the struct `Chain`, `refuses` and `forward`
 SEQUENCES: dict[str, ModuleType] = {"linear": cuda_linear, "mlp": cuda_mlp}
 #: by memory, its backward: a module with the struct `Backward`, `refuses` and `backward`; the Triton kernels do what it refuses
-BACKWARDS: dict[str, ModuleType] = {"linear": cuda_linear_backward}
+BACKWARDS: dict[str, ModuleType] = {"linear": cuda_linear_backward, "mlp": cuda_mlp_backward}
 
 
 class Step(ctypes.Structure):
@@ -59,7 +59,7 @@ class Step(ctypes.Structure):
 
 class CudaBackend:
     """Hand-written decoding steps of both memories, for short inputs without gradients, and the forward of some memories' chunks
-    (``SEQUENCES``), whose backward the Triton kernels do.
+    (``SEQUENCES``), with their backward (``BACKWARDS``) or that of the Triton kernels.
 
     Args:
         path: of the library.
@@ -108,13 +108,15 @@ class CudaBackend:
         for name, kernels in SEQUENCES.items():
             getattr(library, f"miras_{name}_chain").argtypes = [ctypes.POINTER(kernels.Chain), ctypes.c_void_p]
         library.miras_linear_reverse.argtypes = [ctypes.POINTER(cuda_linear_backward.Backward), ctypes.c_void_p]
+        for function in (library.miras_mlp_replay, library.miras_mlp_reverse):
+            function.argtypes = [ctypes.POINTER(cuda_mlp_backward.Backward), ctypes.c_void_p]
         return library, None
 
     def files(self) -> list[Path]:
         return [self.path, *BACKENDS["triton"].files()]
 
     def environment(self, device: torch.device) -> dict[str, str]:
-        triton = BACKENDS["triton"]  # does the backward
+        triton = BACKENDS["triton"]  # does the backward of some calls
         return {} if triton.unavailable() else triton.environment(device)
 
     def block_tokens(self, call: Call) -> int:
@@ -150,7 +152,7 @@ class CudaBackend:
         return f"it only decodes: calls of at most {call.memory.kernels[self.name].few} tokens, got {call.q.shape[1]}"
 
     def refuses_backward(self, call: Call) -> str | None:
-        """Why the Triton kernels compute the gradients of a call that it serves, or None."""
+        """The Triton kernels do what it refuses."""
         if (kernels := BACKWARDS.get(call.memory.name)) is None:
             return "it has no backward of this memory"
         return kernels.refuses(self._loaded[0], call)

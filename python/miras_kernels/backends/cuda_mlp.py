@@ -1,9 +1,9 @@
-"""The forward of the MLP memory in CUDA C++, ``csrc/cuda/mlp_chain.cu``: a call's tensors as the kernel takes them. The Triton kernels do
-its backward, from the checkpoints that it saves."""
+"""The forward of the MLP memory in CUDA C++, ``csrc/cuda/mlp_chain.cu``: a call's tensors as the kernel takes them."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,39 +50,53 @@ def refuses(library: Any, call: Call) -> str | None:
     return None
 
 
+def tensors_of(call: Call, every: int) -> dict[str, Tensor | None]:
+    """What both directions read of a call, by the struct's names."""
+    cu_seqlens, first_slot, _ = packed_slots(call, every)
+    named = {name: contiguous(getattr(call, name)) for name in ("lr", "log_decay", "delta", "ln_weight", "ln_bias")}
+    return named | dict(cu_seqlens=cu_seqlens, first_slot=first_slot)
+
+
+def struct(call: Call, tensors: dict[str, Tensor | None], tokens: dict[str, Tensor], every: int) -> Chain:
+    """``tensors`` must live as long as the struct is used."""
+    length, heads = call.q.shape[1:3]
+    return Chain(
+        *(Tokens.of(tokens[name]) for name in Chain.TOKENS), *(address(tensors.get(name)) for name in Chain.POINTERS),
+        ln_eps=call.ln_eps, bias_params=floats(call.bias.padded),
+        bias=call.bias.tag, token_type=TOKEN_TYPES[call.q.dtype], N=len(call.state.dual[0]), T=length, H=heads, Hd=call.hidden,
+        C=call.chunk_size, every=max(every, 1), slots_per_sequence=-(-length // (call.chunk_size * max(every, 1))),
+    )  # fmt: skip
+
+
 def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See :class:`~miras_kernels.backends.Backend`."""
-    tokens, heads = call.q.shape[1:3]
-    cu_seqlens, first_slot, segment = packed_slots(call, checkpoint_every)
-    w1, w2 = call.state.dual
-    state = torch.stack([w1.transpose(-1, -2), w2], 2)  # [N, H, 2, Hd, D]
+    state = packed(call.state.dual)
     out = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-    if cu_seqlens is not None:  # on the device it may end before T
+    if call.cu_seqlens is not None:  # on the device it may end before T
         out.zero_()
     start = torch.empty_like(state) if may_end_open(call) else None
     open_log_decay = None if start is None else state.new_empty(state.shape[:2])
     saved = checkpoints_like(call, checkpoint_every)
-    tensors = dict(
-        lr=contiguous(call.lr), log_decay=contiguous(call.log_decay), delta=contiguous(call.delta),
-        ln_weight=contiguous(call.ln_weight), ln_bias=contiguous(call.ln_bias), cu_seqlens=cu_seqlens, first_slot=first_slot,
-        state=state, start=start, open_log_decay=open_log_decay, checkpoints=saved[0] if saved else None,
-    )  # fmt: skip
-    q, k, v = (aligned(x) for x in (call.q, call.k, call.v))
-    chain = Chain(
-        *map(Tokens.of, (q, k, v, out)), *(address(tensors[name]) for name in Chain.POINTERS),
-        ln_eps=call.ln_eps, bias_params=floats(call.bias.padded),
-        bias=call.bias.tag, token_type=TOKEN_TYPES[call.q.dtype], N=len(state), T=tokens, H=heads, Hd=call.hidden, C=call.chunk_size,
-        every=max(checkpoint_every, 1), slots_per_sequence=-(-tokens // segment),
-    )  # fmt: skip
-    launch(library, library.miras_mlp_chain, chain, call.q.device)
+    results = dict(state=state, start=start, open_log_decay=open_log_decay, checkpoints=saved[0] if saved else None)
+    tensors, tokens = tensors_of(call, checkpoint_every) | results, tokens_of(call) | dict(out=out)
+    launch(library, library.miras_mlp_chain, struct(call, tensors, tokens, checkpoint_every), call.q.device)
     if not call.output_final_state:
         return out, [], saved
-    final = [*_matrices(state)]
+    final = [*matrices(state)]
     if start is not None and open_log_decay is not None:
-        final += [*_matrices(start), open_log_decay]
+        final += [*matrices(start), open_log_decay]
     return out, final, saved
 
 
-def _matrices(state: Tensor) -> tuple[Tensor, Tensor]:
-    """W1 and W2 of ``[N, H, 2, Hd, D]``."""
+def tokens_of(call: Call) -> dict[str, Tensor]:
+    return {name: aligned(getattr(call, name)) for name in ("q", "k", "v")}
+
+
+def packed(dual: Sequence[Tensor]) -> Tensor:
+    """W1 and W2 as ``[N, H, 2, Hd, D]``; a copy."""
+    return torch.stack([dual[0].transpose(-1, -2), dual[1]], 2)
+
+
+def matrices(state: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`packed`."""
     return state[:, :, 0].transpose(-1, -2).contiguous(), state[:, :, 1].contiguous()

@@ -84,6 +84,9 @@ class TritonBackend:
         """Whether a call without gradients has few enough tokens."""
         return call.cu_seqlens is None and not call.lasting_variants and 1 <= call.q.shape[1] <= call.memory.kernels[self.name].few
 
+    def refuses_backward(self, call: Call) -> str | None:
+        return None
+
     def refuses_steps(self, call: Call) -> str | None:
         return self._refuses_dtype(call) or call.exceeds(self.name, steps=True)
 

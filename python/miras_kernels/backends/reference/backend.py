@@ -69,6 +69,9 @@ class ReferenceBackend:
         grads = {name: x.contiguous() for name, x in grads.items()}
         return grads | {"state": [grads.pop("dual")]}
 
+    def refuses_backward(self, call: Call) -> str | None:
+        return None
+
     def refuses_steps(self, call: Call) -> str | None:
         return None if call.memory in (LINEAR, MLP) else f"it has no decoding step for {call.memory.title}"
 

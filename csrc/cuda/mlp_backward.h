@@ -1,0 +1,124 @@
+// The backward of the MLP memory with its state on chip: what Python passes, what the two kernels hand over, and where it lies in shared
+// memory. A group of segments at a time, the last first: `replay` reruns them, all at once, with the read-out's backward; `reverse` then
+// walks their chunks from last to first.
+#pragma once
+
+#include "mlp_stages.h"
+
+extern "C" {
+
+// All gradients are contiguous; of q, k and v in the inputs' type, of gates float32 [B, T, H].
+struct MirasMlpBackward {
+  MirasMlpChain chain;                          // state: the gradient after the group's last chunk, then before its first; out: unused
+  MirasTokens grad_out, grad_q, grad_k, grad_v;  // grad_out aligned to 16 bytes
+  float *grad_lr, *grad_log_decay, *grad_delta;  // the last two are null where the gates are
+  const int64_t* segments;                       // [places, 2]: sequence and number of a segment; a number beyond its last: unused
+  const int64_t* slots;                          // [places]: of their checkpoints
+  const int64_t* sequence_places;                // [N, 2]: the places of a sequence's segments: the first, and that after the last
+  char* handed;                                  // [places, every, H] times miras_mlp_handed bytes, aligned to 16
+  float* norm_shares;                            // [places, H, 2, 64]
+  float* grad_norm;                              // [N, H, 2, 64]: of LayerNorm's weight and bias, added to
+  int32_t places, zero;
+};
+
+int miras_mlp_replay(const MirasMlpBackward* backward, cudaStream_t stream);
+int miras_mlp_reverse(const MirasMlpBackward* backward, cudaStream_t stream);
+// see miras_mlp_chain_layout
+int miras_mlp_backward_layout(int64_t* layout, int room);
+// bytes that `replay` hands over per chunk and head, and bytes of shared memory that a block needs of either kernel; 0: not served
+int miras_mlp_handed(int Hd, int C);
+int miras_mlp_backward_shared(int Hd, int C);
+}
+
+namespace miras::cuda {
+
+// Byte offsets of what `replay` hands over. Tiles as they lie in shared memory; fragments as registers have them, 16 bytes a lane.
+template <int C, int Hd> struct Handed {
+  static constexpr uint32_t kTile = C * kD * 2, kSquare = C * C * 2;
+  static constexpr uint32_t kS1 = 0, kW2 = kS1 + Hd * kD * 2;              // [Hd, D]: before the chunk, in 16 bits
+  static constexpr uint32_t kGu = kW2 + Hd * kD * 2, kDUq = kGu + kTile;   // [C, D]: Gu, gamma dUq
+  static constexpr uint32_t kP = kDUq + kTile, kN1 = kP + kSquare;         // [C, C]: -L o (Q K'), -L o (dUq U1')
+  static constexpr uint32_t kN2 = kN1 + kSquare;                           // [C, C]: -L o (dZq U2')
+  static constexpr uint32_t kAq = kN2 + kSquare, kDZq = kAq + Hd * C * 2;  // fragments of Aq', dZq'
+  static constexpr uint32_t kX = kDZq + Hd * C * 2;                        // [C, D] float32: LN(U)
+  static constexpr uint32_t kR1 = kX + C * kD * 4;                         // [C, D] float32: -(L o Aq A')' dUq
+  static constexpr uint32_t kInverse = kR1 + C * kD * 4;                   // [C] float32: 1 / deviation of U
+  static constexpr uint32_t kBytes = kInverse + C * 4;
+  static_assert(kBytes % 16 == 0);
+};
+
+constexpr uint32_t whole_lines(uint32_t bytes) { return (bytes + 127) / 128 * 128; }
+
+template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C> {
+  using Base = Shared<C, Hd, C>;
+  static constexpr uint32_t kU2 = whole_lines(Base::kBytes), kDZq = kU2 + Hd * C * 2;  // [Hd, C]
+  static constexpr uint32_t kDUq = kDZq + Hd * C * 2;                                  // [C, D]
+  static constexpr uint32_t kN1 = kDUq + C * kD * 2, kScores = kN1 + C * C * 2;        // [C, C]: as handed over; -L o (Aq A')
+  static constexpr uint32_t kReads = kScores + C * C * 2;                              // [warps, C] float32
+  static constexpr uint32_t kCrossed = kReads + Shape<C, Hd>::kWarps * C * 4;          // [C, C] float32
+  static constexpr uint32_t kBytes = kCrossed + C * C * 4;
+};
+
+template <int C, int Hd> struct ReverseShared {
+  static constexpr int kBuffers = 1, kExchangeRow = kD + 8;  // floats
+  static constexpr uint32_t kTile = C * kD * 2, kState = Hd * kD * 2, kHidden = Hd * C * 2, kSquare = C * C * 2;
+  static constexpr uint32_t kK = 0, kV = kK + kTile, kQ = kV + kTile;        // in V's place dU
+  static constexpr uint32_t kGu = kQ + kTile, kDUq = kGu + kTile;            // in Gu's place gamma Q
+  static constexpr uint32_t kS1 = kDUq + kTile, kW2 = kS1 + kState;
+  static constexpr uint32_t kJ = kW2 + kState;                               // J1, then J2, in 16 bits
+  static constexpr uint32_t kA = kJ + kState, kB = kA + kHidden;             // [Hd, C]: A', then (-dec U2)'; dGa', then dZ'
+  static constexpr uint32_t kP = kB + kHidden, kN1 = kP + kSquare, kN2 = kN1 + kSquare;
+  static constexpr uint32_t kExchange = kN2 + kSquare;
+  static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // as in `Shared`
+  static constexpr uint32_t kLogs = kRows + C * 16, kGamma = kLogs + C * 8;
+  static constexpr uint32_t kGateBuffer = C * 28;
+  static constexpr uint32_t kRaw = kRows + kGateBuffer, kNorm = kRaw + 3 * C * 4;
+  static constexpr uint32_t kLr = kNorm + 2 * kD * 4, kEnds = kLr + Shape<C, Hd>::kWarps * C * 4;  // [warps, C] float32
+  static constexpr uint32_t kToEnd = kEnds + Shape<C, Hd>::kWarps * C * 4;                        // [C]
+  static constexpr uint32_t kInner = kToEnd + C * 4;                                              // [warps]
+  // where registers are short: gelu'(Z') by threads, and the sums for LayerNorm's weight and bias [2, C, D] float32
+  static constexpr bool kParks = Hd == 256 && C > 16;
+  static constexpr uint32_t kSlopes = whole_lines(kInner + Shape<C, Hd>::kWarps * 4), kSums = kSlopes + kHidden;
+  static constexpr uint32_t kBytes = kParks ? kSums + 2 * C * kD * 4 : kSlopes;
+};
+
+template <int C, int Hd> constexpr uint32_t backward_shared() {
+  constexpr uint32_t replay = ReplayShared<C, Hd>::kBytes, reverse = ReverseShared<C, Hd>::kBytes;
+  return replay > reverse ? replay : reverse;
+}
+
+// f(integral constants C, Hd) if the backward serves these sizes
+template <class Function> int with_backward_sizes(int C, int Hd, Function&& f) {
+  const auto with_hidden = [&](auto c) {
+    if (Hd == 64) return f(c, std::integral_constant<int, 64>());
+    if (Hd == 128) return f(c, std::integral_constant<int, 128>());
+    if (Hd == 256) return f(c, std::integral_constant<int, 256>());
+    return 0;
+  };
+  if (C == 16) return with_hidden(std::integral_constant<int, 16>());
+  if (C == 32) return with_hidden(std::integral_constant<int, 32>());
+  return 0;
+}
+
+// sums over the rows of fragments [units, tokens], from all lanes of a warp to its row of [warps, C]
+template <int kEights> __device__ __forceinline__ void put_sums(uint32_t row, const float (&sums)[kEights][2], int lane) {
+#pragma unroll
+  for (int x = 0; x < kEights; ++x)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float y = sums[x][e];
+      y += __shfl_xor_sync(0xffffffffu, y, 4), y += __shfl_xor_sync(0xffffffffu, y, 8), y += __shfl_xor_sync(0xffffffffu, y, 16);
+      if (lane < 4) at<float>(row + 4 * (8 * x + 2 * lane + e)) = y;
+    }
+}
+
+// the tokens' sum of what each thread has of its row, in shared memory rows of kRow floats: [D] by the first threads, given to f(channel, sum)
+template <int kTokens, int kRow, class Function> __device__ __forceinline__ void sum_rows(uint32_t from, Function&& f) {
+  for (int i = threadIdx.x; i < kD; i += blockDim.x) {
+    float sum = 0.0f;
+    for (int r = 0; r < kTokens; ++r) sum += at<float>(from + 4 * (r * kRow + i));
+    f(i, sum);
+  }
+}
+
+}  // namespace miras::cuda

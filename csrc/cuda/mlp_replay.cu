@@ -1,0 +1,46 @@
+// The backward of the MLP memory in chunks: segments again, with the read-out's backward, for each size; and what the library says of both
+// kernels.
+#include "mlp_replay.h"
+
+#include <stddef.h>
+
+#include "mlp_launch.h"
+
+namespace miras::cuda {
+namespace {
+
+template <int C, int Hd, class T>
+__global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_replay(const __grid_constant__ MirasMlpBackward b) {
+  if constexpr (ReplayShared<C, Hd>::kBytes <= kMaxShared) {
+    const int place = blockIdx.x / b.chain.H;
+    Replay<C, Hd, T>(b, int(b.segments[2 * place]), blockIdx.x % b.chain.H).run(place);
+  }
+}
+
+}  // namespace
+}  // namespace miras::cuda
+
+extern "C" int miras_mlp_replay(const MirasMlpBackward* b, cudaStream_t stream) {
+  using namespace miras::cuda;
+  return with_backward_sizes(*b, [&](auto c, auto hd, auto token) {
+    constexpr int C = c.value, Hd = hd.value;
+    return launch(mlp_replay<C, Hd, typename decltype(token)::type>, *b, b->places, Shape<C, Hd>::kThreads, ReplayShared<C, Hd>::kBytes, stream);
+  });
+}
+
+// as miras_mlp_chain_layout
+extern "C" int miras_mlp_backward_layout(int64_t* layout, int room) {
+  const int64_t found[] = {
+      sizeof(MirasMlpBackward), offsetof(MirasMlpBackward, grad_out), offsetof(MirasMlpBackward, grad_lr),
+      offsetof(MirasMlpBackward, segments), offsetof(MirasMlpBackward, grad_norm), offsetof(MirasMlpBackward, places),
+  };
+  return miras::cuda::put_layout(found, layout, room);
+}
+
+extern "C" int miras_mlp_handed(int Hd, int C) {
+  return miras::cuda::with_backward_sizes(C, Hd, [](auto c, auto hd) { return int(miras::cuda::Handed<c.value, hd.value>::kBytes); });
+}
+
+extern "C" int miras_mlp_backward_shared(int Hd, int C) {
+  return miras::cuda::with_backward_sizes(C, Hd, [](auto c, auto hd) { return int(miras::cuda::backward_shared<c.value, hd.value>()); });
+}
