@@ -29,6 +29,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     if (warp == S::kWarps - 1) prepare(chunk - 1);
   }
   cp_async_commit();
+  refresh();
 
   float e[kGroups][4], d[kGroups][4], scores[S::kUnits][2][4] = {}, inner[4] = {};
   tile_product<kSteps, kGroups, kChunk, false, false>(d, keys, 0, lane, [&](auto i, uint32_t (&a)[4]) {
@@ -112,6 +113,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   }
   fence_async();
   __syncthreads();  // U', J and the scores are here
+  refresh();
 
   each_unit([&](auto unit, int row, int column) {
     float g[2][4] = {};
@@ -160,6 +162,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   }
   fence_async();
   __syncthreads();  // dE' and G are here
+  refresh();
 
   const float total = x.total;
   for (auto& tile : j)

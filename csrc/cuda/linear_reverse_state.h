@@ -13,7 +13,7 @@ template <class S> struct Reverse {
 
   const MirasLinearReverse& p;
   const Sequence s;
-  const int warp, lane, first_value;
+  int warp, lane, first_value;
   const bool couples;        // the bias, a row of E
   const int64_t first_gate;  // of the sequence's first token and the head
   uint16_t* const states;    // the block's workspace
@@ -24,6 +24,11 @@ template <class S> struct Reverse {
         couples(bias_traits(BiasTag(p.bias)).couples_row), first_gate((s.batch * p.T + s.begin) * p.H + s.h),
         states(static_cast<uint16_t*>(p.states) + int64_t(head) * p.kept * kDim * kDim) {}
 
+  // Addresses made of these are computed again from here on, instead of being kept in registers from stage to stage and chunk to chunk.
+  __device__ __forceinline__ void refresh() {
+    const int thread = fresh_thread();
+    warp = thread / 32, lane = thread % 32, first_value = 16 * warp;
+  }
   __device__ __forceinline__ int tokens_of(int chunk) const { return min(s.length - chunk * kChunk, kChunk); }
   __device__ __forceinline__ ReverseGates<kChunk>& gates(int chunk) const {
     return at<ReverseGates<kChunk>>(S::kGates + (chunk & 1) * sizeof(ReverseGates<kChunk>));
@@ -251,6 +256,7 @@ template <class S> struct Reverse {
       fence_async();
       __syncthreads();  // the chunk's tokens and gates are here, and those before it have been read
       copy_tokens(chunk + 1);
+      refresh();
       const uint32_t keys = stage(chunk);
       float e[kGroups][4];
       tile_product<kSteps, kGroups, kChunk, false, false>(e, keys, 0, lane,
