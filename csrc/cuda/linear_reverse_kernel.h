@@ -200,7 +200,6 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   add_keys<kSteps, kDim>(of_k, S::kJ, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
     load_transposed<0>(a, address(S::kU + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
   });
-  wgmma_wait(of_k);
   scale_rows(of_k, x.to_end);
   if (traits.predicts)
     add_keys<kSteps, kDim>(of_k, S::kS, 0, kSteps, [&](auto i, uint32_t (&a)[4]) {
@@ -209,7 +208,6 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   add_keys<kSixteens, kChunk>(of_k, queries, row, kSixteens, [&](auto i, uint32_t (&a)[4]) {
     load_transposed<0>(a, address(S::kG + by_columns<S::kTokenPieces>(16 * i, 16 * row, lane)));
   });
-  wgmma_wait(of_k);
   add_keys<kSteps, kDim>(c, S::kS, 0, kSteps,
                          [&](auto i, uint32_t (&a)[4]) { load_matrices<0>(a, address(grads + rows_of<kChunk>(16 * row, 16 * i, lane))); });
   store_rows(p.grad_k, chunk, row, first_key, of_k);
@@ -219,7 +217,6 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
     for (int n = 0; n < 2 * S::kPairs; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) q[n][i] = load_word(queries + piece_of<kChunk>(token + 8 * i, first_key / 8 + n) + 4 * (lane & 3));
-  wgmma_wait(c);
   scale_rows(c, x.gamma);
   if (decays) {
     float reads[2][2] = {};
@@ -239,7 +236,6 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
   add_keys<kSixteens, kChunk>(c, keys, 0, row + 1, [&](auto i, uint32_t (&a)[4]) {
     load_matrices<0>(a, address(S::kG + by_rows<S::kTokenPieces>(16 * row, 16 * i, lane)));
   });
-  wgmma_wait(c);
   store_rows(p.grad_q, chunk, row, first_key, c);
   __syncthreads();  // all that is in shared memory has been read, but for the sums
   if (decays) decay_gradients(chunk, sum, total);

@@ -218,17 +218,10 @@ template <class S> struct Reverse {
   template <int kCount, int kRows, class Load>
   __device__ __forceinline__ void add_keys(float (&c)[2 * S::kPairs][4], uint32_t tile, int first, int last, Load&& load) const {
     const int first_key = warp / kSixteens * S::kPartKeys;
-    if constexpr (S::kWide) {
-      tile_product<kCount, 2 * S::kPairs, kRows, true, true>(c, tile, first_key, lane, [&](auto i, uint32_t (&a)[4]) {
-        if (i >= first && i < last) load(i, a);
-        else a[0] = a[1] = a[2] = a[3] = 0;
-      });
-    } else {
-      products<kCount, S::kPairs>(c, first, last, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
-        load(i, a);
-        each<S::kPairs>([&](auto n) { load_transposed<i * 16 * 128>(b[n], address(tile + rows_of<kRows>(0, first_key + 16 * n, lane))); });
-      });
-    }
+    products<kCount, S::kPairs>(c, first, last, [&](auto i, uint32_t (&a)[4], uint32_t (&b)[S::kPairs][4]) {
+      load(i, a);
+      each<S::kPairs>([&](auto n) { load_transposed<i * 16 * 128>(b[n], address(tile + rows_of<kRows>(0, first_key + 16 * n, lane))); });
+    });
   }
 
   // ------------------------------------------------------------------------------------------------------------ the rerun

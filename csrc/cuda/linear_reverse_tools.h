@@ -21,7 +21,6 @@ template <int kDim_, int kChunk_> struct ReverseShape {
   using T = Bf16;
   static constexpr int kDim = kDim_, kChunk = kChunk_, kWarps = kDim / 16, kThreads = 32 * kWarps;
   static constexpr int kPieces = kDim / 8, kTokenPieces = kChunk / 8;  // 16 bytes each, of a row of channels and of one of tokens
-  static constexpr bool kWide = kWgmma && kChunk == 64;                // a warpgroup computes all tokens of dQ and dK
   static constexpr int kGroups = kChunk / 8, kSixteens = kChunk / 16, kSteps = kDim / 16;
   static constexpr int kParts = kWarps / kSixteens;  // of the keys of dQ and dK; a warp has 16 tokens of a part
   static constexpr int kPartKeys = kDim / kParts, kPairs = kPartKeys / 16;
