@@ -35,7 +35,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-hub-kernels test-newest update-constraints test-all ptx bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-hub-kernels hub test-newest update-constraints test-all ptx bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -69,6 +69,10 @@ test-oldest-hf: $(VENV)/.oldest-hf  ## run the transformers tests with the oldes
 # Neither in this folder nor with it among the paths: kernels/ would be imported in the place of the package.
 test-hub-kernels: $(VENV)/.hub-kernels  ## run the tests of functions loaded by the kernels package
 	cd tests && $(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/hub-kernels $(CURDIR)/$(PY) -m pytest hf/test_hub_kernels.py -q -o pythonpath=tests $(ARGS)
+
+# Nothing is uploaded.
+hub: $(VENV)/.built  ## write the memories as a repository for the Hub's kernels, into build/hub
+	rm -rf build/hub && $(PY) -m miras_kernels.hf.hub build/hub
 
 # In a virtual environment of its own: shows what a new release of a dependency would break for users.
 test-newest: $(VENV)/.newest  ## run the transformers, Triton and packaging tests with the newest releases of all but PyTorch

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import base, delta_rule, hybrid, program, report, scaling, stages, studies, targets
+from . import base, delta_rule, hybrid, program, report, scaling, stages, studies, targets, wrappers
 from .cases import ONE_OF_EACH, SHAPES, Settings
 
 
@@ -36,6 +36,8 @@ def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], set
             found += [(study, size, threads[0]) for size in delta_rule.SIZES]
         elif study == "hybrid":
             found += [(study, name, threads[0]) for name in hybrid.RUNS]
+        elif study == "wrappers":
+            found += [(study, name, threads[0]) for name in wrappers.RUNS]
         elif study != "capability" or settings.backend == "cpp":
             found.append((study, shapes[0], threads[0]))
     return found
@@ -43,7 +45,7 @@ def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], set
 
 PROGRAM = program.Program(
     module="bench.cpu", title="miras-kernels on the CPU",
-    studies={**studies.STUDIES, **delta_rule.STUDIES, **hybrid.STUDIES, **scaling.STUDIES},
+    studies={**studies.STUDIES, **delta_rule.STUDIES, **hybrid.STUDIES, **scaling.STUDIES, **wrappers.STUDIES},
     helpers={**studies.HELPERS, **scaling.HELPERS, **base.STUDIES, **stages.STUDIES}, quick=("shapes", "bias", "decay"),
     shapes=tuple(SHAPES), jobs=jobs,
     targets=targets.targets, sections=report.SECTIONS, seconds=(8.0, 1.0), min_rounds=(7, 3),

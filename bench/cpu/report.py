@@ -158,6 +158,7 @@ SECTIONS = (
     ("dtype", "Input types", _variants),
     ("delta rule", "The delta rule: exact steps of one token", _variants),
     ("hybrid", "A model in Qwen3.5's shape", _variants),
+    ("wrappers", "A model of transformers and its memory blocks alone", _variants),
     ("memory", "Memory of one forward and backward, beyond the inputs", _memory),
     ("scaling", "Scaling, forward and backward", _scaling),
     ("stages", "The stages of a chunk, the least ticks of the rounds", stages.section),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..common.implementations import BOTH, DIRECTIONS, FORWARD, MOMENTUM, PLAIN, retentions
 from ..common.results import Target, judge
+from . import wrappers
 from .cases import LINEAR_SHAPES, MLP_SHAPES, ONE_OF_EACH
 
 
@@ -25,6 +26,8 @@ def targets() -> Iterator[Target]:
         case = f"{shape}, tokens"
         yield Target("time as a power of the tokens", "scaling", case, BOTH, ("fit", "time"), 1.05, at_most=True)
         yield Target("saved for the backward / promised", "scaling", case, BOTH, ("saved_over_promised",), 1.0, at_most=True)
+    for name, (_, direction, _) in wrappers.RUNS.items():
+        yield Target("model / its memory blocks", "wrappers", name, direction, ("ratios", "model", "median"), 1.1, at_most=True)
     yield Target("one head, 2 threads / 1", "scaling", "MLP D64 C64, one head", BOTH, ("ratios", "2", "median"), 0.667, 0.556, at_most=True)
     for shape in MLP_SHAPES:
         yield Target("peak memory / eager", "memory", shape, BOTH, ("peak_share",), 0.5, at_most=True)

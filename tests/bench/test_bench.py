@@ -16,7 +16,7 @@ import torch
 
 from bench.common import implementations, results, timing
 from bench.cpu import __main__ as cpu
-from bench.cpu import cases, delta_rule, hybrid, plots, program, report, stages, studies, targets, watch
+from bench.cpu import cases, delta_rule, hybrid, plots, program, report, stages, studies, targets, watch, wrappers
 from miras_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +124,16 @@ def test_a_hybrid_model(monkeypatch, name):
     assert set(result["ms"]) == {"accelerate", "transformers", "projections"} and result["parity"]["accelerate"]["ok"]
     monkeypatch.setattr(hybrid, "agreement", lambda *_: 1.0)
     (result,) = hybrid.study_hybrid(name, 1, SETTINGS)
+    assert "ms" not in result
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", [n for n in wrappers.RUNS if "yaad_linear" in n and " 128 " in n])
+def test_a_model_and_its_memory_blocks(monkeypatch, name):
+    (result,) = wrappers.study_wrappers(name, 1, SETTINGS)
+    assert set(result["ms"]) == {"blocks", "model"} and all(gate["ok"] for gate in result["parity"].values())
+    monkeypatch.setattr(wrappers.Nothing, "forward", lambda self, x: x)
+    (result,) = wrappers.study_wrappers(name, 1, SETTINGS)
     assert "ms" not in result
 
 

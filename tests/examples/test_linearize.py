@@ -1,12 +1,22 @@
-"""examples/linearize.py with few steps."""
+"""examples/linearize.py with few steps, and the documentation's numbers against its results file."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from examples import linearize
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = "bench/results/linearize-2026-11-30.json"
+
+
+def test_the_documentation_has_the_numbers_of_the_file():
+    document = json.loads((ROOT / RESULTS).read_text())
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    assert RESULTS in page and linearize.page(document) in page
 
 
 @pytest.mark.slow

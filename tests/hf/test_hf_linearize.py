@@ -180,8 +180,8 @@ class Interrupted:
 
 
 @pytest.mark.parametrize(
-    "reads", [slow(2), slow(6), slow(8), 14, slow(24)]
-)  # in a first step, without and after a checkpoint, in a last step
+    "reads", [slow(2), slow(6), slow(8), 17, slow(24)]
+)  # at the start, before and at a checkpoint, after one, in the last step
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(reads, tmp_path):
     """GPT-2, whose dropout is random. A row is read to check it, then 2 a step: 8 in the first stage, 16 in the last."""
     options = dict(architecture="GPT2", layers=[0, 2], resid_pdrop=0.1)
@@ -275,6 +275,17 @@ def test_bad_input_is_named_before_anything_is_changed(name, net):
     with pytest.raises(kind, match=text):
         linearize(arguments.pop("model", model), **arguments)
     assert same(states(teacher), before[0]) and same(states(model), before[1])
+
+
+@pytest.mark.parametrize(
+    ("part", "stage"), [("self_attn.o_proj", Transfer()), ("mlp.up_proj", Finetune()), ("mlp.up_proj", Finetune(rank=None))]
+)
+def test_quantised_matrices_are_refused_where_they_would_change(part, stage):
+    teacher, model = pair(layers=[1])
+    projection = model.model.layers[1].get_submodule(part)
+    projection.weight = torch.nn.Parameter(projection.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"model: expected floating-point parameters .* torch.int8 \(.*{part.split('.')[1]}"):
+        linearize(model, teacher=teacher, data=DATA, stages=[stage])
 
 
 @pytest.mark.parametrize(

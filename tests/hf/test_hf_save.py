@@ -292,3 +292,29 @@ def test_remaining_attention_can_change_its_implementation():
     net.set_attn_implementation("eager")
     assert torch.allclose(net(input_ids=ids()).logits, before, atol=1e-5)
     assert sum(isinstance(m, MemoryAttention) for m in net.modules()) == 2
+
+
+def test_a_model_card(tmp_path):
+    """It says which memories there are, and does not replace a README.md that is there."""
+    net = model("Qwen2", [0], preset="titans")
+    replace_attention(net, "huber", [2], init="from_attention", chunk_size=8)
+    net.config.name_or_path = "someone/some-model"
+    net.save_pretrained(tmp_path / "new")
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert "# MirasQwen2ForCausalLM\n" in text and "2 of 3 layers; the others are attention." in text
+    assert (
+        "| 0 | Titans (LMM), arXiv 2501.00663, section 3 (MLP, 4 hidden units a channel, momentum) | `L2()` | `L2Retention()` | 4 | 4 |"
+        in text
+    )
+    assert "| 2 | Huber loss per coordinate: " in text and "`Huber(kind='coordinate'" in text and "| 8 | 4 |  |" in text
+    assert "base_model: someone/some-model" in text and "whose attention layers' projections the memories use" in text
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "README.md").write_text("mine")
+    net.save_pretrained(tmp_path / "old")
+    assert (tmp_path / "old" / "README.md").read_text() == "mine"
+    beside = model(mode="parallel")
+    beside.save_pretrained(tmp_path / "beside", is_main_process=False)
+    assert not (tmp_path / "beside" / "README.md").exists()
+    beside.save_pretrained(tmp_path / "beside")
+    text = (tmp_path / "beside" / "README.md").read_text()
+    assert "3 of 3 layers, beside attention." in text and "a model without a published name" in text and "base_model" not in text

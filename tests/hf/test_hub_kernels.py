@@ -1,20 +1,25 @@
-"""Functions in the form that the kernels package loads from a local folder (`make test-hub-kernels` installs it beside .venv)."""
+"""What the kernels package loads from a local folder (`make test-hub-kernels` installs it beside .venv)."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 
+import hub_build
 import pytest
 import torch
 from hf_tiny import VOCAB, assert_close, ids
 from test_accelerate import host
 from transformers.utils import is_kernels_available
 
+import miras_kernels.layers
 from miras_kernels.hf import hub, linear_attention
+from quick import slow
 
-if not is_kernels_available():
-    pytest.skip("no version of the kernels package that transformers takes: make test-hub-kernels", allow_module_level=True)
-kernels = importlib.import_module("kernels")
+kernels = importlib.import_module("kernels") if is_kernels_available() else None
+needs_kernels = pytest.mark.skipif(kernels is None, reason="no kernels package that transformers takes: make test-hub-kernels")
 
 
 @pytest.fixture
@@ -30,6 +35,7 @@ def calls(monkeypatch):
 RULES = {"Qwen3_5": "gated_delta_rule", "OlmoHybrid": "gated_delta_rule", "KimiLinear": "kimi_delta_attention"}
 
 
+@needs_kernels
 @pytest.mark.parametrize("name, rule", RULES.items())
 def test_a_local_folder_on_a_cpu(name, rule, calls, tmp_path):
     """Logits, gradients and generated tokens are those of transformers' own functions."""
@@ -56,3 +62,21 @@ def test_a_local_folder_on_a_cpu(name, rule, calls, tmp_path):
     calls.clear()
     model(tokens)
     assert not calls
+
+
+@pytest.mark.parametrize("backend", ["reference", slow("triton")])
+def test_a_build_for_the_hub(backend, tmp_path):
+    """It is loaded where the package is not, and computes the same."""
+    folder, out = tmp_path / "hub", tmp_path / "found.pt"
+    hub.write_build(folder)
+    with pytest.raises(FileExistsError, match="expected a new or empty one"):
+        hub.write_build(folder)
+    env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(x for x in sys.path if x.endswith("hub-kernels")))
+    command = [sys.executable, hub_build.__file__, str(folder), backend, str(out)]
+    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, env=env)
+    found = torch.load(out)
+    expected = hub_build.results(miras_kernels, "reference")
+    assert found.pop("module").startswith("miras_kernels_0_") and found.pop("with_kernels") == (kernels is not None)
+    assert set(found) == set(expected)
+    for name, x in expected.items():
+        assert_close(found[name], x)

@@ -51,7 +51,7 @@ alone.
 
 **Loading.** The classes are registered with AutoClasses when this package is imported. Parameters that a checkpoint lacks are initialised
 as in :class:`~miras_kernels.layers.MemoryBlock`. A saved model's ``model_type`` is ``miras_llama`` ..., so that no other class loads it
-as a plain model.
+as a plain model. ``save_pretrained`` also writes a README.md, if there is none, that says which memories the model has.
 """
 
 from . import classes

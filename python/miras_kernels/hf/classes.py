@@ -25,6 +25,7 @@ from ..layers import MemoryBlock
 from . import compat, hosts, plan
 from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_of_tokens
 from .cache import check_cache, memory_layer
+from .card import write_card
 from .hosts import Host
 from .plan import Memories
 from .quantised import leave_out_memories
@@ -123,10 +124,12 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
                 memory = memory_layer(cache, i, isinstance(layer, ParallelAttention))
                 memory.keep(max(_GUESSES, 2 * max(guesses)))
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """Also records in the configuration which classes load the model."""
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs) -> None:
+        """Also records in the configuration which classes load the model, and writes a README.md unless there is one."""
         self.config.auto_map = auto_map(type(self))
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(self, save_directory)
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs) -> None:

@@ -121,7 +121,7 @@ def linearize(
         _resume(run, path, settings)
         run.save = lambda *state: _save(run, path, settings, *state)
     modes = {x: x.training for x in (model, teacher) if x is not None}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         if teacher is not None:
             teacher.eval()
@@ -239,8 +239,14 @@ def _check_model(model: Any, stages: list) -> Host:
     kept = sum(stage.keep for stage in stages if isinstance(stage, Rank))
     if kept >= len(layers):
         raise ValueError(f"rank: keep: expected less than {len(layers)}, the number of layers with memories, got {kept}")
-    if any(isinstance(stage, Finetune) and stage.rank is not None for stage in stages):
-        matrices(part, host)
+    changed = [(f"layer {i}: {name}", p) for i in layers for name, p in attentions(part.base_model, host)[i].named_parameters()]
+    for stage in stages:
+        if isinstance(stage, Finetune):
+            full = part.named_parameters() if stage.rank is None else ((name, x.weight) for name, x in matrices(part, host).items())
+            changed += full
+    for name, p in changed:
+        if not p.is_floating_point():
+            raise ValueError(f"model: expected floating-point parameters where it is trained, got {p.dtype} ({name}); it is quantised")
     return host
 
 

@@ -183,7 +183,7 @@ class Run:
                 adapter.merge()  # type: ignore[operator]
 
     def _seed(self, step: int) -> int:
-        return (self.seed * 1000 + self.index) * 10**8 + step
+        return ((self.seed * 1000 + self.index) * 10**8 + step) % 2**63
 
     def _train(self, stage: Transfer | Finetune, groups: dict[str, list[nn.Parameter]], step: Callable, adapters: nn.Module | None = None):
         """AdamW on the losses that ``step(ids)`` has gone backward from; each group's gradient is clipped to a norm of 1."""
@@ -218,22 +218,14 @@ class Run:
                     self.save(optimizer.state_dict(), None if adapters is None else adapters.state_dict())
 
 
-def matrices(model: PreTrainedModel, host: Host) -> dict[str, nn.Module]:
-    """The matrices of the decoder layers, by name, outside of memories: what low-rank finetuning changes.
-
-    Raises:
-        ValueError: one is quantised.
-    """
-    found: dict[str, nn.Module] = {}
+def matrices(model: PreTrainedModel, host: Host) -> dict[str, Any]:
+    """The modules of the decoder layers that are a matrix, by name, outside of memories: what low-rank finetuning changes."""
+    found: dict[str, Any] = {}
     for number, layer in enumerate(getattr(model.base_model, host.layers)):
         inside = {id(x) for part in layer.modules() if isinstance(part, MemoryAttention) for x in part.modules()}
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside:
                 found[f"{number}.{name}"] = module
-                if not module.weight.is_floating_point():
-                    raise ValueError(
-                        f"model: finetuning writes into its matrices; expected floating point, got {module.weight.dtype} ({name})"
-                    )
     return found
 
 
