@@ -258,16 +258,16 @@ void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple
   p.ln_weight = ln_weight.data<float>(), p.ln_bias = ln_bias.data<float>();
   p.ln_eps = float(ln_eps);
 
-  // Threads share a task where half of them would be idle otherwise, and a stage takes longer than starting it.
-  constexpr int kUnits = 32;
-  constexpr int64_t kWork = int64_t(1) << 17;
-  const int64_t threads = num_threads(), tasks = std::max<int64_t>(1, p.tasks());
-  if (2 * tasks <= threads && int64_t(std::min<int64_t>(p.C, p.T)) * p.D * p.Hd >= kWork)
-    p.parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, p.Hd / kUnits)));
+  // Threads share a single task if its chunks have several blocks of tokens and a stage takes longer than starting it. They would finish
+  // two tasks later than side by side, unless there are many of them.
+  constexpr int64_t kUnits = 32, kTokens = 32, kWork = int64_t(1) << 17;
+  const int64_t tokens = std::min<int64_t>(p.C, p.T);
+  if (p.tasks() == 1 && tokens >= kTokens && tokens * p.D * p.Hd >= kWork)
+    p.parts = int(std::max<int64_t>(1, std::min(num_threads(), p.Hd / kUnits)));
   p.parallel_for = parallel_for;
 }
 
-// Tasks side by side, or one after the other if threads share them
+// Tasks side by side, or one that threads share
 template <class Params> void run_mlp(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
   if (p.parts == 1) return run(kernel, p);
   pybind11::gil_scoped_release nogil;

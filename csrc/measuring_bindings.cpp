@@ -1,8 +1,9 @@
-// What only bench.cpu calls.
+// What only bench.cpu and the tests call.
 #include <pybind11/stl.h>
 
 #include "cpu/capability.h"
 #include "cpu/profile.h"
+#include "cpu/scratch.h"
 #include "step_bindings.h"
 #include "torch_api.h"
 
@@ -24,6 +25,7 @@ void multiply_adds(int64_t operations) {
 void bind_measuring(pybind11::module_& m) {
   m.def("multiply_adds", &multiply_adds, pybind11::arg("operations"),
         "Multiplications and additions in registers, as many as the instruction set and all threads can do: a yardstick.");
+  m.def("scratch_bytes", &cpu::scratch_bytes, "The working memory of the calling thread, which grows when a call needs more and stays.");
 #ifdef MIRAS_PROFILE
   m.def("take_stages", &cpu::take_stages);
 #endif

@@ -36,7 +36,7 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 // Tokens: dQ, dV, dK
-void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const MlpState& start, const float* dZT) {
+void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const MlpState& start) {
   const int c = tokens(chunk), first = mine.tokens.first, count = mine.tokens.count();
   const Range rows = mine.tokens;
   const Gates& gates = m.gates;
@@ -81,7 +81,7 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
     if (!momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.eta + i);
     if (momentum) x.subtract_scaled_rows(m.part + index_t(i) * dp + j, dp, m.step_weight + i);
-    x.add(Cols{dZT + i, cp}, W2 + j, dp, 0, hd);
+    x.add(Cols{m.HT + i, cp}, W2 + j, dp, 0, hd);
     x.subtract(Cols{s.M2 + i, cp}, m.Q + j, dp, i, c);
     if (bias.predicts) x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dE + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
@@ -119,7 +119,7 @@ void MlpBackwardTask::gate_gradients(int64_t chunk) {
 }
 
 // Hidden units: JS and J of matrix i of the preceding chunk, or the gradient of its W
-void MlpBackwardTask::state_gradients(const Part& mine, int i, int c, const float* dZT, ReadSoon soon) {
+void MlpBackwardTask::state_gradients(const Part& mine, int i, int c, const MlpState& start, ReadSoon soon) {
   const Gates& gates = m.gates;
   MIRAS_STAGE("update", (i == 0 ? 6 : 4) * c * d * hd, (i == 0 ? 3 : 2) * hd * c + 3 * c * d + 2 * hd * d);
   const bool identity = m.retention.identity;
@@ -134,18 +134,19 @@ void MlpBackwardTask::state_gradients(const Part& mine, int i, int c, const floa
       x.store_to(s.JS[i] + at, dp);
     });
   }
-  ReadSoon once = mine.once(soon);
+  ReadSoon once = mine.once(soon), w_soon = preceding(mine, start.dual[1 - i], state);
+  ReadSoon a_soon = preceding(mine, m.AT, hidden), gz_soon = preceding(mine, m.GzT, hidden);
   float* const to = identity ? s.J[i] : s.dW[i];
   sweep(mine.units, dp, [&]<int R, int N>(int unit, int j) MIRAS_LAMBDA {
     const index_t row = index_t(unit) * cp, at = index_t(unit) * dp + j;
     Tile<R, N> x;
     if (i == 0) {
-      x.add(Rows{readT + row, cp}, s.dUq_gamma + j, dp, 0, c, once);
-      x.add(Rows{s.dGaT + row, cp}, m.Gu + j, dp, 0, c);
-      x.add(Rows{m.AT + row, cp}, s.dU + j, dp, 0, c);
+      x.add(Rows{readT + row, cp}, s.dUq_gamma + j, dp, 0, c, w_soon);
+      x.add(Rows{s.dGaT + row, cp}, m.Gu + j, dp, 0, c, gz_soon);
+      x.add(Rows{m.AT + row, cp}, s.dU + j, dp, 0, c, a_soon);
     } else {
       x.add(Rows{readT + row, cp}, s.Q_gamma + j, dp, 0, c, once);
-      x.add(Rows{dZT + row, cp}, m.K + j, dp, 0, c);
+      x.add(Rows{m.HT + row, cp}, m.K + j, dp, 0, c, w_soon);
     }
     if (identity) x.add_scaled(s.J[i] + at, dp, gates.end(c));
     x.store_to(to + at, dp);
@@ -164,7 +165,6 @@ void MlpBackwardTask::through_primal(const Part& mine, int c, const MlpState& st
 void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   const int c = tokens(chunk);
   const MlpState start = s.states.at(i);
-  float *slopeT = s.ZT + i * hidden, *HT = s.GaT + i * hidden;  // as `repeat_hidden` leaves them; HT becomes dZ'
   const bool identity = m.retention.identity;
   m.read_queries(p, b, token(chunk), h, c);
   view(p.grad_out, chunk).read(c, s.dO, dp);
@@ -174,7 +174,6 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   drho[0] = drho[1] = 0.0f;
 
   in_parts(p, c, [&](const Part& mine) {
-    repeat_hidden(mine, i, c);
     m.errors(mine, p, bias);
     m.transpose_rows(mine.tokens, m.U1, s.U1T);
     m.query_scores(mine, c, start, {s.L, s.Theta, s.scores2, nullptr}, WriteSoon());
@@ -196,7 +195,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   rho_gradient(c, start.rho[0]);
   in_parts(p, c, [&](const Part& mine) {
     read_backward_hidden(mine, c, start);
-    write_backward_hidden(mine, c, slopeT, HT);
+    write_backward_hidden(mine, c);
   });
   in_parts(p, c, [&](const Part& mine) {
     write_backward(mine, c, start);
@@ -206,17 +205,17 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   in_parts(p, c, [&](const Part& mine) {
     MIRAS_STAGE("gates", 0, 4 * hd * d);
     inner_products(mine, start);
-    hidden_backward(mine, c, start, slopeT, HT);
+    hidden_backward(mine, c, start);
     norm_gradients(mine, c);
-    if (identity) state_gradients(mine, 0, c, HT, ReadSoon());
+    if (identity) state_gradients(mine, 0, c, start, ReadSoon());
   });
-  in_parts(p, c, [&](const Part& mine) { token_gradients(mine, chunk, start, HT); });
+  in_parts(p, c, [&](const Part& mine) { token_gradients(mine, chunk, start); });
   if (momentum) reads_of_momenta(c, 1, start.rho[1]);
   MIRAS_STAGE("gates", 0, c * (c + 1) / 2);
   gate_gradients(chunk);
   in_parts(p, c, [&](const Part& mine) {
-    if (!identity) state_gradients(mine, 0, c, HT, ReadSoon());
-    state_gradients(mine, 1, c, HT, ReadSoon(view(p.k, chunk - 1), chunk > 0 ? p.C : 0));
+    if (!identity) state_gradients(mine, 0, c, start, ReadSoon());
+    state_gradients(mine, 1, c, start, ReadSoon(view(p.k, chunk - 1), chunk > 0 ? p.C : 0));
   });
   if (!identity) in_parts(p, c, [&](const Part& mine) { through_primal(mine, c, start); });
 }

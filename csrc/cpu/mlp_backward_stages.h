@@ -82,7 +82,7 @@ void MlpBackwardTask::read_backward_hidden(const Part& mine, int c, const MlpSta
 }
 
 // Hidden units: dGa, and in place of gelu'' o Ga its product with dGz
-void MlpBackwardTask::write_backward_hidden(const Part& mine, int c, const float* slopeT, float* HT) {
+void MlpBackwardTask::write_backward_hidden(const Part& mine, int c) {
   MIRAS_STAGE("dGz", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 5 * hd * c);
   if (momentum) m.hidden_product(mine.units, c, s.JS[1], m.KT, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -94,8 +94,8 @@ void MlpBackwardTask::write_backward_hidden(const Part& mine, int c, const float
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
       const Vec dGz = -load(m.gates.eta + j + k * kLanes) * y;
-      store(HT + at, load(HT + at) * dGz);
-      y = load(slopeT + at) * dGz;
+      store(m.HT + at, load(m.HT + at) * dGz);
+      y = load(m.slopeT + at) * dGz;
     });
     x.store_to(s.dGaT + index_t(i) * cp + j, cp);
   });
@@ -200,7 +200,7 @@ void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
 }
 
 // Hidden units: dZ in place of gelu'' o Ga o dGz
-void MlpBackwardTask::hidden_backward(const Part& mine, int c, const MlpState& start, const float* slopeT, float* HT_dZT) {
+void MlpBackwardTask::hidden_backward(const Part& mine, int c, const MlpState& start) {
   const float* W1T = start.primal[0];
   MIRAS_STAGE("dZ", 4 * c * d * hd + c * (c + 1) * hd, 2 * hd * d + 2 * d * c + c * (c + 1) / 2 + 4 * hd * c);
   if (momentum) m.hidden_product(mine.units, c, s.JS[0], s.U1T, m.partT, ReadSoon());
@@ -213,7 +213,7 @@ void MlpBackwardTask::hidden_backward(const Part& mine, int c, const MlpState& s
     x.add(Rows{W1T + index_t(i) * dp, dp}, s.dUT + j, cp, 0, d);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
-      store(HT_dZT + at, load(HT_dZT + at) + load(slopeT + at) * y);
+      store(m.HT + at, load(m.HT + at) + load(m.slopeT + at) * y);
     });
   });
 }

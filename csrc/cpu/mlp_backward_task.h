@@ -11,7 +11,6 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct MlpBackwardScratch {
   MlpChunk chunk;
   MlpStates states;                       // of a segment
-  float *ZT, *GaT, *X, *r;                // of a segment: [segment][Hd x Cp] twice, [C x Dp], [Cp]
   float *J[2], *JS[2];                    // [Hd x Dp]  JS with momentum
   float* dW[2];                           // [Hd x Dp]  unless W = A
   float* dO;                              // [C x Dp]
@@ -32,11 +31,8 @@ struct MlpBackwardScratch {
   float *dweight, *dbias;                       // [Dp]
   float* spare;                                 // [D x Hdp]
 
-  MIRAS_FN MlpBackwardScratch(Arena& a, const MlpBackward& p) : chunk(a, p), states(a, p, chunk.retention, p.segment) {
-    const int64_t n = p.segment;
+  MIRAS_FN MlpBackwardScratch(Arena& a, const MlpBackward& p) : chunk(a, p, p.segment), states(a, p, chunk.retention, p.segment) {
     const int dp = chunk.dp, cp = chunk.cp, momentum = chunk.gates.momentum;
-    ZT = a.take(n * p.Hd, cp), GaT = a.take(n * p.Hd, cp);
-    X = a.take(n * p.C, dp), r = a.take(n, cp);
     for (float*& x : J) x = a.take(p.Hd, dp);
     for (float*& x : JS) x = a.take(momentum * p.Hd, dp);
     for (float*& x : dW) x = a.take(chunk.retention.identity ? 0 : p.Hd, dp);
@@ -64,6 +60,7 @@ struct MlpBackwardScratch {
 struct MlpBackwardTask {
   const MlpBackward& p;
   const BiasTable& bias;
+  const MlpChunk& segment;
   MlpBackwardScratch s;
   MlpChunk& m;
   int64_t n, h, b, length;
@@ -73,7 +70,7 @@ struct MlpBackwardTask {
   float drho[2];
 
   MIRAS_FN MlpBackwardTask(const MlpBackward& params, const BiasTable& table, const MlpBackwardScratch& scratch, int64_t task)
-      : p(params), bias(table), s(scratch), m(s.chunk) {
+      : p(params), bias(table), segment(scratch.chunk), s(scratch), m(s.chunk) {
     n = task / p.H, h = task % p.H, b = p.batch(n), length = p.length(n);
     d = p.D, dp = m.dp, hd = p.Hd, cp = m.cp;
     momentum = m.gates.momentum;
@@ -87,22 +84,30 @@ struct MlpBackwardTask {
   MIRAS_FN int64_t token(int64_t chunk) const { return p.begin(n) + chunk * p.C; }
   MIRAS_FN ChunkView view(const TokenTensor& x, int64_t chunk, int first = 0) const { return m.view(p, x, b, token(chunk) + first, h); }
 
-  // Chunk i's part of MlpChunk that is stored for the whole segment.
-  void choose(int64_t i) { m.X = s.X + i * rows, m.r = s.r + i * cp; }
+  // Chunk i's part of what MlpChunk has for the whole segment.
+  void choose(int64_t i) {
+    m.X = segment.X + i * rows, m.r = segment.r + i * cp;
+    m.AT = segment.AT + i * hidden, m.GzT = segment.GzT + i * hidden;
+    m.slopeT = segment.slopeT + i * hidden, m.HT = segment.HT + i * hidden;
+  }
+
+  // An array that MlpChunk has for the whole segment, as the preceding chunk has it
+  MIRAS_FN ReadSoon preceding(const Part& mine, const float* x, index_t n) const {
+    return m.X == segment.X || mine.index > 0 ? ReadSoon() : ReadSoon(x - n, n);
+  }
 
   void rerun(int64_t first, int64_t last);
   // Stages, by parts of the hidden units or of the tokens
-  void repeat_hidden(const Part& mine, int64_t i, int c);
   void read_backward(const Part& mine, int c, const MlpState& start);
   void read_backward_hidden(const Part& mine, int c, const MlpState& start);
-  void write_backward_hidden(const Part& mine, int c, const float* slopeT, float* HT);
+  void write_backward_hidden(const Part& mine, int c);
   void write_backward(const Part& mine, int c, const MlpState& start);
   void inner_backward(const Part& mine, const MlpState& start);
-  void hidden_backward(const Part& mine, int c, const MlpState& start, const float* slopeT, float* HT_dZT);
+  void hidden_backward(const Part& mine, int c, const MlpState& start);
   void norm_gradients(const Part& mine, int c);
   void inner_products(const Part& mine, const MlpState& start);
-  void token_gradients(const Part& mine, int64_t chunk, const MlpState& start, const float* dZT);
-  void state_gradients(const Part& mine, int i, int c, const float* dZT, ReadSoon soon);
+  void token_gradients(const Part& mine, int64_t chunk, const MlpState& start);
+  void state_gradients(const Part& mine, int i, int c, const MlpState& start, ReadSoon soon);
   // Between stages
   void reads_of_momenta(int c, int i, const Rho& rho);
   void rho_gradient(int c, const Rho& rho);
@@ -125,29 +130,15 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
     m.find_primal(p, start);
     m.read(p, b, token(chunk), h, c);
     const MlpState next = s.states.at(chunk + 1 < last ? i + 1 : i);
-    in_parts(p, c, [&](const Part& mine) { m.predict_hidden(mine, c, start, s.ZT + i * hidden, ReadSoon()); });
+    in_parts(p, c, [&](const Part& mine) { m.predict_hidden(mine, c, start, ReadSoon()); });
     in_parts(p, c, [&](const Part& mine) { m.predict_errors(mine, p, bias, start, ReadSoon()); });
     in_parts(p, c, [&](const Part& mine) {
-      m.hidden_gradient(mine, c, start, s.GaT + i * hidden, ReadSoon());
+      m.hidden_gradient(mine, c, start, ReadSoon());
       if (chunk + 1 == last) return;
       m.advance_matrix(0, mine, c, start, next, ReadSoon(view(p.k, chunk + 1), tokens(chunk + 1)));
       m.advance_matrix(1, mine, c, start, next, ReadSoon());
     });
   }
-}
-
-// What recomputing did not store of chunk i's hidden units; gelu'(Z) replaces Z, gelu''(Z) o Ga replaces Ga.
-void MlpBackwardTask::repeat_hidden(const Part& mine, int64_t i, int c) {
-  float *ZT = s.ZT + i * hidden, *GaT = s.GaT + i * hidden;
-  MIRAS_STAGE("gelu", 0, 6 * hd * c);
-  m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
-    const Gelu gelu(load(ZT + at));
-    const Vec slope = gelu.slope(), ga = load(GaT + at);
-    store(m.AT + at, gelu.value());
-    store(m.GzT + at, slope * ga);
-    store(ZT + at, slope);
-    store(GaT + at, gelu.curvature() * ga);
-  });
 }
 
 }  // namespace miras::cpu::MIRAS_LEVEL

@@ -62,8 +62,8 @@ struct MlpChunk {
   float *X, *E, *G, *Gu;       // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi; g_u
   float* GuT;                  // [D x Cp]
   float *U1, *U1_end, *K_end;  // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
-  float *AT, *GzT;             // [Hd x Cp]
-  float *slopeT, *AqT;         // [Hd x Cp]  gelu'(Z); gelu(Zq)
+  float *AT, *GzT, *slopeT;    // [Hd x Cp]  Z at first in AT; gelu'(Z)
+  float *HT, *AqT;             // [Hd x Cp]  gelu''(Z) o Ga, null in the forward; gelu(Zq)
   float *P1, *P2, *P2T;        // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
   float* Xq;                   // [C x Dp]  LN(Uq) without its affine part
   float *r, *rq, *weight;      // [Cp]  1 / std of the two; eta gamma_c / gamma_t
@@ -73,18 +73,20 @@ struct MlpChunk {
   float *U1_step, *K_step;        // [C x Dp]  step_weight times Gu and K
   float *partT, *part;            // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
 
-  MIRAS_FN MlpChunk(Arena& a, const MlpParams& p)
+  // The backward has X, r, AT, GzT, slopeT and HT of `segment` chunks, in the forward 0: those of one, without HT.
+  MIRAS_FN MlpChunk(Arena& a, const MlpParams& p, int64_t segment)
       : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p), gates(a, p), norm(a, p) {
+    const int64_t n = segment ? segment : 1;
     K = a.take(p.C, dp), Q = a.take(p.C, dp), V = a.take(p.C, dp);
     KT = a.take(d, cp), QT = a.take(d, cp);
-    X = a.take(p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = a.take(p.C, dp);
+    X = a.take(n * p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = a.take(p.C, dp);
     GuT = a.take(d, cp);
     U1 = a.take(p.C, dp), U1_end = a.take(p.C, dp), K_end = a.take(p.C, dp);
-    AT = a.take(hd, cp), GzT = a.take(hd, cp);
-    slopeT = a.take(hd, cp), AqT = a.take(hd, cp);
+    AT = a.take(n * hd, cp), GzT = a.take(n * hd, cp), slopeT = a.take(n * hd, cp);
+    HT = segment ? a.take(n * hd, cp) : nullptr, AqT = a.take(hd, cp);
     P1 = a.take(p.C, cp), P2 = a.take(p.C, cp), P2T = a.take(p.C, cp);
     Xq = a.take(p.C, dp);
-    r = a.take(1, cp), rq = a.take(1, cp), weight = a.take(1, cp);
+    r = a.take(n, cp), rq = a.take(1, cp), weight = a.take(1, cp);
     last_rows = a.take(2 * p.parts, cp), delta = a.take(1, cp);
     const int momentum = gates.momentum;
     step_weight = a.take(momentum, cp), carry[0] = a.take(momentum, cp), carry[1] = a.take(momentum, cp);
@@ -165,17 +167,18 @@ struct MlpChunk {
     transpose(src + index_t(tokens.first) * dp, dp, tokens.count(), d, dst + tokens.first, cp);
   }
 
-  // ---- the inner gradients at a state: Z, X, E, G, Gu, A, Gz, and Ga unless GaT is null ----
+  // ---- the inner gradients at a state: A, X, E, G, Gu, Gz ----
 
-  // Hidden units: Z, A, gelu'(Z)
-  void predict_hidden(const Part& mine, int c, const MlpState& s, float* ZT, ReadSoon soon) {
+  // Hidden units: A, gelu'(Z), gelu''(Z) in HT
+  void predict_hidden(const Part& mine, int c, const MlpState& s, ReadSoon soon) {
     MIRAS_STAGE("hidden units", 2 * c * d * hd, hd * d + d * c + hd * c);
-    hidden_product(mine.units, c, s.primal[1], KT, ZT, mine.once(soon));
+    hidden_product(mine.units, c, s.primal[1], KT, AT, mine.once(soon));
     MIRAS_STAGE("gelu", 0, 3 * hd * c);
     each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
-      const Gelu gelu(load(ZT + at));
+      const Gelu gelu(load(AT + at));
       store(AT + at, gelu.value());
       store(slopeT + at, gelu.slope());
+      if (HT) store(HT + at, gelu.curvature());
     });
   }
 
@@ -206,8 +209,8 @@ struct MlpChunk {
     weigh_rows(tokens, dp, step_weight, K, K_step);
   }
 
-  // Hidden units: Gz, Ga
-  void hidden_gradient(const Part& mine, int c, const MlpState& s, float* GaT, ReadSoon soon) {
+  // Hidden units: Gz, HT
+  void hidden_gradient(const Part& mine, int c, const MlpState& s, ReadSoon soon) {
     const float* W1T = s.primal[0];
     MIRAS_STAGE("hidden gradient", 2 * c * d * hd, hd * d + d * c + 2 * hd * c);
     ReadSoon once = mine.once(soon);
@@ -215,7 +218,7 @@ struct MlpChunk {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> x;
       x.add(Rows{W1T + index_t(i) * dp, dp}, GuT + j, cp, 0, d, once);
-      if (GaT) x.store_to(GaT + at, cp);
+      if (HT) x.multiply_into(HT + at, cp);
       x.multiply(slopeT + at, cp);
       x.store_to(GzT + at, cp);
     });

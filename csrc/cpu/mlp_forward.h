@@ -24,13 +24,11 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct MlpForwardScratch {
   MlpChunk chunk;
   MlpStates state, start;  // start: of an open chunk
-  float* ZT;               // [Hd x Cp]
   float* O;                // [C x Dp]
   float* spare;            // [D x Hdp]
 
   MIRAS_FN MlpForwardScratch(Arena& a, const MlpForward& p)
-      : chunk(a, p), state(a, p, chunk.retention, 1), start(a, p, chunk.retention, p.position ? 1 : 0) {
-    ZT = a.take(p.Hd, chunk.cp);
+      : chunk(a, p, 0), state(a, p, chunk.retention, 1), start(a, p, chunk.retention, p.position ? 1 : 0) {
     O = a.take(p.C, chunk.dp);
     spare = a.take(p.D, round_up(p.Hd, kPad));
   }
@@ -90,12 +88,12 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const int next = int(length - t - c < p.C ? length - t - c : p.C);
     const MlpState& written = opened ? start : state;
     in_parts(p, c, [&](const Part& mine) {
-      m.predict_hidden(mine, c, written, s.ZT, ReadSoon());
+      m.predict_hidden(mine, c, written, ReadSoon());
       m.query_scores(mine, c, state, {}, WriteSoon());
     });
     in_parts(p, c, [&](const Part& mine) { m.predict_errors(mine, p, bias, written, ReadSoon()); });
     in_parts(p, c, [&](const Part& mine) {
-      m.hidden_gradient(mine, c, written, nullptr, ReadSoon());
+      m.hidden_gradient(mine, c, written, ReadSoon());
       m.read_hidden(mine, c, state);
       MIRAS_STAGE("gelu", 0, 2 * hd * c);
       m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT + at, Gelu(load(m.AqT + at)).value()); });

@@ -69,7 +69,10 @@ template <class T> static void transpose(const T* src, index_t ld_src, int rows,
       for (int quad = 0; quad < width; quad += 4) {
         Vec x[4];
         transpose_quads(from + quad, ld, x);
-        for (int r = 0; r < minimum(4, width - quad); ++r) store(to + (quad + r) * ld_dst, x[r]);
+        float* const rows = to + quad * ld_dst;
+        MIRAS_UNROLL
+        for (int r = 0; r < 4; ++r)
+          if (quad + r < width) store(rows + r * ld_dst, x[r]);
       }
     }
   }
@@ -124,7 +127,7 @@ struct ChunkView {
   }
 };
 
-// Prefetches a chunk of a tensor while a product of so many multiply-adds runs, evenly: a line at every 2^n-th step of its inner loop, n >= 1.
+// Prefetches a chunk of a tensor while a product of so many multiply-adds runs, evenly: a line at every 2nd, 4th, ... of its inner steps.
 // Tokens are often a page apart, which the hardware does not predict. Prefetching all at once would fill the load buffers, for which the
 // product would wait; prefetching too early would let the rows, whose low address bits are equal, evict each other.
 template <bool kWrite> class Prefetch {
@@ -139,6 +142,9 @@ template <bool kWrite> class Prefetch {
     constexpr int kStep = kTileRows<kTileVectors> * kTileVectors * kLanes;
     while (left_ * kStep * 2 * (mask_ + 1) <= products && left_ > 0) mask_ = 2 * mask_ + 1;
   }
+
+  // n floats in a row
+  MIRAS_FN Prefetch(const float* x, index_t n) : at_((const char*)x), row_(int(n / 16)), left_in_row_(row_), left_(row_) {}
 
   MIRAS_FN void operator()(index_t k) {
     if ((k & mask_) || left_ <= 0) return;

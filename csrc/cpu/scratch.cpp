@@ -12,10 +12,13 @@ struct Block {
   ~Block() { std::free(data); }
 };
 
+thread_local Block blocks[2];
+
 }  // namespace
 
+std::size_t scratch_bytes() { return (blocks[0].size + blocks[1].size) * sizeof(float); }
+
 float* thread_scratch(std::size_t floats, int i) {
-  thread_local Block blocks[2];
   Block& block = blocks[i];
   if (floats > block.size) {
     std::free(block.data);

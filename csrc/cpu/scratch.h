@@ -13,6 +13,9 @@ namespace miras::cpu {
 // 0 is a kernel's, 1 that of an interpreted program.
 float* thread_scratch(std::size_t floats, int block = 0);
 
+// What the calling thread has.
+std::size_t scratch_bytes();
+
 // AddressSanitizer sees scratch as one allocation: all of it is marked out of bounds until handed out, including the gaps between parts.
 // What is handed out holds NaN, so that reading before writing shows in the results.
 static inline __attribute__((always_inline)) void forbid(float* from, std::size_t floats) {

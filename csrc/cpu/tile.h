@@ -107,6 +107,11 @@ template <int R, int N> struct Tile {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y *= load(x + r * ld + n * kLanes); });
   }
 
+  // x *= this, element by element
+  MIRAS_FN void multiply_into(float* x, index_t ld) {
+    each([&](int r, int n, Vec& y) MIRAS_LAMBDA { store(x + r * ld + n * kLanes, load(x + r * ld + n * kLanes) * y); });
+  }
+
   // column n *= x[n]
   MIRAS_FN void scale_cols(const float* x) {
     each([&](int, int n, Vec& y) MIRAS_LAMBDA { y *= load(x + n * kLanes); });

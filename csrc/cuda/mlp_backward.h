@@ -49,18 +49,20 @@ template <int C, int Hd> struct Handed {
 
 constexpr uint32_t whole_lines(uint32_t bytes) { return (bytes + 127) / 128 * 128; }
 
-template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C> {
-  using Base = Shared<C, Hd, C>;
-  static constexpr uint32_t kU2 = whole_lines(Base::kBytes), kDZq = kU2 + Hd * C * 2;  // [Hd, C]
-  static constexpr uint32_t kDUq = kDZq + Hd * C * 2;                                  // [C, D]
-  static constexpr uint32_t kN1 = kDUq + C * kD * 2, kScores = kN1 + C * C * 2;        // [C, C]: as handed over; -L o (Aq A')
-  static constexpr uint32_t kReads = kScores + C * C * 2;                              // [warps, C] float32
-  static constexpr uint32_t kCrossed = kReads + Shape<C, Hd>::kWarps * C * 4;          // [C, C] float32
-  static constexpr uint32_t kBytes = kCrossed + C * C * 4;
+template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2> {
+  using Base = Shared<C, Hd, C, C == 64 ? 1 : 2>;
+  static constexpr int kMostTiles = 8;
+  static constexpr uint32_t kDZq = Base::kAq;                                             // in the place of Aq, by each warp
+  static constexpr uint32_t kU2 = whole_lines(Base::kBytes), kN1 = kU2 + Hd * C * 2;      // [Hd, C]; [C, C] as handed over
+  static constexpr uint32_t kDUq = kN1 + C * C * 2, kScores = kDUq + C * kD * 2;          // [C, D]; [C, C]: -L o (Aq A')
+  static constexpr uint32_t kCrossed = kDUq;                                              // [C, C] float32, in the place of both
+  static constexpr uint32_t kReads = kScores + C * C * 2;                                 // [warps, C] float32
+  static constexpr uint32_t kBytes = kReads + Shape<C, Hd>::kWarps * C * 4;
+  static_assert(4 * C * C <= kReads - kCrossed);
 };
 
 template <int C, int Hd> struct ReverseShared {
-  static constexpr int kBuffers = 1, kExchangeRow = kD + 8;  // floats
+  static constexpr int kBuffers = 1, kGateBuffers = 1, kMostTiles = 8, kExchangeRow = kD + 8;
   static constexpr uint32_t kTile = C * kD * 2, kState = Hd * kD * 2, kHidden = Hd * C * 2, kSquare = C * C * 2;
   static constexpr uint32_t kK = 0, kV = kK + kTile, kQ = kV + kTile;        // in V's place dU
   static constexpr uint32_t kGu = kQ + kTile, kDUq = kGu + kTile;            // in Gu's place gamma Q
@@ -97,6 +99,7 @@ template <class Function> int with_backward_sizes(int C, int Hd, Function&& f) {
   };
   if (C == 16) return with_hidden(std::integral_constant<int, 16>());
   if (C == 32) return with_hidden(std::integral_constant<int, 32>());
+  if (C == 64 && Hd == 128) return f(std::integral_constant<int, 64>(), std::integral_constant<int, 128>());
   return 0;
 }
 

@@ -10,7 +10,7 @@ template <int C, int Hd, class T, class Layout> struct Block {
   using X = Shape<C, Hd>;
   using S = Layout;
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
-  static constexpr int kPass = kEights < 4 ? kEights : 4;                   // tiles of 8 tokens whose Z is in registers at once
+  static constexpr int kPass = kEights < S::kMostTiles ? kEights : S::kMostTiles;
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
   static constexpr int kUnroll = C / 16;                                    // of the loops over hidden units, as registers allow
   static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
@@ -98,7 +98,7 @@ template <int C, int Hd, class T, class Layout> struct Block {
   // of 2^-10 and remainders (kernels/common/decays.py), so that their differences keep their digits.
   __device__ __forceinline__ void weigh(int c) {
     constexpr int kPer = (C + 31) / 32, kActive = C / kPer;
-    const uint32_t buffer = (c & (S::kBuffers - 1)) * S::kGateBuffer;
+    const uint32_t buffer = (c & (S::kGateBuffers - 1)) * S::kGateBuffer;
     float units[kPer], rest[kPer];
     float all_units = 0.0f, all_rest = 0.0f, open = 0.0f;
 #pragma unroll

@@ -264,11 +264,11 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
     __syncthreads();
 #pragma unroll 1
     for (int c = int(first); c < last; ++c) {
-      const uint32_t tile = (c & 1) * S::kTile, buffer = (c & 1) * S::kGateBuffer;
+      const uint32_t tile = (c & (S::kBuffers - 1)) * S::kTile, buffer = (c & 1) * S::kGateBuffer;
       const uint32_t K = S::kK + tile, V = S::kV + tile, Q = S::kQ + tile;
       const uint32_t logs = S::kLogs + buffer, gammas = S::kGamma + buffer;
       to = b.handed + ((int64_t(at_place) * p.every + (c - first)) * p.H + h) * To::kBytes;
-      if (c + 1 < last) Base::fetch(c + 1);
+      if (S::kBuffers > 1 && c + 1 < last) Base::fetch(c + 1);
       Base::predict(K, Q, logs);
       __syncthreads();
       hand(To::kS1, S::kS1, Hd * kD * 2), hand_pairs(To::kP, S::kP);
@@ -293,6 +293,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
       __syncthreads();
       query_grad(K, logs, gammas, c * C);
       __syncthreads();
+      if (S::kBuffers == 1 && c + 1 < last) Base::fetch(c + 1);
       if (b.grad_log_decay && threadIdx.x < C && c * C + int(threadIdx.x) < tokens) {
         float sum = 0.0f;
         for (int r = threadIdx.x; r < C; ++r) sum += at<float>(S::kCrossed + 4 * (r * C + threadIdx.x));

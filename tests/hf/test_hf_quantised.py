@@ -181,7 +181,7 @@ def test_quantisations_without_a_list_are_refused(tmp_path):
 def test_bitsandbytes(init, bits, tmp_path):
     """Where it is installed: trained, saved and loaded."""
     pytest.importorskip("bitsandbytes")
-    sizes = dict(hidden_size=64, head_dim=16)
+    sizes = dict(hidden_size=64, intermediate_size=64, head_dim=16)  # blocks of 64 numbers share a scale
     plain("Llama", **sizes).save_pretrained(tmp_path / "plain")
     quantization = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32)
     config = memory_config(AutoConfig.from_pretrained(tmp_path / "plain"), "yaad_linear", [0], init=init, chunk_size=4)
