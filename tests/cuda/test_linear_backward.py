@@ -51,7 +51,7 @@ SPECIMENS = [
     ("sm_80", sized("power", 32, 128, tokens=64, bias=mk.Lp(3.0))),
     ("sm_90", sized("wide-packed", 32, 128, lengths=(33, 32))),
     ("sm_90", sized("largest", 64, 128, tokens=200)),
-    ("sm_90", sized("coupled", 64, 128, lengths=(70, 0, 130), bias=mk.RobustL2())),
+    ("sm_90", sized("coupled", 64, 64, lengths=(70, 0, 70), bias=mk.RobustL2())),
     ("sm_90", sized("smooth", 16, 64, tokens=32, bias=mk.Lp(1.5, 10.0), decay="strong")),
 ]
 QUICK = ("small",)
