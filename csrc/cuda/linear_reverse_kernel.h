@@ -51,7 +51,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
         const float* const with = &j[2 * i + r / 2][2 * (r % 2)];
         inner[r] = fmaf(of.x, with[0], inner[r]), inner[r] = fmaf(of.y, with[1], inner[r]);
       }
-  wgmma_wait(d), wgmma_wait(e);  // their operands take the registers that the scores need
+  wgmma_wait(d, e);  // their operands take the registers that the scores need
   // f(number, row, column) of the warp's tiles of pairs; decay of a pair of a tile
   const auto each_unit = [&](auto&& f) {
     each<S::kUnits>([&](auto i) {

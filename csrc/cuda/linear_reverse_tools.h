@@ -125,7 +125,6 @@ __device__ __forceinline__ void tile_product(float (&c)[kTiles][4], uint32_t til
       constexpr uint32_t kStep = kByRows ? i * 16 * 128 : i / 4 * (kRows * 128) + i % 4 * 32;
       wgmma<kTiles, i == 0 && !kAdds, kByRows>(c, a[i], b + kStep / 16);
     });
-    wgmma_commit();
   } else {
     if constexpr (!kAdds)
       for (auto& x : c)

@@ -28,17 +28,15 @@ __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void wgmma_commit() {
+// all products are done; what reads these D stays behind this
+template <int... kTiles> __device__ __forceinline__ void wgmma_wait(float (&... d)[kTiles][4]) {
 #if MIRAS_WGMMA
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-// all products are done; what reads `d` stays behind this
-template <int kTiles> __device__ __forceinline__ void wgmma_wait(float (&d)[kTiles][4]) {
-#if MIRAS_WGMMA
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+  const auto keep = [](auto& of) {
+    for (auto& x : of) asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])::"memory");
+  };
+  (keep(d), ...);
 #endif
 }
 
