@@ -1,11 +1,11 @@
-"""Counts of the compiled Triton kernels, executed on the CPU, and modelled times. No GPU is needed.
+"""Counts of the compiled Triton and CUDA C++ kernels, executed on the CPU, and modelled times. No GPU is needed.
 
     python -m bench.gpu.counts                     the table's counts and the times modelled from them
     python -m bench.gpu.counts --chip H100         for another chip of chips.py
     python -m bench.gpu.counts --check             execute the kernels; red if one is more than 3 % worse than in the table
     python -m bench.gpu.counts --renew "REASON"    execute the kernels, write the table; counts.json keeps the reason
     python -m bench.gpu.counts --only D64          the specimens with this text in their names
-    python -m bench.gpu.counts --backend cuda --only Hd256    execute the CUDA C++ kernels, beside the table
+    python -m bench.gpu.counts --backend cuda      likewise the CUDA C++ kernels, which have an entry of their own
 
 The machine of tests/ptx executes two short sequences, and what is linear in the tokens is extrapolated: counts of programs, latencies of
 chains. bench/README.md explains the report.
@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,10 +48,13 @@ class Specimen:
     name: str  # of a bias or of a variant of the recurrence
     shapes: tuple[Shape, ...]
     architecture: str = "sm_90"
+    values: int = 0  # of a block of the CUDA C++ chain of the linear memory
 
     def __str__(self) -> str:
         hidden = f"-Hd{self.shape.hidden}" if self.shape.hidden else ""
-        return f"{self.architecture}:D{self.shape.key_dim}-C{self.shape.chunk_size}{hidden}-{self.name}"
+        return f"{self.architecture}:D{self.shape.key_dim}-C{self.shape.chunk_size}{hidden}-{self.name}" + (
+            f"-v{self.values}" if self.values else ""
+        )
 
     @property
     def between(self) -> tuple[int, int]:
@@ -78,15 +82,48 @@ SPECIMENS = {
 }
 
 
+#: those that the CUDA C++ kernels serve in chunks
+CUDA = tuple(f"sm_90:{name}" for name in ("D64-C64-l2", "D128-C64-l2", "D128-C64-huber_coordinate", "D64-C64-Hd256-huber_coordinate"))
+
+
+def specimens(backend: str) -> dict[str, Specimen]:
+    """By name. Those of the CUDA C++ chain of the linear memory have the shapes that launch blocks of so many values."""
+    if backend == "triton":
+        return SPECIMENS
+    from miras_kernels.backends.cuda_linear import block_values
+
+    chip, found = CHIPS["H200"], []
+    for given in map(SPECIMENS.get, CUDA):
+        launched = lambda shape: block_values(shape.key_dim, shape.batch * shape.heads, False, chip.multiprocessors)
+        of = {0: given.shapes} if given.shape.hidden else {n: tuple(x for x in given.shapes if launched(x) == n) for n in (32, 64)}
+        found += [dataclasses.replace(given, shapes=shapes, values=values) for values, shapes in of.items() if shapes]
+    return {str(x): x for x in found}
+
+
 # ------------------------------------------------------------------------------------------------------------- executing
+
+#: of a CUDA C++ kernel, the template's numbers
+TEMPLATES = {"linear_chain": ("Dk", "C", "values"), "linear_reverse": ("Dk", "C"), "mlp_chain": ("C", "Hd"), "mlp_replay": ("C", "Hd"),
+             "mlp_reverse": ("C", "Hd")}  # fmt: skip
+
+
+def readable(name: str) -> str:
+    """The name of a CUDA C++ kernel and its template's types and numbers, from the compiler's name; that of a Triton kernel as it is."""
+    found = re.match(r"_ZN.*?\d(" + "|".join(TEMPLATES) + r")I(.*?)E+v\d", name)
+    if found is None:
+        return name
+    types = {"13__nv_bfloat16": "bf16", "6__half": "f16"}
+    numbers = zip(TEMPLATES[found[1]], re.findall(r"Li(\d+)E", found[2] + "E"), strict=True)
+    return " ".join([found[1], *(short for long, short in types.items() if long in found[2]), *(f"{x}{n}" for x, n in numbers)])
 
 
 def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> list[dict]:
-    """The launches of a call, in order, with what is counted of each."""
+    """The launches of a call, in order, with what is counted of each; of "cuda" only the names of those that Triton's kernels do."""
     import torch
     from miras_kernels.kernels.common import configs
 
     from miras_kernels import dispatch
+    from miras_kernels.backends import cuda_linear
     from ptx import compiling, cuda, host
 
     from ..common.implementations import kernel
@@ -99,17 +136,24 @@ def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> l
 
     def count(launch) -> None:
         grid = (*launch.grid, 1)
-        heads = EXECUTED if grid[1] > 1 else HEADS
-        _, counts = launch.run(chip=chip, heads=heads)
+        own = not launch.name  # of CUDA C++: blocks of all heads in one row, those of the first heads first
+        if backend == "cuda" and not own:
+            found.append(dict(kernel=launch.name.split()[0]))
+            return
+        programs = grid[0] * EXECUTED // HEADS if own else grid[0]
+        heads = EXECUTED if own or grid[1] > 1 else HEADS
+        _, counts = launch.run(chip=chip, heads=heads, most=programs if own else 2**31)
         registers, shared = compiling.registers(launch.ptx, launch.entry), launch.shared
         issued = counts.issued
         values = dict(
-            programs=grid[0] * min(grid[1], heads), issued=sum(issued.values()), special=issued.get("special", 0), flop=counts.flop,
+            programs=programs * min(grid[1], heads), issued=sum(issued.values()), special=issued.get("special", 0), flop=counts.flop,
             wavefronts=counts.wavefronts + counts.operands, sectors=counts.sectors, bytes=counts.bytes, barriers=counts.barriers,
             latency=round(counts.clock.now),
         )  # fmt: skip
         kernel = counts.program.kernel
-        found.append(dict(kernel=kernel.name, heads=heads, threads=kernel.threads, registers=registers, shared=shared, counts=values))
+        found.append(
+            dict(kernel=readable(kernel.name), heads=heads, threads=kernel.threads, registers=registers, shared=shared, counts=values)
+        )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(configs.fuse(True))  # as the shapes, which fill a chip, do
@@ -118,6 +162,7 @@ def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> l
             built = cuda.build(shutil.which("nvcc") or "nvcc", specimen.architecture)
             own = stack.enter_context(cuda.on_machine(built, instead=count))
             stack.enter_context(mock.patch.dict(dispatch.BACKENDS, cuda=own))
+            stack.enter_context(mock.patch.object(cuda_linear, "block_values", lambda *_: specimen.values))
         kernel(inputs, backend, direction)()
     return found
 
@@ -130,7 +175,14 @@ def rows(specimen: Specimen, backend: str = "triton") -> dict[str, list[dict]]:
         both = []
         for a, b in zip(short, long, strict=True):
             assert a["kernel"] == b["kernel"]
-            both.append(b | {"counts": {field: [a["counts"][field], b["counts"][field]] for field in model.FIELDS}})
+            if "counts" in b:
+                b |= {"counts": {field: [a["counts"][field], b["counts"][field]] for field in model.FIELDS}}
+            both.append(b)
+        rest = [row["kernel"] for row in both if "counts" not in row]  # the last ones, a backward's
+        if rest:
+            known = read()[version("triton")]["rows"][str(dataclasses.replace(specimen, values=0))][direction][-len(rest) :]
+            assert rest == [row["kernel"] for row in known]
+            both[-len(rest) :] = known
         found[direction] = both
     return found
 
@@ -170,6 +222,16 @@ def worse(before: dict, now: dict) -> Iterator[str]:
             for name, (was, is_) in pairs.items():
                 if is_ > was * (1 + TOLERANCE):
                     yield f"{direction}: {new['kernel']}: {name} {is_:g}, the table has {was:g} ({is_ / was - 1 if was else 1:+.1%})"
+
+
+def version(backend: str) -> str:
+    """The label of what compiles a backend's kernels here."""
+    if backend == "triton":
+        import triton
+
+        return triton.__version__.split("+")[0]
+    text = subprocess.run([shutil.which("nvcc") or "nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return "nvcc " + re.search(r"release ([\d.]+)", text)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
@@ -251,22 +313,18 @@ def main(arguments=None) -> int:
     parser.add_argument("--backend", default="triton", choices=("triton", "cuda"))
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--renew", metavar="REASON")
-    parser.add_argument("--label", metavar="LABEL", help="of the table's entry (default: the version of Triton)")
+    parser.add_argument("--label", metavar="LABEL", help="of the table's entry (default: the version of Triton, or of nvcc)")
     parser.add_argument("--base", default="7c81e26", metavar="LABEL", help="the entry to compare with")
     args = parser.parse_args(arguments)
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels are compiled in a process of their own
     sys.path.insert(0, str(ROOT / "tests"))
-    import triton
-
-    label, red = args.label or triton.__version__.split("+")[0], []
-    wanted = {name: x for name, x in SPECIMENS.items() if args.only in name}
+    label, red = args.label or version(args.backend), []
+    wanted = {name: x for name, x in specimens(args.backend).items() if args.only in name}
     for name, specimen in wanted.items():
         table = read()
         known = table.get(label, {"rows": {}})["rows"].get(name)
-        if args.backend == "cuda":
+        if args.check or args.renew:
             found = rows(specimen, args.backend)
-        elif args.check or args.renew:
-            found = rows(specimen)
             if args.renew:
                 write(label, {name: found}, f"{name}: {args.renew}")
             elif known is None:
@@ -276,7 +334,7 @@ def main(arguments=None) -> int:
         else:
             found = known
         if found is not None:
-            base = known if args.backend == "cuda" else table.get(args.base, {"rows": {}})["rows"].get(name)
+            base = table.get(args.base, {"rows": {}})["rows"].get(str(dataclasses.replace(specimen, values=0)))
             print("\n".join(report(specimen, found, args.chip, base)), flush=True)
     print("\n".join(red))
     return bool(red)

@@ -7,7 +7,8 @@
 //
 // Of the scores L o K Q', 8 tokens t are a B operand, whose k runs over the earlier tokens s. A tile of them has the tokens of groups w and
 // G - 1 - w of the chunk's G groups of 8: every tile then has the same number of pairs s <= t. Each is computed by one warp, from the keys
-// that it reads for E' anyway, and handed over through shared memory.
+// that it reads for E' anyway, and handed over through shared memory. In a block of 32 values only half of the warps have values; the
+// others compute all scores, up to two tiles each, and the next chunk's decays.
 //
 // A chunk: its tokens have arrived [barrier]; E', scores and W Q'; copies of the next chunk's tokens begin; scores to shared memory; U'
 // [barrier]; O'; W; the next chunk's decays. Products that do not wait for each other are issued together: one block of few warps has a
@@ -20,15 +21,19 @@ namespace miras::cuda {
 namespace {
 
 template <class S>
-template <bool kErrors, class Work>
-__device__ __forceinline__ void Chain<S>::errors_and_scores(float (&e)[kGroups][4], float (&scores)[kGroups][4], uint32_t stage,
+template <bool kErrors, bool kScores, class Work>
+__device__ __forceinline__ void Chain<S>::errors_and_scores(float (&e)[kGroups][4], float (&scores)[S::kTiles][kGroups][4], uint32_t stage,
                                                             float factor, Work&& work) const {
+  constexpr int kTiles = kScores ? S::kTiles : 0;
   const uint32_t keys = stage + lane_rows();
-  const int tile = warp % kSixteens, group = (lane >> 3) & 1 ? kGroups - 1 - tile : tile;
-  const uint32_t queries = stage + S::kQ + (8 * group + (lane & 7)) * S::kRow + (((lane >> 4) ^ (lane & 7)) << 4);
-  uint32_t b[2][kSixteens][4], q[2][4], a[2][4];
+  uint32_t queries[S::kTiles];
+  each<kTiles>([&](auto j) {
+    const int tile = (first_tile() + j) % kSixteens, group = (lane >> 3) & 1 ? kGroups - 1 - tile : tile;
+    queries[j] = stage + S::kQ + (8 * group + (lane & 7)) * S::kRow + (((lane >> 4) ^ (lane & 7)) << 4);
+  });
+  uint32_t b[2][kSixteens][4], q[2][S::kTiles][4], a[2][4];
   const auto load = [&](auto i) {
-    load_matrices<0>(q[i % 2], queries ^ (i << 5));
+    each<kTiles>([&](auto j) { load_matrices<0>(q[i % 2][j], queries[j] ^ (i << 5)); });
     const uint32_t at = keys ^ (i << 5);
     each<kSixteens>([&](auto n) { load_matrices<n * 16 * S::kRow>(b[i % 2][n], at); });
     if constexpr (kErrors) operand(a[i % 2], i, factor);
@@ -38,7 +43,7 @@ __device__ __forceinline__ void Chain<S>::errors_and_scores(float (&e)[kGroups][
     if constexpr (i + 1 < kSteps) load(Index<i + 1>{});
     each<kGroups>([&](auto n) {
       const uint32_t (&x)[4] = b[i % 2][n / 2];
-      multiply<i == 0>(scores[n], q[i % 2], x[n % 2 * 2], x[n % 2 * 2 + 1]);
+      each<kTiles>([&](auto j) { multiply<i == 0>(scores[j][n], q[i % 2][j], x[n % 2 * 2], x[n % 2 * 2 + 1]); });
       if constexpr (kErrors) multiply<i == 0>(e[n], a[i % 2], x[n % 2 * 2], x[n % 2 * 2 + 1]);
     });
     work(i);
@@ -190,10 +195,10 @@ template <class S> template <bool kActive> __device__ __forceinline__ void Chain
   const Gates<kChunk>& x = gates(chunk);
   cp_async_wait<0>();
   __syncthreads();  // the tokens and gates of the chunk are here, and those before it have been read
-  float e[kGroups][4], o[kGroups][4], scores[kGroups][4];
+  constexpr bool kScores = !kActive || !S::kHelped;
+  float e[kGroups][4], o[kGroups][4], scores[S::kTiles][kGroups][4];
   // units of the scores beside products: gates, decays and stores, one after the other
   constexpr int kAtOnce = (Units::kCount + kSteps - 3) / (kSteps - 2);
-  const Units units(*this, x, warp);
   float4 gates_of[kAtOnce];
   float2 decays[kAtOnce];
   const auto units_of = [&](auto i, auto&& f) {  // those that are at a stage in step i
@@ -201,24 +206,30 @@ template <class S> template <bool kActive> __device__ __forceinline__ void Chain
       if constexpr (i >= 0 && i * kAtOnce + j < Units::kCount) f(Index<i * kAtOnce + j>{}, j);
     });
   };
-  const auto store_scores = [&](auto i) {
+  const auto store_scores = [&](const Units& units, const float (&scores)[kGroups][4], auto i) {
     units_of(Index<i - 2>{}, [&](auto unit, auto j) { units.store(unit, scores, decays[j]); });
     units_of(Index<i - 1>{}, [&](auto unit, auto j) { decays[j] = units.decay(unit, gates_of[j]); });
     units_of(i, [&](auto unit, auto j) { gates_of[j] = units.load(unit); });
   };
   float w_scale = 1.0f, factor = 1.0f;
   if constexpr (kActive) w_scale = fitting<T>(largest()), factor = inverse<T>(w_scale);
-  errors_and_scores<kActive>(e, scores, stage, factor, [&](auto i) { copy<i, kSteps>(chunk + 1); });
+  errors_and_scores<kActive, kScores>(e, scores, stage, factor, [&](auto i) { copy<i, kSteps>(chunk + 1); });
   if constexpr (!kActive) {
-    each<kSteps>(store_scores);
-    if (couples) __syncthreads();
     const bool prepares = S::kHelped && warp == S::kWarps - 1;
-    if (prepares) prepare(load_gates(chunk + 1), chunk + 1);
+    Raw next{};
+    if (prepares) next = load_gates(chunk + 1);
+    each<S::kTiles>([&](auto j) {
+      const Units units(*this, x, first_tile() + j);
+      each<kSteps>([&](auto i) { store_scores(units, scores[j], i); });
+    });
+    if (couples) __syncthreads();
     __syncthreads();
+    if (prepares) prepare(next, chunk + 1);
   } else {
+    const Units units(*this, x, S::kHelped ? 0 : warp);
     uint32_t v[kGroups][2], u[kSixteens][4], to_end[kSixteens][4];
     read_out(o, stage, factor, [&](auto i) {
-      store_scores(i);
+      if constexpr (kScores) store_scores(units, scores[0], i);
       if constexpr (i == kSteps - 1) load_values(v, chunk);
     });
     const Raw next = S::kHelped ? Raw{} : load_gates(chunk + 1);

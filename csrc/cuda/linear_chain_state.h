@@ -221,15 +221,17 @@ template <class S> struct Chain {
     return ((lane >> 4) * 8 + (lane & 7)) * S::kRow + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
   }
 
-  // This warp's tile of K Q', whose queries it reads as A operands, and E'. The tensor cores are busy: `work(i)` is done beside step i.
-  template <bool kErrors, class Work>
-  __device__ __forceinline__ void errors_and_scores(float (&e)[kGroups][4], float (&scores)[kGroups][4], uint32_t stage, float factor,
-                                                    Work&& work) const;
+  // This warp's tiles of K Q', whose queries it reads as A operands, and E'. The tensor cores are busy: `work(i)` is done beside step i.
+  template <bool kErrors, bool kScores, class Work>
+  __device__ __forceinline__ void errors_and_scores(float (&e)[kGroups][4], float (&scores)[S::kTiles][kGroups][4], uint32_t stage,
+                                                    float factor, Work&& work) const;
   // W Q', likewise
   template <class Work> __device__ __forceinline__ void read_out(float (&o)[kGroups][4], uint32_t stage, float factor, Work&& work) const;
 
   // ---------------------------------------------------------------------------------------------------------------- scores
 
+  // the first tile of the scores that the warp computes. Where half of the warps do that, numbers from kSixteens on are left for the others
+  __device__ __forceinline__ int first_tile() const { return S::kHelped ? (warp + S::kWarps / 2) % S::kWarps * S::kTiles : warp; }
   // the word of a thread's two pairs: group of 8 tokens t, group n of 8 tokens s
   __device__ __forceinline__ uint32_t* score_word(int group, int n) const {
     return reinterpret_cast<uint32_t*>(shared + S::kScores) + ((group * kSixteens + n / 2) * 32 + lane) * 2 + (n & 1);
@@ -270,7 +272,7 @@ template <class S> struct Chain {
       }
       uint32_t* const either = is_low(i) ? low_words + kPlace(other) : high_words + kPlace(kGroups - other);
       uint32_t* const to = i <= kSixteens ? high_words + kPlace(i) : either;
-      if (kSixteens == S::kWarps || has) *to = pack<T>(a, b);
+      if ((kSixteens == S::kWarps && !S::kHelped) || has) *to = pack<T>(a, b);
     }
   };
   __device__ __forceinline__ void clear_scores() const {

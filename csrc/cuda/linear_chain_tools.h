@@ -26,7 +26,8 @@ template <class T_, int kKeys_, int kChunk_, int kValues_> struct ChainShape {
   static_assert(kValues <= kWarps * kWarpValues);
   static constexpr int kRow = 2 * kKeys, kValueRow = 2 * kValues + 16;  // bytes of a token; with the padding no banks conflict
   static constexpr int kTokens = kChunk * kRow, kStage = 2 * kTokens + kChunk * kValueRow;
-  static constexpr bool kHelped = kValues < kWarps * kWarpValues;  // there are warps without values: one computes decays
+  static constexpr bool kHelped = kValues < kWarps * kWarpValues;  // half of the warps have no values: they compute scores and decays
+  static constexpr int kTiles = kHelped && kGroups > 4 ? kGroups / 4 : 1;  // of the scores, for a warp that computes them
   static constexpr int kQ = kTokens, kV = 2 * kTokens;
   static constexpr int kScores = 2 * kStage, kScoresBytes = kGroups * (kGroups / 2) * 32 * 8;
   static constexpr int kGates = kScores + kScoresBytes;

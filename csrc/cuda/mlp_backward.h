@@ -9,7 +9,7 @@ extern "C" {
 
 // All gradients are contiguous; of q, k and v in the inputs' type, of gates float32 [B, T, H].
 struct MirasMlpBackward {
-  MirasMlpChain chain;                          // state: the gradient after the group's last chunk, then before its first; out: unused
+  MirasMlpChain chain;                           // state: the gradient after the group's last chunk, then before its first; out: unused
   MirasTokens grad_out, grad_q, grad_k, grad_v;  // grad_out aligned to 16 bytes
   float *grad_lr, *grad_log_decay, *grad_delta;  // the last two are null where the gates are
   const int64_t* segments;                       // [places, 2]: sequence and number of a segment; a number beyond its last: unused
@@ -52,11 +52,11 @@ constexpr uint32_t whole_lines(uint32_t bytes) { return (bytes + 127) / 128 * 12
 template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2> {
   using Base = Shared<C, Hd, C, C == 64 ? 1 : 2>;
   static constexpr int kMostTiles = 8;
-  static constexpr uint32_t kDZq = Base::kAq;                                             // in the place of Aq, by each warp
-  static constexpr uint32_t kU2 = whole_lines(Base::kBytes), kN1 = kU2 + Hd * C * 2;      // [Hd, C]; [C, C] as handed over
-  static constexpr uint32_t kDUq = kN1 + C * C * 2, kScores = kDUq + C * kD * 2;          // [C, D]; [C, C]: -L o (Aq A')
-  static constexpr uint32_t kCrossed = kDUq;                                              // [C, C] float32, in the place of both
-  static constexpr uint32_t kReads = kScores + C * C * 2;                                 // [warps, C] float32
+  static constexpr uint32_t kDZq = Base::kAq;                                         // in the place of Aq, by each warp
+  static constexpr uint32_t kU2 = whole_lines(Base::kBytes), kN1 = kU2 + Hd * C * 2;  // [Hd, C]; [C, C] as handed over
+  static constexpr uint32_t kDUq = kN1 + C * C * 2, kScores = kDUq + C * kD * 2;      // [C, D]; [C, C]: -L o (Aq A')
+  static constexpr uint32_t kCrossed = kDUq;                                          // [C, C] float32, in the place of both
+  static constexpr uint32_t kReads = kScores + C * C * 2;                             // [warps, C] float32
   static constexpr uint32_t kBytes = kReads + Shape<C, Hd>::kWarps * C * 4;
   static_assert(4 * C * C <= kReads - kCrossed);
 };
@@ -64,11 +64,11 @@ template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2>
 template <int C, int Hd> struct ReverseShared {
   static constexpr int kBuffers = 1, kGateBuffers = 1, kMostTiles = 8, kExchangeRow = kD + 8;
   static constexpr uint32_t kTile = C * kD * 2, kState = Hd * kD * 2, kHidden = Hd * C * 2, kSquare = C * C * 2;
-  static constexpr uint32_t kK = 0, kV = kK + kTile, kQ = kV + kTile;        // in V's place dU
-  static constexpr uint32_t kGu = kQ + kTile, kDUq = kGu + kTile;            // in Gu's place gamma Q
+  static constexpr uint32_t kK = 0, kV = kK + kTile, kQ = kV + kTile;  // in V's place dU
+  static constexpr uint32_t kGu = kQ + kTile, kDUq = kGu + kTile;      // in Gu's place gamma Q
   static constexpr uint32_t kS1 = kDUq + kTile, kW2 = kS1 + kState;
-  static constexpr uint32_t kJ = kW2 + kState;                               // J1, then J2, in 16 bits
-  static constexpr uint32_t kA = kJ + kState, kB = kA + kHidden;             // [Hd, C]: A', then (-dec U2)'; dGa', then dZ'
+  static constexpr uint32_t kJ = kW2 + kState;                    // J1, then J2, in 16 bits
+  static constexpr uint32_t kA = kJ + kState, kB = kA + kHidden;  // [Hd, C]: A', then (-dec U2)'; dGa', then dZ'
   static constexpr uint32_t kP = kB + kHidden, kN1 = kP + kSquare, kN2 = kN1 + kSquare;
   static constexpr uint32_t kExchange = kN2 + kSquare;
   static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // as in `Shared`
@@ -76,8 +76,8 @@ template <int C, int Hd> struct ReverseShared {
   static constexpr uint32_t kGateBuffer = C * 28;
   static constexpr uint32_t kRaw = kRows + kGateBuffer, kNorm = kRaw + 3 * C * 4;
   static constexpr uint32_t kLr = kNorm + 2 * kD * 4, kEnds = kLr + Shape<C, Hd>::kWarps * C * 4;  // [warps, C] float32
-  static constexpr uint32_t kToEnd = kEnds + Shape<C, Hd>::kWarps * C * 4;                        // [C]
-  static constexpr uint32_t kInner = kToEnd + C * 4;                                              // [warps]
+  static constexpr uint32_t kToEnd = kEnds + Shape<C, Hd>::kWarps * C * 4;                         // [C]
+  static constexpr uint32_t kInner = kToEnd + C * 4;                                               // [warps]
   // where registers are short: gelu'(Z') by threads, and the sums for LayerNorm's weight and bias [2, C, D] float32
   static constexpr bool kParks = Hd == 256 && C > 16;
   static constexpr uint32_t kSlopes = whole_lines(kInner + Shape<C, Hd>::kWarps * 4), kSums = kSlopes + kHidden;
@@ -115,7 +115,7 @@ template <int kEights> __device__ __forceinline__ void put_sums(uint32_t row, co
     }
 }
 
-// the tokens' sum of what each thread has of its row, in shared memory rows of kRow floats: [D] by the first threads, given to f(channel, sum)
+// f(channel, the sum over kTokens rows of kRow floats in shared memory), by the first threads
 template <int kTokens, int kRow, class Function> __device__ __forceinline__ void sum_rows(uint32_t from, Function&& f) {
   for (int i = threadIdx.x; i < kD; i += blockDim.x) {
     float sum = 0.0f;

@@ -50,26 +50,26 @@ template <int C, int Hd> struct Shape {
   static_assert(kWarps % kTiles == 0 && kStrips * kUnits >= 16);
 };
 
-// Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore columns
-// more are exchanged than channels.
+// Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore
+// columns more are exchanged than channels.
 template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
   static constexpr int kBuffers = kTokenBuffers, kGateBuffers = 2;
-  static constexpr int kMostTiles = 4;                // of 8 tokens whose Z is in registers at once
+  static constexpr int kMostTiles = 4;                 // of 8 tokens whose Z is in registers at once
   static constexpr int kExchangeRow = kD + kMore + 8;  // floats
   static constexpr uint32_t kTile = C * kD * 2;
   static constexpr uint32_t kK = 0, kV = kK + kBuffers * kTile, kQ = kV + kBuffers * kTile;
-  static constexpr uint32_t kA = kQ + kBuffers * kTile, kAq = kA + Hd * C * 2;    // [Hd, C]
-  static constexpr uint32_t kS1 = kAq + Hd * C * 2;                        // [Hd, D]
-  static constexpr uint32_t kP = kS1 + Hd * kD * 2;                        // [C, C]   -L o (Q K')
-  static constexpr uint32_t kU1 = kP + C * C * 2;                          // [C, D]
-  static constexpr uint32_t kU1End = kU1 + kTile, kKEnd = kU1End + kTile;  // -dec U1, -dec K
+  static constexpr uint32_t kA = kQ + kBuffers * kTile, kAq = kA + Hd * C * 2;  // [Hd, C]
+  static constexpr uint32_t kS1 = kAq + Hd * C * 2;                             // [Hd, D]
+  static constexpr uint32_t kP = kS1 + Hd * kD * 2;                             // [C, C]   -L o (Q K')
+  static constexpr uint32_t kU1 = kP + C * C * 2;                               // [C, D]
+  static constexpr uint32_t kU1End = kU1 + kTile, kKEnd = kU1End + kTile;       // -dec U1, -dec K
   static constexpr uint32_t kExchange = kKEnd + kTile;
   static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // [C] float4: eta, -dec, delta, -
   static constexpr uint32_t kLogs = kRows + C * 16;  // [C] float2: the sum of log-decays, in two parts
   static constexpr uint32_t kGamma = kLogs + C * 8;  // [C]
   static constexpr uint32_t kGateBuffer = C * 28;
   static constexpr uint32_t kRaw = kRows + kGateBuffers * kGateBuffer;  // lr, log_decay, delta [3, C] of the next chunk
-  static constexpr uint32_t kNorm = kRaw + 3 * C * 4;        // weight and bias [2, D]
+  static constexpr uint32_t kNorm = kRaw + 3 * C * 4;                   // weight and bias [2, D]
   static constexpr uint32_t kBytes = kNorm + 2 * kD * 4;
 };
 

@@ -20,8 +20,7 @@ template <class Function> int with_backward_sizes(const MirasMlpBackward& b, Fun
 }
 
 // a block of `threads` for each of b's heads of `rows` sequences or segments
-template <class Kernel>
-int launch(Kernel kernel, const MirasMlpBackward& b, int rows, int threads, uint32_t bytes, cudaStream_t stream) {
+template <class Kernel> int launch(Kernel kernel, const MirasMlpBackward& b, int rows, int threads, uint32_t bytes, cudaStream_t stream) {
   const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error || !rows || !b.chain.H) return error;
   cudaLaunchConfig_t config = {};

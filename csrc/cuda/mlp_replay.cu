@@ -24,15 +24,20 @@ extern "C" int miras_mlp_replay(const MirasMlpBackward* b, cudaStream_t stream) 
   using namespace miras::cuda;
   return with_backward_sizes(*b, [&](auto c, auto hd, auto token) {
     constexpr int C = c.value, Hd = hd.value;
-    return launch(mlp_replay<C, Hd, typename decltype(token)::type>, *b, b->places, Shape<C, Hd>::kThreads, ReplayShared<C, Hd>::kBytes, stream);
+    return launch(mlp_replay<C, Hd, typename decltype(token)::type>, *b, b->places, Shape<C, Hd>::kThreads, ReplayShared<C, Hd>::kBytes,
+                  stream);
   });
 }
 
 // as miras_mlp_chain_layout
 extern "C" int miras_mlp_backward_layout(int64_t* layout, int room) {
   const int64_t found[] = {
-      sizeof(MirasMlpBackward), offsetof(MirasMlpBackward, grad_out), offsetof(MirasMlpBackward, grad_lr),
-      offsetof(MirasMlpBackward, segments), offsetof(MirasMlpBackward, grad_norm), offsetof(MirasMlpBackward, places),
+      sizeof(MirasMlpBackward),
+      offsetof(MirasMlpBackward, grad_out),
+      offsetof(MirasMlpBackward, grad_lr),
+      offsetof(MirasMlpBackward, segments),
+      offsetof(MirasMlpBackward, grad_norm),
+      offsetof(MirasMlpBackward, places),
   };
   return miras::cuda::put_layout(found, layout, room);
 }

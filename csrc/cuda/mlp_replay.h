@@ -15,27 +15,27 @@ namespace miras::cuda {
 template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C, Hd>> {
   using Base = Chain<C, Hd, T, ReplayShared<C, Hd>>;
   using To = Handed<C, Hd>;
-  using typename Base::S;
-  using typename Base::X;
+  using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::weight, Base::add_rows;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::piece, Base::s1, Base::w2, Base::u2;
   using Base::p, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
-  using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::weight, Base::add_rows;
+  using typename Base::S;
+  using typename Base::X;
+  static_assert(kPass == kEights);
   static_assert(kPass == kEights);
   static constexpr int kColumns = C / X::kLanes;  // of a square matrix that a thread has of its row
 
   const MirasMlpBackward& b;
-  char* to;                        // what is handed over of this chunk
+  char* to;                           // what is handed over of this chunk
   uint32_t dzq[kStrips][kEights][2];  // gelu'(Zq'), then dZq'
-  float raw[kColumns];             // (Aq A') of this thread's row
+  float raw[kColumns];                // (Aq A') of this thread's row
   float dw[X::kChannels] = {}, db[X::kChannels] = {};
 
   __device__ __forceinline__ Replay(const MirasMlpBackward& b, int n, int h) : Base(b.chain, n, h), b(b) {}
 
   // a tile of shared memory, whole
   __device__ __forceinline__ void hand(uint32_t offset, uint32_t tile, uint32_t bytes) {
-    for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * X::kThreads)
-      *reinterpret_cast<uint4*>(to + offset + i) = at<uint4>(tile + i);
+    for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * X::kThreads) *reinterpret_cast<uint4*>(to + offset + i) = at<uint4>(tile + i);
   }
   // of [C, C] the pieces up to the diagonal's tile of 16
   __device__ __forceinline__ void hand_pairs(uint32_t offset, uint32_t square) {
@@ -57,9 +57,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
         x[i] += at<float>(Base::exchange_row(tile * X::kParts + j, row % 16) + 4 * (kD + piece * kColumns + i));
     }
   }
-  __device__ __forceinline__ static uint32_t pair_place(int row, int column) {
-    return place<kPieces>(row, column / 8) + column % 8 * 2;
-  }
+  __device__ __forceinline__ static uint32_t pair_place(int row, int column) { return place<kPieces>(row, column / 8) + column % 8 * 2; }
   __device__ __forceinline__ void load_output_grad(float (&x)[4], int first_token, int channel) {
     uint2 both = make_uint2(0, 0);
     if (first_token + row < tokens) {
@@ -278,7 +276,8 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
         if (channel == 0) *reinterpret_cast<float*>(to + To::kInverse + 4 * row) = inverse;
       });
       __syncthreads();
-      Base::hidden(Q, gammas, [&](int m, int x, int e, const FastGelu& u, const FastGelu& v) { dzq[m][x][e] = pack<T>(u.slope(), v.slope()); });
+      Base::hidden(Q, gammas,
+                   [&](int m, int x, int e, const FastGelu& u, const FastGelu& v) { dzq[m][x][e] = pack<T>(u.slope(), v.slope()); });
 #pragma unroll
       for (int m = 0; m < kStrips; ++m)
 #pragma unroll

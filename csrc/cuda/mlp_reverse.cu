@@ -18,6 +18,7 @@ extern "C" int miras_mlp_reverse(const MirasMlpBackward* b, cudaStream_t stream)
   using namespace miras::cuda;
   return with_backward_sizes(*b, [&](auto c, auto hd, auto token) {
     constexpr int C = c.value, Hd = hd.value;
-    return launch(mlp_reverse<C, Hd, typename decltype(token)::type>, *b, b->chain.N, Shape<C, Hd>::kThreads, ReverseShared<C, Hd>::kBytes, stream);
+    return launch(mlp_reverse<C, Hd, typename decltype(token)::type>, *b, b->chain.N, Shape<C, Hd>::kThreads, ReverseShared<C, Hd>::kBytes,
+                  stream);
   });
 }

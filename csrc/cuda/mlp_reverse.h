@@ -17,17 +17,18 @@ namespace miras::cuda {
 
 template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
   using Base = ReverseBlock<C, Hd, T>;
+  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from;
+  using Base::contract, Base::contract_all, Base::product_with, Base::add_norm, Base::end_norm, Base::add_rows;
+  using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed, Base::of_token;
+  using Base::fetch, Base::fetch_early, Base::put, Base::park, Base::unpark, Base::load_fragments, Base::times_pairs, Base::add_outer,
+      Base::decay;
+  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
+  using Base::lane, Base::warp, Base::tile, Base::part, Base::row, Base::piece, Base::fresh;
+  using Base::s1, Base::w2, Base::slope, Base::curve, Base::dz, Base::de;
   using typename Base::From;
   using typename Base::Packed;
   using typename Base::S;
   using typename Base::X;
-  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from;
-  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
-  using Base::lane, Base::warp, Base::tile, Base::part, Base::row, Base::piece, Base::fresh;
-  using Base::s1, Base::w2, Base::slope, Base::curve, Base::dz, Base::de;
-  using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed, Base::of_token;
-  using Base::fetch, Base::fetch_early, Base::put, Base::park, Base::unpark, Base::load_fragments, Base::times_pairs, Base::add_outer, Base::decay;
-  using Base::contract, Base::contract_all, Base::product_with, Base::add_norm, Base::end_norm, Base::add_rows;
 
   __device__ __forceinline__ void hidden() {
     fresh();

@@ -8,18 +8,18 @@ namespace miras::cuda {
 template <int C, int Hd, class T> struct ReverseBlock : Block<C, Hd, T, ReverseShared<C, Hd>> {
   using Base = Block<C, Hd, T, ReverseShared<C, Hd>>;
   using From = Handed<C, Hd>;
-  using typename Base::S;
-  using typename Base::X;
+  using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::add_rows;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kUnroll;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::piece;
-  using Base::s1, Base::w2;  // here J1 and J2
   using Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
-  using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::add_rows;
+  using Base::s1, Base::w2;  // here J1 and J2
+  using typename Base::S;
+  using typename Base::X;
   static_assert(kPass == kEights);
   using Packed = uint32_t[kStrips][kEights][2];
 
   const MirasMlpBackward& b;
-  const char* from;  // what was handed over of this chunk
+  const char* from;         // what was handed over of this chunk
   Packed slope, curve, dz;  // gelu'(Z'); gelu''(Z') o Ga', then times eta dU2'; Gz', then dGa', then dZ'
   float de[X::kChannels];
   float norm[2][X::kChannels] = {};  // of LayerNorm's weight and bias, unless they lie in shared memory

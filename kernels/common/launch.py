@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...backends import multiprocessors
 from . import bound, configs
 from .bias import Bias
 from .bound import Shared, by_name
@@ -220,12 +221,6 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; more than any for another device, as in a recording."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**31
 
 
 def architecture_of(device: torch.device) -> str:

@@ -59,19 +59,36 @@ def test_a_count_that_is_worse_is_named():
 
 
 def test_the_table_is_complete():
-    """Every specimen has counts of the tested Triton, and of the baseline, which goes token by token where exact steps are taken now."""
+    """Every specimen has counts of the tested Triton, of the CUDA C++ kernels where they serve it, and of the baseline, which goes token
+    by token where exact steps are taken now."""
     table = counts.read()
     for label in table:
-        known = {name for name in counts.SPECIMENS if label != "7c81e26" or "-C1-" not in name}
+        specimens = counts.specimens("cuda" if label.startswith("nvcc") else "triton")
+        known = {name for name in specimens if label != "7c81e26" or "-C1-" not in name}
         assert set(table[label]["rows"]) == known, label
         for name, directions in table[label]["rows"].items():
             for chip in CHIPS:
-                assert "forward+backward: " in "\n".join(counts.report(counts.SPECIMENS[name], directions, chip, directions))
+                assert "forward+backward: " in "\n".join(counts.report(specimens[name], directions, chip, directions))
+
+
+def test_names_of_cuda_kernels():
+    file = "_ZN5miras4cuda53_GLOBAL__N__5c3e31a8_20_linear_chain_bf16_cu_2cac0875"
+    chain = "12linear_chainINS1_10ChainShapeI13__nv_bfloat16Li128ELi64ELi32EEEEEv16MirasLinearChaini"
+    assert counts.readable(file + chain) == "linear_chain bf16 Dk128 C64 values32"
+    mlp = "_ZN5miras4cuda45_GLOBAL__N__45921a42_12_mlp_chain_cu_c44580399mlp_chainILi16ELi128E6__halfEEv13MirasMlpChain"
+    assert counts.readable(mlp) == "mlp_chain f16 C16 Hd128"
+    assert counts.readable("linear_chain_fwd") == "linear_chain_fwd"
+
+
+def test_blocks_are_those_that_a_shape_launches():
+    """64 values, or 32 where heads are few: docs/backends.md."""
+    wide, narrow = (counts.specimens("cuda")[f"sm_90:D128-C64-l2-v{values}"].shapes for values in (64, 32))
+    assert [str(x) for x in narrow] == ["1x32768x32x128"] and {*wide, *narrow} == set(counts.LONG)
 
 
 def test_measured_kernels_beside_modelled_ones():
     result = {"case": plan.TARGET, "base": "l2", "direction": FORWARD, "kernel_us": {"linear_chain_fwd_fused": 1000.0, "other": 1.0}}
-    version = next(label for label in counts.read() if label != "7c81e26")
+    version = next(label for label in counts.read() if label[0].isdigit() and label != "7c81e26")
     environment = {"device": {"name": "NVIDIA H200"}, "versions": {"triton": version}}
     expected = counts.modelled(plan.SHAPES[plan.TARGET], "l2", FORWARD, "H200", version)["linear_chain_fwd_fused"]
     cells = lambda given: [[cell.strip() for cell in line.split("|")[1:-1]] for line in report._modelled(result, given).split("\n")[-2:]]

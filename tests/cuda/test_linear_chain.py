@@ -79,7 +79,7 @@ def cuda(monkeypatch) -> Iterator[CudaBackend]:
 )
 def test_forward(values, dtype, case, cuda, monkeypatch):
     """Outputs and final states, also of a chunk that the sequences end in."""
-    monkeypatch.setattr(cuda_linear, "_block_values", lambda call: values)
+    monkeypatch.setattr(cuda_linear, "block_values", lambda *call: values)
     inputs = case.draw(dtype, margin=margin(case, dtype))
     with torch.no_grad():
         found = results(*mk.linear_memory(**inputs.arguments(), backend="cuda"))
@@ -98,7 +98,7 @@ def test_the_specimens_have_every_size_bias_and_type():
 def test_gradients_by_the_triton_kernels(name, cuda, monkeypatch):
     """From the checkpoints that the CUDA forward saved."""
     values, dtype, case = next(x for x in SPECIMENS if x[2].name == name)
-    monkeypatch.setattr(cuda_linear, "_block_values", lambda call: values)
+    monkeypatch.setattr(cuda_linear, "block_values", lambda *call: values)
     report = check(case, "cuda", dtype)
     assert report.ok, report
 
@@ -137,7 +137,7 @@ def test_a_library_of_other_limits_is_refused(monkeypatch):
 @pytest.mark.parametrize("name", ["coupled", "packed"])
 def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(name, monkeypatch):
     values, dtype, case = next(x for x in SPECIMENS if x[2].name == name)
-    monkeypatch.setattr(cuda_linear, "_block_values", lambda call: values)
+    monkeypatch.setattr(cuda_linear, "block_values", lambda *call: values)
     launches: dict[str, Launch] = {}
     with machine.on_machine(built(), before=lambda x: launches.setdefault(x.entry, x.copy())) as backend, torch.no_grad():
         monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)

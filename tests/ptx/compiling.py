@@ -99,14 +99,14 @@ def _compile(module: str, name: str, arguments: dict, config, architecture: str,
 
 @functools.lru_cache
 def registers(ptx: str, entry: str = r"[\w$]+") -> int:
-    """Registers of a thread, by ptxas."""
+    """Registers of a thread, by ptxas, which compiles this entry only."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    target = re.search(r"\.target\s+(\w+)", ptx)[1]
+    target, name = re.search(r"\.target\s+(\w+)", ptx)[1], re.search(rf"\.entry\s+({entry})\W", ptx)[1]
     ptxas = get_ptxas(int(target[3:].rstrip("a"))).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={target}", "-o", "/dev/null", file.name]
+        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={target}", f"--entry={name}", "-o", "/dev/null", file.name]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(re.search(rf"entry function '{entry}'.*?Used (\d+) registers", found.stderr, re.S)[1])
+    return int(re.search(rf"entry function '{re.escape(name)}'.*?Used (\d+) registers", found.stderr, re.S)[1])

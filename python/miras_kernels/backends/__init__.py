@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..call import Call
 
-__all__ = ["BACKENDS", "Backend", "checkpoints_like", "may_end_open"]
+__all__ = ["BACKENDS", "Backend", "checkpoints_like", "may_end_open", "multiprocessors"]
 
 
 class Backend(Protocol):
@@ -95,3 +96,9 @@ def may_end_open(call: Call) -> bool:
     """Whether sequences can end inside a chunk, as far as shapes tell, so that the final state needs an open chunk."""
     resumes = call.state.open_chunk is not None
     return call.output_final_state and (resumes or call.cu_seqlens is not None or call.q.shape[1] % call.chunk_size != 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; more than any for another device, as in a recording."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**31

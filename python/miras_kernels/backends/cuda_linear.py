@@ -7,13 +7,12 @@ import ctypes
 import functools
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..call import Call
 from ..tables import memories
 from ..tables.biases import Bias
-from . import checkpoints_like, may_end_open
+from . import checkpoints_like, may_end_open, multiprocessors
 from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, floats, launch, packed_slots
 
 __all__ = ["Chain", "forward", "refuses"]
@@ -76,7 +75,8 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
         T=call.q.shape[1], bias_params=floats(call.bias.padded), bias=call.bias.tag,
         token_type=TOKEN_TYPES[call.q.dtype], N=n, H=heads, K=keys, V=values, C=call.chunk_size, slots=-(-call.q.shape[1] // segment),
         every=max(every, 1),
-        delta_per_channel=delta is not None and delta.dim() == 4, values=_block_values(call),
+        delta_per_channel=delta is not None and delta.dim() == 4,
+        values=block_values(values, n * heads, call.bias.row_coupled, multiprocessors(call.q.device)),
     )  # fmt: skip
     launch(library, library.miras_linear_chain, chain, call.q.device)
     if final is None:
@@ -89,15 +89,12 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
     return out, [final, start, open_decay], checkpoints
 
 
-def _block_values(call: Call) -> int:
-    """Values of a block: 64, or 32 where those would leave too many multiprocessors without a block."""
-    values, heads = call.v.shape[-1], call.state.dual[0].shape[0] * call.q.shape[2]
+def block_values(values: int, heads: int, coupled: bool, multiprocessors: int) -> int:
+    """Values of a block: 64, or 32 where those would leave too many multiprocessors without a block.
+
+    Args:
+        heads: sequences x heads. coupled: the bias couples a row.
+    """
     if values <= 32:
         return 32
-    fills = 8 * heads * -(-values // 64) >= 7 * multiprocessors(call.q.device)
-    return 64 if call.bias.row_coupled or fills else 32
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**31
+    return 64 if coupled or 8 * heads * -(-values // 64) >= 7 * multiprocessors else 32
