@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..call import Call
 from ..tables.biases import Bias
-from .cuda_linear import KEYS, multiprocessors
+from . import multiprocessors
+from .cuda_linear import KEYS
 from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, floats, launch, packed_slots
 
 __all__ = ["Backward", "backward", "refuses"]
