@@ -48,6 +48,7 @@ def cpp(*names: str) -> tuple[str, ...]:
 
 #: the forward of the MLP memory in CUDA C++
 MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
+LINEAR_BACKWARD = cases("cuda/test_linear_backward.py::test_gradients", "sm_90-small")
 MLP_BACKWARD = cases("cuda/test_mlp_backward.py::test_gradients", "sm_80-torch.float16-small")
 
 
@@ -212,6 +213,10 @@ MUTANTS = [
            "S::kGamma + 4 * (C - 1)) * inner + end", "S::kGamma + 4 * (C - 1)) * 0.0f + end"),
     Mutant("cuda-mlp-backward-of-queries-does-not-decay", "csrc/cuda/mlp_replay.h", MLP_BACKWARD,
            "packed(du, gamma)", "packed(du, 1.0f)"),
+    Mutant("cuda-linear-backward-updates-do-not-decay", "csrc/cuda/linear_reverse_kernel.h", LINEAR_BACKWARD,
+           "scale_rows(of_k, x.to_end)", "scale_rows(of_k, x.gamma)"),
+    Mutant("cuda-linear-backward-log-decay-without-pairs", "csrc/cuda/linear_reverse_gates.h", LINEAR_BACKWARD,
+           "  return decay_from_pairs(token, part);", "  return 0.0f;"),
     # ------------------------------------------------------------------------------------------------------------- Triton
     Mutant("triton-decay-to-end-off-by-a-token", "kernels/common/decays.py", triton("linear-l2-strong-decay"),
            "log_decay + row + H + o_g", "log_decay + row + o_g"),

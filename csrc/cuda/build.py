@@ -14,8 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("*.cu"))
 HEADERS = [*HERE.glob("*.h"), *HERE.parent.glob("*.h")]
-#: the library has machine code for these; other chips of the same generations run it too, and later ones compile the PTX of the last
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+#: the library has machine code for these; other chips of the same generations run it too, and later ones compile the PTX of the last.
+#: sm_90a: with the products of warpgroups
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 COMPILE = ["-std=c++17", "-O3", f"-I{HERE.parent}", "-Xcompiler", "-fPIC"]
 
 

@@ -93,7 +93,7 @@ struct Sequence {
   int64_t batch, begin;
   int length, n, h, chunks, whole;
 
-  __device__ __forceinline__ Sequence(const MirasLinearChain& p, int head, int chunk) : n(head / p.H), h(head % p.H) {
+  template <class P> __device__ __forceinline__ Sequence(const P& p, int head, int chunk) : n(head / p.H), h(head % p.H) {
     batch = p.cu_seqlens ? 0 : n;
     begin = p.cu_seqlens ? p.cu_seqlens[n] : 0;
     length = int(p.cu_seqlens ? p.cu_seqlens[n + 1] - begin : p.T);

@@ -38,11 +38,12 @@ def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=CACHE))
-        virtual = architecture.replace("sm", "compute")
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-arch={virtual}", "--threads", "0"]
+        virtual = {"sm_90": "compute_90a"}.get(architecture, architecture.replace("sm", "compute"))  # as build.py
+        target = f"-gencode=arch={virtual},code={virtual}"
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", target, "--threads", "0"]
         flags += ["-keep", f"--keep-dir={made}"]
-        target = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
-        subprocess.run([nvcc, *flags, *map(str, given), *target], check=True)
+        result = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
+        subprocess.run([nvcc, *flags, *map(str, given), *result], check=True)
         for path in made.iterdir():
             if path.suffix not in (".ptx", ".so"):
                 path.unlink()

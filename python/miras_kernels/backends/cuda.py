@@ -19,7 +19,7 @@ from ..expressions import OPERATIONS
 from ..tables import memories
 from ..tables.biases import Bias
 from ..tables.retention import Retention
-from . import BACKENDS, checkpoints_like, cuda_linear, cuda_mlp, cuda_mlp_backward
+from . import BACKENDS, checkpoints_like, cuda_linear, cuda_linear_backward, cuda_mlp, cuda_mlp_backward
 from .cuda_program import REGISTERS, encoded, registers
 from .cuda_types import TOKEN_TYPES, Tokens, address, contiguous, floats, launch, refuses_chunks
 
@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 #: by memory, what reads whole chunks of it: a module with the struct `Chain`, `refuses` and `forward`
 SEQUENCES: dict[str, ModuleType] = {"linear": cuda_linear, "mlp": cuda_mlp}
 #: by memory, its backward: a module with the struct `Backward`, `refuses` and `backward`; the Triton kernels do what it refuses
-BACKWARDS: dict[str, ModuleType] = {"mlp": cuda_mlp_backward}
+BACKWARDS: dict[str, ModuleType] = {"linear": cuda_linear_backward, "mlp": cuda_mlp_backward}
 
 
 class Step(ctypes.Structure):
@@ -107,6 +107,7 @@ class CudaBackend:
             getattr(library, name).argtypes = [ctypes.POINTER(Step), ctypes.c_void_p]
         for name, kernels in SEQUENCES.items():
             getattr(library, f"miras_{name}_chain").argtypes = [ctypes.POINTER(kernels.Chain), ctypes.c_void_p]
+        library.miras_linear_reverse.argtypes = [ctypes.POINTER(cuda_linear_backward.Backward), ctypes.c_void_p]
         for function in (library.miras_mlp_replay, library.miras_mlp_reverse):
             function.argtypes = [ctypes.POINTER(cuda_mlp_backward.Backward), ctypes.c_void_p]
         return library, None

@@ -1,5 +1,5 @@
-"""The forward of the linear memory in CUDA C++, ``csrc/cuda/linear_chain.h``: which calls it serves, and its launch. The Triton kernels do
-its backward, from the checkpoints that it saves."""
+"""The forward of the linear memory in CUDA C++, ``csrc/cuda/linear_chain.h``: which calls it serves, and its launch. Its backward, from the
+checkpoints that it saves, is cuda_linear_backward.py's or that of the Triton kernels."""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+// The backward of the linear memory: the kernel for each size, and what the library offers.
+#include "linear_reverse_kernel.h"
+
+#include <stddef.h>
+
+namespace miras::cuda {
+namespace {
+
+template <class S> int launch_reverse(const MirasLinearReverse& p, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(int64_t(p.N) * p.H));
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kBytes;
+  config.stream = stream;
+  const cudaError_t error = cudaFuncSetAttribute(linear_reverse<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
+  return error || int64_t(p.N) * p.H == 0 ? error : cudaLaunchKernelEx(&config, linear_reverse<S>, p);
+}
+
+// f(shape) if these sizes are served, else `none`
+template <int kDim, class Function> int with_chunk(int C, int none, Function&& f) {
+  switch (C) {
+    case 16: return f(ReverseShape<kDim, 16>());
+    case 32: return f(ReverseShape<kDim, 32>());
+    case 64: return f(ReverseShape<kDim, 64>());
+    default: return none;
+  }
+}
+template <class Function> int with_shape(int D, int C, int none, Function&& f) {
+  switch (D) {
+    case 64: return with_chunk<64>(C, none, f);
+    case 128: return with_chunk<128>(C, none, f);
+    default: return none;
+  }
+}
+
+}  // namespace
+}  // namespace miras::cuda
+
+extern "C" {
+
+int miras_linear_reverse_shared(int D, int C) {
+  return miras::cuda::with_shape(D, C, 0, [](auto shape) { return int(decltype(shape)::kBytes); });
+}
+
+int miras_linear_reverse(const MirasLinearReverse* chain, cudaStream_t stream) {
+  using namespace miras::cuda;
+  if (chain->token_type != MIRAS_BF16 || chain->K != chain->V) return cudaErrorInvalidValue;
+  return with_shape(chain->K, chain->C, cudaErrorInvalidValue, [&](auto shape) { return launch_reverse<decltype(shape)>(*chain, stream); });
+}
+
+// As miras_step_layout, of MirasLinearReverse.
+int miras_linear_backward_layout(int64_t* layout, int room) {
+  const int64_t found[] = {
+      sizeof(MirasLinearReverse),
+      offsetof(MirasLinearReverse, q),
+      offsetof(MirasLinearReverse, grad_q),
+      offsetof(MirasLinearReverse, lr),
+      offsetof(MirasLinearReverse, checkpoints),
+      offsetof(MirasLinearReverse, states),
+      offsetof(MirasLinearReverse, T),
+      offsetof(MirasLinearReverse, bias_params),
+      offsetof(MirasLinearReverse, bias),
+      offsetof(MirasLinearReverse, delta_per_channel),
+  };
+  return miras::cuda::put_layout(found, layout, room);
+}
+}
