@@ -54,7 +54,7 @@ SPECIMENS = [
     ("sm_90", sized("coupled", 64, 64, lengths=(70, 0, 70), bias=mk.RobustL2())),
     ("sm_90", sized("smooth", 16, 64, tokens=32, bias=mk.Lp(1.5, 10.0), decay="strong")),
 ]
-QUICK = ("small",)
+QUICK = ("packed",)
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def built(architecture: str = "sm_90") -> tuple[Path, dict[str, str]]:
 @pytest.fixture
 def cuda(request, monkeypatch) -> Iterator[CudaBackend]:
     """The "cuda" backend, for CPU tensors, on the machine; without the Triton kernels."""
-    with machine.on_machine(built(getattr(request, "param", "sm_90"))) as backend:
+    with machine.on_machine(built(getattr(request, "param", "sm_80"))) as backend:
         monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
         yield backend
 

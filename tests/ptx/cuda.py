@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -35,19 +36,20 @@ def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]
     read = [*given, *SOURCES.glob("*.h"), *SOURCES.parent.glob("*.h"), Path(__file__)]
     name = hashlib.sha256(b"".join(path.read_bytes() for path in read) + os.path.realpath(nvcc).encode()).hexdigest()[:16]
     folder = CACHE / f"cuda-{architecture}-{name}"
-    if not folder.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=CACHE))
-        virtual = {"sm_90": "compute_90a"}.get(architecture, architecture.replace("sm", "compute"))  # as build.py
-        target = f"-gencode=arch={virtual},code={virtual}"
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", target, "--threads", "0"]
-        flags += ["-keep", f"--keep-dir={made}"]
-        result = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
-        subprocess.run([nvcc, *flags, *map(str, given), *result], check=True)
-        for path in made.iterdir():
-            if path.suffix not in (".ptx", ".so"):
-                path.unlink()
-        with contextlib.suppress(OSError):  # another process was faster
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that run tests compile it once
+        if not folder.exists():
+            made = Path(tempfile.mkdtemp(dir=CACHE))
+            virtual = {"sm_90": "compute_90a"}.get(architecture, architecture.replace("sm", "compute"))  # as build.py
+            target = f"-gencode=arch={virtual},code={virtual}"
+            flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", target, "--threads", "0"]
+            flags += ["-keep", f"--keep-dir={made}"]
+            result = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
+            subprocess.run([nvcc, *flags, *map(str, given), *result], check=True)
+            for path in made.iterdir():
+                if path.suffix not in (".ptx", ".so"):
+                    path.unlink()
             made.rename(folder)
     texts = [path.read_text() for path in folder.glob("*.ptx")]
     return folder / "on_machine.so", {name: text for text in texts for name in re.findall(r"\.entry\s+(\w+)", text)}
