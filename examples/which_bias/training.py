@@ -47,7 +47,8 @@ MEMORIES: dict[str, Preset] = {
     "MLP L2": PRESETS["l2_mlp"],
     "MLP Huber switch (Yaad)": PRESETS["yaad"],
     "MLP L3 + Lq (Moneta)": PRESETS["moneta"],
-    "MLP L2 + KL (Memora)": PRESETS["memora"],
+    # the preset takes an eighth of these step sizes, which texts of thousands of tokens need
+    "MLP L2 + KL (Memora)": dataclasses.replace(PRESETS["memora"], rate=1.0),
 }
 
 
