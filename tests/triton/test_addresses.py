@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
+from miras_kernels.backends import groups
 from miras_kernels.tables.memories import LINEAR, MLP
 from miras_kernels.validation import make_call
 
@@ -124,9 +125,8 @@ def launches(monkeypatch) -> list:
     if torch.cuda.is_available():
         pytest.skip("needs Triton's interpreter")
     from miras_kernels.kernels.common import launch
-    from miras_kernels.kernels.mlp import sequence as mlp
 
-    monkeypatch.setattr(mlp, "MIN_GROUP", 2**40)  # all chunks in one group
+    monkeypatch.setattr(groups, "MIN_GROUP", 2**40)  # all chunks in one group
     found: list = []
     record = lambda kernel, grid, config, device, shared, own: found.append((kernel, grid, launch.by_name(kernel, shared, own)))
     monkeypatch.setattr(launch, "start", record)

@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_the_checkpoint_interval_does_not_change_a_bit(memory, every, monkeypatch):
     memory, *gated = memory.split("-")
     if memory == "mlp":  # groups of one segment
-        monkeypatch.setattr("miras_kernels.kernels.mlp.sequence.MIN_GROUP", 1)
+        monkeypatch.setattr("miras_kernels.backends.groups.MIN_GROUP", 1)
     size = {"linear": {"batch": 1}, "mlp": {"value_dim": 16, "heads": 1}}[memory]
     size |= {"retention": mk.LqRetention(), "momentum": True, "lengths": (50, 33)} if gated else {}
     case = Case("checkpoints", memory=memory, tokens=90, chunk_size=16, bias=mk.Huber("coordinate"), **size)
@@ -44,7 +44,7 @@ def test_groups_of_packed_sequences_are_full(monkeypatch):
     """16 chunks of eight sequences, of which a group takes at least 8: three groups, since the host knows no lengths; not sixteen."""
     from miras_kernels.kernels.offline.compile import recorded
 
-    monkeypatch.setattr("miras_kernels.kernels.mlp.sequence.MIN_GROUP", 8)
+    monkeypatch.setattr("miras_kernels.backends.groups.MIN_GROUP", 8)
     case = Case("groups", memory="mlp", heads=1, value_dim=16, key_dim=16, hidden=16, lengths=(32,) * 8)
     launches = [x.kernel.__name__ for x in recorded(case.draw(torch.float32).call(), 1)]
     assert launches.count("mlp_chain_bwd") == launches.count("mlp_read_bwd") == 3
