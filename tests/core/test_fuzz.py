@@ -86,7 +86,7 @@ def no_coupling(call):
 PLANTED = (wrong_tail_mask, missing_decay_in_a_gradient, off_by_one, stale_initial_state, wrong_rho, no_coupling)
 
 
-@pytest.mark.parametrize("bug", [PLANTED[0], no_coupling, *map(slow, PLANTED[1:5])], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("bug", [PLANTED[0], *map(slow, PLANTED[1:])], ids=lambda f: f.__name__)
 def test_a_planted_bug_is_found_within_a_minute(bug):
     began = time.process_time()  # CPU time: other processes do not matter
     outcome = fuzz(bug, seconds=600, seed=0, strategy=examples(custom=True) if bug is no_coupling else None, shrink_seconds=1)

@@ -50,6 +50,7 @@ def test_it_prints_the_tables_and_writes_the_plot(tmp_path, preset):
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_it_trains_with_a_bias_of_one_s_own(tmp_path):
     result = run("--preset", "yaad_linear", "--bias", "custom:e/(1+(e/s)**2),s=1", "--steps", "2", "--seconds", "1", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]

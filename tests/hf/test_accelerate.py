@@ -197,7 +197,7 @@ def test_copies_pickles_and_checkpoints(name, tmp_path):
     assert_close(accelerate(loaded)(ids()).logits, wanted)
 
 
-@pytest.mark.parametrize("name", ["Qwen3_5", "KimiLinear"])
+@pytest.mark.parametrize("name", ["Qwen3_5", pytest.param("KimiLinear", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_decoding_step_compiles_into_one_graph(name):
     model = accelerate(host(name))

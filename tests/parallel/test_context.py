@@ -109,7 +109,8 @@ def losses(model, inputs, packed, labels):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 def test_ranks_compute_what_one_process_does(tmp_path, size):
     torch.multiprocessing.spawn(run, (size, str(tmp_path)), nprocs=size)
     assert all((tmp_path / f"done{rank}").exists() for rank in range(size))
