@@ -323,19 +323,13 @@ def main(arguments=None) -> int:
     for name, specimen in wanted.items():
         table = read()
         known = table.get(label, {"rows": {}})["rows"].get(name)
-        if args.check or args.renew:
-            found = rows(specimen, args.backend)
-            if args.renew:
-                write(label, {name: found}, f"{name}: {args.renew}")
-            elif known is None:
-                red.append(f"{name}: not in the table for {label}")
-            else:
-                red += [f"{name}: {text}" for text in worse(known, found)]
-        else:
-            found = known
-        if found is not None:
-            base = table.get(args.base, {"rows": {}})["rows"].get(str(dataclasses.replace(specimen, values=0)))
-            print("\n".join(report(specimen, found, args.chip, base)), flush=True)
+        found = rows(specimen, args.backend) if args.check or args.renew or known is None else known
+        if args.renew:
+            write(label, {name: found}, f"{name}: {args.renew}")
+        elif args.check:
+            red += [f"{name}: not in the table for {label}"] if known is None else [f"{name}: {text}" for text in worse(known, found)]
+        base = table.get(args.base, {"rows": {}})["rows"].get(str(dataclasses.replace(specimen, values=0)))
+        print("\n".join(report(specimen, found, args.chip, base)), flush=True)
     print("\n".join(red))
     return bool(red)
 
