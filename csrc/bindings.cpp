@@ -1,7 +1,6 @@
 // The extension module miras_kernels._C: turns tensors into parameter structs and hands them to the kernels.
 // This file, *_bindings.cpp, step_signature.h, tensor.h and torch_api.cpp are the only ones that depend on Python.
 #include <array>
-#include <map>
 #include <tuple>
 
 #include "cpu/capability.h"
@@ -257,13 +256,7 @@ void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple
     require(is_float(*each) && each->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
   p.ln_weight = ln_weight.data<float>(), p.ln_bias = ln_bias.data<float>();
   p.ln_eps = float(ln_eps);
-
-  // Threads share a single task if its chunks have several blocks of tokens and a stage takes longer than starting it. They would finish
-  // two tasks later than side by side, unless there are many of them.
-  constexpr int64_t kUnits = 32, kTokens = 32, kWork = int64_t(1) << 17;
-  const int64_t tokens = std::min<int64_t>(p.C, p.T);
-  if (p.tasks() == 1 && tokens >= kTokens && tokens * p.D * p.Hd >= kWork)
-    p.parts = int(std::max<int64_t>(1, std::min(num_threads(), p.Hd / kUnits)));
+  p.share_among(num_threads());
   p.parallel_for = parallel_for;
 }
 
@@ -358,18 +351,6 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
       d_dual, d_momenta};
 }
 
-std::map<int, std::string> bias_names() {
-  std::map<int, std::string> names;
-  for (int tag = 0; tag < kBiasCount; ++tag) names[tag] = bias_traits(BiasTag(tag)).name;
-  return names;
-}
-
-std::map<int, std::string> retention_names() {
-  std::map<int, std::string> names;
-  for (int tag = 0; tag < kRetentionCount; ++tag) names[tag] = retention_traits(RetentionTag(tag)).name;
-  return names;
-}
-
 }  // namespace
 }  // namespace miras
 
@@ -396,13 +377,6 @@ PYBIND11_MODULE(_C, m) {
   miras::bind_steps(m);
   miras::bind_states(m);
   miras::bind_measuring(m);
-  m.def("operations", &miras::operations);
-  m.def("bias_names", &miras::bias_names);
-  m.def("retention_names", &miras::retention_names);
-  m.def("limits", [] {
-    return py::dict("head"_a = miras::kMaxHead, "hidden"_a = miras::kMaxHidden, "chunk"_a = miras::kMaxChunk,
-                    "bias_parameters"_a = miras::kBiasParams, "retention_parameters"_a = miras::kRetentionParams);
-  });
   m.def("cpu_capability", [] { return miras::cpu::kernels().name; });
   m.def("cpu_capabilities", &miras::cpu::capabilities);
 }

@@ -149,7 +149,7 @@ struct LinearBackward : LinearParams {
 struct MlpParams : MemoryParams {
   int D = 0, Hd = 0;
 
-  // With far fewer tasks than threads, the stages of a chunk are split into so many parts (cpu/parts.h), tasks one after the other.
+  // Where threads share a task, the stages of a chunk are split into so many parts (cpu/parts.h).
   int parts = 1;
   void (*parallel_for)(int64_t count, int64_t grain, void (*body)(int64_t first, int64_t last, void* context), void* context) = nullptr;
   StateTensor dual[2], momenta[2];
@@ -158,6 +158,16 @@ struct MlpParams : MemoryParams {
   float ln_eps = 0.0f;
 
   MIRAS_FN int64_t tasks() const { return N * H; }
+
+  // Threads share a single task if its chunks have several blocks of tokens and a stage takes longer than starting it. They would finish
+  // two tasks later than side by side, unless there are many of them.
+  MIRAS_FN void share_among(int64_t threads) {
+    constexpr int64_t kUnits = 32, kTokens = 32, kWork = int64_t(1) << 17;
+    const int64_t tokens = C < T ? C : T;
+    if (tasks() != 1 || tokens < kTokens || tokens * D * Hd < kWork) return;
+    const int64_t most = Hd / kUnits < threads ? Hd / kUnits : threads;
+    parts = most > 1 ? int(most) : 1;
+  }
 };
 
 struct MlpForward : MlpParams {

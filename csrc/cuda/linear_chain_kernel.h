@@ -263,21 +263,14 @@ __global__ void __launch_bounds__(S::kThreads, 2) linear_chain(const __grid_cons
   Chain<S>(p, shared, blockIdx.x / tiles, blockIdx.x % tiles).run();
 }
 
-template <class S> int launch_chain(const MirasLinearChain& p, cudaStream_t stream) {
+template <class S> int launch_tiles(const MirasLinearChain& p, cudaStream_t stream) {
   const int tiles = (p.V + S::kValues - 1) / S::kValues;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(int64_t(p.N) * p.H * tiles));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kBytes;
-  config.stream = stream;
-  const auto kernel = linear_chain<S>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
-  return error ? error : cudaLaunchKernelEx(&config, kernel, p, tiles);
+  return launch_chain(linear_chain<S>, int64_t(p.N) * p.H * tiles, S::kThreads, S::kBytes, stream, p, tiles);
 }
 template <class T, int kKeys, int kChunk> int launch_values(const MirasLinearChain& p, cudaStream_t stream) {
   switch (p.values) {
-    case 32: return launch_chain<ChainShape<T, kKeys, kChunk, 32>>(p, stream);
-    case 64: return launch_chain<ChainShape<T, kKeys, kChunk, 64>>(p, stream);
+    case 32: return launch_tiles<ChainShape<T, kKeys, kChunk, 32>>(p, stream);
+    case 64: return launch_tiles<ChainShape<T, kKeys, kChunk, 64>>(p, stream);
     default: return cudaErrorInvalidValue;
   }
 }

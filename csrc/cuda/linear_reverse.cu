@@ -6,16 +6,6 @@
 namespace miras::cuda {
 namespace {
 
-template <class S> int launch_reverse(const MirasLinearReverse& p, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(int64_t(p.N) * p.H));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kBytes;
-  config.stream = stream;
-  const cudaError_t error = cudaFuncSetAttribute(linear_reverse<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
-  return error || int64_t(p.N) * p.H == 0 ? error : cudaLaunchKernelEx(&config, linear_reverse<S>, p);
-}
-
 // f(shape) if these sizes are served, else `none`
 template <int kDim, class Function> int with_chunk(int C, int none, Function&& f) {
   switch (C) {
@@ -45,7 +35,10 @@ int miras_linear_reverse_shared(int D, int C) {
 int miras_linear_reverse(const MirasLinearReverse* chain, cudaStream_t stream) {
   using namespace miras::cuda;
   if (chain->token_type != MIRAS_BF16 || chain->K != chain->V) return cudaErrorInvalidValue;
-  return with_shape(chain->K, chain->C, cudaErrorInvalidValue, [&](auto shape) { return launch_reverse<decltype(shape)>(*chain, stream); });
+  return with_shape(chain->K, chain->C, cudaErrorInvalidValue, [&](auto shape) {
+    using S = decltype(shape);
+    return launch_chain(linear_reverse<S>, int64_t(chain->N) * chain->H, S::kThreads, S::kBytes, stream, *chain);
+  });
 }
 
 // As miras_step_layout, of MirasLinearReverse.

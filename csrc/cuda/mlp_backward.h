@@ -91,16 +91,18 @@ template <int C, int Hd> constexpr uint32_t backward_shared() {
 
 // f(integral constants C, Hd) if the backward serves these sizes
 template <class Function> int with_backward_sizes(int C, int Hd, Function&& f) {
-  const auto with_hidden = [&](auto c) {
-    if (Hd == 64) return f(c, std::integral_constant<int, 64>());
-    if (Hd == 128) return f(c, std::integral_constant<int, 128>());
-    if (Hd == 256) return f(c, std::integral_constant<int, 256>());
-    return 0;
-  };
-  if (C == 16) return with_hidden(std::integral_constant<int, 16>());
-  if (C == 32) return with_hidden(std::integral_constant<int, 32>());
+  if (C == 16) return with_hidden<16>(Hd, f);
+  if (C == 32) return with_hidden<32>(Hd, f);
   if (C == 64 && Hd == 128) return f(std::integral_constant<int, 64>(), std::integral_constant<int, 128>());
   return 0;
+}
+
+// f(integral constants C, Hd, OfType<token type>), or an error if they are not served
+template <class Function> int with_backward_sizes(const MirasMlpBackward& b, Function&& f) {
+  if (!miras_mlp_handed(b.chain.Hd, b.chain.C)) return cudaErrorInvalidValue;
+  return with_backward_sizes(b.chain.C, b.chain.Hd, [&](auto c, auto hd) {
+    return with_token_type(b.chain.token_type, [&](auto token) { return f(c, hd, token); });
+  });
 }
 
 // sums over the rows of fragments [units, tokens], from all lanes of a warp to its row of [warps, C]

@@ -182,6 +182,15 @@ template <int C, int Hd, class T, class Layout> struct Block {
       }
     }
   }
+  // z's columns, tokens, times factors, float32 in shared memory
+  __device__ __forceinline__ void scale_tokens(float (&z)[kStrips][kPass][4], uint32_t factors) {
+#pragma unroll
+    for (int x = 0; x < kPass; ++x) {
+      const float2 of = at<float2>(factors + 4 * (8 * x + 2 * t));
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) z[m][x][0] *= of.x, z[m][x][1] *= of.y, z[m][x][2] *= of.x, z[m][x][3] *= of.y;
+    }
+  }
   // two packed tiles of the warp's units, 8 columns each from tile x on, of a matrix of rows of kRowPieces pieces
   template <int kRowPieces> __device__ __forceinline__ void put_fragment(uint32_t to, int m, int x, const uint32_t (&a)[4]) {
     store_fragment<kRowPieces>(to, X::kUnits * warp + 16 * m, x, lane, a);

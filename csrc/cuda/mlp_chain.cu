@@ -16,28 +16,10 @@ __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_chain(const __g
 
 // f(std::integral_constant<int, C>, std::integral_constant<int, Hd>) if these sizes are served
 template <class Function> int with_sizes(int C, int Hd, Function&& f) {
-  const auto with_hidden = [&](auto c) {
-    if (Hd == 64) return f(c, std::integral_constant<int, 64>());
-    if (Hd == 128) return f(c, std::integral_constant<int, 128>());
-    if (Hd == 256) return f(c, std::integral_constant<int, 256>());
-    return 0;
-  };
-  if (C == 16) return with_hidden(std::integral_constant<int, 16>());
-  if (C == 32) return with_hidden(std::integral_constant<int, 32>());
-  if (C == 64) return with_hidden(std::integral_constant<int, 64>());
+  if (C == 16) return with_hidden<16>(Hd, f);
+  if (C == 32) return with_hidden<32>(Hd, f);
+  if (C == 64) return with_hidden<64>(Hd, f);
   return 0;
-}
-
-template <int C, int Hd, class T> int launch_chain(const MirasMlpChain& p, cudaStream_t stream) {
-  constexpr int kBytes = Shared<C, Hd>::kBytes;
-  const int error = cudaFuncSetAttribute(mlp_chain<C, Hd, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error || !p.N || !p.H) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(p.N * p.H));
-  config.blockDim = dim3(Shape<C, Hd>::kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, mlp_chain<C, Hd, T>, p);
 }
 
 }  // namespace
@@ -65,8 +47,10 @@ extern "C" int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream) 
   using namespace miras::cuda;
   if (!miras_mlp_chain_shared(chain->Hd, chain->C)) return cudaErrorInvalidValue;
   return with_sizes(chain->C, chain->Hd, [&](auto c, auto hd) {
-    if (chain->token_type == MIRAS_BF16) return launch_chain<c.value, hd.value, Bf16>(*chain, stream);
-    if (chain->token_type == MIRAS_F16) return launch_chain<c.value, hd.value, Fp16>(*chain, stream);
-    return int(cudaErrorInvalidValue);
+    constexpr int C = c.value, Hd = hd.value;
+    return with_token_type(chain->token_type, [&](auto token) {
+      const auto kernel = mlp_chain<C, Hd, typename decltype(token)::type>;
+      return launch_chain(kernel, int64_t(chain->N) * chain->H, Shape<C, Hd>::kThreads, Shared<C, Hd>::kBytes, stream, *chain);
+    });
   });
 }

@@ -79,4 +79,25 @@ constexpr uint32_t kMaxShared = 163 * 1024;
 constexpr uint32_t kMaxShared = 227 * 1024;
 #endif
 
+// ------------------------------------------------------------------------------------------------------------------ launches
+
+// f(integral constants C, Hd) if the kernels have such a size, else 0
+template <int C, class Function> int with_hidden(int Hd, Function&& f) {
+  constexpr std::integral_constant<int, C> c;
+  if (Hd == 64) return f(c, std::integral_constant<int, 64>());
+  if (Hd == 128) return f(c, std::integral_constant<int, 128>());
+  if (Hd == 256) return f(c, std::integral_constant<int, 256>());
+  return 0;
+}
+
+template <class T> struct OfType {
+  using type = T;
+};
+// f(OfType<token type>), or an error if it is not served
+template <class Function> int with_token_type(int token_type, Function&& f) {
+  if (token_type == MIRAS_BF16) return f(OfType<Bf16>());
+  if (token_type == MIRAS_F16) return f(OfType<Fp16>());
+  return int(cudaErrorInvalidValue);
+}
+
 }  // namespace miras::cuda

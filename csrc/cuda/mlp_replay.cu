@@ -4,8 +4,6 @@
 
 #include <stddef.h>
 
-#include "mlp_launch.h"
-
 namespace miras::cuda {
 namespace {
 
@@ -24,8 +22,8 @@ extern "C" int miras_mlp_replay(const MirasMlpBackward* b, cudaStream_t stream) 
   using namespace miras::cuda;
   return with_backward_sizes(*b, [&](auto c, auto hd, auto token) {
     constexpr int C = c.value, Hd = hd.value;
-    return launch(mlp_replay<C, Hd, typename decltype(token)::type>, *b, b->places, Shape<C, Hd>::kThreads, ReplayShared<C, Hd>::kBytes,
-                  stream);
+    const auto kernel = mlp_replay<C, Hd, typename decltype(token)::type>;
+    return launch_chain(kernel, int64_t(b->places) * b->chain.H, Shape<C, Hd>::kThreads, ReplayShared<C, Hd>::kBytes, stream, *b);
   });
 }
 

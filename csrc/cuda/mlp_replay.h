@@ -22,7 +22,6 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
   using typename Base::S;
   using typename Base::X;
   static_assert(kPass == kEights);
-  static_assert(kPass == kEights);
   static constexpr int kColumns = C / X::kLanes;  // of a square matrix that a thread has of its row
 
   const MirasMlpBackward& b;
@@ -108,20 +107,12 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
     fresh();
     Base::weigh_pairs(S::kN1, S::kDUq, S::kU1, logs);
     float z[kStrips][kPass][4] = {}, reads[kEights][2] = {};
-    const auto decay = [&] {
-#pragma unroll
-      for (int x = 0; x < kEights; ++x) {
-        const float2 gamma = at<float2>(gammas + 4 * (8 * x + 2 * t));
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m) z[m][x][0] *= gamma.x, z[m][x][1] *= gamma.y, z[m][x][2] *= gamma.x, z[m][x][3] *= gamma.y;
-      }
-    };
     const auto read = [&](int m, int x, int e, uint32_t of) {  // d log alpha's share of what is read of the state
       const float2 y = unpack<T>(of);
       reads[x][0] += z[m][x][2 * e] * y.x, reads[x][1] += z[m][x][2 * e + 1] * y.y;
     };
     Base::slice_times(z, S::kS1, S::kDUq);
-    decay();
+    Base::scale_tokens(z, gammas);
 #pragma unroll
     for (int m = 0; m < kStrips; ++m)
 #pragma unroll
@@ -162,7 +153,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
         hand_fragment(To::kDZq, m, x / 2, a);
       }
     Base::state_times(z, w2, Q);
-    decay();
+    Base::scale_tokens(z, gammas);
 #pragma unroll
     for (int m = 0; m < kStrips; ++m)
 #pragma unroll

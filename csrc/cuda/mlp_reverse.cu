@@ -1,8 +1,6 @@
 // The backward of the MLP memory in chunks: the walk from last to first, for each size.
 #include "mlp_reverse.h"
 
-#include "mlp_launch.h"
-
 namespace miras::cuda {
 namespace {
 
@@ -18,7 +16,7 @@ extern "C" int miras_mlp_reverse(const MirasMlpBackward* b, cudaStream_t stream)
   using namespace miras::cuda;
   return with_backward_sizes(*b, [&](auto c, auto hd, auto token) {
     constexpr int C = c.value, Hd = hd.value;
-    return launch(mlp_reverse<C, Hd, typename decltype(token)::type>, *b, b->chain.N, Shape<C, Hd>::kThreads, ReverseShared<C, Hd>::kBytes,
-                  stream);
+    const auto kernel = mlp_reverse<C, Hd, typename decltype(token)::type>;
+    return launch_chain(kernel, int64_t(b->chain.N) * b->chain.H, Shape<C, Hd>::kThreads, ReverseShared<C, Hd>::kBytes, stream, *b);
   });
 }

@@ -40,7 +40,7 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>> struct Chain : B
   using Base::floats, Base::load_tokens, Base::packed;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
-  using Base::state_times, Base::put_state, Base::add_rows, Base::exchange, Base::each_four;
+  using Base::state_times, Base::scale_tokens, Base::put_state, Base::add_rows, Base::exchange, Base::each_four;
   using typename Base::S;
   using typename Base::X;
 
@@ -188,12 +188,7 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>> struct Chain : B
     for (int first = 0; first < kEights; first += kPass) {
       float z[kStrips][kPass][4];
       state_times(z, w2, Q + first * 8 * 2 * kD);
-#pragma unroll
-      for (int x = 0; x < kPass; ++x) {
-        const float2 gamma = at<float2>(gammas + 4 * (8 * (first + x) + 2 * t));
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m) z[m][x][0] *= gamma.x, z[m][x][1] *= gamma.y, z[m][x][2] *= gamma.x, z[m][x][3] *= gamma.y;
-      }
+      scale_tokens(z, gammas + 4 * 8 * first);
 #pragma unroll
       for (int k = 0; k < kTiles; ++k)
 #pragma unroll

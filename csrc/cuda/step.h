@@ -15,6 +15,7 @@
 #include <cuda_runtime.h>
 
 #include "interpret.h"
+#include "launch.h"
 
 extern "C" {
 
@@ -371,19 +372,7 @@ __device__ inline float map(const Step& p, const Matrix& x, bool columns, int fi
 
 template <class... Arguments>
 int launch(void (*kernel)(Step, Arguments...), int64_t blocks, cudaStream_t stream, const Step& p, const Arguments&... arguments) {
-  if (blocks == 0) return cudaSuccess;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = register_bytes(p);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, p, arguments...);
-}
-
-// Gives the caller of a *_layout function up to `room` of the numbers found; returns how many there are.
-template <int kCount> int put_layout(const int64_t (&found)[kCount], int64_t* layout, int room) {
-  for (int i = 0; i < kCount && i < room; ++i) layout[i] = found[i];
-  return kCount;
+  return launch_blocks(kernel, blocks, kThreads, register_bytes(p), stream, p, arguments...);
 }
 
 }  // namespace miras::cuda

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 import expressions
 import miras_kernels as mk
+from assembled import NVCC, SOURCES, assembled
 from decoding import LONG, PAIRS, SHAPES, assert_right, at_different_places, unavailable
 from miras_kernels import dispatch
 from miras_kernels.backends import cuda as cuda_backend
@@ -33,11 +33,6 @@ from ptx import cuda as machine
 from ptx.host import Launch
 from ptx.test_deleted import assert_reported
 from quick import or_slow, sample, slow
-
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "csrc" / "cuda"
-NVCC = runpy.run_path(str(SOURCES / "build.py"))["nvcc"]()
-
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
@@ -249,14 +244,11 @@ def test_a_deleted_barrier_is_reported_or_had_nothing_to_do(memory, built, monke
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("source", "kernels"), [("linear_step.cu", 2), ("mlp_step.cu", 3)])
 def test_nothing_spills(source, kernels, architecture, tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", f"-I{SOURCES.parent}", f"-arch={architecture}", "-Xptxas", "-v", "-c"]
-    done = subprocess.run([*command, str(SOURCES / source), "-o", str(tmp_path / "x")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    registers = [int(x) for x in re.findall(r"Used (\d+) registers", done.stderr)]
+    said = assembled(source, architecture, tmp_path)
+    registers = [int(x) for x in re.findall(r"Used (\d+) registers", said)]
     assert len(registers) == 2 * kernels and max(registers) <= 255
-    stores = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(stores) >= len(registers) and set(stores) == {("0", "0", "0")}, done.stderr
+    stores = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(stores) >= len(registers) and set(stores) == {("0", "0", "0")}, said
 
 
 @pytest.mark.slow

@@ -7,8 +7,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import runpy
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
+from assembled import NVCC, assembled
 from miras_kernels import dispatch
 from miras_kernels.backends import cuda_linear_backward
 from miras_kernels.backends.cuda import CudaBackend
@@ -26,8 +25,6 @@ from ptx.host import Launch
 from ptx.test_deleted import assert_reported
 from quick import slow
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-NVCC = runpy.run_path(str(SOURCES / "build.py"))["nvcc"]()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
 BF16 = torch.bfloat16
@@ -127,10 +124,7 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(name, monkey
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_little_spills(architecture, tmp_path):
     """At most 300 bytes a thread."""
-    command = [NVCC, "-std=c++17", "-O3", f"-I{SOURCES.parent}", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
-    source = str(SOURCES / "linear_reverse.cu")
-    said = subprocess.run([*command, source, "-o", str(tmp_path / "x")], capture_output=True, text=True, check=True).stderr
-    assert "warning" not in said, said
+    said = assembled("linear_reverse.cu", architecture, tmp_path)
     spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", said)]
     assert len(spilled) == 6 and max(spilled) <= 300, spilled
     assert "serialized" not in said, said  # what ptxas says if it waits for each product of a warpgroup

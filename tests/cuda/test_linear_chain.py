@@ -7,8 +7,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import runpy
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
+from assembled import NVCC, assembled
 from miras_kernels import dispatch
 from miras_kernels.backends import cuda_linear
 from miras_kernels.backends.cuda import CudaBackend
@@ -30,8 +29,6 @@ from ptx.host import on_machine as triton_on_machine
 from ptx.test_deleted import assert_reported
 from quick import slow
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-NVCC = runpy.run_path(str(SOURCES / "build.py"))["nvcc"]()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -151,9 +148,7 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(name, monkey
 @pytest.mark.parametrize("source", ["linear_chain_bf16.cu", "linear_chain_f16.cu"])
 def test_little_spills(source, architecture, tmp_path):
     """At most 128 bytes a thread, as in the MLP memory's chain."""
-    command = [NVCC, "-std=c++17", "-O3", f"-I{SOURCES.parent}", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
-    said = subprocess.run([*command, str(SOURCES / source), "-o", str(tmp_path / "x")], capture_output=True, text=True, check=True).stderr
-    assert "warning" not in said, said
+    said = assembled(source, architecture, tmp_path)
     spilled = [max(map(int, x)) for x in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)]
     assert len(spilled) == 12 and max(spilled) <= 128, spilled
     assert max(map(int, re.findall(r"Used (\d+) registers", said))) <= 255

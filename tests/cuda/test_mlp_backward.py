@@ -6,17 +6,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import operator
 import re
-import runpy
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 import miras_kernels as mk
+from assembled import NVCC, assembled, assert_no_worse
 from miras_kernels import dispatch
 from miras_kernels.backends import groups
 from miras_kernels.backends.cuda import CudaBackend
@@ -27,8 +24,6 @@ from ptx.host import Launch
 from ptx.test_deleted import assert_reported
 from quick import slow
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-NVCC = runpy.run_path(str(SOURCES / "build.py"))["nvcc"]()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -136,8 +131,6 @@ def test_what_it_refuses_is_left_to_triton(cuda):
 
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
-#: by architecture and kernel: registers, and bytes of spill stores and loads
-TABLE = Path(__file__).with_name("resources.json")
 KERNEL = re.compile(
     r"Compiling entry function '\w*?mlp_(replay|reverse)ILi(\d+)ELi(\d+)E\d+_*(\w+?)EE\w*' for '(sm_\w+)'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -145,29 +138,16 @@ KERNEL = re.compile(
 )
 
 
-def resources(architecture: str, folder: Path) -> dict[str, list[int]]:
-    command = [NVCC, "-std=c++17", "-O3", f"-I{SOURCES.parent}", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
-    found = {}
-    for source in ("mlp_replay.cu", "mlp_reverse.cu"):
-        given = [*command, str(SOURCES / source), "-o", str(folder / "x.cubin")]
-        said = subprocess.run(given, capture_output=True, text=True, check=True).stderr
-        assert "warning" not in said, said
-        for kernel, c, hidden, dtype, _, stores, loads, used in KERNEL.findall(said):
-            found[f"{kernel}-C{c}-Hd{hidden}-{dtype}"] = [int(used), int(stores), int(loads)]
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_registers_and_spills(architecture, tmp_path):
     """At most 300 bytes are spilled. With the table's compiler, the table is the limit."""
-    found = resources(architecture, tmp_path)
+    said = "".join(assembled(source, architecture, tmp_path) for source in ("mlp_replay.cu", "mlp_reverse.cu"))
+    found = {
+        f"{kernel}-C{c}-Hd{hidden}-{dtype}": [int(used), int(stores), int(loads)]
+        for kernel, c, hidden, dtype, _, stores, loads, used in KERNEL.findall(said)
+    }
     assert len(found) == 28
     for name, (registers, stores, loads) in found.items():
         assert registers <= 255 and max(stores, loads) <= 300, name
-    version = re.search(r"V([\d.]+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout)[1]
-    if version in (table := json.loads(TABLE.read_text())):
-        limits = {name: x for name, x in table[version][architecture].items() if name.startswith("re")}
-        assert found.keys() == limits.keys()
-        worse = {name: (used, limits[name]) for name, used in found.items() if any(map(operator.gt, used, limits[name]))}
-        assert not worse, worse
+    assert_no_worse(found, architecture, "re")

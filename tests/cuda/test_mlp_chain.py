@@ -6,11 +6,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import operator
 import re
-import runpy
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import pytest
 import torch
 
 import miras_kernels as mk
+from assembled import NVCC, assembled, assert_no_worse
 from miras_kernels import dispatch
 from miras_kernels.backends import cuda_mlp
 from miras_kernels.backends.cuda import CudaBackend
@@ -32,9 +29,6 @@ from ptx.test_deleted import assert_reported
 from quick import slow
 from records import forget
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "csrc" / "cuda"
-NVCC = runpy.run_path(str(SOURCES / "build.py"))["nvcc"]()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -223,8 +217,6 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(monkeypatch)
 
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
-#: by architecture and kernel: registers, and bytes of spill stores and loads
-TABLE = Path(__file__).with_name("resources.json")
 KERNEL = re.compile(
     r"Compiling entry function '\w*?mlp_chainILi(\d+)ELi(\d+)E\d+_*(\w+?)EE\w*' for '(sm_\w+)'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -232,26 +224,15 @@ KERNEL = re.compile(
 )
 
 
-def resources(architecture: str, folder: Path) -> dict[str, list[int]]:
-    command = [NVCC, "-std=c++17", "-O3", f"-I{SOURCES.parent}", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
-    given = [*command, str(SOURCES / "mlp_chain.cu"), "-o", str(folder / "x.cubin")]
-    said = subprocess.run(given, capture_output=True, text=True, check=True).stderr
-    assert "warning" not in said, said
-    found = KERNEL.findall(said)
-    return {f"C{c}-Hd{hidden}-{dtype}": [int(used), int(stores), int(loads)] for c, hidden, dtype, _, stores, loads, used in found}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_registers_and_spills(architecture, tmp_path):
     """At most 128 bytes are spilled at C = 64, and nothing at C = 16 and 32. With the table's compiler, the table is the limit."""
-    found = resources(architecture, tmp_path)
+    found = {
+        f"C{c}-Hd{hidden}-{dtype}": [int(used), int(stores), int(loads)]
+        for c, hidden, dtype, _, stores, loads, used in KERNEL.findall(assembled("mlp_chain.cu", architecture, tmp_path))
+    }
     assert len(found) == 18
     for name, (registers, stores, loads) in found.items():
         assert registers <= 255 and max(stores, loads) <= (128 if name.startswith("C64-Hd256") else 0), name
-    version = re.search(r"V([\d.]+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout)[1]
-    if version in (table := json.loads(TABLE.read_text())):
-        limits = {name: x for name, x in table[version][architecture].items() if name.startswith("C")}
-        assert found.keys() == limits.keys()
-        worse = {name: (used, limits[name]) for name, used in found.items() if any(map(operator.gt, used, limits[name]))}
-        assert not worse, worse
+    assert_no_worse(found, architecture, "C")
