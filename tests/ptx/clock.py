@@ -1,8 +1,8 @@
-"""The time of a launch's first CTA if it had its multiprocessor alone: each warp issues in order, an instruction when its operands are ready,
-and waits at a barrier for the last warp.
+"""The time of a launch's first CTA if it had its multiprocessor alone: each warp issues in order, an instruction when its operands are
+ready, and waits at a barrier for the last warp.
 
-A model: the latencies are those of a chip in bench/gpu/chips.py; each warp has the tensor cores of a quarter of the multiprocessor; data that
-the launch has not touched before come from DRAM, others from L2.
+A model: the latencies are those of a chip in bench/gpu/chips.py; each warp has the tensor cores of a quarter of the multiprocessor; data
+that the launch has not touched before come from DRAM, others from L2.
 """
 
 from __future__ import annotations
