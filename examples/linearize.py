@@ -28,7 +28,7 @@ from .demo import load_text, table
 
 WIDTH, LAYERS, HEADS, INTERMEDIATE, LENGTH, BATCH = 128, 4, 4, 352, 256, 8
 STEPS = {"teacher": 600, "transfer": 200, "finetune": 250}
-RATES = {"teacher": 4e-3, "transfer": 3e-3, "finetune": 2e-3}
+RATES = {"teacher": 4e-3, "transfer": 1e-2, "finetune": 4e-3}
 STRIDE = 16  # bytes between the beginnings of two rows of training text
 RANKING = 64  # rows at the end of the training text on which layers are ranked
 CLOSE = 0.05  # the goal: bits per byte above the teacher
