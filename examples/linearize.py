@@ -136,20 +136,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     args = parser.parse_args(arguments)
     began = time.process_time()
+    settings = dict(width=WIDTH, layers=LAYERS, heads=HEADS, length=LENGTH, batch=BATCH, steps=STEPS, rates=RATES, seed=args.seed)
+    document = {
+        **results.heading("examples.linearize"), "machine": results.machine(), "threads": torch.get_num_threads(),
+        "versions": results.versions("torch", "transformers", "miras-kernels"), "settings": settings,
+    }  # fmt: skip
     training, valid = load_text()
     windows = training.unfold(0, LENGTH, STRIDE)
     ranking = training[-RANKING * LENGTH :].view(RANKING, LENGTH)
     rows = windows[: -RANKING * LENGTH // STRIDE - LENGTH // STRIDE]  # they end before the text of the ranking
     teacher = student(args.seed)
     train(teacher, rows, STEPS["teacher"], args.seed)
-    settings = dict(width=WIDTH, layers=LAYERS, heads=HEADS, length=LENGTH, batch=BATCH, steps=STEPS, rates=RATES, seed=args.seed)
-    document = {
-        **results.heading("examples.linearize"), "machine": results.machine(), "threads": torch.get_num_threads(),
-        "versions": results.versions("torch", "transformers", "miras-kernels"), "settings": settings, "teacher": bits(teacher, valid),
-        "parameters": sum(p.numel() for p in teacher.parameters()),
-    }  # fmt: skip
+    document |= {"teacher": bits(teacher, valid), "parameters": sum(p.numel() for p in teacher.parameters()), "results": []}
     print(f"teacher: {document['teacher']:.3f} bits per byte", flush=True)
-    document["results"] = []
     for preset in args.presets:
         document["results"].append(measure(teacher, preset, rows, ranking, valid, args.seed))
         print(document["results"][-1], flush=True)
