@@ -199,7 +199,7 @@ _KEYED_BLOCK = 16
 
 def _block_tokens(call: Call) -> int:
     """How many tokens a block of this call has, or 0 where it is not computed in blocks."""
-    plain = block_tokens(call.replace(erase_k=None, key_log_decay=None))
+    plain = block_tokens(call)
     keyed = call.erase_k is not None or call.key_log_decay is not None
     return min(plain, _KEYED_BLOCK) if keyed else plain
 
