@@ -50,6 +50,7 @@ def cpp(*names: str) -> tuple[str, ...]:
 MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
 LINEAR_BACKWARD = cases("cuda/test_linear_backward.py::test_gradients", "sm_90-small")
 MLP_BACKWARD = cases("cuda/test_mlp_backward.py::test_gradients", "sm_80-torch.float16-small")
+MLP_CLUSTER = cases("cuda/test_mlp_backward.py::test_gradients", "sm_90-torch.float16-cluster-whole")
 
 
 def triton(*names: str) -> tuple[str, ...]:
@@ -213,6 +214,8 @@ MUTANTS = [
            "S::kGamma + 4 * (C - 1)) * inner + end", "S::kGamma + 4 * (C - 1)) * 0.0f + end"),
     Mutant("cuda-mlp-backward-of-queries-does-not-decay", "csrc/cuda/mlp_replay.h", MLP_BACKWARD,
            "packed(du, gamma)", "packed(du, 1.0f)"),
+    Mutant("cuda-mlp-backward-of-one-block-alone", "csrc/cuda/mlp_block.h", MLP_CLUSTER,
+           "s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;  // in either block the same", "(void)x;"),
     Mutant("cuda-linear-backward-updates-do-not-decay", "csrc/cuda/linear_reverse_kernel.h", LINEAR_BACKWARD,
            "scale_rows(of_k, x.to_end)", "scale_rows(of_k, x.gamma)"),
     Mutant("cuda-linear-backward-log-decay-without-pairs", "csrc/cuda/linear_reverse_gates.h", LINEAR_BACKWARD,
