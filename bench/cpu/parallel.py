@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, multiprocessing
@@ -24,6 +24,7 @@ from miras_kernels.layers import MemoryBlock
 from miras_kernels.parallel import ContextParallel, parallelize
 from miras_kernels.testing.parity import relative_error
 
+from ..common.results import heading, machine, versions, write_json
 from .measuring import MALLOC
 
 HEAD_DIM, CHUNK = 64, 64
@@ -94,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(processes=2, tokens=32768, heads=8, rounds=7).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
     os.environ["GLIBC_TUNABLES"] = MALLOC  # of the processes
     with tempfile.TemporaryDirectory() as folder:
@@ -111,9 +112,9 @@ def main() -> int:
         print(f"{r['case']}: error {r['error']:.0e}; {said}")
     print(f"{ideal:.2f}x if every part's memory takes the same time and nothing else is done")
     if args.json:
-        about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "formula": ideal}
-        with open(args.json, "w") as file:
-            json.dump({**about, **vars(args), "results": results}, file, indent=1)
+        settings = {k: v for k, v in vars(args).items() if k != "json"}
+        about = {"machine": machine(), "versions": versions("torch", "miras-kernels"), "settings": settings, "formula": ideal}
+        write_json(heading("bench.cpu.parallel") | about | {"results": results}, args.json)
     return int(any("ratio" not in r for r in results))
 
 

@@ -20,6 +20,8 @@ CASES = {
 }
 #: Triton's own launch comes second
 WAYS = {"here": True, "by Triton": False}
+#: calls in a row by one way, of which the first is not timed: a process launches in one way, and the other's code is not in its caches
+TURN = 10
 
 
 class Clock:
@@ -38,7 +40,7 @@ class Clock:
         self.times.append(time.perf_counter() - began)
 
 
-def report(rounds: int = 500) -> int:
+def report(turns: int = 50) -> int:
     """Print the medians; both ways take turns."""
     from miras_kernels.kernels.common import bound
     from miras_kernels.kernels.linear import sequence as _linear  # noqa: F401  so that `Clock` finds their launches
@@ -53,13 +55,14 @@ def report(rounds: int = 500) -> int:
             run = call_of(CASES[name], direction)
             launches: dict[str, list] = {way: [] for way in WAYS}
             calls: dict[str, list] = {way: [] for way in WAYS}
-            for i in range(rounds + 2):  # the first two compile
+            for turn in range(turns + 1):  # the first one compiles
                 for way, bound.KNOWN in WAYS.items():
-                    clock.times, began = [], time.perf_counter()
-                    run()
-                    if i >= 2:
-                        calls[way].append(time.perf_counter() - began)
-                        launches[way] += clock.times
+                    for i in range(TURN):
+                        clock.times, began = [], time.perf_counter()
+                        run()
+                        if turn and i:
+                            calls[way].append(time.perf_counter() - began)
+                            launches[way] += clock.times
             cells = [*map(middle, launches.values()), *map(middle, calls.values())]
             print(f"| {name}, {direction} | {len(clock.times)} | {' | '.join(cells)} |", flush=True)
     return 0

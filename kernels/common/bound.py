@@ -16,7 +16,6 @@ Everything here that is internal to Triton is the same in versions 3.6 to 3.9. `
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Container
 from typing import NamedTuple
@@ -46,7 +45,8 @@ MOST = 4096
 ALIGNMENT = 16
 
 _kernels: list[CompiledKernel] = []
-_dtype = operator.attrgetter("dtype")
+_address, _dtype = Tensor.data_ptr, operator.attrgetter("dtype")
+_past_alignment = (ALIGNMENT - 1).__and__
 
 
 class Bound(NamedTuple):
@@ -69,7 +69,7 @@ _of_number = functools.lru_cache(MOST, typed=True)(_specialised)
 
 def _alignment(addresses: tuple[int, ...]) -> bool | tuple[bool, ...]:
     """Which addresses are aligned; True: all of them, as is usual."""
-    return math.gcd(ALIGNMENT, *addresses) == ALIGNMENT or tuple(x % ALIGNMENT == 0 for x in addresses)
+    return not any(map(_past_alignment, addresses)) or tuple(x % ALIGNMENT == 0 for x in addresses)
 
 
 def _picker(places: list[int]) -> Callable[[tuple], tuple]:
@@ -106,7 +106,7 @@ class Layout:
     def read(self, values: tuple) -> tuple[tuple, tuple]:
         """The values, with addresses for tensors, and what of them a compiled kernel depends on."""
         tensors = self.tensors(values)
-        addresses = tuple(map(Tensor.data_ptr, tensors))
+        addresses = tuple(map(_address, tensors))
         key = (_alignment(addresses), *map(_dtype, tensors))
         if not self.only_tensors:
             key += (*map(_of_number, self.numbers(values)), *self.constants(values))
@@ -135,7 +135,7 @@ class Shared:
     """
 
     def __init__(self, values: dict, constants: dict | None = None, before: Shared | None = None):
-        self._values, self._constants, self.before = values, constants or {}, before
+        self._values, self._constants, self.before, self._read = values, constants or {}, before, None
 
     @property
     def all(self) -> dict:
@@ -144,16 +144,22 @@ class Shared:
     def is_constant(self, name: str) -> bool:
         return name in self._constants or (self.before is not None and self.before.is_constant(name))
 
-    @functools.cached_property
     def read(self) -> tuple[tuple, Kind]:
-        """The values as :class:`Layout` reads them, and their kind."""
-        given, before = self.before.read if self.before else ((), _none)
-        arguments = self._values | self._constants if self._constants else self._values
-        values = tuple(arguments.values())
-        where = tuple(arguments), tuple(map(type, values)), len(self._constants)  # the last ones
-        layout = before.layouts.get(where) or before.layouts.setdefault(where, Layout(before, *where[:2], self._constants))
-        more, key = layout.read(values)
-        return given + more, layout.found.get(key) or layout.found.setdefault(key, Kind(layout.names))
+        """The values as :class:`Layout` reads them, and their kind; the first time they are asked for."""
+        if self._read is None:
+            given, before = self.before.read() if self.before else ((), _none)
+            arguments = self._values | self._constants if self._constants else self._values
+            values = tuple(arguments.values())
+            where = (len(self._constants), *arguments, *map(type, values))  # constants are the last ones
+            layout = before.layouts.get(where)
+            if layout is None:
+                layout = before.layouts[where] = Layout(before, tuple(arguments), tuple(map(type, values)), self._constants)
+            more, key = layout.read(values)
+            kind = layout.found.get(key)
+            if kind is None:
+                kind = layout.found[key] = Kind(layout.names)
+            self._read = given + more, kind
+        return self._read
 
 
 def by_name(kernel, shared: Shared, own: dict) -> dict:
@@ -182,11 +188,10 @@ def run(kernel, grid: tuple[int, ...], config, device: torch.device, options: Ca
     if not KNOWN or type(kernel) is not triton.JITFunction or _is_watched(kernel):
         kernel[grid](**by_name(kernel, shared, own), **options(config, device))
         return
-    active, values, (given, kind) = driver.active, tuple(own.values()), shared.read
+    active, values, (given, kind) = driver.active, tuple(own.values()), shared.read()
     index = active.get_current_device()
     where = (
-        id(kernel), active, index, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode,
-        tuple(own), tuple(map(type, values)),
+        id(kernel), active, index, config, knobs.runtime.debug, knobs.compilation.instrumentation_mode, *own, *map(type, values),
     )  # fmt: skip
     site = kind.layouts.get(where)
     if site is None:
@@ -203,8 +208,9 @@ def run(kernel, grid: tuple[int, ...], config, device: torch.device, options: Ca
             _kernels.append(compiled)
             site.found[key] = Bound(compiled, compiled.run, compiled.function, compiled.packed_metadata)
         return
-    x, y, z = (*grid, 1, 1)[:3]
-    bound.run(x, y, z, active.get_current_stream(index), bound.function, bound.metadata, None, None, None, *site.arguments(given + more))
+    x, y = grid if len(grid) == 2 else (*grid, 1)
+    _, launch, function, metadata = bound
+    launch(x, y, 1, active.get_current_stream(index), function, metadata, None, None, None, *site.arguments(given + more))
 
 
 def _agrees(kernel, device: int, shared: Shared, own: dict) -> bool:

@@ -261,10 +261,10 @@ def start(kernel, grid: tuple[int, ...], config: configs.Config, device: torch.d
         return
     if 0 in grid:
         return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            bound.run(kernel, grid, config, device, _options, shared, own)
-    else:
+    if device.index is None or device.index == torch.cuda.current_device():  # the CPU has no index
+        bound.run(kernel, grid, config, device, _options, shared, own)
+        return
+    with torch.cuda.device(device):
         bound.run(kernel, grid, config, device, _options, shared, own)
 
 

@@ -215,7 +215,7 @@ def test_keys(machine):
 
     def key(n=3, strides=(64, 1), size=16, **tensors):
         shared = machine.bound.Shared(dict(n=n, strides=strides), dict(size=size))
-        return machine.bound.Shared(dict(x=torch.zeros(8)) | tensors, before=shared).read[1]
+        return machine.bound.Shared(dict(x=torch.zeros(8)) | tensors, before=shared).read()[1]
 
     assert key() is key(x=torch.ones(8)) is key(n=5) is key(strides=(32, 1))
     others = (
