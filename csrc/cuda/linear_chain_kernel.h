@@ -197,20 +197,6 @@ template <class S> template <bool kActive> __device__ __forceinline__ void Chain
   __syncthreads();  // the tokens and gates of the chunk are here, and those before it have been read
   constexpr bool kScores = !kActive || !S::kHelped;
   float e[kGroups][4], o[kGroups][4], scores[S::kTiles][kGroups][4];
-  // units of the scores beside products: gates, decays and stores, one after the other
-  constexpr int kAtOnce = (Units::kCount + kSteps - 3) / (kSteps - 2);
-  float4 gates_of[kAtOnce];
-  float2 decays[kAtOnce];
-  const auto units_of = [&](auto i, auto&& f) {  // those that are at a stage in step i
-    each<kAtOnce>([&](auto j) {
-      if constexpr (i >= 0 && i * kAtOnce + j < Units::kCount) f(Index<i * kAtOnce + j>{}, j);
-    });
-  };
-  const auto store_scores = [&](const Units& units, const float (&scores)[kGroups][4], auto i) {
-    units_of(Index<i - 2>{}, [&](auto unit, auto j) { units.store(unit, scores, decays[j]); });
-    units_of(Index<i - 1>{}, [&](auto unit, auto j) { decays[j] = units.decay(unit, gates_of[j]); });
-    units_of(i, [&](auto unit, auto j) { gates_of[j] = units.load(unit); });
-  };
   float w_scale = 1.0f, factor = 1.0f;
   if constexpr (kActive) w_scale = fitting<T>(largest()), factor = inverse<T>(w_scale);
   errors_and_scores<kActive, kScores>(e, scores, stage, factor, [&](auto i) { copy<i, kSteps>(chunk + 1); });
@@ -218,18 +204,23 @@ template <class S> template <bool kActive> __device__ __forceinline__ void Chain
     const bool prepares = S::kHelped && warp == S::kWarps - 1;
     Raw next{};
     if (prepares) next = load_gates(chunk + 1);
-    each<S::kTiles>([&](auto j) {
-      const Units units(*this, x, first_tile() + j);
-      each<kSteps>([&](auto i) { store_scores(units, scores[j], i); });
-    });
+    const auto store = [&](auto first) {
+      each<S::kTiles>([&](auto j) {
+        Units units(*this, x, first + j);
+        each<kSteps>([&](auto i) { units.template step<i>(scores[j]); });
+      });
+    };
+    if (!S::kHelped) store(warp);
+    else if (first_tile() == 0) store(Index<0>{});  // tiles that the compiler knows: a third of the instructions
+    else store(Index<S::kTiles>{});
     if (couples) __syncthreads();
     __syncthreads();
     if (prepares) prepare(next, chunk + 1);
   } else {
-    const Units units(*this, x, S::kHelped ? 0 : warp);
+    Units units(*this, x, S::kHelped ? 0 : warp);
     uint32_t v[kGroups][2], u[kSixteens][4], to_end[kSixteens][4];
     read_out(o, stage, factor, [&](auto i) {
-      if constexpr (kScores) store_scores(units, scores[0], i);
+      if constexpr (kScores) units.template step<i>(scores[0]);
       if constexpr (i == kSteps - 1) load_values(v, chunk);
     });
     const Raw next = S::kHelped ? Raw{} : load_gates(chunk + 1);

@@ -1,7 +1,7 @@
 // What a block of linear_chain_kernel.h holds, and how it copies, loads and stores; the steps of a chunk are defined there.
 #pragma once
 
-#include "linear_chain_tools.h"
+#include "linear_chain_scores.h"
 
 namespace miras::cuda {
 namespace {
@@ -16,6 +16,7 @@ template <class S> struct Chain {
   static constexpr int kSixteens = kGroups / 2;  // of a chunk's tokens
   static constexpr int kSteps = kKeys / 16;
   static constexpr int kNever = 1 << 30;
+  static constexpr bool kAllHaveTiles = kSixteens == S::kWarps && !S::kHelped;  // of the scores
 
   const MirasLinearChain& p;
   const Sequence s;
@@ -236,45 +237,7 @@ template <class S> struct Chain {
   __device__ __forceinline__ uint32_t* score_word(int group, int n) const {
     return reinterpret_cast<uint32_t*>(shared + S::kScores) + ((group * kSixteens + n / 2) * 32 + lane) * 2 + (n & 1);
   }
-  // A tile's scores in units of 8 x 8: of a group of tokens t the groups 0 to `group` of s; zeros stay in the others. Of the tile's groups
-  // low < high, unit i belongs to `high` for i <= kGroups / 2, the next one to `low`, each of the rest to that one which lacks it.
-  struct Units {
-    static constexpr int kCount = kGroups + 1;
-    const Chain& chain;
-    const Gates<kChunk>& x;
-    int tile;
-    bool has;  // a tile that there is
-    float2 of_low, of_high;
-    uint32_t *low_words, *high_words;
-
-    __device__ __forceinline__ Units(const Chain& chain, const Gates<kChunk>& x, int tile)
-        : chain(chain), x(x), tile(tile % kSixteens), has(tile < kSixteens), of_low(x.log_gamma[8 * this->tile + chain.lane / 4]),
-          of_high(x.log_gamma[8 * (kGroups - 1 - this->tile) + chain.lane / 4]), low_words(chain.score_word(this->tile, 0)),
-          high_words(chain.score_word(kGroups - 1 - this->tile, 0)) {}
-    __device__ __forceinline__ bool is_low(int i) const { return i > kSixteens && tile >= i - kSixteens - 1; }
-    __device__ __forceinline__ int earlier(int i) const {
-      return i <= kSixteens ? i : is_low(i) ? i - kSixteens - 1 : kGroups - (i - kSixteens - 1);
-    }
-    __device__ __forceinline__ float4 load(int i) const { return chain.pair(x.log_gamma, earlier(i)); }
-    __device__ __forceinline__ float2 decay(int i, float4 of) const {
-      const float2 later = is_low(i) ? of_low : of_high;
-      return make_float2(decay_of(later, make_float2(of.x, of.y)), decay_of(later, make_float2(of.z, of.w)));
-    }
-    __device__ __forceinline__ void store(int i, const float (&scores)[kGroups][4], float2 decay) const {
-      constexpr auto kPlace = [](int n) { return n / 2 * 64 + n % 2; };
-      const int other = i - kSixteens - 1;
-      const float (&low)[4] = scores[i <= kSixteens ? i : other], (&high)[4] = scores[i <= kSixteens ? i : (kGroups - other) % kGroups];
-      float a = decay.x * (is_low(i) ? low[0] : high[2]), b = decay.y * (is_low(i) ? low[1] : high[3]);
-      if (i >= kSixteens) {  // it may lie on the diagonal
-        const int group = is_low(i) ? tile : kGroups - 1 - tile;
-        const int before = 8 * (group - earlier(i)) + chain.lane / 4 - 2 * (chain.lane & 3);  // tokens from s to t
-        a = before >= 0 ? a : 0.0f, b = before >= 1 ? b : 0.0f;
-      }
-      uint32_t* const either = is_low(i) ? low_words + kPlace(other) : high_words + kPlace(kGroups - other);
-      uint32_t* const to = i <= kSixteens ? high_words + kPlace(i) : either;
-      if ((kSixteens == S::kWarps && !S::kHelped) || has) *to = pack<T>(a, b);
-    }
-  };
+  using Units = ScoreUnits<Chain>;
   __device__ __forceinline__ void clear_scores() const {
     uint2* const words = reinterpret_cast<uint2*>(shared + S::kScores);
     for (int i = thread(); i < S::kScoresBytes / 8; i += S::kThreads) words[i] = make_uint2(0, 0);

@@ -55,9 +55,10 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }
-// the decay between two tokens, whose log2 gammas have these parts
+// log2 of a decay, which has these parts; the decay between two tokens, whose log2 gammas have these
+__device__ __forceinline__ float exponent_of(float2 parts) { return fmaf(parts.x, kLog2 / kUnit, parts.y); }
 __device__ __forceinline__ float decay_of(float2 later, float2 earlier) {
-  return exp2_approx(fmaf(later.x - earlier.x, kLog2 / kUnit, later.y - earlier.y));
+  return exp2_approx(exponent_of(make_float2(later.x - earlier.x, later.y - earlier.y)));
 }
 
 // With the offset in the instruction.

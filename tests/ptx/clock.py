@@ -1,13 +1,16 @@
-"""The time of a launch's first warp if it had its multiprocessor alone: instructions issue in order, each when its operands are ready.
+"""The time of a launch's first CTA if it had its multiprocessor alone: each warp issues in order, an instruction when its operands are
+ready, and waits at a barrier for the last warp.
 
-A model: the latencies are those of a chip in bench/gpu/chips.py; all warps of a CTA are taken to reach a barrier together; data that the
-launch has not touched before come from DRAM, others from L2.
+A model: the latencies are those of a chip in bench/gpu/chips.py; each warp has the tensor cores of a quarter of the multiprocessor; data
+that the launch has not touched before come from DRAM, others from L2.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
 import re
+from collections.abc import Iterable
 
 from .parse import Address, Instruction
 
@@ -61,10 +64,41 @@ class _Step:
 
 
 class Clock:
-    """``now``: clock cycles. ``missed``: loads that touched data for the first time, by instruction; set by the counts."""
+    """``missed``: loads that touched data for the first time, by instruction; set by the counts."""
 
     def __init__(self, program, chip):
-        self.program, self.chip, self.now, self.missed = program, chip, 0.0, {}
+        self.missed: dict[int, bool] = {}
+        #: warps that executed the same blocks share one
+        self.times = {tuple(range(-(-program.kernel.threads // 32))): _Warps(program, chip, self.missed)}
+
+    def block(self, block, warps: Iterable[int]) -> None:
+        """``warps``: those of the first CTA that execute it."""
+        given = set(warps)
+        for of in list(self.times):
+            inside = tuple(x for x in of if x in given)
+            if not inside:
+                continue
+            if inside != of:
+                self.times[tuple(x for x in of if x not in given)] = self.times[of].copy()
+                self.times[inside] = self.times.pop(of)
+            if self.times[inside].waits:  # all warps have come to the barrier
+                meeting = [x for x in self.times.values() if x.waits]
+                last = max(x.now for x in meeting)
+                for x in meeting:
+                    x.now, x.waits = last, False
+            self.times[inside].block(block)
+
+    @property
+    def now(self) -> float:
+        """Clock cycles until the last warp ends."""
+        return max(x.now for x in self.times.values())
+
+
+class _Warps:
+    """Warps of a CTA at the same place. ``waits``: at a barrier."""
+
+    def __init__(self, program, chip, missed: dict[int, bool]):
+        self.program, self.chip, self.now, self.waits, self.missed = program, chip, 0.0, False, missed
         #: cycles between two instructions of a warp, since four schedulers serve all warps of a CTA
         self.step = max(program.kernel.threads / 32 / chip.issue, 1.0)
         self.ready: dict[str, float] = collections.defaultdict(float)
@@ -72,6 +106,12 @@ class Clock:
         self.open = {"cp.async": 0.0, "wgmma": 0.0}  # when the instructions that are not committed yet end
         self.groups: dict[str, list[float]] = {"cp.async": [], "wgmma": []}
         self.steps: dict[int, list[_Step]] = {}
+
+    def copy(self) -> _Warps:
+        other = copy.copy(self)
+        other.ready, other.open = self.ready.copy(), dict(self.open)
+        other.groups = {unit: list(x) for unit, x in self.groups.items()}
+        return other
 
     def block(self, block) -> None:
         if block.first not in self.steps:
@@ -96,8 +136,8 @@ class Clock:
             self.groups[unit] = groups[max(done, 0) :]
         elif step.opcode.startswith(("wgmma.mma", "cp.async")):
             self.open[unit] = max(self.open[unit], end)
-        elif step.opcode.startswith("bar"):
-            self.now = end
+        elif step.opcode.startswith("bar") and ".warp." not in step.opcode:
+            self.now, self.waits = end, True
         self.now += self.step
 
     def latency(self, step: _Step) -> float:

@@ -17,7 +17,7 @@ class Counts:
     issued: instructions by kind, one for each warp. barriers: bar.sync of a CTA's first warp, over all CTAs. flop: of matrix instructions.
     wavefronts: of shared memory, 32 banks of 4 bytes each. sectors: 32 bytes of global memory that a warp's access touches, from L2.
     bytes: of global memory that were read and that were written, each once: from and to DRAM, if L2 keeps them for the launch.
-    clock: with a chip, the modelled time of the first warp.
+    clock: with a chip, the modelled time of the first CTA.
     """
 
     def __init__(self, program, memory, chip=None):
@@ -28,10 +28,10 @@ class Counts:
         self.clock = None if chip is None else Clock(program, chip)
 
     def block(self, block, threads: np.ndarray, first: bool) -> None:
-        """``first``: whether the first warp of the launch is among the threads."""
+        """``threads``: of the batch. ``first``: whether it has the launch's first CTA."""
         self.blocks[block.first] += np.unique(threads // 32).size if threads.size % 32 else threads.size // 32
         if self.clock is not None and first:
-            self.clock.block(block)
+            self.clock.block(block, np.unique(threads[threads < self.program.kernel.threads] // 32).tolist())
 
     def access(self, space: str, at: int, local: np.ndarray, offset: np.ndarray, size: int, writes: bool = False) -> None:
         """Warps take 128 bytes of shared memory at once: a quarter of a warp where each lane takes 16."""

@@ -147,7 +147,7 @@ class Machine:
         self.products.touched(block, threads)
         taken, results = block.run(self, ix, threads.size, *given)
         if self.counts is not None:
-            self.counts.block(block, threads, self.everyone.thread[threads[0]] == 0)
+            self.counts.block(block, threads, self.everyone.thread[0] == 0)
         for name, x in zip(block.leaves, results, strict=True):
             if everyone:
                 self.registers[name] = x

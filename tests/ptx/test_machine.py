@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import fractions
+import types
 
 import numpy as np
 import pytest
@@ -261,3 +263,22 @@ def test_sectors_and_instructions():
     found = counted("ld.global.b32 %r7, [%d3]; bar.sync 0; shl.b32 %r8, %r1, 5; mad.wide.u32 %d5, %r8, 1, %d2; ld.global.b32 %r9, [%d5];")
     assert found["sectors"] == 4 * (4 + 32) and found["global"] == 4 * 2 and found["barrier"] == 4
     assert found["flop"] == 0 and found["control"] == 4
+
+
+def cycles(body: str) -> float:
+    """Of the clock for two CTAs of two warps."""
+    latencies = collections.defaultdict(lambda: 4, barrier=20)
+    chip = types.SimpleNamespace(issue=4, tensor=4096, latencies=latencies)
+    _, counts = Launch(kernel(body), [ints(1024), ints(1024)], (2,), 8192).run(chip=chip)
+    return counts.clock.now
+
+
+def test_the_clock_waits_at_a_barrier_for_the_last_warp():
+    """Work of one warp takes as long, whichever it is; that of the other one beside it takes nothing."""
+    work = "add.s32 %r7, %r7, 1; " * 50  # 4 cycles each
+    part = lambda condition, label: f"setp.{condition}.u32 %p1, %r1, 32; @%p1 bra {label}; mov.b32 %r7, 0; {work} {label}: bar.sync 0; "
+    none, first, last = (cycles(x) for x in ("setp.ge.u32 %p1, %r1, 32; bar.sync 0;", part("ge", "A"), part("lt", "A")))
+    assert first == last >= none + 4 * 50
+    # both between two barriers; one after the other, with a barrier in between
+    both = f"setp.ge.u32 %p1, %r1, 32; mov.b32 %r7, 0; @%p1 bra A; {work} bra B; A: {work} B: bar.sync 0;"
+    assert cycles(both) < first + 20 < first + 4 * 50 <= cycles(part("ge", "A") + part("lt", "B"))
