@@ -82,7 +82,7 @@ MUTANTS = [
            cases("core/test_identities.py::test_pieces_equal_the_whole", "linear-l2-2-pieces-cpp"),
            "position = 0, open_start = nullptr", "open_start = nullptr"),
     Mutant("cpp-momentum-not-carried-on", "csrc/cpu/linear_forward.h", cpp("momentum-no-state"),
-           "gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S)", "void(0)"),
+           "gates.advance_momenta(c, dk, s.KT, cp, s.U_step, cols, s.S, s.S)", "void(0)"),
     Mutant("cpp-own-writes-without-rho", "csrc/cpu/linear_forward.h", cpp("lq1.5"),
            "store(s.U + i, rho.value * u)", "store(s.U + i, u)"),
     Mutant("cpp-momentum-weight-without-decay", "csrc/cpu/chunk.h", cpp("momentum-strong-decay"),
