@@ -50,6 +50,7 @@ def cpp(*names: str) -> tuple[str, ...]:
 MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
 LINEAR_BACKWARD = cases("cuda/test_linear_backward.py::test_gradients", "sm_90-small")
 MLP_BACKWARD = cases("cuda/test_mlp_backward.py::test_gradients", "sm_80-torch.float16-small")
+MLP_CLUSTER = cases("cuda/test_mlp_backward.py::test_gradients", "sm_90-torch.float16-cluster-whole")
 
 
 def triton(*names: str) -> tuple[str, ...]:
@@ -81,7 +82,7 @@ MUTANTS = [
            cases("core/test_identities.py::test_pieces_equal_the_whole", "linear-l2-2-pieces-cpp"),
            "position = 0, open_start = nullptr", "open_start = nullptr"),
     Mutant("cpp-momentum-not-carried-on", "csrc/cpu/linear_forward.h", cpp("momentum-no-state"),
-           "gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S)", "void(0)"),
+           "gates.advance_momenta(c, dk, s.KT, cp, s.U_step, cols, s.S, s.S)", "void(0)"),
     Mutant("cpp-own-writes-without-rho", "csrc/cpu/linear_forward.h", cpp("lq1.5"),
            "store(s.U + i, rho.value * u)", "store(s.U + i, u)"),
     Mutant("cpp-momentum-weight-without-decay", "csrc/cpu/chunk.h", cpp("momentum-strong-decay"),
@@ -213,6 +214,8 @@ MUTANTS = [
            "S::kGamma + 4 * (C - 1)) * inner + end", "S::kGamma + 4 * (C - 1)) * 0.0f + end"),
     Mutant("cuda-mlp-backward-of-queries-does-not-decay", "csrc/cuda/mlp_replay.h", MLP_BACKWARD,
            "packed(du, gamma)", "packed(du, 1.0f)"),
+    Mutant("cuda-mlp-backward-of-one-block-alone", "csrc/cuda/mlp_block.h", MLP_CLUSTER,
+           "s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;  // in either block the same", "(void)x;"),
     Mutant("cuda-linear-backward-updates-do-not-decay", "csrc/cuda/linear_reverse_kernel.h", LINEAR_BACKWARD,
            "scale_rows(of_k, x.to_end)", "scale_rows(of_k, x.gamma)"),
     Mutant("cuda-linear-backward-log-decay-without-pairs", "csrc/cuda/linear_reverse_gates.h", LINEAR_BACKWARD,
@@ -241,6 +244,12 @@ MUTANTS = [
            "tl.where(o_t[None, :] > o_s[:, None], b_l, 0.0)", "tl.where(o_t[None, :] >= o_s[:, None], b_l, 0.0)"),
     Mutant("triton-block-errors-of-the-next-block-are-in-this-one", "kernels/common/decays_bwd.py",
            cases("triton/test_triton_blocks.py::test_float32", "plain"), "& (o_e < TOKENS)", "& (o_e <= TOKENS)"),
+    Mutant("triton-erased-keys-read-as-those-written", "kernels/linear/block.py",
+           cases("triton/test_triton_blocks.py::test_float32", "erase"),
+           "return read(p, system, p.erase_k)", "return read(p, system, None)"),
+    Mutant("triton-decay-by-key-channel-counts-a-token-itself", "kernels/linear/keyed.py",
+           cases("triton/test_triton_blocks.py::test_float32", "keyed"),
+           "tl.where((o_t < t)[:, None], b_g * b_seen + b_writes, 0.0)", "tl.where((o_t <= t)[:, None], b_g * b_seen + b_writes, 0.0)"),
     Mutant("triton-wrong-checkpoint", "kernels/linear/chain_streamed.py",
            cases("triton/test_calls.py::test_the_checkpoint_interval_does_not_change_a_bit", "linear-3"),
            "b_s, mask=only_if(i_c % EVERY == 0, m_kv)", "b_s, mask=only_if(i_c % EVERY == EVERY - 1, m_kv)"),

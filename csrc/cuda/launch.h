@@ -6,7 +6,8 @@
 
 namespace miras::cuda {
 
-template <class... Parameters, class... Arguments>
+// kCluster: blocks of a cluster, which neighbours form; more than one on sm_90 and later
+template <int kCluster = 1, class... Parameters, class... Arguments>
 int launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                   const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
@@ -15,15 +16,21 @@ int launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, si
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  if (kCluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster, config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // The same with more shared memory than kernels may take without asking
-template <class... Parameters, class... Arguments>
+template <int kCluster = 1, class... Parameters, class... Arguments>
 int launch_chain(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream,
                  const Arguments&... arguments) {
   const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  return error ? error : launch_blocks(kernel, blocks, threads, size_t(bytes), stream, arguments...);
+  return error ? error : launch_blocks<kCluster>(kernel, blocks, threads, size_t(bytes), stream, arguments...);
 }
 
 // Gives the caller of a *_layout function up to `room` of the numbers found; returns how many there are.

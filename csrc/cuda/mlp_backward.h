@@ -84,8 +84,12 @@ template <int C, int Hd> struct ReverseShared {
   static constexpr uint32_t kBytes = kParks ? kSums + 2 * C * kD * 4 : kSlopes;
 };
 
+// The blocks of a head. Two form a cluster, with half of the hidden units each, where one has neither the registers nor the shared memory.
+template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
+
 template <int C, int Hd> constexpr uint32_t backward_shared() {
-  constexpr uint32_t replay = ReplayShared<C, Hd>::kBytes, reverse = ReverseShared<C, Hd>::kBytes;
+  constexpr int kUnits = Hd / kBlocksOf<C, Hd>;
+  constexpr uint32_t replay = ReplayShared<C, kUnits>::kBytes, reverse = ReverseShared<C, kUnits>::kBytes;
   return replay > reverse ? replay : reverse;
 }
 
@@ -93,7 +97,9 @@ template <int C, int Hd> constexpr uint32_t backward_shared() {
 template <class Function> int with_backward_sizes(int C, int Hd, Function&& f) {
   if (C == 16) return with_hidden<16>(Hd, f);
   if (C == 32) return with_hidden<32>(Hd, f);
-  if (C == 64 && Hd == 128) return f(std::integral_constant<int, 64>(), std::integral_constant<int, 128>());
+  constexpr std::integral_constant<int, 64> tall;
+  if (C == 64 && Hd == 128) return f(tall, std::integral_constant<int, 128>());
+  if (C == 64 && Hd == 256) return f(tall, std::integral_constant<int, 256>());
   return 0;
 }
 

@@ -2,17 +2,21 @@
 // state, and sums over the hidden units.
 #pragma once
 
+#include "cluster.h"
 #include "mlp_chain.h"
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T, class Layout> struct Block {
+// Hd: the hidden units of this block. A head has kBlocks times as many, in a cluster of 1 or 2 blocks; what is summed over all of them, and
+// all that follows from it, both blocks compute, with the same bits.
+template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   using X = Shape<C, Hd>;
   using S = Layout;
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
   static constexpr int kPass = kEights < S::kMostTiles ? kEights : S::kMostTiles;
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
   static constexpr int kUnroll = C / 16;                                    // of the loops over hidden units, as registers allow
+  static constexpr int64_t kState = 2 * kBlocks * Hd * kD;                  // numbers of a head's state
   static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
 
   const MirasMlpChain& p;
@@ -38,25 +42,33 @@ template <int C, int Hd, class T, class Layout> struct Block {
     row = 16 * tile + part * X::kRows + lane / X::kLanes, piece = lane % X::kLanes;
   }
 
-  // f(strip, tile of 8 columns, half, place in a matrix [Hd, D]) for each pair of this thread's elements of a matrix
+  // which of the head's blocks this is
+  __device__ __forceinline__ static int rank() {
+    if constexpr (kBlocks == 1) return 0;
+    else return cluster_rank();
+  }
+  // Whether this block writes a row of [C, D] to global memory
+  __device__ __forceinline__ static bool writes(int row) { return kBlocks == 1 || row / (C / kBlocks) == rank(); }
+
+  // f(strip, tile of 8 columns, half, place in a head's matrix) for each pair of this thread's elements of a matrix
   template <class Function> __device__ __forceinline__ void each_pair(Function&& f) {
 #pragma unroll
     for (int m = 0; m < kStrips; ++m)
 #pragma unroll
       for (int x = 0; x < 8; ++x)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) f(m, x, e, (X::kUnits * warp + 16 * m + 8 * e + g) * kD + 8 * x + 2 * t);
+        for (int e = 0; e < 2; ++e) f(m, x, e, (rank() * Hd + X::kUnits * warp + 16 * m + 8 * e + g) * kD + 8 * x + 2 * t);
   }
   __device__ __forceinline__ void load_state(const float* from) {
     each_pair([&](int m, int x, int e, int place) {
-      const float2 a = *reinterpret_cast<const float2*>(from + place), b = *reinterpret_cast<const float2*>(from + Hd * kD + place);
+      const float2 a = *reinterpret_cast<const float2*>(from + place), b = *reinterpret_cast<const float2*>(from + kState / 2 + place);
       s1[m][x][2 * e] = a.x, s1[m][x][2 * e + 1] = a.y, w2[m][x][2 * e] = b.x, w2[m][x][2 * e + 1] = b.y;
     });
   }
   __device__ __forceinline__ void store_state(float* to) {
     each_pair([&](int m, int x, int e, int place) {
       *reinterpret_cast<float2*>(to + place) = make_float2(s1[m][x][2 * e], s1[m][x][2 * e + 1]);
-      *reinterpret_cast<float2*>(to + Hd * kD + place) = make_float2(w2[m][x][2 * e], w2[m][x][2 * e + 1]);
+      *reinterpret_cast<float2*>(to + kState / 2 + place) = make_float2(w2[m][x][2 * e], w2[m][x][2 * e + 1]);
     });
   }
 
@@ -111,7 +123,7 @@ template <int C, int Hd, class T, class Layout> struct Block {
     }
     if (p.start && (c + 1) * C > tokens) {
       open = row_sum<32>(open);
-      if (lane == 0) p.open_log_decay[int64_t(n) * p.H + h] = open;
+      if (lane == 0 && rank() == 0) p.open_log_decay[int64_t(n) * p.H + h] = open;
     }
     float up_units = all_units, up_rest = all_rest;  // up to and including this lane's tokens
 #pragma unroll
@@ -230,16 +242,54 @@ template <int C, int Hd, class T, class Layout> struct Block {
       at<float2>(exchange_row(warp, g + 8) + 4 * (column + 8 * i + 2 * t)) = make_float2(u[i][2], u[i][3]);
     }
   }
-  // this thread's channels of its row (see each_four), summed over the parts
-  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) {
-#pragma unroll
-    for (int i = 0; i < X::kChannels; i += 4) {
+  // The barrier between hand_over and collect. Before a block hands over again, the other one must have read: it says so by `release`, for
+  // which `await` waits. They take turns with `meet`, the first `release` is at the kernel's start, the last `await` at its end.
+  __device__ __forceinline__ static void meet() {
+    if constexpr (kBlocks == 1) __syncthreads();
+    else cluster_arrive(), cluster_wait();
+  }
+  __device__ __forceinline__ static void release() {
+    if constexpr (kBlocks > 1) cluster_arrive();
+  }
+  __device__ __forceinline__ static void await() {
+    if constexpr (kBlocks > 1) cluster_wait();
+  }
+  // the address of the other block's shared memory
+  __device__ __forceinline__ static uint32_t other() {
+    if constexpr (kBlocks == 1) return 0;
+    else return address_in(1 - rank(), 0);
+  }
+  // the sum over the blocks of a number in shared memory
+  __device__ __forceinline__ static float of_blocks(uint32_t offset, uint32_t other) {
+    static_assert(kBlocks <= 2);
+    float x = at<float>(offset);
+    if constexpr (kBlocks == 2) x += load_cluster(other + offset);
+    return x;
+  }
+  // four columns of this thread's row, summed over the parts and the blocks
+  __device__ __forceinline__ float4 sum_parts(int column, uint32_t other) {
+    const auto sum = [&](auto&& load) {
       float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int j = 0; j < X::kParts; ++j) {
-        const float4 x = at<float4>(exchange_row(tile * X::kParts + j, row % 16) + 4 * (4 * piece + X::kLanes * i));
+        const float4 x = load(exchange_row(tile * X::kParts + j, row % 16) + 4 * column);
         s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
       }
+      return s;
+    };
+    float4 s = sum([](uint32_t offset) { return at<float4>(offset); });
+    if constexpr (kBlocks == 2) {
+      const float4 x = sum([other](uint32_t offset) { return load_cluster_4(other + offset); });
+      s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;  // in either block the same
+    }
+    return s;
+  }
+  // this thread's channels of its row (see each_four)
+  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) {
+    const uint32_t other = Block::other();
+#pragma unroll
+    for (int i = 0; i < X::kChannels; i += 4) {
+      const float4 s = sum_parts(4 * piece + X::kLanes * i, other);
       y[i] = s.x, y[i + 1] = s.y, y[i + 2] = s.z, y[i + 3] = s.w;
     }
   }
@@ -259,9 +309,11 @@ template <int C, int Hd, class T, class Layout> struct Block {
   }
   // Hands u over; then y: this thread's channels of its row, normalised. Gives 1 / deviation.
   __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
+    await();
     hand_over(u);
-    __syncthreads();
+    meet();
     collect(y);
+    release();
     return normalise(y);
   }
   // f(i, channel) for this thread's channels of its row, four at a time

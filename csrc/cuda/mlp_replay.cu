@@ -9,9 +9,11 @@ namespace {
 
 template <int C, int Hd, class T>
 __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_replay(const __grid_constant__ MirasMlpBackward b) {
-  if constexpr (ReplayShared<C, Hd>::kBytes <= kMaxShared) {
-    const int place = blockIdx.x / b.chain.H;
-    Replay<C, Hd, T>(b, int(b.segments[2 * place]), blockIdx.x % b.chain.H).run(place);
+  constexpr int kBlocks = kBlocksOf<C, Hd>, kUnits = Hd / kBlocks;
+  static_assert(Shape<C, kUnits>::kThreads == Shape<C, Hd>::kThreads);
+  if constexpr (ReplayShared<C, kUnits>::kBytes <= kMaxShared) {
+    const int head = blockIdx.x / kBlocks, place = head / b.chain.H;
+    Replay<C, kUnits, T, kBlocks>(b, int(b.segments[2 * place]), head % b.chain.H).run(place);
   }
 }
 
@@ -21,9 +23,11 @@ __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_replay(const __
 extern "C" int miras_mlp_replay(const MirasMlpBackward* b, cudaStream_t stream) {
   using namespace miras::cuda;
   return with_backward_sizes(*b, [&](auto c, auto hd, auto token) {
-    constexpr int C = c.value, Hd = hd.value;
+    constexpr int C = c.value, Hd = hd.value, kBlocks = kBlocksOf<C, Hd>;
+    using Layout = ReplayShared<C, Hd / kBlocks>;
     const auto kernel = mlp_replay<C, Hd, typename decltype(token)::type>;
-    return launch_chain(kernel, int64_t(b->places) * b->chain.H, Shape<C, Hd>::kThreads, ReplayShared<C, Hd>::kBytes, stream, *b);
+    const int64_t heads = int64_t(b->places) * b->chain.H;
+    return launch_chain<kBlocks>(kernel, heads * kBlocks, Shape<C, Hd>::kThreads, Layout::kBytes, stream, *b);
   });
 }
 

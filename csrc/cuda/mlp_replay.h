@@ -12,9 +12,9 @@
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C, Hd>> {
-  using Base = Chain<C, Hd, T, ReplayShared<C, Hd>>;
-  using To = Handed<C, Hd>;
+template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, ReplayShared<C, Hd>, kBlocks> {
+  using Base = Chain<C, Hd, T, ReplayShared<C, Hd>, kBlocks>;
+  using To = Handed<C, kBlocks * Hd>;
   using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::weight, Base::add_rows;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::piece, Base::s1, Base::w2, Base::u2;
@@ -32,28 +32,40 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
 
   __device__ __forceinline__ Replay(const MirasMlpBackward& b, int n, int h) : Base(b.chain, n, h), b(b) {}
 
-  // a tile of shared memory, whole
+  // of a tile of the head's hidden units this block's share, from shared memory
   __device__ __forceinline__ void hand(uint32_t offset, uint32_t tile, uint32_t bytes) {
+    offset += Base::rank() * bytes;
     for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * X::kThreads) *reinterpret_cast<uint4*>(to + offset + i) = at<uint4>(tile + i);
   }
   // of [C, C] the pieces up to the diagonal's tile of 16
   __device__ __forceinline__ void hand_pairs(uint32_t offset, uint32_t square) {
     for (int i = threadIdx.x; i < C * kPieces; i += X::kThreads) {
       const int r = i / kPieces, ch = i % kPieces;
-      if (ch / 2 <= r / 16) *reinterpret_cast<uint4*>(to + offset + place<kPieces>(r, ch)) = at<uint4>(square + place<kPieces>(r, ch));
+      if (ch / 2 <= r / 16 && Base::writes(r))
+        *reinterpret_cast<uint4*>(to + offset + place<kPieces>(r, ch)) = at<uint4>(square + place<kPieces>(r, ch));
     }
   }
   template <class Fragment> __device__ __forceinline__ void hand_fragment(uint32_t offset, int m, int k, const Fragment& a) {
-    *reinterpret_cast<uint4*>(to + offset + (((warp * kStrips + m) * kTiles + k) * 32 + lane) * 16) = make_uint4(a[0], a[1], a[2], a[3]);
+    const int strip = (Base::rank() * X::kWarps + warp) * kStrips + m;
+    *reinterpret_cast<uint4*>(to + offset + ((strip * kTiles + k) * 32 + lane) * 16) = make_uint4(a[0], a[1], a[2], a[3]);
   }
   // this thread's columns of its row of a square matrix whose shares lie beside the channels'
   __device__ __forceinline__ void collect_pairs(float (&x)[kColumns]) {
+    if constexpr (kBlocks > 1) {
+      const uint32_t other = Base::other();
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      x[i] = 0.0f;
+      for (int i = 0; i < kColumns; i += 4) {
+        const float4 s = Base::sum_parts(kD + piece * kColumns + i, other);
+        x[i] = s.x, x[i + 1] = s.y, x[i + 2] = s.z, x[i + 3] = s.w;
+      }
+    } else {
 #pragma unroll
-      for (int j = 0; j < X::kParts; ++j)
-        x[i] += at<float>(Base::exchange_row(tile * X::kParts + j, row % 16) + 4 * (kD + piece * kColumns + i));
+      for (int i = 0; i < kColumns; ++i) {
+        x[i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < X::kParts; ++j)
+          x[i] += at<float>(Base::exchange_row(tile * X::kParts + j, row % 16) + 4 * (kD + piece * kColumns + i));
+      }
     }
   }
   __device__ __forceinline__ static uint32_t pair_place(int row, int column) { return place<kPieces>(row, column / 8) + column % 8 * 2; }
@@ -71,10 +83,12 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
   __device__ __forceinline__ void read_out(uint32_t logs, uint32_t gammas, int first_token) {
     float u[8][4] = {}, scores[kEights][4] = {};
     Base::read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas);
+    Base::await();
     Base::hand_over(u), Base::hand_over(scores, kD);
-    __syncthreads();
+    Base::meet();
     float x[X::kChannels], y[X::kChannels];
     Base::collect(x), collect_pairs(raw);
+    Base::release();
     const float inverse = Base::normalise(x);
     const float2 of_row = at<float2>(logs + 8 * row);
 #pragma unroll
@@ -99,7 +113,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
 #pragma unroll
       for (int j = 0; j < 4; ++j) du[j] = inverse * (y[i + j] - sum - x[i + j] * with);
       at<uint2>(S::kDUq + channel_place(row, channel)) = packed(du, 1.0f);
-      *reinterpret_cast<uint2*>(to + To::kDUq + channel_place(row, channel)) = packed(du, gamma);
+      if (Base::writes(row)) *reinterpret_cast<uint2*>(to + To::kDUq + channel_place(row, channel)) = packed(du, gamma);
     });
   }
 
@@ -183,6 +197,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
           mma_m16n8k16<T>(u[i], a, column % 2 ? c[2] : c[0], column % 2 ? c[3] : c[1]);
         }
       }
+    if (!Base::writes(16 * tile)) return;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float* from = reinterpret_cast<float*>(to + To::kR1) + (16 * tile + g) * kD + 8 * (first + i) + 2 * t;
@@ -194,12 +209,20 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
   __device__ __forceinline__ void query_grad(uint32_t K, uint32_t logs, uint32_t gammas, int first_token) {
     float u[8][4] = {}, pairs[kEights][4] = {};
     Base::read_part(u, pairs, S::kDZq, S::kS1, S::kU2, K, logs, gammas);
+    Base::await();
     Base::hand_over(u), Base::hand_over(pairs, kD);
     hand(To::kW2, S::kS1, Hd * kD * 2), hand_pairs(To::kN1, S::kN1);
-    __syncthreads();
+    Base::meet();
     float y[X::kChannels], x[kColumns];
     Base::collect(y), collect_pairs(x);
-    if (first_token + row < tokens)
+    float read = 0.0f;
+    if (b.grad_log_decay) {
+      const uint32_t other = Base::other();
+#pragma unroll
+      for (int w = 0; w < X::kWarps; ++w) read += Base::of_blocks(S::kReads + 4 * (w * C + row), other);
+    }
+    Base::release();
+    if (first_token + row < tokens && Base::writes(row))
       each_four([&](int i, int channel) {
         float o[4];
         load_output_grad(o, first_token, channel);
@@ -216,7 +239,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
       const int s = piece * kColumns + i;
       before[i] = all;
       if (s / 16 <= row / 16) {
-        *reinterpret_cast<T*>(to + To::kN2 + pair_place(row, s)) = T(x[i] * weight(logs, of_row, row, s));
+        if (Base::writes(row)) *reinterpret_cast<T*>(to + To::kN2 + pair_place(row, s)) = T(x[i] * weight(logs, of_row, row, s));
         const uint32_t place = pair_place(row, s);
         all += raw[i] * float(at<T>(S::kN1 + place)) + x[i] * float(at<T>(S::kP + place));
       }
@@ -228,9 +251,6 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
       const float more = __shfl_up_sync(0xffffffffu, up, m);
       if (piece >= m) up += more;
     }
-    float read = 0.0f;
-#pragma unroll
-    for (int w = 0; w < X::kWarps; ++w) read += at<float>(S::kReads + 4 * (w * C + row));
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int s = piece * kColumns + i;
@@ -239,12 +259,12 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
   }
 
   __device__ __forceinline__ void run(int at_place) {
-    constexpr int64_t kState = 2 * Hd * kD;
     const int64_t first = b.segments[2 * at_place + 1] * p.every;
     const int chunks = (tokens + C - 1) / C, last = int(first + p.every < chunks ? first + p.every : chunks);
     if (first >= last) return;
     fresh();
-    Base::load_state(p.checkpoints + (b.slots[at_place] * p.H + h) * kState);
+    Base::release();
+    Base::load_state(p.checkpoints + (b.slots[at_place] * p.H + h) * Base::kState);
     for (int i = threadIdx.x; i < kD; i += X::kThreads)
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
     Base::fetch(int(first));
@@ -262,6 +282,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
       __syncthreads();
       hand(To::kS1, S::kS1, Hd * kD * 2), hand_pairs(To::kP, S::kP);
       Base::inner_gradient(K, V, S::kRows + buffer, [&](int channel, const float* x, const float (&gu)[4], float inverse) {
+        if (!Base::writes(row)) return;
         *reinterpret_cast<float4*>(to + To::kX + 4 * (row * kD + channel)) = make_float4(x[0], x[1], x[2], x[3]);
         *reinterpret_cast<uint2*>(to + To::kGu + channel_place(row, channel)) = packed(gu, inverse);
         if (channel == 0) *reinterpret_cast<float*>(to + To::kInverse + 4 * row) = inverse;
@@ -284,7 +305,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
       query_grad(K, logs, gammas, c * C);
       __syncthreads();
       if (S::kBuffers == 1 && c + 1 < last) Base::fetch(c + 1);
-      if (b.grad_log_decay && threadIdx.x < C && c * C + int(threadIdx.x) < tokens) {
+      if (b.grad_log_decay && threadIdx.x < C && c * C + int(threadIdx.x) < tokens && Base::writes(threadIdx.x)) {
         float sum = 0.0f;
         for (int r = threadIdx.x; r < C; ++r) sum += at<float>(S::kCrossed + 4 * (r * C + threadIdx.x));
         b.grad_log_decay[(batch * p.T + begin + c * C + threadIdx.x) * p.H + h] = sum;
@@ -294,6 +315,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
       if (c + 1 < last && threadIdx.x < 32) Base::weigh(c + 1);
       __syncthreads();
     }
+    Base::await();
     fresh();
     float* share = b.norm_shares + (int64_t(at_place) * p.H + h) * 2 * kD;
     sum_tokens(dw, [&](int channel, float sum) { share[channel] = sum; });
@@ -306,7 +328,7 @@ template <int C, int Hd, class T> struct Replay : Chain<C, Hd, T, ReplayShared<C
       at<float4>(S::kExchange + 4 * (row * S::kExchangeRow + channel)) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
     });
     __syncthreads();
-    sum_rows<C, S::kExchangeRow>(S::kExchange, f);
+    if (Base::rank() == 0) sum_rows<C, S::kExchangeRow>(S::kExchange, f);
   }
 };
 

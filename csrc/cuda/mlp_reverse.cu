@@ -6,7 +6,12 @@ namespace {
 
 template <int C, int Hd, class T>
 __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_reverse(const __grid_constant__ MirasMlpBackward b) {
-  if constexpr (ReverseShared<C, Hd>::kBytes <= kMaxShared) Reverse<C, Hd, T>(b, blockIdx.x / b.chain.H, blockIdx.x % b.chain.H).run();
+  constexpr int kBlocks = kBlocksOf<C, Hd>, kUnits = Hd / kBlocks;
+  static_assert(Shape<C, kUnits>::kThreads == Shape<C, Hd>::kThreads);
+  if constexpr (ReverseShared<C, kUnits>::kBytes <= kMaxShared) {
+    const int head = blockIdx.x / kBlocks;
+    Reverse<C, kUnits, T, kBlocks>(b, head / b.chain.H, head % b.chain.H).run();
+  }
 }
 
 }  // namespace
@@ -15,8 +20,10 @@ __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_reverse(const _
 extern "C" int miras_mlp_reverse(const MirasMlpBackward* b, cudaStream_t stream) {
   using namespace miras::cuda;
   return with_backward_sizes(*b, [&](auto c, auto hd, auto token) {
-    constexpr int C = c.value, Hd = hd.value;
+    constexpr int C = c.value, Hd = hd.value, kBlocks = kBlocksOf<C, Hd>;
+    using Layout = ReverseShared<C, Hd / kBlocks>;
     const auto kernel = mlp_reverse<C, Hd, typename decltype(token)::type>;
-    return launch_chain(kernel, int64_t(b->chain.N) * b->chain.H, Shape<C, Hd>::kThreads, ReverseShared<C, Hd>::kBytes, stream, *b);
+    const int64_t heads = int64_t(b->chain.N) * b->chain.H;
+    return launch_chain<kBlocks>(kernel, heads * kBlocks, Shape<C, Hd>::kThreads, Layout::kBytes, stream, *b);
   });
 }

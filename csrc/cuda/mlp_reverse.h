@@ -15,10 +15,10 @@
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
-  using Base = ReverseBlock<C, Hd, T>;
+template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, Hd, T, kBlocks> {
+  using Base = ReverseBlock<C, Hd, T, kBlocks>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from;
-  using Base::contract, Base::contract_all, Base::product_with, Base::add_norm, Base::end_norm, Base::add_rows;
+  using Base::contract, Base::product_with, Base::add_norm, Base::end_norm, Base::add_rows;
   using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed, Base::of_token;
   using Base::fetch, Base::fetch_early, Base::put, Base::park, Base::unpark, Base::load_fragments, Base::times_pairs, Base::add_outer,
       Base::decay;
@@ -92,9 +92,10 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
   // The inner gradient's backward, for this thread's channels of its row
   __device__ __forceinline__ void rows(int first_token) {
     float aj[X::kChannels], dg[X::kChannels];
-    contract_all(aj, S::kA, S::kJ);
+    Base::template contract_all<false>(aj, S::kA, S::kJ);
+    Base::release();
     __syncthreads();
-    contract_all(dg, S::kB, S::kS1);
+    Base::template contract_all<true>(dg, S::kB, S::kS1);
     const float4 gates = at<float4>(S::kRows + 16 * row);  // eta, -dec, delta
     const float eta = gates.x, inverse = *reinterpret_cast<const float*>(from + From::kInverse + 4 * row);
     float x[X::kChannels], e[X::kChannels];
@@ -149,7 +150,7 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
     });
     y_with_x = row_sum<X::kLanes>(y_with_x) * (1.0f / kD);
     if (traits.uses_delta) d_delta = row_sum<X::kLanes>(d_delta);
-    const bool in = first_token + row < tokens;
+    const bool in = first_token + row < tokens && Base::writes(row);
     float dx_sum = 0.0f, dx_with = 0.0f;
     each_four([&](int i, int channel) {
       float w[4], dv[4], shift[4], products[4];
@@ -173,11 +174,12 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
       at<uint2>(S::kV + channel_place(row, channel)) = packed(du, inverse);
     });
     if (piece == 0) {
+      const uint32_t other = Base::other();
       float lr = d_eta, end = gates.y * to_end;
 #pragma unroll
       for (int w = 0; w < X::kWarps; ++w) {
-        lr += at<float>(S::kLr + 4 * (w * C + row));
-        if (b.grad_log_decay) end += at<float>(S::kEnds + 4 * (w * C + row));
+        lr += Base::of_blocks(S::kLr + 4 * (w * C + row), other);
+        if (b.grad_log_decay) end += Base::of_blocks(S::kEnds + 4 * (w * C + row), other);
       }
       if (b.grad_log_decay) at<float>(S::kToEnd + 4 * row) = eta * end;
       if (in) {
@@ -186,6 +188,7 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
         if (b.grad_delta) b.grad_delta[at_token] = d_delta;
       }
     }
+    Base::release();
   }
 
   __device__ __forceinline__ void units() {
@@ -232,7 +235,7 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
     contract(u, S::kB, S::kW2);
 #pragma unroll
     for (int k = 0; k < kTiles; ++k)
-      if (k >= tile && (k - tile) % X::kParts == part) {
+      if (k >= tile && (k - tile) % (kBlocks * X::kParts) == Base::rank() * X::kParts + part) {
         uint32_t a[4];
         ldmatrix_x4_trans(a, address(S::kN2 + by_columns<kPieces>(16 * k, 16 * tile, lane)));
         add_rows(u, a, S::kQ, 16 * k);
@@ -243,23 +246,26 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
       load_tokens(q, S::kQ + channel_place(row, channel));
       at<uint2>(S::kGu + channel_place(row, channel)) = packed(q, gamma);
     });
+    Base::await();
     Base::hand_over(u);
-    __syncthreads();
+    Base::meet();
     float y[X::kChannels];
     Base::collect(y);
-    if (first_token + row < tokens)
+    if (first_token + row < tokens && Base::writes(row))
       each_four([&](int i, int channel) {
         float dk[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) dk[j] = y[i + j] + de[i + j];
         *reinterpret_cast<uint2*>(of_token(b.grad_k, first_token + row, channel)) = packed(dk, 1.0f);
       });
-    if (b.grad_log_decay && threadIdx.x < C && first_token + int(threadIdx.x) < tokens) {
+    if (b.grad_log_decay && threadIdx.x < C && first_token + int(threadIdx.x) < tokens && Base::writes(threadIdx.x)) {
       float inner = 0.0f, end = 0.0f;
-      for (int w = 0; w < X::kWarps; ++w) inner += at<float>(S::kInner + 4 * w);
+      const uint32_t other = Base::other();
+      for (int w = 0; w < X::kWarps; ++w) inner += Base::of_blocks(S::kInner + 4 * w, other);
       for (int s = 0; s < int(threadIdx.x); ++s) end += at<float>(S::kToEnd + 4 * s);
       b.grad_log_decay[(batch * p.T + begin + first_token + threadIdx.x) * p.H + h] += at<float>(S::kGamma + 4 * (C - 1)) * inner + end;
     }
+    Base::release();
   }
 
   __device__ __forceinline__ void states() {
@@ -275,8 +281,9 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
     if (place == stop) return;
     const int64_t first = b.segments[2 * place + 1] * p.every, last = first + (stop - place) * p.every;
     const int chunks = (tokens + C - 1) / C;
-    float* state = p.state + (int64_t(n) * p.H + h) * 2 * Hd * kD;
+    float* state = p.state + (int64_t(n) * p.H + h) * Base::kState;
     fresh();
+    Base::release();
     Base::load_state(state);
     if constexpr (S::kParks)
       for (int i = threadIdx.x; i < 2 * C * kD; i += X::kThreads) at<float>(S::kSums + 4 * i) = 0.0f;
@@ -292,6 +299,7 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
       cp_async_wait<0>();
       if (threadIdx.x < 32) Base::weigh(c);
       __syncthreads();
+      Base::await();
       hidden();
       __syncthreads();
       rows(c * C);
@@ -305,6 +313,7 @@ template <int C, int Hd, class T> struct Reverse : ReverseBlock<C, Hd, T> {
       from = next;
       __syncthreads();
     }
+    Base::await();
     fresh();
     Base::store_state(state);
     end_norm(place, stop, 0);

@@ -5,9 +5,9 @@
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T> struct ReverseBlock : Block<C, Hd, T, ReverseShared<C, Hd>> {
-  using Base = Block<C, Hd, T, ReverseShared<C, Hd>>;
-  using From = Handed<C, Hd>;
+template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd, T, ReverseShared<C, Hd>, kBlocks> {
+  using Base = Block<C, Hd, T, ReverseShared<C, Hd>, kBlocks>;
+  using From = Handed<C, kBlocks * Hd>;
   using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::add_rows;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kUnroll;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::piece;
@@ -38,11 +38,12 @@ template <int C, int Hd, class T> struct ReverseBlock : Block<C, Hd, T, ReverseS
   }
   // those whose places are free after `units`, and the others
   __device__ __forceinline__ static void fetch_early(const char* from) {
-    copy(S::kS1, from + From::kS1, S::kState), copy(S::kDUq, from + From::kDUq, S::kTile);
+    copy(S::kS1, from + From::kS1 + Base::rank() * S::kState, S::kState), copy(S::kDUq, from + From::kDUq, S::kTile);
     copy_pairs(S::kP, from + From::kP), copy_pairs(S::kN1, from + From::kN1);
   }
   __device__ __forceinline__ void fetch(int c) {
-    copy(S::kW2, from + From::kW2, S::kState), copy(S::kGu, from + From::kGu, S::kTile), copy_pairs(S::kN2, from + From::kN2);
+    copy(S::kW2, from + From::kW2 + Base::rank() * S::kState, S::kState), copy(S::kGu, from + From::kGu, S::kTile),
+        copy_pairs(S::kN2, from + From::kN2);
     Base::fetch(c);
   }
   __device__ __forceinline__ void load_fragments(Packed& x, uint32_t offset) {
@@ -50,7 +51,8 @@ template <int C, int Hd, class T> struct ReverseBlock : Block<C, Hd, T, ReverseS
     for (int m = 0; m < kStrips; ++m)
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) {
-        const uint4 a = *reinterpret_cast<const uint4*>(from + offset + (((warp * kStrips + m) * kTiles + k) * 32 + lane) * 16);
+        const int strip = (Base::rank() * X::kWarps + warp) * kStrips + m;
+        const uint4 a = *reinterpret_cast<const uint4*>(from + offset + ((strip * kTiles + k) * 32 + lane) * 16);
         x[m][2 * k][0] = a.x, x[m][2 * k][1] = a.y, x[m][2 * k + 1][0] = a.z, x[m][2 * k + 1][1] = a.w;
       }
   }
@@ -178,12 +180,13 @@ template <int C, int Hd, class T> struct ReverseBlock : Block<C, Hd, T, ReverseS
       add_rows(u, a, right, k);
     }
   }
-  __device__ __forceinline__ void contract_all(float (&y)[X::kChannels], uint32_t left, uint32_t right) {
+  template <bool kAwait> __device__ __forceinline__ void contract_all(float (&y)[X::kChannels], uint32_t left, uint32_t right) {
     fresh();
     float u[8][4] = {};
     contract(u, left, right);
+    if (kAwait) Base::await();
     Base::hand_over(u);
-    __syncthreads();
+    Base::meet();
     Base::collect(y);
   }
 
@@ -213,6 +216,7 @@ template <int C, int Hd, class T> struct ReverseBlock : Block<C, Hd, T, ReverseS
       });
       __syncthreads();
     }
+    if (Base::rank() > 0) return;
     sum_rows<C, kRow>(rows, [&](int channel, float sum) {
       for (int64_t i = place; i < stop; ++i) sum += b.norm_shares[((i * p.H + h) * 2 + which) * kD + channel];
       b.grad_norm[((int64_t(n) * p.H + h) * 2 + which) * kD + channel] += sum;

@@ -33,12 +33,12 @@ struct FastGelu {
   }
 };
 
-template <int C, int Hd, class T, class Layout = Shared<C, Hd>> struct Chain : Block<C, Hd, T, Layout> {
-  using Base = Block<C, Hd, T, Layout>;
+template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1> struct Chain : Block<C, Hd, T, Layout, kBlocks> {
+  using Base = Block<C, Hd, T, Layout, kBlocks>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
   using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
   using Base::floats, Base::load_tokens, Base::packed;
-  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll;
+  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll, Base::kState;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
   using Base::state_times, Base::scale_tokens, Base::put_state, Base::add_rows, Base::exchange, Base::each_four;
   using typename Base::S;
@@ -286,7 +286,7 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>> struct Chain : B
     read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas);
     float y[X::kChannels];
     exchange(u, y);
-    if (first_token + row < tokens)
+    if (first_token + row < tokens && Base::writes(row))
       each_four([&](int i, int channel) {
         float q[4], w[4], b[4];
         load_tokens(q, Q + channel_place(row, channel));
@@ -299,10 +299,10 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>> struct Chain : B
   }
 
   __device__ __forceinline__ void run() {
-    constexpr int64_t kState = 2 * Hd * kD;
     const int64_t own = (int64_t(n) * p.H + h) * kState;
     const int chunks = (tokens + C - 1) / C;
     fresh();
+    Base::release();
     load_state(p.state + own);
     for (int i = threadIdx.x; i < kD; i += X::kThreads)
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
@@ -335,10 +335,11 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>> struct Chain : B
       if (c + 1 < chunks && threadIdx.x < 32) weigh(c + 1);
       __syncthreads();
     }
+    Base::await();
     fresh();
     if (p.start && tokens % C == 0) {
       store_state(p.start + own);
-      if (threadIdx.x == 0) p.open_log_decay[int64_t(n) * p.H + h] = 0.0f;
+      if (threadIdx.x == 0 && Base::rank() == 0) p.open_log_decay[int64_t(n) * p.H + h] = 0.0f;
     }
     store_state(p.state + own);
   }

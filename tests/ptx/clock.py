@@ -136,7 +136,7 @@ class _Warps:
             self.groups[unit] = groups[max(done, 0) :]
         elif step.opcode.startswith(("wgmma.mma", "cp.async")):
             self.open[unit] = max(self.open[unit], end)
-        elif step.opcode.startswith("bar") and ".warp." not in step.opcode:
+        elif step.opcode.startswith("bar") and not re.search(r"\.(warp|arrive)", step.opcode):
             self.now, self.waits = end, True
         self.now += self.step
 

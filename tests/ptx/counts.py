@@ -67,7 +67,7 @@ class Counts:
     @property
     def barriers(self) -> int:
         warps = -(-self.program.kernel.threads // 32)
-        return sum(count for x, count in self.executed() if x.opcode.startswith("bar")) // warps
+        return sum(count for x, count in self.executed() if x.opcode.startswith("bar") and "arrive" not in x.opcode) // warps
 
     @property
     def flop(self) -> int:

@@ -27,7 +27,7 @@ __all__ = ["build", "on_machine"]
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 STUB = Path(__file__).with_name("cudart_stub.cpp")
-RECEIVE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
+RECEIVE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.POINTER(ctypes.c_void_p))
 
 
 def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]:
@@ -68,13 +68,13 @@ def on_machine(
         tensors[address(x)] = x.detach()
         return address(x)
 
-    def receive(name: bytes, blocks: int, threads: int, shared: int, arguments) -> None:
+    def receive(name: bytes, blocks: int, cluster: int, threads: int, shared: int, arguments) -> None:
         try:
             entry = name.decode()
             given = [_argument(kind, arguments[i]) for i, kind in enumerate(_sizes(entries[entry], entry))]
             words = {int.from_bytes(x[i : i + 8], "little") for x in given if isinstance(x, bytes) for i in range(0, len(x) - 7, 8)}
             pointers = {at: x for at, x in tensors.items() if at in words}
-            launch = Launch(entries[entry], given, (blocks,), shared, re.escape(entry), pointers)
+            launch = Launch(entries[entry], given, (blocks,), shared, re.escape(entry), pointers, cluster=cluster)
             assert program(launch.ptx, launch.entry).kernel.threads == threads
             if before is not None:
                 before(launch)

@@ -4,7 +4,7 @@
 #include <cstring>
 
 namespace {
-using Receive = void (*)(const char* kernel, unsigned blocks, unsigned threads, unsigned shared, void** arguments);
+using Receive = void (*)(const char* kernel, unsigned blocks, unsigned cluster, unsigned threads, unsigned shared, void** arguments);
 Receive receive = nullptr;
 struct {
   const void* function;
@@ -34,7 +34,10 @@ cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   for (int i = 0; i < count; ++i)
     if (kernels[i].function == function) {
-      receive(kernels[i].name, config->gridDim.x, config->blockDim.x, unsigned(config->dynamicSmemBytes), arguments);
+      unsigned cluster = 1;
+      for (unsigned j = 0; j < config->numAttrs; ++j)
+        if (config->attrs[j].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[j].val.clusterDim.x;
+      receive(kernels[i].name, config->gridDim.x, cluster, config->blockDim.x, unsigned(config->dynamicSmemBytes), arguments);
       return cudaSuccess;
     }
   return cudaErrorInvalidDeviceFunction;

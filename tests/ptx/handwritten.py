@@ -41,9 +41,11 @@ def kernel(body: str, threads: int = 64, prologue: str = PROLOGUE) -> str:
         """)
 
 
-def run(body: str, *tensors: torch.Tensor, threads: int = 64, ctas: int = 1, shared: int = 4096, prologue: str = PROLOGUE) -> list[str]:
+def run(
+    body: str, *tensors: torch.Tensor, threads: int = 64, ctas: int = 1, shared: int = 4096, prologue: str = PROLOGUE, cluster: int = 1
+) -> list[str]:
     """The kinds of fault that are reported."""
-    reports, _ = Launch(kernel(body, threads, prologue), list(tensors), (ctas,), shared).run()
+    reports, _ = Launch(kernel(body, threads, prologue), list(tensors), (ctas,), shared, cluster=cluster).run()
     return [x.kind for x in reports]
 
 

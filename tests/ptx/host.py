@@ -100,6 +100,7 @@ class Launch:
     entry: str = r"[\w$]+"
     pointers: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # in structs, which are arguments of type bytes
     name: str = ""  # of a Triton kernel and its configuration
+    cluster: int = 1  # CTAs of a cluster, along the grid's first axis
 
     def run(
         self,
@@ -123,11 +124,12 @@ class Launch:
         names = [name for name, _ in made.kernel.parameters]
         parameters = dict(zip(names, [*values, *[0] * (len(names) - len(values))], strict=True))
         grid = (*self.grid, 1, 1)[:3]
-        ctas = np.arange(min(grid[0] * min(grid[1], heads or grid[1]) * grid[2], most))
-        batch = max(THREADS // made.kernel.threads, 1)
+        assert grid[0] % self.cluster == 0
+        ctas = np.arange(min(grid[0] * min(grid[1], heads or grid[1]) * grid[2], -(-most // self.cluster) * self.cluster))
+        batch = max(THREADS // made.kernel.threads // self.cluster, 1) * self.cluster
         counts = Counts(made, memory.space, chip) if counting or chip is not None else None
         for i in range(0, len(ctas), batch):
-            machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, self.shared, counts).run()
+            machine(made, memory.space, reports, parameters, ctas[i : i + batch], grid, self.shared, counts, self.cluster).run()
         memory.back()
         return list(reports.found.values()), counts
 

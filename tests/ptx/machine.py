@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from . import matrix
+from .cluster import RANK, Cluster
 from .shadow import ARRIVING, VALID, Reports, Space
 from .translate import Block, Program
 
@@ -42,6 +43,11 @@ class Who:
         now = self.machine.stamp[self.local] + (self.thread + 1)
         return (now, self.thread) if count == 1 else (now.repeat(count), self.thread.repeat(count))
 
+    def phases(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rank in the cluster, arrivals at its barrier and waits."""
+        of = self.machine.cluster
+        return of.rank[self.local].repeat(count), of.arrivals[self.local].repeat(count), of.waits[self.local].repeat(count)
+
     def fences(self, count: int) -> np.ndarray:
         return self.machine.fenced[self.local].repeat(count)
 
@@ -69,7 +75,9 @@ class Machine:
     stamp: the barriers that a thread has passed, as shadow.py stores them. fenced: proxy fences of a thread, and the epoch of the last.
     """
 
-    def __init__(self, program: Program, memory: Space, reports: Reports, parameters: dict, ctas: np.ndarray, grid, shared: int, counts):
+    def __init__(
+        self, program: Program, memory: Space, reports: Reports, parameters: dict, ctas: np.ndarray, grid, shared: int, counts, cluster=1
+    ):
         self.program, self.memory, self.reports, self.parameters, self.counts = program, memory, reports, parameters, counts
         size = self.size = program.kernel.threads
         self.batch, total = len(ctas), len(ctas) * size
@@ -80,6 +88,10 @@ class Machine:
         static = sum(-(-x // 16) * 16 for x in program.kernel.shared.values())
         stride = -(-(static + shared + 1024) // 1024) * 1024
         self.shared = Space("shared", np.zeros(stride * self.batch, np.uint8), 0, program.granule, reports, stride)
+        if cluster > 1:
+            if program.product_registers:
+                raise NotImplementedError("wgmma in a cluster")
+            memory.order_clusters(1), self.shared.order_clusters(cluster)
         self.symbols, place, state = {}, 1024, self.shared.state.reshape(self.batch, -1)
         for name, bytes_ in sorted(program.kernel.shared.items(), key=lambda x: x[1] == 0):  # what is extern comes last
             self.symbols[name] = place
@@ -99,6 +111,7 @@ class Machine:
         self.ready: dict[int, np.ndarray] = {}
         self.waiting: dict[int, list[tuple[int, int, np.ndarray]]] = {}  # by CTA: barriers, the blocks after them, the threads at them
         self.left = np.full(self.batch, size)
+        self.cluster = Cluster(self, cluster)
 
     # ------------------------------------------------------------------------------------------------------- scheduling
 
@@ -184,9 +197,12 @@ class Machine:
                 self.go(place + 1, threads[~taken])
         elif kind == "barrier":
             self.barrier(block.last, place + 1, threads)
+        elif kind == "cluster":
+            self.cluster.wait(block.last, place + 1, threads)
         elif kind == "exit":
             gone = np.ones(threads.size, bool) if taken is None else taken
             self.left -= np.bincount(threads[gone] // self.size, minlength=self.batch)
+            self.cluster.end(block.last, threads[gone])
             self.go(place + 1, threads[~gone])
         else:
             getattr(self.products, kind)(block.instruction, threads, block.last)
@@ -228,16 +244,24 @@ class Machine:
 
     # ----------------------------------------------------------------------------------------------------------- memory
 
-    def space(self, name: str) -> Space:
-        return self.shared if name == "shared" else self.memory
+    def mapped(self, address: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        """mapa: the address in the shared memory of a CTA of the cluster."""
+        return (address & np.uint32((1 << RANK) - 1)) | ((rank + np.uint32(1)) << np.uint32(RANK))
+
+    def places(self, name: str, at: int, address, who: Who, size: int) -> tuple[Space, np.ndarray, np.ndarray]:
+        if name == "cluster":
+            address, owner = self.cluster.locate(address, who, at)
+            return self.shared, *self.shared.places(address, who, size, at, owner)
+        space = self.shared if name == "shared" else self.memory
+        return space, *space.places(address, who, size, at)
 
     def load(self, name: str, at: int, ix, address, size: int, count: int, guard, before) -> list[np.ndarray]:
         """``count`` neighbouring words of ``size`` bytes for every thread; ``before`` where the guard is false."""
-        space, who, n = self.space(name), self.who(ix), len(address)
+        who, n = self.who(ix), len(address)
         if guard is not None:
             chosen = np.flatnonzero(guard)
             who, address = who[chosen], address[chosen]
-        offset, good = space.places(address, who, size * count, at)
+        space, offset, good = self.places(name, at, address, who, size * count)
         if not good.all():
             who, offset = who[good], offset[good]
             chosen = np.flatnonzero(good) if guard is None else chosen[good]
@@ -245,7 +269,7 @@ class Machine:
             before = before or [0] * count
         space.read(*space.granules(offset, size * count), who, at)
         if self.counts is not None:
-            self.counts.access(name, at, who.local, offset, size * count)
+            self.counts.access(space.name, at, who.local, offset, size * count)
         words = space.views[size].reshape(-1, count)[offset // (size * count)]
         if guard is None:
             return list(np.ascontiguousarray(words.T))
@@ -257,15 +281,15 @@ class Machine:
         return results
 
     def store(self, name: str, at: int, ix, address, size: int, values: list[np.ndarray], guard) -> None:
-        space, who, count = self.space(name), self.who(ix), len(values)
+        who, count = self.who(ix), len(values)
         words = np.stack(values, 1)
         if guard is not None:
             who, address, words = who[guard], address[guard], words[guard]
-        offset, good = space.places(address, who, size * count, at)
+        space, offset, good = self.places(name, at, address, who, size * count)
         if not good.all():
             who, offset, words = who[good], offset[good], words[good]
         if self.counts is not None:
-            self.counts.access(name, at, who.local, offset, size * count, writes=True)
+            self.counts.access(space.name, at, who.local, offset, size * count, writes=True)
         self.write(space, who, offset, words, at)
 
     def write(self, space: Space, who: Who, offset: np.ndarray, words: np.ndarray, at: int, asynchronous: bool = False) -> None:

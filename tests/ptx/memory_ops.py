@@ -11,7 +11,7 @@ __all__ = ["register"]
 #: cache modifiers, which change no result
 MODIFIERS = ("", ".nc", ".ca", ".cg", ".cs", ".L1::evict_last", ".L1::evict_first", ".L1::no_allocate", ".wb")
 WORDS = [f"{t}{n}" for n in (8, 16, 32, 64) for t in "bus"] + ["f32", "f64"]
-BITS = {"shared": 32, "global": 64}
+BITS = {"shared": 32, "cluster": 32, "global": 64}
 
 
 def register(ops: dict[str, Callable]) -> None:
@@ -20,7 +20,7 @@ def register(ops: dict[str, Callable]) -> None:
             ops[f"ld.param{count}.{word}"] = parameter
         ops[f"st.param.{word}"] = pass_parameter
         for count in ("", ".v2", ".v4"):
-            for form in ("shared", "shared::cta"):
+            for form in ("shared", "shared::cta", "shared::cluster"):
                 ops[f"ld.{form}{count}.{word}"] = load
                 ops[f"st.{form}{count}.{word}"] = store
             for modifier in MODIFIERS:
@@ -31,6 +31,9 @@ def register(ops: dict[str, Callable]) -> None:
     ops["call.uni"] = ops["call"] = function
     ops["vote.sync.ballot.b32"] = ops["vote.sync.any.pred"] = ops["vote.sync.all.pred"] = vote
     ops["bar.warp.sync"] = lambda e: call(e, "m.warp_barrier(ix)")
+    for form in (".release", "", ".release.aligned", ".aligned"):
+        ops[f"barrier.cluster.arrive{form}"] = lambda e: call(e, f"m.cluster.arrive({e.at}, ix)")
+    ops["mapa.shared::cluster.u32"] = mapped
     for scope in ("", ".shared::cta"):
         ops[f"fence.proxy.async{scope}"] = lambda e: call(e, f"m.fence({e.at}, ix)")
     ops["cp.async.commit_group"] = lambda e: call(e, f"m.commit({e.at}, ix)")
@@ -85,6 +88,12 @@ def function(e) -> None:
     e.put(to[0], f"np.power({a}, {b})", "f64")
 
 
+def mapped(e) -> None:
+    to, of, rank = e.ins.operands
+    array = e.is_array(of) or e.is_array(rank)
+    e.put(to, f"m.mapped({e.get(of, 'u32')}, {e.get(rank, 'u32')})", "u32", scalar=not array)
+
+
 def guard(e) -> str:
     return "None" if e.ins.guard is None else e.guard()
 
@@ -94,7 +103,7 @@ def listed(operand) -> tuple:
 
 
 def space_of(e) -> str:
-    return e.ins.opcode.split(".")[1].removesuffix("::cta")
+    return e.ins.opcode.split(".")[1].removesuffix("::cta").removeprefix("shared::")
 
 
 def load(e) -> None:

@@ -2,7 +2,8 @@
 
 A granule is as many bytes as the kernel's narrowest access. Two accesses of one granule by different threads, at least one of them a
 write, are a race unless a barrier lies between: `bar.sync` orders the threads of a CTA (its epoch), `bar.warp.sync` those of a warp,
-and nothing orders the CTAs of one launch. Writes of equal bits by several threads are no race.
+and nothing orders the CTAs of one launch, but those of a cluster its barrier (cluster.py). Writes of equal bits by several threads are no
+race.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ READY = VALID | INITIALISED
 EPOCH, WARP_EPOCH, THREAD = 44, 28, (1 << 28) - 1
 IN_WARP, IN_CTA, IN_GRID = 1 << 60, 1 << 61, 1 << 62
 FLAGS = IN_WARP | IN_CTA | IN_GRID
+WRITES, READS = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Space:
 
     Attributes:
         data: bytes. first: the address of the first one; shared memory of CTA i begins ``i * stride`` bytes after it.
+        writer, reader, written_at, read_at: the last accesses; of shared memory in clusters those by threads of each rank, one rank's after
+        another's. phases: where there are clusters, the arrivals + 1 of the last writers and readers at the cluster's barrier.
     """
 
     def __init__(self, name: str, data: np.ndarray, first: int, granule: int, reports: Reports, stride: int = 0):
@@ -75,11 +79,19 @@ class Space:
         self.writer, self.reader = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self.written_at, self.read_at = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.fences = np.zeros(count, np.int32)  # proxy fences of the writer before its write
+        self.ranks, self.phases = 1, []
         self.note: Callable | None = None  # of trace.py, told of every access
         self.views = {1: data, 2: data.view(np.uint16), 4: data.view(np.uint32), 8: data.view(np.uint64)}
 
-    def places(self, address: np.ndarray, who, size: int, at: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(offsets into data, whether they may be used)``; reports what lies outside of all tensors, or is misaligned."""
+    def order_clusters(self, ranks: int) -> None:
+        self.ranks = ranks
+        for name in ("writer", "reader", "written_at", "read_at"):
+            setattr(self, name, np.tile(getattr(self, name)[: self.state.size], ranks))
+        self.phases = [np.zeros(self.writer.size, np.int32) for _ in range(2)]
+
+    def places(self, address: np.ndarray, who, size: int, at: int, owner=None) -> tuple[np.ndarray, np.ndarray]:
+        """``(offsets into data, whether they may be used)``; reports what lies outside of all tensors, or is misaligned. ``owner``: CTAs
+        whose shared memory it is, if not the threads'."""
         offset = (address.astype(np.uint64) - np.uint64(self.first)).view(np.int64)
         limit = (self.stride or self.data.size) - size
         bad = (offset < 0) | (offset > limit) | (offset & (size - 1) != 0)
@@ -89,7 +101,7 @@ class Space:
             self.reports.add(f"{kind} ({self.name})", at, thread=int(who.thread[i]), note=f"{int(offset[i])} of {limit + size} bytes")
             offset = np.where(bad, 0, offset)
         if self.stride:
-            offset = offset + who.cta * self.stride
+            offset = offset + (who.cta if owner is None else owner) * self.stride
         return offset, ~bad
 
     def granules(self, offset: np.ndarray, size: int) -> tuple[np.ndarray, int]:
@@ -105,16 +117,15 @@ class Space:
         now, thread = who.stamps(count)
         if self.note is not None:
             self.note(g, count, who, np.zeros(g.size, bool), False)
-        writer = self.writer[g]
-        unordered = self.unordered(writer, now, thread)
-        if unordered.any():
-            self.race("race: read after write", unordered, g, writer, self.written_at, thread, at)
+        g, of_barrier = self.planes(g, count, who)
+        self.check("race: read after write", WRITES, g, now, thread, at, of_barrier)
         before = self.reader[g]
         alone = not before.any() if not self.stride else not (((before ^ now) & ~FLAGS) >> EPOCH == 0).any()
-        mine = now if alone else self.joined(before, now, thread)
+        mine = now if alone else self.joined(before, now, thread, self.since(READS, g, of_barrier))
         self.reader[g] = mine
         self.read_at[g] = at
         lost = np.flatnonzero(self.reader[g] != mine)
+        self.mark(READS, g, of_barrier)
         if lost.size:  # several threads of this instruction read one granule
             g, thread = g[lost], thread[lost]
             last, size = (self.reader[g] & THREAD) - 1, self.reports.size
@@ -130,22 +141,46 @@ class Space:
         now, thread = who.stamps(count)
         if self.note is not None:
             self.note(g, count, who, ~same, True)
-        writer, reader = self.writer[g], self.reader[g]
-        unordered = self.unordered(writer, now, thread) & ~same
-        if unordered.any():
-            self.race("race: write after write", unordered, g, writer, self.written_at, thread, at)
-        unordered = self.unordered(reader, now, thread) & ~same
-        if unordered.any():
-            self.race("race: write after read", unordered, g, reader, self.read_at, thread, at)
         self.state[g] = (state | INITIALISED) & ~np.uint8(ARRIVING)
+        self.fences[g] = who.fences(count)
+        g, of_barrier = self.planes(g, count, who)
+        self.check("race: write after write", WRITES, g, now, thread, at, of_barrier, ~same)
+        self.check("race: write after read", READS, g, now, thread, at, of_barrier, ~same)
         self.writer[g] = now
         self.written_at[g] = at
-        self.fences[g] = who.fences(count)
+        self.mark(WRITES, g, of_barrier)
 
-    def unordered(self, before: np.ndarray, now: np.ndarray, thread: np.ndarray) -> np.ndarray:
+    def check(self, kind: str, which: int, g: np.ndarray, now, thread, at: int, of_barrier, chosen=True) -> None:
+        """Reports accesses that are not ordered after the last writes or reads."""
+        last, places = ((self.writer, self.written_at), (self.reader, self.read_at))[which]
+        before = last[g]
+        unordered = self.unordered(before, now, thread, self.since(which, g, of_barrier)) & chosen
+        if unordered.any():
+            self.race(kind, unordered, g, before, places, thread, at)
+        for rank in range(1, self.ranks):  # of the other CTAs of the cluster
+            other = (g + rank * self.state.size) % self.writer.size
+            if (unordered := self.since(which, other, of_barrier) & chosen).any():
+                self.race(kind, unordered, other, last[other], places, thread, at)
+
+    def planes(self, g: np.ndarray, count: int, who) -> tuple[np.ndarray, tuple | None]:
+        """Where the accesses of these threads' ranks are noted; and, in clusters, their arrivals and waits at the barrier."""
+        if not self.phases:
+            return g, None
+        rank, arrivals, waits = who.phases(count)
+        return g + rank % self.ranks * self.state.size, (arrivals, waits)
+
+    def since(self, which: int, g: np.ndarray, of_barrier: tuple | None):
+        """Whether the last access came after the barrier of the cluster that this one's threads waited at last."""
+        return True if of_barrier is None else self.phases[which][g] > of_barrier[1]
+
+    def mark(self, which: int, g: np.ndarray, of_barrier: tuple | None) -> None:
+        if of_barrier is not None:
+            np.maximum.at(self.phases[which], g, of_barrier[0] + 1)
+
+    def unordered(self, before: np.ndarray, now: np.ndarray, thread: np.ndarray, since) -> np.ndarray:
         """Whether an access was by another thread, without a barrier between."""
         other, size = (before & THREAD) - 1, self.reports.size
-        same_epoch = ((before & ~FLAGS) >> EPOCH) == (now >> EPOCH)
+        same_epoch = (((before & ~FLAGS) >> EPOCH) == (now >> EPOCH)) & since
         candidates = same_epoch & ((other != thread) | (before & FLAGS != 0))
         if not self.stride:
             candidates |= (before != 0) & ((other // size != thread // size) | (before & IN_GRID != 0))
@@ -157,9 +192,9 @@ class Space:
         alone = (other == thread) & (before & FLAGS == 0)
         return found & ~(one_warp & ordered) & ~alone
 
-    def joined(self, before: np.ndarray, now: np.ndarray, thread: np.ndarray) -> np.ndarray:
+    def joined(self, before: np.ndarray, now: np.ndarray, thread: np.ndarray, since) -> np.ndarray:
         other, size = (before & THREAD) - 1, self.reports.size
-        same = (before != 0) & (((before & ~FLAGS) >> EPOCH) == (now >> EPOCH)) & (other // size == thread // size)
+        same = (before != 0) & (((before & ~FLAGS) >> EPOCH) == (now >> EPOCH)) & (other // size == thread // size) & since
         flags = np.where(same, before & FLAGS, before & IN_GRID)
         flags |= np.where(same & (other != thread), np.where(other // 32 == thread // 32, IN_WARP, IN_CTA), 0)
         flags |= np.where((before != 0) & (other // size != thread // size), IN_GRID, 0)

@@ -5,6 +5,8 @@ What "nothing to do" means is decided by trace.py from all accesses of a launch,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from miras_kernels.testing import evaluate
@@ -43,21 +45,21 @@ def reported(launch: Launch, at: int) -> bool:
         return True
 
 
-def places(launch: Launch) -> list[tuple[str, int]]:
+def places(launch: Launch, kinds: Sequence[str]) -> list[tuple[str, int]]:
     """The instructions to delete: of each kind at most MOST that are executed."""
     reports, counts = launch.copy().run(counting=True, most=CTAS)
     assert not reports
     made, found = program(launch.ptx, launch.entry), []
     executed = [i for x in made.blocks if counts.blocks[x.first] for i in range(x.first, x.last + 1)]
-    for kind in KINDS:
+    for kind in kinds:
         of_kind = [i for i in executed if made.kernel.instructions[i].opcode.startswith(kind)]
         found += [(kind, at) for at in of_kind[:: -(-len(of_kind) // MOST) or 1]]
     return found
 
 
-def assert_reported(launch: Launch) -> set[str]:
+def assert_reported(launch: Launch, kinds: Sequence[str] = KINDS) -> set[str]:
     """Gives the kinds of which some are reported."""
-    deleted = places(launch)
+    deleted = places(launch, kinds)
     left = [(kind, at) for kind, at in deleted if not reported(launch, at)]
     trace = traced(launch, CTAS) if left else None
     missed = [str(trace.program.kernel.instructions[at]) for kind, at in left if trace.needs(at, kind)]

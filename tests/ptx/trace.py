@@ -17,7 +17,7 @@ __all__ = ["KINDS", "Trace", "traced"]
 #: what is deleted
 KINDS = (
     "bar.sync", "cp.async.wait_group", "cp.async.commit_group", "fence.proxy.async", "wgmma.fence", "wgmma.commit_group",
-    "wgmma.wait_group",
+    "wgmma.wait_group", "barrier.cluster.arrive", "barrier.cluster.wait",
 )  # fmt: skip
 #: who needs an asynchronous copy to have been waited for, and a group to have been committed
 USERS = {
@@ -50,7 +50,7 @@ class Trace(Machine):
     def noting(self, accesses: list):
         def note(granules, count: int, who, writes: np.ndarray, write: bool) -> None:
             local = who.local.repeat(count)
-            accesses.append((granules, (who.cta.repeat(count) << 20) + (self.stamp[local] >> EPOCH), local, self.turns[local], writes))
+            accesses.append((granules, (who.cta.repeat(count) << 20) + self.epochs()[local], local, self.turns[local], writes))
             if write and accesses is self.accesses[1]:
                 self.written[granules] = len(accesses)
                 self.products.overwritten(granules)
@@ -64,10 +64,14 @@ class Trace(Machine):
             self.products.used(used)
         super().step(block, place, threads)
 
+    def epochs(self) -> np.ndarray:
+        """Barriers of its CTA and of its cluster that each thread has passed."""
+        return (self.stamp >> EPOCH) + self.cluster.waits
+
     def barrier(self, at: int, after: int, threads: np.ndarray) -> None:
-        before = self.stamp[:: self.size] >> EPOCH
+        before = self.epochs()[:: self.size]
         super().barrier(at, after, threads)
-        for cta in np.flatnonzero(before != self.stamp[:: self.size] >> EPOCH):
+        for cta in np.flatnonzero(before != self.epochs()[:: self.size]):
             self.ends[int(cta), int(before[cta])] = at
 
     def warp_barrier(self, ix) -> None:
@@ -92,6 +96,8 @@ class Trace(Machine):
     # ------------------------------------------------------------------------------------------------------------- questions
 
     def needs(self, at: int, kind: str) -> bool:
+        if kind.startswith("barrier.cluster"):
+            return True
         if kind == "bar.sync":
             return self.orders(at)
         return at in self.needed or (at in self.busy and not self.followed(at, kind))
@@ -100,7 +106,7 @@ class Trace(Machine):
         """Whether, on the two sides of a barrier, different threads touch one granule, one of them writing other bits."""
         span, count = {}, 0
         for cta in range(self.batch):
-            for epoch in range(1, int(self.stamp[cta * self.size] >> EPOCH) + 1):
+            for epoch in range(1, int(self.epochs()[cta * self.size]) + 1):
                 count += self.ends.get((cta, epoch - 1)) != at
                 span[cta, epoch] = count
         sizes = np.bincount(list(span.values()))

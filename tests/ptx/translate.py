@@ -17,8 +17,9 @@ __all__ = ["Block", "Program", "names"]
 
 STORED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 VIEWS = {"f16": "f2", "f32": "f4", "f64": "f8", **{f"s{n}": f"i{n // 8}" for n in (8, 16, 32, 64)}}
-TOGETHER = ("shfl", "vote", "bar.warp", "ldmatrix", "stmatrix", "mma", "wgmma")
-SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.[xyz]|%laneid")
+TOGETHER = ("shfl", "vote", "bar.warp", "barrier.cluster", "ldmatrix", "stmatrix", "mma", "wgmma")
+SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.[xyz]|%laneid|%cluster_n?ctarank")
+WAIT = re.compile(r"barrier\.cluster\.wait(\.acquire)?(\.aligned)?")
 
 
 @dataclasses.dataclass
@@ -98,7 +99,7 @@ class Program:
 
 
 def ends(x: Instruction) -> bool:
-    return x.opcode.startswith(("bra", "bar.sync", "barrier.sync", "wgmma.")) or x.opcode in ("ret", "exit")
+    return x.opcode.startswith(("bra", "bar.sync", "barrier.sync", "barrier.cluster.wait", "wgmma.")) or x.opcode in ("ret", "exit")
 
 
 class Emitter:
@@ -150,6 +151,8 @@ class Emitter:
             self.end = ("exit", 0)
         elif x.opcode in ("bar.sync", "barrier.sync") and x.operands == ("0",) and self.always:
             self.end = ("barrier", 0)
+        elif WAIT.fullmatch(x.opcode) and self.always:
+            self.end = ("cluster", 0)
         else:
             raise Unknown("unknown form of a barrier", x.line, x.text)
         if not self.always:

@@ -45,7 +45,7 @@ def refuses(library: Any, call: Call) -> str | None:
     needed = library.miras_mlp_backward_shared(call.hidden, call.chunk_size)
     if not needed:
         at = f"chunks of {call.chunk_size} at hidden {call.hidden}"
-        return f"it computes gradients in chunks of 16 or 32 tokens, or of 64 at hidden 128, got {at}"
+        return f"it computes gradients in chunks of 16 or 32 tokens, or of 64 at hidden 128 or 256, got {at}"
     if call.q.is_cuda and needed > (has := library.miras_shared_limit(call.q.device.index)):
         return f"its backward needs {needed} bytes of shared memory per block, got {has}"
     return None

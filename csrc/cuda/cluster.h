@@ -1,0 +1,37 @@
+// Blocks of a cluster (sm_90 and later): their barrier, and reads of each other's shared memory.
+#pragma once
+
+#include "tiles.h"
+
+namespace miras::cuda {
+
+// this block's number in its cluster
+__device__ __forceinline__ int cluster_rank() {
+  int x;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+  return x;
+}
+
+// Tells the cluster's other blocks that this thread has come here; and waits until all threads of all its blocks have told. What they
+// wrote and read before is then over.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// the address of a place of dynamic shared memory in block `rank`
+__device__ __forceinline__ uint32_t address_in(int rank, uint32_t offset) {
+  uint32_t x;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(address(offset)), "r"(rank));
+  return x;
+}
+__device__ __forceinline__ float load_cluster(uint32_t address) {
+  float x;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_cluster_4(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
+}  // namespace miras::cuda
