@@ -24,8 +24,6 @@ __all__ = [
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
 CHUNK_SIZES = (16, 32, 64, 128)
-#: tokens of a block with decays by key channel, whose pairs of tokens are taken token by token
-KEYED_TOKENS = 16
 #: narrower heads are padded to this; tables/memories.py has the limits of each memory
 MIN_TILE = 16
 
@@ -69,9 +67,8 @@ class Key:
         bias, retention, block = call.bias, call.retention, block_tokens(call)
         return Key(
             call.q.shape[-1], call.v.shape[-1], padded(block or call.chunk_size), call.q.element_size(), bias.row_coupled,
-            call.hidden, exact=block > 0, keyed=call.key_log_decay is not None,
-            gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
-            channels=call.log_decay is not None and call.log_decay.dim() == 4,
+            call.hidden, gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
+            channels=call.log_decay is not None and call.log_decay.dim() == 4, exact=block > 0, keyed=call.key_log_decay is not None,
         )  # fmt: skip
 
     @property
@@ -146,12 +143,11 @@ class Key:
 def block_tokens(call) -> int:
     """How many tokens are computed together in exact steps (docs/mathematics.md, section 13), or 0 where a call goes chunk by chunk.
 
-    Chunks that a call begins or ends in the middle of stay chunks, unless they have one token.
+    Chunks that a call begins or ends in the middle of stay chunks, unless they have one token. Decays by key channel need short blocks.
     """
     if call.chunk_size > 1 and (may_end_open(call) or call.state.open_chunk is not None):
         return 0
-    most = 64 if call.q.element_size() == 2 else 32
-    return exact_tokens(call, most if call.key_log_decay is None else KEYED_TOKENS)
+    return exact_tokens(call, 16 if call.key_log_decay is not None else 64 if call.q.element_size() == 2 else 32)
 
 
 def padded(d: int) -> int:
