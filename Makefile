@@ -35,7 +35,7 @@ export PIP_PROGRESS_BAR ?= off
 
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-hub-kernels hub test-newest update-constraints test-all ptx bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
+.PHONY: help demo test test-slow mutants test-oldest test-oldest-hf test-hub-kernels test-extras hub test-newest update-constraints test-all ptx bench study lint types docs sanitize aarch64 sanitized fuzz tools format build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -69,6 +69,9 @@ test-oldest-hf: $(VENV)/.oldest-hf  ## run the transformers tests with the oldes
 # Neither in this folder nor with it among the paths: kernels/ would be imported in the place of the package.
 test-hub-kernels: $(VENV)/.hub-kernels  ## run the tests of functions loaded by the kernels package
 	cd tests && $(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/hub-kernels $(CURDIR)/$(PY) -m pytest hf/test_hub_kernels.py -q -o pythonpath=tests $(ARGS)
+
+test-extras: $(VENV)/.extras  ## run the tests with deepspeed, torchao, optimum-quanto and bitsandbytes
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(VENV)/extras $(PY) -m pytest tests/hf/test_hf_extras.py -q -rs $(ARGS)
 
 # Nothing is uploaded.
 hub: $(VENV)/.built  ## write the memories as a repository for the Hub's kernels, into build/hub
@@ -190,6 +193,12 @@ $(VENV)/.oldest-hf: | $(VENV)/.built
 $(VENV)/.hub-kernels: | $(VENV)/.built
 	@echo "installing transformers and kernels, for test-hub-kernels"
 	@$(PIP) install -qq --upgrade --target $(VENV)/hub-kernels $(HUB_KERNELS)
+	@touch $@
+
+# Without dependencies: they would bring PyTorch for CUDA; the list is complete.
+$(VENV)/.extras: constraints/extras.txt | $(VENV)/.built
+	@echo "installing deepspeed, torchao, optimum-quanto and bitsandbytes, for test-extras"
+	@DS_BUILD_OPS=0 $(PIP) install -qq --no-deps --no-build-isolation --upgrade --target $(VENV)/extras -r $<
 	@touch $@
 
 $(VENV)/.types: | $(VENV)/.torch

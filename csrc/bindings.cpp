@@ -40,9 +40,10 @@ float* checked_checkpoints(const MemoryParams& p, const Tensor& checkpoints, int
   return checkpoints.data<float>();
 }
 
-// Runs a kernel over all tasks, without the interpreter's lock
+// Runs a kernel over all tasks, side by side, or one that threads share; without the interpreter's lock
 template <class Params> void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
   pybind11::gil_scoped_release nogil;
+  if (p.parts > 1) return kernel(p, 0, p.tasks());
   parallel_for(p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
 }
 
@@ -68,11 +69,15 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
   require(momenta.has_value() == x.momentum.has_value(), "momentum and momenta come together");
   if (momenta) p.momenta = states(p, *momenta, "momenta must be float32 [N, H, Dv, Dk]");
 
-  // With fewer heads than threads, split the value rows too, into panels of at least 32 rows, unless something couples them.
+  // With fewer heads than threads, split the value rows too, into panels of at least 32 rows, or, if something couples them, the stages of
+  // a chunk.
   const int64_t heads = p.N * p.H, threads = num_threads();
   p.panels = 1, p.panel_width = p.Dv;
   const bool coupled = bias_traits(p.bias, p.bias_program).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
-  if (heads > 0 && heads < threads && !coupled) {
+  p.parallel_for = parallel_for;
+  if (coupled) {
+    p.share_task(heads, threads, p.Dv, int64_t(p.Dk) * p.Dv);
+  } else if (heads > 0 && heads < threads) {
     const int wanted = int(std::min<int64_t>((threads + heads - 1) / heads, p.Dv / 32));
     if (wanted > 1) {
       p.panel_width = ((p.Dv + wanted - 1) / wanted + 15) / 16 * 16;
@@ -256,15 +261,8 @@ void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple
     require(is_float(*each) && each->has_shape({p.H, p.D}), "ln_weight and ln_bias must be float32 [H, D]");
   p.ln_weight = ln_weight.data<float>(), p.ln_bias = ln_bias.data<float>();
   p.ln_eps = float(ln_eps);
-  p.share_among(num_threads());
+  p.share_task(p.tasks(), num_threads(), p.Hd, int64_t(p.D) * p.Hd);
   p.parallel_for = parallel_for;
-}
-
-// Tasks side by side, or one that threads share
-template <class Params> void run_mlp(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
-  if (p.parts == 1) return run(kernel, p);
-  pybind11::gil_scoped_release nogil;
-  kernel(p, 0, p.tasks());
 }
 
 // As linear_forward
@@ -303,7 +301,7 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(const TokenTupl
   const Tensor checkpoints = new_checkpoints(p, p.momentum ? 4 : 2, p.Hd, p.D);
   if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
-  run_mlp(cpu::kernels().mlp_forward, p);
+  run(cpu::kernels().mlp_forward, p);
   return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
@@ -345,7 +343,7 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
   OptionalPair d_momenta;
   if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
-  run_mlp(cpu::kernels().mlp_backward, p);
+  run(cpu::kernels().mlp_backward, p);
   return {
       dq,     dk,       dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32), sum_shares(dln_bias, p.N, kFloat32),
       d_dual, d_momenta};

@@ -18,6 +18,9 @@
 
 namespace miras {
 
+// The largest sizes; a test compares them with python/miras_kernels/tables/memories.py.
+constexpr int64_t kMaxHead = 256, kMaxHidden = 1024, kMaxChunk = 256;
+
 enum class Dtype : int { f32, bf16 };
 
 // Tags of the attentional biases: one numbering for Python, Triton, CUDA and C++.
@@ -74,6 +77,10 @@ struct MemoryParams {
 
   const int64_t* cu_seqlens = nullptr;  // [N + 1]
 
+  // Where threads share a task, the stages of a chunk are split into so many parts (cpu/parts.h).
+  int parts = 1;
+  void (*parallel_for)(int64_t count, int64_t grain, void (*body)(int64_t first, int64_t last, void* context), void* context) = nullptr;
+
   // States at chunk starts for the backward, [slots, H, ...] float32 as the kernels hold them: duals A, then with momentum S. Sequence
   // n has the states of its chunks 0, every, 2 every, ... in consecutive slots from `slot(n)` on.
   float* checkpoints = nullptr;
@@ -93,12 +100,23 @@ struct MemoryParams {
     const int64_t span = int64_t(C) * checkpoint_every;
     return cu_seqlens ? N + T / span : N * ((T + span - 1) / span);
   }
+
+  // Threads share a single task if its chunks have several blocks of tokens and a stage takes longer than starting it. They would finish
+  // two tasks later than side by side, unless there are many of them. `width`: hidden units or value rows, of a matrix of `size` numbers
+  MIRAS_FN void share_task(int64_t tasks, int64_t threads, int64_t width, int64_t size) {
+    constexpr int64_t kWidth = 32, kTokens = 32, kWork = int64_t(1) << 17;
+    const int64_t tokens = C < T ? C : T;
+    if (tasks != 1 || tokens < kTokens || tokens * size < kWork) return;
+    const int64_t most = width / kWidth < threads ? width / kWidth : threads;
+    parts = most > 1 ? int(most) : 1;
+  }
 };
 
 struct LinearParams : MemoryParams {
   int Dk = 0, Dv = 0;
 
-  // Value rows are shared out among `panels` tasks of `panel_width` rows when there are fewer heads than threads.
+  // Value rows are shared out among `panels` tasks of `panel_width` rows when there are fewer heads than threads, unless something
+  // couples them: then threads share a task.
   int panels = 1;
   int panel_width = 0;
 
@@ -148,26 +166,12 @@ struct LinearBackward : LinearParams {
 // transposed and S2 after them. A task is one head of one sequence.
 struct MlpParams : MemoryParams {
   int D = 0, Hd = 0;
-
-  // Where threads share a task, the stages of a chunk are split into so many parts (cpu/parts.h).
-  int parts = 1;
-  void (*parallel_for)(int64_t count, int64_t grain, void (*body)(int64_t first, int64_t last, void* context), void* context) = nullptr;
   StateTensor dual[2], momenta[2];
 
   const float *ln_weight = nullptr, *ln_bias = nullptr;  // [H, D], contiguous
   float ln_eps = 0.0f;
 
   MIRAS_FN int64_t tasks() const { return N * H; }
-
-  // Threads share a single task if its chunks have several blocks of tokens and a stage takes longer than starting it. They would finish
-  // two tasks later than side by side, unless there are many of them.
-  MIRAS_FN void share_among(int64_t threads) {
-    constexpr int64_t kUnits = 32, kTokens = 32, kWork = int64_t(1) << 17;
-    const int64_t tokens = C < T ? C : T;
-    if (tasks() != 1 || tokens < kTokens || tokens * D * Hd < kWork) return;
-    const int64_t most = Hd / kUnits < threads ? Hd / kUnits : threads;
-    parts = most > 1 ? int(most) : 1;
-  }
 };
 
 struct MlpForward : MlpParams {

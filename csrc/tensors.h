@@ -42,9 +42,6 @@ inline Dtype dtype_of(const View& x) {
 
 inline bool is_float(const View& x) { return x.on_cpu() && x.is(kFloat32); }
 
-// The largest sizes; a test compares them with python/miras_kernels/tables/memories.py.
-constexpr int64_t kMaxHead = 256, kMaxHidden = 1024, kMaxChunk = 256;
-
 // A row of the table of biases or retention gates: its tag, its parameters and the program of a custom one.
 using ProgramPointer = std::shared_ptr<CompiledProgram>;
 using RuleCode = std::tuple<int64_t, std::vector<double>, ProgramPointer>;

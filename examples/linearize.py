@@ -28,7 +28,7 @@ from .demo import load_text, table
 
 WIDTH, LAYERS, HEADS, INTERMEDIATE, LENGTH, BATCH = 128, 4, 4, 352, 256, 8
 STEPS = {"teacher": 600, "transfer": 200, "finetune": 250}
-RATES = {"teacher": 4e-3, "transfer": 3e-3, "finetune": 2e-3}
+RATES = {"teacher": 4e-3, "transfer": 1e-2, "finetune": 4e-3}
 STRIDE = 16  # bytes between the beginnings of two rows of training text
 RANKING = 64  # rows at the end of the training text on which layers are ranked
 CLOSE = 0.05  # the goal: bits per byte above the teacher
@@ -136,20 +136,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     args = parser.parse_args(arguments)
     began = time.process_time()
+    settings = dict(width=WIDTH, layers=LAYERS, heads=HEADS, length=LENGTH, batch=BATCH, steps=STEPS, rates=RATES, seed=args.seed)
+    document = {
+        **results.heading("examples.linearize"), "machine": results.machine(), "threads": torch.get_num_threads(),
+        "versions": results.versions("torch", "transformers", "miras-kernels"), "settings": settings,
+    }  # fmt: skip
     training, valid = load_text()
     windows = training.unfold(0, LENGTH, STRIDE)
     ranking = training[-RANKING * LENGTH :].view(RANKING, LENGTH)
     rows = windows[: -RANKING * LENGTH // STRIDE - LENGTH // STRIDE]  # they end before the text of the ranking
     teacher = student(args.seed)
     train(teacher, rows, STEPS["teacher"], args.seed)
-    settings = dict(width=WIDTH, layers=LAYERS, heads=HEADS, length=LENGTH, batch=BATCH, steps=STEPS, rates=RATES, seed=args.seed)
-    document = {
-        **results.heading("examples.linearize"), "machine": results.machine(), "threads": torch.get_num_threads(),
-        "versions": results.versions("torch", "transformers", "miras-kernels"), "settings": settings, "teacher": bits(teacher, valid),
-        "parameters": sum(p.numel() for p in teacher.parameters()),
-    }  # fmt: skip
+    document |= {"teacher": bits(teacher, valid), "parameters": sum(p.numel() for p in teacher.parameters()), "results": []}
     print(f"teacher: {document['teacher']:.3f} bits per byte", flush=True)
-    document["results"] = []
     for preset in args.presets:
         document["results"].append(measure(teacher, preset, rows, ranking, valid, args.seed))
         print(document["results"][-1], flush=True)

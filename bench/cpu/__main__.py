@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from . import base, delta_rule, hybrid, program, report, scaling, stages, studies, targets, wrappers
-from .cases import ONE_OF_EACH, SHAPES, Settings
+from .cases import LINEAR_SHAPES, ONE_OF_EACH, SHAPES, Settings
 
 
 def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], settings: Settings) -> list[tuple[str, str, int]]:
@@ -31,7 +31,9 @@ def jobs(only: Sequence[str], shapes: Sequence[str], threads: Sequence[int], set
         elif study == "scaling":
             several = [max(threads)] if max(threads) > 1 else []
             axes = {"tokens": threads[:1], "heads": threads, "threads": several, "one head": several}
-            found += [(study, f"{shape}, {axis}", n) for shape in pair for axis, counts in axes.items() for n in counts]
+            for shape in pair:
+                own = axes | ({"coupled head": several} if shape in LINEAR_SHAPES else {})
+                found += [(study, f"{shape}, {axis}", n) for axis, counts in own.items() for n in counts]
         elif study == "delta rule":
             found += [(study, size, threads[0]) for size in delta_rule.SIZES]
         elif study == "hybrid":

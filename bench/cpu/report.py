@@ -115,7 +115,7 @@ def _scaling(results: Sequence[dict]) -> str:
     for r in results:
         least = min(r["sizes"].values())
         for name, size in r["sizes"].items():
-            ideal = least / size if r["axis"] in ("threads", "one head") else size / least
+            ideal = least / size if r["axis"] in ("threads", "one head", "coupled head") else size / least
             row = [r["case"], name, str(r["threads"]), gate(r["parity"].get(name)), "-", "-", "-"]
             if name in r.get("ms", {}):
                 row[4] = f"{r['ms'][name]['median']:.2f}"

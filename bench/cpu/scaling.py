@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import miras_kernels
-from miras_kernels import L2
+from miras_kernels import L2, Huber
 
 from ..common.implementations import BOTH, agreement, kernel
 from ..common.timing import clock_for, timed
@@ -27,7 +27,8 @@ FEW_HEADS = 2  # on the axis of tokens
 def study_scaling(name: str, threads: int, settings: Settings) -> Iterator[dict]:
     """Forward and backward of one sequence of 1k to 128k tokens, of 1 to 16 heads, and with 1 to all threads: the shape, and one head."""
     shape, _, axis = name.rpartition(", ")
-    yield {"tokens": _tokens, "heads": _heads, "threads": _threads, "one head": _one_head}[axis](shape, threads, settings)
+    axes = {"tokens": _tokens, "heads": _heads, "threads": _threads, "one head": _one_head, "coupled head": _coupled_head}
+    yield axes[axis](shape, threads, settings)
 
 
 def _tokens(shape: str, threads: int, settings: Settings) -> dict:
@@ -67,7 +68,12 @@ def _one_head(shape: str, threads: int, settings: Settings) -> dict:
     return _threads(shape, threads, settings, "one head", batch=1, heads=1)
 
 
-def _threads(shape: str, threads: int, settings: Settings, axis: str = "threads", **changes: int) -> dict:
+def _coupled_head(shape: str, threads: int, settings: Settings) -> dict:
+    """As :func:`_one_head`, with a bias that couples the value rows of a linear memory."""
+    return _threads(shape, threads, settings, "coupled head", batch=1, heads=1, bias=Huber("norm"))
+
+
+def _threads(shape: str, threads: int, settings: Settings, axis: str = "threads", **changes: object) -> dict:
     """The shape as it is; wall time, and ``torch.mm`` with as many threads beside it."""
     case = make_case(shape, settings, **changes)
     sizes = {str(n): n for n in sorted({*(2**i for i in range(threads.bit_length())), threads})}

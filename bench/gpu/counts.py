@@ -1,7 +1,7 @@
 """Counts of the compiled Triton and CUDA C++ kernels, executed on the CPU, and modelled times. No GPU is needed.
 
     python -m bench.gpu.counts                     the table's counts and the times modelled from them
-    python -m bench.gpu.counts --chip H100         for another chip of chips.py
+    python -m bench.gpu.counts --chip H100         for another chip of chips.py: its architecture's specimens
     python -m bench.gpu.counts --check             execute the kernels; red if one is more than 3 % worse than in the table
     python -m bench.gpu.counts --renew "REASON"    execute the kernels, write the table; counts.json keeps the reason
     python -m bench.gpu.counts --only D64          the specimens with this text in their names
@@ -66,6 +66,11 @@ def _linear(d: int, chunk_size: int = 64) -> Shape:
     return Shape(1, 512, HEADS, d, chunk_size)
 
 
+def _mlp(chunk_size: int, architecture: str = "sm_90") -> Specimen:
+    shapes = (Shape(4, 16384, 16, 64, chunk_size, 256),)
+    return Specimen(Shape(1, 512, HEADS, 64, chunk_size, 256), "huber_coordinate", shapes, architecture)
+
+
 LONG = (Shape(1, 8192, 64, 128), Shape(1, 32768, 32, 128), Shape(8, 8192, 32, 128))
 SPECIMENS = {
     str(x): x
@@ -77,13 +82,17 @@ SPECIMENS = {
         Specimen(_linear(128, 1), "l2", (Shape(1, 8192, 64, 128, 1), Shape(8, 8192, 32, 128, 1))),
         Specimen(_linear(128), "lq", (Shape(8, 8192, 32, 128),)),
         Specimen(_linear(128), "momentum", (Shape(8, 8192, 32, 128),)),
-        Specimen(Shape(1, 512, HEADS, 64, 64, 256), "huber_coordinate", (Shape(4, 16384, 16, 64, 64, 256),)),
+        *map(_mlp, (64, 32, 16)),
+        *(_mlp(chunk_size, "sm_80") for chunk_size in (32, 16)),
     )
 }
 
 
 #: those that the CUDA C++ kernels serve in chunks
-CUDA = tuple(f"sm_90:{name}" for name in ("D64-C64-l2", "D128-C64-l2", "D128-C64-huber_coordinate", "D64-C64-Hd256-huber_coordinate"))
+CUDA = (
+    *(f"sm_90:{name}" for name in ("D64-C64-l2", "D128-C64-l2", "D128-C64-huber_coordinate")),
+    *(name for name, x in SPECIMENS.items() if x.shape.hidden),
+)
 
 
 def specimens(backend: str) -> dict[str, Specimen]:
@@ -161,6 +170,9 @@ def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> l
         if backend == "cuda":
             built = cuda.build(shutil.which("nvcc") or "nvcc", specimen.architecture)
             own = stack.enter_context(cuda.on_machine(built, instead=count))
+            needed = own._loaded[0].miras_mlp_backward_shared(specimen.shape.hidden, specimen.shape.chunk_size)
+            if needed > chip.shared_bytes:  # as on a device, which is asked there
+                stack.enter_context(mock.patch.object(own, "refuses_backward", lambda _: f"it needs {needed} bytes of shared memory"))
             stack.enter_context(mock.patch.dict(dispatch.BACKENDS, cuda=own))
             stack.enter_context(mock.patch.object(cuda_linear, "block_values", lambda *_: specimen.values))
         kernel(inputs, backend, direction)()
@@ -180,7 +192,8 @@ def rows(specimen: Specimen, backend: str = "triton") -> dict[str, list[dict]]:
             both.append(b)
         rest = [row["kernel"] for row in both if "counts" not in row]  # the last ones, a backward's
         if rest:
-            known = read()[version("triton")]["rows"][str(dataclasses.replace(specimen, values=0))][direction][-len(rest) :]
+            other = dataclasses.replace(specimen, values=0)
+            known = (read()[version("triton")]["rows"].get(str(other)) or rows(other))[direction][-len(rest) :]
             assert rest == [row["kernel"] for row in known]
             both[-len(rest) :] = known
         found[direction] = both
@@ -268,7 +281,8 @@ def report(specimen: Specimen, found: dict, chip_name: str, base: dict | None) -
 def modelled(shape: Shape, name: str, direction: str, chip: str, triton: str | None) -> dict[str, float]:
     """Modelled microseconds of each kernel of a call, all its launches together; empty where the table does not have the call."""
     rows_ = read().get((triton or "").split("+")[0], {"rows": {}})["rows"]
-    specimen = next((x for x in SPECIMENS.values() if x.name == name and shape in x.shapes and str(x) in rows_), None)
+    of = (x for x in SPECIMENS.values() if x.architecture == CHIPS[chip].architecture)
+    specimen = next((x for x in of if x.name == name and shape in x.shapes and str(x) in rows_), None)
     found: dict[str, float] = {}
     if specimen is not None:
         launches = rows_[str(specimen)][direction]
@@ -308,7 +322,7 @@ def _line(cells) -> str:
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.counts", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--chip", default="H200", choices=CHIPS)
+    parser.add_argument("--chip", choices=CHIPS, help="default: H200 and A100, each with the specimens of its architecture")
     parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--backend", default="triton", choices=("triton", "cuda"))
     parser.add_argument("--check", action="store_true")
@@ -319,7 +333,8 @@ def main(arguments=None) -> int:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels are compiled in a process of their own
     sys.path.insert(0, str(ROOT / "tests"))
     label, red = args.label or version(args.backend), []
-    wanted = {name: x for name, x in specimens(args.backend).items() if args.only in name}
+    chips = {CHIPS[name].architecture: name for name in ([args.chip] if args.chip else ("H200", "A100"))}
+    wanted = {name: x for name, x in specimens(args.backend).items() if args.only in name and x.architecture in chips}
     for name, specimen in wanted.items():
         table = read()
         known = table.get(label, {"rows": {}})["rows"].get(name)
@@ -329,7 +344,7 @@ def main(arguments=None) -> int:
         elif args.check:
             red += [f"{name}: not in the table for {label}"] if known is None else [f"{name}: {text}" for text in worse(known, found)]
         base = table.get(args.base, {"rows": {}})["rows"].get(str(dataclasses.replace(specimen, values=0)))
-        print("\n".join(report(specimen, found, args.chip, base)), flush=True)
+        print("\n".join(report(specimen, found, chips[specimen.architecture], base)), flush=True)
     print("\n".join(red))
     return bool(red)
 

@@ -13,7 +13,7 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 // Q K'  [c x Cp], its lower triangle in the tiles of decayed_scores
-template <class A> static void plain_scores(int c, int dk, A q, const float* kt, index_t cp, float* QK, WriteSoon soon) {
+template <class A> static void plain_scores(Range c, int dk, A q, const float* kt, index_t cp, float* QK, WriteSoon soon) {
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> s;
     s.add(q.at(i), kt + j, cp, 0, dk, soon);
@@ -56,9 +56,9 @@ struct ChannelDecay {
   }
 
   // O -= sum_s M_ts,v (q_t.k_s) U_sv
-  void subtract_writes(int c, const float* QK, const float* U, bool momentum, float* O) const {
-    if (momentum) subtract<true>(c, QK, U, O);
-    else subtract<false>(c, QK, U, O);
+  void subtract_writes(int c, Range channels, const float* QK, const float* U, bool momentum, float* O) const {
+    if (momentum) subtract<true>(c, channels, QK, U, O);
+    else subtract<false>(c, channels, QK, U, O);
   }
 
   struct Backward {
@@ -117,10 +117,10 @@ struct ChannelDecay {
   }
 
   // Four tokens s at a time: x = M_ts,v U_sv.
-  template <bool kMomentum> void subtract(int c, const float* QK, const float* U, float* O) const {
+  template <bool kMomentum> void subtract(int c, Range channels, const float* QK, const float* U, float* O) const {
     constexpr int kBlock = 4;
     for (int s = 0; s < c; s += kBlock) {
-      for (int j = 0; j < dvp; j += kLanes) {
+      for (int j = channels.first; j < channels.last; j += kLanes) {
         Vec u[kBlock], x[kBlock];
         MIRAS_UNROLL
         for (int r = 0; r < kBlock; ++r) u[r] = s + r < c ? load(U + at(s + r, j)) : zeros(), x[r] = zeros();
@@ -188,9 +188,9 @@ struct Weights {
   const float* factors;
   bool per_channel;
 };
-static void weigh(int c, int cols, const Weights& x, const float* src, float* dst) {
+static void weigh(Range c, int cols, const Weights& x, const float* src, float* dst) {
   if (!x.per_channel) return weigh_rows(c, cols, x.factors, src, dst);
-  for (index_t i = 0; i < index_t(c) * cols; i += kLanes) store(dst + i, load(x.factors + i) * load(src + i));
+  for (index_t i = index_t(c.first) * cols; i < index_t(c.last) * cols; i += kLanes) store(dst + i, load(x.factors + i) * load(src + i));
 }
 
 // The gates of a chunk of the linear memory, scalar or channel-wise.
@@ -222,14 +222,15 @@ struct LinearGates : Gates {
   }
 
   // A_c from A_0 and the momentum S_0 (see `advance`)
-  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, int dvp, const float* A, const float* S, float* next,
-                    ReadSoon soon) const {
+  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, ColumnRange dvp, const float* A, const float* S,
+                    float* next, ReadSoon soon) const {
     const Scaled momenta = momentum ? momenta_at_end(S, c) : Scaled{};
     if (channel.on) advance<true>(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
     else advance(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
   }
   // S_c
-  void advance_momenta(int c, int dk, const float* kt, index_t cp, const float* u_step, int dvp, const float* S, float* next) const {
+  void advance_momenta(int c, int dk, const float* kt, index_t cp, const float* u_step, ColumnRange dvp, const float* S,
+                       float* next) const {
     if (momentum) advance(c, dk, kt, cp, u_step, dvp, {S, step_momenta_end(c)}, next, ReadSoon());
   }
 };

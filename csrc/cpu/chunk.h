@@ -4,7 +4,7 @@
 #pragma once
 
 #include "bias_table.h"
-#include "pack.h"
+#include "parts.h"
 #include "profile.h"
 #include "retention_states.h"
 #include "tile.h"
@@ -194,6 +194,14 @@ static void scale(float factor, index_t n, float* x) {
   for (index_t i = 0; i < n; i += kLanes) store(x + i, factor * load(x + i));
 }
 
+// Columns of matrices with rows of so many floats: all, or a range of them
+struct ColumnRange {
+  index_t ld;
+  Range range;
+  MIRAS_FN ColumnRange(int ld) : ld(ld), range(ld) {}
+  MIRAS_FN ColumnRange(int ld, Range range) : ld(ld), range(range) {}
+};
+
 // A term of a state's advance: scale * state. The scale is left in memory (see Tile::add_scaled).
 struct Scaled {
   const float *state = nullptr, *scale = nullptr;
@@ -203,20 +211,21 @@ struct Scaled {
 // second term, b_c S_0, and likewise for the momenta S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be the given state.
 // kPerColumn: scales are [Dvp].
 template <bool kPerColumn = false>
-static void advance(int c, Range dk, const float* kt, index_t cp, const float* u_end, int dvp, Scaled dual, float* next, ReadSoon soon,
-                    Scaled more = {}) {
+static void advance(int c, Range dk, const float* kt, index_t cp, const float* u_end, ColumnRange dvp, Scaled dual, float* next,
+                    ReadSoon soon, Scaled more = {}) {
+  const index_t ld = dvp.ld;
   const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
-    sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+    sweep(dk, dvp.range, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> a;
       const auto keep = [&](const Scaled& x) MIRAS_LAMBDA {
-        const float* state = x.state + index_t(i) * dvp + j;
-        if constexpr (kPerColumn) a.add_scaled_cols(state, dvp, x.scale + j);
-        else a.add_scaled(state, dvp, x.scale);
+        const float* state = x.state + i * ld + j;
+        if constexpr (kPerColumn) a.add_scaled_cols(state, ld, x.scale + j);
+        else a.add_scaled(state, ld, x.scale);
       };
-      a.subtract(Rows{kt + i * cp, cp}, u_end + j, dvp, 0, c, soon);
+      a.subtract(Rows{kt + i * cp, cp}, u_end + j, ld, 0, c, soon);
       keep(dual);
       if constexpr (kMore) keep(more);
-      a.store_to(next + index_t(i) * dvp + j, dvp);
+      a.store_to(next + i * ld + j, ld);
     });
   };
   if (more.state) run.template operator()<true>();
@@ -314,6 +323,17 @@ static void read_value_gate(const TokenTensor& x, bool per_channel, const Task& 
   const float* from = address<float>(x, b, token, task.h) + task.first * x.channel;
   for (int t = 0; t < c; ++t)
     for (int j = 0; j < task.dvp; ++j) dst[t * task.dvp + j] = j < task.dv ? from[t * x.token + j * x.channel] : 0.0f;
+}
+
+// Of some tokens of a chunk: v, in V [c x Dvp] unless it is used in place; the chunk's eta and delta are [c] or [c x Dvp]
+static BiasRows bias_rows(const LinearParams& p, const ChunkView& v, Range tokens, const float* eta, const float* delta, float* V,
+                          int dvp) {
+  const index_t row = index_t(tokens.first) * dvp;
+  const ChunkView own = v.from(tokens.first);
+  BiasRows rows{tokens.count(), dvp, p, eta + (p.lr_per_channel ? row : tokens.first), nullptr, p.delta_per_channel, V + row, dvp};
+  if (p.delta) rows.delta = delta + (p.delta_per_channel ? row : tokens.first);
+  if (own.in_place()) rows.v = own.at<float>(), rows.ldv = v.x.token;
+  return rows;
 }
 
 static const float* read_delta(const LinearParams& p, const Task& task, int64_t b, int64_t token, int c, float* dst) {

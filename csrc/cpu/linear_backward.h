@@ -28,11 +28,35 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// P, N = M o (dO U') and X = -P o (dO U'), with momentum gM = -(Q K') o (dO U')  [c x Cp]; dO has the factor rho
-void BackwardTask::scores_backward(int c, WriteSoon soon) {
+// What later stages read. Tokens: K, K transposed, Q, dO, U and its transpose; with momentum K JS'. Value channels: states not transposed
+void BackwardTask::read_chunk(int64_t chunk, const ChunkStart& x, bool recomputed, const Part& mine) {
+  const Range own = mine.tokens, cols(mine.channels.first, minimum(mine.channels.last, task.dv));
+  const int count = own.count();
+  MIRAS_STAGE("read", 0, 4 * count * dk + 6 * count * dvp);
+  const LinearGates& gates = s.gates;
+  const index_t row = index_t(own.first) * dvp, key_row = index_t(own.first) * dkp;
+  if (!recomputed) read_keys(chunk, own), writes(own, x.G);
+  keys(p.k, p.dtype, chunk).from(own.first).read(count, s.K + key_row, dkp);
+  keys(p.q, p.dtype, chunk).from(own.first).read(count, s.Q + key_row, dkp);
+  values(p.grad_out, chunk).from(own.first).read(count, s.dO + row, dvp);
+  weigh(own, dvp, gates.from_start(), s.dO, s.dO_gamma);
+  if (retention.scales_reads) scale(x.rho.value, index_t(count) * dvp, s.dO + row);
+  if (!channels) transpose(s.U + row, dvp, count, task.dv, s.UT + own.first, cp);
+  if (momentum) {
+    times_state(own, dk, Rows{s.K, dkp}, s.JS, dvp, s.KJS);
+    for (int t = own.first; t < own.last; ++t) s.gTheta[t] = -inner_product(s.U + index_t(t) * dvp, s.KJS + index_t(t) * dvp, dvp);
+  }
+  const auto plain = [&](const float* from, float* to) {
+    transpose(from + cols.first, dvp, dk, cols.count(), to + index_t(cols.first) * dkp, dkp);
+  };
+  plain(s.J, s.J_plain), plain(x.W, s.W_plain);
+  if (momentum) plain(s.JS, s.JS_plain), plain(x.S, s.S_plain);
+}
+
+// Tokens: P, N = M o (dO U') and X = -P o (dO U'), with momentum gM = -(Q K') o (dO U')  [c x Cp]; dO has the factor rho
+void BackwardTask::scores_backward(int c, const Part& mine, WriteSoon soon) {
   MIRAS_STAGE("pairs", c * (c + 1) * (dk + dvp), c * dk + dk * cp + 4 * c * dvp + 2 * c * (c + 1));
   const Rows Q{s.Q, dkp};
-  transpose(s.U, dvp, c, task.dv, s.UT, cp);
   const bool keep_x = momentum || s.gates.decays || retention.scales_reads;
   const float* factors = momentum ? s.QK : s.P;
   const auto then = [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -45,17 +69,19 @@ void BackwardTask::scores_backward(int c, WriteSoon soon) {
     });
     x.store_to(s.N + i * cp + j, cp);
   };
-  if (momentum) momentum_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, s.Theta, s.QK, WriteSoon(), then);
-  else decayed_scores<true>(s.gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, s.M, WriteSoon(), then);
+  float* const last = s.last_rows + index_t(mine.index) * 2 * cp;
+  if (momentum) momentum_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P, s.M, s.Theta, s.QK, WriteSoon(), then);
+  else decayed_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P, s.M, WriteSoon(), then);
 }
 
-// dU = -P' dO - to_end * (K J') - Theta_C * (K JS')
-void BackwardTask::writes_backward(int c, WriteSoon soon) {
-  MIRAS_STAGE("writes", 2 * c * dk * dvp + c * (c + 1) * dvp, c * dk + dk * dvp + c * (c + 1) / 2 + 3 * c * dvp);
+// Tokens: dU = -P' dO - to_end * (K J') - Theta_C * (K JS')
+void BackwardTask::writes_backward(int c, Range tokens, WriteSoon soon) {
+  const int count = tokens.count();
+  MIRAS_STAGE("writes", 2 * count * dk * dvp + count * (c + 1) * dvp, count * dk + dk * dvp + count * (c + 1) / 2 + 3 * count * dvp);
   const LinearGates& gates = s.gates;
-  if (momentum) weigh_rows(c, dvp, gates.step_end, s.KJS, s.KJS);
+  if (momentum) weigh_rows(tokens, dvp, gates.step_end, s.KJS, s.KJS);
   const float* dotted = momentum ? s.U : s.U_end;
-  sweep(c, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  sweep(tokens, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.add(Rows{s.K + i * dkp, dkp}, s.J + j, dvp, 0, dk, soon);
     if (gates.fades()) x.dot_rows(dotted + i * dvp + j, dvp, s.write_sums + i);
@@ -67,11 +93,11 @@ void BackwardTask::writes_backward(int c, WriteSoon soon) {
   });
 }
 
-// JS = b_C J + pi_C JS + Q' (rho b dO), from J and JS of the chunk's end (transposed)
-template <bool kChannels> void BackwardTask::momenta_gradient(int c) {
+// Value channels: JS = b_C J + pi_C JS + Q' (rho b dO), from J and JS of the chunk's end (transposed)
+template <bool kChannels> void BackwardTask::momenta_gradient(int c, Range columns) {
   const LinearGates& gates = s.gates;
   const Scaled term = gates.momenta_at_end(s.J, c);
-  sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  sweep(dk, columns, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Cols{s.Q + i, dkp}, s.dO_b + j, dvp, 0, c);
     y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_momenta_end(c));
@@ -81,10 +107,10 @@ template <bool kChannels> void BackwardTask::momenta_gradient(int c) {
   });
 }
 
-// dW0 = Q' (gamma dO) + K' dE, or directly J = gamma_C J + dW0 if W = A
-template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int c, ReadSoon soon) {
+// Value channels: dW0 = Q' (gamma dO) + K' dE, or directly J = gamma_C J + dW0 if W = A
+template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int c, Range columns, ReadSoon soon) {
   const Scaled term = s.gates.dual_at_end(s.J, c);
-  sweep(dk, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  sweep(dk, columns, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Cols{s.Q + i, dkp}, s.dO_gamma + j, dvp, 0, c, soon);
     if (bias.predicts) y.add(Cols{s.K + i, dkp}, s.dE + j, dvp, 0, c);
@@ -96,72 +122,55 @@ template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int
 
 // JS and J of the chunk's start, in place of those of its end
 void BackwardTask::state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon) {
-  if (momentum && channels) momenta_gradient<true>(c);
-  else if (momentum) momenta_gradient<false>(c);
-  if (retention.identity) return channels ? primal_gradient<true, true>(c, soon) : primal_gradient<true, false>(c, soon);
-
-  primal_gradient<false, false>(c, soon);
-  retention.pull_back(shape(), x.A, x.W, x.rho, drho, s.dW);
-  const float* scale = s.gates.dual_at_end(s.J, c).scale;
-  shape().each([&](index_t at, int j) MIRAS_LAMBDA {
-    const Vec gamma = channels ? load(scale + j) : broadcast(*scale);
-    store(s.J + at, gamma * load(s.J + at) + load(s.dW + at));
+  MIRAS_STAGE("update", 4 * c * dk * dvp, 2 * c * dk + 2 * c * dvp + 2 * dk * dvp);
+  in_parts(p, {0, c, dvp}, [&](const Part& mine) {
+    const Range cols = mine.channels;
+    const ReadSoon once = mine.once(soon);
+    if (momentum && channels) momenta_gradient<true>(c, cols);
+    else if (momentum) momenta_gradient<false>(c, cols);
+    if (!retention.identity) primal_gradient<false, false>(c, cols, once);
+    else if (channels) primal_gradient<true, true>(c, cols, once);
+    else primal_gradient<true, false>(c, cols, once);
+  });
+  if (retention.identity) return;
+  const float* decay = s.gates.dual_at_end(s.J, c).scale;
+  retention.pull_back(shape(), x.A, x.W, x.rho, drho, s.dW, ChannelsInParts{p, dvp}, [&](Range cols) {
+    shape().of(cols).each([&](index_t at, int j) MIRAS_LAMBDA {
+      const Vec gamma = channels ? load(decay + j) : broadcast(*decay);
+      store(s.J + at, gamma * load(s.J + at) + load(s.dW + at));
+    });
   });
 }
 
-void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
-  const int c = tokens(chunk);
-  MIRAS_STAGE("read", 0, 4 * c * dk + 6 * c * dvp);
+// Tokens, from dU: d eta, d delta, dE, dV
+void BackwardTask::errors_backward(int64_t chunk, const ChunkStart& x, const Part& mine) {
+  const Range own = mine.tokens;
+  const int count = own.count();
+  if (count == 0) return;
+  MIRAS_STAGE("row pass", 0, 8 * count * dvp);
+  const index_t row = index_t(own.first) * dvp;
+  float* const deta = s.deta + (p.lr_per_channel ? row : own.first);
+  float* const ddelta = s.ddelta + (p.delta_per_channel ? row : own.first);
+  bias.pull_back(rows(chunk, own), x.E + row, x.G + row, s.dE + row, deta, ddelta);
+  const ChunkView dv = values(p.dv, chunk).from(own.first);
+  float* const dV = dv.in_place() ? dv.at<float>() : s.U + row;  // free until the next chunk
+  const index_t ldv = dv.in_place() ? p.dv.token : dvp;
+  for (int t = 0; t < count; ++t)
+    for (int j = 0; j < dvp; j += kLanes) store(dV + t * ldv + j, -load(s.dE + row + index_t(t) * dvp + j));
+  if (!dv.in_place()) dv.write(count, dV, dvp);
+}
+
+// Tokens: dQ = (gamma dO) W0 + (rho b dO) S_0 - N K
+void BackwardTask::query_gradient(int64_t chunk, const Part& mine) {
+  const int c = tokens(chunk), first = mine.tokens.first, count = mine.tokens.count();
+  MIRAS_STAGE("dQ", 2 * count * dk * dvp + count * (c + 1) * dk, count * dvp + dk * dvp + count * (c + 1) / 2 + 3 * count * dk);
   const LinearGates& gates = s.gates;
   const TokenTensor dq_part = part(p.dq, p.key_part, p.grad_dtype), dk_part = part(p.dk, p.key_part, p.grad_dtype);
-  const ChunkView dq = keys(dq_part, p.grad_dtype, chunk), dkeys = keys(dk_part, p.grad_dtype, chunk);
-  // Prefetched meanwhile: where the results are written, then what the next chunk (the preceding one) reads.
-  const int next = chunk > 0 ? p.C : 0;
-  WriteSoon dk_soon(dkeys, c, products(c));
-  ReadSoon q_soon(keys(p.q, p.dtype, chunk - 1), next, products(c)), dO_soon(values(p.grad_out, chunk - 1), next, products(c));
-
-  keys(p.k, p.dtype, chunk).read(c, s.K, dkp);
-  keys(p.q, p.dtype, chunk).read(c, s.Q, dkp);
-  values(p.grad_out, chunk).read(c, s.dO, dvp);
-  weigh(c, dvp, gates.from_start(), s.dO, s.dO_gamma);
-  if (retention.scales_reads) scale(x.rho.value, index_t(c) * dvp, s.dO);
-  writes(c, x.G);
-  fill_zero(s.read_sums, cp), fill_zero(s.write_sums, cp), fill_zero(s.gTheta, cp);
-
-  if (momentum) {
-    momenta_reads(c, x);
-    times_state(c, dk, Rows{s.K, dkp}, s.JS, dvp, s.KJS);
-    for (int t = 0; t < c; ++t) s.gTheta[t] = -inner_product(s.U + index_t(t) * dvp, s.KJS + index_t(t) * dvp, dvp);
-  }
-  if (channels) {
-    channels_backward(c, x);
-  } else {
-    scores_backward(c, WriteSoon(values(p.dv, chunk), c, int64_t(c) * c / 2 * dvp));
-    writes_backward(c, WriteSoon(dq, c, products(c)));
-  }
-
-  MIRAS_STAGE("row pass", 0, 4 * dk * dvp + 8 * c * dvp);
-  transpose(s.J, dvp, dk, task.dv, s.J_plain, dkp);  // while J is in the cache
-  if (momentum) transpose(s.JS, dvp, dk, task.dv, s.JS_plain, dkp);
-
-  // d eta, dE, dV, d delta
-  bias.pull_back(bias_rows(chunk), x.E, x.G, s.dE, s.deta, s.ddelta);
-  put(p.dlr, gates.channel_eta, chunk, s.deta);
-  if (p.ddelta) put(p.ddelta, p.delta_per_channel, chunk, s.ddelta);
-  const float drho = retention.scales_reads ? rho_gradient(c, x) : 0.0f;
-  const ChunkView dv = values(p.dv, chunk);
-  float* dV = dv.in_place() ? dv.at<float>() : s.U;  // free until the next chunk
-  const index_t ldv = dv.in_place() ? p.dv.token : dvp;
-  for (int t = 0; t < c; ++t)
-    for (int j = 0; j < dvp; j += kLanes) store(dV + t * ldv + j, -load(s.dE + index_t(t) * dvp + j));
-  if (!dv.in_place()) dv.write(c, s.U, dvp);
-
-  // dQ = (gamma dO) W0 + (rho b dO) S_0 - N K
-  transpose(x.W, dvp, dk, task.dv, s.W_plain, dkp);
-  MIRAS_STAGE("dQ", 2 * c * dk * dvp + c * (c + 1) * dk, c * dvp + dk * dvp + c * (c + 1) / 2 + 3 * c * dk);
+  const ChunkView dq = keys(dq_part, p.grad_dtype, chunk);
+  WriteSoon dk_soon = mine.once(WriteSoon(keys(dk_part, p.grad_dtype, chunk), c, products(c)));
   float* to = dq.in_place() ? dq.at<float>() : s.dX;
-  index_t ld = dq.in_place() ? p.dq.token : dkp;
-  sweep(c, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+  const index_t ld = dq.in_place() ? p.dq.token : dkp;
+  sweep(mine.tokens, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     y.add(Rows{s.dO_gamma + i * dvp, dvp}, s.W_plain + j, dkp, 0, task.dv, dk_soon);
     if (gates.decays) y.dot_rows(s.Q + i * dkp + j, dkp, s.read_sums + i);
@@ -169,13 +178,19 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
     y.subtract(Rows{s.N + i * cp, cp}, s.K + j, dkp, 0, i + R);
     y.store_to(to + i * ld + j, ld);
   });
-  if (!dq.in_place()) dq.write(c, s.dX, dkp);
+  if (!dq.in_place()) dq.from(first).write(count, s.dX + index_t(first) * dkp, dkp);
+}
 
-  // dK = dE W0 - N' Q - U_end J - U_step JS
-  MIRAS_STAGE("dK", 4 * c * dk * dvp + c * (c + 1) * dk, 2 * c * dvp + 2 * dk * dvp + c * (c + 1) / 2 + 2 * c * dk);
-  to = dkeys.in_place() ? dkeys.at<float>() : s.dX;
-  ld = dkeys.in_place() ? p.dk.token : dkp;
-  sweep(c, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+// Tokens: dK = dE W0 - N' Q - U_end J - U_step JS
+void BackwardTask::key_gradient(int64_t chunk, const Part& mine) {
+  const int c = tokens(chunk), first = mine.tokens.first, count = mine.tokens.count();
+  MIRAS_STAGE("dK", 4 * count * dk * dvp + count * (c + 1) * dk, 2 * count * dvp + 2 * dk * dvp + count * (c + 1) / 2 + 2 * count * dk);
+  const TokenTensor dk_part = part(p.dk, p.key_part, p.grad_dtype);
+  const ChunkView dkeys = keys(dk_part, p.grad_dtype, chunk);
+  ReadSoon q_soon = mine.once(ReadSoon(keys(p.q, p.dtype, chunk - 1), chunk > 0 ? p.C : 0, products(c)));
+  float* to = dkeys.in_place() ? dkeys.at<float>() : s.dX;
+  const index_t ld = dkeys.in_place() ? p.dk.token : dkp;
+  sweep(mine.tokens, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
     if (bias.predicts) y.add(Rows{s.dE + i * dvp, dvp}, s.W_plain + j, dkp, 0, task.dv);
     y.subtract(Cols{s.N + i, cp}, s.Q + j, dkp, i, c);
@@ -183,11 +198,39 @@ void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x) {
     if (momentum) y.subtract(Rows{s.U_step + i * dvp, dvp}, s.JS_plain + j, dkp, 0, task.dv);
     y.store_to(to + i * ld + j, ld);
   });
-  if (!dkeys.in_place()) dkeys.write(c, s.dX, dkp);
+  if (!dkeys.in_place()) dkeys.from(first).write(count, s.dX + index_t(first) * dkp, dkp);
+}
 
+// recomputed: the chunk's gates, keys and writes are as recomputing left them.
+void BackwardTask::chunk_backward(int64_t chunk, const ChunkStart& x, bool recomputed) {
+  const int c = tokens(chunk);
+  const LinearGates& gates = s.gates;
+  const Extent all{0, c, dvp};
+  if (!recomputed) begin(chunk);
+  // Prefetched meanwhile: where the results are written, then what the next chunk (the preceding one) reads.
+  const TokenTensor dq_part = part(p.dq, p.key_part, p.grad_dtype);
+  const WriteSoon dq_soon(keys(dq_part, p.grad_dtype, chunk), c, products(c)), dv_soon(values(p.dv, chunk), c, int64_t(c) * c / 2 * dvp);
+  const ReadSoon dO_soon(values(p.grad_out, chunk - 1), chunk > 0 ? p.C : 0, products(c));
+  fill_zero(s.read_sums, cp), fill_zero(s.write_sums, cp), fill_zero(s.gTheta, cp);
+
+  in_parts(p, all, [&](const Part& mine) { read_chunk(chunk, x, recomputed, mine); });
+  in_parts(p, all, [&](const Part& mine) {
+    if (momentum) momenta_reads(mine.tokens, x);
+    if (!channels) scores_backward(c, mine, mine.once(dv_soon));
+  });
+  if (channels) channels_backward(c, x);
+  in_parts(p, all, [&](const Part& mine) {
+    if (!channels) writes_backward(c, mine.tokens, mine.once(dq_soon));
+    errors_backward(chunk, x, mine);
+    query_gradient(chunk, mine);
+    key_gradient(chunk, mine);
+  });
+
+  put(p.dlr, gates.channel_eta, chunk, s.deta);
+  if (p.ddelta) put(p.ddelta, p.delta_per_channel, chunk, s.ddelta);
+  const float drho = retention.scales_reads ? rho_gradient(c, x) : 0.0f;
   MIRAS_STAGE("gates", 0, 2 * dk * dvp + c * (c + 1) / 2);
   gate_gradients(chunk, x);
-  MIRAS_STAGE("update", 4 * c * dk * dvp, 2 * c * dk + 2 * c * dvp + 2 * dk * dvp);
   state_gradients(c, x, drho, dO_soon);
 }
 
@@ -209,10 +252,7 @@ void BackwardTask::run() {
     MIRAS_PASS("recompute");
     rerun(first, last);
     MIRAS_PASS("backward");
-    for (int64_t chunk = last - 1; chunk >= first; --chunk) {
-      if (chunk != last - 1) begin(chunk);  // the last one is as recomputing left it
-      chunk_backward(chunk, start(chunk - first));
-    }
+    for (int64_t chunk = last - 1; chunk >= first; --chunk) chunk_backward(chunk, start(chunk - first), chunk == last - 1);
     last = first;
   }
   write_state(p.d_dual, n, h, task.first, task.dv, dk, s.J, dvp, s.J_plain);

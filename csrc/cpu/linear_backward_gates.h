@@ -22,18 +22,18 @@ void BackwardTask::channels_backward(int c, const ChunkStart& x) {
   channel.read_gradient(c, s.QW, s.columns, s.dlog);
 }
 
-// rho b_t S_0' dO_t and gb, the gradient of b through the chunk's reads
-void BackwardTask::momenta_reads(int c, const ChunkStart& x) {
-  weigh(c, dvp, s.gates.of_momenta(), s.dO, s.dO_b);
-  transpose(x.S, dvp, dk, task.dv, s.S_plain, dkp);
+// Tokens: rho b_t S_0' dO_t and gb, the gradient of b through the chunk's reads
+void BackwardTask::momenta_reads(Range tokens, const ChunkStart& x) {
+  weigh(tokens, dvp, s.gates.of_momenta(), s.dO, s.dO_b);
   if (channels) {
-    times_state(c, task.dv, Rows{s.dO_b, dvp}, s.S_plain, dkp, s.dQ_b);
-    times_state(c, dk, Rows{s.Q, dkp}, x.S, dvp, s.QS);
-    for (index_t i = 0; i < index_t(c) * dvp; i += kLanes) store(s.QS + i, load(s.QS + i) * load(s.dO + i));
+    times_state(tokens, task.dv, Rows{s.dO_b, dvp}, s.S_plain, dkp, s.dQ_b);
+    times_state(tokens, dk, Rows{s.Q, dkp}, x.S, dvp, s.QS);
+    weigh(tokens, dvp, {s.dO, true}, s.QS, s.QS);
   } else {
-    times_state(c, task.dv, Rows{s.dO, dvp}, s.S_plain, dkp, s.dQ_b);
-    for (int t = 0; t < c; ++t) s.gb[t] = inner_product(s.Q + index_t(t) * dkp, s.dQ_b + index_t(t) * dkp, dkp);
-    weigh_rows(c, dkp, s.gates.b, s.dQ_b, s.dQ_b);
+    times_state(tokens, task.dv, Rows{s.dO, dvp}, s.S_plain, dkp, s.dQ_b);
+    for (int t = tokens.first; t < tokens.last; ++t)
+      s.gb[t] = inner_product(s.Q + index_t(t) * dkp, s.dQ_b + index_t(t) * dkp, dkp);
+    weigh_rows(tokens, dkp, s.gates.b, s.dQ_b, s.dQ_b);
   }
 }
 

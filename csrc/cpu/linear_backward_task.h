@@ -3,6 +3,9 @@
 // There is a checkpoint of every `checkpoint_every`-th chunk. The chunks of a segment are first recomputed forward from its checkpoint,
 // storing their states, errors and inner gradients, then differentiated backward.
 //
+// Threads may share a task (parts.h). Functions that take a Part do its share: of the tokens or of the value channels, as their comments
+// say.
+//
 //   c tokens of the chunk (Cp padded)   Dk key channels (Dkp)   Dv value channels of the task (Dvp)
 //   T after a name: transposed. States are held transposed: A, S, W, J, JS [Dk x Dvp].
 #pragma once
@@ -35,7 +38,7 @@ struct BackwardScratch {
   float *deta, *dlog;              // [Cp] or [C x Dvp]
   float *read_sums, *write_sums;   // [Cp]  gamma_t (W0 q_t).dO_t and (gamma_C/gamma_s) U_s.(J k_s), with momentum -gM_Cs's share of it
   float *gTheta, *gb, *dmomentum;  // [Cp]
-  float* last_rows;                // [2 x Cp]
+  float* last_rows;                // [2 x Cp] of each part
   float* columns;                  // [Dvp]
   float *m, *sums;                 // of ChannelDecay::Backward
   LinearGates gates;
@@ -66,7 +69,7 @@ struct BackwardScratch {
     deta = p.lr_per_channel ? a.take(p.C, dvp) : a.take(1, cp), dlog = channels ? a.take(p.C, dvp) : a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp);
     gTheta = a.take(1, cp), gb = a.take(1, cp), dmomentum = a.take(1, cp);
-    last_rows = a.take(2, cp), columns = a.take(1, dvp);
+    last_rows = a.take(2 * p.parts, cp), columns = a.take(1, dvp);
     m = a.take(channels ? p.C : 0, kPad), sums = a.take(channels ? 2 * p.C : 0, kPad);
   }
 };
@@ -126,45 +129,49 @@ struct BackwardTask {
         A, retention.identity ? A : s.W + i * state, s.S + i * state, s.E + i * p.C * dvp, s.G + i * p.C * dvp, {s.rho[i], s.rho_slope[i]}};
   }
 
-  BiasRows bias_rows(int64_t chunk) {
-    const int c = tokens(chunk);
-    const ChunkView v = values(p.v, chunk);
-    BiasRows rows{c, dvp, p, s.gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
-    if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
-    rows.delta = read_delta(p, task, b, token(chunk), c, s.delta);
-    return rows;
+  BiasRows rows(int64_t chunk, Range mine) const {
+    return bias_rows(p, values(p.v, chunk), mine, s.gates.eta, s.delta, s.V, dvp);
   }
 
-  // Gates and K transposed of a chunk.
+  // Gates of a chunk.
   void begin(int64_t chunk) {
-    MIRAS_STAGE("read", 0, tokens(chunk) * dk + dk * cp);
     s.gates.read(p, task, b, token(chunk), tokens(chunk));
-    keys(p.k, p.dtype, chunk).transpose_in(tokens(chunk), s.KT, cp);
+    read_delta(p, task, b, token(chunk), tokens(chunk), s.delta);
+  }
+  // Tokens: K transposed
+  void read_keys(int64_t chunk, Range mine) const {
+    keys(p.k, p.dtype, chunk).from(mine.first).transpose_in(mine.count(), s.KT + mine.first, cp);
   }
 
-  void writes(int c, const float* g);
+  void writes(Range tokens, const float* g);
+  void predict_errors(int64_t chunk, const ChunkStart& x, const Part& mine);
+  void advance_state(int64_t chunk, const ChunkStart& x, const Part& mine);
   void rerun(int64_t first, int64_t last);
-  void scores_backward(int c, WriteSoon soon);
-  void writes_backward(int c, WriteSoon soon);
+  void read_chunk(int64_t chunk, const ChunkStart& x, bool recomputed, const Part& mine);
+  void scores_backward(int c, const Part& mine, WriteSoon soon);
+  void writes_backward(int c, Range tokens, WriteSoon soon);
   void channels_backward(int c, const ChunkStart& x);
-  void momenta_reads(int c, const ChunkStart& x);
+  void momenta_reads(Range tokens, const ChunkStart& x);
+  void errors_backward(int64_t chunk, const ChunkStart& x, const Part& mine);
+  void query_gradient(int64_t chunk, const Part& mine);
+  void key_gradient(int64_t chunk, const Part& mine);
   void gate_gradients(int64_t chunk, const ChunkStart& x);
   float rho_gradient(int c, const ChunkStart& x) const;
-  template <bool kChannels> void momenta_gradient(int c);
-  template <bool kIdentity, bool kChannels> void primal_gradient(int c, ReadSoon soon);
+  template <bool kChannels> void momenta_gradient(int c, Range columns);
+  template <bool kIdentity, bool kChannels> void primal_gradient(int c, Range columns, ReadSoon soon);
   void state_gradients(int c, const ChunkStart& x, float drho, ReadSoon soon);
-  void chunk_backward(int64_t chunk, const ChunkStart& x);
+  void chunk_backward(int64_t chunk, const ChunkStart& x, bool recomputed);
   void run();
 };
 
-// U = eta g,  U_end = to_end * U,  U_step = Theta_C * U
-void BackwardTask::writes(int c, const float* g) {
+// Tokens: U = eta g,  U_end = to_end * U,  U_step = Theta_C * U
+void BackwardTask::writes(Range tokens, const float* g) {
   const LinearGates& gates = s.gates;
   if (gates.channel_eta || channels) {
-    weigh(c, dvp, {gates.eta, gates.channel_eta}, g, s.U);
-    weigh(c, dvp, gates.until_end(), s.U, s.U_end);
+    weigh(tokens, dvp, {gates.eta, gates.channel_eta}, g, s.U);
+    weigh(tokens, dvp, gates.until_end(), s.U, s.U_end);
   } else {
-    for (int t = 0; t < c; ++t) {
+    for (int t = tokens.first; t < tokens.last; ++t) {
       const Vec eta = broadcast(gates.eta[t]), end = broadcast(gates.to_end[t]);
       for (int j = 0; j < dvp; j += kLanes) {
         const Vec u = eta * load(g + t * dvp + j);
@@ -173,7 +180,34 @@ void BackwardTask::writes(int c, const float* g) {
       }
     }
   }
-  if (momentum) weigh_rows(c, dvp, gates.step_end, s.U, s.U_step);
+  if (momentum) weigh_rows(tokens, dvp, gates.step_end, s.U, s.U_step);
+}
+
+// Tokens: K transposed, errors, inner gradients, what is written to the state
+void BackwardTask::predict_errors(int64_t chunk, const ChunkStart& x, const Part& mine) {
+  const Range own = mine.tokens;
+  const int count = own.count();
+  const index_t first = index_t(own.first) * dvp;
+  if (count == 0) return;
+  MIRAS_STAGE("read", 0, 2 * count * dk);
+  read_keys(chunk, own);
+  MIRAS_STAGE("predict", 2 * count * dk * dvp, dk * count + dk * dvp + count * dvp);
+  const ReadSoon v_soon(values(p.v, chunk), tokens(chunk), products(tokens(chunk)));
+  if (bias.predicts) predict(own, dk, s.KT, cp, x.W, dvp, x.E, mine.once(v_soon));
+  MIRAS_STAGE("row pass", 0, 7 * count * dvp);
+  if (!values(p.v, chunk).in_place()) values(p.v, chunk).from(own.first).read(count, s.V + first, dvp);
+  bias.grade(rows(chunk, own), x.E + first, x.G + first);
+  writes(own, x.G);
+}
+
+// Value channels: the states at the start of the next chunk
+void BackwardTask::advance_state(int64_t chunk, const ChunkStart& x, const Part& mine) {
+  const int c = tokens(chunk), width = mine.channels.count();
+  MIRAS_STAGE("update", 2 * c * dk * width, dk * cp + c * width + 2 * dk * width);
+  const ColumnRange cols(dvp, mine.channels);
+  const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1), products(c));
+  s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, cols, x.A, x.S, x.A + state, mine.once(k_soon));
+  s.gates.advance_momenta(c, dk, s.KT, cp, s.U_step, cols, x.S, x.S + state);
 }
 
 // Recompute chunks [first, last): states, errors, inner gradients.
@@ -184,24 +218,15 @@ void BackwardTask::rerun(int64_t first, int64_t last) {
   if (momentum) copy_in(from + matrix, p.Dv, dk, task.dv, s.S, dvp);
   for (int64_t chunk = first; chunk < last; ++chunk) {
     const int64_t i = chunk - first;
-    const int c = tokens(chunk);
+    const Extent all{0, tokens(chunk), dvp};
     const ChunkStart x = start(i);
     if (!retention.identity) {
-      const Rho rho = retention.primal(shape(), x.A, x.W);
+      const Rho rho = retention.primal(shape(), x.A, x.W, ChannelsInParts{p, dvp});
       s.rho[i] = rho.value, s.rho_slope[i] = rho.slope;
     }
     begin(chunk);
-    MIRAS_STAGE("predict", 2 * c * dk * dvp, dk * cp + dk * dvp + c * dvp);
-    if (bias.predicts) predict(c, dk, s.KT, cp, x.W, dvp, x.E, ReadSoon(values(p.v, chunk), c, products(c)));
-    MIRAS_STAGE("row pass", 0, 7 * c * dvp);
-    if (!values(p.v, chunk).in_place()) values(p.v, chunk).read(c, s.V, dvp);
-    bias.grade(bias_rows(chunk), x.E, x.G);
-    if (chunk + 1 == last) break;
-    writes(c, x.G);
-    MIRAS_STAGE("update", 2 * c * dk * dvp, dk * cp + c * dvp + 2 * dk * dvp);
-    const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1), products(c));
-    s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, dvp, x.A, x.S, x.A + state, k_soon);
-    s.gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, x.S, x.S + state);
+    in_parts(p, all, [&](const Part& mine) { predict_errors(chunk, x, mine); });
+    if (chunk + 1 < last) in_parts(p, all, [&](const Part& mine) { advance_state(chunk, x, mine); });
   }
 }
 

@@ -6,7 +6,8 @@
 //
 //   O += rho b * (Q S_0')    A_C = gamma_C A_0 + b_C S_0 - sum_s M_Cs U_s k_s'    S_C = pi_C S_0 - sum_s Theta_Cs U_s k_s'
 //
-// A task is one head of one sequence, or a panel of its value rows.
+// A task is one head of one sequence, which threads may share (parts.h), or a panel of its value rows. Functions that take a Part do its
+// share: of the tokens or of the value channels, as their comments say.
 //
 //   c tokens of the chunk (C at most, Cp padded)   Dk key channels   Dv value channels of the task (Dvp padded)
 //   T after a name: transposed. States are held transposed: A, S, W [Dk x Dvp].
@@ -27,7 +28,7 @@ struct ForwardScratch {
   float* U_step;          // [C x Dvp]   Theta_Cs U_s
   float* O_own;           // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
   float* P;               // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
-  float* last_rows;       // [2 x Cp]
+  float* last_rows;       // [2 x Cp] of each part
   float* delta;           // [C] or [C x Dvp]
   float* open_log_decay;  // [1] or [Dvp], padded
   float* spare;           // [Dv x Dkp]
@@ -45,7 +46,7 @@ struct ForwardScratch {
     U = a.take(p.C, dvp), U_end = a.take(p.C, dvp);
     U_step = a.take(p.C, momenta), O_own = a.take(p.C, p.decay_per_channel ? dvp : momenta);
     P = a.take(p.C, cp);
-    last_rows = a.take(2, cp), delta = a.take(p.C, dvp), open_log_decay = a.take(1, dvp);
+    last_rows = a.take(2 * p.parts, cp), delta = a.take(p.C, dvp), open_log_decay = a.take(1, dvp);
     spare = a.take(dvp, dkp);
   }
 };
@@ -77,15 +78,16 @@ struct ForwardTask {
   MIRAS_FN ChunkView values(const TokenTensor& x) const { return {x, p.dtype, b, token, h, task.first, task.dv}; }
   MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
   MIRAS_FN int64_t products() const { return int64_t(c) * dk * dvp; }  // of a chunk and a state
+  MIRAS_FN Rows queries() const { return p.dtype == Dtype::f32 ? Rows{keys(p.q).at<float>(), p.q.token} : Rows{s.Q, dkp}; }
   void put(const StateTensor& to, const float* state) { write_state(to, n, h, task.first, task.dv, dk, state, dvp, s.spare); }
 
   void read_open_chunk(int position);
   void save(int64_t chunk) const;
   void open_primal();
-  void write();
-  void read_within(Rows Q, WriteSoon soon);
-  void read_out(Rows Q, ReadSoon soon);
-  void advance_state(ReadSoon soon);
+  void write(const Part& mine, ReadSoon soon);
+  void read_within(const Part& mine, WriteSoon soon);
+  void read_out(const Part& mine, ReadSoon soon);
+  void advance_state(const Part& mine, ReadSoon soon);
   void pass_decays(bool closes);
   void run();
 };
@@ -115,7 +117,7 @@ void ForwardTask::save(int64_t chunk) const {
 void ForwardTask::open_primal() {
   W = open_start ? open_start : s.A, R = s.A;
   if (retention.identity) return;
-  rho = retention.primal(shape(), W, s.W);
+  rho = retention.primal(shape(), W, s.W, ChannelsInParts{p, dvp});
   W = R = s.W;
   if (!open_start) return;
   shape().each([&](index_t at, int j) MIRAS_LAMBDA {
@@ -125,57 +127,67 @@ void ForwardTask::open_primal() {
   R = s.R;
 }
 
-// U, U_end, U_step
-void ForwardTask::write() {
+// Tokens: U, U_end, U_step
+void ForwardTask::write(const Part& mine, ReadSoon soon) {
   const LinearGates& gates = s.gates;
-  const ChunkView v = values(p.v);
-  BiasRows rows{c, dvp, p, gates.eta, nullptr, p.delta_per_channel, s.V, dvp};
-  if (v.in_place()) rows.v = v.at<float>(), rows.ldv = p.v.token;
-  else v.read(c, s.V, dvp);
-  rows.delta = read_delta(p, task, b, token, c, s.delta);
-  MIRAS_STAGE("predict", 2 * c * dk * dvp, dk * cp + dk * dvp + c * dvp);
-  if (bias.predicts) predict(c, dk, s.KT, cp, W, dvp, s.U, ReadSoon(keys(p.q), c, products()));
-  MIRAS_STAGE("row pass", 0, 4 * c * dvp);
-  bias.write(rows, s.U, gates.fades() && !gates.channel.on ? gates.to_end : nullptr, s.U_end);
-  if (gates.channel.on) weigh(c, dvp, gates.until_end(), s.U, s.U_end);
-  if (momentum) weigh_rows(c, dvp, gates.step_end, s.U, s.U_step);
+  const Range tokens = mine.tokens;
+  const int count = tokens.count();
+  const index_t first = index_t(tokens.first) * dvp;
+  if (count == 0) return;
+  if (!values(p.v).in_place()) values(p.v).from(tokens.first).read(count, s.V + first, dvp);
+  MIRAS_STAGE("predict", 2 * count * dk * dvp, dk * count + dk * dvp + count * dvp);
+  if (bias.predicts) predict(tokens, dk, s.KT, cp, W, dvp, s.U, soon);
+  MIRAS_STAGE("row pass", 0, 4 * count * dvp);
+  const float* to_end = gates.fades() && !gates.channel.on ? gates.to_end + tokens.first : nullptr;
+  bias.write(bias_rows(p, values(p.v), tokens, gates.eta, s.delta, s.V, dvp), s.U + first, to_end, s.U_end + first);
+  if (gates.channel.on) weigh(tokens, dvp, gates.until_end(), s.U, s.U_end);
+  if (momentum) weigh_rows(tokens, dvp, gates.step_end, s.U, s.U_step);
   if (!retention.scales_reads) return;
-  for (index_t i = 0; i < index_t(c) * dvp; i += kLanes) {
+  for (index_t i = first; i < first + index_t(count) * dvp; i += kLanes) {
     const Vec u = load(s.U + i);
     if (!gates.fades()) store(s.U_end + i, u);
     store(s.U + i, rho.value * u);
   }
 }
 
-// P, and O_own if there is something to read besides gamma * (Q R') and P U
-void ForwardTask::read_within(Rows Q, WriteSoon soon) {
-  MIRAS_STAGE("pairs", c * (c + 1) * dk, c * dk + dk * cp + c * (c + 1) / 2);
+// Tokens: P, and O_own of the momenta
+void ForwardTask::read_within(const Part& mine, WriteSoon soon) {
   const LinearGates& gates = s.gates;
+  const Range tokens = mine.tokens;
+  const int count = tokens.count();
+  const Rows Q = queries();
+  MIRAS_STAGE("pairs", count * (count + 1) * dk, count * dk + dk * cp + count * (count + 1) / 2);
+  if (Q.p == s.Q) keys(p.q).from(tokens.first).read(count, s.Q + index_t(tokens.first) * dkp, dkp);
+  float* const own = s.O_own + index_t(tokens.first) * dvp;
   if (momentum) {
-    times_state(c, dk, Q, s.S, dvp, s.O_own);
-    weigh(c, dvp, gates.of_momenta(), s.O_own, s.O_own);
-    if (retention.scales_reads) scale(rho.value, index_t(c) * dvp, s.O_own);
+    times_state(tokens, dk, Q, s.S, dvp, s.O_own);
+    weigh(tokens, dvp, gates.of_momenta(), s.O_own, s.O_own);
+    if (retention.scales_reads) scale(rho.value, index_t(count) * dvp, own);
   }
+  float* const last = s.last_rows + index_t(mine.index) * 2 * cp;
   if (gates.channel.on) {
-    if (!momentum) fill_zero(s.O_own, int64_t(c) * dvp);
-    plain_scores(c, dk, Q, s.KT, cp, s.P, soon);
-    gates.channel.subtract_writes(c, s.P, s.U, momentum, s.O_own);
+    if (!momentum) fill_zero(own, int64_t(count) * dvp);
+    plain_scores(tokens, dk, Q, s.KT, cp, s.P, soon);
   } else if (momentum) {
-    momentum_scores<false>(gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, nullptr, nullptr, nullptr, soon);
+    momentum_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P, nullptr, nullptr, nullptr, soon);
   } else {
-    decayed_scores<false>(gates, c, dk, Q, s.KT, cp, s.last_rows, s.P, nullptr, soon);
+    decayed_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P, nullptr, soon);
   }
 }
 
-// O = gamma * (Q R') + O_own - P U
-void ForwardTask::read_out(Rows Q, ReadSoon soon) {
-  MIRAS_STAGE("read-out", 2 * c * dk * dvp + c * (c + 1) * dvp, c * dk + dk * dvp + c * (c + 1) / 2 + 2 * c * dvp);
+// Value channels: O = gamma * (Q R') + O_own - P U
+void ForwardTask::read_out(const Part& mine, ReadSoon soon) {
+  const Range cols = mine.channels;
+  const int width = cols.count();
+  MIRAS_STAGE("read-out", 2 * c * dk * width + c * (c + 1) * width, c * dk + dk * width + c * (c + 1) / 2 + 2 * c * width);
   const LinearGates& gates = s.gates;
+  const Rows Q = queries();
   const ChunkView out = values(p.out);
   const bool channels = gates.channel.on, own = channels || momentum;
+  if (channels) gates.channel.subtract_writes(c, cols, s.P, s.U, momentum, s.O_own);
   float* O = out.in_place() ? out.at<float>() : s.O;
   const index_t ldo = out.in_place() ? p.out.token : dvp;
-  sweep(c, dvp, [&]<int Height, int N>(int i, int j) MIRAS_LAMBDA {
+  sweep(c, cols, [&]<int Height, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<Height, N> o;
     o.add(Q.at(i), R + j, dvp, 0, dk, soon);
     if (channels) o.multiply(gates.channel.gamma + index_t(i) * dvp + j, dvp);
@@ -184,15 +196,20 @@ void ForwardTask::read_out(Rows Q, ReadSoon soon) {
     if (!channels) o.subtract(Rows{s.P + i * cp, cp}, s.U + j, dvp, 0, i + Height);
     o.store_to(O + i * ldo + j, ldo);
   });
-  if (!out.in_place()) out.write(c, s.O, dvp);
+  if (out.in_place()) return;
+  const int dv = minimum(cols.last, task.dv) - cols.first;
+  ChunkView{p.out, p.dtype, b, token, h, task.first + cols.first, dv}.write(c, s.O + cols.first, dvp);
 }
 
-void ForwardTask::advance_state(ReadSoon soon) {
-  MIRAS_STAGE("update", 2 * c * dk * dvp, dk * cp + c * dvp + 2 * dk * dvp);
+// Value channels: A, S
+void ForwardTask::advance_state(const Part& mine, ReadSoon soon) {
+  const int width = mine.channels.count();
+  MIRAS_STAGE("update", 2 * c * dk * width, dk * cp + c * width + 2 * dk * width);
   const LinearGates& gates = s.gates;
+  const ColumnRange cols(dvp, mine.channels);
   const float* u_end = gates.fades() || retention.scales_reads ? s.U_end : s.U;
-  gates.advance_dual(c, dk, s.KT, cp, u_end, dvp, s.A, s.S, s.A, soon);
-  gates.advance_momenta(c, dk, s.KT, cp, s.U_step, dvp, s.S, s.S);
+  gates.advance_dual(c, dk, s.KT, cp, u_end, cols, s.A, s.S, s.A, soon);
+  gates.advance_momenta(c, dk, s.KT, cp, s.U_step, cols, s.S, s.S);
 }
 
 // The open chunk's log-decay after the chunk's tokens
@@ -230,19 +247,21 @@ void ForwardTask::run() {
     }
 
     s.gates.read(p, task, b, token, c);
+    read_delta(p, task, b, token, c, s.delta);
     keys(p.k).transpose_in(c, s.KT, cp);
-    Rows Q{s.Q, dkp};
-    if (p.dtype == Dtype::f32) Q = {keys(p.q).at<float>(), p.q.token};
-    else keys(p.q).read(c, s.Q, dkp);
 
     const int next = int(left - c < p.C ? left - c : p.C);
     const ReadSoon k_soon({p.k, p.dtype, b, token + c, h, 0, dk}, next, products());
     const ReadSoon v_soon({p.v, p.dtype, b, token + c, h, task.first, task.dv}, next, products());
     open_primal();
-    write();
-    read_within(Q, WriteSoon(values(p.out), c, int64_t(c) * c / 2 * dk));
-    read_out(Q, k_soon);
-    advance_state(v_soon);
+    in_parts(p, {0, c, dvp}, [&](const Part& mine) {
+      write(mine, mine.once(ReadSoon(keys(p.q), c, products())));
+      read_within(mine, mine.once(WriteSoon(values(p.out), c, int64_t(c) * c / 2 * dk)));
+    });
+    in_parts(p, {0, c, dvp}, [&](const Part& mine) {
+      read_out(mine, mine.once(k_soon));
+      advance_state(mine, mine.once(v_soon));
+    });
     pass_decays(closes);
     t += c;
     position = 0, open_start = nullptr;

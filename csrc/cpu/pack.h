@@ -112,6 +112,8 @@ struct ChunkView {
 
   MIRAS_FN bool in_place() const { return dtype == Dtype::f32 && cols % kPad == 0; }
   template <class T> MIRAS_FN T* at() const { return address<T>(x, b, token, h) + first; }
+  // The same channels from the t-th token on
+  MIRAS_FN ChunkView from(int t) const { return {x, dtype, b, token + t, h, first, cols}; }
 
   MIRAS_FN void transpose_in(int c, float* dst, index_t ld) const {
     if (dtype == Dtype::f32) transpose(at<float>(), x.token, c, cols, dst, ld);

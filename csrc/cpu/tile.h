@@ -1,7 +1,7 @@
 // Small matrix products on register tiles: the micro-kernels under every memory.
 //
 //   Tile<R, N>     R rows by N vectors of accumulators; all operations on a result happen while it is in registers
-//   sweep          visits a matrix, or a range of its rows, tile by tile:   sweep(rows, cols, [&]<int R, int N>(int i, int j) { ... })
+//   sweep          visits a matrix, or ranges of its rows and columns, by tiles: sweep(rows, cols, [&]<int R, int N>(int i, int j) { ... })
 //   sweep_lower    the same for a lower triangle (by rows, columns to the next multiple of kLanes)
 //
 // A product accumulates A(i, k) B(k, j) with A read one element at a time and broadcast, so that A may lie in memory by rows
@@ -188,16 +188,17 @@ template <int N, class Function> MIRAS_INLINE void sweep_rows(Range rows, int j,
   while (i < end) visit.template operator()<1, N>(i, j), i += 1;
 }
 
-// Columns outside: a panel of B, N vectors wide, stays in the first-level cache while the rows pass by. `cols` is a multiple
-// of kPad.
-template <int N = kTileVectors, class Function> MIRAS_INLINE void sweep(Range rows, int cols, Function visit) {
-  int j = 0;
-  for (; cols - j >= N * kLanes; j += N * kLanes) sweep_rows<N>(rows, j, visit);
+// Columns outside: a panel of B, N vectors wide, stays in the first-level cache while the rows pass by. A range of columns begins and
+// ends at multiples of kPad.
+template <int N = kTileVectors, class Function> MIRAS_INLINE void sweep(Range rows, Range cols, Function visit) {
+  const int end = cols.last;
+  int j = cols.first;
+  for (; end - j >= N * kLanes; j += N * kLanes) sweep_rows<N>(rows, j, visit);
   if constexpr (N == 4) {
-    if (cols - j >= 2 * kLanes) sweep_rows<2>(rows, j, visit), j += 2 * kLanes;
+    if (end - j >= 2 * kLanes) sweep_rows<2>(rows, j, visit), j += 2 * kLanes;
   }
   if constexpr (N * kLanes > kPad) {
-    if (cols - j >= kLanes) sweep_rows<1>(rows, j, visit);
+    if (end - j >= kLanes) sweep_rows<1>(rows, j, visit);
   }
 }
 

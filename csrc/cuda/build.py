@@ -1,4 +1,5 @@
-"""Compile the CUDA kernels with nvcc, without torch: `python csrc/cuda/build.py miras_kernels/_cuda.so`. Used by setup.py and the tests.
+"""Compile the CUDA kernels with nvcc, without torch: `python csrc/cuda/build.py miras_kernels/_cuda.so`, which prints the library's size
+and the time. Used by setup.py and the tests.
 
 CUDA_HOME    where nvcc is, if it is not on the PATH
 """
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -59,6 +61,8 @@ def build(library: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        build(Path(sys.argv[1]))
+        library, began = Path(sys.argv[1]), time.perf_counter()
+        build(library)
+        print(f"{library}: {library.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - began:.0f} s")
     except (IndexError, RuntimeError) as error:
         sys.exit(f"{sys.argv[0]}: {error if isinstance(error, RuntimeError) else 'expected the path of the library'}")

@@ -180,13 +180,16 @@ template <class S> __device__ __forceinline__ void Chain<S>::store_output(const 
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       words[n][i] = std::is_same_v<T, Bf16> ? pack<T>(o[n][i], o[n][i + 2]) : pack<T>(o[n][i] * scale, o[n][i + 2] * scale);
-#pragma unroll
-  for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (left > 8 * n + i) *reinterpret_cast<uint32_t*>(to[i]) = words[n][i];
-      to[i] += step;
-    }
+  const auto store = [&](bool whole) {  // without a branch for each token
+    each<kGroups>([&](auto n) {
+      each<2>([&](auto i) {
+        if (whole || left > 8 * n + i) *reinterpret_cast<uint32_t*>(to[i]) = words[n][i];
+        to[i] += step;
+      });
+    });
+  };
+  if (count == kChunk) store(true);
+  else store(false);
 }
 
 template <class S> template <bool kActive> __device__ __forceinline__ void Chain<S>::read_chunk(int chunk) {
@@ -204,11 +207,9 @@ template <class S> template <bool kActive> __device__ __forceinline__ void Chain
     const bool prepares = S::kHelped && warp == S::kWarps - 1;
     Raw next{};
     if (prepares) next = load_gates(chunk + 1);
-    const auto store = [&](auto first) {
-      each<S::kTiles>([&](auto j) {
-        Units units(*this, x, first + j);
-        each<kSteps>([&](auto i) { units.template step<i>(scores[j]); });
-      });
+    const auto store = [&](auto first) {  // of both tiles together
+      Units units[] = {Units(*this, x, first), Units(*this, x, first + S::kTiles - 1)};
+      each<kSteps>([&](auto i) { each<S::kTiles>([&](auto j) { units[j].template step<i>(scores[j]); }); });
     };
     if (!S::kHelped) store(warp);
     else if (first_tile() == 0) store(Index<0>{});  // tiles that the compiler knows: a third of the instructions

@@ -11,7 +11,7 @@ namespace {
 template <class Chain> struct ScoreUnits {
   using T = typename Chain::T;
   static constexpr int kGroups = Chain::kGroups, kSixteens = Chain::kSixteens, kSteps = Chain::kSteps;
-  static constexpr int kCount = kGroups + 1, kAtOnce = (kCount + kSteps - 3) / (kSteps - 2);
+  static constexpr int kCount = kGroups + 1, kAtOnce = Chain::kHelped ? kCount : (kCount + kSteps - 3) / (kSteps - 2);
   const Chain& chain;
   const Gates<Chain::kChunk>& x;
   int tile;

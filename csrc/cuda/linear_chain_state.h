@@ -16,6 +16,7 @@ template <class S> struct Chain {
   static constexpr int kSixteens = kGroups / 2;  // of a chunk's tokens
   static constexpr int kSteps = kKeys / 16;
   static constexpr int kNever = 1 << 30;
+  static constexpr bool kHelped = S::kHelped;
   static constexpr bool kAllHaveTiles = kSixteens == S::kWarps && !S::kHelped;  // of the scores
 
   const MirasLinearChain& p;

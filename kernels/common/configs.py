@@ -24,6 +24,8 @@ __all__ = [
 
 #: sizes that a chunk is padded to; a linear memory takes any chunk size up to the largest
 CHUNK_SIZES = (16, 32, 64, 128)
+#: tokens of a block with decays by key channel, whose pairs of tokens are taken token by token
+KEYED_TOKENS = 16
 #: narrower heads are padded to this; tables/memories.py has the limits of each memory
 MIN_TILE = 16
 
@@ -60,13 +62,14 @@ class Key:
     momentum: bool = False
     channels: bool = False  # log-decays differ by value channel
     exact: bool = False  # exact steps: a block of tokens takes the place of a chunk
+    keyed: bool = False  # log-decays differ by key channel
 
     @staticmethod
     def of(call) -> Key:
         bias, retention, block = call.bias, call.retention, block_tokens(call)
         return Key(
             call.q.shape[-1], call.v.shape[-1], padded(block or call.chunk_size), call.q.element_size(), bias.row_coupled,
-            call.hidden, exact=block > 0,
+            call.hidden, exact=block > 0, keyed=call.key_log_decay is not None,
             gated=not retention.is_identity, matrix_coupled=retention.matrix_coupled, momentum=call.momentum is not None,
             channels=call.log_decay is not None and call.log_decay.dim() == 4,
         )  # fmt: skip
@@ -102,7 +105,7 @@ class Key:
     @property
     def fusable(self) -> bool:
         """Whether the forward's chain can compute the output too (linear/fused.py): its program has registers for both."""
-        if self.gated or self.momentum or self.channels or self.coupled or self.padded_k > (64 if self.exact else 128):
+        if self.gated or self.momentum or self.channels or self.keyed or self.coupled or self.padded_k > (64 if self.exact else 128):
             return False
         return self.chunk_size in (16, 64) or (self.chunk_size == 32 and self.padded_k <= 64)
 
@@ -147,7 +150,8 @@ def block_tokens(call) -> int:
     """
     if call.chunk_size > 1 and (may_end_open(call) or call.state.open_chunk is not None):
         return 0
-    return exact_tokens(call, 64 if call.q.element_size() == 2 else 32)
+    most = 64 if call.q.element_size() == 2 else 32
+    return exact_tokens(call, most if call.key_log_decay is None else KEYED_TOKENS)
 
 
 def padded(d: int) -> int:
@@ -189,6 +193,8 @@ RULES: dict[str, tuple[tuple[Config, Callable[[Key], bool]], ...]] = {
     "block_solve": ((Config(64, 64, 4, 1, 128), _always),),
     "block_reads": ((Config(64, 64, 4, 1), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1), _wide)),
     "block_errors_bwd": ((Config(32, 64, 4, 1, 168), lambda key: key.itemsize == 2), (Config(32, 32, 4, 1, 255), _wide)),
+    "keyed_system": ((Config(64, 64, 4, 1, 128), _always),),
+    "keyed_keys_bwd": ((Config(32, 32, 4, 1), _always),),
     "linear_chain_fwd": (
         (Config(32, 0, 4, 2, 255), lambda key: not key.coupled and key.chunk_size <= 64),
         (Config(32, 0, 8, 2, 255), lambda key: not key.coupled and key.chunk_size == 128),

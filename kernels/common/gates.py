@@ -45,6 +45,15 @@ def load_total(decays, row, last):
 
 
 @triton.jit
+def decayed(x, gamma, kept, place, o_k, m_k, Dk: tl.constexpr):
+    """What a chunk leaves of a state ``[BK, BV]``: gamma_C times it, or ``kept [slots, H, Dk]`` where decays go by key channel."""
+    if kept is None:
+        return x * gamma
+    else:
+        return x * tl.load(kept + place * Dk + o_k, mask=m_k, other=0.0)[:, None]
+
+
+@triton.jit
 def load_to_end(decays, ROW, row, o_g, m_t, C: tl.constexpr):
     """``gamma_C / gamma_s [C]``."""
     if decays is None:

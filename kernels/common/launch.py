@@ -80,6 +80,7 @@ class Problem:
         self.q, self.k, self.v = (_unit_stride(x) for x in (call.q, call.k, call.v))
         gates = (call.lr, call.log_decay, call.delta, call.momentum)
         self.lr, self.log_decay, self.delta, self.momentum = (None if x is None else x.contiguous() for x in gates)
+        self.erase_k, self.key_log_decay = (None if x is None else x.contiguous() for x in (call.erase_k, call.key_log_decay))
         self.cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(torch.int64)
         self.key = configs.Key.of(call)
         self.hidden, self.rows, self.block = self.key.hidden, self.key.chunk_size, self.key.block_c
@@ -102,6 +103,7 @@ class Problem:
         call, slots = self.call, self.slots
         tensors = dict(
             q=self.q, k=self.k, v=self.v, lr=self.lr, log_decay=self.log_decay, delta=self.delta, momentum=self.momentum,
+            erase_k=self.erase_k, key_log_decay=self.key_log_decay, scores=None, kept=None,
             position=self.position, cu_seqlens=self.cu_seqlens, first_slot=slots.first, slot_owner=slots.owner,
         )  # fmt: skip
         if call.memory.name == "mlp":

@@ -41,6 +41,15 @@ def error_decay(decays, ROW, row, o_s, o_t, left, H, C: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
+def erased_keys(k, k_stride, erase_k, row, H, Dk: tl.constexpr):
+    """``(the keys that are erased of a block's tokens, stride of a token)``: those that are written unless the call has others."""
+    if erase_k is None:
+        return k, k_stride
+    else:
+        return erase_k + row * Dk, H * Dk
+
+
+@triton.jit
 def solve_tiles(solved, lr, row, left, H, C: tl.constexpr):
     """The tiles on the diagonal, G on entry and P on return, all of them side by side and row by row."""
     NT: tl.constexpr = C // TILE
@@ -80,7 +89,7 @@ def join_tiles(solved, lr, row, left, H, C: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def block_solve(
-    k, lr, decays, solved,
+    k, erase_k, lr, decays, solved,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     k_strides,
@@ -101,6 +110,7 @@ def block_solve(
     o_s = tl.arange(0, C)
     row = (i_b * T + t0) * H + i_h
     k = token_of(k, k_strides, i_b, t0, i_h)
+    erased, erased_stride = erased_keys(k, k_strides.t, erase_k, row, H, Dk)
     solved += (i_slot * H + i_h) * C * C
 
     for i_t in range(0, C // TILE):  # rows of G
@@ -109,8 +119,8 @@ def block_solve(
         for i_k in range(0, (Dk + BK - 1) // BK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = inside(o_k, Dk, BK)
-            b_k = load_tile(k, k_strides.t, o_t, o_k, o_t < left, m_k)  # [TILE, BK]
-            b_g += dot(load_tile(k, k_strides.t, o_s, o_k, o_s < left, m_k), tl.trans(b_k))  # [s, t]
+            b_erased = load_tile(erased, erased_stride, o_t, o_k, o_t < left, m_k)  # [TILE, BK]
+            b_g += dot(load_tile(k, k_strides.t, o_s, o_k, o_s < left, m_k), tl.trans(b_erased))  # [s, t]
         b_g *= error_decay(decays, ROW, row, o_s, o_t, left, H, C, CHUNK, DECAY_FIRST)
         tl.store(solved + o_t[None, :] * C + o_s[:, None], b_g)
     tl.debug_barrier()
@@ -162,16 +172,16 @@ def block_reads(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def block_errors_bwd(
-    k, lr, decays,
+    k, erase_k, lr, decays,
     solved, errors, grad_updates,
     grad_v, grad_lr, grad_keys, rows_crossed,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
     k_strides,
     TOKENS: tl.constexpr, C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
-    CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
+    CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """dV and d eta of one block and head, and ``grad_keys [slots, H, C, C]``: -(F + F').
+    """dV and d eta of one block and head, and ``grad_keys [slots, H, C, C]``: -(F + F'), or -F' where they are read one by one.
 
     ``rows_crossed [B, T, H]``, with a decay: at token r the sum of ``-G o (dE U')`` over errors that see its decay and writes before it.
     """
@@ -207,10 +217,14 @@ def block_errors_bwd(
         b_pairs += dot(b_u, tl.trans(b_de)) * (scale * scale_de)
     tl.store(grad_lr + row + o_g, b_dlr, mask=m_t)
     b_pairs *= error_decay(decays, ROW, row, o_t, o_t, left, H, C, CHUNK, DECAY_FIRST)  # F'
-    store(grad_keys + place + o_t[:, None] * C + o_t[None, :], -(b_pairs + tl.trans(b_pairs)), True)
+    if SYMMETRIC:
+        store(grad_keys + place + o_t[:, None] * C + o_t[None, :], -(b_pairs + tl.trans(b_pairs)), True)
+    else:
+        store(grad_keys + place + o_t[:, None] * C + o_t[None, :], -b_pairs, True)
     if rows_crossed is not None:
         k = token_of(k, k_strides, i_b, t0, i_h)
-        b_pairs *= pair_products(k, k_strides.t, o_t, m_t, k, k_strides.t, o_t, m_t, C, Dk, BK)
+        erased, erased_stride = erased_keys(k, k_strides.t, erase_k, row, H, Dk)
+        b_pairs *= pair_products(k, k_strides.t, o_t, m_t, erased, erased_stride, o_t, m_t, C, Dk, BK)
         sees = error_place(o_t, CHUNK, DECAY_FIRST)[:, None] >= o_t[None, :]  # [t, r]
         b_x = split_dot(b_pairs, tl.where(sees, 1.0, 0.0).to(DTYPE), DTYPE)  # [s, r]
         b_crossed = -tl.sum(tl.where(o_t[None, :] > o_t[:, None], b_x, 0.0), 0)
@@ -236,14 +250,19 @@ def solve(p: Problem) -> Solved:
     """Run :func:`block_solve` and :func:`block_reads`, if the call is computed in blocks; the problem shares the decays."""
     if not p.key.exact:
         return Solved()
+    system = p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32)
+    launch(block_solve, p, p.slots.count, "head", dict(solved=system))
+    return read(p, system, p.erase_k)
+
+
+def read(p: Problem, system: Tensor, erased: Tensor | None) -> Solved:
+    """Run :func:`block_reads` on a solved system; ``erased``: the keys that are erased, the call's keys if None."""
     wide_type = torch.float32 if p.q.dtype == torch.float16 else None
-    solved = Solved(
-        p.empty(p.slots.count, p.heads, p.rows, p.rows, dtype=torch.float32),
-        p.per_token(p.key_dim),
-        p.per_token(p.value_dim, dtype=wide_type),
-    )
-    launch(block_solve, p, p.slots.count, "head", dict(solved=solved.system))
-    launch(block_reads, p, p.slots.count, "head", dict(solved=solved.system, reads=solved.reads, targets=solved.targets))
+    solved = Solved(system, p.per_token(p.key_dim), p.per_token(p.value_dim, dtype=wide_type))
+    own = dict(solved=system, reads=solved.reads, targets=solved.targets)
+    if erased is not None:
+        own |= dict(k=erased, k_strides=Strides.of(erased))
+    launch(block_reads, p, p.slots.count, "head", own)
     return solved
 
 
@@ -252,7 +271,7 @@ class ErrorGradients(NamedTuple):
 
     v: Tensor  # [B, T, H, Dv]
     lr: Tensor  # [B, T, H] float32
-    keys: Tensor  # [slots, H, C, C]   -(F + F'); float32 for float16
+    keys: Tensor  # [slots, H, C, C]   -(F + F'), or -F'; float32 for float16 and where decays go by key channel
     rows_crossed: Tensor | None  # [B, T, H] float32   with a decay
 
 
@@ -260,11 +279,12 @@ def error_gradients(p: Problem, solved: Solved, grad_updates: Tensor) -> ErrorGr
     """Run :func:`block_errors_bwd`; ``grad_updates``: dU from the chain's backward. The problem shares decays and errors."""
     square, float32 = (p.slots.count, p.heads, p.rows, p.rows), torch.float32
     grads = ErrorGradients(
-        p.result(p.value_dim), p.result(dtype=float32), p.empty(*square, dtype=float32 if p.q.dtype == torch.float16 else None),
+        p.result(p.value_dim), p.result(dtype=float32),
+        p.empty(*square, dtype=float32 if p.q.dtype == torch.float16 or p.key.keyed else None),
         p.result(dtype=float32) if p.log_decay is not None else None,
     )  # fmt: skip
     own = dict(
-        solved=solved.system, grad_updates=grad_updates,
+        solved=solved.system, grad_updates=grad_updates, SYMMETRIC=p.erase_k is None and not p.key.keyed,
         grad_v=grads.v, grad_lr=grads.lr, grad_keys=grads.keys, rows_crossed=grads.rows_crossed,
     )  # fmt: skip
     launch(block_errors_bwd, p, p.slots.count, "head", own)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..common import bias as biases
 from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, segment_of, sequence_of, slot_of
 from ..common.final_state import opened_chunk
-from ..common.gates import load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
+from ..common.gates import decayed, load_delta, load_error, load_gamma, load_gate, load_lr, load_square, load_to_end, load_total
 from ..common.launch import MatrixStrides, Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted_dot, inside, load_tile, only_if, rounded, store, wide
 from .block import Solved
@@ -38,7 +38,7 @@ from .chain_streamed_bwd import linear_chain_bwd_streamed
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_fwd(
-    k, v, lr, decays, delta, reads,
+    k, v, lr, decays, delta, reads, kept,
     initial, opened, position,
     states, errors, squares, checkpoints, final,
     cu_seqlens, first_slot, first_segment, segment_owner,
@@ -105,7 +105,7 @@ def linear_chain_fwd(
             b_u *= load_lr(lr, row, o_g, o_tv, m_t, m_tv, Dv, CHANNEL_LR) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]
         else:
             b_u *= (load_gate(lr, row, o_g, m_t) * load_to_end(decays, ROW, row, o_g, m_t, C))[:, None]  # [C, BV]
-        b_s = b_s * gamma - fitted_dot(tl.trans(b_k), b_u, DTYPE)
+        b_s = decayed(b_s, gamma, kept, (slot + i_c) * H + i_h, o_k, m_k, Dk) - fitted_dot(tl.trans(b_k), b_u, DTYPE)
 
     if final is not None:
         tl.store(final + state + o_kv, b_s, mask=m_kv)
@@ -113,7 +113,7 @@ def linear_chain_fwd(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_bwd(
-    q, k, v, lr, decays, delta, reads,
+    q, k, v, lr, decays, delta, reads, kept,
     errors, squares, from_out, grad_out, grad_final,
     grad_states, grad_v, grad_initial, grad_delta, grad_lr, rows_lr, rows_delta, rows_to_end,
     cu_seqlens, first_slot,
@@ -161,7 +161,8 @@ def linear_chain_bwd(
         b_kj = fitted_dot(b_k, b_j, DTYPE) * load_to_end(decays, ROW, row, o_g, m_t, C)[:, None]  # [C, BV]
         b_du = tl.load(from_out + row * Dv + o_tv, mask=m_tv, other=0.0).to(tl.float32) - b_kj  # [C, BV]
         b_gamma = load_gamma(decays, row, o_g, m_t, C)
-        b_j = b_j * gamma + dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
+        b_j = decayed(b_j, gamma, kept, (slot + i_c) * H + i_h, o_k, m_k, Dk)
+        b_j += dot(tl.trans(b_q), rounded(b_do * b_gamma[:, None], DTYPE))
 
         b_e = load_error(v + t0 * v_strides.t, v_strides.t, errors, row, o_c, o_v, o_tv, m_tv, Dv, BIAS)
         b_square = load_square(squares, row, o_g, m_t, BIAS)

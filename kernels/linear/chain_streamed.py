@@ -23,6 +23,7 @@ from ..common import bias as biases
 from ..common.chunks import HEAD, SEGMENT, chain_program, end_of, head_of, of_chunk, segment_of, slot_of
 from ..common.gates import (
     CARRY,
+    decayed,
     load_delta,
     load_error,
     load_gate,
@@ -38,7 +39,7 @@ from .mirror import hand_on, mirror, reopen, tile_of
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_fwd_streamed(
-    k, v, lr, decays, moves, delta, reads,
+    k, v, lr, decays, moves, delta, reads, kept,
     initial, initial_momentum, opened, readouts, opened_scales, position,
     states, duals, momenta, scales, errors, squares, checkpoints, final, final_momentum,
     cu_seqlens, first_slot, first_segment, segment_owner,
@@ -174,7 +175,7 @@ def linear_chain_fwd_streamed(
                     checkpoint = checkpoints + ((segment_slot + i_c // EVERY) * H + i_h) * (MATRICES * Dk * Dv)
                     tl.store(checkpoint + o_kv, b_s, mask=only_if(i_c % EVERY == 0, m_kv))
                 if momenta is None:
-                    b_s = b_s * gamma - dot(tl.trans(b_k), b_u) * scale
+                    b_s = decayed(b_s, gamma, kept, place, o_k, m_k, Dk) - dot(tl.trans(b_k), b_u) * scale
                 else:
                     b_m = tl.load(momenta + here + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
                     if checkpoints is not None:

@@ -18,6 +18,7 @@ from ..common import retention as retentions
 from ..common.chunks import chain_program, end_of, head_of, sequence_of, slot_of
 from ..common.gates import (
     CARRY,
+    decayed,
     load_delta,
     load_error,
     load_gamma,
@@ -145,9 +146,9 @@ def update_bwd(
 
 @triton.jit
 def step_back(
-    p_q, q_stride, p_k, k_stride, p_v, v_stride, lr, decays, moves, delta, reads, duals, momenta, scales, errors, grad_out,
+    p_q, q_stride, p_k, k_stride, p_v, v_stride, lr, decays, moves, delta, reads, kept, duals, momenta, scales, errors, grad_out,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
-    ROW, row, o_last, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
+    ROW, row, o_last, place, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
     C: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, RETENTION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +201,7 @@ def step_back(
                     drho += tl.sum(b_read * tl.load(momenta + here + o_kv, mask=m_kv, other=0.0))
                 b_m = b_j * carry + tl.load(grad_momenta + here + o_kv, mask=m_kv, other=0.0) * pi + b_read * rho
                 hand_on(grad_momenta + there, o_kv, grad_initial_momentum, state, o_vk, i_c > 0, b_m, m_kv)
-            b_j *= gamma
+            b_j = decayed(b_j, gamma, kept, place, o_k, m_k, Dk)
             if RETENTION.is_identity:
                 b_j += dot(tl.trans(b_q), b_do)
             else:
@@ -228,7 +229,7 @@ def step_back(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_chain_bwd_streamed(
-    q, k, v, lr, decays, moves, delta, reads,
+    q, k, v, lr, decays, moves, delta, reads, kept,
     states, duals, momenta, scales, errors, squares, from_out, grad_out, grad_final, grad_final_momentum,
     grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum, grad_delta, grad_lr,
     rows_lr, rows_delta, rows_to_end, rows_step,
@@ -289,9 +290,9 @@ def linear_chain_bwd_streamed(
         )  # fmt: skip
         tl.debug_barrier()
         drho = step_back(
-            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, reads, duals, momenta, scales, errors,
+            p_q, q_strides.t, p_k, k_strides.t, p_v, v_strides.t, lr, decays, moves, delta, reads, kept, duals, momenta, scales, errors,
             grad_out, grad_states, grad_momenta, grad_primal, grad_v, grad_initial, grad_initial_momentum,
-            ROW, row, o_last, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
+            ROW, row, o_last, place, here, there, state, rho, drho, b_square, b_along, m_t, i_c, i_tile, H,
             C, Dk, Dv, BK, BV, TILES, DTYPE, BIAS, CHANNEL_LR, RETENTION, CHANNELS,
         )  # fmt: skip
         tl.debug_barrier()

@@ -2,7 +2,8 @@
 
     linear_dqk_bwd   dQ = gamma (dO W') + dS K;  dK = dE W' - (dec U) J' + dS' Q
 
-In exact steps (block.py) ``dK = r (dE W') - (F + F') K - (dec U) J' + dS' Q``: an error reads the state decayed by r.
+In exact steps (block.py) ``dK = r (dE W') - (F + F') K - (dec U) J' + dS' Q``: an error reads the state decayed by r. With keys X for
+erasing ``dX = r (dE W') - F K`` and ``dK = -F' X - (dec U) J' + dS' Q``.
 
 dS is the gradient of the scores ``Q K'`` from `linear_du_bwd` or, where decays go by channel, `channel_du_bwd`. W is S, or its primal under
 a retention gate, which also scales dS by rho; J is the gradient of the dual. With momentum dQ gains ``rho b (dO S')`` of the momentum
@@ -22,7 +23,7 @@ from ..common.chunks import chunk_of, chunk_program, token_of
 from ..common.gates import CARRY, load_before, load_gamma, load_gate, load_row_weights, load_scale, load_to_end, load_update
 from ..common.launch import Problem, launch, tiles
 from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, rounded, store, trips, wide
-from .block import ErrorGradients
+from .block import ErrorGradients, erased_keys
 from .chain import ChainGradients
 
 
@@ -84,8 +85,9 @@ def queries_bwd(
 
 @triton.jit
 def keys_bwd(
-    q, q_stride, k, k_stride, v, v_stride, lr, decays, moves, delta,
-    states, errors, squares, duals, momenta, scales, grad_scores, grad_keys, grad_states, grad_momenta, grad_v, grad_k, rows_error, inner,
+    q, q_stride, k, k_stride, erase_k, v, v_stride, lr, decays, moves, delta,
+    states, errors, squares, duals, momenta, scales, grad_scores, grad_keys, grad_states, grad_momenta, grad_v, grad_k, grad_erase_k,
+    rows_error, inner,
     rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place,
     C: tl.constexpr, BC: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, CHANNEL_LR: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
@@ -105,11 +107,17 @@ def keys_bwd(
             b_w = tl.load(states + o_k[None, :] * Dv + o_v[:, None], mask=m_v[:, None] & m_k[None, :], other=0.0)  # [BV, BK]
             b_dk -= fitted_dot(load_tile(grad_v, H * Dv, o_r, o_v, m_r, m_v), b_w, DTYPE)  # dE = -dV
         b_dk *= load_before(decays, row, H, o_r, m_r, CHUNK, DECAY_FIRST)[:, None]
-        b_k = load_tile(k, k_stride, o_r, o_k, m_r, m_k)  # [BC, BK]
+        erased, erased_stride = erased_keys(k, k_stride, erase_k, row, H, Dk)
+        b_erased = load_tile(erased, erased_stride, o_r, o_k, m_r, m_k)  # [BC, BK]
         if rows_error is not None:
-            tl.store(rows_error + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dk * b_k.to(tl.float32), 1), mask=m_r)
+            tl.store(rows_error + i_k.to(tl.int64) * ROW + row + o_r * H, tl.sum(b_dk * b_erased.to(tl.float32), 1), mask=m_r)
+        if erase_k is not None:
+            b_pairs, scale = fitted(tl.load(grad_keys + o_r[None, :] * C + o_r[:, None]).to(tl.float32), DTYPE)  # -F
+            b_dk += dot(b_pairs, load_tile(k, k_stride, o_r, o_k, m_r, m_k)) * scale
+            store(grad_erase_k + row * Dk + o_r[:, None] * (H * Dk) + o_k[None, :], b_dk, m_rk)
+            b_dk = tl.zeros((BC, BK), tl.float32)
         b_pairs, scale = fitted(tl.load(grad_keys + o_r[:, None] * C + o_r[None, :]).to(tl.float32), DTYPE)
-        b_dk += dot(b_pairs, b_k) * scale
+        b_dk += dot(b_pairs, b_erased) * scale
     if not CHANNELS:
         b_to_end = load_to_end(decays, ROW, row, o_r * H, m_r, BC)
     if momenta is not None:
@@ -168,9 +176,9 @@ def keys_bwd(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_dqk_bwd(
-    q, k, v, lr, decays, moves, delta,
+    q, k, erase_k, v, lr, decays, moves, delta,
     states, errors, squares, duals, momenta, scales, grad_scores, grad_keys, grad_states, grad_momenta, grad_out, grad_v,
-    grad_q, grad_k, rows_read, rows_error, rows_carry, inner,
+    grad_q, grad_k, grad_erase_k, rows_read, rows_error, rows_carry, inner,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW, SLOTS,
     q_strides, k_strides, v_strides,
@@ -212,8 +220,8 @@ def linear_dqk_bwd(
         rho, ROW, row, H, t0, eos, i_k, i_r, C, BC, Dk, Dv, BK, BV, DTYPE, CHANNELS,
     )  # fmt: skip
     keys_bwd(
-        q, q_strides.t, k, k_strides.t, v, v_strides.t, lr, decays, moves, delta, states, errors, squares, duals, momenta, scales,
-        grad_scores, grad_keys, grad_states, grad_momenta, grad_v, grad_k, rows_error, inner,
+        q, q_strides.t, k, k_strides.t, erase_k, v, v_strides.t, lr, decays, moves, delta, states, errors, squares, duals, momenta, scales,
+        grad_scores, grad_keys, grad_states, grad_momenta, grad_v, grad_k, grad_erase_k, rows_error, inner,
         rho, ROW, SLOTS, row, H, t0, eos, i_k, i_r, i_slot, i_h, place, C, BC, Dk, Dv, BK, BV, DTYPE,
         BIAS, CHANNEL_LR, CHANNELS, CHUNK, DECAY_FIRST,
     )  # fmt: skip
@@ -223,10 +231,11 @@ def linear_dqk_bwd(
 
 
 class ReadGradients(NamedTuple):
-    """Outputs of :func:`linear_dqk_bwd`. All but dQ and dK are float32 sums for the gates' gradients, one row per tile of keys."""
+    """Outputs of :func:`linear_dqk_bwd`. But for gradients of queries and keys float32 sums for the gates, one row per tile of keys."""
 
     q: Tensor  # [B, T, H, Dk]
     k: Tensor  # [B, T, H, Dk]
+    erase_k: Tensor | None  # [B, T, H, Dk]
     rows_read: Tensor | None  # [tiles, B, T, H]   with a decay, unless it goes by channel
     rows_error: Tensor | None  # [tiles, B, T, H]   with a decay in exact steps
     rows_carry: Tensor | None  # [tiles, B, T, H]   with momentum, unless decays go by channel
@@ -244,15 +253,15 @@ def read_gradients(p: Problem, of_chain: ChainGradients, of_errors: ErrorGradien
 
     products = (3,) if moving else ()
     grads = ReadGradients(
-        p.result(p.key_dim), p.result(p.key_dim),
+        p.result(p.key_dim), p.result(p.key_dim), None if p.erase_k is None else p.result(p.key_dim),
         rows(decaying), rows(decaying and p.key.exact), rows(moving and not by_channel),
         p.empty(*products, count, p.slots.count, p.heads, dtype=float32) if decaying or moving else None,
     )  # fmt: skip
     own = dict(
         grad_scores=grad_scores, grad_keys=None if of_errors is None else of_errors.keys, grad_states=of_chain.states,
         grad_momenta=of_chain.momenta, grad_v=of_chain.v if of_errors is None else of_errors.v,
-        grad_q=grads.q, grad_k=grads.k, rows_read=grads.rows_read, rows_error=grads.rows_error, rows_carry=grads.rows_carry,
-        inner=grads.inner,
+        grad_q=grads.q, grad_k=grads.k, grad_erase_k=grads.erase_k,
+        rows_read=grads.rows_read, rows_error=grads.rows_error, rows_carry=grads.rows_carry, inner=grads.inner,
     )  # fmt: skip
     launch(linear_dqk_bwd, p, p.slots.count * p.blocks, "key", own)
     return grads

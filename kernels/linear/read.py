@@ -25,7 +25,7 @@ from ..common.tiles import LENGTHS, dot, fitted, fitted_dot, inside, load_tile, 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_output(
-    q, k, v, lr, decays, pairs, delta, position,
+    q, k, v, lr, decays, pairs, scores, delta, position,
     states, errors, squares, momenta, scales, out,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
@@ -55,6 +55,8 @@ def linear_output(
     rho = load_scale(scales, place)
     if pairs is not None:
         pairs += place * C * C
+    if scores is not None:
+        scores += place * C * C
 
     b_o = tl.zeros((BC, BV), tl.float32)
     for i_k in range(0, (Dk + BK - 1) // BK):
@@ -76,7 +78,10 @@ def linear_output(
     for i_s in range(0, i_r + 1):
         o_s = i_s * BC + tl.arange(0, BC)
         m_s = (t0 + o_s < eos) & (t0 + o_s >= bos)
-        b_p = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)  # [t, s]
+        if scores is not None:
+            b_p = tl.load(scores + o_t[:, None] * C + o_s[None, :])
+        else:
+            b_p = pair_products(q, q_strides.t, o_t, m_t, k, k_strides.t, o_s, m_s, BC, Dk, BK)  # [t, s]
         b_p *= pair_decay(decays, pairs, ROW, row, H, C, o_t[:, None], o_s[None, :], m_t[:, None], m_s[None, :])
         if scales is not None:
             b_p *= rho
@@ -90,7 +95,7 @@ def linear_output(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_du_bwd(
-    q, k, v, lr, decays, pairs, delta,
+    q, k, v, lr, decays, pairs, scores, delta,
     errors, squares, scales, grad_out, from_out, grad_scores, rows_pairs, grad_pairs,
     cu_seqlens, first_slot, slot_owner,
     T, H, CHUNKS, ROW,
@@ -126,6 +131,8 @@ def linear_du_bwd(
     if pairs is not None:
         pairs += place * C * C
         grad_pairs += place * C * C
+    if scores is not None:
+        scores += place * C * C
 
     b_after = tl.zeros((BC,), tl.float32)  # dS o Q K' of later blocks, summed over their reads
     for i in range(0, NC - i_r):
@@ -133,7 +140,10 @@ def linear_du_bwd(
         o_t = i_t * BC + tl.arange(0, BC)
         m_t = t0 + o_t < eos
         o_st = o_t[None, :] * C + o_s[:, None]
-        b_p = pair_products(k, k_strides.t, o_s, m_s, q, q_strides.t, o_t, m_t, BC, Dk, BK)  # [s, t]
+        if scores is not None:
+            b_p = tl.load(scores + o_st)
+        else:
+            b_p = pair_products(k, k_strides.t, o_s, m_s, q, q_strides.t, o_t, m_t, BC, Dk, BK)  # [s, t]
         b_l = pair_decay(decays, pairs, ROW, row, H, C, o_t[None, :], o_s[:, None], m_t[None, :], m_s[:, None])
         b_ds = tl.zeros((BC, BC), tl.float32)
         for i_v in range(0, NV):
@@ -186,7 +196,7 @@ class ScoreGradients(NamedTuple):
     """Outputs of :func:`linear_du_bwd`."""
 
     from_out: Tensor  # [B, T, H, Dv]   R, without the factor rho
-    grad_scores: Tensor  # [slots, H, C, C]   dS, likewise; float32 for float16
+    grad_scores: Tensor  # [slots, H, C, C]   dS, likewise; float32 for float16 and where decays go by key channel
     rows_pairs: Tensor | None  # [blocks, B, T, H] float32   with a decay and no momentum
     grad_pairs: Tensor | None  # [slots, H, C, C] float32   gM, with momentum
 
@@ -195,7 +205,7 @@ def score_gradients(p: Problem) -> ScoreGradients:
     """Run :func:`linear_du_bwd`; the problem also shares ``grad_out``."""
     square, float32, moving = (p.slots.count, p.heads, p.rows, p.rows), torch.float32, p.momentum is not None
     grads = ScoreGradients(
-        p.per_token(p.value_dim), p.empty(*square, dtype=float32 if p.q.dtype == torch.float16 else None),
+        p.per_token(p.value_dim), p.empty(*square, dtype=float32 if p.q.dtype == torch.float16 or p.key.keyed else None),
         p.empty(p.blocks, p.batch, p.tokens, p.heads, dtype=float32) if p.log_decay is not None and not moving else None,
         p.empty(*square, dtype=float32) if moving else None,
     )  # fmt: skip

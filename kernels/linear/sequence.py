@@ -4,6 +4,7 @@
                 where `configs.Key.fuses` says so:  decays.py;  fused.py: the output, without S and E in memory
     backward    decays.py;  chain.py: S and E recomputed;  linear_du_bwd;  linear_chain_bwd;  linear_dqk_bwd;  decays_bwd.py: gates
     exact steps (section 13):  block_solve and block_reads before the chain,  block_errors_bwd after its backward
+    with decays by key channel (section 14):  keyed.py instead of decays.py, block_solve, linear_dqk_bwd and decays_bwd.py
 
 A token's log-decay scales what the state at the chunk's start and earlier tokens contribute to later reads and to the next chunk. Its
 gradient is the sum over these pairs, taken from the products themselves (dS as in read.py):
@@ -25,8 +26,9 @@ from ..common.decays_bwd import decay_gradient, gate_gradients
 from ..common.final_state import Final, open_chunk_end
 from ..common.launch import Problem
 from . import channel as linear_channel
+from . import keyed as linear_keyed
 from . import read as linear_read
-from .block import error_gradients, solve
+from .block import Solved, error_gradients, solve
 from .chain import ChainGradients, chain_gradients, empty_chain, recompute, walk
 from .dqk import ReadGradients, read_gradients
 from .fused import walk_fused
@@ -36,7 +38,7 @@ def forward(p: Problem, every: int, wants_final: bool, may_end_open: bool) -> tu
     """``(out, final state, checkpoints)``; checkpoints: float32 matrices of every ``every``-th chunk, None for ``every = 0``."""
     fused, weights = p.fuses(), chunk_weights(p)._asdict()
     p, out = (p.sharing(**weights), p.result(p.value_dim)) if fused else (p.sharing(**weights, **empty_chain(p)._asdict()), None)
-    solved = solve(p)
+    p, solved = _solve(p)
     matrices = p.call.state.matrices()
     segments = p.segments(p.chunk_size * max(every, 1))
     several = () if len(matrices) == 1 else (len(matrices),)
@@ -73,7 +75,7 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     """Gradients by argument name, ``state`` for the initial matrices ``[N, H, Dv, Dk]``: dual and, with momentum, momentum matrix."""
     weights, chain = chunk_weights(p, backward=True), empty_chain(p)
     p = p.sharing(**weights._asdict(), **chain._asdict(), grad_out=grad_out.contiguous())
-    solved = solve(p)
+    p, solved = _solve(p)
     recompute(p, solved, checkpoints, every)
     scores = rows_pairs = grad_pairs = None
     if p.key.channels:
@@ -84,15 +86,23 @@ def backward(p: Problem, checkpoints: Tensor, every: int, grad_out: Tensor, grad
     of_chain = chain_gradients(p, solved, from_out, grad_state)
     del from_out
     of_errors = error_gradients(p, solved, of_chain.v) if p.key.exact else None
-    of_reads = read_gradients(p, of_chain, of_errors, grad_scores)
     of_tokens = of_errors or of_chain
-    grads = {"q": of_reads.q, "k": of_reads.k, "v": of_tokens.v, "lr": of_tokens.lr, "state": of_chain.initial}
+    grads = {"v": of_tokens.v, "lr": of_tokens.lr, "state": of_chain.initial}
+    if p.key.keyed:
+        return grads | linear_keyed.gradients(p, of_chain, of_errors, grad_scores)
+    of_reads = read_gradients(p, of_chain, of_errors, grad_scores)
+    grads |= {"q": of_reads.q, "k": of_reads.k, "erase_k": of_reads.erase_k}
     if of_errors is not None and p.log_decay is not None:
         sums = (of_reads.rows_read, rows_pairs, of_chain.rows_to_end, of_reads.inner)
         return grads | {"log_decay": decay_gradient(p, *sums, p.block, of_reads.rows_error, of_errors.rows_crossed)}
     if p.delta is not None:
         grads["delta"] = of_chain.delta
     return grads | _gate_gradients(p, of_chain, of_reads, scores, rows_pairs, grad_pairs)
+
+
+def _solve(p: Problem) -> tuple[Problem, Solved]:
+    """The systems of a call in exact steps, and the problem that the chain solves."""
+    return linear_keyed.solve(p) if p.key.keyed else (p, solve(p))
 
 
 def _gate_gradients(

@@ -43,7 +43,7 @@ TABLE = Path(__file__).with_name("resources.json")
 #: kernels without products for tensor cores: those of the gates and of decoding
 NO_PRODUCTS = (
     "linear_decay", "linear_decay_bwd", "momentum_weights", "momentum_weights_bwd", "channel_decay", "channel_momentum", "channel_du_bwd",
-    *configs.STEPS,
+    "keyed_system", *configs.STEPS,
 )  # fmt: skip
 
 #: bytes of shared memory that a program may have
@@ -67,13 +67,15 @@ class Specimen:
     momentum: bool = False
     channel_lr: bool = False
     channel_decay: bool = False
+    key_decay: bool = False  # by key channel, and before the error
+    erase: bool = False  # with keys that are erased
     fused: bool = False  # the output in the forward's chain
     steps: bool = False  # a decoding step instead
 
     def __str__(self) -> str:
         sizes = f"D{self.key_dim}" + (f"x{self.value_dim}" if self.value_dim != self.key_dim else "") + f"-C{self.chunk_size}"
         sizes += f"-H{self.hidden}" if self.hidden else ""
-        flags = ("channel_delta", "channel_lr", "channel_decay", "momentum", "final", "fused", "steps")
+        flags = ("channel_delta", "channel_lr", "channel_decay", "key_decay", "erase", "momentum", "final", "fused", "steps")
         marks = [name for name in flags if getattr(self, name)]
         marks += ([] if self.retention.is_identity else [self.retention.name]) + ([] if self.decays else ["no_decay"])
         return "-".join([sizes, self.bias.name, str(self.dtype).removeprefix("torch."), *marks])
@@ -107,7 +109,11 @@ class Specimen:
         else:
             memory, arguments = memories.LINEAR, arguments | dict(initial_state=meta(n, h, self.value_dim, d))
         lr, log_decay = (meta(b, t, h, self.value_dim) if x else gate for x in (self.channel_lr, self.channel_decay))
-        return make_call(memory, k, k, v, lr, log_decay if self.decays else None, **arguments)
+        if self.key_decay:
+            arguments |= dict(key_log_decay=meta(b, t, h, d), decay_first=True)
+        if self.erase:
+            arguments |= dict(erase_k=k)
+        return make_call(memory, k, k, v, lr, log_decay if self.decays and not self.key_decay else None, **arguments)
 
 
 def _specimens() -> Iterator[Specimen]:
@@ -151,6 +157,9 @@ def _specimens() -> Iterator[Specimen]:
     yield Specimen(64, 64, 1, L2(), fused=True)
     yield Specimen(128, 128, 1, L2())
     yield Specimen(64, 64, 1, L2(), dtype=float32)
+    yield Specimen(64, 64, 1, L2(), erase=True)
+    yield Specimen(128, 128, 1, L2(), key_decay=True)
+    yield Specimen(128, 128, 1, L2(), key_decay=True, erase=True, final=True, dtype=float32)
     for d, c, hidden in ((64, 16, 64), (64, 32, 128), (64, 64, 256), (128, 64, 512)):
         yield Specimen(d, d, c, switch, hidden=hidden)
     yield Specimen(64, 64, 64, smooth, final=True, decays=False, hidden=256)

@@ -52,6 +52,7 @@ def test_heads_and_threads():
     heads = scaled("D64 C64", "heads")
     assert set(heads["ms"]) == {"1", "2", "4"} and all(gate["ok"] for gate in heads["parity"].values())
     assert scaled("MLP D64 C64", "one head", threads=2)["ratios"].keys() >= {"2"}
+    assert scaled("D64 C64", "coupled head", threads=2)["ratios"].keys() >= {"2"}
     threads = scaled("D64 C64", "threads", threads=2)
     assert set(threads["ms"]) == {"1", "2", "mm 1", "mm 2"} and threads["clock"] == "wall"
     section = report._scaling([heads, threads])
@@ -111,7 +112,7 @@ def test_no_time_for_a_wrong_kernel(monkeypatch, longest):
 
 def test_which_jobs_there_are():
     found = cpu.jobs(("scaling",), tuple(cases.SHAPES), [1, 2], SETTINGS)
-    axes = (("tokens", 1), ("heads", 1), ("heads", 2), ("threads", 2), ("one head", 2))
-    assert found[:5] == [("scaling", f"D64 C64, {axis}", n) for axis, n in axes]
+    axes = (("tokens", 1), ("heads", 1), ("heads", 2), ("threads", 2), ("one head", 2), ("coupled head", 2))
+    assert found[:6] == [("scaling", f"D64 C64, {axis}", n) for axis, n in axes]
     assert {job[1].rpartition(", ")[0] for job in found} == set(cases.ONE_OF_EACH)
-    assert not [job for job in cpu.jobs(("scaling",), ("D64 C64",), [1], SETTINGS) if job[1].endswith(("threads", "one head"))]
+    assert not [job for job in cpu.jobs(("scaling",), ("D64 C64",), [1], SETTINGS) if job[1].endswith(("threads", "head"))]

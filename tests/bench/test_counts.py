@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import triton
@@ -60,12 +61,13 @@ def test_a_count_that_is_worse_is_named():
 
 def test_the_table_is_complete():
     """Every specimen has counts of the tested Triton, of the CUDA C++ kernels where they serve it, and of the baseline, which goes token
-    by token where exact steps are taken now."""
+    by token where exact steps are taken now. Of the MLP memory in smaller chunks the CUDA C++ kernels alone need counts."""
     table = counts.read()
     for label in table:
         specimens = counts.specimens("cuda" if label.startswith("nvcc") else "triton")
         known = {name for name in specimens if label != "7c81e26" or "-C1-" not in name}
-        assert set(table[label]["rows"]) == known, label
+        small = {name for name in known if re.search("-C(16|32)-Hd", name) and not label.startswith("nvcc")}
+        assert known - small <= set(table[label]["rows"]) <= known, label
         for name, directions in table[label]["rows"].items():
             for chip in CHIPS:
                 assert "forward+backward: " in "\n".join(counts.report(specimens[name], directions, chip, directions))

@@ -17,6 +17,7 @@ from miras_kernels.tables.biases import TABLE as BIASES
 from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case, check_steps, relative_error, steps
 from miras_kernels.testing.steps import before, check_results, cut, decoder, results
+from quick import slow
 
 CUTS = [13, 14, 15, 16, 17, 20, 36]  # in chunks of 16: into a chunk, across its end, several at once
 
@@ -198,7 +199,14 @@ def test_a_long_chunk_keeps_few_factors(shape):
     assert check_steps(case, "cpp", cuts=[50, *range(51, 101)]).ok
 
 
-@pytest.mark.parametrize("case", [*ROUND, SIZES[5]], ids=str)
+#: as SIZES[5], large enough for a step to be shared out over threads
+MANY = [
+    Case("linear-many-heads-coupled", batch=9, heads=8, key_dim=64, value_dim=64, bias=mk.Huber("norm"), retention=GATES[1]),
+    Case("mlp-many-sequences", memory="mlp", batch=9, heads=2, key_dim=64, value_dim=64, hidden=64, bias=mk.RobustL2()),
+]
+
+
+@pytest.mark.parametrize("case", [*ROUND, SIZES[5], *map(slow, MANY)], ids=str)
 def test_bitwise_repeatable_for_any_number_of_threads_and_batch(case):
     def run(rows: slice) -> torch.Tensor:
         arguments, reader = prepared(case, "cpp")

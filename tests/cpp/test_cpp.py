@@ -148,9 +148,14 @@ def test_scratch_is_taken_once():
     assert stated <= sizes[1] < 1.05 * stated
 
 
+def couples(case: Case) -> bool:
+    """Whether the bias or the retention gate couples the value rows of a linear memory."""
+    return case.bias.row_coupled or case.retention.matrix_coupled
+
+
 @pytest.mark.parametrize("case", SERVED[::7], ids=str)
 def test_bitwise_repeatable(case):
-    """With the same number of threads, and with more, unless they split a head's value rows (linear, fewer heads than threads)."""
+    """With the same number of threads, and with more, unless these share out value rows (linear, not coupled, fewer heads than threads)."""
     before, results = torch.get_num_threads(), []
     inputs = case.draw(torch.float32)
     try:
@@ -159,7 +164,7 @@ def test_bitwise_repeatable(case):
             first, again = evaluate(inputs, "cpp"), evaluate(inputs, "cpp")
             for name, x in first.items():
                 assert torch.equal(x, again[name]), name
-            if case.memory == "mlp" or threads <= max(1, case.sequences * case.heads):
+            if case.memory == "mlp" or couples(case) or threads <= max(1, case.sequences * case.heads):
                 results.append(first)
     finally:
         torch.set_num_threads(before)
@@ -169,27 +174,44 @@ def test_bitwise_repeatable(case):
 
 #: large enough to be shared by several threads
 SHARED = dict(memory="mlp", batch=1, heads=1, tokens=150, chunk_size=64, key_dim=40, value_dim=40, hidden=112)
+#: two parts, three of unequal value rows, and chunks of which the last has less than a block of tokens
+SHARED_LINEAR = dict(batch=1, heads=1, tokens=135, chunk_size=64, key_dim=40, value_dim=104)
+NORM = mk.Huber("norm")
+COUPLED = mk.CustomBias("e * (1 + delta / sqrt(norm2 + eps))", eps=1e-6)
+SOFT = mk.CustomRetention("tanh(A)")
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(bias=mk.Huber("norm")),
-        slow(dict(chunk_size=33, momentum=True)),
-        slow(dict(retention=mk.KLRetention(), momentum=True)),
-        slow(dict(retention=mk.LqRetention(1.5), lengths=(150,), hidden=256)),
+        dict(**SHARED, bias=NORM),
+        slow(dict(**SHARED | dict(chunk_size=33), momentum=True)),
+        slow(dict(**SHARED, retention=mk.KLRetention(), momentum=True)),
+        slow(dict(**SHARED | dict(hidden=256), retention=mk.LqRetention(1.5), lengths=(150,))),
+        dict(**SHARED_LINEAR, bias=NORM, momentum=True),
+        slow(dict(**SHARED_LINEAR, bias=NORM, dtype=torch.bfloat16)),
+        slow(dict(**SHARED_LINEAR, bias=mk.Huber("switch"), delta="float")),
+        slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=mk.KLRetention(), lengths=(135,))),
+        slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=SOFT, momentum=True, decay="none")),
+        slow(dict(**SHARED_LINEAR | dict(chunk_size=48), bias=COUPLED, retention=mk.ElasticNetRetention(0.05))),
+        slow(dict(**SHARED_LINEAR, bias=NORM, decay="channel", lr="channel")),
+        dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5)),
+        slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(4.0), momentum=True, bias=mk.RobustL2(), dtype=torch.bfloat16)),
+        slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5), momentum=True, decay="channel", lr="channel")),
     ],
     ids=str,
 )
 def test_threads_that_share_a_head(changes):
-    """An MLP memory of one head: the same bits for any number of threads, and within the budget."""
-    case, before, results = Case("shared", **{**SHARED, **changes}), torch.get_num_threads(), []
-    inputs = case.draw(torch.float32)
+    """One head of an MLP memory, or of a linear one with coupled value rows: the same bits for any number of threads, within the budget."""
+    changes = dict(changes)
+    dtype = changes.pop("dtype", torch.float32)
+    case, before, results = Case("shared", **changes), torch.get_num_threads(), []
+    inputs = case.draw(dtype)
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             results.append(evaluate(inputs, "cpp"))
-        report = check(case, "cpp")
+        report = check(case, "cpp", dtype)
         assert report.ok, report
     finally:
         torch.set_num_threads(before)

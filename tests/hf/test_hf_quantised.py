@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import peft
 import pytest
 import torch
@@ -14,7 +12,6 @@ from transformers import AutoConfig, BitsAndBytesConfig, GPTQConfig
 from miras_kernels.hf import MirasLlamaForCausalLM, memory_config, replace_attention
 from miras_kernels.hf.quantised import leave_out_memories
 from miras_kernels.layers import MemoryBlock
-from quick import slow
 
 
 class EightBits(nn.Module):
@@ -174,25 +171,3 @@ def test_quantisations_without_a_list_are_refused(tmp_path):
     config = memory_config(AutoConfig.from_pretrained(tmp_path), "yaad_linear", [0])
     with pytest.raises(ValueError, match="quantization_config: memories are not quantised"):
         MirasLlamaForCausalLM.from_pretrained(tmp_path, config=config, quantization_config=GPTQConfig(bits=4))
-
-
-@pytest.mark.parametrize("bits", [slow(4), slow(8)])
-@pytest.mark.parametrize("init", [slow("new"), slow("from_attention")])
-def test_bitsandbytes(init, bits, tmp_path):
-    """Where it is installed: trained, saved and loaded."""
-    pytest.importorskip("bitsandbytes")
-    sizes = dict(hidden_size=64, intermediate_size=64, head_dim=16)  # blocks of 64 numbers share a scale
-    plain("Llama", **sizes).save_pretrained(tmp_path / "plain")
-    quantization = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32)
-    config = memory_config(AutoConfig.from_pretrained(tmp_path / "plain"), "yaad_linear", [0], init=init, chunk_size=4)
-    net = MirasLlamaForCausalLM.from_pretrained(tmp_path / "plain", config=config, quantization_config=quantization)
-    attention = net.model.layers[0].self_attn
-    assert type(attention.memory.g_proj) is nn.Linear and type(net.model.layers[1].self_attn.q_proj) is not nn.Linear
-    net.train()(input_ids=ids(), labels=ids()).loss.backward()
-    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in attention.memory.parameters())
-    net.save_pretrained(tmp_path / "quantised")
-    saved = json.loads((tmp_path / "quantised" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
-    assert r".*\.memory" in saved
-    again = MirasLlamaForCausalLM.from_pretrained(tmp_path / "quantised")
-    with torch.no_grad():
-        assert_close(again(input_ids=ids()).logits, net.eval()(input_ids=ids()).logits)

@@ -8,12 +8,16 @@ import os
 import pickle
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 import transformers
 from hf_tiny import ARCHITECTURES, LAYERS, MLP, ids, model, plain
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
@@ -318,3 +322,36 @@ def test_a_model_card(tmp_path):
     beside.save_pretrained(tmp_path / "beside")
     text = (tmp_path / "beside" / "README.md").read_text()
     assert "3 of 3 layers, beside attention." in text and "a model without a published name" in text and "base_model" not in text
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_card_that_is_uploaded(published, tmp_path, monkeypatch):
+    """Ours in place of the one that transformers generates; a card that the repository has stays. Nothing is sent."""
+    sent, repository = [], types.SimpleNamespace(repo_id="someone/tiny")
+    hub = types.SimpleNamespace(create_repo=lambda *args, **kwargs: repository)
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        for name, fake in (("hf_api", lambda: hub), ("create_repo", hub.create_repo)):
+            if hasattr(module, name):  # the second before transformers 5.24
+                monkeypatch.setattr(module, name, fake)
+
+    def card(name, **kwargs):
+        if Path(name).exists():
+            return ModelCard(Path(name).read_text())
+        if published:
+            return ModelCard("---\nlicense: mit\n---\nwritten by hand")
+        raise LocalEntryNotFoundError("there is none")
+
+    monkeypatch.setattr(ModelCard, "load", card)
+    monkeypatch.setattr(
+        transformers.PreTrainedModel,
+        "_upload_modified_files",
+        lambda self, folder, *a, **k: sent.append((Path(folder) / "README.md").read_text()),
+    )
+    net = model(layers=[0], preset="titans")
+    net.save_pretrained(str(tmp_path / "tiny"), push_to_hub=True)
+    net.push_to_hub("tiny", tags=["small"])
+    assert len(sent) == 2
+    for text in sent:
+        assert ("Titans (LMM)" in text and "from miras_kernels.hf import load" in text) != published
+        assert ("written by hand" in text) == published and "automatically generated" not in text
+    assert "- miras-kernels\n- small\n" in sent[1] or published

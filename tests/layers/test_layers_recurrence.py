@@ -149,9 +149,7 @@ def test_every_preset_runs_on_kernels(name, monkeypatch):
         run = getattr(mk, memory)
         monkeypatch.setattr(f"miras_kernels.layers.block.{memory}", lambda *args, run=run, **kwargs: explained(run, *args, **kwargs))
     MemoryBlock(128, 2, preset=name)(torch.randn(1, 3, 128))
-    lacks = {"kda": (None, "key_log_decay")}  # what kernels do not serve yet
-    for backend, option in zip(("cpp", "triton"), lacks.get(name, (None, None)), strict=True):
-        assert asked[backend] == (option and f"it does not serve {option}")
+    assert asked["cpp"] is None and asked["triton"] is None
 
 
 def projected(module: MemoryBlock, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

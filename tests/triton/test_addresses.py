@@ -25,6 +25,7 @@ CALLS = {
     "streamed": dict(bias=mk.Huber("norm"), retention=mk.LqRetention(), momentum=True),
     "channels": dict(bias=mk.Huber("coordinate"), channels=True),
     "channels-momentum": dict(momentum=True, channels=True),
+    "keyed": dict(keyed=True, chunk_size=1),
     "mlp": dict(memory="mlp", bias=mk.Huber("coordinate")),
     "mlp-gates": dict(memory="mlp", retention=mk.LqRetention(), momentum=True),
 }
@@ -101,7 +102,7 @@ def touched(kernel, grid: tuple[int, ...], arguments: dict, wide: bool, monkeypa
     return memory
 
 
-def call_of(shape: tuple[int, int, int], memory: str = "linear", channels: bool = False, momentum: bool = False, **settings):
+def call_of(shape: tuple[int, int, int], memory: str = "linear", channels=False, momentum=False, keyed=False, **settings):
     b, t, h, d, hidden = *shape, 16, 16
 
     def meta(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -113,6 +114,9 @@ def call_of(shape: tuple[int, int, int], memory: str = "linear", channels: bool 
         bias=mk.L2(), retention=mk.L2Retention(), chunk_size=16, cu_seqlens=None, output_final_state=True,
         delta=meta(*gate) if "bias" in settings else None, momentum=meta(b, t, h) if momentum else None,
     ) | settings  # fmt: skip
+    if keyed:
+        by_key = dict(erase_k=tokens[1], key_log_decay=meta(b, t, h, d))
+        return make_call(LINEAR, *tokens, meta(*gate), None, initial_state=meta(b, h, d, d), **by_key, **rest)
     if memory == "linear":
         return make_call(LINEAR, *tokens, meta(*gate), meta(*gate), initial_state=meta(b, h, d, d), **rest)
     norm = dict(ln_weight=meta(h, d), ln_bias=meta(h, d), ln_eps=1e-6)

@@ -47,6 +47,7 @@ CASES = {
     "no decay": dict(decay="none", initial="none"),
     "a threshold": dict(bias=mk.Huber("coordinate"), layout="fused"),
     "decay by channel": dict(decay="channel", lr="channel"),
+    "decay by key channel": dict(chunk_size=1, decay="key", erase_k=True),
     "momentum": dict(momentum=True),
     "gate": dict(retention=mk.LqRetention(), layout="heads_first"),
     "packed": dict(lengths=(5, 40, 3)),

@@ -11,7 +11,7 @@ import torch
 import miras_kernels as mk
 from equal_keys import EqualKeys
 from miras_kernels import dispatch
-from miras_kernels.interop.fla import chunk_gated_delta_rule
+from miras_kernels.interop.fla import chunk_gated_delta_rule, chunk_kda
 from miras_kernels.layers import MemoryBlock
 from miras_kernels.testing import Case, check, evaluate, relative_error
 from miras_kernels.testing.parity import ARITHMETIC, ULPS, expect
@@ -23,6 +23,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = 64 * ARITHMETIC
 SMALL = Case("block", chunk_size=1, batch=1, tokens=70)
 FIRST = dataclasses.replace(SMALL, decay_first=True)
+KEYED = dataclasses.replace(FIRST, decay="key", heads=1)
 CASES = {
     "plain": dataclasses.replace(SMALL, batch=2, layout="fused"),
     "no-decay": dataclasses.replace(SMALL, decay="none", key_dim=40, value_dim=72),
@@ -34,10 +35,19 @@ CASES = {
     "first-no-decay": dataclasses.replace(FIRST, decay="none", tokens=40),
     "one-block": dataclasses.replace(SMALL, tokens=9),
     "whole-chunks": dataclasses.replace(SMALL, chunk_size=7),
+    "erase": dataclasses.replace(SMALL, erase_k=True, heads=1, tokens=20),
+    "erase-packed": dataclasses.replace(SMALL, erase_k=True, decay="strong", lengths=(1, 40, 0, 33), keys="huge", layout="fused"),
+    "erase-first": dataclasses.replace(FIRST, erase_k=True, key_dim=72, value_dim=40, heads=1),
+    "keyed": dataclasses.replace(KEYED, key_dim=24, value_dim=40, tokens=18),
+    "keyed-plain": dataclasses.replace(KEYED, decay_first=False, batch=2, layout="fused", keys="zero", initial="none", tokens=35),
+    "keyed-extreme": dataclasses.replace(KEYED, decay_first=False, decay="extreme_key", erase_k=True, tokens=20),
+    "keyed-packed": dataclasses.replace(KEYED, decay="extreme_key", lengths=(1, 16, 0, 21), keys="repeated", initial="shared"),
+    "keyed-wide": dataclasses.replace(KEYED, erase_k=True, key_dim=72, value_dim=136, layout="heads_first", keys="huge", tokens=20),
 }
+QUICK = ("erase", "keyed", "keyed-extreme", *(name for name in CASES if "erase" not in name and "keyed" not in name))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CASES])
 def test_float32(name, poisoned):
     """Outputs, states and every gradient against the float64 reference."""
     report = check(CASES[name], "triton", device=DEVICE)
@@ -46,15 +56,20 @@ def test_float32(name, poisoned):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("plain", BF16), ("packed", F16), ("first-extreme", BF16), slow("no-decay", F16), slow("extreme", F16), slow("first", F16)],
+    [
+        ("plain", BF16), ("packed", F16), ("first-extreme", BF16), slow("no-decay", F16), slow("extreme", F16), slow("first", F16),
+        slow("erase-packed", BF16), slow("erase-first", F16), slow("keyed-plain", BF16), slow("keyed-extreme", F16),
+        slow("keyed-packed", BF16),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_sixteen_bits(name, dtype, poisoned):
-    report = check(dataclasses.replace(CASES[name], tokens=150), "triton", dtype, DEVICE)
+    case = CASES[name]
+    report = check(case if "keyed" in name else dataclasses.replace(case, tokens=150), "triton", dtype, DEVICE)
     assert report.ok, report
 
 
-@pytest.mark.parametrize("name", ["plain", "packed", "first"])
+@pytest.mark.parametrize("name", ["plain", "packed", "first", *map(slow, ("erase", "keyed", "keyed-packed"))])
 def test_states_in_registers(name, poisoned):
     """The chains of 16-bit inputs in float32 arithmetic, where rounding errors cannot hide an error of logic."""
     from miras_kernels.kernels.common import configs
@@ -64,7 +79,9 @@ def test_states_in_registers(name, poisoned):
     assert report.ok, report
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("plain", F32), ("packed", F32), ("first-extreme", F32), ("no-decay", BF16)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("plain", F32), ("packed", F32), ("first-extreme", F32), ("no-decay", BF16), slow("erase", F32)], ids=str
+)
 def test_with_the_output_in_the_chain(name, dtype, poisoned):
     from miras_kernels.kernels.common import configs
 
@@ -174,20 +191,25 @@ def test_explain_says_what_is_computed_in_blocks():
     assert {algorithm(**other) for other in others} == {"chunks of 1 tokens"}
     for other in others[::2]:
         assert "it serves decay_first with L2()" in explained(**other, decay_first=True)["triton"]
-    assert explained(erase_k=given["k"])["triton"] == "it does not serve erase_k"
+    assert algorithm(erase_k=given["k"]) == "exact steps in blocks of 32 tokens"
+    by_key = dict(log_decay=None, key_log_decay=-given["k"].detach().abs())
+    assert algorithm(**by_key) == algorithm(**by_key, **halves) == "exact steps in blocks of 16 tokens"
 
 
-def test_layers_and_flash_linear_attentions_function_run_on_triton(monkeypatch):
-    """The preset `gated_deltanet`, forward and backward, and `chunk_gated_delta_rule` with two value heads for every key head."""
+@pytest.mark.parametrize(
+    ("preset", "function", "decay"), [("gated_deltanet", chunk_gated_delta_rule, ()), ("kda", chunk_kda, (16,))], ids=str
+)
+def test_layers_and_flash_linear_attentions_functions_run_on_triton(preset, function, decay, monkeypatch):
+    """A preset, forward and backward, and the function of its rule with two value heads for every key head."""
     torch.manual_seed(0)
-    block, x = MemoryBlock(32, 2, preset="gated_deltanet").to(DEVICE), torch.randn(1, 20, 32, device=DEVICE)
-    q, k, v = (torch.randn(2, 20, h, 16, device=DEVICE) for h in (2, 2, 4))
-    g, beta = -torch.rand(2, 20, 4, device=DEVICE), torch.rand(2, 20, 4, device=DEVICE)
+    block, x = MemoryBlock(32, 2, preset=preset).to(DEVICE), torch.randn(1, 20, 32, device=DEVICE)
+    q, k, v = (torch.randn(1, 20, h, 16, device=DEVICE) for h in (2, 2, 4))
+    g, beta = -torch.rand(1, 20, 4, *decay, device=DEVICE), torch.rand(1, 20, 4, device=DEVICE)
     found = {}
     for backend in ("triton", "reference"):
         block.backend = backend
         monkeypatch.setattr(dispatch, "candidates", lambda device, backend=backend: (backend,))
         grads = torch.autograd.grad(block(x)[0].square().sum(), tuple(block.parameters()))
-        found[backend] = [*grads, *chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, output_final_state=True)]
+        found[backend] = [*grads, *function(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, output_final_state=True)]
     for a, b in zip(*found.values(), strict=True):
         assert relative_error(a, b) < CLOSE

@@ -199,9 +199,9 @@ _KEYED_BLOCK = 16
 
 def _block_tokens(call: Call) -> int:
     """How many tokens a block of this call has, or 0 where it is not computed in blocks."""
-    if call.erase_k is None and call.key_log_decay is None:
-        return block_tokens(call)
-    return min(block_tokens(call.replace(erase_k=None, key_log_decay=None)), _KEYED_BLOCK)
+    plain = block_tokens(call)
+    keyed = call.erase_k is not None or call.key_log_decay is not None
+    return min(plain, _KEYED_BLOCK) if keyed else plain
 
 
 def _block(call: Call) -> tuple[tuple, ...]:

@@ -24,7 +24,7 @@ class TritonBackend:
 
     name = "triton"
     unverified = "warn"
-    variants: tuple[str, ...] = ("decay_first",)
+    variants: tuple[str, ...] = ("decay_first", "erase_k", "key_log_decay")
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from .. import __version__
 from . import plan
 
-__all__ = ["model_card", "write_card"]
+__all__ = ["model_card", "replace_generated", "write_card"]
+
+_GENERATED = "This model card has been automatically generated."  # in the card that transformers uploads
 
 _TEXT = """---
 library_name: transformers
@@ -68,6 +71,17 @@ def write_card(model: PreTrainedModel, folder: str | Path) -> None:
     path = Path(folder) / "README.md"
     if not path.exists():
         path.write_text(model_card(model), encoding="utf-8")
+
+
+def replace_generated(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write README.md in place of the one that transformers has generated for an upload, if that is what is there; its tags stay."""
+    path = Path(folder) / "README.md"
+    generated = ModelCard.load(path) if path.exists() else None
+    if generated is None or _GENERATED not in generated.text:
+        return
+    card = ModelCard(model_card(model))
+    card.data.tags += [tag for tag in generated.data.tags or () if tag not in card.data.tags]
+    card.save(path)
 
 
 def _row(group: plan.Memories) -> str:

@@ -25,7 +25,7 @@ from ..layers import MemoryBlock
 from . import compat, hosts, plan
 from .attention import MemoryAttention, ParallelAttention, describe_batch, mask_of_tokens
 from .cache import check_cache, memory_layer
-from .card import write_card
+from .card import replace_generated, write_card
 from .hosts import Host
 from .plan import Memories
 from .quantised import leave_out_memories
@@ -130,6 +130,11 @@ class MirasModelMixin(compat.GenerationMethods, _Original):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             write_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """Called by ``push_to_hub`` and ``save_pretrained(push_to_hub=True)``, after the card has been written."""
+        replace_generated(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from .hosts import Host, device_of
 
@@ -25,9 +26,9 @@ _MEMORIES = r".*\.memory"  # a regular expression, as transformers reads them
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is something else than an ordinary parameter of floating-point numbers."""
+    """Whether a linear layer may do more than multiply by an ordinary parameter of floating-point numbers."""
     weight = getattr(module, "weight", None)
-    return type(weight) is not nn.Parameter or not weight.is_floating_point()
+    return type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter or not weight.is_floating_point()
 
 
 def check_projections(attention: nn.Module, host: Host, index: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:

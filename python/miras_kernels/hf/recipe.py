@@ -72,8 +72,8 @@ def linearize(
 
     **Interruptions.** With ``folder``, a checkpoint (``checkpoint.pt``: the whole state of the model and of the optimiser) is written at
     the start, after every ``save_every`` steps and after each stage, and replaces the one before once it is complete. The same call with
-    a model made in the same way goes on from it, and ends with the same parameters as without the interruption; at the end, it only
-    loads them.
+    a model made in the same way, or with the one that the interruption left, goes on from it and ends with the same parameters as
+    without the interruption; at the end, it only loads them.
 
     Args:
         model: a causal language model of the architectures of :func:`~miras_kernels.hf.replace_attention` with memories in place of
@@ -97,7 +97,9 @@ def linearize(
         FloatingPointError: a loss or gradient is not finite. The model is that of the step before, and the checkpoint the last good one.
     """
     chosen = _stages(stages)
-    host = _check_model(model, chosen)
+    path = None if folder is None else Path(folder) / CHECKPOINT
+    checkpoint = None if path is None else _read(path)
+    host = _check_model(model, chosen if checkpoint is None else chosen[checkpoint["index"] :])
     _check_teacher(teacher, model, host, chosen)
     for name, value, least in (("save_every", save_every, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -115,10 +117,10 @@ def linearize(
         "data": [len(rows), rows.length],
         "held_out": None if others is None else [len(others), others.length],
     }
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / CHECKPOINT
-        _resume(run, path, settings)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint is not None:
+            _resume(run, path, settings, checkpoint)
         run.save = lambda *state: _save(run, path, settings, *state)
     modes = {x: x.training for x in (model, teacher) if x is not None}
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -164,21 +166,32 @@ def _save(run: Run, path: Path, settings: dict, optimizer: dict | None, adapters
     os.replace(new, path)
 
 
-def _resume(run: Run, path: Path, settings: dict) -> None:
-    """Load a checkpoint if there is one.
+def _read(path: Path) -> dict | None:
+    """The checkpoint, if there is one.
 
     Raises:
-        ValueError: it belongs to another run, or cannot be read.
+        ValueError: it is none.
     """
     if not path.exists():
-        return
+        return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found, memories = state["settings"], state["memories"]
         if state["version"] != VERSION:
             raise ValueError(f"of version {state['version']}, expected {VERSION}")
     except Exception as error:
         raise ValueError(f"folder: expected a checkpoint of linearize in {path}, or none, got a file that is none ({error})") from None
+    return state
+
+
+def _resume(run: Run, path: Path, settings: dict, state: dict) -> None:
+    """Load a checkpoint.
+
+    Raises:
+        ValueError: it belongs to another run.
+    """
+    found, memories = state["settings"], state["memories"]
+    if settings["memories"] == memories:  # the model that was interrupted: a stage may have given layers attention back
+        settings["memories"] = found["memories"]
     differing = [name for name in settings if settings[name] != found[name]]
     if differing:
         name = differing[0]

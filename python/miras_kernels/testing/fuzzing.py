@@ -206,8 +206,8 @@ def examples(backend: str | None = None, custom: bool = False):
         lengths = draw(st.one_of(st.none(), st.lists(st.integers(0, most // 3), min_size=1, max_size=4).filter(any).map(tuple)))
         # the softmax of one entry and LayerNorm of one or two channels have gradients of exactly 0, but not after rounding
         key_dim = draw(st.integers(2 if linear else 6, 40))
-        # the C++ kernels have the delta rule's options with scalar gates
-        per_channel = ("channel",) if linear and not (variant and backend == "cpp") else ()
+        # kernels have the delta rule's options with scalar gates
+        per_channel = ("channel",) if linear and not (variant and backend) else ()
         strong, by_channel = ("strong", "extreme") if linear else (), ("channel", "extreme_channel") if per_channel else ()
         decays = ("scalar", "none", "slight", *strong, *by_channel)
         # mild decays for MLP memories: where the primal of one matrix is 0 the other one only decays, and would underflow in float32

@@ -31,7 +31,6 @@ def block_tokens(call: Call, most: int | None = None) -> int:
     most = most or BLOCK
     scalar = call.lr.dim() == 3 and (call.log_decay is None or call.log_decay.dim() == 3)
     exact = call.memory is LINEAR and isinstance(call.bias, L2) and isinstance(call.retention, L2Retention) and call.momentum is None
-    exact = exact and call.erase_k is None and call.key_log_decay is None
     return most // call.chunk_size * call.chunk_size if exact and scalar and call.chunk_size < SHORT else 0
 
 
