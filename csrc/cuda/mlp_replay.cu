@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_replay(const __
   constexpr int kBlocks = kBlocksOf<C, Hd>, kUnits = Hd / kBlocks;
   static_assert(Shape<C, kUnits>::kThreads == Shape<C, Hd>::kThreads);
   if constexpr (ReplayShared<C, kUnits>::kBytes <= kMaxShared) {
-    const int head = blockIdx.x / kBlocks, place = head / b.chain.H;
+    const unsigned head = blockIdx.x / kBlocks;
+    const int place = head / b.chain.H;
     Replay<C, kUnits, T, kBlocks>(b, int(b.segments[2 * place]), head % b.chain.H).run(place);
   }
 }

@@ -215,13 +215,6 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
     Base::meet();
     float y[X::kChannels], x[kColumns];
     Base::collect(y), collect_pairs(x);
-    float read = 0.0f;
-    if (b.grad_log_decay) {
-      const uint32_t other = Base::other();
-#pragma unroll
-      for (int w = 0; w < X::kWarps; ++w) read += Base::of_blocks(S::kReads + 4 * (w * C + row), other);
-    }
-    Base::release();
     if (first_token + row < tokens && Base::writes(row))
       each_four([&](int i, int channel) {
         float o[4];
@@ -251,6 +244,10 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
       const float more = __shfl_up_sync(0xffffffffu, up, m);
       if (piece >= m) up += more;
     }
+    float read = 0.0f;
+    const uint32_t other = Base::other();
+#pragma unroll
+    for (int w = 0; w < X::kWarps; ++w) read += Base::of_blocks(S::kReads + 4 * (w * C + row), other);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int s = piece * kColumns + i;
@@ -303,6 +300,7 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
       hidden_grad(Q, logs, gammas);
       __syncthreads();
       query_grad(K, logs, gammas, c * C);
+      Base::release();
       __syncthreads();
       if (S::kBuffers == 1 && c + 1 < last) Base::fetch(c + 1);
       if (b.grad_log_decay && threadIdx.x < C && c * C + int(threadIdx.x) < tokens && Base::writes(threadIdx.x)) {

@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_reverse(const _
   constexpr int kBlocks = kBlocksOf<C, Hd>, kUnits = Hd / kBlocks;
   static_assert(Shape<C, kUnits>::kThreads == Shape<C, Hd>::kThreads);
   if constexpr (ReverseShared<C, kUnits>::kBytes <= kMaxShared) {
-    const int head = blockIdx.x / kBlocks;
+    const unsigned head = blockIdx.x / kBlocks;
     Reverse<C, kUnits, T, kBlocks>(b, head / b.chain.H, head % b.chain.H).run();
   }
 }

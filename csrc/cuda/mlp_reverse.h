@@ -94,7 +94,7 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     float aj[X::kChannels], dg[X::kChannels];
     Base::template contract_all<false>(aj, S::kA, S::kJ);
     Base::release();
-    __syncthreads();
+    if constexpr (kBlocks == 1) __syncthreads();  // else what follows `await` comes after all threads' `release`
     Base::template contract_all<true>(dg, S::kB, S::kS1);
     const float4 gates = at<float4>(S::kRows + 16 * row);  // eta, -dec, delta
     const float eta = gates.x, inverse = *reinterpret_cast<const float*>(from + From::kInverse + 4 * row);
