@@ -68,7 +68,8 @@ struct Gelu {
     Vec exponent = x * (kLinear2 + kCubic2 * x * x);
     exponent = (Vec)((IVec)exponent | int32_t(0x80000000));         // -|y| / ln 2
     exponent = exponent > -127.0f ? exponent : broadcast(-127.0f);  // 2^-127 is zero here
-    const Vec n = round_to_even(exponent), scale = power_of_two(n), e = scale + scale * exp2_minus_one(exponent - n);
+    const Vec magic = broadcast(12582912.0f), shifted = exponent + magic, n = shifted - magic;  // n in the last bits of `shifted`
+    const Vec scale = (Vec)(((IVec)shifted + 127) << 23), e = scale + scale * exp2_minus_one(exponent - n);
     const Vec large = 1.0f / (1.0f + e), small = e * large;  // s of |y| and of -|y|
     s = x < 0.0f ? small : large;
     st = small * large;

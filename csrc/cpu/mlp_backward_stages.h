@@ -87,6 +87,7 @@ void MlpBackwardTask::write_backward_hidden(const Part& mine, int c) {
   if (momentum) m.hidden_product(mine.units, c, s.JS[1], m.KT, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
+    x.prefetch(m.HT + index_t(i) * cp + j, cp), x.prefetch(m.slopeT + index_t(i) * cp + j, cp);
     x.add(Rows{s.J[1] + index_t(i) * dp, dp}, m.KT + j, cp, 0, d);
     x.scale_cols(m.gates.to_end + j);
     if (momentum) x.add_scaled_cols(m.partT + index_t(i) * cp + j, cp, m.gates.step_end + j);

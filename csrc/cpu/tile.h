@@ -70,6 +70,15 @@ template <int R, int N> struct Tile {
     each([](int, int, Vec& x) MIRAS_LAMBDA { x = zeros(); });
   }
 
+  // Prefetches the elements of x that belong to the result's, for what follows the product.
+  MIRAS_FN static void prefetch(const float* x, index_t ld) {
+    MIRAS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MIRAS_UNROLL
+      for (int n = 0; n < N; n += (16 + kLanes - 1) / kLanes) __builtin_prefetch(x + r * ld + n * kLanes);
+    }
+  }
+
   // += sign * A[:, k0:k1] B[k0:k1, :];  beside(k) is called for each k (a prefetch)
   template <int kSign, class A, class Beside>
   MIRAS_FN void product(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside) {
