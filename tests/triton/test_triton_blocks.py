@@ -197,7 +197,9 @@ def test_explain_says_what_is_computed_in_blocks():
 
 
 @pytest.mark.parametrize(
-    ("preset", "function", "decay"), [("gated_deltanet", chunk_gated_delta_rule, ()), ("kda", chunk_kda, (16,))], ids=["gated_deltanet", "kda"]
+    ("preset", "function", "decay"),
+    [("gated_deltanet", chunk_gated_delta_rule, ()), ("kda", chunk_kda, (16,))],
+    ids=["gated_deltanet", "kda"],
 )
 def test_layers_and_flash_linear_attentions_functions_run_on_triton(preset, function, decay, monkeypatch):
     """A preset, forward and backward, and the function of its rule with two value heads for every key head."""
