@@ -218,7 +218,8 @@ def test_configurations_are_few_and_serve_every_key():
 
     assert all(len(rules) <= 8 for rules in configs.KERNELS.values())
     assert {field.name for field in dataclasses.fields(configs.Key)} == {
-        "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden", "gated", "matrix_coupled", "momentum", "channels", "exact"
+        "key_dim", "value_dim", "chunk_size", "itemsize", "coupled", "hidden", "gated", "matrix_coupled", "momentum", "channels", "exact",
+        "keyed",
     }  # fmt: skip
     sizes = (1, 16, 33, 64, 96, 128, 200, 256)
     keys = list(itertools.starmap(configs.Key, itertools.product(sizes, sizes, configs.CHUNK_SIZES, (2, 4), (False, True))))
