@@ -76,7 +76,7 @@ void BackwardTask::scores_backward(int c, const Part& mine, WriteSoon soon) {
 
 // Tokens: dU = -P' dO - to_end * (K J') - Theta_C * (K JS')
 void BackwardTask::writes_backward(int c, Range tokens, WriteSoon soon) {
-  const int count = tokens.count();
+  [[maybe_unused]] const int count = tokens.count();
   MIRAS_STAGE("writes", 2 * count * dk * dvp + count * (c + 1) * dvp, count * dk + dk * dvp + count * (c + 1) / 2 + 3 * count * dvp);
   const LinearGates& gates = s.gates;
   if (momentum) weigh_rows(tokens, dvp, gates.step_end, s.KJS, s.KJS);

@@ -202,7 +202,7 @@ void BackwardTask::predict_errors(int64_t chunk, const ChunkStart& x, const Part
 
 // Value channels: the states at the start of the next chunk
 void BackwardTask::advance_state(int64_t chunk, const ChunkStart& x, const Part& mine) {
-  const int c = tokens(chunk), width = mine.channels.count();
+  [[maybe_unused]] const int c = tokens(chunk), width = mine.channels.count();
   MIRAS_STAGE("update", 2 * c * dk * width, dk * cp + c * width + 2 * dk * width);
   const ColumnRange cols(dvp, mine.channels);
   const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1), products(c));

@@ -178,7 +178,7 @@ void ForwardTask::read_within(const Part& mine, WriteSoon soon) {
 // Value channels: O = gamma * (Q R') + O_own - P U
 void ForwardTask::read_out(const Part& mine, ReadSoon soon) {
   const Range cols = mine.channels;
-  const int width = cols.count();
+  [[maybe_unused]] const int width = cols.count();
   MIRAS_STAGE("read-out", 2 * c * dk * width + c * (c + 1) * width, c * dk + dk * width + c * (c + 1) / 2 + 2 * c * width);
   const LinearGates& gates = s.gates;
   const Rows Q = queries();
@@ -203,7 +203,7 @@ void ForwardTask::read_out(const Part& mine, ReadSoon soon) {
 
 // Value channels: A, S
 void ForwardTask::advance_state(const Part& mine, ReadSoon soon) {
-  const int width = mine.channels.count();
+  [[maybe_unused]] const int width = mine.channels.count();
   MIRAS_STAGE("update", 2 * c * dk * width, dk * cp + c * width + 2 * dk * width);
   const LinearGates& gates = s.gates;
   const ColumnRange cols(dvp, mine.channels);
