@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mutants import MUTANTS, occurrences
+from mutant_table import MUTANTS
+from mutants import occurrences
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
