@@ -103,7 +103,8 @@ def registers(ptx: str, entry: str = r"[\w$]+") -> int:
     from triton.backends.nvidia.compiler import get_ptxas
 
     target, name = re.search(r"\.target\s+(\w+)", ptx)[1], re.search(rf"\.entry\s+({entry})\W", ptx)[1]
-    ptxas = get_ptxas(int(target[3:].rstrip("a"))).path
+    newer = int(re.search(r"\.version\s+(\d+)", ptx)[1]) >= 9  # nvcc's: Triton's assembler for the older chips lacks it
+    ptxas = get_ptxas(100 if newer else int(target[3:].rstrip("a"))).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
