@@ -69,7 +69,7 @@ def test_the_table_is_complete():
         small = {name for name in known if re.search("-C(16|32)-Hd", name) and not label.startswith("nvcc")}
         assert known - small <= set(table[label]["rows"]) <= known, label
         for name, directions in table[label]["rows"].items():
-            for chip in CHIPS:
+            for chip in (chip for chip, x in CHIPS.items() if x.architecture == specimens[name].architecture):
                 assert "forward+backward: " in "\n".join(counts.report(specimens[name], directions, chip, directions))
 
 
