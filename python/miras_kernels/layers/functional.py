@@ -95,7 +95,7 @@ class _Depthwise(torch.autograd.Function):
             dx = _convolution(grad, weight.flip(1).to(grad.dtype), weight.shape[1] - 1)[:, zeros:].to(x.dtype)
         if ctx.needs_input_grad[1]:
             sums = [wide(grad).new_zeros(weight.shape[0]) for _ in range(weight.shape[1])]
-            tokens = max(1, 2**18 * grad.shape[1] // grad.numel())  # of a stretch whose products stay in the cache
+            tokens = max(1, 2**18 * grad.shape[1] // max(1, grad.numel()))  # of a stretch whose products stay in the cache
             for start in range(0, grad.shape[1], tokens):
                 dy = wide(grad[:, start : start + tokens])
                 for tap, total in enumerate(sums):
