@@ -69,21 +69,9 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
   require(momenta.has_value() == x.momentum.has_value(), "momentum and momenta come together");
   if (momenta) p.momenta = states(p, *momenta, "momenta must be float32 [N, H, Dv, Dk]");
 
-  // With fewer heads than threads, split the value rows too, into panels of at least 32 rows, or, if something couples them, the stages of
-  // a chunk.
-  const int64_t heads = p.N * p.H, threads = num_threads();
-  p.panels = 1, p.panel_width = p.Dv;
   const bool coupled = bias_traits(p.bias, p.bias_program).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
   p.parallel_for = parallel_for;
-  if (coupled) {
-    p.share_task(heads, threads, p.Dv, int64_t(p.Dk) * p.Dv);
-  } else if (heads > 0 && heads < threads) {
-    const int wanted = int(std::min<int64_t>((threads + heads - 1) / heads, p.Dv / 32));
-    if (wanted > 1) {
-      p.panel_width = ((p.Dv + wanted - 1) / wanted + 15) / 16 * 16;
-      p.panels = (p.Dv + p.panel_width - 1) / p.panel_width;
-    }
-  }
+  p.share_rows(num_threads(), coupled);
 }
 
 // Exact steps in blocks of that many tokens, or 0; decay first; erase_k and key_log_decay: see cpu/block.h, cpu/keyed.h

@@ -176,6 +176,51 @@ class StateCalls {
   bool overwrite_;
 };
 
+// Whole sequences of one signature through a linear memory without gradients, from a dual, or from zeros without one. A call that does not
+// fit does nothing and returns None.
+class SequenceCalls {
+ public:
+  SequenceCalls(const TokenTuple& tokens, const RuleTuple& rules, bool output_final_state, bool check_values)
+      : SequenceCalls(Tokens(tokens), rules, output_final_state, check_values) {}
+
+  // (out, the dual after the tokens or None)
+  py::object operator()(py::handle q, py::handle k, py::handle v, py::handle lr, py::handle log_decay, py::handle delta,
+                        py::handle dual_) const {
+    LinearForward p = p_;
+    Signature::Call call{q, k, v, lr, log_decay, delta, py::none()};
+    const View dual(dual_);
+    if (dual.defined() ? !is_float(dual) || !dual.has_shape({p.N, p.H, p.Dv, p.Dk}) : !dual_.is_none()) return py::none();
+    if (!signature_.fill(p, call)) return py::none();
+    if (dual.defined()) p.dual = states(dual);
+    p.share_rows(num_threads(), coupled_);
+    const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, p.dtype == Dtype::f32 ? kFloat32 : kBfloat16);
+    p.out = tokens(out);
+    Tensor after;
+    if (output_final_state_) p.final_dual = states(after = new_float({p.N, p.H, p.Dv, p.Dk}));
+    {
+      py::gil_scoped_release nogil;
+      const auto kernel = cpu::kernels().linear_forward;
+      if (p.parts > 1) kernel(p, 0, p.tasks());
+      else parallel_for(p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
+    }
+    return py::make_tuple(out, after);
+  }
+
+ private:
+  SequenceCalls(const Tokens& x, const RuleTuple& rules, bool output_final_state, bool check_values)
+      : rules_(rules), signature_(x, check_values), output_final_state_(output_final_state) {
+    fill_tokens(p_, x, {}, rules, 0);
+    p_.Dk = int(x.q.size(3)), p_.Dv = int(x.v.size(3)), p_.parallel_for = parallel_for;
+    require(p_.Dk <= kMaxHead && p_.Dv <= kMaxHead && !p_.momentum && (!output_final_state || p_.T % p_.C == 0), "not such a sequence");
+    coupled_ = bias_traits(p_.bias, p_.bias_program).couples_row || retention_traits(p_.retention).coupling == Coupling::matrix;
+  }
+
+  LinearForward p_;
+  RuleTuple rules_;
+  Signature signature_;
+  bool output_final_state_, coupled_;
+};
+
 }  // namespace
 
 void bind_states(py::module_& m) {
@@ -186,6 +231,9 @@ void bind_states(py::module_& m) {
       .def(py::init<const TokenTuple&, const RuleTuple&, bool, bool, bool>(), "tokens"_a, "rules"_a, "decay_first"_a, "overwrite"_a,
            "check_values"_a)
       .def("__call__", &StateCalls::operator());
+  py::class_<SequenceCalls>(m, "SequenceCalls")
+      .def(py::init<const TokenTuple&, const RuleTuple&, bool, bool>(), "tokens"_a, "rules"_a, "output_final_state"_a, "check_values"_a)
+      .def("__call__", &SequenceCalls::operator());
   m.def("step_buffers", [] { return std::vector<std::string>(std::begin(kStepBuffers), std::end(kStepBuffers)); });
 }
 

@@ -226,7 +226,8 @@ void ForwardTask::pass_decays(bool closes) {
 
 void ForwardTask::run() {
   fill_zero(s.P, int64_t(p.C) * cp);  // nothing is written right of the diagonal
-  read_state(p.dual, n, h, task.first, task.dv, dk, s.A, dvp);
+  if (p.dual) read_state(p.dual, n, h, task.first, task.dv, dk, s.A, dvp);
+  else fill_zero(s.A, int64_t(dk) * dvp);
   if (momentum) read_state(p.momenta, n, h, task.first, task.dv, dk, s.S, dvp);
   int position = p.position ? int(p.position[n]) : 0;
   read_open_chunk(position);

@@ -108,7 +108,7 @@ template <int R, int N> struct Tile {
 
   // row r *= x[r]
   MIRAS_FN void scale_rows(const float* x) {
-    each([&](int r, int, Vec& y) MIRAS_LAMBDA { y *= broadcast(x[r]); });
+    each([&](int r, int, Vec& y) MIRAS_LAMBDA { y *= broadcast(x[r]), round_now(y); });
   }
 
   // *= x, element by element
@@ -123,7 +123,7 @@ template <int R, int N> struct Tile {
 
   // column n *= x[n]
   MIRAS_FN void scale_cols(const float* x) {
-    each([&](int, int n, Vec& y) MIRAS_LAMBDA { y *= load(x + n * kLanes); });
+    each([&](int, int n, Vec& y) MIRAS_LAMBDA { y *= load(x + n * kLanes), round_now(y); });
   }
 
   // sums[r] += <row r, x's row r>

@@ -53,6 +53,16 @@ MIRAS_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAtAnyAddress*>(p
 MIRAS_INLINE Vec broadcast(float x) { return x - Vec{}; }
 MIRAS_INLINE Vec zeros() { return Vec{}; }
 
+// Rounds x here: the compiler would contract a product with a sum that follows, in one function and not in another, and results would
+// depend on how a matrix is divided into tiles.
+MIRAS_INLINE void round_now(Vec& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 // 0, 1, 2, ...
 MIRAS_INLINE IVec iota() {
   IVec x;

@@ -104,8 +104,8 @@ def linear_memory(
         TypeError, ValueError: naming the argument, what was expected and what was given.
     """
     settings = None
-    if chunk_size == 1 and momentum is erase_k is key_log_decay is cu_seqlens is None:
-        settings = (bias, retention, decay_first, output_final_state, inplace_state, backend)
+    if momentum is erase_k is key_log_decay is cu_seqlens is None:
+        settings = (bias, retention, chunk_size, decay_first, output_final_state, inplace_state, backend)
         found = repeat(settings, q, k, v, lr, log_decay, delta, initial_state)
         if found is not None:
             return found

@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 
+import miras_kernels as mk
 from decoding import MLP, PAIRS, SIZES
 from miras_kernels import autograd, memory, validation
 from miras_kernels.backends.cpp import Steps
+from miras_kernels.decode import earlier
 from miras_kernels.tables import memories
 from miras_kernels.testing import Case, check_steps, steps
 from miras_kernels.testing.steps import cut
@@ -71,3 +73,38 @@ def test_the_operator_gives_a_state_of_its_own(shape):
     assert torch.equal(out, wanted)
     assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(final, after.tensors(), strict=True))
     assert len({x.untyped_storage().data_ptr() for x in final}) == len(final)
+
+
+SEQUENCES = [
+    dict(initial="none", decay="none"),
+    dict(final=False, tokens=43),
+    dict(bias=mk.Huber("norm"), delta="float", retention=mk.LqRetention(1.5)),
+    dict(bias=mk.Huber("coordinate"), lr="channel", decay="channel", delta="channel"),
+]
+
+
+@pytest.mark.parametrize("changes", SEQUENCES, ids=str)
+def test_a_sequence_like_an_earlier_one(changes, monkeypatch):
+    """The second call of a signature takes the short way, with the same bits; what does not fit takes the long one, with its errors."""
+    changes, final = dict(changes), changes.get("final", True)
+    changes.pop("final", None)
+    case, second = (Case("sequence", seed=seed, **(dict(tokens=48, chunk_size=16) | changes)) for seed in (0, 1))
+    first, second = ({**x.draw(torch.float32).arguments(), "backend": "cpp", "output_final_state": final} for x in (case, second))
+    monkeypatch.setattr(earlier, "_earlier", {})
+    with torch.no_grad():
+        case.function(**first)
+        (known,) = earlier._earlier.values()
+        taken, run = [], known.run
+        monkeypatch.setattr(known, "run", lambda *args: taken.append(run(*args)) or taken[-1])
+        strided = {**second, "q": second["q"].transpose(1, 2).contiguous().transpose(1, 2)}
+        (out, state), (again, _) = case.function(**second), case.function(**strided)
+        assert len(taken) == 2 and out is taken[0][0] and torch.equal(again, out)
+        case.function(**{**second, "lr": second["lr"].double().float().bfloat16()})
+        if second["log_decay"] is not None:
+            with pytest.raises(ValueError, match="log_decay"):
+                case.function(**{**second, "log_decay": -second["log_decay"]})
+        assert all(x is None for x in taken[2:]) and len(taken) > 2
+        monkeypatch.setattr(memory, "repeat", lambda *_: None)
+        wanted, last = case.function(**second)
+    assert torch.equal(out, wanted) and (state is None) == (last is None) == (not final)
+    assert not final or torch.equal(state.dual[0], last.dual[0])

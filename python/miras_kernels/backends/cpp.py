@@ -92,6 +92,22 @@ class CppBackend:
     def stepper(self, call: Call) -> Steps:
         return Steps(self.extension, call)
 
+    def repeated(self, call: Call) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:
+        """``run(q, k, v, lr, log_decay, delta, dual)`` for calls without gradients like this one, of a linear memory whose dual is its
+        state: the output and the dual after the tokens. It does nothing and returns None if an argument is not as in the call. None if
+        there is no such function.
+        """
+        if call.memory is not LINEAR or call.momentum is not None or call.state.open_chunk is not None:
+            return None
+        arguments, check = (_tokens(call), _rules(call)), options.check_values is not False
+        if self.decodes(call):
+            direct = call.chunk_size == 1 and isinstance(call.retention, L2Retention)
+            return self.extension.StateCalls(*arguments, call.decay_first, call.inplace_state, check) if direct else None
+        ends_open = call.output_final_state and call.q.shape[1] % call.chunk_size != 0
+        if call.cu_seqlens is not None or call.variants or _block_tokens(call) or call.inplace_state or ends_open:
+            return None
+        return self.extension.SequenceCalls(*arguments, call.output_final_state, check)
+
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         size = _block_tokens(call) or call.chunk_size
         checkpoints = checkpoints_like(call.replace(chunk_size=size), _interval(call, checkpoint_every))
@@ -133,16 +149,6 @@ class Steps:
         """
         make = getattr(self.extension, f"{self.call.memory.name.capitalize()}Stepper")
         return make(_tokens(self.call), _norm(self.call), buffers.all(), _rules(self.call), options.check_values is not False)
-
-    def repeated(self) -> Callable[..., tuple[Tensor, Tensor] | None] | None:
-        """``run(q, k, v, lr, log_decay, delta, dual)`` for calls like this one, of a linear memory whose dual is its state: the output and
-        the dual after the tokens. It does nothing and returns None if an argument is not as in the call. None if there is no such function.
-        """
-        call = self.call
-        if call.memory is not LINEAR or call.chunk_size != 1 or call.momentum is not None or not isinstance(call.retention, L2Retention):
-            return None
-        check = options.check_values is not False
-        return self.extension.StateCalls(_tokens(call), _rules(call), call.decay_first, call.inplace_state, check)
 
     def on_value(self) -> tuple[Tensor, list[Tensor]]:
         """Decode the call on its state as a value, without a decoder's buffers."""
