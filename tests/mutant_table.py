@@ -30,6 +30,7 @@ def cpp(*names: str) -> tuple[str, ...]:
 
 #: the forward of the MLP memory in CUDA C++
 MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
+MLP_GATED = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.float16-lq-packed")
 LINEAR_BACKWARD = cases("cuda/test_linear_backward.py::test_gradients", "sm_90-small")
 MLP_BACKWARD = cases("cuda/test_mlp_backward.py::test_gradients", "sm_80-torch.float16-small")
 MLP_CLUSTER = cases("cuda/test_mlp_backward.py::test_gradients", "sm_90-torch.float16-cluster-whole")
@@ -187,6 +188,10 @@ MUTANTS = [
            "(lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1", "(lane >> 3 & 1) * 8 + (lane & 7), lane >> 4"),
     Mutant("cuda-mlp-chain-writes-do-not-decay", "csrc/cuda/mlp_block.h", MLP_CHAIN,
            "at<float>(S::kRaw + 4 * r), -dec,", "at<float>(S::kRaw + 4 * r), -1.0f,"),
+    Mutant("cuda-mlp-chain-scores-without-rho", "csrc/cuda/mlp_primal.h", MLP_GATED,
+           "return at<float>(S::kMap + 8 + 4 * matrix);", "return 0.0f;"),
+    Mutant("cuda-mlp-chain-sums-of-the-warp-alone", "csrc/cuda/mlp_primal.h", MLP_GATED,
+           "const float2 of = at<float2>(S::kSums + 8 * w);", "const float2 of = at<float2>(S::kSums + 8 * warp);"),
     Mutant("cuda-mlp-backward-without-the-second-derivative-of-gelu", "csrc/cuda/mlp_reverse.h", MLP_BACKWARD,
            "first.x * low + second.x, first.y * high + second.y", "first.x * low, first.y * high"),
     Mutant("cuda-mlp-backward-reads-pairs-transposed", "csrc/cuda/mlp_reverse_block.h", MLP_BACKWARD,
