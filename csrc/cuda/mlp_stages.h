@@ -40,7 +40,7 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
   using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
   using Base::floats, Base::load_tokens, Base::packed;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll, Base::kState;
-  using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
+  using Base::kGates, Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
   using Base::log_rho, Base::own_w2, Base::put_s1, Base::put_w2, Base::sum_duals, Base::weigh_duals;
   using Base::state_times, Base::scale_tokens, Base::add_rows, Base::exchange, Base::each_four;
   using typename Base::S;
@@ -81,7 +81,7 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], address(left + by_rows<8>(16 * tile, 16 * k, lane)));
       float2 upper = at<float2>(logs + 8 * t0), lower = at<float2>(logs + 8 * (t0 + 8));
-      upper.y += log_rho, lower.y += log_rho;
+      if constexpr (kGates) upper.y += log_rho, lower.y += log_rho;
 #pragma unroll
       for (int i = 0; i < kShare; ++i) {
         const int x = s0 + i, s = 8 * x + 2 * t;
@@ -270,7 +270,7 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
 #pragma unroll
     for (int x = 0; x < 8; ++x) u[x][0] *= upper, u[x][1] *= upper, u[x][2] *= lower, u[x][3] *= lower;
     float2 of_t[2] = {at<float2>(logs + 8 * t0), at<float2>(logs + 8 * (t0 + 8))};
-    of_t[0].y += log_rho, of_t[1].y += log_rho;
+    if constexpr (kGates) of_t[0].y += log_rho, of_t[1].y += log_rho;
 #pragma unroll
     for (int s = 0; s < kTiles; ++s)
       if (s <= tile) {  // each part's share of the scores has its own rounding and product
