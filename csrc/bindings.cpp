@@ -370,4 +370,5 @@ PYBIND11_MODULE(_C, m) {
   miras::bind_measuring(m);
   m.def("cpu_capability", [] { return miras::cpu::kernels().name; });
   m.def("cpu_capabilities", &miras::cpu::capabilities);
+  m.def("cpu_capabilities_by_name", &miras::cpu::capabilities_by_name);
 }

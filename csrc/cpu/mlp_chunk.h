@@ -241,12 +241,12 @@ struct MlpChunk {
   // Hidden units: dual and momentum i after the chunk; next may be the same as s.
   void advance_matrix(int i, const Part& mine, int c, const MlpState& s, const MlpState& next, ReadSoon soon) const {
     MIRAS_STAGE("update", 2 * c * d * hd, hd * c + c * d + 2 * hd * d);
-    const float* left = i == 0 ? AT : GzT;
+    const Rows left{i == 0 ? AT : GzT, cp};
     const Scaled momenta{s.momenta[i], gates.momenta_end(c)};
-    advance(c, mine.units, left, cp, i == 0 ? U1_end : K_end, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
+    advance(c, mine.units, left, i == 0 ? U1_end : K_end, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
     if (!gates.momentum) return;
     const Scaled steps{s.momenta[i], gates.step_momenta_end(c)};
-    advance(c, mine.units, left, cp, i == 0 ? U1_step : K_step, dp, steps, next.momenta[i], ReadSoon());
+    advance(c, mine.units, left, i == 0 ? U1_step : K_step, dp, steps, next.momenta[i], ReadSoon());
   }
 
   // ---- the read-out ----
@@ -262,10 +262,10 @@ struct MlpChunk {
     const Range tokens = mine.tokens;
     float* const last = last_rows + index_t(mine.index) * 2 * cp;
     if (gates.momentum) {
-      const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
+      const auto run = kept.L ? momentum_scores<true, Cols, float> : momentum_scores<false, Cols, float>;
       run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon), {});
     } else {
-      const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
+      const auto run = kept.L ? decayed_scores<true, Cols, float> : decayed_scores<false, Cols, float>;
       run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon), {});
     }
     if (retention.scales_reads) scale(rho.value, index_t(tokens.count()) * cp, P + index_t(tokens.first) * cp);

@@ -46,6 +46,8 @@ class CppBackend:
         return device.type == "cpu"
 
     def operands(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype == torch.bfloat16 and self.extension and self.extension.cpu_capability() == "avx512_bf16":
+            return dtype  # in the chunks of a linear memory
         return torch.float32
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:

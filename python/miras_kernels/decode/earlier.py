@@ -26,7 +26,7 @@ _MOST = 64
 
 @dataclasses.dataclass
 class _Earlier:
-    run: Callable[..., tuple[Tensor, Tensor | None] | None]
+    run: Callable[..., tuple[Tensor, Any] | None]  # the output, and the dual after the tokens or None
     verified: dict  # the results of verification that the backend was chosen by
     output_final_state: bool
     inplace_state: bool
