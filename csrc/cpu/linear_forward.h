@@ -18,22 +18,22 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct ForwardScratch {
-  float *A, *A0;  // [Dk x Dvp]  current dual; that of an open chunk's start
-  float *W, *R;   // [Dk x Dvp]  primal; what an open chunk reads. Unless W = A
-  float* S;       // [Dk x Dvp]  momenta
-  float *W_down, *R_down, *S_down;
-  Operand K;              // [C x Dkp]   with pairs
-  float* KT;              // [Dk x Cp]
-  Operand Q;              // [C x Dkp]   if q cannot be read in place
-  float *V, *O;           // [C x Dvp]   if v and out cannot be used in place
-  Operand U, U_end;       // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
-  Operand U_step;         // [C x Dvp]   Theta_Cs U_s
-  float* O_own;           // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
-  Operand P;              // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
-  float* last_rows;       // [2 x Cp] of each part
-  float* delta;           // [C] or [C x Dvp]
-  float* open_log_decay;  // [1] or [Dvp], padded
-  float* spare;           // [Dv x Dkp]
+  float *A, *A0;                    // [Dk x Dvp]  current dual; that of an open chunk's start
+  float *W, *R;                     // [Dk x Dvp]  primal; what an open chunk reads. Unless W = A
+  float* S;                         // [Dk x Dvp]  momenta
+  float *W_down, *R_down, *S_down;  // [Dk x Dvp] their copies for products, with pairs
+  Operand K;                        // [C x Dkp]   with pairs
+  float* KT;                        // [Dk x Cp]
+  Operand Q;                        // [C x Dkp]   if q cannot be read in place
+  float *V, *O;                     // [C x Dvp]   if v and out cannot be used in place
+  Operand U, U_end;                 // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
+  Operand U_step;                   // [C x Dvp]   Theta_Cs U_s
+  float* O_own;                     // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
+  Operand P;                        // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
+  float* last_rows;                 // [2 x Cp] of each part
+  float* delta;                     // [C] or [C x Dvp]
+  float* open_log_decay;            // [1] or [Dvp], padded
+  float* spare;                     // [Dv x Dkp]
   LinearGates gates;
 
   MIRAS_FN ForwardScratch(Arena& a, const LinearForward& p) : gates(a, p) {

@@ -43,9 +43,8 @@ MIRAS_INLINE const float* packed_down(const float* x, Range rows, ColumnRange co
   return kPairs ? space : x;
 }
 
-// Which of the three an operand has of its own, with pairs
+// A matrix and its copies. Without pairs the three are one; with them an operand has those that it was made with.
 enum Forms { kFloat = 1, kAlong = 2, kDown = 4 };
-
 struct Operand {
   float* x;
   Element* along;
@@ -68,7 +67,7 @@ struct Operand {
     if constexpr (!kPairs) other.along = elements(matrix), other.down = matrix;
     return other;
   }
-  MIRAS_FN operator float*() const { return x; }
+  MIRAS_FN operator float*() const { return x; }  // for everything but products
 
   MIRAS_FN void clear(int64_t rows, int64_t ld) const {
     if (x) fill_zero(x, rows * ld);
