@@ -22,6 +22,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 
   const MirasMlpChain& p;
   const BiasTraits traits;
+  const bool gated;  // whether a retention gate maps the duals, s1 and w2, to primals
   const int n, h;
   int64_t batch, begin;  // row of q, k, v, and first token
   int tokens;
@@ -30,7 +31,8 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   uint32_t u2[kStrips][kEights][2];  // gelu'(Z'), then U2'
 
   // of a sequence and head
-  __device__ __forceinline__ Block(const MirasMlpChain& p, int n, int h) : p(p), traits(bias_traits(BiasTag(p.bias))), n(n), h(h) {
+  __device__ __forceinline__ Block(const MirasMlpChain& p, int n, int h)
+      : p(p), traits(bias_traits(BiasTag(p.bias))), gated(kGates && p.retention != int(RetentionTag::l2)), n(n), h(h) {
     batch = p.cu_seqlens ? 0 : n;
     begin = p.cu_seqlens ? p.cu_seqlens[n] : 0;
     tokens = p.cu_seqlens ? int(p.cu_seqlens[n + 1] - begin) : p.T;
@@ -42,9 +44,6 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     lane = id & 31, warp = id >> 5, g = lane >> 2, t = lane & 3, tile = warp / X::kParts, part = warp % X::kParts;
     row = 16 * tile + part * X::kRows + lane / X::kLanes, piece = lane % X::kLanes;
   }
-
-  // whether a retention gate maps the duals, s1 and w2, to primals
-  __device__ __forceinline__ bool gated() const { return kGates && p.retention != int(RetentionTag::l2); }
 
   // which of the head's blocks this is
   __device__ __forceinline__ static int rank() {
@@ -167,7 +166,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t a[kStrips][4];
-      if (gated()) {
+      if (gated) {
 #pragma unroll
         for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(primal + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
       } else {
