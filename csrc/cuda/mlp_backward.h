@@ -84,9 +84,6 @@ template <int C, int Hd> struct ReverseShared {
   static constexpr uint32_t kBytes = kParks ? kSums + 2 * C * kD * 4 : kSlopes;
 };
 
-// The blocks of a head. Two form a cluster, with half of the hidden units each, where one has neither the registers nor the shared memory.
-template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
-
 template <int C, int Hd> constexpr uint32_t backward_shared() {
   constexpr int kUnits = Hd / kBlocksOf<C, Hd>;
   constexpr uint32_t replay = ReplayShared<C, kUnits>::kBytes, reverse = ReverseShared<C, kUnits>::kBytes;

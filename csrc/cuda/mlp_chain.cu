@@ -14,6 +14,17 @@ __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_chain(const __g
   }
 }
 
+// the same by clusters of two blocks
+template <int C, int Hd, class T>
+__global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_chain_cluster(const __grid_constant__ MirasMlpChain p) {
+  constexpr int kUnits = Hd / 2;
+  static_assert(kBlocksOf<C, Hd> == 2 && Shape<C, kUnits>::kThreads == Shape<C, Hd>::kThreads);
+  if constexpr (Shared<C, kUnits>::kBytes <= kMaxShared) {
+    const unsigned head = blockIdx.x / 2;
+    Chain<C, kUnits, T, Shared<C, kUnits>, 2>(p, head / p.H, head % p.H).run();
+  }
+}
+
 // f(std::integral_constant<int, C>, std::integral_constant<int, Hd>) if these sizes are served
 template <class Function> int with_sizes(int C, int Hd, Function&& f) {
   if (C == 16) return with_hidden<16>(Hd, f);
@@ -34,7 +45,7 @@ extern "C" int miras_mlp_chain_layout(int64_t* layout, int room) {
       offsetof(MirasMlpChain, checkpoints),
       offsetof(MirasMlpChain, ln_eps),
       offsetof(MirasMlpChain, bias),
-      offsetof(MirasMlpChain, slots_per_sequence),
+      offsetof(MirasMlpChain, blocks),
   };
   return miras::cuda::put_layout(found, layout, room);
 }
@@ -49,8 +60,13 @@ extern "C" int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream) 
   return with_sizes(chain->C, chain->Hd, [&](auto c, auto hd) {
     constexpr int C = c.value, Hd = hd.value;
     return with_token_type(chain->token_type, [&](auto token) {
-      const auto kernel = mlp_chain<C, Hd, typename decltype(token)::type>;
-      return launch_chain(kernel, int64_t(chain->N) * chain->H, Shape<C, Hd>::kThreads, Shared<C, Hd>::kBytes, stream, *chain);
+      using T = typename decltype(token)::type;
+      constexpr int kThreads = Shape<C, Hd>::kThreads;
+      const int64_t heads = int64_t(chain->N) * chain->H;
+      if constexpr (kBlocksOf<C, Hd> == 2)
+        if (chain->blocks == 2)
+          return launch_chain<2>(mlp_chain_cluster<C, Hd, T>, 2 * heads, kThreads, Shared<C, Hd / 2>::kBytes, stream, *chain);
+      return launch_chain(mlp_chain<C, Hd, T>, heads, kThreads, Shared<C, Hd>::kBytes, stream, *chain);
     });
   });
 }

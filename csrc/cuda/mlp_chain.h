@@ -10,7 +10,8 @@
 
 extern "C" {
 
-// One block computes the sequences of one head, chunk by chunk. All tensors but q, k, v, out are contiguous, gates float32 [B, T, H].
+// One block, or a cluster of two, computes a sequence of one head, chunk by chunk. All tensors but q, k, v, out are contiguous, gates
+// float32 [B, T, H].
 struct MirasMlpChain {
   MirasTokens q, k, v, out;             // [B, T, H, 64], aligned to 16 bytes
   const float *lr, *log_decay, *delta;  // all but lr may be null
@@ -24,13 +25,14 @@ struct MirasMlpChain {
   float ln_eps;
   float bias_params[miras::kBiasParams];
   int32_t bias, token_type, N, T, H, Hd, C, every, slots_per_sequence;
+  int32_t blocks;  // of a head, in the forward: 1, or 2 where it may have so many (kBlocksOf)
 };
 
 // 0, or a cudaError_t. It does not synchronise.
 int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream);
 // see the function
 int miras_mlp_chain_layout(int64_t* layout, int room);
-// bytes of shared memory that a block needs; 0 if the sizes are not served
+// bytes of shared memory that the only block of a head needs; 0 if the sizes are not served
 int miras_mlp_chain_shared(int Hd, int C);
 }
 
@@ -49,6 +51,10 @@ template <int C, int Hd> struct Shape {
   static constexpr int kRows = 16 / kParts, kLanes = 32 / kRows, kChannels = kD / kLanes;
   static_assert(kWarps % kTiles == 0 && kStrips * kUnits >= 16);
 };
+
+// The most blocks of a head. Two form a cluster (sm_90 and later), with half of the hidden units each: always in the backward, where one has
+// neither the registers nor the shared memory, and in the forward where heads are few.
+template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
 
 // Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore
 // columns more are exchanged than channels.

@@ -284,9 +284,16 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
   __device__ __forceinline__ void read(uint32_t Q, uint32_t logs, uint32_t gammas, int first_token) {
     float u[8][4] = {}, scores[kEights][4] = {};
     read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas);
+    Base::await();
+    Base::hand_over(u);
+    Base::meet();
     float y[X::kChannels];
-    exchange(u, y);
-    if (first_token + row < tokens && Base::writes(row))
+    const bool own = Base::writes(row);  // of all rows of a warp
+    if (own) Base::collect(y);
+    Base::release();
+    if (!own) return;
+    Base::normalise(y);
+    if (first_token + row < tokens)
       each_four([&](int i, int channel) {
         float q[4], w[4], b[4];
         load_tokens(q, Q + channel_place(row, channel));

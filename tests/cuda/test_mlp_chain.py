@@ -58,6 +58,8 @@ SPECIMENS = [
     ("sm_90", BF16, sized("wide", 32, 256, bias=mk.Lp(3.0), decay="extreme")),
     ("sm_90", BF16, sized("largest", 64, 256, bias=mk.Huber("coordinate"), heads=2)),
     ("sm_90", F16, sized("largest-packed", 64, 256, bias=mk.Huber("switch"), lengths=(64, 0, 67))),
+    ("sm_90", BF16, sized("cluster", 64, 256, bias=mk.Huber("coordinate"), heads=2, decay="strong")),
+    ("sm_90", F16, sized("cluster-packed", 64, 256, bias=mk.Huber("norm"), lengths=(64, 0, 67), delta="float")),
 ]
 QUICK = {("sm_80", "small")}
 
@@ -96,9 +98,14 @@ def assert_right(case: Case, dtype: torch.dtype) -> None:
     ids=lambda x: x.name if isinstance(x, Case) else str(x),
 )
 def test_forward(architecture, dtype, case, monkeypatch):
-    with machine.on_machine(built(architecture)) as backend:
+    """On a chip that has room for so many blocks of each head."""
+    blocks, heads = 2 if "cluster" in case.name else 1, len(case.lengths or range(case.batch)) * case.heads
+    monkeypatch.setattr(cuda_mlp, "multiprocessors", lambda _: blocks * heads)
+    launched = []
+    with machine.on_machine(built(architecture), before=lambda x: launched.append((x.cluster, x.grid))) as backend:
         monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
         assert_right(case, dtype)
+    assert launched == [(blocks, (blocks * heads,))]
 
 
 def test_the_specimens_have_every_size_bias_and_type():
@@ -215,10 +222,21 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(monkeypatch)
     assert assert_reported(launch) == {"bar.sync", "cp.async.wait_group", "cp.async.commit_group"}
 
 
+@pytest.mark.slow
+def test_a_deleted_barrier_of_a_cluster_is_reported(monkeypatch):
+    launches: dict[str, Launch] = {}
+    with machine.on_machine(built("sm_90"), before=lambda x: launches.setdefault(x.entry, x.copy())) as backend:
+        monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
+        forward(sized("cluster", 64, 256, bias=mk.Huber("coordinate")), BF16)
+    (launch,) = launches.values()
+    kinds = {"barrier.cluster.arrive", "barrier.cluster.wait"}
+    assert launch.cluster == 2 and assert_reported(launch, sorted(kinds)) == kinds
+
+
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
 KERNEL = re.compile(
-    r"Compiling entry function '\w*?mlp_chainILi(\d+)ELi(\d+)E\d+_*(\w+?)EE\w*' for '(sm_\w+)'.*?"
+    r"Compiling entry function '\w*?mlp_chain(_cluster)?ILi(\d+)ELi(\d+)E\d+_*(\w+?)EE\w*' for '(sm_\w+)'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.S,
 )
@@ -229,10 +247,10 @@ KERNEL = re.compile(
 def test_registers_and_spills(architecture, tmp_path):
     """At most 128 bytes are spilled at C = 64, and nothing at C = 16 and 32. With the table's compiler, the table is the limit."""
     found = {
-        f"C{c}-Hd{hidden}-{dtype}": [int(used), int(stores), int(loads)]
-        for c, hidden, dtype, _, stores, loads, used in KERNEL.findall(assembled("mlp_chain.cu", architecture, tmp_path))
+        f"C{c}-Hd{hidden}-{dtype}{cluster.replace('_', '-')}": [int(used), int(stores), int(loads)]
+        for cluster, c, hidden, dtype, _, stores, loads, used in KERNEL.findall(assembled("mlp_chain.cu", architecture, tmp_path))
     }
-    assert len(found) == 18
+    assert len(found) == 20
     for name, (registers, stores, loads) in found.items():
         assert registers <= 255 and max(stores, loads) <= (128 if name.startswith("C64-Hd256") else 0), name
     assert_no_worse(found, architecture, "C")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..tables.biases import Bias
-from . import checkpoints_like, may_end_open
+from . import checkpoints_like, may_end_open, multiprocessors
 from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, floats, launch, packed_slots
 
 __all__ = ["Chain", "forward", "refuses"]
@@ -23,7 +23,7 @@ class Chain(ctypes.Structure):
     TOKENS = ("q", "k", "v", "out")
     POINTERS = ("lr", "log_decay", "delta", "ln_weight", "ln_bias", "cu_seqlens", "first_slot", "state", "start", "open_log_decay",
                 "checkpoints")  # fmt: skip
-    NUMBERS = ("bias", "token_type", "N", "T", "H", "Hd", "C", "every", "slots_per_sequence")
+    NUMBERS = ("bias", "token_type", "N", "T", "H", "Hd", "C", "every", "slots_per_sequence", "blocks")
     _fields_: ClassVar = [
         *((name, Tokens) for name in TOKENS),
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -32,7 +32,7 @@ class Chain(ctypes.Structure):
         *((name, ctypes.c_int32) for name in NUMBERS),
     ]
     #: the fields whose offsets miras_mlp_chain_layout returns, after the size of the struct
-    MARKS = ("q", "lr", "checkpoints", "ln_eps", "bias", "slots_per_sequence")
+    MARKS = ("q", "lr", "checkpoints", "ln_eps", "bias", "blocks")
 
     @classmethod
     def layout(cls) -> list[int]:
@@ -60,12 +60,23 @@ def tensors_of(call: Call, every: int) -> dict[str, Tensor | None]:
 def struct(call: Call, tensors: dict[str, Tensor | None], tokens: dict[str, Tensor], every: int) -> Chain:
     """``tensors`` must live as long as the struct is used."""
     length, heads = call.q.shape[1:3]
+    n = len(call.state.dual[0])
     return Chain(
         *(Tokens.of(tokens[name]) for name in Chain.TOKENS), *(address(tensors.get(name)) for name in Chain.POINTERS),
         ln_eps=call.ln_eps, bias_params=floats(call.bias.padded),
-        bias=call.bias.tag, token_type=TOKEN_TYPES[call.q.dtype], N=len(call.state.dual[0]), T=length, H=heads, Hd=call.hidden,
+        bias=call.bias.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=length, H=heads, Hd=call.hidden,
         C=call.chunk_size, every=max(every, 1), slots_per_sequence=-(-length // (call.chunk_size * max(every, 1))),
+        blocks=blocks(n * heads, multiprocessors(call.q.device)),
     )  # fmt: skip
+
+
+def blocks(heads: int, multiprocessors: int) -> int:
+    """Blocks of a head, of those sizes that may have two (mlp_chain.h, kBlocksOf): two if each still has a multiprocessor of its own.
+
+    Args:
+        heads: sequences x heads.
+    """
+    return 2 if 2 * heads <= multiprocessors else 1
 
 
 def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
