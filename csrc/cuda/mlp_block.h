@@ -8,10 +8,12 @@
 namespace miras::cuda {
 
 // Hd: the hidden units of this block. A head has kBlocks times as many, in a cluster of 1 or 2 blocks; what is summed over all of them, and
-// all that follows from it, both blocks compute, with the same bits.
+// all that follows from it, both blocks compute, with the same bits. If rows are split, each computes half of the rows and of the pairs of
+// tokens, for both.
 template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
-  using X = Shape<C, Hd>;
   using S = Layout;
+  static constexpr bool kSplit = S::kSplit;
+  using X = Shape<C, Hd, kSplit ? kBlocks : 1>;
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
   static constexpr int kPass = kEights < S::kMostTiles ? kEights : S::kMostTiles;
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
@@ -39,7 +41,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   __device__ __forceinline__ void fresh() {
     const int id = fresh_thread();
     lane = id & 31, warp = id >> 5, g = lane >> 2, t = lane & 3, tile = warp / X::kParts, part = warp % X::kParts;
-    row = 16 * tile + part * X::kRows + lane / X::kLanes, piece = lane % X::kLanes;
+    row = (kSplit ? rank() * (C / kBlocks) + warp * X::kRows : 16 * tile + part * X::kRows) + lane / X::kLanes, piece = lane % X::kLanes;
   }
 
   // which of the head's blocks this is
@@ -48,7 +50,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     else return cluster_rank();
   }
   // Whether this block writes a row of [C, D] to global memory
-  __device__ __forceinline__ static bool writes(int row) { return kBlocks == 1 || row / (C / kBlocks) == rank(); }
+  __device__ __forceinline__ static bool writes(int row) { return kBlocks == 1 || kSplit || row / (C / kBlocks) == rank(); }
 
   // f(strip, tile of 8 columns, half, place in a head's matrix) for each pair of this thread's elements of a matrix
   template <class Function> __device__ __forceinline__ void each_pair(Function&& f) {
@@ -144,8 +146,10 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
       }
   }
   // -L of the pair (t, s), or 0 if s > t
-  __device__ __forceinline__ float weight(uint32_t logs, float2 of_t, int t, int s) {
-    const float2 of_s = at<float2>(logs + 8 * s);
+  __device__ __forceinline__ static float weight(uint32_t logs, float2 of_t, int t, int s) {
+    return weight(at<float2>(logs + 8 * s), of_t, t, s);
+  }
+  __device__ __forceinline__ static float weight(float2 of_s, float2 of_t, int t, int s) {
     return s <= t ? -exp2_approx((of_t.x - of_s.x) * kUnit + (of_t.y - of_s.y)) : 0.0f;
   }
 
@@ -243,7 +247,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     }
   }
   // The barrier between hand_over and collect. Before a block hands over again, the other one must have read: it says so by `release`, for
-  // which `await` waits. They take turns with `meet`, the first `release` is at the kernel's start, the last `await` at its end.
+  // which `await` waits. They take turns with `meet`; the first `release` is at the kernel's start, the last `await` at its end.
   __device__ __forceinline__ static void meet() {
     if constexpr (kBlocks == 1) __syncthreads();
     else cluster_arrive(), cluster_wait();
@@ -259,6 +263,11 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     if constexpr (kBlocks == 1) return 0;
     else return address_in(1 - rank(), 0);
   }
+  // to shared memory, if rows are split of both blocks
+  template <class V> __device__ __forceinline__ static void put_both(uint32_t offset, V x) {
+    at<V>(offset) = x;
+    if constexpr (kSplit) store_cluster(other() + offset, x);
+  }
   // the sum over the blocks of a number in shared memory
   __device__ __forceinline__ static float of_blocks(uint32_t offset, uint32_t other) {
     static_assert(kBlocks <= 2);
@@ -266,33 +275,33 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     if constexpr (kBlocks == 2) x += load_cluster(other + offset);
     return x;
   }
-  // four columns of this thread's row, summed over the parts and the blocks
-  __device__ __forceinline__ float4 sum_parts(int column, uint32_t other) {
-    const auto sum = [&](auto&& load) {
-      float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-      for (int j = 0; j < X::kParts; ++j) {
-        const float4 x = load(exchange_row(tile * X::kParts + j, row % 16) + 4 * column);
-        s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
-      }
-      return s;
-    };
-    float4 s = sum([](uint32_t offset) { return at<float4>(offset); });
+  // this thread's row summed over the parts and the blocks: four columns from `first` on, and every kStride columns
+  template <int kStride, int kColumns> __device__ __forceinline__ void sum_parts(float (&y)[kColumns], int first) {
+    const auto place = [&](int i, int j) { return exchange_row(row / 16 * X::kParts + j, row % 16) + 4 * (first + i / 4 * kStride); };
+    const auto add = [](float4& s, float4 x) { s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w; };
+    float4 away[kColumns / 4][X::kParts];  // of the other block: asked for first, since they come last
     if constexpr (kBlocks == 2) {
-      const float4 x = sum([other](uint32_t offset) { return load_cluster_4(other + offset); });
-      s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;  // in either block the same
-    }
-    return s;
-  }
-  // this thread's channels of its row (see each_four)
-  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) {
-    const uint32_t other = Block::other();
+      const uint32_t other = Block::other();
 #pragma unroll
-    for (int i = 0; i < X::kChannels; i += 4) {
-      const float4 s = sum_parts(4 * piece + X::kLanes * i, other);
+      for (int i = 0; i < kColumns; i += 4)
+#pragma unroll
+        for (int j = 0; j < X::kParts; ++j) away[i / 4][j] = load_cluster_4(other + place(i, j));
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f), x = s;
+#pragma unroll
+      for (int j = 0; j < X::kParts; ++j) add(s, at<float4>(place(i, j)));
+      if constexpr (kBlocks == 2) {
+#pragma unroll
+        for (int j = 0; j < X::kParts; ++j) add(x, away[i / 4][j]);
+        add(s, x);  // in either block the same
+      }
       y[i] = s.x, y[i + 1] = s.y, y[i + 2] = s.z, y[i + 3] = s.w;
     }
   }
+  // this thread's channels of its row (see each_four)
+  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) { sum_parts<4 * X::kLanes>(y, 4 * piece); }
   // gives 1 / deviation
   __device__ __forceinline__ float normalise(float (&y)[X::kChannels]) {
     float sum = 0.0f;
@@ -307,13 +316,14 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     for (int i = 0; i < X::kChannels; ++i) y[i] *= inverse;
     return inverse;
   }
-  // Hands u over; then y: this thread's channels of its row, normalised. Gives 1 / deviation.
-  __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
-    await();
+  // Hands u over; then y: this thread's channels of its row, normalised. Gives 1 / deviation. If rows are split, the blocks meet between
+  // two exchanges: only the first one awaits, and the second one releases.
+  template <bool kAwaits, bool kReleases> __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
+    if constexpr (kAwaits || !kSplit) await();
     hand_over(u);
     meet();
     collect(y);
-    release();
+    if constexpr (kReleases || !kSplit) release();
     return normalise(y);
   }
   // f(i, channel) for this thread's channels of its row, four at a time

@@ -19,9 +19,9 @@ template <int C, int Hd, class T>
 __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_chain_cluster(const __grid_constant__ MirasMlpChain p) {
   constexpr int kUnits = Hd / 2;
   static_assert(kBlocksOf<C, Hd> == 2 && Shape<C, kUnits>::kThreads == Shape<C, Hd>::kThreads);
-  if constexpr (Shared<C, kUnits>::kBytes <= kMaxShared) {
+  if constexpr (ClusterShared<C, kUnits>::kBytes <= kMaxShared) {
     const unsigned head = blockIdx.x / 2;
-    Chain<C, kUnits, T, Shared<C, kUnits>, 2>(p, head / p.H, head % p.H).run();
+    Chain<C, kUnits, T, ClusterShared<C, kUnits>, 2>(p, head / p.H, head % p.H).run();
   }
 }
 
@@ -65,7 +65,7 @@ extern "C" int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream) 
       const int64_t heads = int64_t(chain->N) * chain->H;
       if constexpr (kBlocksOf<C, Hd> == 2)
         if (chain->blocks == 2)
-          return launch_chain<2>(mlp_chain_cluster<C, Hd, T>, 2 * heads, kThreads, Shared<C, Hd / 2>::kBytes, stream, *chain);
+          return launch_chain<2>(mlp_chain_cluster<C, Hd, T>, 2 * heads, kThreads, ClusterShared<C, Hd / 2>::kBytes, stream, *chain);
       return launch_chain(mlp_chain<C, Hd, T>, heads, kThreads, Shared<C, Hd>::kBytes, stream, *chain);
     });
   });

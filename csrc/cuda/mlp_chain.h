@@ -42,23 +42,24 @@ constexpr int kD = 64;
 
 // How the work is shared out. Every warp owns 16 kStrips hidden units: rows of S1 and W2 that lie in its registers. For U and Uq, [C, D],
 // warp w takes 16 tokens, tile w / kParts, and one of kParts parts of the hidden units; of the sums of all parts it then finishes kRows
-// whole rows, kLanes lanes a row.
-template <int C, int Hd> struct Shape {
+// whole rows, kLanes lanes a row. Two blocks may share the rows out (kRowBlocks).
+template <int C, int Hd, int kRowBlocks = 1> struct Shape {
   static constexpr int kWarps = Hd / 16 < 8 ? Hd / 16 : 8, kThreads = 32 * kWarps;
   static constexpr int kStrips = Hd / (16 * kWarps), kUnits = 16 * kStrips;
   static constexpr int kEights = C / 8, kTiles = C / 16;  // tiles of 8 and of 16 tokens
   static constexpr int kParts = kWarps / kTiles, kPartUnits = Hd / kParts;
-  static constexpr int kRows = 16 / kParts, kLanes = 32 / kRows, kChannels = kD / kLanes;
+  static constexpr int kRows = 16 / kParts / kRowBlocks, kLanes = 32 / kRows, kChannels = kD / kLanes;
   static_assert(kWarps % kTiles == 0 && kStrips * kUnits >= 16);
 };
 
-// The most blocks of a head. Two form a cluster (sm_90 and later), with half of the hidden units each: always in the backward, where one has
-// neither the registers nor the shared memory, and in the forward where heads are few.
+// The most blocks of a head. Two form a cluster (sm_90 and later), with half of the hidden units each: always in the backward, where one
+// has neither the registers nor the shared memory, and in the forward where heads are few.
 template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
 
 // Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore
 // columns more are exchanged than channels.
 template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
+  static constexpr bool kSplit = false;
   static constexpr int kBuffers = kTokenBuffers, kGateBuffers = 2;
   static constexpr int kMostTiles = 4;                 // of 8 tokens whose Z is in registers at once
   static constexpr int kExchangeRow = kD + kMore + 8;  // floats
@@ -77,6 +78,13 @@ template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
   static constexpr uint32_t kRaw = kRows + kGateBuffers * kGateBuffer;  // lr, log_decay, delta [3, C] of the next chunk
   static constexpr uint32_t kNorm = kRaw + 3 * C * 4;                   // weight and bias [2, D]
   static constexpr uint32_t kBytes = kNorm + 2 * kD * 4;
+};
+
+// Of a block of two, which share out rows and pairs of tokens too, and have room for the weights of all pairs.
+template <int C, int Hd> struct ClusterShared : Shared<C, Hd> {
+  static constexpr bool kSplit = true;
+  static constexpr int kWeightRow = C + 8;                                                             // floats
+  static constexpr uint32_t kWeights = Shared<C, Hd>::kBytes, kBytes = kWeights + C * kWeightRow * 4;  // [C, C] float32: -L
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

@@ -40,7 +40,7 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
   using Base::floats, Base::load_tokens, Base::packed;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll, Base::kState;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
-  using Base::state_times, Base::scale_tokens, Base::put_state, Base::add_rows, Base::exchange, Base::each_four;
+  using Base::state_times, Base::scale_tokens, Base::put_state, Base::add_rows, Base::each_four, Base::kSplit;
   using typename Base::S;
   using typename Base::X;
 
@@ -70,10 +70,10 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
     weigh_pairs(S::kP, Q, K, logs);
   }
 
-  // -L o (left right'): the tiles up to the diagonal, shared out over the parts
+  // -L o (left right'): the tiles up to the diagonal, shared out over the parts, if rows are split of both blocks
   __device__ __forceinline__ void weigh_pairs(uint32_t to, uint32_t left, uint32_t right, uint32_t logs) {
-    constexpr int kShare = kEights > X::kParts ? kEights / X::kParts : 1;
-    const int t0 = 16 * tile + g, s0 = part * kShare;
+    constexpr int kShares = X::kParts * (kSplit ? kBlocks : 1), kShare = kEights > kShares ? kEights / kShares : 1;
+    const int t0 = 16 * tile + g, s0 = (kSplit ? part * kBlocks + Base::rank() : part) * kShare;
     if (s0 < kEights && 8 * s0 < 16 * tile + 16) {
       uint32_t a[4][4];
 #pragma unroll
@@ -90,10 +90,15 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
           ldmatrix_x4(b, address(right + place<8>(8 * x + (lane & 7), 4 * k + (lane >> 3))));
           mma_m16n8k16<T>(acc, a[2 * k], b[0], b[1]), mma_m16n8k16<T>(acc, a[2 * k + 1], b[2], b[3]);
         }
-        at<uint32_t>(to + place<kPieces>(t0, x) + 4 * t) =
-            pack<T>(acc[0] * weight(logs, upper, t0, s), acc[1] * weight(logs, upper, t0, s + 1));
-        at<uint32_t>(to + place<kPieces>(t0 + 8, x) + 4 * t) =
-            pack<T>(acc[2] * weight(logs, lower, t0 + 8, s), acc[3] * weight(logs, lower, t0 + 8, s + 1));
+        const float4 of_s = at<float4>(logs + 8 * s);  // and of s + 1
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int r = t0 + 8 * e;
+          const float2 of_t = e ? lower : upper;
+          const float2 weights = {weight(make_float2(of_s.x, of_s.y), of_t, r, s), weight(make_float2(of_s.z, of_s.w), of_t, r, s + 1)};
+          if constexpr (kSplit) Base::put_both(S::kWeights + 4 * (r * S::kWeightRow + s), weights);
+          Base::put_both(to + place<kPieces>(r, x) + 4 * t, pack<T>(acc[2 * e] * weights.x, acc[2 * e + 1] * weights.y));
+        }
       }
     }
   }
@@ -124,14 +129,14 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
       add_rows(u, a, S::kS1, k);
     }
     float y[X::kChannels], e[X::kChannels];
-    const float inverse = exchange(u, y);
+    const float inverse = Base::template exchange<true, false>(u, y);
     const float4 of_token = at<float4>(rows + 16 * row);  // eta, -dec, delta; eta is 0 beyond the end
     float square = 0.0f;
     each_four([&](int i, int channel) {
       float k[4], v[4], w[4], b[4];
       load_tokens(k, K + channel_place(row, channel)), load_tokens(v, V + channel_place(row, channel));
       floats(w, at<float4>(S::kNorm + 4 * channel)), floats(b, at<float4>(S::kNorm + 4 * (kD + channel)));
-      at<uint2>(S::kKEnd + channel_place(row, channel)) = packed(k, of_token.y);
+      Base::put_both(S::kKEnd + channel_place(row, channel), packed(k, of_token.y));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float predicted = traits.predicts ? k[j] + y[i + j] * w[j] + b[j] : 0.0f;
@@ -158,8 +163,8 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
 #pragma unroll
       for (int j = 0; j < 4; ++j) gu[j] = e[i + j] - sum - y[i + j] * with, u1[j] = of_token.x * inverse * gu[j];
       keep(channel, &y[i], gu, inverse);
-      at<uint2>(S::kU1 + channel_place(row, channel)) = packed(u1, 1.0f);
-      at<uint2>(S::kU1End + channel_place(row, channel)) = packed(u1, of_token.y);
+      Base::put_both(S::kU1 + channel_place(row, channel), packed(u1, 1.0f));
+      Base::put_both(S::kU1End + channel_place(row, channel), packed(u1, of_token.y));
     });
   }
 
@@ -272,10 +277,12 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
         uint32_t a[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int s0 = 16 * s + 8 * (e >> 1) + 2 * t, half = e & 1;
+          const int s0 = 16 * s + 8 * (e >> 1) + 2 * t, half = e & 1, r = t0 + 8 * half;
           const float (&x)[4] = scores[2 * s + (e >> 1)];
-          a[e] = pack<T>(x[2 * half] * weight(logs, of_t[half], t0 + 8 * half, s0),
-                         x[2 * half + 1] * weight(logs, of_t[half], t0 + 8 * half, s0 + 1));
+          float2 weights;
+          if constexpr (kSplit) weights = at<float2>(S::kWeights + 4 * (r * S::kWeightRow + s0));
+          else weights = make_float2(weight(logs, of_t[half], r, s0), weight(logs, of_t[half], r, s0 + 1));
+          a[e] = pack<T>(x[2 * half] * weights.x, x[2 * half + 1] * weights.y);
         }
         add_rows(u, a, rows, 16 * s);
       }
@@ -284,16 +291,9 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
   __device__ __forceinline__ void read(uint32_t Q, uint32_t logs, uint32_t gammas, int first_token) {
     float u[8][4] = {}, scores[kEights][4] = {};
     read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas);
-    Base::await();
-    Base::hand_over(u);
-    Base::meet();
     float y[X::kChannels];
-    const bool own = Base::writes(row);  // of all rows of a warp
-    if (own) Base::collect(y);
-    Base::release();
-    if (!own) return;
-    Base::normalise(y);
-    if (first_token + row < tokens)
+    Base::template exchange<false, true>(u, y);
+    if (first_token + row < tokens && Base::writes(row))
       each_four([&](int i, int channel) {
         float q[4], w[4], b[4];
         load_tokens(q, Q + channel_place(row, channel));
@@ -309,7 +309,6 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
     const int64_t own = (int64_t(n) * p.H + h) * kState;
     const int chunks = (tokens + C - 1) / C;
     fresh();
-    Base::release();
     load_state(p.state + own);
     for (int i = threadIdx.x; i < kD; i += X::kThreads)
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
@@ -318,7 +317,8 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
       cp_async_wait<0>();
       if (warp == 0) weigh(0);
     }
-    __syncthreads();
+    Base::meet();
+    Base::release();
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
       const uint32_t tile = (c & 1) * S::kTile, buffer = (c & 1) * S::kGateBuffer;
@@ -333,13 +333,18 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
       predict(K, Q, logs);
       __syncthreads();
       inner_gradient(K, V, S::kRows + buffer, [](auto&&...) {});
-      __syncthreads();
+      if constexpr (kSplit) Base::meet();
+      else __syncthreads();
       hidden(Q, gammas, [](auto&&...) {});
       update(gammas);
       __syncthreads();
+      const auto weigh_next = [&] {
+        cp_async_wait<0>();
+        if (c + 1 < chunks && threadIdx.x < 32) weigh(c + 1);
+      };
+      if constexpr (kSplit) weigh_next();  // the first warp has the fewest pairs to read
       read(Q, logs, gammas, c * C);
-      cp_async_wait<0>();
-      if (c + 1 < chunks && threadIdx.x < 32) weigh(c + 1);
+      if constexpr (!kSplit) weigh_next();
       __syncthreads();
     }
     Base::await();

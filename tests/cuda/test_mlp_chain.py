@@ -222,17 +222,6 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(monkeypatch)
     assert assert_reported(launch) == {"bar.sync", "cp.async.wait_group", "cp.async.commit_group"}
 
 
-@pytest.mark.slow
-def test_a_deleted_barrier_of_a_cluster_is_reported(monkeypatch):
-    launches: dict[str, Launch] = {}
-    with machine.on_machine(built("sm_90"), before=lambda x: launches.setdefault(x.entry, x.copy())) as backend:
-        monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
-        forward(sized("cluster", 64, 256, bias=mk.Huber("coordinate")), BF16)
-    (launch,) = launches.values()
-    kinds = {"barrier.cluster.arrive", "barrier.cluster.wait"}
-    assert launch.cluster == 2 and assert_reported(launch, sorted(kinds)) == kinds
-
-
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
 KERNEL = re.compile(
