@@ -140,7 +140,7 @@ def test_the_clock_waits_for_another_multiprocessor():
     """From the arrival at the barrier on; what a block does between arriving and waiting costs nothing more."""
     latencies = collections.defaultdict(lambda: 4, cluster=180)
     chip = types.SimpleNamespace(issue=4, tensor=4096, latencies=latencies)
-    arrive, wait = (x + ";" for x in BARRIER.split("; "))
+    arrive, wait = (x.rstrip(";") + "; " for x in BARRIER.split("; "))
 
     def cycles(barrier: str) -> float:
         launch = Launch(kernel(barrier), [ints(256), ints(256)], (4,), 4096, cluster=2)
