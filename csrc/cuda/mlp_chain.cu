@@ -8,7 +8,7 @@ namespace {
 
 template <int C, int Hd, class T>
 __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_chain(const __grid_constant__ MirasMlpChain p) {
-  if constexpr (Shared<C, Hd>::kBytes <= kMaxShared) {
+  if constexpr (ChainShared<C, Hd>::kBytes <= kMaxShared) {
     Chain<C, Hd, T> chain(p, blockIdx.x / p.H, blockIdx.x % p.H);
     chain.run();
   }
@@ -51,7 +51,7 @@ extern "C" int miras_mlp_chain_layout(int64_t* layout, int room) {
 }
 
 extern "C" int miras_mlp_chain_shared(int Hd, int C) {
-  return miras::cuda::with_sizes(C, Hd, [](auto c, auto hd) { return int(miras::cuda::Shared<c.value, hd.value>::kBytes); });
+  return miras::cuda::with_sizes(C, Hd, [](auto c, auto hd) { return int(miras::cuda::ChainShared<c.value, hd.value>::kBytes); });
 }
 
 extern "C" int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream) {
@@ -66,7 +66,7 @@ extern "C" int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream) 
       if constexpr (kBlocksOf<C, Hd> == 2)
         if (chain->blocks == 2)
           return launch_chain<2>(mlp_chain_cluster<C, Hd, T>, 2 * heads, kThreads, ClusterShared<C, Hd / 2>::kBytes, stream, *chain);
-      return launch_chain(mlp_chain<C, Hd, T>, heads, kThreads, Shared<C, Hd>::kBytes, stream, *chain);
+      return launch_chain(mlp_chain<C, Hd, T>, heads, kThreads, ChainShared<C, Hd>::kBytes, stream, *chain);
     });
   });
 }

@@ -128,6 +128,13 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// log2(x) within 2^-22, or 2^-22 of it beyond [0.5, 2]; -infinity for 0
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 2^x to 2 units in the last place; what is below 2^-126 becomes 0
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
