@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cluster.h"
-#include "mlp_chain.h"
+#include "mlp_momentum.h"
 
 namespace miras::cuda {
 
@@ -19,7 +19,8 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
   static constexpr int kUnroll = C / 16;                                    // of the loops over hidden units, as registers allow
   static constexpr bool kGates = S::kGates && kBlocks == 1;                 // retention gates
-  static constexpr int64_t kState = 2 * kBlocks * Hd * kD;                  // numbers of a head's state
+  static constexpr int64_t kDuals = 2 * kBlocks * Hd * kD;                  // numbers of a head's matrices
+  static constexpr int64_t kState = S::kMomentum ? 2 * kDuals : kDuals;     // and of its momentum matrices
   static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
 
   const MirasMlpChain& p;
@@ -29,6 +30,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   int tokens;
   int lane, warp, g, t, tile, part, row, piece;  // of this thread: see `fresh`
   float s1[kStrips][8][4], w2[kStrips][8][4];
+  float m1[kStrips][8][4], m2[kStrips][8][4];  // their momentum, if there is any
   uint32_t u2[kStrips][kEights][2];  // gelu'(Z'), then U2'
 
   // of a sequence and head
@@ -65,17 +67,27 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 #pragma unroll
         for (int e = 0; e < 2; ++e) f(m, x, e, (rank() * Hd + X::kUnits * warp + 16 * m + 8 * e + g) * kD + 8 * x + 2 * t);
   }
+  using Matrix = float[kStrips][8][4];
   __device__ __forceinline__ void load_state(const float* from) {
+    const auto load = [&](Matrix& first, Matrix& second, const float* from) {
+      each_pair([&](int m, int x, int e, int place) {
+        const float2 a = *reinterpret_cast<const float2*>(from + place), b = *reinterpret_cast<const float2*>(from + kDuals / 2 + place);
+        first[m][x][2 * e] = a.x, first[m][x][2 * e + 1] = a.y, second[m][x][2 * e] = b.x, second[m][x][2 * e + 1] = b.y;
+      });
+    };
+    load(s1, w2, from);
+    if constexpr (S::kMomentum) load(m1, m2, from + kDuals);
+  }
+  __device__ __forceinline__ void store(float* to, const Matrix& first, const Matrix& second) {
     each_pair([&](int m, int x, int e, int place) {
-      const float2 a = *reinterpret_cast<const float2*>(from + place), b = *reinterpret_cast<const float2*>(from + kState / 2 + place);
-      s1[m][x][2 * e] = a.x, s1[m][x][2 * e + 1] = a.y, w2[m][x][2 * e] = b.x, w2[m][x][2 * e + 1] = b.y;
+      *reinterpret_cast<float2*>(to + place) = make_float2(first[m][x][2 * e], first[m][x][2 * e + 1]);
+      *reinterpret_cast<float2*>(to + kDuals / 2 + place) = make_float2(second[m][x][2 * e], second[m][x][2 * e + 1]);
     });
   }
+  __device__ __forceinline__ void store_duals(float* to) { store(to, s1, w2); }
   __device__ __forceinline__ void store_state(float* to) {
-    each_pair([&](int m, int x, int e, int place) {
-      *reinterpret_cast<float2*>(to + place) = make_float2(s1[m][x][2 * e], s1[m][x][2 * e + 1]);
-      *reinterpret_cast<float2*>(to + kState / 2 + place) = make_float2(w2[m][x][2 * e], w2[m][x][2 * e + 1]);
-    });
+    store_duals(to);
+    if constexpr (S::kMomentum) store(to + kDuals, m1, m2);
   }
 
   // -------------------------------------------------------------------------------------------------------- inputs of a chunk
@@ -108,6 +120,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
         cp_async_4(to, p.lr + at_token, in);
         cp_async_4(to + 4 * C, (p.log_decay ? p.log_decay : p.lr) + at_token, in && p.log_decay);
         cp_async_4(to + 8 * C, (p.delta ? p.delta : p.lr) + at_token, in && p.delta);
+        if constexpr (S::kMomentum) cp_async_4(address(S::kMoves + 4 * r), p.momentum + at_token, in);
       }
     cp_async_commit();
   }
@@ -148,6 +161,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
         at<float>(buffer + S::kGamma + 4 * r) = exp2_approx(u * kUnit + x);
         at<float4>(buffer + S::kRows + 16 * r) = make_float4(at<float>(S::kRaw + 4 * r), -dec, at<float>(S::kRaw + 4 * (2 * C + r)), 0.0f);
       }
+    if constexpr (S::kMomentum) weigh_moves<Block>(lane, c, tokens - c * C);
   }
   // -L of the pair (t, s), or 0 if s > t
   __device__ __forceinline__ static float weight(uint32_t logs, float2 of_t, int t, int s) {

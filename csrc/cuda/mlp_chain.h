@@ -14,14 +14,15 @@ extern "C" {
 // float32 [B, T, H].
 struct MirasMlpChain {
   MirasTokens q, k, v, out;             // [B, T, H, 64], aligned to 16 bytes
-  const float *lr, *log_decay, *delta;  // all but lr may be null
+  const float *lr, *log_decay, *delta, *momentum;  // all but lr may be null
   const float *ln_weight, *ln_bias;     // [H, 64]
   const int64_t* cu_seqlens;            // [N + 1], or null
   const int64_t* first_slot;            // [N], of packed sequences' checkpoints
-  float* state;                         // [N, H, 2, Hd, 64]: S1 = W1' and W2; before the first token, then after the last
-  float* start;                         // null, or likewise: before the chunk that the sequence ends in, after the last one if it is whole
+  float* state;                         // [N, H, 2, Hd, 64]: S1 = W1' and W2; before the first token, then after the last. With momentum
+                                        // [N, H, 4, Hd, 64]: also the momentum matrices
+  float* start;                         // null, or [N, H, 2, Hd, 64]: before the chunk that the sequence ends in, or the end if it is whole
   float* open_log_decay;                // [N, H], with start: the sum of the log-decays of that chunk
-  float* checkpoints;                   // null, or [slots, H, 2, Hd, 64]: before chunks 0, every, 2 every, ...
+  float* checkpoints;                   // null, or [slots, H, 2 or 4, Hd, 64]: before chunks 0, every, 2 every, ...
   float ln_eps;
   float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
   int32_t bias, retention, token_type, N, T, H, Hd, C, every, slots_per_sequence;
@@ -34,6 +35,8 @@ int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream);
 int miras_mlp_chain_layout(int64_t* layout, int room);
 // bytes of shared memory that the only block of a head needs; 0 if the sizes are not served
 int miras_mlp_chain_shared(int Hd, int C);
+// likewise of each of two blocks, with momentum
+int miras_mlp_momentum_shared(int Hd, int C);
 }
 
 namespace miras::cuda {
@@ -59,7 +62,7 @@ template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
 // Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore
 // columns more are exchanged than channels.
 template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
-  static constexpr bool kGates = false, kSplit = false;  // whether it has room for what retention gates and rows that are split need
+  static constexpr bool kGates = false, kSplit = false, kMomentum = false;  // what it has room for: retention gates, rows that are split
   static constexpr int kBuffers = kTokenBuffers, kGateBuffers = 2;
   static constexpr int kMostTiles = 4;                 // of 8 tokens whose Z is in registers at once
   static constexpr int kExchangeRow = kD + kMore + 8;  // floats
