@@ -114,10 +114,11 @@ def assert_right(case: Case, dtype: torch.dtype) -> None:
     ids=lambda x: x.name if isinstance(x, Case) else str(x),
 )
 def test_forward(architecture, dtype, case, monkeypatch):
-    """On a chip that has room for so many blocks of each head; with momentum there are always two."""
-    room, heads = 2 if "cluster" in case.name else 1, len(case.lengths or range(case.batch)) * case.heads
+    """On a chip that has room for so many blocks of each head. With momentum there are always two, with a retention gate one."""
+    gated, heads = not case.retention.is_identity, len(case.lengths or range(case.batch)) * case.heads
+    room = 2 if gated or "cluster" in case.name else 1
     monkeypatch.setattr(cuda_mlp, "multiprocessors", lambda _: room * heads)
-    blocks = 2 if case.momentum else room
+    blocks = 1 if gated else 2 if case.momentum else room
     launched = []
     with machine.on_machine(built(architecture), before=lambda x: launched.append((x.cluster, x.grid))) as backend:
         monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
