@@ -31,7 +31,7 @@ template <> struct Math<cuda::Approximate> {
   using F = cuda::Approximate;
   __device__ __forceinline__ static F abs(F a) { return fabsf(a.x); }
   __device__ __forceinline__ static F copysign(F a, F sign) { return copysignf(a.x, sign.x); }
-  __device__ __forceinline__ static F max(F a, F b) { return Math<float>::max(a.x, b.x); }
+  __device__ __forceinline__ static F max(F a, F b) { return cuda::max_or_nan(a.x, b.x); }
   __device__ __forceinline__ static F exp_nonpositive(F a) { return cuda::exp2_approx(a.x * 1.442695041f); }
   __device__ __forceinline__ static F pow(F a, float exponent) { return cuda::exp2_approx(exponent * cuda::log2_approx(a.x)); }
   __device__ __forceinline__ static F tanh(F a) { return tanhf(a.x); }
@@ -72,13 +72,13 @@ template <int C, int Hd, class T, class Layout, int kBlocks> struct Primal : Blo
 
   __device__ __forceinline__ void put_s1() {
     if constexpr (kGates)
-      if (gated()) return with_gate([&](auto gate) { put_primal<true>(gate, S::kS1, s1); });
+      if (gated) return with_gate([&](auto gate) { put_primal<true>(gate, S::kS1, s1); });
     put_state(S::kS1, s1);
   }
   // for this warp alone
   __device__ __forceinline__ void put_w2() {
     if constexpr (kGates)
-      if (gated()) {
+      if (gated) {
         with_gate([&](auto gate) { put_primal<false>(gate, own_w2(), w2); });
         __syncwarp();
       }
