@@ -36,10 +36,11 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   }
 
   // Where this thread works, computed anew: kept from stage to stage, such numbers and the addresses made of them would be spilled.
+  // Four lanes a row: even rows before odd ones, since neighbouring rows have the same banks there.
   __device__ __forceinline__ void fresh() {
     const int id = fresh_thread();
     lane = id & 31, warp = id >> 5, g = lane >> 2, t = lane & 3, tile = warp / X::kParts, part = warp % X::kParts;
-    row = 16 * tile + part * X::kRows + lane / X::kLanes, piece = lane % X::kLanes;
+    row = 16 * tile + part * X::kRows + (X::kLanes == 4 ? 2 * g % 8 + g / 4 : lane / X::kLanes), piece = lane % X::kLanes;
   }
 
   // which of the head's blocks this is

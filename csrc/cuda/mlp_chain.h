@@ -2,9 +2,7 @@
 // memory.
 #pragma once
 
-#include "../bias.h"
-#include "math.h"
-#include "mma.h"
+#include "fast.h"
 #include "step.h"
 #include "tiles.h"
 
@@ -72,12 +70,6 @@ template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
   static constexpr uint32_t kNorm = kRaw + 3 * C * 4;                   // weight and bias [2, D]
   static constexpr uint32_t kBytes = kNorm + 2 * kD * 4;
 };
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr uint32_t kMaxShared = 163 * 1024;
-#else
-constexpr uint32_t kMaxShared = 227 * 1024;
-#endif
 
 // ------------------------------------------------------------------------------------------------------------------ launches
 

@@ -140,7 +140,7 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
       }
     });
     if (traits.couples_row) square = row_sum<X::kLanes>(square);
-    with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
+    with_fast_bias(p.bias, p.bias_params, [&](auto bias) {
       const auto of_row = bias.row(square, of_token.z);
 #pragma unroll
       for (int i = 0; i < X::kChannels; ++i) e[i] = bias.value(e[i], of_row);

@@ -135,6 +135,20 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// log2 x, to 2^-22 of it, or 2^-22 for x between 1/2 and 2
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x / y to 2 units in the last place
+__device__ __forceinline__ float divide_approx(float x, float y) {
+  float z;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // the thread's number as a value that the compiler cannot carry from one stage of a kernel to the next: addresses made of it are computed
 // again instead of being kept in registers
 __device__ __forceinline__ int fresh_thread() {
