@@ -24,9 +24,9 @@ int longest_segment(const MemoryParams& p) {
   return int(std::min<int64_t>(p.checkpoint_every, std::max<int64_t>(1, (p.T + p.C - 1) / p.C)));
 }
 
-// Slots for the states at chunk starts, of one or several matrices each; empty without checkpoints
+// Slots for the states at chunk starts, of one or several matrices each; undefined without checkpoints
 Tensor new_checkpoints(const MemoryParams& p, int64_t matrices, int64_t rows, int64_t cols) {
-  if (p.checkpoint_every == 0) return new_float({0});
+  if (p.checkpoint_every == 0) return {};
   const Tensor checkpoints = matrices == 1 ? new_float({p.slots(), p.H, rows, cols}) : new_float({p.slots(), p.H, matrices, rows, cols});
   if (p.cu_seqlens) checkpoints.call("zero_");  // packed sequences may leave slots unused
   return checkpoints;
@@ -112,7 +112,7 @@ void set_block(LinearParams& p, const BlockTuple& given, const View& k, std::arr
   p.chunk = p.C, p.C = int(block);
 }
 
-// (out, final dual, final momenta, final start, final open_log_decay, checkpoints), empty if absent
+// (out, final dual, final momenta, final start, final open_log_decay, checkpoints), None if absent
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const TokenTuple& tokens_, const StateTuple<Tensor>& state,
                                                                           const OpenChunkTuple<Tensor>& open_chunk,
                                                                           const OptionalTensor& cu_seqlens, const RuleTuple& rules,
@@ -138,8 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const 
 
   const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, x.q.type());
   p.out = tokens(out);
-  const Tensor nothing = new_float({0});
-  Tensor final_dual = nothing, final_momenta = nothing, final_start = nothing, final_log_decay = nothing;
+  Tensor final_dual, final_momenta, final_start, final_log_decay;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
     if (p.momentum) final_momenta = new_states(p.final_momenta, p);
@@ -265,11 +264,12 @@ void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple
   p.parallel_for = parallel_for;
 }
 
-// As linear_forward
-std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(const TokenTuple& tokens_, const NormTuple& norm_,
-                                                                 const StateTuple<Pair>& state, const OpenChunkTuple<Pair>& open_chunk,
-                                                                 const OptionalTensor& cu_seqlens, const RuleTuple& rules,
-                                                                 int64_t checkpoint_every, bool output_final_state) {
+// As linear_forward, then the products
+std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor, Tensor> mlp_forward(const TokenTuple& tokens_, const NormTuple& norm_,
+                                                                         const StateTuple<Pair>& state,
+                                                                         const OpenChunkTuple<Pair>& open_chunk,
+                                                                         const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                                                                         int64_t checkpoint_every, bool output_final_state) {
   const Tokens x(tokens_);
   const NormTuple norm = contiguous(norm_);
   const auto& [start, position, open_log_decay] = open_chunk;
@@ -289,9 +289,8 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(const TokenTupl
 
   const Tensor out = new_tensor({p.B, p.T, p.H, p.D}, x.q.type());
   p.out = tokens(out);
-  const Tensor nothing = new_float({0});
-  Pair final_dual = {nothing, nothing}, final_momenta = {nothing, nothing}, final_start = {nothing, nothing};
-  Tensor final_log_decay = nothing;
+  Pair final_dual, final_momenta, final_start;
+  Tensor final_log_decay, products;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
     if (p.momentum) final_momenta = new_states(p.final_momenta, p);
@@ -299,16 +298,20 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor> mlp_forward(const TokenTupl
     p.final_log_decay = final_log_decay.data<float>();
   }
   const Tensor checkpoints = new_checkpoints(p, p.momentum ? 4 : 2, p.Hd, p.D);
-  if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
+  if (checkpoint_every > 0) {
+    p.checkpoints = checkpoints.data<float>();
+    products = new_float({2, p.B, p.H, p.T, p.D});
+    p.products = products.data<float>();
+  }
 
   run(cpu::kernels().mlp_forward, p);
-  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
+  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints, products};
 }
 
 // (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, dln_weight, dln_bias, d_dual, d_momenta)
 std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Pair, OptionalPair>
 mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple<Pair>& state, const OptionalTensor& cu_seqlens,
-             const RuleTuple& rules, int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& grad_out_,
+             const RuleTuple& rules, int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& products, const Tensor& grad_out_,
              const GradStateTuple<Pair>& grad_state) {
   const Tokens x(tokens_);
   const Tensor& q = x.q;
@@ -317,6 +320,8 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
   MlpBackward p;
   fill(p, x, norm, state, cu_seqlens, rules, checkpoint_every);
   p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 4 : 2, p.Hd, p.D);
+  require(is_float(products) && products.is_contiguous() && products.has_shape({2, p.B, p.H, p.T, p.D}), "bad products");
+  p.products = products.data<float>();
   p.segment = longest_segment(p);
 
   require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(), "grad_out must be like out");
@@ -364,7 +369,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mlp_forward", &miras::mlp_forward, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a,
         "checkpoint_every"_a, "output_final_state"_a);
   m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
-        "checkpoints"_a, "grad_out"_a, "grad_state"_a);
+        "checkpoints"_a, "products"_a, "grad_out"_a, "grad_state"_a);
   using Lines = std::tuple<std::vector<double>, decltype(miras::StraightLine::instructions), std::vector<int>>;
   py::class_<miras::CompiledProgram, miras::ProgramPointer>(m, "Program")
       .def(py::init([](int inputs, const Lines& value, const Lines& derivatives) {
@@ -377,4 +382,5 @@ PYBIND11_MODULE(_C, m) {
   miras::bind_measuring(m);
   m.def("cpu_capability", [] { return miras::cpu::kernels().name; });
   m.def("cpu_capabilities", &miras::cpu::capabilities);
+  m.def("cpu_capabilities_by_name", &miras::cpu::capabilities_by_name);
 }

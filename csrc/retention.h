@@ -51,7 +51,8 @@ struct LqRetention {
     return Math<F>::copysign(Math<F>::pow(Math<F>::abs(a), q - 1.0f), a);
   }
   MIRAS_FN double offset() const { return __builtin_pow(double(floor), double(q)); }
-  MIRAS_FN double rho(double n) const { return __builtin_pow(n, -(q - 2.0) / q); }
+  MIRAS_FN double exponent() const { return -(q - 2.0) / q; }
+  MIRAS_FN double rho(double n) const { return __builtin_pow(n, exponent()); }
   MIRAS_FN double slope(double n) const { return -(q - 2.0) * rho(n) / n; }
 };
 

@@ -30,6 +30,7 @@ def cpp(*names: str) -> tuple[str, ...]:
 
 #: the forward of the MLP memory in CUDA C++
 MLP_CHAIN = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.bfloat16-small")
+MLP_GATED = cases("cuda/test_mlp_chain.py::test_forward", "sm_80-torch.float16-lq-packed")
 LINEAR_BACKWARD = cases("cuda/test_linear_backward.py::test_gradients", "sm_90-small")
 MLP_BACKWARD = cases("cuda/test_mlp_backward.py::test_gradients", "sm_80-torch.float16-small")
 MLP_CLUSTER = cases("cuda/test_mlp_backward.py::test_gradients", "sm_90-torch.float16-cluster-whole")
@@ -64,7 +65,7 @@ MUTANTS = [
            cases("core/test_identities.py::test_pieces_equal_the_whole", "linear-l2-2-pieces-cpp"),
            "position = 0, open_start = nullptr", "open_start = nullptr"),
     Mutant("cpp-momentum-not-carried-on", "csrc/cpu/linear_forward.h", cpp("momentum-no-state"),
-           "gates.advance_momenta(c, dk, s.KT, cp, s.U_step, cols, s.S, s.S)", "void(0)"),
+           "gates.advance_momenta(c, dk, K, s.U_step.down, cols, s.S, s.S)", "void(0)"),
     Mutant("cpp-own-writes-without-rho", "csrc/cpu/linear_forward.h", cpp("lq1.5"),
            "store(s.U + i, rho.value * u)", "store(s.U + i, u)"),
     Mutant("cpp-momentum-weight-without-decay", "csrc/cpu/chunk.h", cpp("momentum-strong-decay"),
@@ -74,9 +75,10 @@ MUTANTS = [
     Mutant("cpp-write-gradient-not-decayed", "csrc/cpu/linear_backward.h", cpp("linear-l2"),
            "x.scale_rows(gates.to_end + i)", "void(0)"),
     Mutant("cpp-query-gradient-without-the-diagonal", "csrc/cpu/linear_backward.h", cpp("linear-l2"),
-           "y.subtract(Rows{s.N + i * cp, cp}, s.K + j, dkp, 0, i + R)", "y.subtract(Rows{s.N + i * cp, cp}, s.K + j, dkp, 0, i)"),
+           "y.subtract(by_rows(s.N.along, cp).at(i), s.K.down + j, dkp, 0, i + R)",
+           "y.subtract(by_rows(s.N.along, cp).at(i), s.K.down + j, dkp, 0, i)"),
     Mutant("cpp-key-gradient-without-the-next-chunk", "csrc/cpu/linear_backward.h", cpp("linear-l2"),
-           "y.subtract(Rows{s.U_end + i * dvp, dvp}, s.J_plain + j, dkp, 0, task.dv, q_soon)", "void(0)"),
+           "y.subtract(by_rows(s.U_end.along, dvp).at(i), s.J_plain + j, dkp, 0, task.dv, q_soon)", "void(0)"),
     Mutant("cpp-wrong-checkpoint", "csrc/cpu/linear_backward_task.h",
            cases("cpp/test_cpp.py::test_fewer_checkpoints_change_nothing", "1-linear-dot", "2-linear-dot"),
            "first / p.checkpoint_every", "(first > 0 ? first / p.checkpoint_every - 1 : 0)"),
@@ -187,6 +189,10 @@ MUTANTS = [
            "(lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1", "(lane >> 3 & 1) * 8 + (lane & 7), lane >> 4"),
     Mutant("cuda-mlp-chain-writes-do-not-decay", "csrc/cuda/mlp_block.h", MLP_CHAIN,
            "at<float>(S::kRaw + 4 * r), -dec,", "at<float>(S::kRaw + 4 * r), -1.0f,"),
+    Mutant("cuda-mlp-chain-scores-without-rho", "csrc/cuda/mlp_primal.h", MLP_GATED,
+           "return at<float>(S::kMap + 8 + 4 * matrix);", "return 0.0f;"),
+    Mutant("cuda-mlp-chain-sums-of-the-warp-alone", "csrc/cuda/mlp_primal.h", MLP_GATED,
+           "const float2 of = at<float2>(S::kSums + 8 * w);", "const float2 of = at<float2>(S::kSums + 8 * warp);"),
     Mutant("cuda-mlp-backward-without-the-second-derivative-of-gelu", "csrc/cuda/mlp_reverse.h", MLP_BACKWARD,
            "first.x * low + second.x, first.y * high + second.y", "first.x * low, first.y * high"),
     Mutant("cuda-mlp-backward-reads-pairs-transposed", "csrc/cuda/mlp_reverse_block.h", MLP_BACKWARD,

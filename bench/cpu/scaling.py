@@ -124,12 +124,12 @@ def exponent(sizes: dict[str, int], values: dict[str, float]) -> float | None:
 
 
 def promised_bytes(case) -> int:
-    """Bytes of the tensors that autograd may hold between forward and backward, beyond the inputs: a checkpoint every n chunks. And the
-    initial state, where the call made it as zeros."""
+    """Bytes of the tensors that autograd may hold between forward and backward, beyond the inputs: a checkpoint every n chunks, of an MLP
+    memory two products for every token, and the initial state, where the call made it as zeros."""
     every = miras_kernels.options.checkpoint_interval(case.chunk_size)
     states = case.batch * math.ceil(case.tokens / (case.chunk_size * every)) + (case.batch if case.initial == "none" else 0)
-    matrices = 2 * case.hidden if case.memory == "mlp" else case.key_dim
-    return 4 * case.heads * states * matrices * case.value_dim
+    matrices, products = (2 * case.hidden, 2 * case.batch * case.tokens) if case.memory == "mlp" else (case.key_dim, 0)
+    return 4 * case.heads * (states * matrices + products) * case.value_dim
 
 
 def draw(shape: str, settings: Settings, tokens: int, heads: int):

@@ -141,7 +141,7 @@ def study_decay(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
 
 
 def study_dtype(shape: str, threads: int, settings: Settings) -> Iterator[dict]:
-    """bfloat16 inputs against float32 ones; arithmetic and state are float32 in both."""
+    """bfloat16 inputs against float32 ones; arithmetic and state are float32 in both, except for products at avx512_bf16."""
     return _variants("dtype", shape, threads, settings, {"float32": {}, "bfloat16": {}}, "float32")
 
 

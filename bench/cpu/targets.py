@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..common.implementations import BOTH, DIRECTIONS, FORWARD, MOMENTUM, PLAIN, retentions
 from ..common.results import Target, judge
-from . import wrappers
+from . import hybrid, wrappers
 from .cases import LINEAR_SHAPES, MLP_SHAPES, ONE_OF_EACH
 
 
@@ -28,6 +28,9 @@ def targets() -> Iterator[Target]:
         yield Target("saved for the backward / promised", "scaling", case, BOTH, ("saved_over_promised",), 1.0, at_most=True)
     for name, (_, direction, _) in wrappers.RUNS.items():
         yield Target("model / its memory blocks", "wrappers", name, direction, ("ratios", "model", "median"), 1.1, at_most=True)
+    for name, (direction, *_) in hybrid.RUNS.items():
+        path = ("ratios", "transformers", "median")
+        yield Target("a model in Qwen3.5's shape against transformers", "hybrid", name, direction, path, 1.5 if direction == BOTH else 2, 3)
     yield Target("one head, 2 threads / 1", "scaling", "MLP D64 C64, one head", BOTH, ("ratios", "2", "median"), 0.667, 0.556, at_most=True)
     for shape in MLP_SHAPES:
         yield Target("peak memory / eager", "memory", shape, BOTH, ("peak_share",), 0.5, at_most=True)
@@ -71,7 +74,7 @@ def judged(asked: Iterable[Target], results: Sequence[dict], threads: Sequence[i
     def doubt(target: Target, result: dict) -> str | None:
         if target.path[0] == "parity":
             return None
-        flagged = result["threads"] > 1 and result.get("watch", {}).get("flags")
+        flagged = result.get("watch", {}).get("flags") if result["threads"] > 1 else target.study == "hybrid" and result["notes"]
         return "neither AVX2 nor AVX-512" if capability not in JUDGED else "see notes" if flagged else None
 
     return judge(asked, results, {str(n): {"threads": n} for n in threads}, doubt)

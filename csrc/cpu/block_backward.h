@@ -214,7 +214,7 @@ void BlockBackwardTask::recompute(int64_t first, int64_t last) {
     const int next = block + 1 < last ? tokens(block + 1) : 0;
     solve_errors(c, dk, dvp, x, ReadSoon(keys(p.k, p.dtype, block + 1), next));
     if (block + 1 == last) break;
-    advance(c, dk, s.KT, cp, decays ? s.U_end : s.U, dvp, {A, s.gates.end(c)}, A + state, ReadSoon());
+    advance(c, dk, Rows{s.KT, cp}, decays ? s.U_end : s.U, dvp, {A, s.gates.end(c)}, A + state, ReadSoon());
   }
 }
 

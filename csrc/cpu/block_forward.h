@@ -95,9 +95,9 @@ void BlockForwardTask::block(const float* predicting, int start, int next) {
   if (start == 0) __builtin_memcpy(s.A0, s.A, size_t(dk) * dvp * sizeof(float));
   if (start > 0) {
     weigh_rows(start, dvp, s.weights.row(start - 1), s.U, s.V);
-    advance(start, dk, s.KT, cp, s.V, dvp, {s.A, s.gates.end(start)}, s.A0, ReadSoon());
+    advance(start, dk, Rows{s.KT, cp}, s.V, dvp, {s.A, s.gates.end(start)}, s.A0, ReadSoon());
   }
-  advance(c, dk, s.KT, cp, s.gates.decays ? s.U_end : s.U, dvp, {s.A, s.gates.end(c)}, s.A, v_soon);
+  advance(c, dk, Rows{s.KT, cp}, s.gates.decays ? s.U_end : s.U, dvp, {s.A, s.gates.end(c)}, s.A, v_soon);
 }
 
 void BlockForwardTask::run() {

@@ -15,6 +15,14 @@ bool machine_has_avx512() {
 #endif
 }
 
+bool machine_has_avx512_bf16() {
+#if defined(__x86_64__)
+  return machine_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool machine_has_avx2() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -23,26 +31,39 @@ bool machine_has_avx2() {
 #endif
 }
 
-std::vector<const Kernels*> usable() {
-  std::vector<const Kernels*> levels;
+using Levels = std::vector<const Kernels*>;
+
+Levels usable() {
+  Levels levels;
   if (avx512_kernels() && machine_has_avx512()) levels.push_back(avx512_kernels());
   if (avx2_kernels() && machine_has_avx2()) levels.push_back(avx2_kernels());
   levels.push_back(portable_kernels());
   return levels;
 }
 
-}  // namespace
-
-std::vector<std::string> capabilities() {
-  std::vector<std::string> names;
-  for (const Kernels* level : usable()) names.push_back(level->name);
-  return names;
+// Their results differ from float32's by more than rounding in float32.
+Levels usable_by_name() {
+  Levels levels;
+  if (machine_has_avx512_bf16() && avx512_bf16_kernels()) levels.push_back(avx512_bf16_kernels());
+  return levels;
 }
 
+std::vector<std::string> names(const Levels& levels) {
+  std::vector<std::string> found;
+  for (const Kernels* level : levels) found.push_back(level->name);
+  return found;
+}
+
+}  // namespace
+
+std::vector<std::string> capabilities() { return names(usable()); }
+std::vector<std::string> capabilities_by_name() { return names(usable_by_name()); }
+
 const Kernels& kernels() {
-  const auto levels = usable();
+  Levels levels = usable();
   const char* asked = std::getenv("MIRAS_CPU_CAPABILITY");
   if (!asked || !*asked) return *levels.front();
+  for (const Kernels* level : usable_by_name()) levels.push_back(level);
   std::string possible;
   for (const Kernels* level : levels) {
     if (std::string(asked) == level->name) return *level;

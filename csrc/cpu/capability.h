@@ -26,12 +26,14 @@ struct Kernels {
 };
 
 // Null if the compiler or the architecture has no such level. Defined in level_*.cpp.
+const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
 
-// The levels that this machine can run, best first.
+// The levels that this machine can run, best first; those that it can run, but that are taken only by name.
 std::vector<std::string> capabilities();
+std::vector<std::string> capabilities_by_name();
 
 // The best level, or the one that the environment variable MIRAS_CPU_CAPABILITY names; throws if this machine does not have it.
 const Kernels& kernels();

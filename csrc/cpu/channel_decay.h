@@ -222,16 +222,17 @@ struct LinearGates : Gates {
   }
 
   // A_c from A_0 and the momentum S_0 (see `advance`)
-  void advance_dual(int c, int dk, const float* kt, index_t cp, const float* u_end, ColumnRange dvp, const float* A, const float* S,
-                    float* next, ReadSoon soon) const {
+  template <class Keys>
+  void advance_dual(int c, int dk, Keys kt, const float* u_end, ColumnRange dvp, const float* A, const float* S, float* next,
+                    ReadSoon soon) const {
     const Scaled momenta = momentum ? momenta_at_end(S, c) : Scaled{};
-    if (channel.on) advance<true>(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
-    else advance(c, dk, kt, cp, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
+    if (channel.on) advance<true>(c, dk, kt, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
+    else advance(c, dk, kt, u_end, dvp, dual_at_end(A, c), next, soon, momenta);
   }
   // S_c
-  void advance_momenta(int c, int dk, const float* kt, index_t cp, const float* u_step, ColumnRange dvp, const float* S,
-                       float* next) const {
-    if (momentum) advance(c, dk, kt, cp, u_step, dvp, {S, step_momenta_end(c)}, next, ReadSoon());
+  template <class Keys>
+  void advance_momenta(int c, int dk, Keys kt, const float* u_step, ColumnRange dvp, const float* S, float* next) const {
+    if (momentum) advance(c, dk, kt, u_step, dvp, {S, step_momenta_end(c)}, next, ReadSoon());
   }
 };
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bias_table.h"
+#include "operand.h"
 #include "parts.h"
 #include "profile.h"
 #include "retention_states.h"
@@ -102,8 +103,8 @@ struct NoStage {
 // P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
 // P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere. With a range of rows only those.
 // then<R, N>(i, j) follows each tile.
-template <bool kKeepL, class A, class Then = NoStage>
-static void decayed_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_row, float* P, float* L,
+template <bool kKeepL, class A, class T, class Then = NoStage>
+static void decayed_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_row, T* P, float* L,
                            WriteSoon soon, Then then = {}) {
   fill_zero(last_row, round_up(c.last, kPad));
   for (int j = 0; j < c.first; j += kLanes) {  // row c.first - 1, as the rows before would leave it
@@ -137,8 +138,8 @@ static void decayed_scores(const Gates& gates, Range c, int dk, A q, const float
 
 // The same with momentum, P = M o (Q K'), and if wanted M, Theta and Q K' itself. By rows, Theta_t = theta_t Theta_(t-1) with
 // Theta_tt = 1 and M_t = alpha_t M_(t-1) + Theta_t. last_rows [2 x Cp].
-template <bool kKeep, class A, class Then = NoStage>
-static void momentum_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_rows, float* P, float* M,
+template <bool kKeep, class A, class T, class Then = NoStage>
+static void momentum_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_rows, T* P, float* M,
                             float* Theta, float* QK, WriteSoon soon, Then then = {}) {
   float *const last_m = last_rows, *const last_theta = last_rows + cp;
   fill_zero(last_rows, 2 * cp);
@@ -194,14 +195,6 @@ static void scale(float factor, index_t n, float* x) {
   for (index_t i = 0; i < n; i += kLanes) store(x + i, factor * load(x + i));
 }
 
-// Columns of matrices with rows of so many floats: all, or a range of them
-struct ColumnRange {
-  index_t ld;
-  Range range;
-  MIRAS_FN ColumnRange(int ld) : ld(ld), range(ld) {}
-  MIRAS_FN ColumnRange(int ld, Range range) : ld(ld), range(range) {}
-};
-
 // A term of a state's advance: scale * state. The scale is left in memory (see Tile::add_scaled).
 struct Scaled {
   const float *state = nullptr, *scale = nullptr;
@@ -210,9 +203,8 @@ struct Scaled {
 // A_c = gamma_c A_0 - sum_s U_end_s k_s'  [Dk x Dvp], transposed like all states, where U_end_s = to_end_s U_s; with momentum a
 // second term, b_c S_0, and likewise for the momenta S_c = pi_c S_0 - sum_s step_end_s U_s k_s'. `next` may be the given state.
 // kPerColumn: scales are [Dvp].
-template <bool kPerColumn = false>
-static void advance(int c, Range dk, const float* kt, index_t cp, const float* u_end, ColumnRange dvp, Scaled dual, float* next,
-                    ReadSoon soon, Scaled more = {}) {
+template <bool kPerColumn = false, class A>
+static void advance(int c, Range dk, A kt, const float* u_end, ColumnRange dvp, Scaled dual, float* next, ReadSoon soon, Scaled more = {}) {
   const index_t ld = dvp.ld;
   const auto run = [&]<bool kMore>() MIRAS_LAMBDA {
     sweep(dk, dvp.range, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
@@ -222,7 +214,7 @@ static void advance(int c, Range dk, const float* kt, index_t cp, const float* u
         if constexpr (kPerColumn) a.add_scaled_cols(state, ld, x.scale + j);
         else a.add_scaled(state, ld, x.scale);
       };
-      a.subtract(Rows{kt + i * cp, cp}, u_end + j, ld, 0, c, soon);
+      a.subtract(kt.at(i), u_end + j, ld, 0, c, soon);
       keep(dual);
       if constexpr (kMore) keep(more);
       a.store_to(next + i * ld + j, ld);
@@ -297,7 +289,7 @@ static void momentum_gradient(const Gates& gates, int c, const float* Theta, ind
 }
 
 // <a, b> over n floats, a multiple of kPad; four sums, which need not wait for each other
-static float inner_product(const float* a, const float* b, index_t n) {
+template <class T> static float inner_product(const T* a, const float* b, index_t n) {
   Vec dot[4] = {};
   index_t i = 0;
   for (; n - i >= 4 * kLanes; i += 4 * kLanes) {

@@ -28,7 +28,7 @@
 
 namespace miras::cpu::MIRAS_LEVEL {
 
-// What later stages read. Tokens: K, K transposed, Q, dO, U and its transpose; with momentum K JS'. Value channels: states not transposed
+// What later stages read. Tokens: K, K transposed, Q, dO, U and its transpose. Value channels: states not transposed
 void BackwardTask::read_chunk(int64_t chunk, const ChunkStart& x, bool recomputed, const Part& mine) {
   const Range own = mine.tokens, cols(mine.channels.first, minimum(mine.channels.last, task.dv));
   const int count = own.count();
@@ -36,42 +36,51 @@ void BackwardTask::read_chunk(int64_t chunk, const ChunkStart& x, bool recompute
   const LinearGates& gates = s.gates;
   const index_t row = index_t(own.first) * dvp, key_row = index_t(own.first) * dkp;
   if (!recomputed) read_keys(chunk, own), writes(own, x.G);
-  keys(p.k, p.dtype, chunk).from(own.first).read(count, s.K + key_row, dkp);
-  keys(p.q, p.dtype, chunk).from(own.first).read(count, s.Q + key_row, dkp);
+  if constexpr (!kPairs) keys(p.k, p.dtype, chunk).from(own.first).read(count, s.K.along + key_row, dkp);
+  keys(p.q, p.dtype, chunk).from(own.first).read(count, s.Q.along + key_row, dkp);
+  s.Q.pair_along(own, dkp);
   values(p.grad_out, chunk).from(own.first).read(count, s.dO + row, dvp);
   weigh(own, dvp, gates.from_start(), s.dO, s.dO_gamma);
   if (retention.scales_reads) scale(x.rho.value, index_t(count) * dvp, s.dO + row);
-  if (!channels) transpose(s.U + row, dvp, count, task.dv, s.UT + own.first, cp);
-  if (momentum) {
-    times_state(own, dk, Rows{s.K, dkp}, s.JS, dvp, s.KJS);
-    for (int t = own.first; t < own.last; ++t) s.gTheta[t] = -inner_product(s.U + index_t(t) * dvp, s.KJS + index_t(t) * dvp, dvp);
+  for (const Operand& y : {s.dO, s.dO_gamma}) y.pack_along(own, dvp), y.pack_down(own, dvp);
+  s.U_end.pack_along(own, dvp);
+  if (!channels) {
+    s.U.pack_along(own, dvp);
+    transpose_operand(s.U, own, task.dv, dvp, s.UT, cp);
   }
-  const auto plain = [&](const float* from, float* to) {
-    transpose(from + cols.first, dvp, dk, cols.count(), to + index_t(cols.first) * dkp, dkp);
+  const auto plain = [&](const Operand& from, float* to) {
+    from.pack_along(dk, {dvp, mine.channels});
+    transpose_operand(from, dk, cols, dvp, to, dkp);
   };
-  plain(s.J, s.J_plain), plain(x.W, s.W_plain);
-  if (momentum) plain(s.JS, s.JS_plain), plain(x.S, s.S_plain);
+  plain(s.J, s.J_plain), plain(s.W_copy.of(x.W), s.W_plain);
+  s.J.pack_down(dk, {dvp, mine.channels});
+  if (!momentum) return;
+  s.U_step.pack_along(own, dvp);
+  plain(s.JS, s.JS_plain), plain(s.S_copy.of(x.S), s.S_plain);
+  for (const Operand& y : {s.JS, s.S_copy.of(x.S)}) y.pack_down(dk, {dvp, mine.channels});
 }
 
 // Tokens: P, N = M o (dO U') and X = -P o (dO U'), with momentum gM = -(Q K') o (dO U')  [c x Cp]; dO has the factor rho
 void BackwardTask::scores_backward(int c, const Part& mine, WriteSoon soon) {
   MIRAS_STAGE("pairs", c * (c + 1) * (dk + dvp), c * dk + dk * cp + 4 * c * dvp + 2 * c * (c + 1));
-  const Rows Q{s.Q, dkp};
+  const Rows Q = by_rows(s.Q.along, dkp);
   const bool keep_x = momentum || s.gates.decays || retention.scales_reads;
-  const float* factors = momentum ? s.QK : s.P;
+  const float* factors = momentum ? s.QK : s.P.x;
   const auto then = [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Rows{s.dO + i * dvp, dvp}, s.UT + j, cp, 0, task.dv, soon);
+    x.add(by_rows(s.dO.along, dvp).at(i), s.UT + j, cp, 0, task.dv, soon);
     x.each([&](int r, int m, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + m * kLanes;
       if (keep_x) store(s.X + at, -load(factors + at) * y);
       y *= load(s.M + at);
     });
-    x.store_to(s.N + i * cp + j, cp);
+    x.store_to(s.N.along + i * cp + j, cp);
   };
   float* const last = s.last_rows + index_t(mine.index) * 2 * cp;
-  if (momentum) momentum_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P, s.M, s.Theta, s.QK, WriteSoon(), then);
-  else decayed_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P, s.M, WriteSoon(), then);
+  if (momentum) momentum_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P.x, s.M, s.Theta, s.QK, WriteSoon(), then);
+  else decayed_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P.x, s.M, WriteSoon(), then);
+  s.P.pack_down(mine.tokens, cp);
+  s.N.pair_along(mine.tokens, cp);
 }
 
 // Tokens: dU = -P' dO - to_end * (K J') - Theta_C * (K JS')
@@ -80,15 +89,15 @@ void BackwardTask::writes_backward(int c, Range tokens, WriteSoon soon) {
   MIRAS_STAGE("writes", 2 * count * dk * dvp + count * (c + 1) * dvp, count * dk + dk * dvp + count * (c + 1) / 2 + 3 * count * dvp);
   const LinearGates& gates = s.gates;
   if (momentum) weigh_rows(tokens, dvp, gates.step_end, s.KJS, s.KJS);
-  const float* dotted = momentum ? s.U : s.U_end;
+  const float* dotted = momentum ? s.U.x : s.U_end.x;
   sweep(tokens, dvp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Rows{s.K + i * dkp, dkp}, s.J + j, dvp, 0, dk, soon);
+    x.add(by_rows(s.K.along, dkp).at(i), s.J.down + j, dvp, 0, dk, soon);
     if (gates.fades()) x.dot_rows(dotted + i * dvp + j, dvp, s.write_sums + i);
     x.scale_rows(gates.to_end + i);
     if (momentum) x.add_matrix(s.KJS + i * dvp + j, dvp);
-    x.add(Cols{s.P + i, cp}, s.dO + j, dvp, i, c);
-    x.each([](int, int, Vec& y) MIRAS_LAMBDA { y = -y; });
+    x.add(Cols{s.P.down + i, cp}, s.dO.down + j, dvp, i, c);
+    x.negate();
     x.store_to(s.dE + i * dvp + j, dvp);
   });
 }
@@ -99,7 +108,7 @@ template <bool kChannels> void BackwardTask::momenta_gradient(int c, Range colum
   const Scaled term = gates.momenta_at_end(s.J, c);
   sweep(dk, columns, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
-    y.add(Cols{s.Q + i, dkp}, s.dO_b + j, dvp, 0, c);
+    y.add(Cols{s.Q.down + i, dkp}, s.dO_b.down + j, dvp, 0, c);
     y.add_scaled(s.JS + i * dvp + j, dvp, gates.step_momenta_end(c));
     if constexpr (kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, term.scale + j);
     else y.add_scaled(s.J + i * dvp + j, dvp, term.scale);
@@ -112,11 +121,11 @@ template <bool kIdentity, bool kChannels> void BackwardTask::primal_gradient(int
   const Scaled term = s.gates.dual_at_end(s.J, c);
   sweep(dk, columns, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
-    y.add(Cols{s.Q + i, dkp}, s.dO_gamma + j, dvp, 0, c, soon);
-    if (bias.predicts) y.add(Cols{s.K + i, dkp}, s.dE + j, dvp, 0, c);
+    y.add(Cols{s.Q.down + i, dkp}, s.dO_gamma.down + j, dvp, 0, c, soon);
+    if (bias.predicts) y.add(Cols{s.K.down + i, dkp}, s.dE.down + j, dvp, 0, c);
     if constexpr (kIdentity && kChannels) y.add_scaled_cols(s.J + i * dvp + j, dvp, term.scale + j);
     else if constexpr (kIdentity) y.add_scaled(s.J + i * dvp + j, dvp, term.scale);
-    y.store_to((kIdentity ? s.J : s.dW) + i * dvp + j, dvp);
+    y.store_to((kIdentity ? s.J.x : s.dW) + i * dvp + j, dvp);
   });
 }
 
@@ -152,6 +161,7 @@ void BackwardTask::errors_backward(int64_t chunk, const ChunkStart& x, const Par
   float* const deta = s.deta + (p.lr_per_channel ? row : own.first);
   float* const ddelta = s.ddelta + (p.delta_per_channel ? row : own.first);
   bias.pull_back(rows(chunk, own), x.E + row, x.G + row, s.dE + row, deta, ddelta);
+  s.dE.pack_along(own, dvp), s.dE.pack_down(own, dvp);
   const ChunkView dv = values(p.dv, chunk).from(own.first);
   float* const dV = dv.in_place() ? dv.at<float>() : s.U + row;  // free until the next chunk
   const index_t ldv = dv.in_place() ? p.dv.token : dvp;
@@ -172,10 +182,10 @@ void BackwardTask::query_gradient(int64_t chunk, const Part& mine) {
   const index_t ld = dq.in_place() ? p.dq.token : dkp;
   sweep(mine.tokens, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
-    y.add(Rows{s.dO_gamma + i * dvp, dvp}, s.W_plain + j, dkp, 0, task.dv, dk_soon);
-    if (gates.decays) y.dot_rows(s.Q + i * dkp + j, dkp, s.read_sums + i);
+    y.add(by_rows(s.dO_gamma.along, dvp).at(i), s.W_plain + j, dkp, 0, task.dv, dk_soon);
+    if (gates.decays) y.dot_rows(s.Q.along + i * dkp + j, dkp, s.read_sums + i);
     if (momentum) y.add_matrix(s.dQ_b + i * dkp + j, dkp);
-    y.subtract(Rows{s.N + i * cp, cp}, s.K + j, dkp, 0, i + R);
+    y.subtract(by_rows(s.N.along, cp).at(i), s.K.down + j, dkp, 0, i + R);
     y.store_to(to + i * ld + j, ld);
   });
   if (!dq.in_place()) dq.from(first).write(count, s.dX + index_t(first) * dkp, dkp);
@@ -192,10 +202,10 @@ void BackwardTask::key_gradient(int64_t chunk, const Part& mine) {
   const index_t ld = dkeys.in_place() ? p.dk.token : dkp;
   sweep(mine.tokens, dkp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> y;
-    if (bias.predicts) y.add(Rows{s.dE + i * dvp, dvp}, s.W_plain + j, dkp, 0, task.dv);
-    y.subtract(Cols{s.N + i, cp}, s.Q + j, dkp, i, c);
-    y.subtract(Rows{s.U_end + i * dvp, dvp}, s.J_plain + j, dkp, 0, task.dv, q_soon);
-    if (momentum) y.subtract(Rows{s.U_step + i * dvp, dvp}, s.JS_plain + j, dkp, 0, task.dv);
+    if (bias.predicts) y.add(by_rows(s.dE.along, dvp).at(i), s.W_plain + j, dkp, 0, task.dv);
+    y.subtract(Cols{s.N.down + i, cp}, s.Q.down + j, dkp, i, c);
+    y.subtract(by_rows(s.U_end.along, dvp).at(i), s.J_plain + j, dkp, 0, task.dv, q_soon);
+    if (momentum) y.subtract(by_rows(s.U_step.along, dvp).at(i), s.JS_plain + j, dkp, 0, task.dv);
     y.store_to(to + i * ld + j, ld);
   });
   if (!dkeys.in_place()) dkeys.from(first).write(count, s.dX + index_t(first) * dkp, dkp);
@@ -242,7 +252,8 @@ void BackwardTask::run() {
   read_gradient(p.grad_final_dual, s.J);
   if (momentum) read_gradient(p.grad_final_momenta, s.JS);
   const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, where nothing is written
-  fill_zero(s.P, square), fill_zero(s.M, square), fill_zero(s.N, square), fill_zero(s.X, square);
+  s.P.clear(p.C, cp), s.N.clear(p.C, cp);
+  fill_zero(s.M, square), fill_zero(s.X, square);
   if (momentum) fill_zero(s.Theta, square);
   for (int64_t i = 0; retention.identity && i < p.segment; ++i) s.rho[i] = 1.0f, s.rho_slope[i] = 0.0f;
 

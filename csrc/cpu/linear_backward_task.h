@@ -18,19 +18,22 @@ struct BackwardScratch {
   // Of a segment: [segment][Dk x Dvp], W and S only if they are needed; [segment][C x Dvp] twice; [segment] twice
   float *A, *W, *S, *E, *G;
   float *rho, *rho_slope;
-  float *J, *JS;                   // [Dk x Dvp]
+  float* W_down;                   // [Dk x Dvp]  with pairs
+  Operand J, JS;                   // [Dk x Dvp]
+  Operand W_copy, S_copy;          // [Dk x Dvp]  with pairs
   float* dW;                       // [Dk x Dvp]  unless W = A
   float *W_plain, *J_plain;        // [Dv x Dkp]  not transposed
   float *S_plain, *JS_plain;       // [Dv x Dkp]
   float* KT;                       // [Dk x Cp]
-  float *K, *Q;                    // [C x Dkp]
+  Operand K, Q;                    // [C x Dkp]
   float* V;                        // [C x Dvp]   if v cannot be read in place
-  float *dO, *dO_gamma, *dO_b;     // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
-  float *U, *U_end, *U_step;       // [C x Dvp]
+  Operand dO, dO_gamma, dO_b;      // [C x Dvp]   rho dO_t, gamma_t dO_t, rho b_t dO_t
+  Operand U, U_end, U_step;        // [C x Dvp]
   float* UT;                       // [Dv x Cp]
-  float *P, *M, *N, *X;            // [C x Cp]    X with momentum: gM
+  Operand P, N;                    // [C x Cp]
+  float *M, *X;                    // [C x Cp]    X with momentum: gM
   float *QK, *Theta;               // [C x Cp]    with momentum
-  float* dE;                       // [C x Dvp]   dU at first
+  Operand dE;                      // [C x Dvp]   dU at first
   float *KJ, *KJS, *QW, *QS;       // [C x Dvp]   products of K and Q with states; all but KJS if decays are channel-wise
   float* dQ_b;                     // [C x Dkp]   rho b_t S_0' dO_t
   float* dX;                       // [C x Dkp]   dQ, dK if they cannot be written in place
@@ -51,18 +54,21 @@ struct BackwardScratch {
     A = a.take(states, dvp), W = a.take(states, primal), S = a.take(states, momenta);
     E = a.take(tokens, dvp), G = a.take(tokens, dvp);
     rho = a.take(1, p.segment), rho_slope = a.take(1, p.segment);
-    J = a.take(p.Dk, dvp), JS = a.take(p.Dk, momenta), dW = a.take(p.Dk, primal);
+    constexpr int kAll = kFloat | kAlong | kDown, kCopies = kAlong | kDown;
+    W_down = a.take(kPairs ? half(p.Dk) : 0, dvp);
+    J = Operand(a, p.Dk, dvp, kAll), JS = Operand(a, p.Dk, momenta, kAll), dW = a.take(p.Dk, primal);
+    W_copy = Operand(a, kPairs ? p.Dk : 0, dvp, kCopies), S_copy = Operand(a, kPairs ? p.Dk : 0, momenta, kCopies);
     W_plain = a.take(p.panel_width, dkp), J_plain = a.take(p.panel_width, dkp);
     S_plain = a.take(momenta, dkp), JS_plain = a.take(momenta, dkp);
     KT = a.take(p.Dk, cp);
-    K = a.take(p.C, dkp), Q = a.take(p.C, dkp);
+    K = Operand(a, p.C, dkp, kCopies), Q = Operand(a, p.C, dkp, kCopies);
     V = a.take(p.C, dvp);
-    dO = a.take(p.C, dvp), dO_gamma = a.take(p.C, dvp), dO_b = a.take(p.C, momenta);
-    U = a.take(p.C, dvp), U_end = a.take(p.C, dvp), U_step = a.take(p.C, momenta);
+    dO = Operand(a, p.C, dvp, kAll), dO_gamma = Operand(a, p.C, dvp, kAll), dO_b = Operand(a, p.C, momenta, kAll);
+    U = Operand(a, p.C, dvp, kFloat | kAlong), U_end = Operand(a, p.C, dvp, kAll), U_step = Operand(a, p.C, momenta, kAll);
     UT = a.take(p.panel_width, cp);
-    P = a.take(p.C, cp), M = a.take(p.C, cp), N = a.take(p.C, cp), X = a.take(p.C, cp);
+    P = Operand(a, p.C, cp, kFloat | kDown), M = a.take(p.C, cp), N = Operand(a, p.C, cp, kAll), X = a.take(p.C, cp);
     QK = a.take(momentum ? p.C : 0, cp), Theta = a.take(momentum ? p.C : 0, cp);
-    dE = a.take(p.C, dvp);
+    dE = Operand(a, p.C, dvp, kAll);
     KJ = a.take(p.C, wide), KJS = a.take(p.C, momenta), QW = a.take(p.C, wide), QS = a.take(p.C, momentum ? wide : 0);
     dQ_b = a.take(momentum ? p.C : 0, dkp), dX = a.take(p.C, dkp);
     delta = a.take(p.C, dvp), ddelta = a.take(p.C, dvp);
@@ -129,22 +135,18 @@ struct BackwardTask {
         A, retention.identity ? A : s.W + i * state, s.S + i * state, s.E + i * p.C * dvp, s.G + i * p.C * dvp, {s.rho[i], s.rho_slope[i]}};
   }
 
-  BiasRows rows(int64_t chunk, Range mine) const {
-    return bias_rows(p, values(p.v, chunk), mine, s.gates.eta, s.delta, s.V, dvp);
-  }
+  BiasRows rows(int64_t chunk, Range mine) const { return bias_rows(p, values(p.v, chunk), mine, s.gates.eta, s.delta, s.V, dvp); }
 
   // Gates of a chunk.
   void begin(int64_t chunk) {
     s.gates.read(p, task, b, token(chunk), tokens(chunk));
     read_delta(p, task, b, token(chunk), tokens(chunk), s.delta);
   }
-  // Tokens: K transposed
-  void read_keys(int64_t chunk, Range mine) const {
-    keys(p.k, p.dtype, chunk).from(mine.first).transpose_in(mine.count(), s.KT + mine.first, cp);
-  }
+  // Tokens: K transposed, with pairs also K
+  void read_keys(int64_t chunk, Range mine) const { MIRAS_LEVEL::read_keys(keys(p.k, p.dtype, chunk), mine, s.K, dkp, s.KT, cp); }
 
   void writes(Range tokens, const float* g);
-  void predict_errors(int64_t chunk, const ChunkStart& x, const Part& mine);
+  void predict_errors(int64_t chunk, const ChunkStart& x, const float* W, const Part& mine);
   void advance_state(int64_t chunk, const ChunkStart& x, const Part& mine);
   void rerun(int64_t first, int64_t last);
   void read_chunk(int64_t chunk, const ChunkStart& x, bool recomputed, const Part& mine);
@@ -183,8 +185,8 @@ void BackwardTask::writes(Range tokens, const float* g) {
   if (momentum) weigh_rows(tokens, dvp, gates.step_end, s.U, s.U_step);
 }
 
-// Tokens: K transposed, errors, inner gradients, what is written to the state
-void BackwardTask::predict_errors(int64_t chunk, const ChunkStart& x, const Part& mine) {
+// Tokens: K transposed, errors, inner gradients, what is written to the state. W: the primal as products read it
+void BackwardTask::predict_errors(int64_t chunk, const ChunkStart& x, const float* W, const Part& mine) {
   const Range own = mine.tokens;
   const int count = own.count();
   const index_t first = index_t(own.first) * dvp;
@@ -193,11 +195,13 @@ void BackwardTask::predict_errors(int64_t chunk, const ChunkStart& x, const Part
   read_keys(chunk, own);
   MIRAS_STAGE("predict", 2 * count * dk * dvp, dk * count + dk * dvp + count * dvp);
   const ReadSoon v_soon(values(p.v, chunk), tokens(chunk), products(tokens(chunk)));
-  if (bias.predicts) predict(own, dk, s.KT, cp, x.W, dvp, x.E, mine.once(v_soon));
+  if (bias.predicts) predict(own, dk, s.KT, cp, W, dvp, x.E, mine.once(v_soon));
   MIRAS_STAGE("row pass", 0, 7 * count * dvp);
   if (!values(p.v, chunk).in_place()) values(p.v, chunk).from(own.first).read(count, s.V + first, dvp);
   bias.grade(rows(chunk, own), x.E + first, x.G + first);
   writes(own, x.G);
+  s.U_end.pack_down(own, dvp);
+  if (momentum) s.U_step.pack_down(own, dvp);
 }
 
 // Value channels: the states at the start of the next chunk
@@ -206,8 +210,9 @@ void BackwardTask::advance_state(int64_t chunk, const ChunkStart& x, const Part&
   MIRAS_STAGE("update", 2 * c * dk * width, dk * cp + c * width + 2 * dk * width);
   const ColumnRange cols(dvp, mine.channels);
   const ReadSoon k_soon(keys(p.k, p.dtype, chunk + 1), tokens(chunk + 1), products(c));
-  s.gates.advance_dual(c, dk, s.KT, cp, s.U_end, cols, x.A, x.S, x.A + state, mine.once(k_soon));
-  s.gates.advance_momenta(c, dk, s.KT, cp, s.U_step, cols, x.S, x.S + state);
+  const auto K = over_tokens(s.K, dkp, s.KT, cp);
+  s.gates.advance_dual(c, dk, K, s.U_end.down, cols, x.A, x.S, x.A + state, mine.once(k_soon));
+  s.gates.advance_momenta(c, dk, K, s.U_step.down, cols, x.S, x.S + state);
 }
 
 // Recompute chunks [first, last): states, errors, inner gradients.
@@ -225,7 +230,8 @@ void BackwardTask::rerun(int64_t first, int64_t last) {
       s.rho[i] = rho.value, s.rho_slope[i] = rho.slope;
     }
     begin(chunk);
-    in_parts(p, all, [&](const Part& mine) { predict_errors(chunk, x, mine); });
+    const float* const W = packed_down(x.W, dk, dvp, s.W_down);
+    in_parts(p, all, [&](const Part& mine) { predict_errors(chunk, x, W, mine); });
     if (chunk + 1 < last) in_parts(p, all, [&](const Part& mine) { advance_state(chunk, x, mine); });
   }
 }

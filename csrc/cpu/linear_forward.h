@@ -18,20 +18,22 @@
 namespace miras::cpu::MIRAS_LEVEL {
 
 struct ForwardScratch {
-  float *A, *A0;          // [Dk x Dvp]  current dual; that of an open chunk's start
-  float *W, *R;           // [Dk x Dvp]  primal; what an open chunk reads. Unless W = A
-  float* S;               // [Dk x Dvp]  momenta
-  float* KT;              // [Dk x Cp]
-  float* Q;               // [C x Dkp]   if q cannot be read in place
-  float *V, *O;           // [C x Dvp]   if v and out cannot be used in place
-  float *U, *U_end;       // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
-  float* U_step;          // [C x Dvp]   Theta_Cs U_s
-  float* O_own;           // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
-  float* P;               // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
-  float* last_rows;       // [2 x Cp] of each part
-  float* delta;           // [C] or [C x Dvp]
-  float* open_log_decay;  // [1] or [Dvp], padded
-  float* spare;           // [Dv x Dkp]
+  float *A, *A0;                    // [Dk x Dvp]  current dual; that of an open chunk's start
+  float *W, *R;                     // [Dk x Dvp]  primal; what an open chunk reads. Unless W = A
+  float* S;                         // [Dk x Dvp]  momenta
+  float *W_down, *R_down, *S_down;  // [Dk x Dvp] their copies for products, with pairs
+  Operand K;                        // [C x Dkp]   with pairs
+  float* KT;                        // [Dk x Cp]
+  Operand Q;                        // [C x Dkp]   if q cannot be read in place
+  float *V, *O;                     // [C x Dvp]   if v and out cannot be used in place
+  Operand U, U_end;                 // [C x Dvp]   K W0' at first, then eta psi(E), for the read-outs times rho; U_end_s = to_end_s U_s
+  Operand U_step;                   // [C x Dvp]   Theta_Cs U_s
+  float* O_own;                     // [C x Dvp]   rho b * (Q S_0'); if decays are channel-wise, also what is read of the chunk's own writes
+  Operand P;                        // [C x Cp]    M o Q K', or Q K' if decays are channel-wise
+  float* last_rows;                 // [2 x Cp] of each part
+  float* delta;                     // [C] or [C x Dvp]
+  float* open_log_decay;            // [1] or [Dvp], padded
+  float* spare;                     // [Dv x Dkp]
   LinearGates gates;
 
   MIRAS_FN ForwardScratch(Arena& a, const LinearForward& p) : gates(a, p) {
@@ -40,12 +42,14 @@ struct ForwardScratch {
     A = a.take(p.Dk, dvp), A0 = a.take(p.Dk, p.start ? dvp : 0);
     W = a.take(p.Dk, primal), R = a.take(p.Dk, p.start ? primal : 0);
     S = a.take(p.Dk, momenta);
-    KT = a.take(p.Dk, cp);
-    Q = a.take(p.C, dkp);
+    const int copied = kPairs ? int(half(p.Dk)) : 0;
+    W_down = a.take(copied, dvp), R_down = a.take(copied, p.start ? dvp : 0), S_down = a.take(copied, momenta);
+    K = Operand(a, kPairs ? p.C : 0, dkp, kAlong | kDown), KT = a.take(p.Dk, cp);
+    Q = Operand(a, p.C, dkp, kAlong);
     V = a.take(p.C, dvp), O = a.take(p.C, dvp);
-    U = a.take(p.C, dvp), U_end = a.take(p.C, dvp);
-    U_step = a.take(p.C, momenta), O_own = a.take(p.C, p.decay_per_channel ? dvp : momenta);
-    P = a.take(p.C, cp);
+    U = Operand(a, p.C, dvp, kFloat | kDown), U_end = Operand(a, p.C, dvp, kFloat | kDown);
+    U_step = Operand(a, p.C, momenta, kFloat | kDown), O_own = a.take(p.C, p.decay_per_channel ? dvp : momenta);
+    P = Operand(a, p.C, cp, kFloat | kAlong);
     last_rows = a.take(2 * p.parts, cp), delta = a.take(p.C, dvp), open_log_decay = a.take(1, dvp);
     spare = a.take(dvp, dkp);
   }
@@ -65,7 +69,7 @@ struct ForwardTask {
   int64_t token;
   int c;
   const float* open_start;  // the dual at its start if it was open before the call, else null
-  const float *W, *R;       // the primal for its predictions; what it reads
+  const float *W, *R, *S;   // the primal for its predictions; what it reads; the momenta: as products read them
   Rho rho;
 
   MIRAS_FN ForwardTask(const LinearForward& params, const BiasTable& table, const Retention& gate, const ForwardScratch& scratch, int64_t i)
@@ -77,13 +81,15 @@ struct ForwardTask {
   MIRAS_FN ChunkView keys(const TokenTensor& x) const { return {x, p.dtype, b, token, h, 0, dk}; }
   MIRAS_FN ChunkView values(const TokenTensor& x) const { return {x, p.dtype, b, token, h, task.first, task.dv}; }
   MIRAS_FN StateShape shape() const { return {dk, task.dv, dvp, LastAxis::down}; }
-  MIRAS_FN int64_t products() const { return int64_t(c) * dk * dvp; }  // of a chunk and a state
-  MIRAS_FN Rows queries() const { return p.dtype == Dtype::f32 ? Rows{keys(p.q).at<float>(), p.q.token} : Rows{s.Q, dkp}; }
+  MIRAS_FN bool ends_differ() const { return s.gates.fades() || retention.scales_reads; }  // U_end is not U
+  MIRAS_FN int64_t products() const { return int64_t(c) * dk * dvp; }                      // of a chunk and a state
+  MIRAS_FN Rows queries() const { return p.dtype == Dtype::f32 ? Rows{keys(p.q).at<float>(), p.q.token} : by_rows(s.Q.along, dkp); }
   void put(const StateTensor& to, const float* state) { write_state(to, n, h, task.first, task.dv, dk, state, dvp, s.spare); }
 
   void read_open_chunk(int position);
   void save(int64_t chunk) const;
   void open_primal();
+  void pack_states();
   void write(const Part& mine, ReadSoon soon);
   void read_within(const Part& mine, WriteSoon soon);
   void read_out(const Part& mine, ReadSoon soon);
@@ -127,6 +133,14 @@ void ForwardTask::open_primal() {
   R = s.R;
 }
 
+// W, R and S as products read them
+void ForwardTask::pack_states() {
+  const bool same = R == W;
+  W = packed_down(W, dk, dvp, s.W_down);
+  R = same ? W : packed_down(R, dk, dvp, s.R_down);
+  S = momentum ? packed_down(s.S, dk, dvp, s.S_down) : nullptr;
+}
+
 // Tokens: U, U_end, U_step
 void ForwardTask::write(const Part& mine, ReadSoon soon) {
   const LinearGates& gates = s.gates;
@@ -142,12 +156,16 @@ void ForwardTask::write(const Part& mine, ReadSoon soon) {
   bias.write(bias_rows(p, values(p.v), tokens, gates.eta, s.delta, s.V, dvp), s.U + first, to_end, s.U_end + first);
   if (gates.channel.on) weigh(tokens, dvp, gates.until_end(), s.U, s.U_end);
   if (momentum) weigh_rows(tokens, dvp, gates.step_end, s.U, s.U_step);
-  if (!retention.scales_reads) return;
-  for (index_t i = first; i < first + index_t(count) * dvp; i += kLanes) {
-    const Vec u = load(s.U + i);
-    if (!gates.fades()) store(s.U_end + i, u);
-    store(s.U + i, rho.value * u);
+  if (retention.scales_reads) {
+    for (index_t i = first; i < first + index_t(count) * dvp; i += kLanes) {
+      const Vec u = load(s.U + i);
+      if (!gates.fades()) store(s.U_end + i, u);
+      store(s.U + i, rho.value * u);
+    }
   }
+  s.U.pack_down(tokens, dvp);
+  if (ends_differ()) s.U_end.pack_down(tokens, dvp);
+  if (momentum) s.U_step.pack_down(tokens, dvp);
 }
 
 // Tokens: P, and O_own of the momenta
@@ -157,21 +175,21 @@ void ForwardTask::read_within(const Part& mine, WriteSoon soon) {
   const int count = tokens.count();
   const Rows Q = queries();
   MIRAS_STAGE("pairs", count * (count + 1) * dk, count * dk + dk * cp + count * (count + 1) / 2);
-  if (Q.p == s.Q) keys(p.q).from(tokens.first).read(count, s.Q + index_t(tokens.first) * dkp, dkp);
+  if (p.dtype != Dtype::f32) keys(p.q).from(tokens.first).read(count, s.Q.along + index_t(tokens.first) * dkp, dkp);
   float* const own = s.O_own + index_t(tokens.first) * dvp;
   if (momentum) {
-    times_state(tokens, dk, Q, s.S, dvp, s.O_own);
+    times_state(tokens, dk, Q, S, dvp, s.O_own);
     weigh(tokens, dvp, gates.of_momenta(), s.O_own, s.O_own);
     if (retention.scales_reads) scale(rho.value, index_t(count) * dvp, own);
   }
   float* const last = s.last_rows + index_t(mine.index) * 2 * cp;
   if (gates.channel.on) {
     if (!momentum) fill_zero(own, int64_t(count) * dvp);
-    plain_scores(tokens, dk, Q, s.KT, cp, s.P, soon);
+    plain_scores(tokens, dk, Q, s.KT, cp, s.P.x, soon);
   } else if (momentum) {
-    momentum_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P, nullptr, nullptr, nullptr, soon);
+    momentum_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P.along, nullptr, nullptr, nullptr, soon);
   } else {
-    decayed_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P, nullptr, soon);
+    decayed_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P.along, nullptr, soon);
   }
 }
 
@@ -193,7 +211,7 @@ void ForwardTask::read_out(const Part& mine, ReadSoon soon) {
     if (channels) o.multiply(gates.channel.gamma + index_t(i) * dvp + j, dvp);
     else o.scale_rows(gates.gamma + i);
     if (own) o.add_matrix(s.O_own + index_t(i) * dvp + j, dvp);
-    if (!channels) o.subtract(Rows{s.P + i * cp, cp}, s.U + j, dvp, 0, i + Height);
+    if (!channels) o.subtract(by_rows(s.P.along, cp).at(i), s.U.down + j, dvp, 0, i + Height);
     o.store_to(O + i * ldo + j, ldo);
   });
   if (out.in_place()) return;
@@ -207,9 +225,9 @@ void ForwardTask::advance_state(const Part& mine, ReadSoon soon) {
   MIRAS_STAGE("update", 2 * c * dk * width, dk * cp + c * width + 2 * dk * width);
   const LinearGates& gates = s.gates;
   const ColumnRange cols(dvp, mine.channels);
-  const float* u_end = gates.fades() || retention.scales_reads ? s.U_end : s.U;
-  gates.advance_dual(c, dk, s.KT, cp, u_end, cols, s.A, s.S, s.A, soon);
-  gates.advance_momenta(c, dk, s.KT, cp, s.U_step, cols, s.S, s.S);
+  const auto K = over_tokens(s.K, dkp, s.KT, cp);
+  gates.advance_dual(c, dk, K, ends_differ() ? s.U_end.down : s.U.down, cols, s.A, s.S, s.A, soon);
+  gates.advance_momenta(c, dk, K, s.U_step.down, cols, s.S, s.S);
 }
 
 // The open chunk's log-decay after the chunk's tokens
@@ -225,7 +243,7 @@ void ForwardTask::pass_decays(bool closes) {
 }
 
 void ForwardTask::run() {
-  fill_zero(s.P, int64_t(p.C) * cp);  // nothing is written right of the diagonal
+  s.P.clear(p.C, cp);  // nothing is written right of the diagonal
   read_state(p.dual, n, h, task.first, task.dv, dk, s.A, dvp);
   if (momentum) read_state(p.momenta, n, h, task.first, task.dv, dk, s.S, dvp);
   int position = p.position ? int(p.position[n]) : 0;
@@ -248,12 +266,13 @@ void ForwardTask::run() {
 
     s.gates.read(p, task, b, token, c);
     read_delta(p, task, b, token, c, s.delta);
-    keys(p.k).transpose_in(c, s.KT, cp);
+    read_keys(keys(p.k), c, s.K, dkp, s.KT, cp);
 
     const int next = int(left - c < p.C ? left - c : p.C);
     const ReadSoon k_soon({p.k, p.dtype, b, token + c, h, 0, dk}, next, products());
     const ReadSoon v_soon({p.v, p.dtype, b, token + c, h, task.first, task.dv}, next, products());
     open_primal();
+    pack_states();
     in_parts(p, {0, c, dvp}, [&](const Part& mine) {
       write(mine, mine.once(ReadSoon(keys(p.q), c, products())));
       read_within(mine, mine.once(WriteSoon(values(p.out), c, int64_t(c) * c / 2 * dk)));

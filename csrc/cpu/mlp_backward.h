@@ -176,7 +176,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   in_parts(p, c, [&](const Part& mine) {
     m.errors(mine, p, bias);
     m.transpose_rows(mine.tokens, m.U1, s.U1T);
-    m.query_scores(mine, c, start, {s.L, s.Theta, s.scores2, nullptr}, WriteSoon());
+    m.query_scores(mine, c, start, {s.L, s.Theta, s.scores2}, WriteSoon());
   });
   in_parts(p, c, [&](const Part& mine) {
     m.read_hidden(mine, c, start);
@@ -188,7 +188,8 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
     });
   });
   in_parts(p, c, [&](const Part& mine) {
-    m.read_out(mine, start, {momentum ? s.L : nullptr, s.Theta, s.scores1, s.read}, WriteSoon(view(p.dv, chunk), c));
+    m.restore(mine.tokens, p.product(1, b, h, token(chunk)), m.reads);
+    m.read_out<true>(mine, start, {momentum ? s.L : nullptr, s.Theta, s.scores1}, WriteSoon(view(p.dv, chunk), c));
     MIRAS_PASS("backward");
     read_backward(mine, c, start);
   });

@@ -29,7 +29,7 @@ void MlpBackwardTask::read_backward(const Part& mine, int c, const MlpState& sta
   const Vec rho = broadcast(start.rho[0].value);
   MIRAS_STAGE("row pass", 0, 9 * c * d);
   m.norm.pull_back_weighted(tokens, m.Xq, m.rq, s.dO, s.dUq);
-  if (m.gates.decays) row_dots(tokens, dp, s.read, s.dUq, s.read_sums);
+  if (m.gates.decays) row_dots(tokens, dp, m.reads, s.dUq, s.read_sums);
   if (momentum) {
     for (int t = tokens.first; t < tokens.last; ++t) s.dots[t] = 0.0f;
     row_dots(tokens, dp, m.part, s.dUq, s.dots);

@@ -16,7 +16,6 @@ struct MlpBackwardScratch {
   float* dO;                              // [C x Dp]
   float *dUq, *dUq_gamma, *Q_gamma;       // [C x Dp]  rows times gamma_t in the last two
   float *dUq_carry, *Q_carry;             // [C x Dp]  with momentum: rows times carry
-  float* read;                            // [C x Dp]  gamma * (Aq W1T)
   float *dU1, *dGu, *dGw, *dE, *dU, *dX;  // [C x Dp]  dE is dG at first; dX: dQ and dK
   float *U1T, *dUqT, *dUT;                // [D x Cp]
   float *dZqT, *dGaT;                     // [Hd x Cp]  gelu'(Zq) at first in dZqT
@@ -38,7 +37,7 @@ struct MlpBackwardScratch {
     for (float*& x : dW) x = a.take(chunk.retention.identity ? 0 : p.Hd, dp);
     dO = a.take(p.C, dp);
     dUq = a.take(p.C, dp), dUq_gamma = a.take(p.C, dp), Q_gamma = a.take(p.C, dp);
-    dUq_carry = a.take(momentum * p.C, dp), Q_carry = a.take(momentum * p.C, dp), read = a.take(p.C, dp);
+    dUq_carry = a.take(momentum * p.C, dp), Q_carry = a.take(momentum * p.C, dp);
     dU1 = a.take(p.C, dp), dGu = a.take(p.C, dp), dGw = a.take(p.C, dp);
     dE = a.take(p.C, dp), dU = a.take(p.C, dp), dX = a.take(p.C, dp);
     U1T = a.take(p.D, cp), dUqT = a.take(p.D, cp), dUT = a.take(p.D, cp);
@@ -131,7 +130,10 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
     m.read(p, b, token(chunk), h, c);
     const MlpState next = s.states.at(chunk + 1 < last ? i + 1 : i);
     in_parts(p, c, [&](const Part& mine) { m.predict_hidden(mine, c, start, ReadSoon()); });
-    in_parts(p, c, [&](const Part& mine) { m.predict_errors(mine, p, bias, start, ReadSoon()); });
+    in_parts(p, c, [&](const Part& mine) {
+      m.restore(mine.tokens, p.product(0, b, h, token(chunk)), m.X);
+      m.find_errors(mine, p, bias);
+    });
     in_parts(p, c, [&](const Part& mine) {
       m.hidden_gradient(mine, c, start, ReadSoon());
       if (chunk + 1 == last) return;

@@ -65,7 +65,7 @@ struct MlpChunk {
   float *AT, *GzT, *slopeT;    // [Hd x Cp]  Z at first in AT; gelu'(Z)
   float *HT, *AqT;             // [Hd x Cp]  gelu''(Z) o Ga, null in the forward; gelu(Zq)
   float *P1, *P2, *P2T;        // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
-  float* Xq;                   // [C x Dp]  LN(Uq) without its affine part
+  float *reads, *Xq;           // [C x Dp]  gamma * (Aq W1T); LN(Uq) without its affine part
   float *r, *rq, *weight;      // [Cp]  1 / std of the two; eta gamma_c / gamma_t
   float *last_rows, *delta;    // [2 x Cp] of each part, [Cp]
   // With momentum, M in place of L and to_end in place of gamma_c / gamma_t, and:
@@ -85,7 +85,7 @@ struct MlpChunk {
     AT = a.take(n * hd, cp), GzT = a.take(n * hd, cp), slopeT = a.take(n * hd, cp);
     HT = segment ? a.take(n * hd, cp) : nullptr, AqT = a.take(hd, cp);
     P1 = a.take(p.C, cp), P2 = a.take(p.C, cp), P2T = a.take(p.C, cp);
-    Xq = a.take(p.C, dp);
+    reads = a.take(p.C, dp), Xq = a.take(p.C, dp);
     r = a.take(n, cp), rq = a.take(1, cp), weight = a.take(1, cp);
     last_rows = a.take(2 * p.parts, cp), delta = a.take(1, cp);
     const int momentum = gates.momentum;
@@ -193,11 +193,25 @@ struct MlpChunk {
     weigh_rows(tokens, dp, gates.eta, Gu, U1);
   }
 
-  // Tokens: X, errors, and what is written to the states
-  void predict_errors(const Part& mine, const MlpParams& p, const BiasTable& bias, const MlpState& s, ReadSoon soon) {
+  // Tokens: rows [C x Dp] to and from a chunk's part of MlpParams::products
+  void keep(Range tokens, const float* rows, float* product) const {
+    const index_t first = tokens.first;
+    copy_out(rows + first * dp, dp, tokens.count(), d, product + first * d, d);
+  }
+  void restore(Range tokens, const float* product, float* rows) const {
+    const index_t first = tokens.first;
+    copy_in(product + first * d, d, tokens.count(), d, rows + first * dp, dp);
+  }
+
+  // Tokens: U = A W1T, in X
+  void predict_rows(const Part& mine, const MlpState& s) {
+    MIRAS_STAGE("predict", 2 * mine.tokens.count() * d * hd, (hd + d) * mine.tokens.count() + hd * d);
+    predict(mine.tokens, hd, AT, cp, s.primal[0], dp, X, ReadSoon());
+  }
+
+  // Tokens: X from U, errors, and what is written to the states
+  void find_errors(const Part& mine, const MlpParams& p, const BiasTable& bias) {
     const Range tokens = mine.tokens;
-    MIRAS_STAGE("predict", 2 * tokens.count() * d * hd, (hd + d) * tokens.count() + hd * d);
-    predict(tokens, hd, AT, cp, s.primal[0], dp, X, mine.once(soon));
     MIRAS_STAGE("row pass", 0, 19 * tokens.count() * d);
     norm.normalise(tokens, X, r);
     errors(mine, p, bias);
@@ -227,19 +241,19 @@ struct MlpChunk {
   // Hidden units: dual and momentum i after the chunk; next may be the same as s.
   void advance_matrix(int i, const Part& mine, int c, const MlpState& s, const MlpState& next, ReadSoon soon) const {
     MIRAS_STAGE("update", 2 * c * d * hd, hd * c + c * d + 2 * hd * d);
-    const float* left = i == 0 ? AT : GzT;
+    const Rows left{i == 0 ? AT : GzT, cp};
     const Scaled momenta{s.momenta[i], gates.momenta_end(c)};
-    advance(c, mine.units, left, cp, i == 0 ? U1_end : K_end, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
+    advance(c, mine.units, left, i == 0 ? U1_end : K_end, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
     if (!gates.momentum) return;
     const Scaled steps{s.momenta[i], gates.step_momenta_end(c)};
-    advance(c, mine.units, left, cp, i == 0 ? U1_step : K_step, dp, steps, next.momenta[i], ReadSoon());
+    advance(c, mine.units, left, i == 0 ? U1_step : K_step, dp, steps, next.momenta[i], ReadSoon());
   }
 
   // ---- the read-out ----
 
-  // What the backward needs, if L and read are not null: scores [C x Cp], XY and Theta with momentum, where L is M; gamma * (Aq W1T).
+  // What the backward needs, if L is not null: scores [C x Cp], XY and Theta with momentum, where L is M.
   struct Kept {
-    float *L, *Theta, *XY, *read;
+    float *L, *Theta, *XY;
   };
 
   // Tokens: P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
@@ -248,10 +262,10 @@ struct MlpChunk {
     const Range tokens = mine.tokens;
     float* const last = last_rows + index_t(mine.index) * 2 * cp;
     if (gates.momentum) {
-      const auto run = kept.L ? momentum_scores<true, Cols> : momentum_scores<false, Cols>;
+      const auto run = kept.L ? momentum_scores<true, Cols, float> : momentum_scores<false, Cols, float>;
       run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon), {});
     } else {
-      const auto run = kept.L ? decayed_scores<true, Cols> : decayed_scores<false, Cols>;
+      const auto run = kept.L ? decayed_scores<true, Cols, float> : decayed_scores<false, Cols, float>;
       run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon), {});
     }
     if (retention.scales_reads) scale(rho.value, index_t(tokens.count()) * cp, P + index_t(tokens.first) * cp);
@@ -287,20 +301,26 @@ struct MlpChunk {
     });
   }
 
-  // Tokens: Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * part, part = Aq S1'; and in its place X = LN(Uq)
-  void read_out(const Part& mine, const MlpState& s, const Kept& kept, WriteSoon soon) {
+  // Tokens: Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * part, part = Aq S1'; and in its place X = LN(Uq). The first term is
+  // `reads`, given or computed
+  template <bool kGiven> void read_out(const Part& mine, const MlpState& s, const Kept& kept, WriteSoon soon) {
     const float* W1T = s.primal[0];
     const Range tokens = mine.tokens;
     MIRAS_STAGE("pairs", tokens.count() * (tokens.count() + 1) * hd, tokens.count() * (2 * hd + (tokens.count() + 1) / 2));
     scores(mine, hd, AqT, AT, s.rho[0], P1, kept, soon);
-    MIRAS_STAGE("read-out", tokens.count() * (2 * hd + tokens.count() + 1) * d, tokens.count() * (hd + 3 * d) + hd * d);
+    [[maybe_unused]] const int inner = kGiven ? 0 : hd;
+    MIRAS_STAGE("read-out", tokens.count() * (2 * inner + tokens.count() + 1) * d, tokens.count() * (inner + 4 * d) + inner * d);
     if (gates.momentum) predict(tokens, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
     sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * dp + j;
       Tile<R, N> u;
-      u.add(Cols{AqT + i, cp}, W1T + j, dp, 0, hd);
-      u.scale_rows(gates.gamma + i);
-      if (kept.read) u.store_to(kept.read + at, dp);
+      if constexpr (kGiven) {
+        u.add_matrix(reads + at, dp);
+      } else {
+        u.add(Cols{AqT + i, cp}, W1T + j, dp, 0, hd);
+        u.scale_rows(gates.gamma + i);
+        u.store_to(reads + at, dp);
+      }
       if (gates.momentum) u.add_scaled_rows(part + at, dp, carry[0] + i);
       u.subtract(Rows{P1 + i * cp, cp}, U1 + j, dp, 0, i + R);
       u.store_to(Xq + at, dp);

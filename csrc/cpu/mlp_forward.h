@@ -91,7 +91,11 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
       m.predict_hidden(mine, c, written, ReadSoon());
       m.query_scores(mine, c, state, {}, WriteSoon());
     });
-    in_parts(p, c, [&](const Part& mine) { m.predict_errors(mine, p, bias, written, ReadSoon()); });
+    in_parts(p, c, [&](const Part& mine) {
+      m.predict_rows(mine, written);
+      if (p.products) m.keep(mine.tokens, m.X, p.product(0, b, h, token));
+      m.find_errors(mine, p, bias);
+    });
     in_parts(p, c, [&](const Part& mine) {
       m.hidden_gradient(mine, c, written, ReadSoon());
       m.read_hidden(mine, c, state);
@@ -101,7 +105,8 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     });
     in_parts(p, c, [&](const Part& mine) {
       const int first = mine.tokens.first;
-      m.read_out(mine, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
+      m.read_out<false>(mine, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
+      if (p.products) m.keep(mine.tokens, m.reads, p.product(1, b, h, token));
       MIRAS_STAGE("row pass", 0, 5 * c * d);
       m.norm.affine(mine.tokens, m.Xq, m.Q, s.O);
       m.view(p, p.out, b, token + first, h).write(mine.tokens.count(), s.O + index_t(first) * dp, dp);

@@ -78,8 +78,8 @@ template <class T> static void transpose(const T* src, index_t ld_src, int rows,
   }
 }
 
-// dst [rows x ld_dst] = src [rows x cols] in float32; columns up to the next multiple of kPad become zero.
-template <class T> static void copy_in(const T* src, index_t ld_src, int rows, int cols, float* dst, index_t ld_dst) {
+// dst [rows x ld_dst] = src [rows x cols]; columns up to the next multiple of kPad become zero.
+template <class T, class To> static void copy_in(const T* src, index_t ld_src, int rows, int cols, To* dst, index_t ld_dst) {
   const int padded = round_up(cols, kPad);
   for (int i = 0; i < rows; ++i, src += ld_src, dst += ld_dst) {
     int j = 0;
@@ -119,7 +119,7 @@ struct ChunkView {
     if (dtype == Dtype::f32) transpose(at<float>(), x.token, c, cols, dst, ld);
     else transpose(at<uint16_t>(), x.token, c, cols, dst, ld);
   }
-  MIRAS_FN void read(int c, float* dst, index_t ld) const {
+  template <class To> MIRAS_FN void read(int c, To* dst, index_t ld) const {
     if (dtype == Dtype::f32) copy_in(at<float>(), x.token, c, cols, dst, ld);
     else copy_in(at<uint16_t>(), x.token, c, cols, dst, ld);
   }
@@ -141,7 +141,7 @@ template <bool kWrite> class Prefetch {
     row_ = left_in_row_ = (x.cols * size + 63) / 64;
     skip_ = x.x.token * size - 64 * row_;
     left_ = c * row_;
-    constexpr int kStep = kTileRows<kTileVectors> * kTileVectors * kLanes;
+    constexpr int kStep = kTileRows<kTileVectors> * kTileVectors * kLanes * kPair;
     while (left_ * kStep * 2 * (mask_ + 1) <= products && left_ > 0) mask_ = 2 * mask_ + 1;
   }
 

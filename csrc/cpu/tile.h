@@ -6,7 +6,7 @@
 //
 // A product accumulates A(i, k) B(k, j) with A read one element at a time and broadcast, so that A may lie in memory by rows
 // (`Rows`: A(i, k) = p[i ld + k]) or by columns (`Cols`: A(i, k) = p[k ld + i]) at the same cost; B is read in vectors, its
-// rows are padded to kPad.
+// rows are padded to kPad. With pairs (operand.h) an element of A or B is two numbers along k; k counts numbers, from an even one on.
 #pragma once
 
 #include "vec.h"
@@ -79,9 +79,10 @@ template <int R, int N> struct Tile {
     }
   }
 
-  // += sign * A[:, k0:k1] B[k0:k1, :];  beside(k) is called for each k (a prefetch)
+  // += sign * A[:, k0:k1] B[k0:k1, :];  beside(k) is called for each element along k (a prefetch)
   template <int kSign, class A, class Beside>
   MIRAS_FN void product(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside) {
+    if constexpr (kPairs) k0 /= 2, k1 = (k1 + 1) / 2;
     b += k0 * ldb;
     typename A::template Walk<R> column(a, k0);
     for (index_t k = k0; k < k1; ++k, b += ldb, column.next()) {
@@ -91,9 +92,9 @@ template <int R, int N> struct Tile {
       for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
       MIRAS_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Vec x = broadcast(column[r]);
+        const Vec x = broadcast_element(column[r]);
         MIRAS_UNROLL
-        for (int n = 0; n < N; ++n) acc[r][n] = kSign > 0 ? acc[r][n] + x * row[n] : acc[r][n] - x * row[n];
+        for (int n = 0; n < N; ++n) acc[r][n] = kSign > 0 ? multiply_add(acc[r][n], x, row[n]) : acc[r][n] - x * row[n];
       }
     }
   }
@@ -103,7 +104,13 @@ template <int R, int N> struct Tile {
   }
   template <class A, class Beside = Nothing>
   MIRAS_FN void subtract(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside = {}) {
-    product<-1>(a, b, ldb, k0, k1, beside);
+    if constexpr (!kPairs) return product<-1>(a, b, ldb, k0, k1, beside);
+    negate();
+    product<1>(a, b, ldb, k0, k1, beside);
+    negate();
+  }
+  MIRAS_FN void negate() {
+    each([](int, int, Vec& x) MIRAS_LAMBDA { x = -x; });
   }
 
   // row r *= x[r]
@@ -127,7 +134,7 @@ template <int R, int N> struct Tile {
   }
 
   // sums[r] += <row r, x's row r>
-  MIRAS_FN void dot_rows(const float* x, index_t ld, float* sums) {
+  template <class T> MIRAS_FN void dot_rows(const T* x, index_t ld, float* sums) {
     MIRAS_UNROLL
     for (int r = 0; r < R; ++r) {
       Vec s = acc[r][0] * load(x + r * ld);
@@ -174,7 +181,7 @@ template <int R, int N> struct Tile {
   MIRAS_FN void subtract_scaled_cols(const float* x, index_t ld, const float* scale) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { y -= load(x + r * ld + n * kLanes) * load(scale + n * kLanes); });
   }
-  MIRAS_FN void store_to(float* x, index_t ld) {
+  template <class T> MIRAS_FN void store_to(T* x, index_t ld) {
     each([&](int r, int n, Vec& y) MIRAS_LAMBDA { store(x + r * ld + n * kLanes, y); });
   }
 };

@@ -3,6 +3,7 @@
 // This header and all that build on it are compiled once per level (level_*.cpp), into a namespace of its own:
 //   MIRAS_LEVEL   the namespace: avx512, avx2, portable
 //   MIRAS_LANES   floats in a vector: 16, 8, 4
+//   MIRAS_PAIRS   defined if products multiply bfloat16 numbers, two along k in the place of a float (operand.h)
 // Nothing here may have a linkage shared between levels: functions are static or always inlined.
 #pragma once
 
@@ -28,6 +29,14 @@ namespace miras::cpu::MIRAS_LEVEL {
 using index_t = std::ptrdiff_t;
 
 constexpr int kLanes = MIRAS_LANES;
+#ifdef MIRAS_PAIRS
+constexpr int kPair = 2;
+using Element = uint16_t;
+#else
+constexpr int kPair = 1;
+using Element = float;
+#endif
+constexpr bool kPairs = kPair == 2;
 constexpr int kPad = 16;  // scratch rows are multiples of this many floats (64 bytes), at every level
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -66,12 +75,16 @@ MIRAS_INLINE Vec load(const uint16_t* p) {
   const HVec half = *reinterpret_cast<const HVecAtAnyAddress*>(p);
   return (Vec)(__builtin_convertvector(half, UVec) << 16);
 }
+#ifdef MIRAS_PAIRS
+MIRAS_INLINE void store(uint16_t* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
 MIRAS_INLINE void store(uint16_t* p, Vec x) {
   const UVec bits = (UVec)x;
   const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const UVec safe = x == x ? rounded : UVec{} + 0x7fc0u;
   *reinterpret_cast<HVecAtAnyAddress*>(p) = __builtin_convertvector(safe, HVec);
 }
+#endif
 
 // ---- the first n <= kLanes elements only; the rest reads as zero ----
 template <class T> MIRAS_INLINE Vec load_first(const T* p, int n) {
@@ -150,6 +163,22 @@ MIRAS_INLINE float sum(Vec x) {
 MIRAS_INLINE float largest(Vec x) {
   return fold(x, [](auto a, auto b) MIRAS_LAMBDA { return a > b ? a : b; });
 }
+
+// ---- an inner step of products: an element of A for all lanes, c + x y; with pairs, of two numbers each ----
+#ifdef MIRAS_PAIRS
+MIRAS_INLINE Vec broadcast_element(float x) { return (Vec)_mm512_set1_ps(x); }
+MIRAS_INLINE Vec multiply_add(Vec c, Vec x, Vec y) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)x, (__m512bh)y); }
+// In every lane the pair of the two matrices' numbers, rounded to nearest even
+MIRAS_INLINE Vec pair(const float* first, const float* second) {
+  const UVec both = (UVec)_mm512_cvtne2ps_pbh((__m512)load(second), (__m512)load(first));
+  const IVec order = iota() | (iota() + kLanes) << 16;
+  return (Vec)_mm512_permutexvar_epi16((__m512i)order, (__m512i)both);
+}
+MIRAS_INLINE Vec pair(const uint16_t* first, const uint16_t* second) { return (Vec)((UVec)load(second) | (UVec)load(first) >> 16); }
+#else
+MIRAS_INLINE Vec broadcast_element(float x) { return broadcast(x); }
+MIRAS_INLINE Vec multiply_add(Vec c, Vec x, Vec y) { return c + x * y; }
+#endif
 
 // Flushes denormals to zero while it lives: products of decays reach their range and would be 20 times slower.
 struct FlushDenormals {

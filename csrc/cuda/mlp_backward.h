@@ -62,6 +62,7 @@ template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2>
 };
 
 template <int C, int Hd> struct ReverseShared {
+  static constexpr bool kGates = false;
   static constexpr int kBuffers = 1, kGateBuffers = 1, kMostTiles = 8, kExchangeRow = kD + 8;
   static constexpr uint32_t kTile = C * kD * 2, kState = Hd * kD * 2, kHidden = Hd * C * 2, kSquare = C * C * 2;
   static constexpr uint32_t kK = 0, kV = kK + kTile, kQ = kV + kTile;  // in V's place dU

@@ -16,6 +16,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   static constexpr int kPass = kEights < S::kMostTiles ? kEights : S::kMostTiles;
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
   static constexpr int kUnroll = C / 16;                                    // of the loops over hidden units, as registers allow
+  static constexpr bool kGates = S::kGates && kBlocks == 1;                 // retention gates
   static constexpr int64_t kState = 2 * kBlocks * Hd * kD;                  // numbers of a head's state
   static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
 
@@ -42,6 +43,9 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     lane = id & 31, warp = id >> 5, g = lane >> 2, t = lane & 3, tile = warp / X::kParts, part = warp % X::kParts;
     row = 16 * tile + part * X::kRows + (X::kLanes == 4 ? 2 * g % 8 + g / 4 : lane / X::kLanes), piece = lane % X::kLanes;
   }
+
+  // whether a retention gate maps the duals, s1 and w2, to primals
+  __device__ __forceinline__ bool gated() const { return kGates && p.retention != int(RetentionTag::l2); }
 
   // which of the head's blocks this is
   __device__ __forceinline__ static int rank() {
@@ -152,8 +156,9 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 
   // ------------------------------------------------------------------------------------------------------------------ products
 
-  // z = state [units of the warp, D] x', x [tokens, D] in shared memory
-  __device__ __forceinline__ void state_times(float (&z)[kStrips][kPass][4], const float (&state)[kStrips][8][4], uint32_t x) {
+  // z = state [units of the warp, D] x', x [tokens, D] in shared memory; of a gated state its primal, which lies there too
+  __device__ __forceinline__ void state_times(float (&z)[kStrips][kPass][4], const float (&state)[kStrips][8][4], uint32_t x,
+                                              uint32_t primal = 0) {
 #pragma unroll
     for (int m = 0; m < kStrips; ++m)
 #pragma unroll
@@ -163,13 +168,18 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t a[kStrips][4];
+      if (gated()) {
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m)
+        for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(primal + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+      } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float (&x)[4] = state[m][2 * k + (e >> 1)];
-          a[m][e] = pack_again<T>(x[2 * (e & 1)], x[2 * (e & 1) + 1]);
-        }
+        for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float (&x)[4] = state[m][2 * k + (e >> 1)];
+            a[m][e] = pack_again<T>(x[2 * (e & 1)], x[2 * (e & 1) + 1]);
+          }
+      }
 #pragma unroll
       for (int i = 0; i < kPass; i += 2) {
         uint32_t b[4];
@@ -227,6 +237,16 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
       uint32_t b[4];
       ldmatrix_x4_trans(b, address(tile + by_rows<8>(r0, 8 * i, lane)));
       mma_m16n8k16<T>(u[i], a, b[0], b[1]), mma_m16n8k16<T>(u[i + 1], a, b[2], b[3]);
+    }
+  }
+  // the same for the warp's rows of a matrix: each operand b is read once for all strips
+  __device__ __forceinline__ void add_strips(float (&state)[kStrips][8][4], const uint32_t (&a)[kStrips][4], uint32_t tile, int r0) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, address(tile + by_rows<8>(r0, 8 * i, lane)));
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(state[m][i], a[m], b[0], b[1]), mma_m16n8k16<T>(state[m][i + 1], a[m], b[2], b[3]);
     }
   }
 

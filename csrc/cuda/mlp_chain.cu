@@ -8,7 +8,7 @@ namespace {
 
 template <int C, int Hd, class T>
 __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_chain(const __grid_constant__ MirasMlpChain p) {
-  if constexpr (Shared<C, Hd>::kBytes <= kMaxShared) {
+  if constexpr (ChainShared<C, Hd>::kBytes <= kMaxShared) {
     Chain<C, Hd, T> chain(p, blockIdx.x / p.H, blockIdx.x % p.H);
     chain.run();
   }
@@ -40,7 +40,7 @@ extern "C" int miras_mlp_chain_layout(int64_t* layout, int room) {
 }
 
 extern "C" int miras_mlp_chain_shared(int Hd, int C) {
-  return miras::cuda::with_sizes(C, Hd, [](auto c, auto hd) { return int(miras::cuda::Shared<c.value, hd.value>::kBytes); });
+  return miras::cuda::with_sizes(C, Hd, [](auto c, auto hd) { return int(miras::cuda::ChainShared<c.value, hd.value>::kBytes); });
 }
 
 extern "C" int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream) {
@@ -50,7 +50,7 @@ extern "C" int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream) 
     constexpr int C = c.value, Hd = hd.value;
     return with_token_type(chain->token_type, [&](auto token) {
       const auto kernel = mlp_chain<C, Hd, typename decltype(token)::type>;
-      return launch_chain(kernel, int64_t(chain->N) * chain->H, Shape<C, Hd>::kThreads, Shared<C, Hd>::kBytes, stream, *chain);
+      return launch_chain(kernel, int64_t(chain->N) * chain->H, Shape<C, Hd>::kThreads, ChainShared<C, Hd>::kBytes, stream, *chain);
     });
   });
 }

@@ -20,8 +20,8 @@ struct MirasMlpChain {
   float* open_log_decay;                // [N, H], with start: the sum of the log-decays of that chunk
   float* checkpoints;                   // null, or [slots, H, 2, Hd, 64]: before chunks 0, every, 2 every, ...
   float ln_eps;
-  float bias_params[miras::kBiasParams];
-  int32_t bias, token_type, N, T, H, Hd, C, every, slots_per_sequence;
+  float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
+  int32_t bias, retention, token_type, N, T, H, Hd, C, every, slots_per_sequence;
 };
 
 // 0, or a cudaError_t. It does not synchronise.
@@ -51,6 +51,7 @@ template <int C, int Hd> struct Shape {
 // Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore
 // columns more are exchanged than channels.
 template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
+  static constexpr bool kGates = false;  // whether it has room for what retention gates need
   static constexpr int kBuffers = kTokenBuffers, kGateBuffers = 2;
   static constexpr int kMostTiles = 4;                 // of 8 tokens whose Z is in registers at once
   static constexpr int kExchangeRow = kD + kMore + 8;  // floats
@@ -69,6 +70,14 @@ template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
   static constexpr uint32_t kRaw = kRows + kGateBuffers * kGateBuffer;  // lr, log_decay, delta [3, C] of the next chunk
   static constexpr uint32_t kNorm = kRaw + 3 * C * 4;                   // weight and bias [2, D]
   static constexpr uint32_t kBytes = kNorm + 2 * kD * 4;
+};
+
+// of the forward
+template <int C, int Hd> struct ChainShared : Shared<C, Hd> {
+  static constexpr bool kGates = true;
+  static constexpr uint32_t kSums = Shared<C, Hd>::kBytes;                // [warps] or [warps, D] float2: see mlp_primal.h
+  static constexpr uint32_t kMap = kSums + Shape<C, Hd>::kWarps * kD * 8;  // [D] float2, or 4 floats
+  static constexpr uint32_t kBytes = kMap + kD * 8;
 };
 
 // ------------------------------------------------------------------------------------------------------------------ launches

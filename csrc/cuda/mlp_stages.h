@@ -8,10 +8,11 @@
 //     read            Uq = gamma (Aq S1) - (L o Aq A') U1, with S1 before the chunk;  O = Q + LN(Uq)                barrier | barrier
 //
 // A product contracts a register tile over its columns only. So hidden units are rows everywhere (Z', A', U2', Aq'), and what has to be
-// contracted over them, A and Aq, is read from shared memory, transposed by ldmatrix. docs/mlp-on-chip.md
+// contracted over them, A and Aq, is read from shared memory, transposed by ldmatrix. With a retention gate S1 and W2 are the duals where
+// they are updated and primals in all products (mlp_primal.h), and P and L o Aq A' have the factors rho. docs/mlp-on-chip.md
 #pragma once
 
-#include "mlp_block.h"
+#include "mlp_primal.h"
 
 namespace miras::cuda {
 
@@ -33,25 +34,26 @@ struct FastGelu {
   }
 };
 
-template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1> struct Chain : Block<C, Hd, T, Layout, kBlocks> {
-  using Base = Block<C, Hd, T, Layout, kBlocks>;
+template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks = 1> struct Chain : Primal<C, Hd, T, Layout, kBlocks> {
+  using Base = Primal<C, Hd, T, Layout, kBlocks>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
   using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
   using Base::floats, Base::load_tokens, Base::packed;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll, Base::kState;
-  using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
-  using Base::state_times, Base::scale_tokens, Base::put_state, Base::add_rows, Base::exchange, Base::each_four;
+  using Base::kGates, Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
+  using Base::log_rho, Base::own_w2, Base::put_s1, Base::put_w2, Base::sum_duals, Base::weigh_duals;
+  using Base::state_times, Base::scale_tokens, Base::add_rows, Base::exchange, Base::each_four;
   using typename Base::S;
   using typename Base::X;
 
   __device__ __forceinline__ void predict(uint32_t K, uint32_t Q, uint32_t logs) {
     fresh();
-    put_state(S::kS1, s1);
+    put_s1(), put_w2();
     fresh();
 #pragma unroll
     for (int first = 0; first < kEights; first += kPass) {
       float z[kStrips][kPass][4];
-      state_times(z, w2, K + first * 8 * 2 * kD);
+      state_times(z, w2, K + first * 8 * 2 * kD, own_w2());
 #pragma unroll
       for (int m = 0; m < kStrips; ++m)
 #pragma unroll
@@ -67,18 +69,19 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
         }
     }
     park(true);
-    weigh_pairs(S::kP, Q, K, logs);
+    weigh_pairs(S::kP, Q, K, logs, log_rho(1));
   }
 
-  // -L o (left right'): the tiles up to the diagonal, shared out over the parts
-  __device__ __forceinline__ void weigh_pairs(uint32_t to, uint32_t left, uint32_t right, uint32_t logs) {
+  // -rho L o (left right'): the tiles up to the diagonal, shared out over the parts
+  __device__ __forceinline__ void weigh_pairs(uint32_t to, uint32_t left, uint32_t right, uint32_t logs, float log_rho = 0.0f) {
     constexpr int kShare = kEights > X::kParts ? kEights / X::kParts : 1;
     const int t0 = 16 * tile + g, s0 = part * kShare;
     if (s0 < kEights && 8 * s0 < 16 * tile + 16) {
       uint32_t a[4][4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], address(left + by_rows<8>(16 * tile, 16 * k, lane)));
-      const float2 upper = at<float2>(logs + 8 * t0), lower = at<float2>(logs + 8 * (t0 + 8));
+      float2 upper = at<float2>(logs + 8 * t0), lower = at<float2>(logs + 8 * (t0 + 8));
+      if constexpr (kGates) upper.y += log_rho, lower.y += log_rho;
 #pragma unroll
       for (int i = 0; i < kShare; ++i) {
         const int x = s0 + i, s = 8 * x + 2 * t;
@@ -166,12 +169,13 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
   // U2' and Aq'; keep(strip, tile of 8 tokens, half, two gelu(Zq'))
   template <class Keep> __device__ __forceinline__ void hidden(uint32_t Q, uint32_t gammas, Keep&& keep) {
     fresh();
+    put_w2();
     park(false);
     __syncwarp();  // Aq overwrites what other lanes parked
 #pragma unroll
     for (int first = 0; first < kEights; first += kPass) {
       float z[kStrips][kPass][4];
-      state_times(z, s1, S::kU1 + first * 8 * 2 * kD);
+      state_times(z, s1, S::kU1 + first * 8 * 2 * kD, S::kS1);
 #pragma unroll
       for (int m = 0; m < kStrips; ++m)
 #pragma unroll
@@ -187,7 +191,7 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
 #pragma unroll
     for (int first = 0; first < kEights; first += kPass) {
       float z[kStrips][kPass][4];
-      state_times(z, w2, Q + first * 8 * 2 * kD);
+      state_times(z, w2, Q + first * 8 * 2 * kD, own_w2());
       scale_tokens(z, gammas + 4 * 8 * first);
 #pragma unroll
       for (int k = 0; k < kTiles; ++k)
@@ -227,26 +231,26 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
       for (int x = 0; x < 8; ++x)
 #pragma unroll
         for (int e = 0; e < 4; ++e) w2[m][x][e] *= gamma, s1[m][x][e] *= gamma;
+    uint32_t a[kStrips][4];
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k)
+    for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        const uint32_t a[4] = {u2[m][2 * k][0], u2[m][2 * k][1], u2[m][2 * k + 1][0], u2[m][2 * k + 1][1]};
-        add_rows(w2[m], a, S::kKEnd, 16 * k);
-      }
+      for (int m = 0; m < kStrips; ++m)
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k)
+        for (int e = 0; e < 4; ++e) a[m][e] = u2[m][2 * k + e / 2][e % 2];
+      Base::add_strips(w2, a, S::kKEnd, 16 * k);
+    }
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        uint32_t a[4];
-        ldmatrix_x4(a, address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
-        add_rows(s1[m], a, S::kU1End, 16 * k);
-      }
+    for (int k = 0; k < kTiles; ++k) {
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+      Base::add_strips(s1, a, S::kU1End, 16 * k);
+    }
   }
 
-  // This part's share of u = gamma (left' state) - (L o scores) rows, scores = left' right, for 16 tokens; with hidden units as rows
+  // This part's share of u = gamma (left' state) - rho (L o scores) rows, scores = left' right, for 16 tokens; with hidden units as rows
   __device__ __forceinline__ void read_part(float (&u)[8][4], float (&scores)[kEights][4], uint32_t left, uint32_t state, uint32_t right,
-                                            uint32_t rows, uint32_t logs, uint32_t gammas) {
+                                            uint32_t rows, uint32_t logs, uint32_t gammas, float log_rho = 0.0f) {
     fresh();
 #pragma unroll kUnroll
     for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
@@ -265,7 +269,8 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
     const float upper = at<float>(gammas + 4 * t0), lower = at<float>(gammas + 4 * (t0 + 8));
 #pragma unroll
     for (int x = 0; x < 8; ++x) u[x][0] *= upper, u[x][1] *= upper, u[x][2] *= lower, u[x][3] *= lower;
-    const float2 of_t[2] = {at<float2>(logs + 8 * t0), at<float2>(logs + 8 * (t0 + 8))};
+    float2 of_t[2] = {at<float2>(logs + 8 * t0), at<float2>(logs + 8 * (t0 + 8))};
+    if constexpr (kGates) of_t[0].y += log_rho, of_t[1].y += log_rho;
 #pragma unroll
     for (int s = 0; s < kTiles; ++s)
       if (s <= tile) {  // each part's share of the scores has its own rounding and product
@@ -283,7 +288,7 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
 
   __device__ __forceinline__ void read(uint32_t Q, uint32_t logs, uint32_t gammas, int first_token) {
     float u[8][4] = {}, scores[kEights][4] = {};
-    read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas);
+    read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas, log_rho(0));
     float y[X::kChannels];
     exchange(u, y);
     if (first_token + row < tokens && Base::writes(row))
@@ -306,33 +311,31 @@ template <int C, int Hd, class T, class Layout = Shared<C, Hd>, int kBlocks = 1>
     load_state(p.state + own);
     for (int i = threadIdx.x; i < kD; i += X::kThreads)
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
-    if (chunks) {
-      fetch(0);
-      cp_async_wait<0>();
-      if (warp == 0) weigh(0);
-    }
-    __syncthreads();
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = -1; c < chunks; ++c) {  // before the first chunk what a chunk does for the next one
       const uint32_t tile = (c & 1) * S::kTile, buffer = (c & 1) * S::kGateBuffer;
       const uint32_t K = S::kK + tile, V = S::kV + tile, Q = S::kQ + tile;
       const uint32_t logs = S::kLogs + buffer, gammas = S::kGamma + buffer;
       if (c + 1 < chunks) fetch(c + 1);
-      if (p.checkpoints && c % p.every == 0) {
-        const int64_t slot = (p.first_slot ? p.first_slot[n] : int64_t(n) * p.slots_per_sequence) + c / p.every;
-        store_state(p.checkpoints + (slot * p.H + h) * kState);
+      if (c >= 0) {
+        if (p.checkpoints && c % p.every == 0) {
+          const int64_t slot = (p.first_slot ? p.first_slot[n] : int64_t(n) * p.slots_per_sequence) + c / p.every;
+          store_state(p.checkpoints + (slot * p.H + h) * kState);
+        }
+        if (p.start && (c + 1) * C > tokens) store_state(p.start + own);
+        predict(K, Q, logs);
+        __syncthreads();
+        inner_gradient(K, V, S::kRows + buffer, [](auto&&...) {});
+        __syncthreads();
+        hidden(Q, gammas, [](auto&&...) {});
+        update(gammas);
       }
-      if (p.start && (c + 1) * C > tokens) store_state(p.start + own);
-      predict(K, Q, logs);
+      sum_duals();
       __syncthreads();
-      inner_gradient(K, V, S::kRows + buffer, [](auto&&...) {});
-      __syncthreads();
-      hidden(Q, gammas, [](auto&&...) {});
-      update(gammas);
-      __syncthreads();
-      read(Q, logs, gammas, c * C);
+      if (c >= 0) read(Q, logs, gammas, c * C);
       cp_async_wait<0>();
       if (c + 1 < chunks && threadIdx.x < 32) weigh(c + 1);
+      weigh_duals();
       __syncthreads();
     }
     Base::await();

@@ -128,17 +128,17 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// log2(x) within 2^-22, or 2^-22 of it beyond [0.5, 2]; -infinity for 0
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 2^x to 2 units in the last place; what is below 2^-126 becomes 0
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// log2 x, to 2^-22 of it, or 2^-22 for x between 1/2 and 2
-__device__ __forceinline__ float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

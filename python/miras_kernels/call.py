@@ -58,13 +58,16 @@ class Call:
     @property
     def variants(self) -> tuple[str, ...]:
         """Names of the options of the delta rule that differ from the plain recurrence."""
+        if not self.decay_first and self.erase_k is self.key_log_decay is None:
+            return ()
         used = {"decay_first": self.decay_first, "erase_k": self.erase_k is not None, "key_log_decay": self.key_log_decay is not None}
         return tuple(name for name, use in used.items() if use)
 
     @property
     def lasting_variants(self) -> tuple[str, ...]:
         """Those of them that a backend must serve: all but the ones that :meth:`decayed` removes."""
-        return tuple(name for name in self.variants if name == "erase_k" or not self.decays_before)
+        variants = self.variants
+        return variants and tuple(name for name in variants if name == "erase_k" or not self.decays_before)
 
     @property
     def decays_before(self) -> bool:
@@ -119,6 +122,6 @@ class Call:
             state = dataclasses.replace(state, open_chunk=dataclasses.replace(state.open_chunk, position=rest[count]))
         if self.cu_seqlens is not None:
             changes["cu_seqlens"] = rest[-1]
-        call = self.replace(**changes, state=state)
-        call.slots.update(self.slots)
+        call = object.__new__(Call)  # not by replace(), which takes longer than a short call
+        vars(call).update(vars(self), **changes, state=state, slots=dict(self.slots))
         return call

@@ -94,7 +94,14 @@ def _tensor(name: str, x: object, q: Tensor, shapes: tuple[tuple[int, ...], ...]
         raise ValueError(f"{name}: expected shape {words} = {allowed}, got {tuple(x.shape)}")
     if x.dtype == torch.float64 and q.dtype != torch.float64:
         raise TypeError(f"{name}: float64 needs float64 q, k and v, got q of dtype {q.dtype}")
-    return x.to(_arithmetic(q))
+    dtype = _arithmetic(q)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _any_positive(x: Tensor) -> bool:
+    """``(x > 0).any()``, in a fifth of the time."""
+    largest = x.detach().max().item() if x.numel() else 0.0
+    return largest > 0 or (largest != largest and bool((x > 0).any()))
 
 
 def _tokens(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
@@ -166,7 +173,7 @@ def _gates(memory: Memory, lr, log_decay, delta, momentum, bias: Bias, q: Tensor
     gates = {"lr": gate("lr", lr, True), "log_decay": None, "delta": None, "momentum": None}
     if log_decay is not None:
         gates["log_decay"] = gate("log_decay", log_decay, True)
-        if _check_values(log_decay) and bool((log_decay > 0).any()):
+        if _check_values(log_decay) and _any_positive(log_decay):
             raise ValueError(f"log_decay: expected values <= 0 (alpha = exp(log_decay) in (0, 1]), got a maximum of {log_decay.max():g}")
     if momentum is not None:
         gates["momentum"] = gate("momentum", momentum, False)
@@ -207,7 +214,7 @@ def _variants(
         if log_decay is not None:
             raise ValueError("key_log_decay: expected log_decay=None beside it (add a decay per token to every key channel), got both")
         key_log_decay = _tensor("key_log_decay", key_log_decay, q, (tuple(q.shape),), "[B, T, H, Dk]")
-        if _check_values(key_log_decay) and bool((key_log_decay > 0).any()):
+        if _check_values(key_log_decay) and _any_positive(key_log_decay):
             raise ValueError(f"key_log_decay: expected values <= 0, got a maximum of {key_log_decay.max():g}")
     given = {"erase_k": erase_k is not None, "key_log_decay": key_log_decay is not None, "decay_first": decay_first}
     for name in [name for name, used in given.items() if used]:

@@ -122,7 +122,8 @@ def test_a_hybrid_model(monkeypatch, name):
     pytest.importorskip("transformers.models.qwen3_5", reason="this version of transformers has no Qwen3.5")
     (result,) = hybrid.study_hybrid(name, 1, SETTINGS)
     assert set(result["ms"]) == {"accelerate", "transformers", "projections"} and result["parity"]["accelerate"]["ok"]
-    monkeypatch.setattr(hybrid, "agreement", lambda *_: 1.0)
+    errors = iter((1.0, 2.1) if "bfloat16" in name else (1.0,))  # of transformers in bfloat16, then ours
+    monkeypatch.setattr(hybrid, "agreement", lambda *_: next(errors))
     (result,) = hybrid.study_hybrid(name, 1, SETTINGS)
     assert "ms" not in result
 

@@ -151,9 +151,11 @@ def checked(level: str, first: int, every: int) -> bool:
 def main() -> int:
     began = time.monotonic()
     planted()
-    program = "import torch; from miras_kernels import _C; print(*_C.cpu_capabilities())"
-    levels = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    program = "import torch; from miras_kernels import _C; print(*_C.cpu_capabilities()); print(*_C.cpu_capabilities_by_name())"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    levels, by_name = map(str.split, said.splitlines())
     jobs = [(level, half, 2) for level in levels for half in range(2)]
+    jobs += [(level, 0, 5) for level in by_name]
     with ThreadPoolExecutor(2) as pool:
         right = list(pool.map(lambda job: checked(*job), jobs))
     print(f"sanitize: {'no report' if all(right) else 'WRONG'}, {time.monotonic() - began:.0f} s")

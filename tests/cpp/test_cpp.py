@@ -57,6 +57,44 @@ def test_bfloat16(case, poisoned):
     assert report.ok, report
 
 
+PAIRS = "avx512_bf16"
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """The instruction set that multiplies bfloat16 numbers; it is taken only by name."""
+    from miras_kernels import _C
+
+    assert PAIRS not in _C.cpu_capabilities()
+    if PAIRS not in _C.cpu_capabilities_by_name():
+        with pytest.raises(ValueError, match=f"MIRAS_CPU_CAPABILITY: expected one of .*, got '{PAIRS}'"):
+            monkeypatch.setenv("MIRAS_CPU_CAPABILITY", PAIRS)
+            _C.cpu_capability()
+        pytest.skip(f"this CPU, or the compiler that built the kernels, has no {PAIRS}")
+    monkeypatch.setenv("MIRAS_CPU_CAPABILITY", PAIRS)
+
+
+IN_PAIRS = [case for case in SERVED if case.memory == "linear" and not case.variants and case.name not in LARGE]
+FEW = ("linear-huber_norm-odd", "lq3-channels", "kl-momentum-packed")
+
+
+@pytest.mark.parametrize("case", or_slow(IN_PAIRS[::2], [case for case in IN_PAIRS if case.name in FEW]))
+def test_products_in_bfloat16(case, poisoned, pairs):
+    report = check(case, "cpp", torch.bfloat16)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"chunk_size": 1}, MLP], ids=str)
+def test_what_is_multiplied_in_bfloat16(changes, dtype, pairs, monkeypatch):
+    """Chunks of a linear memory with bfloat16 inputs; everything else has the bits of avx512."""
+    inputs = Case("levels", tokens=40, **changes).draw(dtype)
+    found = evaluate(inputs, "cpp")
+    monkeypatch.setenv("MIRAS_CPU_CAPABILITY", "avx512")
+    same = [torch.equal(x, found[name]) for name, x in evaluate(inputs, "cpp").items()]
+    assert not any(same) if dtype == torch.bfloat16 and not changes else all(same)
+
+
 def test_an_unknown_instruction_set_is_an_error():
     program = "from miras_kernels import _C; _C.cpu_capability()"
     done = subprocess.run(
@@ -126,7 +164,8 @@ def test_memory_of_checkpoints_follows_the_option(memory, momentum):
         sizes[every] = sum(n for _, n in seen)
     numbers = (2 if momentum else 1) * (case.key_dim * case.value_dim if memory == "linear" else 2 * case.key_dim * case.hidden)
     states = case.batch * case.heads * (case.tokens // case.chunk_size) * numbers
-    assert sizes == {every: states // every for every in sizes}
+    products = 0 if memory == "linear" else 2 * case.batch * case.heads * case.tokens * case.key_dim
+    assert sizes == {every: states // every + products for every in sizes}
 
 
 def test_scratch_is_taken_once():
@@ -190,6 +229,8 @@ SOFT = mk.CustomRetention("tanh(A)")
         slow(dict(**SHARED | dict(hidden=256), retention=mk.LqRetention(1.5), lengths=(150,))),
         dict(**SHARED_LINEAR, bias=NORM, momentum=True),
         slow(dict(**SHARED_LINEAR, bias=NORM, dtype=torch.bfloat16)),
+        slow(dict(**SHARED_LINEAR, bias=NORM, momentum=True, dtype=torch.bfloat16, pairs=True)),
+        slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5), dtype=torch.bfloat16, pairs=True)),
         slow(dict(**SHARED_LINEAR, bias=mk.Huber("switch"), delta="float")),
         slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=mk.KLRetention(), lengths=(135,))),
         slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=SOFT, momentum=True, decay="none")),
@@ -201,10 +242,12 @@ SOFT = mk.CustomRetention("tanh(A)")
     ],
     ids=str,
 )
-def test_threads_that_share_a_head(changes):
+def test_threads_that_share_a_head(changes, request):
     """One head of an MLP memory, or of a linear one with coupled value rows: the same bits for any number of threads, within the budget."""
     changes = dict(changes)
     dtype = changes.pop("dtype", torch.float32)
+    if changes.pop("pairs", False):
+        request.getfixturevalue("pairs")
     case, before, results = Case("shared", **changes), torch.get_num_threads(), []
     inputs = case.draw(dtype)
     try:

@@ -20,6 +20,7 @@ from miras_kernels.backends import cuda_mlp
 from miras_kernels.backends.cuda import CudaBackend
 from miras_kernels.backends.reference import chunkwise
 from miras_kernels.tables.biases import TABLE as BIASES
+from miras_kernels.tables.retention import TABLE as GATES
 from miras_kernels.testing import Case, check, verifying
 from miras_kernels.testing.parity import compare, expect, margin
 from miras_kernels.testing.steps import results
@@ -60,6 +61,19 @@ SPECIMENS = [
     ("sm_90", F16, sized("largest-packed", 64, 256, bias=mk.Huber("switch"), lengths=(64, 0, 67))),
 ]
 QUICK = {("sm_80", "small")}
+#: likewise, with retention gates
+GATED = [
+    ("sm_80", BF16, sized("elastic", 16, 64, retention=mk.ElasticNetRetention(0.05), bias=mk.Huber("switch"), tokens=37)),
+    ("sm_80", F16, sized("sigmoid", 32, 256, retention=mk.SigmoidRetention(), lengths=(40, 0, 7))),
+    ("sm_90", BF16, sized("sigmoid-tall", 64, 256, retention=mk.SigmoidRetention(), tokens=70)),
+    ("sm_90", F16, sized("elastic-half", 64, 128, retention=mk.ElasticNetRetention(0.05), lengths=(64, 70))),
+    ("sm_80", F16, sized("lq-packed", 16, 64, retention=mk.LqRetention(3.0, 0.5), lengths=(20, 0, 16), heads=2)),
+    ("sm_90", BF16, sized("lq", 32, 256, retention=mk.LqRetention(4.0), bias=mk.Lp(3.0, 10.0), decay="strong")),
+    ("sm_90", F16, sized("lq-tall", 64, 256, retention=mk.LqRetention(1.5), tokens=70)),
+    ("sm_80", BF16, sized("kl", 32, 256, retention=mk.KLRetention(), tokens=64)),
+    ("sm_90", F16, sized("kl-packed", 16, 128, retention=mk.KLRetention(2.0), lengths=(20, 16))),
+    ("sm_90", BF16, sized("kl-tall", 64, 256, retention=mk.KLRetention(), tokens=70)),
+]
 
 
 @functools.cache
@@ -92,7 +106,7 @@ def assert_right(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "case"),
-    [x if (x[0], x[2].name) in QUICK else slow(*x) for x in SPECIMENS],
+    [x if (x[0], x[2].name) in QUICK else slow(*x) for x in [*SPECIMENS, *GATED]],
     ids=lambda x: x.name if isinstance(x, Case) else str(x),
 )
 def test_forward(architecture, dtype, case, monkeypatch):
@@ -107,6 +121,7 @@ def test_the_specimens_have_every_size_bias_and_type():
     every = itertools.product(most, (64, 128, 256), (16, 32, 64))
     assert sizes == {(a, hidden, c) for a, hidden, c in every if shared(hidden, c) <= most[a]}
     assert {case.bias.tag for _, _, case in SPECIMENS} == set(BIASES) - {mk.CustomBias.tag}
+    assert {case.retention.tag for _, _, case in GATED} == set(GATES) - {mk.L2Retention.tag, mk.CustomRetention.tag}
     assert {(a, dtype) for a, dtype, _ in SPECIMENS} == set(itertools.product(("sm_80", "sm_90"), (BF16, F16)))
     assert {case.lengths is None for _, _, case in SPECIMENS} == {True, False}
 
@@ -114,10 +129,11 @@ def test_the_specimens_have_every_size_bias_and_type():
 TRAINED = [
     sized("trained", 64, 64, bias=mk.Huber("switch"), tokens=67),
     sized("trained-packed", 64, 64, bias=mk.RobustL2(), lengths=(70, 0, 40), heads=2),
+    sized("trained-lq", 16, 64, retention=mk.LqRetention(), tokens=37),
 ]
 
 
-@pytest.mark.parametrize("case", [TRAINED[0], slow(TRAINED[1])], ids=lambda x: x.name)
+@pytest.mark.parametrize("case", [TRAINED[0], *map(slow, TRAINED[1:])], ids=lambda x: x.name)
 def test_gradients_by_the_triton_kernels(case, cuda):
     """From the checkpoints that the CUDA forward saved, where there are no CUDA kernels for it."""
     assert cuda.refuses_backward(case.draw(BF16).call())
@@ -162,7 +178,8 @@ def test_refusals_name_the_reason(cuda):
     assert "head dimensions must be 64 for an MLP memory, got 32" in refusal(dict(key_dim=32, value_dim=32))
     assert "hidden sizes must be one of 64, 128, 256 for an MLP memory, got 96" in refusal(dict(hidden=96))
     assert "chunk_size must be one of 16, 32, 64 for an MLP memory, got 8" in refusal(dict(chunk_size=8))
-    assert "without a retention gate, got lq" in refusal(dict(retention=mk.LqRetention()))
+    assert refusal(dict(retention=mk.LqRetention())) == refusal(dict(retention=mk.LqRetention()), differentiate=True) == ""
+    assert "with the built-in retention gates only, got custom" in refusal(dict(retention=mk.CustomRetention("tanh(A)")))
     assert "without momentum" in refusal(dict(momentum=True))
     inputs = case.draw(BF16)
     with torch.no_grad():
@@ -206,11 +223,16 @@ def test_a_library_of_other_sources_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(monkeypatch):
+@pytest.mark.parametrize(
+    "case",
+    [sized("barriers", 32, 256, bias=mk.Huber("switch")), sized("barriers-kl", 16, 64, retention=mk.KLRetention())],
+    ids=lambda x: x.name,
+)
+def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(case, monkeypatch):
     launches: dict[str, Launch] = {}
     with machine.on_machine(built("sm_80"), before=lambda x: launches.setdefault(x.entry, x.copy())) as backend:
         monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
-        forward(sized("barriers", 32, 256, bias=mk.Huber("switch")), BF16)
+        forward(case, BF16)
     (launch,) = launches.values()
     assert assert_reported(launch) == {"bar.sync", "cp.async.wait_group", "cp.async.commit_group"}
 

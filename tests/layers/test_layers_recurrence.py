@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import miras_kernels as mk
 from miras_kernels import L2
 from miras_kernels.layers import PRESETS, MemoryBlock, Preset
-from miras_kernels.layers.functional import convolve
+from miras_kernels.layers.functional import convolve, depthwise
 
 # ------------------------------------------------------------------------------------------- against written-out loops
 
@@ -150,6 +150,31 @@ def test_every_preset_runs_on_kernels(name, monkeypatch):
         monkeypatch.setattr(f"miras_kernels.layers.block.{memory}", lambda *args, run=run, **kwargs: explained(run, *args, **kwargs))
     MemoryBlock(128, 2, preset=name)(torch.randn(1, 3, 128))
     assert asked["cpp"] is None and asked["triton"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "taps", "zeros"),  # the second and third: several stretches
+    [(2, 9, 5, 4, 3), (1, 150, 4096, 4, 3), (2, 70, 3072, 4, 0), (1, 2, 4, 4, 3), (1, 5, 3, 1, 0)],
+)
+def test_the_convolution_and_its_gradients(batch, tokens, channels, taps, zeros, dtype):
+    """They are those of ``conv1d`` in float64; in bfloat16 PyTorch may round after every tap, and sums over tokens are in float32."""
+    torch.manual_seed(0)
+    shapes = (batch, tokens, channels), (channels, taps), (batch, tokens + zeros - taps + 1, channels)
+    x, weight, grad = (torch.randn(shape, dtype=dtype) for shape in shapes)
+
+    def results(function, x, weight, grad):
+        out = function(x.requires_grad_(), weight.requires_grad_())
+        return out, *torch.autograd.grad(out, (x, weight), grad)
+
+    exact = results(
+        lambda x, weight: F.conv1d(F.pad(x, (0, 0, zeros, 0)).transpose(1, 2), weight[:, None], groups=channels).transpose(1, 2),
+        *(each.double() for each in (x, weight, grad)),
+    )
+    found = results(lambda *given: depthwise(*given, zeros), x, weight, grad)
+    for roundings, ours, wanted in zip((taps, taps, 1), found, exact, strict=True):
+        budget = roundings * torch.finfo(dtype).eps / 2 + 1e-5 if dtype == torch.bfloat16 else 1e-14
+        assert ours.dtype == dtype and (ours - wanted).norm() <= budget * wanted.norm()
 
 
 def projected(module: MemoryBlock, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..call import Call
 from ..options import options
+from ..tables.biases import Bias
 from ..tables.custom import CustomBias, CustomRetention
 from ..tables.memories import LINEAR
-from ..tables.retention import L2Retention
+from ..tables.retention import L2Retention, Retention
 from . import checkpoints_like
 from .reference.blocks import block_tokens
 
@@ -45,6 +46,8 @@ class CppBackend:
         return device.type == "cpu"
 
     def operands(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype == torch.bfloat16 and self.extension and self.extension.cpu_capability() == "avx512_bf16":
+            return dtype  # in the chunks of a linear memory
         return torch.float32
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
@@ -65,12 +68,12 @@ class CppBackend:
         chunk = call.state.open_chunk
         opened = (None, None, None) if chunk is None else (_matrices(call, chunk.start), chunk.position, chunk.log_decay)
         run = getattr(self.extension, f"{call.memory.name}_forward")
-        out, dual, momenta, start, open_log_decay, checkpoints = run(
+        out, dual, momenta, start, open_log_decay, *saved = run(
             *_inputs(call), opened, _offsets(call), _rules(call), _interval(call, checkpoint_every), call.output_final_state, *_block(call)
         )
         matrices = [dual, start] if call.momentum is None else [dual, momenta, start]
         final = matrices if len(call.memory.matrices) == 1 else [x for pair in matrices for x in pair]
-        return out, [*final, open_log_decay], [checkpoints] if checkpoint_every else []
+        return out, [*final, open_log_decay], saved if checkpoint_every else []
 
     def block_tokens(self, call: Call) -> int:
         return _block_tokens(call)
@@ -93,13 +96,17 @@ class CppBackend:
 
     def saved_like(self, call: Call, checkpoint_every: int) -> list[Tensor]:
         size = _block_tokens(call) or call.chunk_size
-        return checkpoints_like(call.replace(chunk_size=size), _interval(call, checkpoint_every))
+        checkpoints = checkpoints_like(call.replace(chunk_size=size), _interval(call, checkpoint_every))
+        if call.memory is LINEAR or not checkpoints:
+            return checkpoints
+        b, t, h, d = call.v.shape
+        return [*checkpoints, checkpoints[0].new_empty(2, b, h, t, d)]  # MlpParams::products of csrc/params.h
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = getattr(self.extension, f"{call.memory.name}_backward")
         duals = len(call.state.dual)
         *grads, d_dual, d_momenta = run(
-            *_inputs(call), _offsets(call), _rules(call), _interval(call, checkpoint_every), saved[0], grad_out,
+            *_inputs(call), _offsets(call), _rules(call), _interval(call, checkpoint_every), *saved, grad_out,
             (_matrices(call, grad_state[:duals]), _matrices(call, grad_state[duals:])), *_block(call),
         )  # fmt: skip
         names: tuple[str, ...] = ("q", "k", "v", "lr", "log_decay", "delta", "momentum")
@@ -176,18 +183,21 @@ def _offsets(call: Call) -> Tensor | None:
 
 
 def _rules(call: Call) -> tuple:
-    """Tag, parameters and program of the bias and of the retention gate, and the chunk size."""
-    bias, gate = call.bias, call.retention
-    programs = (
-        _program(bias, "psi", "derivatives") if isinstance(bias, CustomBias) else None,
-        _program(gate, "primal", "slope") if isinstance(gate, CustomRetention) else None,
-    )
-    return *((row.tag, row.parameters, program) for row, program in zip((bias, gate), programs, strict=True)), call.chunk_size
+    """The rules of the bias and of the retention gate, and the chunk size."""
+    return _rule(call.bias), _rule(call.retention), call.chunk_size
 
 
 @functools.lru_cache(maxsize=256)
+def _rule(row: Bias | Retention) -> tuple:
+    """Tag, parameters, and the program of a custom row, compiled for the kernels."""
+    if isinstance(row, CustomBias):
+        return row.tag, row.parameters, _program(row, "psi", "derivatives")
+    if isinstance(row, CustomRetention):
+        return row.tag, row.parameters, _program(row, "primal", "slope")
+    return row.tag, row.parameters, None
+
+
 def _program(row: CustomBias | CustomRetention, *names: str) -> Any:
-    """The programs of a custom row, compiled for the kernels."""
     value, derivatives = (getattr(row.programs, name) for name in names)
     lines = lambda x: (x.constants, [(operation, operands) for operation, *operands in x.instructions], x.outputs)
     return importlib.import_module("miras_kernels._C").Program(len(value.inputs), lines(value), lines(derivatives))
@@ -211,8 +221,8 @@ def _block(call: Call) -> tuple[tuple, ...]:
 
 def _interval(call: Call, checkpoint_every: int) -> int:
     """How many chunks, or blocks of chunks, share a checkpoint."""
-    size = _block_tokens(call)
-    return max(1, checkpoint_every * call.chunk_size // size) if checkpoint_every and size else checkpoint_every
+    size = _block_tokens(call) if checkpoint_every else 0
+    return max(1, checkpoint_every * call.chunk_size // size) if size else checkpoint_every
 
 
 def _load() -> tuple[Any, str | None]:

@@ -46,6 +46,8 @@ class Chain(ctypes.Structure):
 
 def refuses(library: Any, call: Call) -> str | None:
     """Why this chain cannot read a call that chains can, or None."""
+    if not call.retention.is_identity:
+        return f"it reads chunks without a retention gate, got {call.retention.name}"
     keys, values = call.q.shape[-1], call.v.shape[-1]
     if keys not in KEYS or values % UNIT:
         return f"it reads chunks with {' or '.join(map(str, KEYS))} keys and a multiple of {UNIT} values, got {keys} and {values}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..tables.biases import Bias
+from ..tables.retention import CustomRetention, Retention
 from . import checkpoints_like, may_end_open
 from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, floats, launch, packed_slots
 
@@ -23,12 +24,13 @@ class Chain(ctypes.Structure):
     TOKENS = ("q", "k", "v", "out")
     POINTERS = ("lr", "log_decay", "delta", "ln_weight", "ln_bias", "cu_seqlens", "first_slot", "state", "start", "open_log_decay",
                 "checkpoints")  # fmt: skip
-    NUMBERS = ("bias", "token_type", "N", "T", "H", "Hd", "C", "every", "slots_per_sequence")
+    NUMBERS = ("bias", "retention", "token_type", "N", "T", "H", "Hd", "C", "every", "slots_per_sequence")
     _fields_: ClassVar = [
         *((name, Tokens) for name in TOKENS),
         *((name, ctypes.c_void_p) for name in POINTERS),
         ("ln_eps", ctypes.c_float),
         ("bias_params", ctypes.c_float * Bias.MAX_PARAMETERS),
+        ("retention_params", ctypes.c_float * Retention.MAX_PARAMETERS),
         *((name, ctypes.c_int32) for name in NUMBERS),
     ]
     #: the fields whose offsets miras_mlp_chain_layout returns, after the size of the struct
@@ -41,6 +43,8 @@ class Chain(ctypes.Structure):
 
 def refuses(library: Any, call: Call) -> str | None:
     """Why this chain cannot read a call that chains can, or None."""
+    if isinstance(call.retention, CustomRetention):
+        return f"it reads chunks with the built-in retention gates only, got {call.retention.name}"
     if call.delta is not None and call.delta.dim() == 4:
         return "it reads chunks with a delta per token, got one per channel"
     if call.q.is_cuda and library is not None:
@@ -62,9 +66,9 @@ def struct(call: Call, tensors: dict[str, Tensor | None], tokens: dict[str, Tens
     length, heads = call.q.shape[1:3]
     return Chain(
         *(Tokens.of(tokens[name]) for name in Chain.TOKENS), *(address(tensors.get(name)) for name in Chain.POINTERS),
-        ln_eps=call.ln_eps, bias_params=floats(call.bias.padded),
-        bias=call.bias.tag, token_type=TOKEN_TYPES[call.q.dtype], N=len(call.state.dual[0]), T=length, H=heads, Hd=call.hidden,
-        C=call.chunk_size, every=max(every, 1), slots_per_sequence=-(-length // (call.chunk_size * max(every, 1))),
+        ln_eps=call.ln_eps, bias_params=floats(call.bias.padded), retention_params=floats(call.retention.padded),
+        bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=len(call.state.dual[0]), T=length,
+        H=heads, Hd=call.hidden, C=call.chunk_size, every=max(every, 1), slots_per_sequence=-(-length // (call.chunk_size * max(every, 1))),
     )  # fmt: skip
 
 

@@ -40,6 +40,8 @@ class Backward(ctypes.Structure):
 
 def refuses(library: Any, call: Call) -> str | None:
     """Why these kernels cannot compute the gradients of a call that the forward serves, or None."""
+    if not call.retention.is_identity:
+        return f"it computes gradients without a retention gate, got {call.retention.name}"
     if library is None:  # no call runs
         return None
     needed = library.miras_mlp_backward_shared(call.hidden, call.chunk_size)

@@ -47,7 +47,8 @@ def _cpu() -> str:
     except (RuntimeError, ValueError) as error:
         level = f"kernels cannot run: {error}"
     because = f", as MIRAS_CPU_CAPABILITY={asked} asks" if asked else ""
-    return f"{platform.machine()}, {threads}, {level}{because} (can run here: {', '.join(extension.cpu_capabilities())})"
+    levels = [*extension.cpu_capabilities(), *(f"{name} if asked" for name in extension.cpu_capabilities_by_name())]
+    return f"{platform.machine()}, {threads}, {level}{because} (can run here: {', '.join(levels)})"
 
 
 def _accelerators() -> list[tuple[str, str]]:

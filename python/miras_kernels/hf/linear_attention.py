@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..interop.fla import chunk_gated_delta_rule, chunk_kda
-from ..layers.functional import convolve
+from ..layers.functional import convolve, depthwise
 from .attention import PACKED_CACHE
 
 __all__ = ["accelerate"]
@@ -94,15 +94,10 @@ def convolution(
     """Depthwise causal convolution of ``[B, channels, T]``, that of packed documents apart."""
     if seq_idx is not None and cu_seq_lens_q is None:
         raise ValueError("seq_idx: expected cu_seq_lens_q as well, to tell where packed documents begin, got None")
-    x = hidden_states.to(weight.dtype)
-    if cu_seq_lens_q is None:
-        tokens, before = x.shape[-1], weight.shape[-1] - 1
-        # Channels-last, as the projection before it leaves them; its last outputs lack tokens after them.
-        image = F.conv2d(x.unsqueeze(2), weight[:, None, None], bias, padding=(0, before), groups=x.shape[1])
-        out = image[..., :tokens].squeeze(2)
-    else:
-        out = convolve(x.transpose(1, 2), weight, None, cu_seq_lens_q)[0].transpose(1, 2)
-        out = out if bias is None else out + bias.unsqueeze(-1)
+    x = hidden_states.to(weight.dtype).transpose(1, 2)
+    taps = weight.shape[-1]
+    out = depthwise(x, weight, taps - 1) if cu_seq_lens_q is None else convolve(x, weight, None, cu_seq_lens_q)[0]
+    out = (out if bias is None else out + bias).transpose(1, 2)
     if activation == "silu" and not (torch.is_grad_enabled() and out.requires_grad):
         out = F.silu(out, inplace=True)  # new memory for a long sequence costs more than the function
     elif activation is not None:

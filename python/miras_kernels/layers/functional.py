@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..tables.retention import KLRetention, LqRetention, Retention
+from ..tracing import is_plain_eager
 
-__all__ = ["Projected", "convolve", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
+__all__ = ["Projected", "convolve", "depthwise", "inverse_softplus", "rotated", "suit", "token_mask", "unit", "wide"]
 
 _LOGITS = 1.25  # initial standard deviation of the logits of a softmax
 
@@ -51,7 +52,7 @@ def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tens
         return x, context.clone()
     if cu_seqlens is None:
         stream = torch.cat([context, x], 1)
-        return _depthwise(stream, weight), stream[:, tokens:]
+        return depthwise(stream, weight), stream[:, tokens:]
     offsets = cu_seqlens.to(torch.int64)
     number = torch.arange(sequences, device=x.device)
     of_token = torch.bucketize(torch.arange(tokens, device=x.device), offsets[1:], right=True)  # [T], the token's sequence;
@@ -61,13 +62,48 @@ def convolve(x: Tensor, weight: Tensor, context: Tensor | None, cu_seqlens: Tens
     stream = x.new_zeros(tokens + sequences * before, channels)
     stream = stream.index_copy(0, around.flatten(), context.flatten(0, 1)).index_copy(0, at + before, x.squeeze(0))
     last = offsets[1:, None] + number[:, None] * before + torch.arange(before, device=x.device)
-    return _depthwise(stream.unsqueeze(0), weight)[:, at], stream[last]
+    return depthwise(stream.unsqueeze(0), weight)[:, at], stream[last]
 
 
-def _depthwise(stream: Tensor, weight: Tensor) -> Tensor:
-    """``[B, T + width - 1, channels] -> [B, T, channels]``; as a 2-d convolution, since the tokens' layout is channels-last already."""
-    image = stream.transpose(1, 2).unsqueeze(2)  # [B, channels, 1, tokens]
-    return F.conv2d(image, weight[:, None, None], groups=stream.shape[-1]).squeeze(2).transpose(1, 2)
+def depthwise(x: Tensor, weight: Tensor, zeros: int = 0) -> Tensor:
+    """Depthwise causal convolution ``[B, T, channels] -> [B, zeros + T - (taps - 1), channels]`` of x after so many zeros (< taps)."""
+    if x.device.type == "cpu" and is_plain_eager((x, weight)):
+        return _Depthwise.apply(x, weight, zeros)
+    return _convolution(x, weight, zeros)[:, : zeros + x.shape[1] - (weight.shape[1] - 1)]
+
+
+def _convolution(x: Tensor, weight: Tensor, zeros: int) -> Tensor:
+    """With zeros on both sides; as a 2-d convolution, since the layout of tokens is channels-last already."""
+    image = x.transpose(1, 2).unsqueeze(2)  # [B, channels, 1, T]
+    return F.conv2d(image, weight[:, None, None], padding=(0, zeros), groups=x.shape[-1]).squeeze(2).transpose(1, 2)
+
+
+class _Depthwise(torch.autograd.Function):
+    """:func:`depthwise` with a backward for CPUs, where PyTorch's gradient of the weights takes ten times as long."""
+
+    @staticmethod
+    def forward(ctx, x, weight, zeros):
+        ctx.save_for_backward(x, weight)
+        ctx.zeros = zeros
+        return _convolution(x, weight, zeros)[:, : zeros + x.shape[1] - (weight.shape[1] - 1)]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), zeros = ctx.saved_tensors, ctx.zeros
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = _convolution(grad, weight.flip(1).to(grad.dtype), weight.shape[1] - 1)[:, zeros:].to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            sums = [wide(grad).new_zeros(weight.shape[0]) for _ in range(weight.shape[1])]
+            tokens = max(1, 2**18 * grad.shape[1] // max(1, grad.numel()))  # of a stretch whose products stay in the cache
+            for start in range(0, grad.shape[1], tokens):
+                dy = wide(grad[:, start : start + tokens])
+                for tap, total in enumerate(sums):
+                    first = start + tap - zeros  # of the inputs that this tap reads; those before 0 are zeros
+                    read = x[:, max(first, 0) : max(first + dy.shape[1], 0)]
+                    total += (read * dy[:, dy.shape[1] - read.shape[1] :]).sum((0, 1))
+            dweight = torch.stack(sums, 1).to(weight.dtype)
+        return dx, dweight, None
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -28,10 +28,12 @@ BLOCK, SHORT = 32, 16
 
 def block_tokens(call: Call, most: int | None = None) -> int:
     """How many tokens a block of this call has, at most ``most``, or 0 where it is not computed in blocks."""
+    if call.chunk_size >= SHORT:
+        return 0
     most = most or BLOCK
     scalar = call.lr.dim() == 3 and (call.log_decay is None or call.log_decay.dim() == 3)
     exact = call.memory is LINEAR and isinstance(call.bias, L2) and isinstance(call.retention, L2Retention) and call.momentum is None
-    return most // call.chunk_size * call.chunk_size if exact and scalar and call.chunk_size < SHORT else 0
+    return most // call.chunk_size * call.chunk_size if exact and scalar else 0
 
 
 class Blocks:
