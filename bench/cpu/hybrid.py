@@ -22,7 +22,7 @@ RUNS = {
     for name, direction, tokens in (("prefill", FORWARD, 2048), ("training step", BOTH, 512))
     for dtype in ("bfloat16", "float32")
 }
-#: three layers of linear attention and one of full attention; the 0.8B model has 24 layers and 248,320 words
+#: three layers of linear attention and one of full attention; the 0.8B model has 24 layers and a vocabulary of 248,320
 SIZES = dict(
     vocab_size=8192, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
     head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128, pad_token_id=0,
@@ -48,7 +48,7 @@ def study_hybrid(name: str, threads: int, settings: Settings) -> Iterator[dict]:
     expected, budget = runs["transformers"](), SAME
     if dtype == torch.bfloat16:  # a float32 model with the same weights, to which ours must be as close as transformers' is
         exact = _model(copy.deepcopy(theirs).float(), ids, direction)()
-        budget = 2 * agreement(expected, exact) + 8 * torch.finfo(dtype).eps
+        budget = 2 * agreement(expected, exact) + torch.finfo(dtype).eps
         expected = exact
     error = agreement(runs["accelerate"](), expected)
     gate = {"ok": error <= budget, "worst": {"tensor": "worst against transformers", "error": error, "budget": budget}}

@@ -36,12 +36,13 @@ class Chip:
     launch: float = 3e-6  # s from the end of a kernel to the start of the next in one stream [E]
 
 
-#: "global": a hit in L2; "dram": a miss; "tensor": after the product's own cycles
+#: "global": a hit in L2; "dram": a miss; "tensor": after the product's own cycles; "cluster": another multiprocessor's shared memory [M],
+#: and from a block's arrival at a cluster's barrier until the others know of it [E]
 _AMPERE = {
     "integer": 4, "fma": 4, "float": 4, "move": 4, "convert": 6, "control": 8, "special": 18, "shuffle": 23, "shared": 29, "barrier": 20,
     "tensor": 18, "global": 262, "dram": 466,
 }  # fmt: skip
-_HOPPER = _AMPERE | {"dram": 479}
+_HOPPER = _AMPERE | {"dram": 479, "cluster": 180}
 
 CHIPS = {
     chip.name: chip

@@ -49,12 +49,18 @@ class Specimen:
     shapes: tuple[Shape, ...]
     architecture: str = "sm_90"
     values: int = 0  # of a block of the CUDA C++ chain of the linear memory
+    blocks: int = 0  # of a head of the CUDA C++ chain of the MLP memory, where there may be two
 
     def __str__(self) -> str:
         hidden = f"-Hd{self.shape.hidden}" if self.shape.hidden else ""
         return f"{self.architecture}:D{self.shape.key_dim}-C{self.shape.chunk_size}{hidden}-{self.name}" + (
-            f"-v{self.values}" if self.values else ""
+            f"-v{self.values}" if self.values else f"-b{self.blocks}" if self.blocks else ""
         )
+
+    @property
+    def plain(self) -> Specimen:
+        """As the Triton kernels have it, which choose no blocks."""
+        return dataclasses.replace(self, values=0, blocks=0)
 
     @property
     def between(self) -> tuple[int, int]:
@@ -67,7 +73,7 @@ def _linear(d: int, chunk_size: int = 64) -> Shape:
 
 
 def _mlp(chunk_size: int, architecture: str = "sm_90") -> Specimen:
-    shapes = (Shape(4, 16384, 16, 64, chunk_size, 256),)
+    shapes = tuple(Shape(n, 16384, 16, 64, chunk_size, 256) for n in ((4, 8) if chunk_size == 64 else (4,)))
     return Specimen(Shape(1, 512, HEADS, 64, chunk_size, 256), "huber_coordinate", shapes, architecture)
 
 
@@ -96,24 +102,31 @@ CUDA = (
 
 
 def specimens(backend: str) -> dict[str, Specimen]:
-    """By name. Those of the CUDA C++ chain of the linear memory have the shapes that launch blocks of so many values."""
+    """By name. Those of the CUDA C++ chains that choose their blocks have the shapes for which they choose so."""
     if backend == "triton":
         return SPECIMENS
     from miras_kernels.backends.cuda_linear import block_values
+    from miras_kernels.backends.cuda_mlp import blocks
 
     chip, found = CHIPS["H200"], []
     for given in map(SPECIMENS.get, CUDA):
-        launched = lambda shape: block_values(shape.key_dim, shape.batch * shape.heads, False, chip.multiprocessors)
-        of = {0: given.shapes} if given.shape.hidden else {n: tuple(x for x in given.shapes if launched(x) == n) for n in (32, 64)}
-        found += [dataclasses.replace(given, shapes=shapes, values=values) for values, shapes in of.items() if shapes]
+        of: dict[tuple, list[Shape]] = {}
+        for shape in given.shapes:
+            heads = shape.batch * shape.heads
+            if not shape.hidden:
+                chosen = ("values", block_values(shape.key_dim, heads, False, chip.multiprocessors))
+            else:
+                chosen = ("blocks", blocks(heads, chip.multiprocessors) if shape.chunk_size == 64 else 0)
+            of.setdefault(chosen, []).append(shape)
+        found += [dataclasses.replace(given, shapes=tuple(shapes), **{name: n}) for (name, n), shapes in of.items()]
     return {str(x): x for x in found}
 
 
 # ------------------------------------------------------------------------------------------------------------- executing
 
 #: of a CUDA C++ kernel, the template's numbers
-TEMPLATES = {"linear_chain": ("Dk", "C", "values"), "linear_reverse": ("Dk", "C"), "mlp_chain": ("C", "Hd"), "mlp_replay": ("C", "Hd"),
-             "mlp_reverse": ("C", "Hd")}  # fmt: skip
+TEMPLATES = {"linear_chain": ("Dk", "C", "values"), "linear_reverse": ("Dk", "C"), "mlp_chain": ("C", "Hd"),
+             "mlp_chain_cluster": ("C", "Hd"), "mlp_replay": ("C", "Hd"), "mlp_reverse": ("C", "Hd")}  # fmt: skip
 
 
 def readable(name: str) -> str:
@@ -132,7 +145,7 @@ def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> l
     from miras_kernels.kernels.common import configs
 
     from miras_kernels import dispatch
-    from miras_kernels.backends import cuda_linear
+    from miras_kernels.backends import cuda_linear, cuda_mlp
     from ptx import compiling, cuda, host
 
     from ..common.implementations import kernel
@@ -175,6 +188,7 @@ def executed(specimen: Specimen, direction: str, tokens: int, backend: str) -> l
                 stack.enter_context(mock.patch.object(own, "refuses_backward", lambda _: f"it needs {needed} bytes of shared memory"))
             stack.enter_context(mock.patch.dict(dispatch.BACKENDS, cuda=own))
             stack.enter_context(mock.patch.object(cuda_linear, "block_values", lambda *_: specimen.values))
+            stack.enter_context(mock.patch.object(cuda_mlp, "blocks", lambda *_: specimen.blocks))
         kernel(inputs, backend, direction)()
     return found
 
@@ -192,8 +206,7 @@ def rows(specimen: Specimen, backend: str = "triton") -> dict[str, list[dict]]:
             both.append(b)
         rest = [row["kernel"] for row in both if "counts" not in row]  # the last ones, a backward's
         if rest:
-            other = dataclasses.replace(specimen, values=0)
-            known = (read()[version("triton")]["rows"].get(str(other)) or rows(other))[direction][-len(rest) :]
+            known = (read()[version("triton")]["rows"].get(str(specimen.plain)) or rows(specimen.plain))[direction][-len(rest) :]
             assert rest == [row["kernel"] for row in known]
             both[-len(rest) :] = known
         found[direction] = both
@@ -343,7 +356,7 @@ def main(arguments=None) -> int:
             write(label, {name: found}, f"{name}: {args.renew}")
         elif args.check:
             red += [f"{name}: not in the table for {label}"] if known is None else [f"{name}: {text}" for text in worse(known, found)]
-        base = table.get(args.base, {"rows": {}})["rows"].get(str(dataclasses.replace(specimen, values=0)))
+        base = table.get(args.base, {"rows": {}})["rows"].get(str(specimen.plain))
         print("\n".join(report(specimen, found, chips[specimen.architecture], base)), flush=True)
     print("\n".join(red))
     return bool(red)

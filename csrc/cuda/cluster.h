@@ -1,4 +1,4 @@
-// Blocks of a cluster (sm_90 and later): their barrier, and reads of each other's shared memory.
+// Blocks of a cluster (sm_90 and later): their barrier, and each other's shared memory.
 #pragma once
 
 #include "tiles.h"
@@ -32,6 +32,16 @@ __device__ __forceinline__ float4 load_cluster_4(uint32_t address) {
   float4 x;
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
   return x;
+}
+
+__device__ __forceinline__ void store_cluster(uint32_t address, uint32_t x) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_cluster(uint32_t address, uint2 x) {
+  asm volatile("st.shared::cluster.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+__device__ __forceinline__ void store_cluster(uint32_t address, float2 x) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
 
 }  // namespace miras::cuda

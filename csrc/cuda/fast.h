@@ -9,8 +9,8 @@
 namespace miras {
 namespace cuda {
 
-// A float whose division, exponential, tanh and powers are approximate: relative errors are below 2^-18 (of powers: 2^-20 times the logarithm
-// of the result, if that is larger than 1).
+// A float whose division, exponential, tanh and powers are approximate: relative errors are below 2^-18 (of powers: 2^-20 times the
+// logarithm of the result, if that is larger than 1).
 struct Approximate {
   float x;
   __device__ __forceinline__ Approximate(float x = 0.0f) : x(x) {}
@@ -32,7 +32,7 @@ template <> struct Math<cuda::Approximate> {
   __device__ __forceinline__ static F abs(F a) { return fabsf(a.x); }
   __device__ __forceinline__ static F copysign(F a, F sign) { return copysignf(a.x, sign.x); }
   __device__ __forceinline__ static F min(F a, F b) { return Math<float>::min(a.x, b.x); }
-  __device__ __forceinline__ static F max(F a, F b) { return Math<float>::max(a.x, b.x); }
+  __device__ __forceinline__ static F max(F a, F b) { return cuda::max_or_nan(a.x, b.x); }
   __device__ __forceinline__ static F sqrt(F a) { return sqrtf(a.x); }
   __device__ __forceinline__ static F exp_nonpositive(F a) { return cuda::exp2_approx(a.x * 1.442695041f); }
   __device__ __forceinline__ static F pow(F a, float exponent) { return cuda::exp2_approx(exponent * cuda::log2_approx(a.x)); }

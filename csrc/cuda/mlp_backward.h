@@ -62,7 +62,7 @@ template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2>
 };
 
 template <int C, int Hd> struct ReverseShared {
-  static constexpr bool kGates = false;
+  static constexpr bool kGates = false, kSplit = false, kMomentum = false;
   static constexpr int kBuffers = 1, kGateBuffers = 1, kMostTiles = 8, kExchangeRow = kD + 8;
   static constexpr uint32_t kTile = C * kD * 2, kState = Hd * kD * 2, kHidden = Hd * C * 2, kSquare = C * C * 2;
   static constexpr uint32_t kK = 0, kV = kK + kTile, kQ = kV + kTile;  // in V's place dU
@@ -84,9 +84,6 @@ template <int C, int Hd> struct ReverseShared {
   static constexpr uint32_t kSlopes = whole_lines(kInner + Shape<C, Hd>::kWarps * 4), kSums = kSlopes + kHidden;
   static constexpr uint32_t kBytes = kParks ? kSums + 2 * C * kD * 4 : kSlopes;
 };
-
-// The blocks of a head. Two form a cluster, with half of the hidden units each, where one has neither the registers nor the shared memory.
-template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
 
 template <int C, int Hd> constexpr uint32_t backward_shared() {
   constexpr int kUnits = Hd / kBlocksOf<C, Hd>;

@@ -3,34 +3,40 @@
 #pragma once
 
 #include "cluster.h"
-#include "mlp_chain.h"
+#include "mlp_momentum.h"
 
 namespace miras::cuda {
 
 // Hd: the hidden units of this block. A head has kBlocks times as many, in a cluster of 1 or 2 blocks; what is summed over all of them, and
-// all that follows from it, both blocks compute, with the same bits.
+// all that follows from it, both blocks compute, with the same bits. If rows are split, each computes half of the rows and of the pairs of
+// tokens, for both.
 template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
-  using X = Shape<C, Hd>;
   using S = Layout;
+  static constexpr bool kSplit = S::kSplit;
+  using X = Shape<C, Hd, kSplit ? kBlocks : 1>;
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
   static constexpr int kPass = kEights < S::kMostTiles ? kEights : S::kMostTiles;
   static constexpr int kParked = kStrips == 2 && C > 16 ? kEights / 2 : 0;  // quadruples of slopes that lie in Aq's place for a while
   static constexpr int kUnroll = C / 16;                                    // of the loops over hidden units, as registers allow
   static constexpr bool kGates = S::kGates && kBlocks == 1;                 // retention gates
-  static constexpr int64_t kState = 2 * kBlocks * Hd * kD;                  // numbers of a head's state
+  static constexpr int64_t kDuals = 2 * kBlocks * Hd * kD;                  // numbers of a head's matrices
+  static constexpr int64_t kState = S::kMomentum ? 2 * kDuals : kDuals;     // and of its momentum matrices
   static constexpr float kLog2e = 1.442695041f, kUnit = kLog2e / 1024.0f, kLowest = -110.0f;
 
   const MirasMlpChain& p;
   const BiasTraits traits;
+  const bool gated;  // whether a retention gate maps the duals, s1 and w2, to primals
   const int n, h;
   int64_t batch, begin;  // row of q, k, v, and first token
   int tokens;
   int lane, warp, g, t, tile, part, row, piece;  // of this thread: see `fresh`
   float s1[kStrips][8][4], w2[kStrips][8][4];
+  float m1[kStrips][8][4], m2[kStrips][8][4];  // their momentum, if there is any
   uint32_t u2[kStrips][kEights][2];  // gelu'(Z'), then U2'
 
   // of a sequence and head
-  __device__ __forceinline__ Block(const MirasMlpChain& p, int n, int h) : p(p), traits(bias_traits(BiasTag(p.bias))), n(n), h(h) {
+  __device__ __forceinline__ Block(const MirasMlpChain& p, int n, int h)
+      : p(p), traits(bias_traits(BiasTag(p.bias))), gated(kGates && p.retention != int(RetentionTag::l2)), n(n), h(h) {
     batch = p.cu_seqlens ? 0 : n;
     begin = p.cu_seqlens ? p.cu_seqlens[n] : 0;
     tokens = p.cu_seqlens ? int(p.cu_seqlens[n + 1] - begin) : p.T;
@@ -41,11 +47,10 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   __device__ __forceinline__ void fresh() {
     const int id = fresh_thread();
     lane = id & 31, warp = id >> 5, g = lane >> 2, t = lane & 3, tile = warp / X::kParts, part = warp % X::kParts;
-    row = 16 * tile + part * X::kRows + (X::kLanes == 4 ? 2 * g % 8 + g / 4 : lane / X::kLanes), piece = lane % X::kLanes;
+    row = (kSplit ? rank() * (C / kBlocks) + warp * X::kRows : 16 * tile + part * X::kRows) +
+          (X::kLanes == 4 ? 2 * g % 8 + g / 4 : lane / X::kLanes),
+    piece = lane % X::kLanes;
   }
-
-  // whether a retention gate maps the duals, s1 and w2, to primals
-  __device__ __forceinline__ bool gated() const { return kGates && p.retention != int(RetentionTag::l2); }
 
   // which of the head's blocks this is
   __device__ __forceinline__ static int rank() {
@@ -53,7 +58,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     else return cluster_rank();
   }
   // Whether this block writes a row of [C, D] to global memory
-  __device__ __forceinline__ static bool writes(int row) { return kBlocks == 1 || row / (C / kBlocks) == rank(); }
+  __device__ __forceinline__ static bool writes(int row) { return kBlocks == 1 || kSplit || row / (C / kBlocks) == rank(); }
 
   // f(strip, tile of 8 columns, half, place in a head's matrix) for each pair of this thread's elements of a matrix
   template <class Function> __device__ __forceinline__ void each_pair(Function&& f) {
@@ -64,17 +69,27 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 #pragma unroll
         for (int e = 0; e < 2; ++e) f(m, x, e, (rank() * Hd + X::kUnits * warp + 16 * m + 8 * e + g) * kD + 8 * x + 2 * t);
   }
+  using Matrix = float[kStrips][8][4];
   __device__ __forceinline__ void load_state(const float* from) {
+    const auto load = [&](Matrix& first, Matrix& second, const float* from) {
+      each_pair([&](int m, int x, int e, int place) {
+        const float2 a = *reinterpret_cast<const float2*>(from + place), b = *reinterpret_cast<const float2*>(from + kDuals / 2 + place);
+        first[m][x][2 * e] = a.x, first[m][x][2 * e + 1] = a.y, second[m][x][2 * e] = b.x, second[m][x][2 * e + 1] = b.y;
+      });
+    };
+    load(s1, w2, from);
+    if constexpr (S::kMomentum) load(m1, m2, from + kDuals);
+  }
+  __device__ __forceinline__ void store(float* to, const Matrix& first, const Matrix& second) {
     each_pair([&](int m, int x, int e, int place) {
-      const float2 a = *reinterpret_cast<const float2*>(from + place), b = *reinterpret_cast<const float2*>(from + kState / 2 + place);
-      s1[m][x][2 * e] = a.x, s1[m][x][2 * e + 1] = a.y, w2[m][x][2 * e] = b.x, w2[m][x][2 * e + 1] = b.y;
+      *reinterpret_cast<float2*>(to + place) = make_float2(first[m][x][2 * e], first[m][x][2 * e + 1]);
+      *reinterpret_cast<float2*>(to + kDuals / 2 + place) = make_float2(second[m][x][2 * e], second[m][x][2 * e + 1]);
     });
   }
+  __device__ __forceinline__ void store_duals(float* to) { store(to, s1, w2); }
   __device__ __forceinline__ void store_state(float* to) {
-    each_pair([&](int m, int x, int e, int place) {
-      *reinterpret_cast<float2*>(to + place) = make_float2(s1[m][x][2 * e], s1[m][x][2 * e + 1]);
-      *reinterpret_cast<float2*>(to + kState / 2 + place) = make_float2(w2[m][x][2 * e], w2[m][x][2 * e + 1]);
-    });
+    store_duals(to);
+    if constexpr (S::kMomentum) store(to + kDuals, m1, m2);
   }
 
   // -------------------------------------------------------------------------------------------------------- inputs of a chunk
@@ -107,6 +122,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
         cp_async_4(to, p.lr + at_token, in);
         cp_async_4(to + 4 * C, (p.log_decay ? p.log_decay : p.lr) + at_token, in && p.log_decay);
         cp_async_4(to + 8 * C, (p.delta ? p.delta : p.lr) + at_token, in && p.delta);
+        if constexpr (S::kMomentum) cp_async_4(address(S::kMoves + 4 * r), p.momentum + at_token, in);
       }
     cp_async_commit();
   }
@@ -147,10 +163,13 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
         at<float>(buffer + S::kGamma + 4 * r) = exp2_approx(u * kUnit + x);
         at<float4>(buffer + S::kRows + 16 * r) = make_float4(at<float>(S::kRaw + 4 * r), -dec, at<float>(S::kRaw + 4 * (2 * C + r)), 0.0f);
       }
+    if constexpr (S::kMomentum) weigh_moves<Block>(lane, c, tokens - c * C);
   }
   // -L of the pair (t, s), or 0 if s > t
-  __device__ __forceinline__ float weight(uint32_t logs, float2 of_t, int t, int s) {
-    const float2 of_s = at<float2>(logs + 8 * s);
+  __device__ __forceinline__ static float weight(uint32_t logs, float2 of_t, int t, int s) {
+    return weight(at<float2>(logs + 8 * s), of_t, t, s);
+  }
+  __device__ __forceinline__ static float weight(float2 of_s, float2 of_t, int t, int s) {
     return s <= t ? -exp2_approx((of_t.x - of_s.x) * kUnit + (of_t.y - of_s.y)) : 0.0f;
   }
 
@@ -168,7 +187,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t a[kStrips][4];
-      if (gated()) {
+      if (gated) {
 #pragma unroll
         for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(primal + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
       } else {
@@ -264,7 +283,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     }
   }
   // The barrier between hand_over and collect. Before a block hands over again, the other one must have read: it says so by `release`, for
-  // which `await` waits. They take turns with `meet`, the first `release` is at the kernel's start, the last `await` at its end.
+  // which `await` waits. They take turns with `meet`; the first `release` is at the kernel's start, the last `await` at its end.
   __device__ __forceinline__ static void meet() {
     if constexpr (kBlocks == 1) __syncthreads();
     else cluster_arrive(), cluster_wait();
@@ -280,6 +299,11 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     if constexpr (kBlocks == 1) return 0;
     else return address_in(1 - rank(), 0);
   }
+  // to shared memory, if rows are split of both blocks
+  template <class V> __device__ __forceinline__ static void put_both(uint32_t offset, V x) {
+    at<V>(offset) = x;
+    if constexpr (kSplit) store_cluster(other() + offset, x);
+  }
   // the sum over the blocks of a number in shared memory
   __device__ __forceinline__ static float of_blocks(uint32_t offset, uint32_t other) {
     static_assert(kBlocks <= 2);
@@ -287,33 +311,33 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     if constexpr (kBlocks == 2) x += load_cluster(other + offset);
     return x;
   }
-  // four columns of this thread's row, summed over the parts and the blocks
-  __device__ __forceinline__ float4 sum_parts(int column, uint32_t other) {
-    const auto sum = [&](auto&& load) {
-      float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-      for (int j = 0; j < X::kParts; ++j) {
-        const float4 x = load(exchange_row(tile * X::kParts + j, row % 16) + 4 * column);
-        s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
-      }
-      return s;
-    };
-    float4 s = sum([](uint32_t offset) { return at<float4>(offset); });
+  // this thread's row summed over the parts and the blocks: four columns from `first` on, and every kStride columns
+  template <int kStride, int kColumns> __device__ __forceinline__ void sum_parts(float (&y)[kColumns], int first) {
+    const auto place = [&](int i, int j) { return exchange_row(row / 16 * X::kParts + j, row % 16) + 4 * (first + i / 4 * kStride); };
+    const auto add = [](float4& s, float4 x) { s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w; };
+    float4 away[kColumns / 4][X::kParts];  // of the other block: asked for first, since they come last
     if constexpr (kBlocks == 2) {
-      const float4 x = sum([other](uint32_t offset) { return load_cluster_4(other + offset); });
-      s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;  // in either block the same
-    }
-    return s;
-  }
-  // this thread's channels of its row (see each_four)
-  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) {
-    const uint32_t other = Block::other();
+      const uint32_t other = Block::other();
 #pragma unroll
-    for (int i = 0; i < X::kChannels; i += 4) {
-      const float4 s = sum_parts(4 * piece + X::kLanes * i, other);
+      for (int i = 0; i < kColumns; i += 4)
+#pragma unroll
+        for (int j = 0; j < X::kParts; ++j) away[i / 4][j] = load_cluster_4(other + place(i, j));
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f), x = s;
+#pragma unroll
+      for (int j = 0; j < X::kParts; ++j) add(s, at<float4>(place(i, j)));
+      if constexpr (kBlocks == 2) {
+#pragma unroll
+        for (int j = 0; j < X::kParts; ++j) add(x, away[i / 4][j]);
+        add(s, x);  // in either block the same
+      }
       y[i] = s.x, y[i + 1] = s.y, y[i + 2] = s.z, y[i + 3] = s.w;
     }
   }
+  // this thread's channels of its row (see each_four)
+  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) { sum_parts<4 * X::kLanes>(y, 4 * piece); }
   // gives 1 / deviation
   __device__ __forceinline__ float normalise(float (&y)[X::kChannels]) {
     float sum = 0.0f;
@@ -328,13 +352,14 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     for (int i = 0; i < X::kChannels; ++i) y[i] *= inverse;
     return inverse;
   }
-  // Hands u over; then y: this thread's channels of its row, normalised. Gives 1 / deviation.
-  __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
-    await();
+  // Hands u over; then y: this thread's channels of its row, normalised. Gives 1 / deviation. If rows are split, the blocks meet between
+  // two exchanges: only the first one awaits, and the second one releases.
+  template <bool kAwaits, bool kReleases> __device__ __forceinline__ float exchange(const float (&u)[8][4], float (&y)[X::kChannels]) {
+    if constexpr (kAwaits || !kSplit) await();
     hand_over(u);
     meet();
     collect(y);
-    release();
+    if constexpr (kReleases || !kSplit) release();
     return normalise(y);
   }
   // f(i, channel) for this thread's channels of its row, four at a time

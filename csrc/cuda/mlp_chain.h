@@ -8,28 +8,33 @@
 
 extern "C" {
 
-// One block computes the sequences of one head, chunk by chunk. All tensors but q, k, v, out are contiguous, gates float32 [B, T, H].
+// One block, or a cluster of two, computes a sequence of one head, chunk by chunk. All tensors but q, k, v, out are contiguous, gates
+// float32 [B, T, H].
 struct MirasMlpChain {
   MirasTokens q, k, v, out;             // [B, T, H, 64], aligned to 16 bytes
-  const float *lr, *log_decay, *delta;  // all but lr may be null
+  const float *lr, *log_decay, *delta, *momentum;  // all but lr may be null
   const float *ln_weight, *ln_bias;     // [H, 64]
   const int64_t* cu_seqlens;            // [N + 1], or null
   const int64_t* first_slot;            // [N], of packed sequences' checkpoints
-  float* state;                         // [N, H, 2, Hd, 64]: S1 = W1' and W2; before the first token, then after the last
-  float* start;                         // null, or likewise: before the chunk that the sequence ends in, after the last one if it is whole
+  float* state;                         // [N, H, 2, Hd, 64]: S1 = W1' and W2; before the first token, then after the last. With momentum
+                                        // [N, H, 4, Hd, 64]: also the momentum matrices
+  float* start;                         // null, or [N, H, 2, Hd, 64]: before the chunk that the sequence ends in, or the end if it is whole
   float* open_log_decay;                // [N, H], with start: the sum of the log-decays of that chunk
-  float* checkpoints;                   // null, or [slots, H, 2, Hd, 64]: before chunks 0, every, 2 every, ...
+  float* checkpoints;                   // null, or [slots, H, 2 or 4, Hd, 64]: before chunks 0, every, 2 every, ...
   float ln_eps;
   float bias_params[miras::kBiasParams], retention_params[miras::kRetentionParams];
   int32_t bias, retention, token_type, N, T, H, Hd, C, every, slots_per_sequence;
+  int32_t blocks;  // of a head, in the forward: 1, or 2 where it may have so many (kBlocksOf) and has no retention gate
 };
 
 // 0, or a cudaError_t. It does not synchronise.
 int miras_mlp_chain(const MirasMlpChain* chain, cudaStream_t stream);
 // see the function
 int miras_mlp_chain_layout(int64_t* layout, int room);
-// bytes of shared memory that a block needs; 0 if the sizes are not served
+// bytes of shared memory that the only block of a head needs; 0 if the sizes are not served
 int miras_mlp_chain_shared(int Hd, int C);
+// likewise of each of two blocks, with momentum
+int miras_mlp_momentum_shared(int Hd, int C);
 }
 
 namespace miras::cuda {
@@ -38,20 +43,24 @@ constexpr int kD = 64;
 
 // How the work is shared out. Every warp owns 16 kStrips hidden units: rows of S1 and W2 that lie in its registers. For U and Uq, [C, D],
 // warp w takes 16 tokens, tile w / kParts, and one of kParts parts of the hidden units; of the sums of all parts it then finishes kRows
-// whole rows, kLanes lanes a row.
-template <int C, int Hd> struct Shape {
+// whole rows, kLanes lanes a row. Two blocks may share the rows out (kRowBlocks).
+template <int C, int Hd, int kRowBlocks = 1> struct Shape {
   static constexpr int kWarps = Hd / 16 < 8 ? Hd / 16 : 8, kThreads = 32 * kWarps;
   static constexpr int kStrips = Hd / (16 * kWarps), kUnits = 16 * kStrips;
   static constexpr int kEights = C / 8, kTiles = C / 16;  // tiles of 8 and of 16 tokens
   static constexpr int kParts = kWarps / kTiles, kPartUnits = Hd / kParts;
-  static constexpr int kRows = 16 / kParts, kLanes = 32 / kRows, kChannels = kD / kLanes;
+  static constexpr int kRows = 16 / kParts / kRowBlocks, kLanes = 32 / kRows, kChannels = kD / kLanes;
   static_assert(kWarps % kTiles == 0 && kStrips * kUnits >= 16);
 };
+
+// The most blocks of a head. Two form a cluster (sm_90 and later), with half of the hidden units each: always in the backward, where one
+// has neither the registers nor the shared memory, and in the forward where heads are few.
+template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
 
 // Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore
 // columns more are exchanged than channels.
 template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
-  static constexpr bool kGates = false;  // whether it has room for what retention gates need
+  static constexpr bool kGates = false, kSplit = false, kMomentum = false;  // what it has room for: retention gates, rows that are split
   static constexpr int kBuffers = kTokenBuffers, kGateBuffers = 2;
   static constexpr int kMostTiles = 4;                 // of 8 tokens whose Z is in registers at once
   static constexpr int kExchangeRow = kD + kMore + 8;  // floats
@@ -70,6 +79,13 @@ template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
   static constexpr uint32_t kRaw = kRows + kGateBuffers * kGateBuffer;  // lr, log_decay, delta [3, C] of the next chunk
   static constexpr uint32_t kNorm = kRaw + 3 * C * 4;                   // weight and bias [2, D]
   static constexpr uint32_t kBytes = kNorm + 2 * kD * 4;
+};
+
+// Of a block of two, which share out rows and pairs of tokens too, and have room for the weights of all pairs.
+template <int C, int Hd> struct ClusterShared : Shared<C, Hd> {
+  static constexpr bool kSplit = true;
+  static constexpr int kWeightRow = C + 8;                                                             // floats
+  static constexpr uint32_t kWeights = Shared<C, Hd>::kBytes, kBytes = kWeights + C * kWeightRow * 4;  // [C, C] float32: -L
 };
 
 // of the forward

@@ -43,13 +43,13 @@ template <int C, int Hd, class T, class Layout, int kBlocks> struct Primal : Blo
 
   __device__ __forceinline__ void put_s1() {
     if constexpr (kGates)
-      if (gated()) return with_gate([&](auto gate) { put_primal<true>(gate, S::kS1, s1); });
+      if (gated) return with_gate([&](auto gate) { put_primal<true>(gate, S::kS1, s1); });
     put_state(S::kS1, s1);
   }
   // for this warp alone
   __device__ __forceinline__ void put_w2() {
     if constexpr (kGates)
-      if (gated()) {
+      if (gated) {
         with_gate([&](auto gate) { put_primal<false>(gate, own_w2(), w2); });
         __syncwarp();
       }

@@ -52,12 +52,7 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
   // this thread's columns of its row of a square matrix whose shares lie beside the channels'
   __device__ __forceinline__ void collect_pairs(float (&x)[kColumns]) {
     if constexpr (kBlocks > 1) {
-      const uint32_t other = Base::other();
-#pragma unroll
-      for (int i = 0; i < kColumns; i += 4) {
-        const float4 s = Base::sum_parts(kD + piece * kColumns + i, other);
-        x[i] = s.x, x[i + 1] = s.y, x[i + 2] = s.z, x[i + 3] = s.w;
-      }
+      Base::template sum_parts<4>(x, kD + piece * kColumns);
     } else {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {

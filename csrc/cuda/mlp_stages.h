@@ -12,27 +12,10 @@
 // they are updated and primals in all products (mlp_primal.h), and P and L o Aq A' have the factors rho. docs/mlp-on-chip.md
 #pragma once
 
+#include "gelu.h"
 #include "mlp_primal.h"
 
 namespace miras::cuda {
-
-// gelu in its tanh form, x s with s = 1 / (1 + 2^-y), y = log2(e) 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivative; by approximate
-// instructions: gelu within 2^-19 |x|, the derivative within 2^-17
-struct FastGelu {
-  static constexpr float kLinear = 2.302208198f, kCubic = 0.1029432396f;  // y = kLinear x + kCubic x^3
-  static constexpr float kLn2 = 0.6931471806f;
-  float x, square, s;
-  __device__ __forceinline__ explicit FastGelu(float x) : x(x), square(x * x) {
-    s = reciprocal_approx(1.0f + exp2_approx(-x * (kLinear + kCubic * square)));
-  }
-  __device__ __forceinline__ float value() const { return x * s; }
-  __device__ __forceinline__ float steepness() const { return kLinear * kLn2 + 3.0f * kCubic * kLn2 * square; }  // of ln(2) y
-  __device__ __forceinline__ float slope() const { return s + x * s * (1.0f - s) * steepness(); }
-  __device__ __forceinline__ float curve() const {  // the second derivative
-    const float y1 = steepness();
-    return s * (1.0f - s) * (2.0f * y1 + x * (6.0f * kCubic * kLn2 * x + (1.0f - 2.0f * s) * y1 * y1));
-  }
-};
 
 template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks = 1> struct Chain : Primal<C, Hd, T, Layout, kBlocks> {
   using Base = Primal<C, Hd, T, Layout, kBlocks>;
@@ -42,13 +25,14 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll, Base::kState;
   using Base::kGates, Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
   using Base::log_rho, Base::own_w2, Base::put_s1, Base::put_w2, Base::sum_duals, Base::weigh_duals;
-  using Base::state_times, Base::scale_tokens, Base::add_rows, Base::exchange, Base::each_four;
+  using Base::state_times, Base::scale_tokens, Base::add_rows, Base::each_four, Base::kSplit, Base::m1, Base::m2;
   using typename Base::S;
   using typename Base::X;
 
   __device__ __forceinline__ void predict(uint32_t K, uint32_t Q, uint32_t logs) {
     fresh();
     put_s1(), put_w2();
+    if constexpr (S::kMomentum) Base::put_state(S::kM1, m1);
     fresh();
 #pragma unroll
     for (int first = 0; first < kEights; first += kPass) {
@@ -72,10 +56,10 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
     weigh_pairs(S::kP, Q, K, logs, log_rho(1));
   }
 
-  // -rho L o (left right'): the tiles up to the diagonal, shared out over the parts
+  // -rho L o (left right'): the tiles up to the diagonal, shared out over the parts, if rows are split of both blocks
   __device__ __forceinline__ void weigh_pairs(uint32_t to, uint32_t left, uint32_t right, uint32_t logs, float log_rho = 0.0f) {
-    constexpr int kShare = kEights > X::kParts ? kEights / X::kParts : 1;
-    const int t0 = 16 * tile + g, s0 = part * kShare;
+    constexpr int kShares = X::kParts * (kSplit ? kBlocks : 1), kShare = kEights > kShares ? kEights / kShares : 1;
+    const int t0 = 16 * tile + g, s0 = (kSplit ? part * kBlocks + Base::rank() : part) * kShare;
     if (s0 < kEights && 8 * s0 < 16 * tile + 16) {
       uint32_t a[4][4];
 #pragma unroll
@@ -93,10 +77,17 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
           ldmatrix_x4(b, address(right + place<8>(8 * x + (lane & 7), 4 * k + (lane >> 3))));
           mma_m16n8k16<T>(acc, a[2 * k], b[0], b[1]), mma_m16n8k16<T>(acc, a[2 * k + 1], b[2], b[3]);
         }
-        at<uint32_t>(to + place<kPieces>(t0, x) + 4 * t) =
-            pack<T>(acc[0] * weight(logs, upper, t0, s), acc[1] * weight(logs, upper, t0, s + 1));
-        at<uint32_t>(to + place<kPieces>(t0 + 8, x) + 4 * t) =
-            pack<T>(acc[2] * weight(logs, lower, t0 + 8, s), acc[3] * weight(logs, lower, t0 + 8, s + 1));
+        const float4 of_s = at<float4>(logs + 8 * s);  // and of s + 1
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int r = t0 + 8 * e;
+          const float2 of_t = e ? lower : upper;
+          float2 weights;
+          if constexpr (S::kMomentum) weights = at<float2>(S::kWeights + 4 * (r * S::kWeightRow + s));
+          else weights = {weight(make_float2(of_s.x, of_s.y), of_t, r, s), weight(make_float2(of_s.z, of_s.w), of_t, r, s + 1)};
+          if constexpr (kSplit && !S::kMomentum) Base::put_both(S::kWeights + 4 * (r * S::kWeightRow + s), weights);
+          Base::put_both(to + place<kPieces>(r, x) + 4 * t, pack<T>(acc[2 * e] * weights.x, acc[2 * e + 1] * weights.y));
+        }
       }
     }
   }
@@ -127,14 +118,15 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
       add_rows(u, a, S::kS1, k);
     }
     float y[X::kChannels], e[X::kChannels];
-    const float inverse = exchange(u, y);
-    const float4 of_token = at<float4>(rows + 16 * row);  // eta, -dec, delta; eta is 0 beyond the end
+    const float inverse = Base::template exchange<true, false>(u, y);
+    const float4 of_token = at<float4>(rows + 16 * row);  // eta, -dec, delta, with momentum -Theta_C; eta is 0 beyond the end
     float square = 0.0f;
     each_four([&](int i, int channel) {
       float k[4], v[4], w[4], b[4];
       load_tokens(k, K + channel_place(row, channel)), load_tokens(v, V + channel_place(row, channel));
       floats(w, at<float4>(S::kNorm + 4 * channel)), floats(b, at<float4>(S::kNorm + 4 * (kD + channel)));
-      at<uint2>(S::kKEnd + channel_place(row, channel)) = packed(k, of_token.y);
+      Base::put_both(S::kKEnd + channel_place(row, channel), packed(k, of_token.y));
+      if constexpr (S::kMomentum) Base::put_both(S::kKStep + channel_place(row, channel), packed(k, of_token.w));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float predicted = traits.predicts ? k[j] + y[i + j] * w[j] + b[j] : 0.0f;
@@ -161,8 +153,9 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
 #pragma unroll
       for (int j = 0; j < 4; ++j) gu[j] = e[i + j] - sum - y[i + j] * with, u1[j] = of_token.x * inverse * gu[j];
       keep(channel, &y[i], gu, inverse);
-      at<uint2>(S::kU1 + channel_place(row, channel)) = packed(u1, 1.0f);
-      at<uint2>(S::kU1End + channel_place(row, channel)) = packed(u1, of_token.y);
+      Base::put_both(S::kU1 + channel_place(row, channel), packed(u1, 1.0f));
+      Base::put_both(S::kU1End + channel_place(row, channel), packed(u1, of_token.y));
+      if constexpr (S::kMomentum) Base::put_both(S::kU1Step + channel_place(row, channel), packed(u1, of_token.w));
     });
   }
 
@@ -193,6 +186,17 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
       float z[kStrips][kPass][4];
       state_times(z, w2, Q + first * 8 * 2 * kD, own_w2());
       scale_tokens(z, gammas + 4 * 8 * first);
+      if constexpr (S::kMomentum) {
+        float carried[kStrips][kPass][4];
+        state_times(carried, m2, Q + first * 8 * 2 * kD);
+        scale_tokens(carried, S::kCarry + 4 * 8 * first);
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+          for (int x = 0; x < kPass; ++x)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) z[m][x][e] += carried[m][x][e];
+      }
 #pragma unroll
       for (int k = 0; k < kTiles; ++k)
 #pragma unroll
@@ -231,6 +235,18 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
       for (int x = 0; x < 8; ++x)
 #pragma unroll
         for (int e = 0; e < 4; ++e) w2[m][x][e] *= gamma, s1[m][x][e] *= gamma;
+    if constexpr (S::kMomentum) {
+      const float carry = at<float>(S::kCarry + 4 * (C - 1)), pi = at<float>(S::kPi);
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+        for (int x = 0; x < 8; ++x)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            w2[m][x][e] += carry * m2[m][x][e], s1[m][x][e] += carry * m1[m][x][e];
+            m2[m][x][e] *= pi, m1[m][x][e] *= pi;
+          }
+    }
     uint32_t a[kStrips][4];
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
@@ -239,12 +255,14 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
 #pragma unroll
         for (int e = 0; e < 4; ++e) a[m][e] = u2[m][2 * k + e / 2][e % 2];
       Base::add_strips(w2, a, S::kKEnd, 16 * k);
+      if constexpr (S::kMomentum) Base::add_strips(m2, a, S::kKStep, 16 * k);
     }
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
       for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
       Base::add_strips(s1, a, S::kU1End, 16 * k);
+      if constexpr (S::kMomentum) Base::add_strips(m1, a, S::kU1Step, 16 * k);
     }
   }
 
@@ -277,20 +295,41 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
         uint32_t a[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int s0 = 16 * s + 8 * (e >> 1) + 2 * t, half = e & 1;
+          const int s0 = 16 * s + 8 * (e >> 1) + 2 * t, half = e & 1, r = t0 + 8 * half;
           const float (&x)[4] = scores[2 * s + (e >> 1)];
-          a[e] = pack<T>(x[2 * half] * weight(logs, of_t[half], t0 + 8 * half, s0),
-                         x[2 * half + 1] * weight(logs, of_t[half], t0 + 8 * half, s0 + 1));
+          float2 weights;
+          if constexpr (kSplit) weights = at<float2>(S::kWeights + 4 * (r * S::kWeightRow + s0));
+          else weights = make_float2(weight(logs, of_t[half], r, s0), weight(logs, of_t[half], r, s0 + 1));
+          a[e] = pack<T>(x[2 * half] * weights.x, x[2 * half + 1] * weights.y);
         }
         add_rows(u, a, rows, 16 * s);
       }
   }
 
+  // u += b (Aq M1), this part's share
+  __device__ __forceinline__ void read_carried(float (&u)[8][4]) {
+    fresh();
+    float carried[8][4] = {};
+#pragma unroll kUnroll
+    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
+      uint32_t a[4];
+      ldmatrix_x4_trans(a, address(S::kAq + by_columns<kPieces>(k, 16 * tile, lane)));
+      add_rows(carried, a, S::kM1, k);
+    }
+    const float upper = at<float>(S::kCarry + 4 * (16 * tile + g)), lower = at<float>(S::kCarry + 4 * (16 * tile + g + 8));
+#pragma unroll
+    for (int x = 0; x < 8; ++x) {
+      u[x][0] += upper * carried[x][0], u[x][1] += upper * carried[x][1];
+      u[x][2] += lower * carried[x][2], u[x][3] += lower * carried[x][3];
+    }
+  }
+
   __device__ __forceinline__ void read(uint32_t Q, uint32_t logs, uint32_t gammas, int first_token) {
     float u[8][4] = {}, scores[kEights][4] = {};
     read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas, log_rho(0));
+    if constexpr (S::kMomentum) read_carried(u);
     float y[X::kChannels];
-    exchange(u, y);
+    Base::template exchange<false, true>(u, y);
     if (first_token + row < tokens && Base::writes(row))
       each_four([&](int i, int channel) {
         float q[4], w[4], b[4];
@@ -304,13 +343,14 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
   }
 
   __device__ __forceinline__ void run() {
-    const int64_t own = (int64_t(n) * p.H + h) * kState;
+    const int64_t head = int64_t(n) * p.H + h, own = head * kState;
     const int chunks = (tokens + C - 1) / C;
     fresh();
-    Base::release();
     load_state(p.state + own);
     for (int i = threadIdx.x; i < kD; i += X::kThreads)
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
+    if constexpr (kSplit) Base::meet();  // the other block has begun, to which this one writes
+    Base::release();
 #pragma unroll 1
     for (int c = -1; c < chunks; ++c) {  // before the first chunk what a chunk does for the next one
       const uint32_t tile = (c & 1) * S::kTile, buffer = (c & 1) * S::kGateBuffer;
@@ -322,27 +362,33 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
           const int64_t slot = (p.first_slot ? p.first_slot[n] : int64_t(n) * p.slots_per_sequence) + c / p.every;
           store_state(p.checkpoints + (slot * p.H + h) * kState);
         }
-        if (p.start && (c + 1) * C > tokens) store_state(p.start + own);
+        if (p.start && (c + 1) * C > tokens) Base::store_duals(p.start + head * Base::kDuals);
         predict(K, Q, logs);
         __syncthreads();
         inner_gradient(K, V, S::kRows + buffer, [](auto&&...) {});
-        __syncthreads();
+        if constexpr (kSplit) Base::meet();
+        else __syncthreads();
         hidden(Q, gammas, [](auto&&...) {});
         update(gammas);
       }
       sum_duals();
       __syncthreads();
+      const auto weigh_next = [&] {
+        cp_async_wait<0>();
+        if (c + 1 < chunks && threadIdx.x < 32) weigh(c + 1);
+      };
+      constexpr bool kEarly = kSplit && !S::kMomentum;  // the first warp has the fewest pairs to read; but M has one buffer
+      if constexpr (kEarly) weigh_next();
       if (c >= 0) read(Q, logs, gammas, c * C);
-      cp_async_wait<0>();
-      if (c + 1 < chunks && threadIdx.x < 32) weigh(c + 1);
+      if constexpr (!kEarly) weigh_next();
       weigh_duals();
       __syncthreads();
     }
     Base::await();
     fresh();
     if (p.start && tokens % C == 0) {
-      store_state(p.start + own);
-      if (threadIdx.x == 0 && Base::rank() == 0) p.open_log_decay[int64_t(n) * p.H + h] = 0.0f;
+      Base::store_duals(p.start + head * Base::kDuals);
+      if (threadIdx.x == 0 && Base::rank() == 0) p.open_log_decay[head] = 0.0f;
     }
     store_state(p.state + own);
   }

@@ -121,6 +121,13 @@ template <class T> __device__ __forceinline__ float2 unpack(uint32_t packed) {
   }
 }
 
+// the larger number; NaN if either is
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // 1 / x to 1 unit in the last place; 0 for what is above 2^126
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;

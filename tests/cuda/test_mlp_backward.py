@@ -124,6 +124,7 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(monkeypatch)
 
 @pytest.mark.slow
 def test_a_deleted_barrier_of_a_cluster_is_reported(monkeypatch):
+    """Of the forward too."""
     case = sized("cluster", 64, 256, bias=mk.Huber("coordinate"))
     launches: dict[str, Launch] = {}
     with machine.on_machine(built("sm_90"), before=lambda x: launches.setdefault(x.entry, x.copy())) as backend:
@@ -131,7 +132,7 @@ def test_a_deleted_barrier_of_a_cluster_is_reported(monkeypatch):
         evaluate(case.draw(BF16), "cuda")
     kinds = {"barrier.cluster.arrive", "barrier.cluster.wait"}
     found = {kernel: assert_reported(x, sorted(kinds)) for kernel, x in launches.items() if x.cluster == 2}
-    assert len(found) == 2 and set(map(frozenset, found.values())) == {frozenset(kinds)}
+    assert len(found) == 3 and set(map(frozenset, found.values())) == {frozenset(kinds)}
 
 
 def test_what_it_refuses_is_left_to_triton(cuda):

@@ -59,6 +59,10 @@ SPECIMENS = [
     ("sm_90", BF16, sized("wide", 32, 256, bias=mk.Lp(3.0), decay="extreme")),
     ("sm_90", BF16, sized("largest", 64, 256, bias=mk.Huber("coordinate"), heads=2)),
     ("sm_90", F16, sized("largest-packed", 64, 256, bias=mk.Huber("switch"), lengths=(64, 0, 67))),
+    ("sm_90", BF16, sized("cluster", 64, 256, bias=mk.Huber("coordinate"), heads=2, decay="strong")),
+    ("sm_90", F16, sized("cluster-packed", 64, 256, bias=mk.Huber("norm"), lengths=(64, 0, 67), delta="float")),
+    ("sm_90", BF16, sized("momentum", 64, 256, bias=mk.Huber("coordinate"), heads=2, momentum=True, decay="extreme")),
+    ("sm_90", F16, sized("momentum-packed", 64, 256, lengths=(64, 0, 67), momentum=True, initial="shared")),
 ]
 QUICK = {("sm_80", "small")}
 #: likewise, with retention gates
@@ -99,7 +103,7 @@ def assert_right(case: Case, dtype: torch.dtype) -> None:
     found = forward(case, dtype)
     inputs = case.draw(dtype, margin=margin(case, dtype))
     wanted = expect(inputs, dtype, lambda x: results(*chunkwise.run(x.call())))
-    assert len(found) == 6 or (case.lengths is None and case.tokens % case.chunk_size == 0)
+    assert len(found) == (8 if case.momentum else 6) or (case.lengths is None and case.tokens % case.chunk_size == 0)
     report = compare(case, dtype, found, wanted)
     assert report.ok, report
 
@@ -110,9 +114,16 @@ def assert_right(case: Case, dtype: torch.dtype) -> None:
     ids=lambda x: x.name if isinstance(x, Case) else str(x),
 )
 def test_forward(architecture, dtype, case, monkeypatch):
-    with machine.on_machine(built(architecture)) as backend:
+    """On a chip that has room for so many blocks of each head. With momentum there are always two, with a retention gate one."""
+    gated, heads = not case.retention.is_identity, len(case.lengths or range(case.batch)) * case.heads
+    room = 2 if gated or "cluster" in case.name else 1
+    monkeypatch.setattr(cuda_mlp, "multiprocessors", lambda _: room * heads)
+    blocks = 1 if gated else 2 if case.momentum else room
+    launched = []
+    with machine.on_machine(built(architecture), before=lambda x: launched.append((x.cluster, x.grid))) as backend:
         monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
         assert_right(case, dtype)
+    assert launched == [(blocks, (blocks * heads,))]
 
 
 def test_the_specimens_have_every_size_bias_and_type():
@@ -138,6 +149,16 @@ def test_gradients_by_the_triton_kernels(case, cuda):
     """From the checkpoints that the CUDA forward saved, where there are no CUDA kernels for it."""
     assert cuda.refuses_backward(case.draw(BF16).call())
     report = check(case, "cuda", BF16)
+    assert report.ok, report
+
+
+@pytest.mark.slow
+def test_gradients_with_momentum_by_the_triton_kernels(monkeypatch):
+    case = sized("trained-momentum", 64, 256, bias=mk.Huber("switch"), tokens=67, momentum=True)
+    with machine.on_machine(built("sm_90")) as backend:
+        monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
+        assert backend.refuses_backward(case.draw(BF16).call()) == "it computes no gradients with momentum"
+        report = check(case, "cuda", BF16)
     assert report.ok, report
 
 
@@ -180,12 +201,12 @@ def test_refusals_name_the_reason(cuda):
     assert "chunk_size must be one of 16, 32, 64 for an MLP memory, got 8" in refusal(dict(chunk_size=8))
     assert refusal(dict(retention=mk.LqRetention())) == refusal(dict(retention=mk.LqRetention()), differentiate=True) == ""
     assert "with the built-in retention gates only, got custom" in refusal(dict(retention=mk.CustomRetention("tanh(A)")))
-    assert "without momentum" in refusal(dict(momentum=True))
+    assert refusal(dict(momentum=True)) == "it reads chunks with momentum of 64 tokens at hidden 256, got 16 at hidden 64"
     inputs = case.draw(BF16)
     with torch.no_grad():
         _, state = mk.mlp_memory(**inputs.arguments(), backend="reference")
     assert "it does not continue inside a chunk" in refusal(state=state)
-    with pytest.raises(ValueError, match="'cuda' cannot serve this call: it reads chunks without momentum"):
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call: it reads chunks with momentum of 64 tokens"):
         mk.mlp_memory(**Case(**vars(case) | dict(momentum=True)).draw(BF16).arguments(), backend="cuda")
 
 
@@ -240,7 +261,7 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(case, monkey
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
 KERNEL = re.compile(
-    r"Compiling entry function '\w*?mlp_chainILi(\d+)ELi(\d+)E\d+_*(\w+?)EE\w*' for '(sm_\w+)'.*?"
+    r"Compiling entry function '\w*?mlp_chain(_cluster|_momentum)?ILi(\d+)ELi(\d+)E\d+_*(\w+?)EE\w*' for '(sm_\w+)'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.S,
 )
@@ -251,10 +272,10 @@ KERNEL = re.compile(
 def test_registers_and_spills(architecture, tmp_path):
     """At most 128 bytes are spilled at C = 64, and nothing at C = 16 and 32. With the table's compiler, the table is the limit."""
     found = {
-        f"C{c}-Hd{hidden}-{dtype}": [int(used), int(stores), int(loads)]
-        for c, hidden, dtype, _, stores, loads, used in KERNEL.findall(assembled("mlp_chain.cu", architecture, tmp_path))
+        f"C{c}-Hd{hidden}-{dtype}{cluster.replace('_', '-')}": [int(used), int(stores), int(loads)]
+        for cluster, c, hidden, dtype, _, stores, loads, used in KERNEL.findall(assembled("mlp_chain.cu", architecture, tmp_path))
     }
-    assert len(found) == 18
+    assert len(found) == 22
     for name, (registers, stores, loads) in found.items():
         assert registers <= 255 and max(stores, loads) <= (128 if name.startswith("C64-Hd256") else 0), name
     assert_no_worse(found, architecture, "C")

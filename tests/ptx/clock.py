@@ -2,7 +2,7 @@
 ready, and waits at a barrier for the last warp.
 
 A model: the latencies are those of a chip in bench/gpu/chips.py; each warp has the tensor cores of a quarter of the multiprocessor; data
-that the launch has not touched before come from DRAM, others from L2.
+that the launch has not touched before come from DRAM, others from L2; the other CTAs of a cluster come to its barrier at the same time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = ["Clock", "kind_of", "product_flop"]
 #: the first pattern that an opcode begins with
 KINDS = {
     "tensor": r"mma|wgmma\.mma",
+    "cluster": r"(ld|st)\.shared::cluster|barrier\.cluster",
     "barrier": r"bar\.|barrier|fence|wgmma|cp\.async\.(commit|wait)",
     "shared": r"(ld|st)\.shared|ldmatrix|stmatrix",
     "global": r"(ld|st)\.global|cp\.async",
@@ -103,6 +104,7 @@ class _Warps:
         self.step = max(program.kernel.threads / 32 / chip.issue, 1.0)
         self.ready: dict[str, float] = collections.defaultdict(float)
         self.free = 0.0  # when the tensor cores are
+        self.met = 0.0  # when another block knows that this one has arrived at the cluster's barrier
         self.open = {"cp.async": 0.0, "wgmma": 0.0}  # when the instructions that are not committed yet end
         self.groups: dict[str, list[float]] = {"cp.async": [], "wgmma": []}
         self.steps: dict[int, list[_Step]] = {}
@@ -136,6 +138,10 @@ class _Warps:
             self.groups[unit] = groups[max(done, 0) :]
         elif step.opcode.startswith(("wgmma.mma", "cp.async")):
             self.open[unit] = max(self.open[unit], end)
+        elif step.opcode.startswith("barrier.cluster.arrive"):
+            self.met = end
+        elif step.opcode.startswith("barrier.cluster.wait"):
+            self.now, self.waits = max(self.now, self.met), True
         elif step.opcode.startswith("bar") and not re.search(r"\.(warp|arrive)", step.opcode):
             self.now, self.waits = end, True
         self.now += self.step

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import types
+
 import pytest
 import torch
 
@@ -131,3 +134,19 @@ def test_shares_of_a_launch():
     launch = Launch(kernel(READS.format(**BOTH)), [ints(256), ints(256)], (4,), 4096, cluster=2)
     reports, counts = launch.run(counting=True, most=1)
     assert reports == [] and counts.barriers == 4 and counts.table()["wavefronts"] == 2 * 2 * 2
+
+
+def test_the_clock_waits_for_another_multiprocessor():
+    """From the arrival at the barrier on; what a block does between arriving and waiting costs nothing more."""
+    latencies = collections.defaultdict(lambda: 4, cluster=180)
+    chip = types.SimpleNamespace(issue=4, tensor=4096, latencies=latencies)
+    arrive, wait = (x.rstrip(";") + "; " for x in BARRIER.split("; "))
+
+    def cycles(barrier: str) -> float:
+        launch = Launch(kernel(barrier), [ints(256), ints(256)], (4,), 4096, cluster=2)
+        return launch.run(chip=chip)[1].clock.now
+
+    work = "add.s32 %r7, %r7, 1; " * 50  # 4 cycles each
+    alone, barrier = cycles("mov.b32 %r7, 0;"), cycles("mov.b32 %r7, 0;" + arrive + wait)
+    assert 180 <= barrier - alone < 190
+    assert cycles("mov.b32 %r7, 0;" + arrive + work + wait) - cycles("mov.b32 %r7, 0;" + work) < 10

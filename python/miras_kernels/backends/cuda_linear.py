@@ -49,6 +49,8 @@ def refuses(library: Any, call: Call) -> str | None:
     if not call.retention.is_identity:
         return f"it reads chunks without a retention gate, got {call.retention.name}"
     keys, values = call.q.shape[-1], call.v.shape[-1]
+    if call.momentum is not None:
+        return "it reads chunks without momentum"
     if keys not in KEYS or values % UNIT:
         return f"it reads chunks with {' or '.join(map(str, KEYS))} keys and a multiple of {UNIT} values, got {keys} and {values}"
     for name, x in (("lr", call.lr), ("log_decay", call.log_decay)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..call import Call
 from ..tables.biases import Bias
 from ..tables.retention import CustomRetention, Retention
-from . import checkpoints_like, may_end_open
+from . import checkpoints_like, may_end_open, multiprocessors
 from .cuda_types import TOKEN_TYPES, Tokens, address, aligned, contiguous, floats, launch, packed_slots
 
 __all__ = ["Chain", "forward", "refuses"]
@@ -22,9 +22,9 @@ class Chain(ctypes.Structure):
     """MirasMlpChain of csrc/cuda/mlp_chain.h, which describes the fields."""
 
     TOKENS = ("q", "k", "v", "out")
-    POINTERS = ("lr", "log_decay", "delta", "ln_weight", "ln_bias", "cu_seqlens", "first_slot", "state", "start", "open_log_decay",
-                "checkpoints")  # fmt: skip
-    NUMBERS = ("bias", "retention", "token_type", "N", "T", "H", "Hd", "C", "every", "slots_per_sequence")
+    POINTERS = ("lr", "log_decay", "delta", "momentum", "ln_weight", "ln_bias", "cu_seqlens", "first_slot", "state", "start",
+                "open_log_decay", "checkpoints")  # fmt: skip
+    NUMBERS = ("bias", "retention", "token_type", "N", "T", "H", "Hd", "C", "every", "slots_per_sequence", "blocks")
     _fields_: ClassVar = [
         *((name, Tokens) for name in TOKENS),
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -34,7 +34,7 @@ class Chain(ctypes.Structure):
         *((name, ctypes.c_int32) for name in NUMBERS),
     ]
     #: the fields whose offsets miras_mlp_chain_layout returns, after the size of the struct
-    MARKS = ("q", "lr", "checkpoints", "ln_eps", "bias", "slots_per_sequence")
+    MARKS = ("q", "lr", "checkpoints", "ln_eps", "bias", "blocks")
 
     @classmethod
     def layout(cls) -> list[int]:
@@ -47,8 +47,17 @@ def refuses(library: Any, call: Call) -> str | None:
         return f"it reads chunks with the built-in retention gates only, got {call.retention.name}"
     if call.delta is not None and call.delta.dim() == 4:
         return "it reads chunks with a delta per token, got one per channel"
-    if call.q.is_cuda and library is not None:
-        needed, has = library.miras_mlp_chain_shared(call.hidden, call.chunk_size), library.miras_shared_limit(call.q.device.index)
+    if library is None:  # no call runs
+        return None
+    momentum = call.momentum is not None
+    if momentum and not call.retention.is_identity:
+        return f"it reads chunks with momentum without a retention gate, got {call.retention.name}"
+    shared = library.miras_mlp_momentum_shared if momentum else library.miras_mlp_chain_shared
+    needed = shared(call.hidden, call.chunk_size)
+    if momentum and not needed:
+        return f"it reads chunks with momentum of 64 tokens at hidden 256, got {call.chunk_size} at hidden {call.hidden}"
+    if call.q.is_cuda:
+        has = library.miras_shared_limit(call.q.device.index)
         if needed > has:
             return f"it needs {needed} bytes of shared memory per block for hidden {call.hidden}, chunk {call.chunk_size}, got {has}"
     return None
@@ -57,28 +66,39 @@ def refuses(library: Any, call: Call) -> str | None:
 def tensors_of(call: Call, every: int) -> dict[str, Tensor | None]:
     """What both directions read of a call, by the struct's names."""
     cu_seqlens, first_slot, _ = packed_slots(call, every)
-    named = {name: contiguous(getattr(call, name)) for name in ("lr", "log_decay", "delta", "ln_weight", "ln_bias")}
+    named = {name: contiguous(getattr(call, name)) for name in ("lr", "log_decay", "delta", "momentum", "ln_weight", "ln_bias")}
     return named | dict(cu_seqlens=cu_seqlens, first_slot=first_slot)
 
 
 def struct(call: Call, tensors: dict[str, Tensor | None], tokens: dict[str, Tensor], every: int) -> Chain:
     """``tensors`` must live as long as the struct is used."""
     length, heads = call.q.shape[1:3]
+    n = len(call.state.dual[0])
     return Chain(
         *(Tokens.of(tokens[name]) for name in Chain.TOKENS), *(address(tensors.get(name)) for name in Chain.POINTERS),
         ln_eps=call.ln_eps, bias_params=floats(call.bias.padded), retention_params=floats(call.retention.padded),
-        bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=len(call.state.dual[0]), T=length,
-        H=heads, Hd=call.hidden, C=call.chunk_size, every=max(every, 1), slots_per_sequence=-(-length // (call.chunk_size * max(every, 1))),
+        bias=call.bias.tag, retention=call.retention.tag, token_type=TOKEN_TYPES[call.q.dtype], N=n, T=length, H=heads, Hd=call.hidden,
+        C=call.chunk_size, every=max(every, 1), slots_per_sequence=-(-length // (call.chunk_size * max(every, 1))),
+        blocks=blocks(n * heads, multiprocessors(call.q.device)) if call.retention.is_identity else 1,
     )  # fmt: skip
+
+
+def blocks(heads: int, multiprocessors: int) -> int:
+    """Blocks of a head, of those sizes that may have two (mlp_chain.h, kBlocksOf): two if each still has a multiprocessor of its own.
+
+    Args:
+        heads: sequences x heads.
+    """
+    return 2 if 2 * heads <= multiprocessors else 1
 
 
 def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See :class:`~miras_kernels.backends.Backend`."""
-    state = packed(call.state.dual)
+    state = packed(call.state.matrices())
     out = torch.empty_like(call.v, memory_format=torch.contiguous_format)
     if call.cu_seqlens is not None:  # on the device it may end before T
         out.zero_()
-    start = torch.empty_like(state) if may_end_open(call) else None
+    start = torch.empty_like(state[:, :, :2], memory_format=torch.contiguous_format) if may_end_open(call) else None
     open_log_decay = None if start is None else state.new_empty(state.shape[:2])
     saved = checkpoints_like(call, checkpoint_every)
     results = dict(state=state, start=start, open_log_decay=open_log_decay, checkpoints=saved[0] if saved else None)
@@ -86,7 +106,7 @@ def forward(library: Any, call: Call, checkpoint_every: int) -> tuple[Tensor, li
     launch(library, library.miras_mlp_chain, struct(call, tensors, tokens, checkpoint_every), call.q.device)
     if not call.output_final_state:
         return out, [], saved
-    final = [*matrices(state)]
+    final = matrices(state)
     if start is not None and open_log_decay is not None:
         final += [*matrices(start), open_log_decay]
     return out, final, saved
@@ -96,11 +116,11 @@ def tokens_of(call: Call) -> dict[str, Tensor]:
     return {name: aligned(getattr(call, name)) for name in ("q", "k", "v")}
 
 
-def packed(dual: Sequence[Tensor]) -> Tensor:
-    """W1 and W2 as ``[N, H, 2, Hd, D]``; a copy."""
-    return torch.stack([dual[0].transpose(-1, -2), dual[1]], 2)
+def packed(matrices: Sequence[Tensor]) -> Tensor:
+    """W1, W2 (with momentum M1, M2) as ``[N, H, 2 or 4, Hd, D]``; a copy."""
+    return torch.stack([x if i % 2 else x.transpose(-1, -2) for i, x in enumerate(matrices)], 2)
 
 
-def matrices(state: Tensor) -> tuple[Tensor, Tensor]:
+def matrices(state: Tensor) -> list[Tensor]:
     """The inverse of :func:`packed`."""
-    return state[:, :, 0].transpose(-1, -2).contiguous(), state[:, :, 1].contiguous()
+    return [(x if i % 2 else x.transpose(-1, -2)).contiguous() for i, x in enumerate(state.unbind(2))]

@@ -44,6 +44,8 @@ def refuses(library: Any, call: Call) -> str | None:
         return f"it computes gradients without a retention gate, got {call.retention.name}"
     if library is None:  # no call runs
         return None
+    if call.momentum is not None:
+        return "it computes no gradients with momentum"
     needed = library.miras_mlp_backward_shared(call.hidden, call.chunk_size)
     if not needed:
         at = f"chunks of {call.chunk_size} at hidden {call.hidden}"
@@ -78,4 +80,4 @@ def backward(library: Any, call: Call, every: int, saved: list[Tensor], grad_out
         launch(library, library.miras_mlp_reverse, both, device)
     weight, bias = grad_norm.sum(0).unbind(1)
     named = {name.removeprefix("grad_"): x for name, x in (tokens | gates).items()}
-    return named | {"ln_weight": weight, "ln_bias": bias, "state": list(matrices(state))}
+    return named | {"ln_weight": weight, "ln_bias": bias, "state": matrices(state)}

@@ -52,8 +52,6 @@ def refuses_chunks(call: Call) -> str | None:
         return f"it reads chunks of bfloat16 or float16 inputs, got {call.q.dtype}"
     if reason := call.exceeds("cuda"):
         return reason
-    if call.momentum is not None:
-        return "it reads chunks without momentum"
     if call.bias.tag not in BIASES or isinstance(call.bias, CustomBias):
         return f"it reads chunks with the built-in biases only, got {call.bias.name}"
     if call.state.open_chunk is not None:

@@ -1,0 +1,26 @@
+// gelu by the approximate instructions, for the MLP memory's chains.
+#pragma once
+
+#include "mma.h"
+
+namespace miras::cuda {
+
+// gelu in its tanh form, x s with s = 1 / (1 + 2^-y), y = log2(e) 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivative; by approximate
+// instructions: gelu within 2^-19 |x|, the derivative within 2^-17
+struct FastGelu {
+  static constexpr float kLinear = 2.302208198f, kCubic = 0.1029432396f;  // y = kLinear x + kCubic x^3
+  static constexpr float kLn2 = 0.6931471806f;
+  float x, square, s;
+  __device__ __forceinline__ explicit FastGelu(float x) : x(x), square(x * x) {
+    s = reciprocal_approx(1.0f + exp2_approx(-x * (kLinear + kCubic * square)));
+  }
+  __device__ __forceinline__ float value() const { return x * s; }
+  __device__ __forceinline__ float steepness() const { return kLinear * kLn2 + 3.0f * kCubic * kLn2 * square; }  // of ln(2) y
+  __device__ __forceinline__ float slope() const { return s + x * s * (1.0f - s) * steepness(); }
+  __device__ __forceinline__ float curve() const {  // the second derivative
+    const float y1 = steepness();
+    return s * (1.0f - s) * (2.0f * y1 + x * (6.0f * kCubic * kLn2 * x + (1.0f - 2.0f * s) * y1 * y1));
+  }
+};
+
+}  // namespace miras::cuda
