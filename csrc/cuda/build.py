@@ -6,19 +6,24 @@ CUDA_HOME    where nvcc is, if it is not on the PATH
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("*.cu"))
 HEADERS = [*HERE.glob("*.h"), *HERE.parent.glob("*.h")]
-#: the library has machine code for these; other chips of the same generations run it too, and later ones compile the PTX of the last.
-#: sm_90a: with the products of warpgroups
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+#: PTX and the chips that it becomes machine code for; other chips of the same generations run it too, and later ones compile the last PTX,
+#: which the library keeps. Chips that use the same instructions of a source share its PTX: it takes as long as machine code.
+ALIKE = {"compute_80": ["sm_80", "sm_90", "sm_100"]}
+CLUSTERS = {"compute_80": ["sm_80"], "compute_90": ["sm_90", "sm_100"]}
+WARPGROUPS = {"compute_80": ["sm_80"], "compute_90a": ["sm_90a"], "compute_90": ["sm_100"]}
+TARGETS = dict.fromkeys(("mlp_chain.cu", "mlp_replay.cu", "mlp_reverse.cu"), CLUSTERS) | {"linear_reverse.cu": WARPGROUPS}
 COMPILE = ["-std=c++17", "-O3", f"-I{HERE.parent}", "-Xcompiler", "-fPIC"]
 
 
@@ -32,9 +37,24 @@ def nvcc() -> str | None:
 
 
 def known(compiler: str) -> list[str]:
-    """The architectures that this nvcc can compile for: versions before 12.8 lack sm_100."""
-    listed = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    return [name for name in ARCHITECTURES if name in listed]
+    """What this nvcc can compile for: versions before 12.8 lack sm_100."""
+    return subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def targets(source: Path, chips: list[str]) -> list[str]:
+    """The options that say for what a source is compiled: for those of ``chips`` that it is meant for, and PTX."""
+    found = []
+    for virtual, names in (wanted := TARGETS.get(source.name, ALIKE)).items():
+        code = [x for x in names if x in chips] + [virtual] * (virtual == [*wanted][-1])
+        found += [f"-gencode=arch={virtual},code=[{','.join(code)}]"] if code else []
+    return found
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
+        raise RuntimeError(said[0] if said else f"nvcc ended with {done.returncode}")
 
 
 def build(library: Path) -> None:
@@ -48,15 +68,15 @@ def build(library: Path) -> None:
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("there is no nvcc, neither in CUDA_HOME nor on the PATH")
-    *others, last = known(compiler)
-    targets = [f"-gencode=arch={x.replace('sm', 'compute')},code={x}" for x in others]
-    virtual = last.replace("sm", "compute")
-    targets.append(f"-gencode=arch={virtual},code=[{last},{virtual}]")
-    command = [compiler, *COMPILE, "-shared", "--threads", "0", *targets, *map(str, SOURCES), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
-        raise RuntimeError(said[0] if said else f"nvcc ended with {done.returncode}")
+    chips = known(compiler)
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(Path(folder, f"{x.stem}.o")) for x in SOURCES]
+        commands = [
+            [compiler, *COMPILE, *targets(x, chips), "--threads", "0", "-c", str(x), "-o", to]
+            for x, to in zip(SOURCES, objects, strict=True)
+        ]
+        list(pool.map(run, commands))
+        run([compiler, "-shared", *objects, "-o", str(library)])
 
 
 if __name__ == "__main__":

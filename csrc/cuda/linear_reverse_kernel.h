@@ -243,7 +243,7 @@ template <class S> __device__ __forceinline__ void Reverse<S>::read_chunk(int ch
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 256 / S::kThreads) linear_reverse(const __grid_constant__ MirasLinearReverse p) {
-  Reverse<S>(p, blockIdx.x).run();
+  if constexpr (S::kBytes <= kMaxShared) Reverse<S>(p, blockIdx.x).run();
 }
 
 }  // namespace

@@ -43,10 +43,13 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   }
 
   // Where this thread works, computed anew: kept from stage to stage, such numbers and the addresses made of them would be spilled.
+  // Four lanes a row: even rows before odd ones, since neighbouring rows have the same banks there.
   __device__ __forceinline__ void fresh() {
     const int id = fresh_thread();
     lane = id & 31, warp = id >> 5, g = lane >> 2, t = lane & 3, tile = warp / X::kParts, part = warp % X::kParts;
-    row = (kSplit ? rank() * (C / kBlocks) + warp * X::kRows : 16 * tile + part * X::kRows) + lane / X::kLanes, piece = lane % X::kLanes;
+    row = (kSplit ? rank() * (C / kBlocks) + warp * X::kRows : 16 * tile + part * X::kRows) +
+          (X::kLanes == 4 ? 2 * g % 8 + g / 4 : lane / X::kLanes),
+    piece = lane % X::kLanes;
   }
 
   // which of the head's blocks this is
@@ -253,6 +256,16 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
       uint32_t b[4];
       ldmatrix_x4_trans(b, address(tile + by_rows<8>(r0, 8 * i, lane)));
       mma_m16n8k16<T>(u[i], a, b[0], b[1]), mma_m16n8k16<T>(u[i + 1], a, b[2], b[3]);
+    }
+  }
+  // the same for the warp's rows of a matrix: each operand b is read once for all strips
+  __device__ __forceinline__ void add_strips(float (&state)[kStrips][8][4], const uint32_t (&a)[kStrips][4], uint32_t tile, int r0) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, address(tile + by_rows<8>(r0, 8 * i, lane)));
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(state[m][i], a[m], b[0], b[1]), mma_m16n8k16<T>(state[m][i + 1], a[m], b[2], b[3]);
     }
   }
 

@@ -2,9 +2,7 @@
 // memory.
 #pragma once
 
-#include "../bias.h"
-#include "math.h"
-#include "mma.h"
+#include "fast.h"
 #include "step.h"
 #include "tiles.h"
 
@@ -97,12 +95,6 @@ template <int C, int Hd> struct ChainShared : Shared<C, Hd> {
   static constexpr uint32_t kMap = kSums + Shape<C, Hd>::kWarps * kD * 8;  // [D] float2, or 4 floats
   static constexpr uint32_t kBytes = kMap + kD * 8;
 };
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr uint32_t kMaxShared = 163 * 1024;
-#else
-constexpr uint32_t kMaxShared = 227 * 1024;
-#endif
 
 // ------------------------------------------------------------------------------------------------------------------ launches
 

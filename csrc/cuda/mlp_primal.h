@@ -10,35 +10,6 @@
 
 namespace miras::cuda {
 
-// A float whose division, exponential and powers are approximate instructions, with relative errors below 2^-20 (of powers: 2^-20 times the
-// logarithm of the result, if that is larger than 1): for what is rounded to 16 bits.
-struct Approximate {
-  float x;
-  __device__ __forceinline__ Approximate(float x = 0.0f) : x(x) {}
-};
-__device__ __forceinline__ Approximate operator-(Approximate a) { return -a.x; }
-__device__ __forceinline__ Approximate operator+(Approximate a, Approximate b) { return a.x + b.x; }
-__device__ __forceinline__ Approximate operator-(Approximate a, Approximate b) { return a.x - b.x; }
-__device__ __forceinline__ Approximate operator*(Approximate a, Approximate b) { return a.x * b.x; }
-__device__ __forceinline__ Approximate operator/(Approximate a, Approximate b) { return a.x * reciprocal_approx(b.x); }
-__device__ __forceinline__ bool operator<(Approximate a, Approximate b) { return a.x < b.x; }
-
-}  // namespace miras::cuda
-
-namespace miras {
-
-template <> struct Math<cuda::Approximate> {
-  using F = cuda::Approximate;
-  __device__ __forceinline__ static F abs(F a) { return fabsf(a.x); }
-  __device__ __forceinline__ static F copysign(F a, F sign) { return copysignf(a.x, sign.x); }
-  __device__ __forceinline__ static F max(F a, F b) { return cuda::max_or_nan(a.x, b.x); }
-  __device__ __forceinline__ static F exp_nonpositive(F a) { return cuda::exp2_approx(a.x * 1.442695041f); }
-  __device__ __forceinline__ static F pow(F a, float exponent) { return cuda::exp2_approx(exponent * cuda::log2_approx(a.x)); }
-  __device__ __forceinline__ static F tanh(F a) { return tanhf(a.x); }
-};
-
-namespace cuda {
-
 template <int C, int Hd, class T, class Layout, int kBlocks> struct Primal : Block<C, Hd, T, Layout, kBlocks> {
   using Base = Block<C, Hd, T, Layout, kBlocks>;
   using Base::Base, Base::p, Base::kStrips, Base::kGates, Base::gated, Base::fresh, Base::put_state;
@@ -238,5 +209,4 @@ template <int C, int Hd, class T, class Layout, int kBlocks> struct Primal : Blo
   }
 };
 
-}  // namespace cuda
-}  // namespace miras
+}  // namespace miras::cuda

@@ -124,7 +124,7 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     if (traits.couples_row) square = row_sum<X::kLanes>(square);
     float d_delta = 0.0f, y_with_x = 0.0f;
     float y[X::kChannels];  // w psi(E)
-    with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
+    with_fast_bias(p.bias, p.bias_params, [&](auto bias) {
       using Bias = decltype(bias);
       const auto of_row = bias.row(square, gates.z);
       float pull = 0.0f;

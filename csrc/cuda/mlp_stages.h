@@ -135,7 +135,7 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
       }
     });
     if (traits.couples_row) square = row_sum<X::kLanes>(square);
-    with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
+    with_fast_bias(p.bias, p.bias_params, [&](auto bias) {
       const auto of_row = bias.row(square, of_token.z);
 #pragma unroll
       for (int i = 0; i < X::kChannels; ++i) e[i] = bias.value(e[i], of_row);
@@ -247,23 +247,23 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
             m2[m][x][e] *= pi, m1[m][x][e] *= pi;
           }
     }
+    uint32_t a[kStrips][4];
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k)
+    for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        const uint32_t a[4] = {u2[m][2 * k][0], u2[m][2 * k][1], u2[m][2 * k + 1][0], u2[m][2 * k + 1][1]};
-        add_rows(w2[m], a, S::kKEnd, 16 * k);
-        if constexpr (S::kMomentum) add_rows(m2[m], a, S::kKStep, 16 * k);
-      }
+      for (int m = 0; m < kStrips; ++m)
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k)
+        for (int e = 0; e < 4; ++e) a[m][e] = u2[m][2 * k + e / 2][e % 2];
+      Base::add_strips(w2, a, S::kKEnd, 16 * k);
+      if constexpr (S::kMomentum) Base::add_strips(m2, a, S::kKStep, 16 * k);
+    }
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        uint32_t a[4];
-        ldmatrix_x4(a, address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
-        add_rows(s1[m], a, S::kU1End, 16 * k);
-        if constexpr (S::kMomentum) add_rows(m1[m], a, S::kU1Step, 16 * k);
-      }
+    for (int k = 0; k < kTiles; ++k) {
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+      Base::add_strips(s1, a, S::kU1End, 16 * k);
+      if constexpr (S::kMomentum) Base::add_strips(m1, a, S::kU1Step, 16 * k);
+    }
   }
 
   // This part's share of u = gamma (left' state) - rho (L o scores) rows, scores = left' right, for 16 tokens; with hidden units as rows

@@ -149,6 +149,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// x / y to 2 units in the last place
+__device__ __forceinline__ float divide_approx(float x, float y) {
+  float z;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // the thread's number as a value that the compiler cannot carry from one stage of a kernel to the next: addresses made of it are computed
 // again instead of being kept in registers
 __device__ __forceinline__ int fresh_thread() {

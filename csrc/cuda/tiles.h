@@ -5,6 +5,13 @@
 
 namespace miras::cuda {
 
+// what a block may have: kernels that need more are empty on the chips that the code is for
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr uint32_t kMaxShared = 163 * 1024;
+#else
+constexpr uint32_t kMaxShared = 227 * 1024;
+#endif
+
 extern __shared__ __align__(128) char shared_memory[];
 
 template <class X> __device__ __forceinline__ X& at(uint32_t offset) { return *reinterpret_cast<X*>(shared_memory + offset); }

@@ -5,12 +5,14 @@ The library's own host code launches them, with a stub instead of CUDA's runtime
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
 import hashlib
 import os
 import re
+import runpy
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,27 +34,60 @@ RECEIVE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.P
 
 def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]:
     """The library for CPU tensors, and the PTX of every kernel by its name; kept in ``build/ptx`` until a source changes."""
-    given = [*sorted(SOURCES.glob("*.cu")), STUB]
-    read = [*given, *SOURCES.glob("*.h"), *SOURCES.parent.glob("*.h"), Path(__file__)]
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in read) + os.path.realpath(nvcc).encode()).hexdigest()[:16]
-    folder = CACHE / f"cuda-{architecture}-{name}"
+    options = runpy.run_path(str(SOURCES / "build.py"))
+    targets: list[tuple[Path, str]] = []
+    for source in sorted(SOURCES.glob("*.cu")):
+        chips = options["TARGETS"].get(source.name, options["ALIKE"])
+        targets.append((source, next(virtual for virtual, names in chips.items() if {architecture, f"{architecture}a"} & {*names})))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda x: _compiled(nvcc, *x), targets))
+    objects = [str(folder / "x.o") for folder in folders]
+    library = _kept("cuda", [*objects, STUB.read_text()], lambda to: _link(nvcc, objects, to)) / "on_machine.so"
+    texts = [path.read_text() for folder in folders for path in folder.glob("*.ptx")]
+    return library, {name: text for text in texts for name in re.findall(r"\.entry\s+(\w+)", text)}
+
+
+def _compiled(nvcc: str, source: Path, virtual: str) -> Path:
+    """The folder of a source's object and PTX."""
+    command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-gencode=arch={virtual},code={virtual}"]
+    command += ["-Xcompiler", "-fPIC", "-c", str(source)]
+
+    def make(folder: Path) -> None:
+        subprocess.run([*command, "-keep", f"--keep-dir={folder}", "-o", str(folder / "x.o")], check=True)
+        for path in folder.iterdir():
+            if path.suffix not in (".ptx", ".o"):
+                path.unlink()
+
+    return _kept(f"cuda-{source.stem}-{virtual}", [*(x.read_text() for x in _read(source)), *command, os.path.realpath(nvcc)], make)
+
+
+def _link(nvcc: str, objects: list[str], folder: Path) -> None:
+    command = [nvcc, "-cudart", "none", "-shared", "-Xcompiler", "-fPIC", *objects, str(STUB)]
+    subprocess.run([*command, "-o", str(folder / "on_machine.so")], check=True)
+
+
+def _read(source: Path) -> list[Path]:
+    """A source and the files of csrc that it includes, in a fixed order."""
+    found, left = [], [source]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found.append(path)
+            left += [(path.parent / name).resolve() for name in re.findall(r'#include "(.*)"', path.read_text())]
+    return found
+
+
+def _kept(name: str, made_from: list[str], make: Callable[[Path], None]) -> Path:
+    """A folder in ``build/ptx``, which processes that run tests make once."""
+    folder = CACHE / f"{name}-{hashlib.sha256(''.join(made_from).encode()).hexdigest()[:16]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that run tests compile it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             made = Path(tempfile.mkdtemp(dir=CACHE))
-            virtual = {"sm_90": "compute_90a"}.get(architecture, architecture.replace("sm", "compute"))  # as build.py
-            target = f"-gencode=arch={virtual},code={virtual}"
-            flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", target, "--threads", "0"]
-            flags += ["-keep", f"--keep-dir={made}"]
-            result = ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-o", str(made / "on_machine.so")]
-            subprocess.run([nvcc, *flags, *map(str, given), *result], check=True)
-            for path in made.iterdir():
-                if path.suffix not in (".ptx", ".so"):
-                    path.unlink()
+            make(made)
             made.rename(folder)
-    texts = [path.read_text() for path in folder.glob("*.ptx")]
-    return folder / "on_machine.so", {name: text for text in texts for name in re.findall(r"\.entry\s+(\w+)", text)}
+    return folder
 
 
 @contextlib.contextmanager
