@@ -80,18 +80,20 @@ __device__ __forceinline__ float Chain<S>::updates(uint32_t (&u)[kSixteens][4], 
   float4 eta[kGroups];
 #pragma unroll
   for (int n = 0; n < kGroups; ++n) eta[n] = pair(x.eta, n);
-  const float factor = bias_traits(BiasTag(p.bias)).predicts ? scale : 0.0f;
-#pragma unroll
-  for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      e[n][i] = fmaf(e[n][i], factor, -of[n][i].x), e[n][i + 2] = fmaf(e[n][i + 2], factor, -of[n][i].y);
-  if (couples) {
-    store_squares(e);
-    __syncthreads();
-  }
-  with_fast_bias(p.bias, p.bias_params, [&](auto bias) {
+  return with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
     using Bias = decltype(bias);
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (Bias::kPredicts && !std::is_same_v<T, Bf16>) e[n][i] *= scale, e[n][i + 2] *= scale;
+        e[n][i] = Bias::kPredicts ? e[n][i] - of[n][i].x : -of[n][i].x;
+        e[n][i + 2] = Bias::kPredicts ? e[n][i + 2] - of[n][i].y : -of[n][i].y;
+      }
+    if constexpr (Bias::kCouplesRow) {
+      store_squares(e);
+      __syncthreads();
+    }
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
 #pragma unroll
@@ -106,8 +108,8 @@ __device__ __forceinline__ float Chain<S>::updates(uint32_t (&u)[kSixteens][4], 
         if constexpr (Bias::kCouplesRow) norm2 = square(token);
         e[n][i] = bias.value(e[n][i], bias.row(norm2, delta.x)), e[n][i + 2] = bias.value(e[n][i + 2], bias.row(norm2, delta.y));
       }
+    return weigh(u, to_end, e, eta);
   });
-  return weigh(u, to_end, e, eta);
 }
 
 template <class S>

@@ -3,8 +3,8 @@
 
 #include <utility>
 
-#include "fast.h"
 #include "linear_chain.h"
+#include "mma.h"
 
 namespace miras::cuda {
 namespace {

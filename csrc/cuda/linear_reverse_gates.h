@@ -87,13 +87,10 @@ __device__ __forceinline__ void Reverse<S>::store_rows(void* to, int chunk, int 
 // dE' from dU', and the sums over values of the gradients of gates
 template <class S>
 __device__ __forceinline__ void Reverse<S>::gradients_of_errors(float (&d)[kGroups][4], float (&e)[kGroups][4], int chunk) const {
-  const BiasTraits traits = bias_traits(BiasTag(p.bias));
-  float2 of_lr[kGroups] = {}, of_delta[kGroups] = {}, pulls[kGroups] = {};
-  Shared shared;
-  load_shared(shared, chunk);
-  with_fast_bias(p.bias, p.bias_params, [&](auto bias) {
+  with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
     using Bias = decltype(bias);
-    each_error(bias, shared, chunk, [&](int n, int i, int half, float eta, auto row) {
+    float2 of_lr[kGroups] = {}, of_delta[kGroups] = {}, pulls[kGroups] = {};
+    each_error(bias, chunk, [&](int n, int i, int half, float eta, auto row) {
       [[maybe_unused]] const int token = 8 * n + 2 * (lane & 3) + i;
       const float error = e[n][2 * half + i], psi = bias.value(error, row);
       float& y = d[n][2 * half + i];
@@ -108,19 +105,20 @@ __device__ __forceinline__ void Reverse<S>::gradients_of_errors(float (&d)[kGrou
       }
       if constexpr (Bias::kCouplesRow) (i ? pulls[n].y : pulls[n].x) += bias.pull(error, row) * weighted;
     });
-  });
-  store_sums(kOfLr, of_lr);
-  if (traits.uses_delta) store_sums(kOfDelta, of_delta);
-  if (!traits.couples_row) return;
-  store_sums(kPulls, pulls);
-  __syncthreads();
+    store_sums(kOfLr, of_lr);
+    if constexpr (Bias::kUsesDelta) store_sums(kOfDelta, of_delta);
+    if constexpr (Bias::kCouplesRow) {
+      store_sums(kPulls, pulls);
+      __syncthreads();
 #pragma unroll
-  for (int n = 0; n < kGroups; ++n)
+      for (int n = 0; n < kGroups; ++n)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float pull = sum_over_warps(kPulls, 8 * n + 2 * (lane & 3) + i);
-      d[n][i] += pull * e[n][i], d[n][2 + i] += pull * e[n][2 + i];
+        for (int i = 0; i < 2; ++i) {
+          const float pull = sum_over_warps(kPulls, 8 * n + 2 * (lane & 3) + i);
+          d[n][i] += pull * e[n][i], d[n][2 + i] += pull * e[n][2 + i];
+        }
     }
+  });
 }
 
 // Of the token that this thread and its neighbours have, once all warps' sums over values are there. Returns a part of its log-decay's.

@@ -14,13 +14,14 @@ template <class S> struct Reverse {
   const MirasLinearReverse& p;
   const Sequence s;
   int warp, lane, first_value;
+  const bool couples;        // the bias, a row of E
   const int64_t first_gate;  // of the sequence's first token and the head
   uint16_t* const states;    // the block's workspace
   float j[kDim / 8][4];      // J: the warp's values by keys
 
   __device__ __forceinline__ Reverse(const MirasLinearReverse& p, int head)
       : p(p), s(p, head, kChunk), warp(thread() / 32), lane(thread() % 32), first_value(16 * warp),
-        first_gate((s.batch * p.T + s.begin) * p.H + s.h),
+        couples(bias_traits(BiasTag(p.bias)).couples_row), first_gate((s.batch * p.T + s.begin) * p.H + s.h),
         states(static_cast<uint16_t*>(p.states) + int64_t(head) * p.kept * kDim * kDim) {}
 
   // Addresses made of these are computed again from here on, instead of being kept in registers from stage to stage and chunk to chunk.
@@ -153,8 +154,7 @@ template <class S> struct Reverse {
   // --------------------------------------------------------------------------------------------------------------- updates
 
   // V' of the warp's values: subtracted from E', or its negative
-  __device__ __forceinline__ void subtract(float (&e)[kGroups][4], uint32_t values) const {
-    const float factor = bias_traits(BiasTag(p.bias)).predicts ? 1.0f : 0.0f;
+  template <bool kPredicts> __device__ __forceinline__ void subtract(float (&e)[kGroups][4], uint32_t values) const {
     const uint32_t rows = address(values + columns_of<kChunk>(0, first_value, lane));
     uint32_t v[kSixteens][4];
     each<kSixteens>([&](auto n) { load_transposed<n * 16 * 128>(v[n], rows); });
@@ -164,33 +164,21 @@ template <class S> struct Reverse {
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack<T>(v[n][i]);
         float* const to = &e[2 * n + i / 2][2 * (i % 2)];
-        to[0] = fmaf(to[0], factor, -x.x), to[1] = fmaf(to[1], factor, -x.y);
+        to[0] = kPredicts ? to[0] - x.x : -x.x, to[1] = kPredicts ? to[1] - x.y : -x.y;
       }
   }
-  // What biases share, outside of the code of each. |e|^2 of all rows must be in `sums`.
-  struct Shared {
-    float2 eta[kGroups], norm2[kGroups];
-  };
-  __device__ __forceinline__ void load_shared(Shared& x, int chunk) const {
-    pairs(x.eta, gates(chunk).eta);
-    if (!bias_traits(BiasTag(p.bias)).couples_row) return;
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      const int token = 8 * n + 2 * (lane & 3);
-      x.norm2[n] = make_float2(sum_over_warps(kSquares, token), sum_over_warps(kSquares, token + 1));
-    }
-  }
-  // f(group, token of two, half of the values, -eta, what the bias shares in the token's row)
-  template <class Bias, class Function>
-  __device__ __forceinline__ void each_error(const Bias& bias, const Shared& x, int chunk, Function&& f) const {
-    float2 deltas[kGroups];
+  // f(group, token of two, half of the values, -eta, what the bias shares in the token's row): |e|^2 of all rows must be in `sums`
+  template <class Bias, class Function> __device__ __forceinline__ void each_error(const Bias& bias, int chunk, Function&& f) const {
+    float2 eta[kGroups], deltas[kGroups];
+    pairs(eta, gates(chunk).eta);
     if constexpr (Bias::kUsesDelta) pairs(deltas, gates(chunk).delta);
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int token = 8 * n + 2 * (lane & 3) + i;
-        const float norm2 = Bias::kCouplesRow ? (i ? x.norm2[n].y : x.norm2[n].x) : 0.0f;
+        float norm2 = 0.0f;
+        if constexpr (Bias::kCouplesRow) norm2 = sum_over_warps(kSquares, token);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float delta = 0.0f;
@@ -199,7 +187,7 @@ template <class S> struct Reverse {
             if constexpr (!Bias::kCouplesRow)
               if (p.delta_per_channel) delta = token < tokens_of(chunk) ? p.delta[channel_place(chunk, token, half)] : 0.0f;
           }
-          f(n, i, half, i ? x.eta[n].y : x.eta[n].x, bias.row(norm2, delta));
+          f(n, i, half, i ? eta[n].y : eta[n].x, bias.row(norm2, delta));
         }
       }
   }
@@ -217,12 +205,11 @@ template <class S> struct Reverse {
   }
   // E' from W K', and U' from E'; they may be the same place
   __device__ __forceinline__ void updates(float (&u)[kGroups][4], float (&e)[kGroups][4], int chunk, uint32_t values) const {
-    subtract(e, values);
-    if (bias_traits(BiasTag(p.bias)).couples_row) share_squares(e);
-    Shared shared;
-    load_shared(shared, chunk);
-    with_fast_bias(p.bias, p.bias_params, [&](auto bias) {
-      each_error(bias, shared, chunk,
+    with_bias(BiasTag(p.bias), p.bias_params, [&](auto bias) {
+      using Bias = decltype(bias);
+      subtract<Bias::kPredicts>(e, values);
+      if constexpr (Bias::kCouplesRow) share_squares(e);
+      each_error(bias, chunk,
                  [&](int n, int i, int half, float eta, auto row) { u[n][2 * half + i] = bias.value(e[n][2 * half + i], row) * eta; });
     });
   }
