@@ -52,9 +52,10 @@ test: $(VENV)/.built  ## run the tests, without the slow ones
 test-slow: $(VENV)/.built  ## run the slow tests: wider sweeps, whole programs, every CPU code path, all Triton configurations compiled
 	$(ONE_THREAD) $(PY) -m pytest tests --ignore=tests/ptx -q -m slow $(WORKERS) $(ARGS)
 
-# Triton compiles into build/ptx, which is kept: later runs are much faster. `make test` runs a part of these tests.
+# Compiled kernels are kept in build/ptx: later runs are much faster. `make test` runs a part of these tests; what only compiles (registers,
+# the whole library) is in `make test-slow`.
 ptx: $(VENV)/.built  ## execute the compiled GPU kernels on the CPU and look for races: Triton (every configuration) and, with nvcc, CUDA C++
-	$(ONE_THREAD) $(PY) -m pytest tests/ptx tests/cuda -q $(WORKERS) $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest tests/ptx tests/cuda -q -k "not spill and not builds" $(WORKERS) $(ARGS)
 
 mutants: $(VENV)/.built  ## mutation testing: one-line faults that the tests must catch; ARGS="-k NAME" for some of them
 	$(PY) tests/mutants.py $(ARGS)
