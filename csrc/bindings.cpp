@@ -40,13 +40,6 @@ float* checked_checkpoints(const MemoryParams& p, const Tensor& checkpoints, int
   return checkpoints.data<float>();
 }
 
-// Runs a kernel over all tasks, side by side, or one that threads share; without the interpreter's lock
-template <class Params> void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
-  pybind11::gil_scoped_release nogil;
-  if (p.parts > 1) return kernel(p, 0, p.tasks());
-  parallel_for(p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
-}
-
 // ---- linear memory ----
 
 StateTensor states(const LinearParams& p, const Tensor& x, const char* what) {
@@ -69,9 +62,7 @@ void fill(LinearParams& p, const Tokens& x, const StateTuple<Tensor>& state, con
   require(momenta.has_value() == x.momentum.has_value(), "momentum and momenta come together");
   if (momenta) p.momenta = states(p, *momenta, "momenta must be float32 [N, H, Dv, Dk]");
 
-  const bool coupled = bias_traits(p.bias, p.bias_program).couples_row || retention_traits(p.retention).coupling == Coupling::matrix;
-  p.parallel_for = parallel_for;
-  p.share_rows(num_threads(), coupled);
+  share_rows(p);
 }
 
 // Exact steps in blocks of that many tokens, or 0; decay first; erase_k and key_log_decay: see cpu/block.h, cpu/keyed.h
@@ -137,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const 
   if (checkpoint_every > 0) p.checkpoints = checkpoints.data<float>();
 
   const cpu::Kernels& kernels = cpu::kernels();
-  run(p.keyed() ? kernels.keyed_forward : p.chunk ? kernels.block_forward : kernels.linear_forward, p);
+  run_tasks(p.keyed() ? kernels.keyed_forward : p.chunk ? kernels.block_forward : kernels.linear_forward, p);
   return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints};
 }
 
@@ -195,7 +186,7 @@ linear_backward(const TokenTuple& tokens_, const StateTuple<Tensor>& state, cons
   if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
   const cpu::Kernels& kernels = cpu::kernels();
-  run(p.keyed() ? kernels.keyed_backward : p.chunk ? kernels.block_backward : kernels.linear_backward, p);
+  run_tasks(p.keyed() ? kernels.keyed_backward : p.chunk ? kernels.block_backward : kernels.linear_backward, p);
   return {sum_shares(dq, p.panels, q.type()),
           sum_shares(dk, p.panels, q.type()),
           dv,
@@ -292,7 +283,7 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor, Tensor> mlp_forward(const T
     p.products = products.data<float>();
   }
 
-  run(cpu::kernels().mlp_forward, p);
+  run_tasks(cpu::kernels().mlp_forward, p);
   return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints, products};
 }
 
@@ -336,7 +327,7 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
   OptionalPair d_momenta;
   if (p.momentum) d_momenta = new_states(p.d_momenta, p);
 
-  run(cpu::kernels().mlp_backward, p);
+  run_tasks(cpu::kernels().mlp_backward, p);
   return {
       dq,     dk,       dv, dlr, dlog_decay, ddelta, dmomentum, sum_shares(dln_weight, p.N, kFloat32), sum_shares(dln_bias, p.N, kFloat32),
       d_dual, d_momenta};

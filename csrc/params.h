@@ -133,19 +133,6 @@ struct LinearParams : MemoryParams {
   StateTensor dual, momenta;
 
   MIRAS_FN int64_t tasks() const { return N * H * panels; }
-
-  // With fewer heads than threads, split the value rows too, into panels of at least 32 rows, or, if something couples them, the stages of
-  // a chunk.
-  MIRAS_FN void share_rows(int64_t threads, bool coupled) {
-    const int64_t heads = N * H;
-    panels = 1, panel_width = Dv;
-    if (coupled) return share_task(heads, threads, Dv, int64_t(Dk) * Dv);
-    if (heads == 0 || heads >= threads) return;
-    const int64_t each = (threads + heads - 1) / heads, wanted = each < Dv / 32 ? each : Dv / 32;
-    if (wanted <= 1) return;
-    panel_width = int(((Dv + wanted - 1) / wanted + 15) / 16 * 16);
-    panels = (Dv + panel_width - 1) / panel_width;
-  }
 };
 
 struct LinearForward : LinearParams {

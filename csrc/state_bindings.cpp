@@ -192,17 +192,12 @@ class SequenceCalls {
     if (dual.defined() ? !is_float(dual) || !dual.has_shape({p.N, p.H, p.Dv, p.Dk}) : !dual_.is_none()) return py::none();
     if (!signature_.fill(p, call)) return py::none();
     if (dual.defined()) p.dual = states(dual);
-    p.share_rows(num_threads(), coupled_);
+    share_rows(p);
     const Tensor out = new_tensor({p.B, p.T, p.H, p.Dv}, p.dtype == Dtype::f32 ? kFloat32 : kBfloat16);
     p.out = tokens(out);
     Tensor after;
     if (output_final_state_) p.final_dual = states(after = new_float({p.N, p.H, p.Dv, p.Dk}));
-    {
-      py::gil_scoped_release nogil;
-      const auto kernel = cpu::kernels().linear_forward;
-      if (p.parts > 1) kernel(p, 0, p.tasks());
-      else parallel_for(p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
-    }
+    run_tasks(cpu::kernels().linear_forward, p);
     return py::make_tuple(out, after);
   }
 
@@ -210,15 +205,14 @@ class SequenceCalls {
   SequenceCalls(const Tokens& x, const RuleTuple& rules, bool output_final_state, bool check_values)
       : rules_(rules), signature_(x, check_values), output_final_state_(output_final_state) {
     fill_tokens(p_, x, {}, rules, 0);
-    p_.Dk = int(x.q.size(3)), p_.Dv = int(x.v.size(3)), p_.parallel_for = parallel_for;
+    p_.Dk = int(x.q.size(3)), p_.Dv = int(x.v.size(3));
     require(p_.Dk <= kMaxHead && p_.Dv <= kMaxHead && !p_.momentum && (!output_final_state || p_.T % p_.C == 0), "not such a sequence");
-    coupled_ = bias_traits(p_.bias, p_.bias_program).couples_row || retention_traits(p_.retention).coupling == Coupling::matrix;
   }
 
   LinearForward p_;
   RuleTuple rules_;
   Signature signature_;
-  bool output_final_state_, coupled_;
+  bool output_final_state_;
 };
 
 }  // namespace

@@ -137,4 +137,26 @@ inline Tensor open_decays(const MemoryParams& p, const Tensor& open_log_decay, i
   return open_log_decay.contiguous();
 }
 
+// With fewer heads than threads, split the value rows too, into panels of at least 32 rows, or, if something couples them, the stages of
+// a chunk.
+inline void share_rows(LinearParams& p) {
+  const int64_t heads = p.N * p.H, threads = num_threads();
+  p.panels = 1, p.panel_width = p.Dv;
+  p.parallel_for = parallel_for;
+  if (bias_traits(p.bias, p.bias_program).couples_row || retention_traits(p.retention).coupling == Coupling::matrix)
+    return p.share_task(heads, threads, p.Dv, int64_t(p.Dk) * p.Dv);
+  if (heads == 0 || heads >= threads) return;
+  const int64_t wanted = std::min<int64_t>((threads + heads - 1) / heads, p.Dv / 32);
+  if (wanted <= 1) return;
+  p.panel_width = int(((p.Dv + wanted - 1) / wanted + 15) / 16 * 16);
+  p.panels = (p.Dv + p.panel_width - 1) / p.panel_width;
+}
+
+// Runs a kernel over all tasks, side by side, or one that threads share; without the interpreter's lock
+template <class Params> void run_tasks(void (*kernel)(const Params&, int64_t, int64_t), const Params& p) {
+  pybind11::gil_scoped_release nogil;
+  if (p.parts > 1) return kernel(p, 0, p.tasks());
+  parallel_for(p.tasks(), 1, [&](int64_t first, int64_t last) { kernel(p, first, last); });
+}
+
 }  // namespace miras
