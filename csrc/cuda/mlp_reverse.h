@@ -17,7 +17,7 @@ namespace miras::cuda {
 template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, Hd, T, kBlocks> {
   using Base = ReverseBlock<C, Hd, T, kBlocks>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from, Base::turn;
-  using Base::product_with, Base::put_products, Base::share_of, Base::add_norm, Base::end_norm;
+  using Base::product_with, Base::put_products, Base::share_of, Base::add_norm, Base::end_norm, Base::each_gate, Base::kPer;
   using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed;
   using Base::fetch_first, Base::fetch_second, Base::fetch_last, Base::put, Base::park, Base::unpark, Base::load_fragments;
   using Base::times_pairs, Base::add_outer, Base::decay, Base::of_token, Base::keys_tile, Base::rows_of_gates, Base::gammas;
@@ -42,7 +42,7 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
         for (int i = 0; i < kEights; i += 2) {
           const FastGelus<8> of(z[m][i], z[m][i + 1]);
           float slopes[8], curves[8];
-          of.slopes(slopes), of.curves(curves);
+          of.derivatives(slopes, curves);
 #pragma unroll
           for (int j = 0; j < 8; j += 2) {
             const int x = i + j / 4, e = j / 2 % 2;
@@ -280,20 +280,6 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     put(S::kB, dz);
   }
 
-  // gamma Q in the place of dU
-  __device__ __forceinline__ void scale_queries() {
-#pragma unroll
-    for (int i = threadIdx.x; i < C * 8; i += X::kThreads) {
-      const uint4 q = at<uint4>(S::kQ + 16 * i);
-      const float gamma = at<float>(gammas() + 4 * (i / 8));
-      const auto scaled = [&](uint32_t both) {
-        const float2 y = unpack<T>(both);
-        return pack<T>(y.x * gamma, y.y * gamma);
-      };
-      at<uint4>(S::kV + 16 * i) = make_uint4(scaled(q.x), scaled(q.y), scaled(q.z), scaled(q.w));
-    }
-  }
-
   // `next`: what was handed over of the chunk before, if there is one
   __device__ __forceinline__ void keys(int c, const char* next) {
     fresh();
@@ -319,7 +305,7 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     }
     Packed dzq;
     load_fragments(dzq, From::kDZq);
-    scale_queries();
+    Base::scale_queries();
     Base::release();
     decay(w2);
     add_outer(w2, dz, keys_tile());
@@ -340,45 +326,9 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
         for (int j = 0; j < 4; ++j) dk[j] = y[i + j] + de[i + j];
         *reinterpret_cast<uint2*>(of_token(b.grad_k, first_token + row, channel)) = packed(dk, 1.0f);
       });
-    if (decays) end_decay(c, log_decay);
+    if (decays) Base::end_decay(c, log_decay);
     Base::release();
     cp_async_wait<0>();
-  }
-
-  // of a warp's lanes, each with kPer tokens
-  static constexpr int kPer = (C + 31) / 32, kActive = C / kPer;
-  // f(i, d log alpha of a token), for the lane's tokens that this block writes
-  template <class Function> __device__ __forceinline__ void each_gate(int c, Function&& f) {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const int s = kPer * lane + i;
-      if (s < C && s / (C / kBlocks) == Base::rank() && c * C + s < tokens)
-        f(i, b.grad_log_decay[(batch * p.T + begin + c * C + s) * p.H + h]);
-    }
-  }
-  // d log alpha, by one warp: what is read across a token goes into all tokens after it; `before`: what `replay` wrote
-  __device__ __forceinline__ void end_decay(int c, const float (&before)[kPer]) {
-    float inner = 0.0f, ends[kPer] = {};
-    for (int w = lane; w < kBlocks * X::kWarps; w += 32) inner += at<float>(S::kInner + 4 * w);
-    float all = 0.0f;
-    if (lane < kActive)
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        const int s = kPer * lane + i;
-        float of = at<float>(S::kToEnd + 4 * s);
-#pragma unroll
-        for (int j = 0; j < kBlocks * X::kParts; ++j) of += at<float>(share_of(S::kEnds, j / X::kParts, s, j % X::kParts));
-        ends[i] = all, all += of;
-      }
-    inner = row_sum<32>(inner);
-    float up = all;
-#pragma unroll
-    for (int m = 1; m < kActive; m *= 2) {
-      const float more = __shfl_up_sync(kWholeWarp, up, m);
-      if (lane >= m) up += more;
-    }
-    const float gamma = at<float>(gammas() + 4 * (C - 1));
-    each_gate(c, [&](int i, float& to) { to = before[i] + gamma * inner + (up - all) + ends[i]; });
   }
 
   __device__ __forceinline__ void run() {

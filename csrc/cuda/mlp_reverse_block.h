@@ -162,6 +162,7 @@ template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd
     for (int x = 0; x < kEights; ++x)
 #pragma unroll
       for (int e = 0; e < 2; ++e) factors[x][e] = at<float>(rows_of_gates() + 16 * (8 * x + 2 * t + e) + 4 * which);
+    reads_end();
 #pragma unroll
     for (int x = 0; x < kEights; ++x)
 #pragma unroll
@@ -214,7 +215,7 @@ template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd
         for (int e = 0; e < 4; ++e) {
           const float2 s = unpack<T>(a[k][e]);
           const float (&x)[4] = j[m][2 * k + (e >> 1)];
-          sums[e] += x[2 * (e & 1)] * s.x + x[2 * (e & 1) + 1] * s.y;
+          sums[e] += x[2 * (e & 1)] * s.x, sums[e] += x[2 * (e & 1) + 1] * s.y;
         }
     }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -232,7 +233,8 @@ template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd
       for (int e = 0; e < 4; ++e) {
         const float2 y = unpack<T>(a[k][e]);
         const float (&x)[4] = u[2 * k + (e >> 1)];
-        sums[e & 1][e >> 1] += x[2 * (e & 1)] * y.x + x[2 * (e & 1) + 1] * y.y;
+        float& sum = sums[e & 1][e >> 1];
+        sum += x[2 * (e & 1)] * y.x, sum += x[2 * (e & 1) + 1] * y.y;
       }
     float both[2] = {sums[0][0] + sums[0][1], sums[1][0] + sums[1][1]};
     row_sums<4>(both);
@@ -244,8 +246,58 @@ template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd
     return to + 4 * (16 * (block * X::kWarps + token / 16 * X::kParts + j) + token % 16);
   }
 
+  // gamma Q in the place of dU
+  __device__ __forceinline__ void scale_queries() {
+#pragma unroll
+    for (int i = threadIdx.x; i < C * 8; i += X::kThreads) {
+      const uint4 q = at<uint4>(S::kQ + 16 * i);
+      const float gamma = at<float>(gammas() + 4 * (i / 8));
+      const auto scaled = [&](uint32_t both) {
+        const float2 y = unpack<T>(both);
+        return pack<T>(y.x * gamma, y.y * gamma);
+      };
+      at<uint4>(S::kV + 16 * i) = make_uint4(scaled(q.x), scaled(q.y), scaled(q.z), scaled(q.w));
+    }
+  }
+
   __device__ __forceinline__ T* of_token(const MirasTokens& x, int token, int channel) {
     return static_cast<T*>(x.data) + batch * x.batch + (begin + token) * x.token + h * x.head + channel;
+  }
+
+  // of a warp's lanes, each with kPer tokens
+  static constexpr int kPer = (C + 31) / 32, kActive = C / kPer;
+  // f(i, d log alpha of a token), for the lane's tokens that this block writes
+  template <class Function> __device__ __forceinline__ void each_gate(int c, Function&& f) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int s = kPer * lane + i;
+      if (s < C && s / (C / kBlocks) == Base::rank() && c * C + s < tokens)
+        f(i, b.grad_log_decay[(batch * p.T + begin + c * C + s) * p.H + h]);
+    }
+  }
+  // d log alpha, by one warp: what is read across a token goes into all tokens after it; `before`: what `replay` wrote
+  __device__ __forceinline__ void end_decay(int c, const float (&before)[kPer]) {
+    float inner = 0.0f, ends[kPer] = {};
+    for (int w = lane; w < kBlocks * X::kWarps; w += 32) inner += at<float>(S::kInner + 4 * w);
+    float all = 0.0f;
+    if (lane < kActive)
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        const int s = kPer * lane + i;
+        float of = at<float>(S::kToEnd + 4 * s);
+#pragma unroll
+        for (int j = 0; j < kBlocks * X::kParts; ++j) of += at<float>(share_of(S::kEnds, j / X::kParts, s, j % X::kParts));
+        ends[i] = all, all += of;
+      }
+    inner = row_sum<32>(inner);
+    float up = all;
+#pragma unroll
+    for (int m = 1; m < kActive; m *= 2) {
+      const float more = __shfl_up_sync(kWholeWarp, up, m);
+      if (lane >= m) up += more;
+    }
+    const float gamma = at<float>(gammas() + 4 * (C - 1));
+    each_gate(c, [&](int i, float& to) { to = before[i] + gamma * inner + (up - all) + ends[i]; });
   }
 
   // adds to the gradient of LayerNorm's weight (0) or bias (1), for this thread's row and channels

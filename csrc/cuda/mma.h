@@ -156,6 +156,10 @@ __device__ __forceinline__ float divide_approx(float x, float y) {
   return z;
 }
 
+// What is read from memory before it is asked for before what follows is computed: the compiler would move it to where it is needed, and
+// wait there.
+__device__ __forceinline__ void reads_end() { asm volatile("" ::: "memory"); }
+
 // the thread's number as a value that the compiler cannot carry from one stage of a kernel to the next: addresses made of it are computed
 // again instead of being kept in registers
 __device__ __forceinline__ int fresh_thread() {
