@@ -79,7 +79,7 @@ template <int C, int Hd> struct ReverseShared {
   static constexpr uint32_t kReads = kLr + kWarps * C * 4;                              // [blocks, warps, 16]: A J1 . Gu
   static constexpr uint32_t kEnds = kReads + kMostBlocks * kWarps * 64;                 // likewise -dec U2 J2 . K
   static constexpr uint32_t kToEnd = kEnds + kMostBlocks * kWarps * 64;                 // [C]: -dec eta A J1 . Gu
-  static constexpr uint32_t kInner = kToEnd + C * 4, kMore = whole_lines(kInner + kMostBlocks * kWarps * 4);  // [blocks, warps]
+  static constexpr uint32_t kInner = kToEnd + C * 4, kMore = whole_lines(kInner + C * 4);  // [C]: shares of <J, S>
   // (-dec U2)' where there is room, else in the place of A' and computed again
   static constexpr bool kKeeps = Hd < 256;
   static constexpr uint32_t kU2 = kKeeps ? kMore : kA;

@@ -18,7 +18,7 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
   using Base = ReverseBlock<C, Hd, T, kBlocks>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from, Base::turn;
   using Base::product_with, Base::put_products, Base::share_of, Base::add_norm, Base::end_norm, Base::each_gate, Base::kPer;
-  using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed;
+  using Base::each_four, Base::each_packed, Base::scale_columns, Base::put_four, Base::load_four, Base::packed;
   using Base::fetch_first, Base::fetch_second, Base::fetch_last, Base::put, Base::park, Base::unpark, Base::load_fragments;
   using Base::times_pairs, Base::add_outer, Base::decay, Base::of_token, Base::keys_tile, Base::rows_of_gates, Base::gammas;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
@@ -97,11 +97,8 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     fresh();
     float x[X::kChannels], r1[X::kChannels], dg[X::kChannels], e[X::kChannels];
     each_four([&](int i, int channel) {
-      float of_x[4], of_r[4];
-      floats(of_x, *reinterpret_cast<const float4*>(from + From::kX + 4 * (row * kD + channel)));
-      floats(of_r, *reinterpret_cast<const float4*>(from + From::kR1 + 4 * (row * kD + channel)));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[i + j] = of_x[j], r1[i + j] = of_r[j];
+      put_four(x, i, *reinterpret_cast<const float4*>(from + From::kX + 4 * (row * kD + channel)));
+      put_four(r1, i, *reinterpret_cast<const float4*>(from + From::kR1 + 4 * (row * kD + channel)));
     });
     const float inverse = *reinterpret_cast<const float*>(from + From::kInverse + 4 * row);
     {
@@ -121,17 +118,20 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     if (b.grad_log_decay) inner = product_with(s1, S::kS1);
     const float4 gates = at<float4>(rows_of_gates() + 16 * row);  // eta, -dec, delta
     const float eta = gates.x;
-    float square = 0.0f;
-    each_four([&](int i, int channel) {
-      float k[4], v[4], w[4], c[4];
-      load_tokens(k, keys_tile() + channel_place(row, channel)), load_tokens(v, S::kV + channel_place(row, channel));
-      floats(w, at<float4>(S::kNorm + 4 * channel)), floats(c, at<float4>(S::kNorm + 4 * (kD + channel)));
+    float square = 0.0f, w[X::kChannels];
+    {
+      float k[X::kChannels], v[X::kChannels], c[X::kChannels];
+      each_four([&](int i, int channel) {
+        load_four(k, i, keys_tile() + channel_place(row, channel)), load_four(v, i, S::kV + channel_place(row, channel));
+        put_four(w, i, at<float4>(S::kNorm + 4 * channel)), put_four(c, i, at<float4>(S::kNorm + 4 * (kD + channel)));
+      });
+      reads_end();
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        e[i + j] = (traits.predicts ? k[j] + x[i + j] * w[j] + c[j] : 0.0f) - v[j];
-        square += e[i + j] * e[i + j];
+      for (int i = 0; i < X::kChannels; ++i) {
+        e[i] = (traits.predicts ? k[i] + x[i] * w[i] + c[i] : 0.0f) - v[i];
+        square += e[i] * e[i];
       }
-    });
+    }
     if (traits.couples_row) square = row_sum<X::kLanes>(square);
     Base::join();
     constexpr int kShares = (X::kWarps + X::kLanes - 1) / X::kLanes;  // of the warps' sums for d eta
@@ -150,28 +150,27 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
       each_share([&](int i, uint32_t of) { away[i] = load_cluster(other + of); });
     }
     each_share([&](int i, uint32_t of) { own[i] = at<float>(of); });
-    if (b.grad_log_decay) {
-      inner = row_sum<32>(inner + product_with(w2, S::kW2));
-      if (lane == 0) Base::put_both(S::kInner + 4 * (Base::rank() * X::kWarps + warp), inner);
-    }
-    Base::sum_shares(dg, of_dg);
-    enum { kSum, kWithX, kWithGu, kOfEta, kReads, kSums };
-    float sums[kSums] = {};
-    each_four([&](int i, int channel) {
-      float gu[4];
-      load_tokens(gu, S::kGu + channel_place(row, channel));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        dg[i + j] += eta * r1[i + j];
-        sums[kOfEta] += r1[i + j] * gu[j];
-        sums[kSum] += dg[i + j], sums[kWithX] += dg[i + j] * x[i + j], sums[kWithGu] += dg[i + j] * gu[j];
-      }
-    });
-#pragma unroll
-    for (int i = 0; i < kShares; ++i) sums[kOfEta] += own[i] + away[i];
+    float gu[X::kChannels], reads[kBlocks] = {};
+    each_four([&](int i, int channel) { load_four(gu, i, S::kGu + channel_place(row, channel)); });
     if (piece < X::kParts)
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) sums[kReads] += at<float>(share_of(S::kReads, i, row, piece));
+      for (int i = 0; i < kBlocks; ++i) reads[i] = at<float>(share_of(S::kReads, i, row, piece));
+    reads_end();
+    if (b.grad_log_decay) inner += product_with(w2, S::kW2);
+    Base::sum_shares(dg, of_dg);
+    enum { kSum, kWithX, kWithGu, kOfEta, kReads, kInner, kSums };
+    float sums[kSums] = {};
+#pragma unroll
+    for (int i = 0; i < X::kChannels; ++i) {
+      dg[i] += eta * r1[i];
+      sums[kOfEta] += r1[i] * gu[i];
+      sums[kSum] += dg[i], sums[kWithX] += dg[i] * x[i], sums[kWithGu] += dg[i] * gu[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kShares; ++i) sums[kOfEta] += own[i] + away[i];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) sums[kReads] += reads[i];
+    sums[kInner] = inner;
     row_sums<X::kLanes>(sums);
     const float sum = sums[kSum] * (1.0f / kD), with_x = sums[kWithX] * (1.0f / kD), with_gu = sums[kWithGu] * (1.0f / kD);
     const float to_end = gates.y * sums[kReads];
@@ -182,16 +181,15 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
       const auto of_row = bias.row(square, gates.z);
       float pull = 0.0f;
       each_four([&](int i, int channel) {
-        float w[4], products[4];
-        floats(w, at<float4>(S::kNorm + 4 * channel));
+        float products[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float psi = bias.value(e[i + j], of_row), dy = inverse * (dg[i + j] - sum - x[i + j] * with_x), d_psi = w[j] * dy;
+          const float psi = bias.value(e[i + j], of_row), dy = inverse * (dg[i + j] - sum - x[i + j] * with_x), d_psi = w[i + j] * dy;
           de[i + j] = d_psi * bias.slope(e[i + j], psi, of_row);
           if (Bias::kUsesDelta) more[0] += d_psi * bias.slope_delta(e[i + j], of_row);
           if (Bias::kCouplesRow) pull += d_psi * bias.pull(e[i + j], of_row);
           products[j] = dy * psi;
-          y[i + j] = w[j] * psi, more[1] += y[i + j] * x[i + j];
+          y[i + j] = w[i + j] * psi, more[1] += y[i + j] * x[i + j];
         }
         add_norm(0, i, channel, products);
       });
@@ -206,14 +204,13 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     const bool in = first_token + row < tokens;
     float of_dx[2] = {};  // its sum, and with X
     each_four([&](int i, int channel) {
-      float w[4], dv[4], shift[4], products[4];
-      floats(w, at<float4>(S::kNorm + 4 * channel));
+      float dv[4], shift[4], products[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         dv[j] = -de[i + j];
         if (!traits.predicts) de[i + j] = 0.0f;
         shift[j] = de[i + j], products[j] = de[i + j] * x[i + j];
-        y[i + j] = w[j] * de[i + j] - inverse * (dg[i + j] * y_with_x + y[i + j] * with_x);  // dX
+        y[i + j] = w[i + j] * de[i + j] - inverse * (dg[i + j] * y_with_x + y[i + j] * with_x);  // dX
         of_dx[0] += y[i + j], of_dx[1] += y[i + j] * x[i + j];
       }
       add_norm(0, i, channel, products), add_norm(1, i, channel, shift);
@@ -228,7 +225,7 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
       Base::put_both(S::kV + channel_place(row, channel), packed(du, inverse));
     });
     if (piece == 0) {
-      if (b.grad_log_decay) Base::put_both(S::kToEnd + 4 * row, eta * to_end);
+      if (b.grad_log_decay) Base::put_both(S::kToEnd + 4 * row, eta * to_end), Base::put_both(S::kInner + 4 * row, sums[kInner]);
       if (in) {
         const int64_t at_token = (batch * p.T + begin + first_token + row) * p.H + h;
         b.grad_lr[at_token] = sums[kOfEta] + to_end;

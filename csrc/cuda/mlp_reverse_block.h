@@ -8,7 +8,7 @@ namespace miras::cuda {
 template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd, T, ReverseShared<C, Hd>, kBlocks> {
   using Base = Block<C, Hd, T, ReverseShared<C, Hd>, kBlocks>;
   using From = Handed<C, kBlocks * Hd>;
-  using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed;
+  using Base::fresh, Base::each_four, Base::packed;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
   using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::piece;
   using Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
@@ -260,6 +260,16 @@ template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd
     }
   }
 
+  // four of this thread's channels, from a place of float32 or 16-bit numbers
+  __device__ __forceinline__ static void put_four(float (&x)[X::kChannels], int i, float4 y) {
+    x[i] = y.x, x[i + 1] = y.y, x[i + 2] = y.z, x[i + 3] = y.w;
+  }
+  __device__ __forceinline__ static void load_four(float (&x)[X::kChannels], int i, uint32_t from) {
+    const uint2 both = at<uint2>(from);
+    const float2 low = unpack<T>(both.x), high = unpack<T>(both.y);
+    put_four(x, i, make_float4(low.x, low.y, high.x, high.y));
+  }
+
   __device__ __forceinline__ T* of_token(const MirasTokens& x, int token, int channel) {
     return static_cast<T*>(x.data) + batch * x.batch + (begin + token) * x.token + h * x.head + channel;
   }
@@ -277,13 +287,12 @@ template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd
   }
   // d log alpha, by one warp: what is read across a token goes into all tokens after it; `before`: what `replay` wrote
   __device__ __forceinline__ void end_decay(int c, const float (&before)[kPer]) {
-    float inner = 0.0f, ends[kPer] = {};
-    for (int w = lane; w < kBlocks * X::kWarps; w += 32) inner += at<float>(S::kInner + 4 * w);
-    float all = 0.0f;
+    float inner = 0.0f, all = 0.0f, ends[kPer] = {};
     if (lane < kActive)
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         const int s = kPer * lane + i;
+        inner += at<float>(S::kInner + 4 * s);
         float of = at<float>(S::kToEnd + 4 * s);
 #pragma unroll
         for (int j = 0; j < kBlocks * X::kParts; ++j) of += at<float>(share_of(S::kEnds, j / X::kParts, s, j % X::kParts));
