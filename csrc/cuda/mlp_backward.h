@@ -53,12 +53,17 @@ constexpr uint32_t whole_lines(uint32_t bytes) { return (bytes + 127) / 128 * 12
 template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2> {
   using Base = Shared<C, Hd, C, C == 64 ? 1 : 2>;
   static constexpr bool kSplit = C == 64;
+  static constexpr KeptWeights kKeeps = C == 64 ? KeptWeights::fragments : KeptWeights::none;
   static constexpr int kMostTiles = 8;
   static constexpr uint32_t kDZq = Base::kAq;                                         // in the place of Aq, by each warp
   static constexpr uint32_t kU2 = whole_lines(Base::kBytes), kN1 = kU2 + Hd * C * 2;  // [Hd, C]; [C, C] as handed over
-  static constexpr uint32_t kDUq = kN1 + C * C * 2, kScores = kDUq + C * kD * 2;      // [C, D]; [C, C]: -L o (Aq A')
-  static constexpr uint32_t kReads = kScores + C * C * 2, kCrossed = kReads + Shape<C, Hd>::kWarps * C * 4;  // [warps, C] float32 each
-  static constexpr uint32_t kBytes = kCrossed + Shape<C, Hd>::kWarps * C * 4;
+  static constexpr bool kOneBuffer = Base::kBuffers == 1;
+  static constexpr uint32_t kDUq = kOneBuffer ? Base::kV : kN1 + C * C * 2;             // [C, D]
+  static constexpr uint32_t kScores = kN1 + C * C * 2 + (kOneBuffer ? 0 : C * kD * 2);  // [C, C]: -L o (Aq A')
+  static constexpr uint32_t kReads = kScores + C * C * 2;                               // [warps, C] float32
+  static constexpr uint32_t kCrossed = kReads + Shape<C, Hd>::kWarps * C * 4;           // likewise
+  static constexpr uint32_t kWeights = kCrossed + Shape<C, Hd>::kWarps * C * 4;
+  static constexpr uint32_t kBytes = kWeights + (kKeeps == KeptWeights::fragments ? C / 16 * (C / 16 + 1) * 512 : 0);
 };
 
 template <int C, int Hd> struct ReverseShared {

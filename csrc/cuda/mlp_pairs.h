@@ -35,25 +35,32 @@ template <int C, int Hd, class T, class Layout, int kBlocks> struct Pairs : Prim
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[i][e] = s + 8 * i + e % 2 <= t + e / 2 * 8 ? -y[i][e] : 0.0f;
   }
-  // -rho L of tokens t and t + 8, and tiles of tokens from s on, computed or as shared memory has them
-  template <bool kKept, int kCount>
-  __device__ __forceinline__ static void weigh_fragment(float (&y)[kCount][4], uint32_t logs, int t, int s, float log_rho) {
-    if constexpr (kKept) {
+  // -rho L of this warp's tile of tokens and kCount tiles of 8 from x on, computed or as shared memory has them
+  template <KeptWeights kKept, int kCount>
+  __device__ __forceinline__ void weigh_fragment(float (&y)[kCount][4], uint32_t logs, int x, float log_rho) {
+    const int t0 = 16 * tile + g, s = 8 * x + 2 * t;
+    if constexpr (kKept == KeptWeights::fragments) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) Base::floats(y[i], at<float4>(kept_place(x + i)));
+    } else if constexpr (kKept == KeptWeights::rows) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float2 of = at<float2>(S::kWeights + 4 * ((t + 8 * e) * S::kWeightRow + s + 8 * i));
+          const float2 of = at<float2>(S::kWeights + 4 * ((t0 + 8 * e) * S::kWeightRow + s + 8 * i));
           y[i][2 * e] = of.x, y[i][2 * e + 1] = of.y;
         }
     } else {
-      float2 of_t[2] = {at<float2>(logs + 8 * t), at<float2>(logs + 8 * (t + 8))};
+      float2 of_t[2] = {at<float2>(logs + 8 * t0), at<float2>(logs + 8 * (t0 + 8))};
       if constexpr (kGates) of_t[0].y += log_rho, of_t[1].y += log_rho;
-      weigh_tiles(y, logs, of_t, t, s);
+      weigh_tiles(y, logs, of_t, t0, s);
     }
   }
+  __device__ __forceinline__ uint32_t kept_place(int x) const { return S::kWeights + ((tile * (tile + 1) + x) * 32 + lane) * 16; }
 
-  // -rho L o (left right'): the tiles up to the diagonal, shared out over the parts, if rows are split of both blocks
+  // -rho L o (left right'): the tiles up to the diagonal, shared out over the parts, if rows are split of both blocks. kFirst: the weights
+  // are not kept yet
+  template <bool kFirst = true>
   __device__ __forceinline__ void weigh_pairs(uint32_t to, uint32_t left, uint32_t right, uint32_t logs, float log_rho = 0.0f) {
     constexpr int kShares = X::kParts * (kSplit ? kBlocks : 1), kShare = kEights > kShares ? kEights / kShares : 1;
     const int t0 = 16 * tile + g, s0 = (kSplit ? part * kBlocks + Base::rank() : part) * kShare;
@@ -72,7 +79,12 @@ template <int C, int Hd, class T, class Layout, int kBlocks> struct Pairs : Prim
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) ldmatrix_x4(b[k][i], address(right + place<8>(8 * (x0 + i) + (lane & 7), 4 * k + (lane >> 3))));
         float acc[kAtOnce][4] = {}, weights[kAtOnce][4];
-        weigh_fragment<S::kMomentum>(weights, logs, t0, 8 * x0 + 2 * t, log_rho);
+        weigh_fragment<kFirst && !S::kMomentum ? KeptWeights::none : S::kKeeps>(weights, logs, x0, log_rho);
+        if constexpr (kFirst && S::kKeeps == KeptWeights::fragments) {
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i)
+            Base::put_both(kept_place(x0 + i), make_float4(weights[i][0], weights[i][1], weights[i][2], weights[i][3]));
+        }
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -83,7 +95,8 @@ template <int C, int Hd, class T, class Layout, int kBlocks> struct Pairs : Prim
           for (int e = 0; e < 2; ++e) {
             const int r = t0 + 8 * e, x = x0 + i;
             const float2 of = make_float2(weights[i][2 * e], weights[i][2 * e + 1]);
-            if constexpr (S::kKeepsWeights && !S::kMomentum) Base::put_both(S::kWeights + 4 * (r * S::kWeightRow + 8 * x + 2 * t), of);
+            if constexpr (S::kKeeps == KeptWeights::rows && !S::kMomentum)
+              Base::put_both(S::kWeights + 4 * (r * S::kWeightRow + 8 * x + 2 * t), of);
             Base::put_both(to + place<kPieces>(r, x) + 4 * t, pack<T>(acc[i][2 * e] * of.x, acc[i][2 * e + 1] * of.y));
           }
       }

@@ -66,7 +66,7 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : ReplayBlock<C, Hd
 
   __device__ __forceinline__ void hidden_grad(uint32_t Q, uint32_t logs, uint32_t gammas) {
     fresh();
-    Base::weigh_pairs(S::kN1, S::kDUq, S::kU1, logs);
+    Base::template weigh_pairs<false>(S::kN1, S::kDUq, S::kU1, logs);
     Base::release();
     float z[kStrips][kPass][4] = {}, reads[kEights][2] = {};
     const auto read = [&](int m, int x, int e, uint32_t of) {  // d log alpha's share of what is read of the state

@@ -109,13 +109,15 @@ template <int C, int Hd, class T, int kBlocks> struct ReplayBlock : Chain<C, Hd,
   __device__ __forceinline__ void weigh_row(float (&y)[kColumns], const float (&x)[kColumns], uint32_t logs) {
     const float2 of_row = at<float2>(logs + 8 * row);
     float2 of_column[kColumns];
-    if constexpr (kColumns == 1) of_column[0] = at<float2>(logs + 8 * piece);
-    else
+    if constexpr (kColumns == 1) {
+      of_column[0] = at<float2>(logs + 8 * piece);
+    } else {
 #pragma unroll
       for (int i = 0; i < kColumns; i += 2) {
         const float4 both = at<float4>(logs + 8 * (piece * kColumns + i));
         of_column[i] = make_float2(both.x, both.y), of_column[i + 1] = make_float2(both.z, both.w);
       }
+    }
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) y[i] = Base::exponent(of_row, of_column[i].x, of_column[i].y);
 #pragma unroll

@@ -242,7 +242,7 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
     for (int s = 0; s < kTiles; ++s)
       if (s <= tile) {  // each part's share of the scores has its own rounding and product
         float weights[2][4];
-        Base::template weigh_fragment<S::kKeepsWeights>(weights, logs, t0, 16 * s + 2 * t, log_rho);
+        Base::template weigh_fragment<S::kKeeps>(weights, logs, 2 * s, log_rho);
         uint32_t a[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
