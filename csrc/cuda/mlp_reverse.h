@@ -18,7 +18,7 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
   using Base = ReverseBlock<C, Hd, T, kBlocks>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from, Base::turn;
   using Base::product_with, Base::put_products, Base::share_of, Base::add_norm, Base::end_norm, Base::each_gate, Base::kPer;
-  using Base::each_four, Base::each_packed, Base::scale_columns, Base::put_four, Base::load_four, Base::packed;
+  using Base::each_four, Base::each_packed, Base::scale_columns, Base::put_four, Base::packed;
   using Base::fetch_first, Base::fetch_second, Base::fetch_last, Base::put, Base::park, Base::unpark, Base::load_fragments;
   using Base::times_pairs, Base::add_outer, Base::decay, Base::of_token, Base::keys_tile, Base::rows_of_gates, Base::gammas;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
@@ -121,11 +121,13 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     float square = 0.0f, w[X::kChannels];
     {
       float k[X::kChannels], v[X::kChannels], c[X::kChannels];
+      uint2 of_k[X::kChannels / 4], of_v[X::kChannels / 4];
       each_four([&](int i, int channel) {
-        load_four(k, i, keys_tile() + channel_place(row, channel)), load_four(v, i, S::kV + channel_place(row, channel));
+        of_k[i / 4] = at<uint2>(keys_tile() + channel_place(row, channel)), of_v[i / 4] = at<uint2>(S::kV + channel_place(row, channel));
         put_four(w, i, at<float4>(S::kNorm + 4 * channel)), put_four(c, i, at<float4>(S::kNorm + 4 * (kD + channel)));
       });
       reads_end();
+      Base::unpack_row(k, of_k), Base::unpack_row(v, of_v);
 #pragma unroll
       for (int i = 0; i < X::kChannels; ++i) {
         e[i] = (traits.predicts ? k[i] + x[i] * w[i] + c[i] : 0.0f) - v[i];
@@ -151,13 +153,14 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
     }
     each_share([&](int i, uint32_t of) { own[i] = at<float>(of); });
     float gu[X::kChannels], reads[kBlocks] = {};
-    each_four([&](int i, int channel) { load_four(gu, i, S::kGu + channel_place(row, channel)); });
+    uint2 of_gu[X::kChannels / 4];
+    each_four([&](int i, int channel) { of_gu[i / 4] = at<uint2>(S::kGu + channel_place(row, channel)); });
     if (piece < X::kParts)
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) reads[i] = at<float>(share_of(S::kReads, i, row, piece));
     reads_end();
     if (b.grad_log_decay) inner += product_with(w2, S::kW2);
-    Base::sum_shares(dg, of_dg);
+    Base::sum_shares(dg, of_dg), Base::unpack_row(gu, of_gu);
     enum { kSum, kWithX, kWithGu, kOfEta, kReads, kInner, kSums };
     float sums[kSums] = {};
 #pragma unroll

@@ -260,14 +260,17 @@ template <int C, int Hd, class T, int kBlocks> struct ReverseBlock : Block<C, Hd
     }
   }
 
-  // four of this thread's channels, from a place of float32 or 16-bit numbers
+  // four of this thread's channels
   __device__ __forceinline__ static void put_four(float (&x)[X::kChannels], int i, float4 y) {
     x[i] = y.x, x[i + 1] = y.y, x[i + 2] = y.z, x[i + 3] = y.w;
   }
-  __device__ __forceinline__ static void load_four(float (&x)[X::kChannels], int i, uint32_t from) {
-    const uint2 both = at<uint2>(from);
-    const float2 low = unpack<T>(both.x), high = unpack<T>(both.y);
-    put_four(x, i, make_float4(low.x, low.y, high.x, high.y));
+  // all of them, of 16-bit numbers that were read before
+  __device__ __forceinline__ static void unpack_row(float (&x)[X::kChannels], const uint2 (&both)[X::kChannels / 4]) {
+#pragma unroll
+    for (int i = 0; i < X::kChannels / 4; ++i) {
+      const float2 low = unpack<T>(both[i].x), high = unpack<T>(both[i].y);
+      put_four(x, 4 * i, make_float4(low.x, low.y, high.x, high.y));
+    }
   }
 
   __device__ __forceinline__ T* of_token(const MirasTokens& x, int token, int channel) {
