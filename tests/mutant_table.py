@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant("cuda-mlp-backward-reads-pairs-transposed", "csrc/cuda/mlp_reverse_block.h", MLP_BACKWARD,
            "ldmatrix_x4_trans(to, address(square + by_rows<kPieces>(16 * next_k, 16 * next_s, lane)))",
            "ldmatrix_x4(to, address(square + by_rows<kPieces>(16 * next_k, 16 * next_s, lane)))"),
-    Mutant("cuda-mlp-backward-log-decay-without-the-state", "csrc/cuda/mlp_reverse.h", MLP_BACKWARD,
+    Mutant("cuda-mlp-backward-log-decay-without-the-state", "csrc/cuda/mlp_reverse_block.h", MLP_BACKWARD,
            "before[i] + gamma * inner", "before[i]"),
     Mutant("cuda-mlp-backward-of-queries-does-not-decay", "csrc/cuda/mlp_replay.h", MLP_BACKWARD,
            "packed(du, gamma)", "packed(du, 1.0f)"),
