@@ -51,13 +51,14 @@ struct Operand {
   float* down;
 
   Operand() = default;
-  MIRAS_FN Operand(Arena& a, int64_t rows, int64_t ld, int forms) {
+  // Of a matrix, or of several, which share `down`
+  MIRAS_FN Operand(Arena& a, int64_t rows, int64_t ld, int forms, int64_t matrices = 1) {
     if constexpr (kPairs) {
-      x = forms & kFloat ? a.take(rows, ld) : nullptr;
-      along = forms & kAlong ? elements(a.take(half(rows), ld)) : nullptr;
+      x = forms & kFloat ? a.take(matrices * rows, ld) : nullptr;
+      along = forms & kAlong ? elements(a.take(half(matrices * rows), ld)) : nullptr;
       down = forms & kDown ? a.take(half(rows), ld) : nullptr;
     } else {
-      x = down = a.take(rows, ld), along = elements(x);
+      x = down = a.take(matrices * rows, ld), along = elements(x);
     }
   }
   // The same copies of another matrix
@@ -65,6 +66,12 @@ struct Operand {
     Operand other = *this;
     other.x = matrix;
     if constexpr (!kPairs) other.along = elements(matrix), other.down = matrix;
+    return other;
+  }
+  // Matrix i of several, of n numbers each
+  MIRAS_FN Operand matrix(index_t i, index_t n) const {
+    Operand other = of(x ? x + i * n : nullptr);
+    if constexpr (kPairs) other.along += i * n;
     return other;
   }
   MIRAS_FN operator float*() const { return x; }  // for everything but products
@@ -81,6 +88,10 @@ struct Operand {
     }
   }
   MIRAS_FN void pack_down(Range rows, ColumnRange cols) const { pair_rows(x, rows, cols, down); }
+  MIRAS_FN void pack(Range rows, ColumnRange cols) const {
+    if (along) pack_along(rows, cols);
+    if (down) pack_down(rows, cols);
+  }
   // `down` from `along`
   MIRAS_FN void pair_along(Range rows, ColumnRange cols) const { pair_rows(along, rows, cols, down); }
 };
