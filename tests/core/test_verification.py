@@ -158,13 +158,15 @@ def test_results_of_own_sizes_apply_to_these_sizes(monkeypatch):
 def test_the_trials_cover_the_tables():
     """Every bias with every gate for both memories, the plainest first; each with packing, momentum and gates by channel if it has them."""
     rows = verifying._rows(None, None, None)
-    pairs, usual = ([verifying._pair(*row, None, plain=plain) for row in rows] for plain in (False, True))
+    usual, few = zip(*(verifying._cases(*row, None) for row in rows), strict=True)
+    pairs = [needed for needed, _ in usual]
     kinds = [(x.memory, x.bias.name, x.retention.name) for x, _ in pairs]
     assert len(set(kinds)) == len(kinds) == 2 * len(mk.biases.TABLE) * len(mk.retention.TABLE)
     assert kinds[:2] == [("linear", "l2", "l2"), ("mlp", "l2", "l2")] and all("l2" in kind[1:] for kind in kinds[:26])
     assert all(x.lengths is None and not x.momentum and y.lengths and y.momentum for x, y in pairs)
     assert all((y.decay == "channel") == (y.memory == "linear") for _, y in pairs)
-    assert all(x.decay == y.decay == "scalar" and not y.momentum and y.lengths and y.initial == "shared" for x, y in usual)
+    assert all(x.decay == y.decay == "scalar" and not y.momentum and y.lengths and y.initial == "shared" for (x, y), _ in few)
+    assert all(many.batch * many.heads == 256 and momentum.momentum for _, (many, momentum, _) in few)
 
 
 def test_arguments():

@@ -227,12 +227,13 @@ def test_auto_takes_it_where_it_was_verified(cuda, monkeypatch, tmp_path):
     assert "not verified on this machine" in dispatch.explain(call, True)["cuda"]
 
     def right(self, case, inputs):
-        checked.append((self.backend, case.key_dim, case.hidden, case.momentum))
+        checked.append((self.backend, case.hidden, case.chunk_size, case.name))
 
     monkeypatch.setattr(verifying._Check, "_wrong", right)
     monkeypatch.setenv("MIRAS_CACHE", str(tmp_path))
     assert mk.verify(memory="mlp", bias=mk.L2(), retention=mk.L2Retention(), dtype=BF16, device="cpu").ok
-    assert ("cuda", 64, 256, False) in checked and ("cuda", 64, 64, False) in checked
+    assert checked[:2] == [("cuda", 256, 32, "plain"), ("cuda", 64, 16, "packed")]
+    assert checked[2:5] == [("cuda", 256, 64, name) for name in ("many heads", "with momentum", "large")]
     assert dispatch.choose("auto", call, True) == "cuda"
     other = sized("auto", 16, 64, retention=mk.LqRetention()).draw(BF16).call()
     assert dispatch.choose("auto", other, True) == "triton"

@@ -113,14 +113,11 @@ def shifted_right(a, b):
     return moved if a.dtype.kind == "i" else np.where(b < bits, moved, 0).astype(a.dtype)
 
 
-def bit_field(x, place, length, signed: bool):
-    place, length = np.minimum(place & U32(255), U32(63)), np.minimum(length & U32(255), U32(32))
-    field = (x.astype(U64) >> place.astype(U64)) & ((U64(1) << length.astype(U64)) - U64(1))
-    if signed:
-        last = np.minimum(place + length - U32(1), U32(31))
-        sign = np.where(length > 0, (x >> last) & U32(1), 0).astype(U64)
-        field |= np.where(sign != 0, ~((U64(1) << length.astype(U64)) - U64(1)), U64(0))
-    return field.astype(U32)
+def bit_field(x, place, length):
+    """bfe: bits of ``x`` from ``place`` on; a signed word keeps the sign of the last one."""
+    bits = x.dtype.itemsize * 8
+    above = U32(bits) - np.minimum(length & U32(255), U32(bits))
+    return shifted_right(shifted_left(shifted_right(x, place & U32(255)), above), above)
 
 
 def inserted(x, into, place, length):

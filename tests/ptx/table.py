@@ -63,6 +63,8 @@ def integers() -> None:
         simple(f"div.{t}", "A.divided({a}, {b})", t, t, t)
         simple(f"rem.{t}", "A.remainder({a}, {b})", t, t, t)
         simple(f"shr.{t}", "A.shifted_right({a}, {b})", t, t, "u32")
+        if bits >= 32:
+            simple(f"bfe.{t}", "A.bit_field({a}, {b}, {c})", t, t, "u32", "u32")
         if t[0] == "s":
             simple(f"neg.{t}", "(-{a})", t, t)
             simple(f"abs.{t}", "np.abs({a})", t, t)
@@ -79,8 +81,6 @@ def integers() -> None:
             simple(f"setp.{name}.{t}", f"({{a}} {sign} {{b}})", "pred", t, t)
         for name, sign in UNSIGNED.items():
             simple(f"setp.{name}.{t}", f"({{a}} {sign} {{b}})", "pred", u, u)
-    for kind, signed in (("u32", False), ("s32", True)):
-        simple(f"bfe.{kind}", f"A.bit_field({{a}}, {{b}}, {{c}}, {signed})", "b32", "b32", "u32", "u32")
 
 
 def bits() -> None:

@@ -136,6 +136,19 @@ def test_comparisons_of_two_halves(dtype):
         assert x.tolist() == (wanted.reshape(-1, 2).int() @ torch.tensor([1, 2], dtype=torch.int32)).tolist(), name
 
 
+@pytest.mark.parametrize("kind", ["u4", "i4", "u8", "i8"])
+def test_bit_fields(kind):
+    """Bit by bit, as the definition of PTX has them."""
+    words = np.random.default_rng(0).integers(0, 256, (100, int(kind[1])), np.uint8).view(kind)[:, 0]
+    bits = 8 * int(kind[1])
+    for place, length in ((5, 9), (16, 16), (20, 40), (31, 1), (40, 30), (3, 0), (0, 64), (63, 255), (200, 8)):
+        found = arithmetic.bit_field(words, np.uint32(place), np.uint32(length)).view(f"u{kind[1]}")
+        for word, value in zip(words.tolist(), found.tolist(), strict=True):
+            above = word >> min(place + length - 1, bits - 1) & 1 if kind[0] == "i" and length else 0
+            given = [word >> place + i & 1 if i < length and place + i < bits else above for i in range(bits)]
+            assert value == sum(x << i for i, x in enumerate(given)), (place, length)
+
+
 def test_bits_of_fields_and_bytes():
     a = ints(32)
     x = a.clone()

@@ -9,6 +9,7 @@ import functools
 import itertools
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,9 +92,10 @@ def verify(
     """Compare the kernels that "auto" would choose on this machine with the float64 reference, and store the results.
 
     Every configuration is checked with a plain call, and with packed sequences, a shared initial state and, where the backend has them,
-    momentum and (linear memories) gates per channel: outputs, final states and every gradient, or decoding steps after a prompt, within
-    the budgets of :func:`miras_kernels.testing.check`. From then on "auto" does not choose a backend in configurations in which it
-    failed, also in later processes: see :mod:`miras_kernels.verification`.
+    momentum and (linear memories) gates per channel; a backend that serves few sizes also with its largest size, for few and for many
+    heads: outputs, final states and every gradient, or decoding steps after a prompt, within the budgets of
+    :func:`miras_kernels.testing.check`. From then on "auto" does not choose a backend in configurations in which it failed, also in later
+    processes: see :mod:`miras_kernels.verification`.
 
     Args:
         memory, bias, retention, dtype: check only these; None for all, the simplest first.
@@ -119,11 +121,16 @@ def verify(
     ]  # fmt: skip
     dtypes = (torch.bfloat16, torch.float32, torch.float16) if dtype is None else (dtype,)
     every = itertools.product(_rows(memory, bias, retention), dtypes, (SEQUENCE, DECODE), names)
-    serves, checks = functools.cache(_serves), []
+    cached, checks = functools.cache(_serves), []
+
+    def serves(name: str, mode: str, dtype: torch.dtype, case: Case) -> bool:
+        return cached(name, mode, dtype, dataclasses.replace(case, bias=L2(), seed=0))
+
     for row, dtype, mode, name in every:
-        for pair in (_pair(*row, own, plain=False), _pair(*row, own, plain=True)):
-            if all(serves(name, mode, dtype, dataclasses.replace(case, bias=L2(), seed=0)) for case in pair):
-                checks.append(_Check(name, mode, pair, dtype, place, own is not None))
+        for needed, optional in _cases(*row, own):
+            if all(serves(name, mode, dtype, case) for case in needed):
+                more = [case for case in optional if serves(name, mode, dtype, case)]
+                checks.append(_Check(name, mode, (*needed, *more), dtype, place, own is not None))
                 break
     checks.sort(key=_Check.order)
     outcomes: list[Outcome] = []
@@ -168,25 +175,35 @@ def _rows(memory: str | None, bias: Bias | None, retention: Retention | None) ->
     return [(m, *row) for row in rows for m in ([memory] if memory else TABLE)]
 
 
-#: by memory: Dk, Dv, hidden size and chunk_size of both cases; then those for kernels that serve few sizes
+#: by memory: Dk, Dv, hidden size and chunk_size of two cases; then those of kernels that serve few sizes, with blocks for each of them
 SIZES = {"linear": ((64, 64, 0, 64), (40, 24, 0, 16)), "mlp": ((32, 32, 64, 16), (24, 24, 40, 16))}
-USUAL = {"linear": ((64, 64, 0, 64), (64, 64, 0, 16)), "mlp": ((64, 64, 256, 32), (64, 64, 64, 16))}
+FEW_SIZES = {
+    "linear": ((64, 64, 0, 64), (64, 64, 0, 16), (128, 128, 0, 64)),
+    "mlp": ((64, 64, 256, 32), (64, 64, 64, 16), (64, 64, 256, 64)),
+}
+MANY_HEADS = dict(batch=16, heads=16)  # more than a chip has multiprocessors
 
 
-def _pair(memory: str, bias: Bias, retention: Retention, own: dict[str, Any] | None, plain: bool) -> tuple[Case, Case]:
-    """A plain case and one with all features, or if ``plain`` with those that all kernels serve: packed, with a shared initial state."""
-    names = ("key_dim", "value_dim", "hidden", "chunk_size")
-    first, second = (own or dict(zip(names, sizes, strict=True)) for sizes in (USUAL if plain else SIZES)[memory])
+def _cases(memory: str, bias: Bias, retention: Retention, own: dict[str, Any] | None) -> Iterator[tuple[list[Case], list[Case]]]:
+    """What a backend must serve to be checked, and what it is checked with too if it serves that: a plain case and one with all gates; or
+    else a plain and a packed case with a shared initial state, and the largest size."""
     shared = dict[str, Any](memory=memory, bias=bias, retention=retention, seed=len(bias.name + retention.name))
-    chunk = second["chunk_size"]
-    gates = dict[str, Any](momentum=True) | (dict(decay="channel", lr="channel") if memory == "linear" else {})
-    return (
-        Case("plain", batch=1, tokens=2 * first["chunk_size"] + 6, **first, **shared),
-        Case(
-            "packed" if plain else "with all gates", tokens=2 * chunk + 6, lengths=(chunk + 4, 1, chunk), initial="shared",
-            **second, **shared, **({} if plain else gates),
-        ),
-    )  # fmt: skip
+    names = ("key_dim", "value_dim", "hidden", "chunk_size")
+    usual, few = ([own or dict(zip(names, sizes, strict=True)) for sizes in table[memory]] for table in (SIZES, FEW_SIZES))
+
+    def plain(name: str, size: dict[str, Any], **others: Any) -> Case:
+        return Case(name, tokens=2 * size["chunk_size"] + 6, **size, **shared, **dict[str, Any](batch=1) | others)
+
+    def packed(name: str, size: dict[str, Any], **gates: Any) -> Case:
+        chunk = size["chunk_size"]
+        return Case(name, tokens=2 * chunk + 6, lengths=(chunk + 4, 1, chunk), initial="shared", **size, **shared, **gates)
+
+    channels = dict(decay="channel", lr="channel") if memory == "linear" else {}
+    yield [plain("plain", usual[0]), packed("with all gates", usual[1], momentum=True, **channels)], []
+    more = [plain("many heads", few[-1], **MANY_HEADS), packed("with momentum", few[-1], momentum=True)]
+    if own is None:
+        more.append(plain("large", few[-1]))
+    yield [plain("plain", few[0]), packed("packed", few[1])], more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +212,7 @@ class _Check:
 
     backend: str
     mode: str
-    cases: tuple[Case, Case]
+    cases: tuple[Case, ...]
     dtype: torch.dtype
     device: torch.device
     own: bool
