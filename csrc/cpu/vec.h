@@ -187,8 +187,8 @@ MIRAS_INLINE __m512i side_by_side(const uint16_t* first, const uint16_t* second)
   return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)), 1);
 }
 MIRAS_INLINE void store_sides(uint16_t* first, uint16_t* second, __m512i both) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(both));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64(both, 1));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_maskz_extracti64x4_epi64(0xff, both, 0));  // without masks gcc warns
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
 }
 // In every lane the pair of their numbers
 MIRAS_INLINE Vec pairs(__m512i both) {

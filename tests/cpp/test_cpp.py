@@ -218,6 +218,7 @@ SHARED_LINEAR = dict(batch=1, heads=1, tokens=135, chunk_size=64, key_dim=40, va
 NORM = mk.Huber("norm")
 COUPLED = mk.CustomBias("e * (1 + delta / sqrt(norm2 + eps))", eps=1e-6)
 SOFT = mk.CustomRetention("tanh(A)")
+LQ = mk.LqRetention(1.5)
 
 
 @pytest.mark.parametrize(
@@ -226,21 +227,21 @@ SOFT = mk.CustomRetention("tanh(A)")
         dict(**SHARED, bias=NORM),
         slow(dict(**SHARED | dict(chunk_size=33), momentum=True)),
         slow(dict(**SHARED, bias=NORM, dtype=torch.bfloat16, pairs=True)),
-        slow(dict(**SHARED | dict(chunk_size=33, hidden=101), retention=mk.LqRetention(1.5), momentum=True, dtype=torch.bfloat16, pairs=True)),
+        slow(dict(**SHARED | dict(chunk_size=33, hidden=101), retention=LQ, momentum=True, dtype=torch.bfloat16, pairs=True)),
         slow(dict(**SHARED, retention=mk.KLRetention(), momentum=True)),
-        slow(dict(**SHARED | dict(hidden=256), retention=mk.LqRetention(1.5), lengths=(150,))),
+        slow(dict(**SHARED | dict(hidden=256), retention=LQ, lengths=(150,))),
         dict(**SHARED_LINEAR, bias=NORM, momentum=True),
         slow(dict(**SHARED_LINEAR, bias=NORM, dtype=torch.bfloat16)),
         slow(dict(**SHARED_LINEAR, bias=NORM, momentum=True, dtype=torch.bfloat16, pairs=True)),
-        slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5), dtype=torch.bfloat16, pairs=True)),
+        slow(dict(**SHARED_LINEAR, retention=LQ, dtype=torch.bfloat16, pairs=True)),
         slow(dict(**SHARED_LINEAR, bias=mk.Huber("switch"), delta="float")),
         slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=mk.KLRetention(), lengths=(135,))),
         slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=SOFT, momentum=True, decay="none")),
         slow(dict(**SHARED_LINEAR | dict(chunk_size=48), bias=COUPLED, retention=mk.ElasticNetRetention(0.05))),
         slow(dict(**SHARED_LINEAR, bias=NORM, decay="channel", lr="channel")),
-        dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5)),
+        dict(**SHARED_LINEAR, retention=LQ),
         slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(4.0), momentum=True, bias=mk.RobustL2(), dtype=torch.bfloat16)),
-        slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5), momentum=True, decay="channel", lr="channel")),
+        slow(dict(**SHARED_LINEAR, retention=LQ, momentum=True, decay="channel", lr="channel")),
     ],
     ids=str,
 )
