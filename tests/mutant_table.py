@@ -203,7 +203,7 @@ MUTANTS = [
     Mutant("cuda-mlp-backward-of-queries-does-not-decay", "csrc/cuda/mlp_replay.h", MLP_BACKWARD,
            "packed(du, gamma)", "packed(du, 1.0f)"),
     Mutant("cuda-mlp-backward-of-one-block-alone", "csrc/cuda/mlp_block.h", MLP_CLUSTER,
-           "add(s, x);  // in either block the same", "(void)x;"),
+           "add(s[0], s[1]);  // in either block the same", "(void)x;"),
     Mutant("cuda-linear-backward-updates-do-not-decay", "csrc/cuda/linear_reverse_kernel.h", LINEAR_BACKWARD,
            "scale_rows(of_k, x.to_end)", "scale_rows(of_k, x.gamma)"),
     Mutant("cuda-linear-backward-log-decay-without-pairs", "csrc/cuda/linear_reverse_gates.h", LINEAR_BACKWARD,

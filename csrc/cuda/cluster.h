@@ -8,7 +8,7 @@ namespace miras::cuda {
 // this block's number in its cluster
 __device__ __forceinline__ int cluster_rank() {
   int x;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
   return x;
 }
 
@@ -20,7 +20,7 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // the address of a place of dynamic shared memory in block `rank`
 __device__ __forceinline__ uint32_t address_in(int rank, uint32_t offset) {
   uint32_t x;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(address(offset)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(address(offset)), "r"(rank));
   return x;
 }
 __device__ __forceinline__ float load_cluster(uint32_t address) {
@@ -39,6 +39,12 @@ __device__ __forceinline__ void store_cluster(uint32_t address, uint32_t x) {
 }
 __device__ __forceinline__ void store_cluster(uint32_t address, uint2 x) {
   asm volatile("st.shared::cluster.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+__device__ __forceinline__ void store_cluster(uint32_t address, uint4 x) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ void store_cluster(uint32_t address, float4 x) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 __device__ __forceinline__ void store_cluster(uint32_t address, float2 x) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");

@@ -23,4 +23,38 @@ struct FastGelu {
   }
 };
 
+// N of them, step by step: the instructions of each one depend on each other
+template <int N> struct FastGelus {
+  float x[N], square[N], s[N];
+  __device__ __forceinline__ FastGelus(const float (&low)[N / 2], const float (&high)[N / 2]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = i < N / 2 ? low[i % (N / 2)] : high[i % (N / 2)], square[i] = x[i] * x[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] = -FastGelu::kLinear - FastGelu::kCubic * square[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] *= x[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] = exp2_approx(s[i]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] += 1.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] = reciprocal_approx(s[i]);
+  }
+  __device__ __forceinline__ float value(int i) const { return x[i] * s[i]; }
+  __device__ __forceinline__ void slopes(float (&y)[N]) const {
+    constexpr float kLn2 = FastGelu::kLn2;
+    float steepness[N], rest[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = x[i] * s[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) steepness[i] = FastGelu::kLinear * kLn2 + 3.0f * FastGelu::kCubic * kLn2 * square[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) rest[i] = 1.0f - s[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] *= rest[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = s[i] + y[i] * steepness[i];
+  }
+};
+
 }  // namespace miras::cuda

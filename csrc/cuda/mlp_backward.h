@@ -51,14 +51,18 @@ constexpr uint32_t whole_lines(uint32_t bytes) { return (bytes + 127) / 128 * 12
 
 template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2> {
   using Base = Shared<C, Hd, C, C == 64 ? 1 : 2>;
+  static constexpr bool kSplit = C == 64;
+  static constexpr KeptWeights kKeeps = C == 64 ? KeptWeights::fragments : KeptWeights::none;
   static constexpr int kMostTiles = 8;
   static constexpr uint32_t kDZq = Base::kAq;                                         // in the place of Aq, by each warp
   static constexpr uint32_t kU2 = whole_lines(Base::kBytes), kN1 = kU2 + Hd * C * 2;  // [Hd, C]; [C, C] as handed over
-  static constexpr uint32_t kDUq = kN1 + C * C * 2, kScores = kDUq + C * kD * 2;      // [C, D]; [C, C]: -L o (Aq A')
-  static constexpr uint32_t kCrossed = kDUq;                                          // [C, C] float32, in the place of both
-  static constexpr uint32_t kReads = kScores + C * C * 2;                             // [warps, C] float32
-  static constexpr uint32_t kBytes = kReads + Shape<C, Hd>::kWarps * C * 4;
-  static_assert(4 * C * C <= kReads - kCrossed);
+  static constexpr bool kOneBuffer = Base::kBuffers == 1;
+  static constexpr uint32_t kDUq = kOneBuffer ? Base::kV : kN1 + C * C * 2;             // [C, D]
+  static constexpr uint32_t kScores = kN1 + C * C * 2 + (kOneBuffer ? 0 : C * kD * 2);  // [C, C]: -L o (Aq A')
+  static constexpr uint32_t kReads = kScores + C * C * 2;                               // [warps, C] float32
+  static constexpr uint32_t kCrossed = kReads + Shape<C, Hd>::kWarps * C * 4;           // likewise
+  static constexpr uint32_t kWeights = kCrossed + Shape<C, Hd>::kWarps * C * 4;
+  static constexpr uint32_t kBytes = kWeights + (kKeeps == KeptWeights::fragments ? C / 16 * (C / 16 + 1) * 512 : 0);
 };
 
 template <int C, int Hd> struct ReverseShared {
@@ -111,14 +115,14 @@ template <class Function> int with_backward_sizes(const MirasMlpBackward& b, Fun
 
 // sums over the rows of fragments [units, tokens], from all lanes of a warp to its row of [warps, C]
 template <int kEights> __device__ __forceinline__ void put_sums(uint32_t row, const float (&sums)[kEights][2], int lane) {
+  constexpr int kCount = 2 * kEights;
+  float x[kCount];
 #pragma unroll
-  for (int x = 0; x < kEights; ++x)
+  for (int i = 0; i < kCount; ++i) x[i] = sums[i / 2][i % 2];
+  const int first = share_sums<4>(x, lane);
+  if (keeps_sum<4, kCount>(lane))
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float y = sums[x][e];
-      y += __shfl_xor_sync(0xffffffffu, y, 4), y += __shfl_xor_sync(0xffffffffu, y, 8), y += __shfl_xor_sync(0xffffffffu, y, 16);
-      if (lane < 4) at<float>(row + 4 * (8 * x + 2 * lane + e)) = y;
-    }
+    for (int i = 0; i < kLeft<4, kCount>; ++i) at<float>(row + 4 * ((first + i) / 2 * 8 + lane % 4 * 2 + (first + i) % 2)) = x[i];
 }
 
 // f(channel, the sum over kTokens rows of kRow floats in shared memory), by the first threads

@@ -12,7 +12,7 @@ namespace miras::cuda {
 // tokens, for both.
 template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   using S = Layout;
-  static constexpr bool kSplit = S::kSplit;
+  static constexpr bool kSplit = S::kSplit && kBlocks > 1;
   using X = Shape<C, Hd, kSplit ? kBlocks : 1>;
   static constexpr int kStrips = X::kStrips, kEights = X::kEights, kTiles = X::kTiles, kPieces = C / 8;
   static constexpr int kPass = kEights < S::kMostTiles ? kEights : S::kMostTiles;
@@ -32,7 +32,7 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   int lane, warp, g, t, tile, part, row, piece;  // of this thread: see `fresh`
   float s1[kStrips][8][4], w2[kStrips][8][4];
   float m1[kStrips][8][4], m2[kStrips][8][4];  // their momentum, if there is any
-  uint32_t u2[kStrips][kEights][2];  // gelu'(Z'), then U2'
+  uint32_t u2[kStrips][kEights][2];            // gelu'(Z'), then U2'
 
   // of a sequence and head
   __device__ __forceinline__ Block(const MirasMlpChain& p, int n, int h)
@@ -96,6 +96,10 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
 
   // Starts the copies of chunk c. The gates are copied by the first warp, which alone reads them.
   __device__ __forceinline__ void fetch(int c) {
+    fetch_tokens(c), fetch_gates(c);
+    cp_async_commit();
+  }
+  __device__ __forceinline__ void fetch_tokens(int c) {
     fresh();
     const int id = 32 * warp + lane, ch = id % 8;
     const uint32_t buffer = (c & (S::kBuffers - 1)) * S::kTile;
@@ -111,6 +115,8 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
       };
       cp_async_16(to + S::kK, of(p.k), in), cp_async_16(to + S::kV, of(p.v), in), cp_async_16(to + S::kQ, of(p.q), in);
     }
+  }
+  __device__ __forceinline__ void fetch_gates(int c) {
     if (warp == 0)
 #pragma unroll
       for (int i = 0; i < (C + 31) / 32; ++i) {
@@ -124,7 +130,6 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
         cp_async_4(to + 8 * C, (p.delta ? p.delta : p.lr) + at_token, in && p.delta);
         if constexpr (S::kMomentum) cp_async_4(address(S::kMoves + 4 * r), p.momentum + at_token, in);
       }
-    cp_async_commit();
   }
 
   // The weights of chunk c from its gates, by the first warp, after its copies have arrived. Log-decays are summed in two parts, multiples
@@ -165,17 +170,33 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
       }
     if constexpr (S::kMomentum) weigh_moves<Block>(lane, c, tokens - c * C);
   }
-  // -L of the pair (t, s), or 0 if s > t
-  __device__ __forceinline__ static float weight(uint32_t logs, float2 of_t, int t, int s) {
-    return weight(at<float2>(logs + 8 * s), of_t, t, s);
-  }
-  __device__ __forceinline__ static float weight(float2 of_s, float2 of_t, int t, int s) {
-    return s <= t ? -exp2_approx((of_t.x - of_s.x) * kUnit + (of_t.y - of_s.y)) : 0.0f;
-  }
 
   // ------------------------------------------------------------------------------------------------------------------ products
 
-  // z = state [units of the warp, D] x', x [tokens, D] in shared memory; of a gated state its primal, which lies there too
+  // z += a x', x [tokens, D] in shared memory; operand(a, strip, k) gives the tile of a's columns from 16 k on. Operands are read some time
+  // before the products that use them, here and below.
+  template <class Operand> __device__ __forceinline__ void add_times(float (&z)[kStrips][kPass][4], uint32_t x, Operand&& operand) {
+    constexpr int kAtOnce = kStrips == 1 && kPass < 8 ? 8 / kPass : 1;
+#pragma unroll
+    for (int first = 0; first < 4; first += kAtOnce) {
+      uint32_t a[kAtOnce][kStrips][4], b[kAtOnce][kPass / 2][4];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+        for (int i = 0; i < kPass / 2; ++i) ldmatrix_x4(b[k][i], address(x + by_columns<8>(16 * i, 16 * (first + k), lane)));
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) operand(a[k][m], m, first + k);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+        for (int i = 0; i < kPass; ++i)
+#pragma unroll
+          for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(z[m][i], a[k][m], b[k][i / 2][i % 2 * 2], b[k][i / 2][i % 2 * 2 + 1]);
+    }
+  }
+  // z = state [units of the warp, D] x'; of a gated state its primal, which lies in shared memory
   __device__ __forceinline__ void state_times(float (&z)[kStrips][kPass][4], const float (&state)[kStrips][8][4], uint32_t x,
                                               uint32_t primal = 0) {
 #pragma unroll
@@ -184,45 +205,20 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
       for (int i = 0; i < kPass; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) z[m][i][e] = 0.0f;
+    add_times(z, x, [&](uint32_t (&a)[4], int m, int k) {
+      if (gated) return ldmatrix_x4(a, address(primal + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t a[kStrips][4];
-      if (gated) {
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(primal + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
-      } else {
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float (&x)[4] = state[m][2 * k + (e >> 1)];
-            a[m][e] = pack_again<T>(x[2 * (e & 1)], x[2 * (e & 1) + 1]);
-          }
+      for (int e = 0; e < 4; ++e) {
+        const float (&x)[4] = state[m][2 * k + (e >> 1)];
+        a[e] = pack_again<T>(x[2 * (e & 1)], x[2 * (e & 1) + 1]);
       }
-#pragma unroll
-      for (int i = 0; i < kPass; i += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, address(x + by_columns<8>(8 * i, 16 * k, lane)));
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(z[m][i], a[m], b[0], b[1]), mma_m16n8k16<T>(z[m][i + 1], a[m], b[2], b[3]);
-      }
-    }
+    });
   }
   // z += matrix [units of the warp, D] x', both in shared memory
   __device__ __forceinline__ void slice_times(float (&z)[kStrips][kPass][4], uint32_t matrix, uint32_t x) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t a[kStrips][4];
-#pragma unroll
-      for (int m = 0; m < kStrips; ++m) ldmatrix_x4(a[m], address(matrix + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
-#pragma unroll
-      for (int i = 0; i < kPass; i += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, address(x + by_columns<8>(8 * i, 16 * k, lane)));
-#pragma unroll
-        for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(z[m][i], a[m], b[0], b[1]), mma_m16n8k16<T>(z[m][i + 1], a[m], b[2], b[3]);
-      }
-    }
+    add_times(z, x, [&](uint32_t (&a)[4], int m, int k) {
+      ldmatrix_x4(a, address(matrix + by_rows<8>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+    });
   }
   // z's columns, tokens, times factors, float32 in shared memory
   __device__ __forceinline__ void scale_tokens(float (&z)[kStrips][kPass][4], uint32_t factors) {
@@ -251,21 +247,30 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   }
   // u [16, D] += a [16, 16] b, b [16, D] from row r0 of a tile in shared memory on
   __device__ __forceinline__ void add_rows(float (&u)[8][4], const uint32_t (&a)[4], uint32_t tile, int r0) {
+    uint32_t b[4][4];
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, address(tile + by_rows<8>(r0, 8 * i, lane)));
-      mma_m16n8k16<T>(u[i], a, b[0], b[1]), mma_m16n8k16<T>(u[i + 1], a, b[2], b[3]);
-    }
+    for (int i = 0; i < 4; ++i) ldmatrix_x4_trans(b[i], address(tile + by_rows<8>(r0, 16 * i, lane)));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mma_m16n8k16<T>(u[i], a, b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
   }
   // the same for the warp's rows of a matrix: each operand b is read once for all strips
   __device__ __forceinline__ void add_strips(float (&state)[kStrips][8][4], const uint32_t (&a)[kStrips][4], uint32_t tile, int r0) {
+    uint32_t b[4][4];
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, address(tile + by_rows<8>(r0, 8 * i, lane)));
+    for (int i = 0; i < 4; ++i) ldmatrix_x4_trans(b[i], address(tile + by_rows<8>(r0, 16 * i, lane)));
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(state[m][i], a[m], b[0], b[1]), mma_m16n8k16<T>(state[m][i + 1], a[m], b[2], b[3]);
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) mma_m16n8k16<T>(state[m][i], a[m], b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
+  }
+  // u += left' state over this part's hidden units, which are the rows of both, for 16 tokens; also(operand of left, its first unit)
+  template <class Function> __device__ __forceinline__ void add_units(float (&u)[8][4], uint32_t left, uint32_t state, Function&& also) {
+#pragma unroll kUnroll
+    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
+      uint32_t a[4];
+      ldmatrix_x4_trans(a, address(left + by_columns<kPieces>(k, 16 * tile, lane)));
+      add_rows(u, a, state, k);
+      also(a, k);
     }
   }
 
@@ -284,15 +289,17 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   }
   // The barrier between hand_over and collect. Before a block hands over again, the other one must have read: it says so by `release`, for
   // which `await` waits. They take turns with `meet`; the first `release` is at the kernel's start, the last `await` at its end.
-  __device__ __forceinline__ static void meet() {
-    if constexpr (kBlocks == 1) __syncthreads();
-    else cluster_arrive(), cluster_wait();
-  }
+  __device__ __forceinline__ static void meet() { release(), join(); }
   __device__ __forceinline__ static void release() {
     if constexpr (kBlocks > 1) cluster_arrive();
   }
   __device__ __forceinline__ static void await() {
     if constexpr (kBlocks > 1) cluster_wait();
+  }
+  // what is left of `meet` after `release`
+  __device__ __forceinline__ static void join() {
+    if constexpr (kBlocks == 1) __syncthreads();
+    else cluster_wait();
   }
   // the address of the other block's shared memory
   __device__ __forceinline__ static uint32_t other() {
@@ -311,33 +318,42 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
     if constexpr (kBlocks == 2) x += load_cluster(other + offset);
     return x;
   }
-  // this thread's row summed over the parts and the blocks: four columns from `first` on, and every kStride columns
-  template <int kStride, int kColumns> __device__ __forceinline__ void sum_parts(float (&y)[kColumns], int first) {
-    const auto place = [&](int i, int j) { return exchange_row(row / 16 * X::kParts + j, row % 16) + 4 * (first + i / 4 * kStride); };
-    const auto add = [](float4& s, float4 x) { s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w; };
-    float4 away[kColumns / 4][X::kParts];  // of the other block: asked for first, since they come last
-    if constexpr (kBlocks == 2) {
+  // what all parts and blocks have of this thread's row: four columns from `first` on, and every kStride columns
+  template <int kColumns> using Shares = float4[kColumns / 4][kBlocks][X::kParts];
+  template <int kStride, int kFours> __device__ __forceinline__ void load_shares(float4 (&x)[kFours][kBlocks][X::kParts], int first) {
+    const auto load = [&](int block, auto&& from) {
+#pragma unroll
+      for (int i = 0; i < kFours; ++i)
+#pragma unroll
+        for (int j = 0; j < X::kParts; ++j)
+          x[i][block][j] = from(exchange_row(row / 16 * X::kParts + j, row % 16) + 4 * (first + i * kStride));
+    };
+    if constexpr (kBlocks == 2) {  // the other block's first, since they come last
       const uint32_t other = Block::other();
-#pragma unroll
-      for (int i = 0; i < kColumns; i += 4)
-#pragma unroll
-        for (int j = 0; j < X::kParts; ++j) away[i / 4][j] = load_cluster_4(other + place(i, j));
+      load(1, [&](uint32_t place) { return load_cluster_4(other + place); });
     }
+    load(0, [](uint32_t place) { return at<float4>(place); });
+  }
+  template <int kColumns> __device__ __forceinline__ static void sum_shares(float (&y)[kColumns], const Shares<kColumns>& x) {
+    const auto add = [](float4& s, float4 x) { s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w; };
 #pragma unroll
     for (int i = 0; i < kColumns; i += 4) {
-      float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f), x = s;
+      float4 s[kBlocks];
 #pragma unroll
-      for (int j = 0; j < X::kParts; ++j) add(s, at<float4>(place(i, j)));
-      if constexpr (kBlocks == 2) {
+      for (int b = 0; b < kBlocks; ++b) {
+        s[b] = x[i / 4][b][0];
 #pragma unroll
-        for (int j = 0; j < X::kParts; ++j) add(x, away[i / 4][j]);
-        add(s, x);  // in either block the same
+        for (int j = 1; j < X::kParts; ++j) add(s[b], x[i / 4][b][j]);
       }
-      y[i] = s.x, y[i + 1] = s.y, y[i + 2] = s.z, y[i + 3] = s.w;
+      if constexpr (kBlocks == 2) add(s[0], s[1]);  // in either block the same
+      y[i] = s[0].x, y[i + 1] = s[0].y, y[i + 2] = s[0].z, y[i + 3] = s[0].w;
     }
   }
   // this thread's channels of its row (see each_four)
-  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) { sum_parts<4 * X::kLanes>(y, 4 * piece); }
+  __device__ __forceinline__ void collect(float (&y)[X::kChannels]) {
+    Shares<X::kChannels> x;
+    load_shares<4 * X::kLanes>(x, 4 * piece), sum_shares(y, x);
+  }
   // gives 1 / deviation
   __device__ __forceinline__ float normalise(float (&y)[X::kChannels]) {
     float sum = 0.0f;

@@ -57,10 +57,15 @@ template <int C, int Hd, int kRowBlocks = 1> struct Shape {
 // has neither the registers nor the shared memory, and in the forward where heads are few.
 template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
 
+// Whether the weights of all pairs of tokens lie in shared memory: by rows [C, kWeightRow], or tiles of 16 x 8 up to the diagonal's as lanes
+// have them in fragments, 16 bytes each
+enum class KeptWeights { none, rows, fragments };
+
 // Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore
 // columns more are exchanged than channels.
 template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
   static constexpr bool kGates = false, kSplit = false, kMomentum = false;  // what it has room for: retention gates, rows that are split
+  static constexpr KeptWeights kKeeps = KeptWeights::none;
   static constexpr int kBuffers = kTokenBuffers, kGateBuffers = 2;
   static constexpr int kMostTiles = 4;                 // of 8 tokens whose Z is in registers at once
   static constexpr int kExchangeRow = kD + kMore + 8;  // floats
@@ -84,6 +89,7 @@ template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
 // Of a block of two, which share out rows and pairs of tokens too, and have room for the weights of all pairs.
 template <int C, int Hd> struct ClusterShared : Shared<C, Hd> {
   static constexpr bool kSplit = true;
+  static constexpr KeptWeights kKeeps = KeptWeights::rows;
   static constexpr int kWeightRow = C + 8;                                                             // floats
   static constexpr uint32_t kWeights = Shared<C, Hd>::kBytes, kBytes = kWeights + C * kWeightRow * 4;  // [C, C] float32: -L
 };

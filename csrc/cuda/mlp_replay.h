@@ -8,113 +8,66 @@
 //     update
 #pragma once
 
-#include "mlp_backward.h"
+#include "mlp_replay_block.h"
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, ReplayShared<C, Hd>, kBlocks> {
-  using Base = Chain<C, Hd, T, ReplayShared<C, Hd>, kBlocks>;
-  using To = Handed<C, kBlocks * Hd>;
-  using Base::fresh, Base::each_four, Base::floats, Base::load_tokens, Base::packed, Base::weight, Base::add_rows;
+template <int C, int Hd, class T, int kBlocks> struct Replay : ReplayBlock<C, Hd, T, kBlocks> {
+  using Base = ReplayBlock<C, Hd, T, kBlocks>;
+  using Base::Base, Base::b, Base::to, Base::fresh, Base::each_four, Base::floats, Base::packed, Base::kColumns, Base::kFours;
+  using Base::each_piece, Base::hand_fragment, Base::hand_pairs, Base::load_output_grad, Base::packed_piece, Base::unpack_four,
+      Base::unpack_piece, Base::weigh_row;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
-  using Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::piece, Base::s1, Base::w2, Base::u2;
-  using Base::p, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
+  using Base::lane, Base::warp, Base::g, Base::t, Base::row, Base::piece, Base::s1, Base::w2, Base::u2;
+  using Base::p, Base::h, Base::batch, Base::begin, Base::tokens;
+  using typename Base::Piece;
   using typename Base::S;
+  using typename Base::To;
   using typename Base::X;
-  static_assert(kPass == kEights);
-  static constexpr int kColumns = C / X::kLanes;  // of a square matrix that a thread has of its row
 
-  const MirasMlpBackward& b;
-  char* to;                           // what is handed over of this chunk
   uint32_t dzq[kStrips][kEights][2];  // gelu'(Zq'), then dZq'
   float raw[kColumns];                // (Aq A') of this thread's row
   float dw[X::kChannels] = {}, db[X::kChannels] = {};
 
-  __device__ __forceinline__ Replay(const MirasMlpBackward& b, int n, int h) : Base(b.chain, n, h), b(b) {}
-
-  // of a tile of the head's hidden units this block's share, from shared memory
-  __device__ __forceinline__ void hand(uint32_t offset, uint32_t tile, uint32_t bytes) {
-    offset += Base::rank() * bytes;
-    for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * X::kThreads) *reinterpret_cast<uint4*>(to + offset + i) = at<uint4>(tile + i);
-  }
-  // of [C, C] the pieces up to the diagonal's tile of 16
-  __device__ __forceinline__ void hand_pairs(uint32_t offset, uint32_t square) {
-    for (int i = threadIdx.x; i < C * kPieces; i += X::kThreads) {
-      const int r = i / kPieces, ch = i % kPieces;
-      if (ch / 2 <= r / 16 && Base::writes(r))
-        *reinterpret_cast<uint4*>(to + offset + place<kPieces>(r, ch)) = at<uint4>(square + place<kPieces>(r, ch));
-    }
-  }
-  template <class Fragment> __device__ __forceinline__ void hand_fragment(uint32_t offset, int m, int k, const Fragment& a) {
-    const int strip = (Base::rank() * X::kWarps + warp) * kStrips + m;
-    *reinterpret_cast<uint4*>(to + offset + ((strip * kTiles + k) * 32 + lane) * 16) = make_uint4(a[0], a[1], a[2], a[3]);
-  }
-  // this thread's columns of its row of a square matrix whose shares lie beside the channels'
-  __device__ __forceinline__ void collect_pairs(float (&x)[kColumns]) {
-    if constexpr (kBlocks > 1) {
-      Base::template sum_parts<4>(x, kD + piece * kColumns);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        x[i] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < X::kParts; ++j)
-          x[i] += at<float>(Base::exchange_row(tile * X::kParts + j, row % 16) + 4 * (kD + piece * kColumns + i));
-      }
-    }
-  }
-  __device__ __forceinline__ static uint32_t pair_place(int row, int column) { return place<kPieces>(row, column / 8) + column % 8 * 2; }
-  __device__ __forceinline__ void load_output_grad(float (&x)[4], int first_token, int channel) {
-    uint2 both = make_uint2(0, 0);
-    if (first_token + row < tokens) {
-      const MirasTokens& from = b.grad_out;
-      both = *reinterpret_cast<const uint2*>(static_cast<const T*>(from.data) + batch * from.batch +
-                                             (begin + first_token + row) * from.token + h * from.head + channel);
-    }
-    const float2 low = unpack<T>(both.x), high = unpack<T>(both.y);
-    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
-  }
-
   __device__ __forceinline__ void read_out(uint32_t logs, uint32_t gammas, int first_token) {
     float u[8][4] = {}, scores[kEights][4] = {};
     Base::read_part(u, scores, S::kAq, S::kS1, S::kA, S::kU1, logs, gammas);
-    Base::await();
     Base::hand_over(u), Base::hand_over(scores, kD);
-    Base::meet();
-    float x[X::kChannels], y[X::kChannels];
-    Base::collect(x), collect_pairs(raw);
     Base::release();
+    uint2 grad[kFours];
+    load_output_grad(grad, first_token);
+    Base::join();
+    float x[X::kChannels], y[X::kChannels];
+    Base::collect(x, raw);
     const float inverse = Base::normalise(x);
-    const float2 of_row = at<float2>(logs + 8 * row);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int s = piece * kColumns + i;
-      at<T>(S::kScores + pair_place(row, s)) = T(raw[i] * weight(logs, of_row, row, s));
-    }
-    float sum = 0.0f, with = 0.0f;
+    float weighed[kColumns];
+    weigh_row(weighed, raw, logs);
+    each_piece([&](int i, uint32_t place) { Base::put_both(S::kScores + place, packed_piece(weighed, i)); });
+    float sums[2] = {};  // of y and of y o x
     each_four([&](int i, int channel) {
       float o[4], w[4];
-      load_output_grad(o, first_token, channel), floats(w, at<float4>(S::kNorm + 4 * channel));
+      unpack_four(o, grad[i / 4]), floats(w, at<float4>(S::kNorm + 4 * channel));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         dw[i + j] += o[j] * x[i + j], db[i + j] += o[j];
-        y[i + j] = w[j] * o[j], sum += y[i + j], with += y[i + j] * x[i + j];
+        y[i + j] = w[j] * o[j], sums[0] += y[i + j], sums[1] += y[i + j] * x[i + j];
       }
     });
-    sum = row_sum<X::kLanes>(sum) * (1.0f / kD), with = row_sum<X::kLanes>(with) * (1.0f / kD);
-    const float gamma = at<float>(gammas + 4 * row);
+    row_sums<X::kLanes>(sums);
+    const float sum = sums[0] * (1.0f / kD), with = sums[1] * (1.0f / kD), gamma = at<float>(gammas + 4 * row);
     each_four([&](int i, int channel) {
       float du[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) du[j] = inverse * (y[i + j] - sum - x[i + j] * with);
-      at<uint2>(S::kDUq + channel_place(row, channel)) = packed(du, 1.0f);
-      if (Base::writes(row)) *reinterpret_cast<uint2*>(to + To::kDUq + channel_place(row, channel)) = packed(du, gamma);
+      Base::put_both(S::kDUq + channel_place(row, channel), packed(du, 1.0f));
+      *reinterpret_cast<uint2*>(to + To::kDUq + channel_place(row, channel)) = packed(du, gamma);
     });
   }
 
   __device__ __forceinline__ void hidden_grad(uint32_t Q, uint32_t logs, uint32_t gammas) {
     fresh();
-    Base::weigh_pairs(S::kN1, S::kDUq, S::kU1, logs);
+    Base::template weigh_pairs<false>(S::kN1, S::kDUq, S::kU1, logs);
+    Base::release();
     float z[kStrips][kPass][4] = {}, reads[kEights][2] = {};
     const auto read = [&](int m, int x, int e, uint32_t of) {  // d log alpha's share of what is read of the state
       const float2 y = unpack<T>(of);
@@ -132,21 +85,11 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
 #pragma unroll
         for (int e = 0; e < 4; ++e) read(m, 2 * k + (e >> 1), e & 1, a[e]);
       }
-    __syncthreads();
+    Base::join();
     fresh();
-#pragma unroll
-    for (int k = 0; k < kTiles; ++k)
-#pragma unroll
-      for (int m = 0; m < kStrips; ++m) {
-        uint32_t a[4];
-        ldmatrix_x4(a, address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
-#pragma unroll
-        for (int x = 2 * k; x < kEights; x += 2) {  // tokens from those that write on
-          uint32_t c[4];
-          ldmatrix_x4(c, address(S::kN1 + by_columns<kPieces>(8 * x, 16 * k, lane)));
-          mma_m16n8k16<T>(z[m][x], a, c[0], c[1]), mma_m16n8k16<T>(z[m][x + 1], a, c[2], c[3]);
-        }
-      }
+    Base::add_pairs(z, S::kN1, 0, [&](uint32_t (&a)[4], int m, int k) {
+      ldmatrix_x4(a, address(S::kA + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+    });
 #pragma unroll
     for (int m = 0; m < kStrips; ++m)
 #pragma unroll
@@ -174,25 +117,25 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
     write_grad();
   }
 
-  // R1 = -(L o Aq A')' dUq: each warp its tile of tokens and its part of the channels
+  // R1 = -(L o Aq A')' dUq: this block's tiles of 16 tokens, the channels shared out over the warps
   __device__ __forceinline__ void write_grad() {
-    constexpr int kOwn = 8 / X::kParts;
+    constexpr int kOwnTiles = kTiles / kBlocks, kShares = X::kWarps / kOwnTiles, kOwn = 8 / kShares;
+    const int tile = warp / kShares * kBlocks + Base::rank(), first = warp % kShares * kOwn;
     float u[kOwn][4] = {};
-    const int first = part * kOwn;
 #pragma unroll
     for (int k = 0; k < kTiles; ++k)
       if (k >= tile) {
-        uint32_t a[4];
+        uint32_t a[4], c[(kOwn + 1) / 2][4];
         ldmatrix_x4_trans(a, address(S::kScores + by_columns<kPieces>(16 * k, 16 * tile, lane)));
 #pragma unroll
+        for (int i = 0; i < kOwn; i += 2) ldmatrix_x4_trans(c[i / 2], address(S::kDUq + by_rows<8>(16 * k, 16 * ((first + i) / 2), lane)));
+#pragma unroll
         for (int i = 0; i < kOwn; ++i) {
-          const int column = first + i;
-          uint32_t c[4];
-          ldmatrix_x4_trans(c, address(S::kDUq + by_rows<8>(16 * k, 16 * (column / 2), lane)));
-          mma_m16n8k16<T>(u[i], a, column % 2 ? c[2] : c[0], column % 2 ? c[3] : c[1]);
+          const uint32_t (&of)[4] = c[i / 2];
+          const bool second = (first + i) % 2;
+          mma_m16n8k16<T>(u[i], a, second ? of[2] : of[0], second ? of[3] : of[1]);
         }
       }
-    if (!Base::writes(16 * tile)) return;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float* from = reinterpret_cast<float*>(to + To::kR1) + (16 * tile + g) * kD + 8 * (first + i) + 2 * t;
@@ -201,55 +144,76 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
     }
   }
 
-  __device__ __forceinline__ void query_grad(uint32_t K, uint32_t logs, uint32_t gammas, int first_token) {
+  // up to the exchange's barrier
+  __device__ __forceinline__ void query_grad(uint32_t K, uint32_t logs, uint32_t gammas) {
     float u[8][4] = {}, pairs[kEights][4] = {};
     Base::read_part(u, pairs, S::kDZq, S::kS1, S::kU2, K, logs, gammas);
-    Base::await();
     Base::hand_over(u), Base::hand_over(pairs, kD);
-    hand(To::kW2, S::kS1, Hd * kD * 2), hand_pairs(To::kN1, S::kN1);
-    Base::meet();
+    Base::release();
+    Base::template hand<Hd * kD * 2>(To::kW2, S::kS1), hand_pairs(To::kN1, S::kN1);
+  }
+  // and after it
+  __device__ __forceinline__ void query_rows(uint32_t logs, int first_token) {
+    uint2 grad[kFours];
+    load_output_grad(grad, first_token);
+    float read = 0.0f;  // of d log alpha: what is read of the state
+    for (int w = piece; w < X::kWarps; w += X::kLanes) read += Base::of_blocks(S::kReads + 4 * (w * C + row), Base::other());
     float y[X::kChannels], x[kColumns];
-    Base::collect(y), collect_pairs(x);
-    if (first_token + row < tokens && Base::writes(row))
+    Base::collect(y, x);
+    if (first_token + row < tokens) {
+      const MirasTokens& of = b.grad_q;
+      T* to = static_cast<T*>(of.data) + batch * of.batch + (begin + first_token + row) * of.token + h * of.head;
       each_four([&](int i, int channel) {
         float o[4];
-        load_output_grad(o, first_token, channel);
+        unpack_four(o, grad[i / 4]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) o[j] += y[i + j];
-        const MirasTokens& of = b.grad_q;
-        T* at = static_cast<T*>(of.data) + batch * of.batch + (begin + first_token + row) * of.token + h * of.head + channel;
-        *reinterpret_cast<uint2*>(at) = packed(o, 1.0f);
+        *reinterpret_cast<uint2*>(to + channel) = packed(o, 1.0f);
       });
-    const float2 of_row = at<float2>(logs + 8 * row);
-    float all = 0.0f, before[kColumns];  // over pairs that cross a token
+    }
+    float crossing[kColumns] = {}, weighed[kColumns];  // pairs' shares of d log alpha of the tokens between
+    weigh_row(weighed, x, logs);
+    if (piece * kColumns / 16 <= row / 16) {  // up to the diagonal's tile
+      float n1[kColumns], of_p[kColumns];
+      each_piece([&](int i, uint32_t place) {
+        *reinterpret_cast<Piece*>(to + To::kN2 + place) = packed_piece(weighed, i);
+        unpack_piece(n1, i, at<Piece>(S::kN1 + place)), unpack_piece(of_p, i, at<Piece>(S::kP + place));
+      });
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) crossing[i] = raw[i] * n1[i] + x[i] * of_p[i];
+    }
+    if (b.grad_log_decay) sum_crossing(crossing, read);
+  }
+  // d log alpha of a token: pairs of tokens that cross it. From each pair's share to the sum over each warp's rows, by columns
+  __device__ __forceinline__ void sum_crossing(float (&x)[kColumns], float read) {
+    float all = 0.0f;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      const int s = piece * kColumns + i;
-      before[i] = all;
-      if (s / 16 <= row / 16) {
-        if (Base::writes(row)) *reinterpret_cast<T*>(to + To::kN2 + pair_place(row, s)) = T(x[i] * weight(logs, of_row, row, s));
-        const uint32_t place = pair_place(row, s);
-        all += raw[i] * float(at<T>(S::kN1 + place)) + x[i] * float(at<T>(S::kP + place));
-      }
+      const float own = x[i];
+      x[i] = all, all += own;  // pairs that begin before this column
     }
-    if (!b.grad_log_decay) return;
     float up = all;
 #pragma unroll
     for (int m = 1; m < X::kLanes; m *= 2) {
-      const float more = __shfl_up_sync(0xffffffffu, up, m);
+      const float more = __shfl_up_sync(0xffffffffu, up, m), other = __shfl_xor_sync(0xffffffffu, read, m);
       if (piece >= m) up += more;
+      read += other;
     }
-    float read = 0.0f;
-    const uint32_t other = Base::other();
+    read += up - all;
 #pragma unroll
-    for (int w = 0; w < X::kWarps; ++w) read += Base::of_blocks(S::kReads + 4 * (w * C + row), other);
+    for (int i = 0; i < kColumns; ++i) x[i] = piece * kColumns + i <= row ? x[i] + read : 0.0f;
+    const int first = share_sums<X::kLanes>(x, lane);
+    if (keeps_sum<X::kLanes, kColumns>(lane))
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int s = piece * kColumns + i;
-      at<float>(S::kCrossed + 4 * (row * C + s)) = s <= row ? before[i] + (up - all) + read : 0.0f;
-    }
+      for (int i = 0; i < kLeft<X::kLanes, kColumns>; ++i) at<float>(S::kCrossed + 4 * (warp * C + piece * kColumns + first + i)) = x[i];
   }
-
+  // then of all warps, by the first threads, which have the fewest pairs in `read_out`, each a token of this block's
+  __device__ __forceinline__ void put_crossing(int first_token) {
+    constexpr int kOwn = C / kBlocks;
+    const int s = Base::rank() * kOwn + threadIdx.x;
+    if (!b.grad_log_decay || threadIdx.x >= kOwn || first_token + s >= tokens) return;
+    b.grad_log_decay[(batch * p.T + begin + first_token + s) * p.H + h] = Base::sum_warps(S::kCrossed + 4 * s, C);
+  }
   __device__ __forceinline__ void run(int at_place) {
     const int64_t first = b.segments[2 * at_place + 1] * p.every;
     const int chunks = (tokens + C - 1) / C, last = int(first + p.every < chunks ? first + p.every : chunks);
@@ -262,6 +226,7 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
     Base::fetch(int(first));
     cp_async_wait<0>();
     if (warp == 0) Base::weigh(int(first));
+    Base::await();  // the other block has begun, to which this one writes
     __syncthreads();
 #pragma unroll 1
     for (int c = int(first); c < last; ++c) {
@@ -269,19 +234,19 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
       const uint32_t K = S::kK + tile, V = S::kV + tile, Q = S::kQ + tile;
       const uint32_t logs = S::kLogs + buffer, gammas = S::kGamma + buffer;
       to = b.handed + ((int64_t(at_place) * p.every + (c - first)) * p.H + h) * To::kBytes;
-      if (S::kBuffers > 1 && c + 1 < last) Base::fetch(c + 1);
+      const bool more = c + 1 < last;
+      if (more && S::kBuffers > 1) Base::fetch(c + 1);
+      else if (more) Base::fresh(), Base::fetch_gates(c + 1), cp_async_commit();
       Base::predict(K, Q, logs);
       __syncthreads();
-      hand(To::kS1, S::kS1, Hd * kD * 2), hand_pairs(To::kP, S::kP);
-      Base::inner_gradient(K, V, S::kRows + buffer, [&](int channel, const float* x, const float (&gu)[4], float inverse) {
-        if (!Base::writes(row)) return;
+      Base::template hand<Hd * kD * 2>(To::kS1, S::kS1), hand_pairs(To::kP, S::kP);
+      Base::template inner_gradient<false>(K, V, S::kRows + buffer, [&](int channel, const float* x, const float (&gu)[4], float inverse) {
         *reinterpret_cast<float4*>(to + To::kX + 4 * (row * kD + channel)) = make_float4(x[0], x[1], x[2], x[3]);
         *reinterpret_cast<uint2*>(to + To::kGu + channel_place(row, channel)) = packed(gu, inverse);
         if (channel == 0) *reinterpret_cast<float*>(to + To::kInverse + 4 * row) = inverse;
       });
-      __syncthreads();
-      Base::hidden(Q, gammas,
-                   [&](int m, int x, int e, const FastGelu& u, const FastGelu& v) { dzq[m][x][e] = pack<T>(u.slope(), v.slope()); });
+      Base::meet();
+      Base::hidden(Q, gammas, [&](int m, int x, const FastGelus<8>& u) { Base::put_slopes(dzq[m], x, u); });
 #pragma unroll
       for (int m = 0; m < kStrips; ++m)
 #pragma unroll
@@ -290,38 +255,38 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : Chain<C, Hd, T, R
           Base::template put_fragment<kPieces>(S::kU2, m, x, a);
         }
       __syncthreads();
+      if (c > first) put_crossing((c - 1) * C);
       read_out(logs, gammas, c * C);
-      __syncthreads();
+      Base::meet();
       hidden_grad(Q, logs, gammas);
       __syncthreads();
-      query_grad(K, logs, gammas, c * C);
+      if (more && threadIdx.x < 32) cp_async_wait<0>(), Base::weigh(c + 1);  // the first warp has the fewest pairs here
+      query_grad(K, logs, gammas);
+      Base::join();
+      if (more && S::kBuffers == 1) Base::fetch_tokens(c + 1), cp_async_commit();
+      query_rows(logs, c * C);
       Base::release();
-      __syncthreads();
-      if (S::kBuffers == 1 && c + 1 < last) Base::fetch(c + 1);
-      if (b.grad_log_decay && threadIdx.x < C && c * C + int(threadIdx.x) < tokens && Base::writes(threadIdx.x)) {
-        float sum = 0.0f;
-        for (int r = threadIdx.x; r < C; ++r) sum += at<float>(S::kCrossed + 4 * (r * C + threadIdx.x));
-        b.grad_log_decay[(batch * p.T + begin + c * C + threadIdx.x) * p.H + h] = sum;
-      }
       Base::update(gammas);
+      Base::join();
       cp_async_wait<0>();
-      if (c + 1 < last && threadIdx.x < 32) Base::weigh(c + 1);
       __syncthreads();
     }
-    Base::await();
     fresh();
-    float* share = b.norm_shares + (int64_t(at_place) * p.H + h) * 2 * kD;
-    sum_tokens(dw, [&](int channel, float sum) { share[channel] = sum; });
-    __syncthreads();
-    sum_tokens(db, [&](int channel, float sum) { share[kD + channel] = sum; });
+    put_crossing((last - 1) * C);
+    sum_tokens(dw, 0), sum_tokens(db, kD);
+    Base::meet();
+    if (Base::rank() == 0 && threadIdx.x < 2 * kD)
+      b.norm_shares[(int64_t(at_place) * p.H + h) * 2 * kD + threadIdx.x] = Base::sum_warps(S::kExchange + 4 * threadIdx.x, 2 * kD);
+    Base::release(), Base::await();
   }
-  // f(channel, the sum over tokens), by the first threads
-  template <class Function> __device__ __forceinline__ void sum_tokens(const float (&x)[X::kChannels], Function&& f) {
-    each_four([&](int i, int channel) {
-      at<float4>(S::kExchange + 4 * (row * S::kExchangeRow + channel)) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-    });
-    __syncthreads();
-    if (Base::rank() == 0) sum_rows<C, S::kExchangeRow>(S::kExchange, f);
+  // over this warp's rows, to the exchange buffer
+  __device__ __forceinline__ void sum_tokens(float (&x)[X::kChannels], int to) {
+    const int first = share_sums<X::kLanes>(x, lane);
+#pragma unroll
+    for (int i = 0; i < kLeft<X::kLanes, X::kChannels>; ++i) {
+      const int j = first + i, channel = 4 * piece + X::kLanes * (j / 4 * 4) + j % 4;
+      at<float>(S::kExchange + 4 * (warp * 2 * kD + to + channel)) = x[i];
+    }
   }
 };
 

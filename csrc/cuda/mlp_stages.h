@@ -13,17 +13,17 @@
 #pragma once
 
 #include "gelu.h"
-#include "mlp_primal.h"
+#include "mlp_pairs.h"
 
 namespace miras::cuda {
 
-template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks = 1> struct Chain : Primal<C, Hd, T, Layout, kBlocks> {
-  using Base = Primal<C, Hd, T, Layout, kBlocks>;
+template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks = 1> struct Chain : Pairs<C, Hd, T, Layout, kBlocks> {
+  using Base = Pairs<C, Hd, T, Layout, kBlocks>;
   using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens;
-  using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh, Base::weight;
+  using Base::fetch, Base::fresh, Base::load_state, Base::store_state, Base::weigh;
   using Base::floats, Base::load_tokens, Base::packed;
-  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll, Base::kState;
   using Base::kGates, Base::lane, Base::warp, Base::g, Base::t, Base::tile, Base::part, Base::row, Base::s1, Base::w2, Base::u2;
+  using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass, Base::kParked, Base::kUnroll, Base::kState;
   using Base::log_rho, Base::own_w2, Base::put_s1, Base::put_w2, Base::sum_duals, Base::weigh_duals;
   using Base::state_times, Base::scale_tokens, Base::add_rows, Base::each_four, Base::kSplit, Base::m1, Base::m2;
   using typename Base::S;
@@ -42,54 +42,24 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
       for (int m = 0; m < kStrips; ++m)
 #pragma unroll
         for (int x = 0; x < kPass; x += 2) {
+          const FastGelus<8> u(z[m][x], z[m][x + 1]);
+          put_slopes(u2[m], first + x, u);
           uint32_t a[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const FastGelu u(z[m][x + (e >> 1)][2 * (e & 1)]), v(z[m][x + (e >> 1)][2 * (e & 1) + 1]);
-            a[e] = pack<T>(u.value(), v.value());
-            u2[m][first + x + (e >> 1)][e & 1] = pack<T>(u.slope(), v.slope());
-          }
+          for (int e = 0; e < 4; ++e) a[e] = pack<T>(u.value(2 * e), u.value(2 * e + 1));
           store_fragment<kPieces>(S::kA, X::kUnits * warp + 16 * m, first + x, lane, a);
         }
     }
     park(true);
-    weigh_pairs(S::kP, Q, K, logs, log_rho(1));
+    Base::weigh_pairs(S::kP, Q, K, logs, log_rho(1));
   }
 
-  // -rho L o (left right'): the tiles up to the diagonal, shared out over the parts, if rows are split of both blocks
-  __device__ __forceinline__ void weigh_pairs(uint32_t to, uint32_t left, uint32_t right, uint32_t logs, float log_rho = 0.0f) {
-    constexpr int kShares = X::kParts * (kSplit ? kBlocks : 1), kShare = kEights > kShares ? kEights / kShares : 1;
-    const int t0 = 16 * tile + g, s0 = (kSplit ? part * kBlocks + Base::rank() : part) * kShare;
-    if (s0 < kEights && 8 * s0 < 16 * tile + 16) {
-      uint32_t a[4][4];
+  // packed derivatives at two tiles of 8 tokens
+  __device__ __forceinline__ static void put_slopes(uint32_t (&to)[kEights][2], int x, const FastGelus<8>& u) {
+    float y[8];
+    u.slopes(y);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], address(left + by_rows<8>(16 * tile, 16 * k, lane)));
-      float2 upper = at<float2>(logs + 8 * t0), lower = at<float2>(logs + 8 * (t0 + 8));
-      if constexpr (kGates) upper.y += log_rho, lower.y += log_rho;
-#pragma unroll
-      for (int i = 0; i < kShare; ++i) {
-        const int x = s0 + i, s = 8 * x + 2 * t;
-        if (kShare > 2 && 8 * x >= 16 * tile + 16) break;
-        float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          uint32_t b[4];
-          ldmatrix_x4(b, address(right + place<8>(8 * x + (lane & 7), 4 * k + (lane >> 3))));
-          mma_m16n8k16<T>(acc, a[2 * k], b[0], b[1]), mma_m16n8k16<T>(acc, a[2 * k + 1], b[2], b[3]);
-        }
-        const float4 of_s = at<float4>(logs + 8 * s);  // and of s + 1
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int r = t0 + 8 * e;
-          const float2 of_t = e ? lower : upper;
-          float2 weights;
-          if constexpr (S::kMomentum) weights = at<float2>(S::kWeights + 4 * (r * S::kWeightRow + s));
-          else weights = {weight(make_float2(of_s.x, of_s.y), of_t, r, s), weight(make_float2(of_s.z, of_s.w), of_t, r, s + 1)};
-          if constexpr (kSplit && !S::kMomentum) Base::put_both(S::kWeights + 4 * (r * S::kWeightRow + s), weights);
-          Base::put_both(to + place<kPieces>(r, x) + 4 * t, pack<T>(acc[2 * e] * weights.x, acc[2 * e + 1] * weights.y));
-        }
-      }
-    }
+    for (int e = 0; e < 4; ++e) to[x + (e >> 1)][e & 1] = pack<T>(y[2 * e], y[2 * e + 1]);
   }
 
   // Half of the slopes lies in the warp's own rows of Aq while registers are short.
@@ -108,17 +78,13 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
   }
 
   // keep(channel, four of LN(U), four of Gu without its factor, the factor)
-  template <class Keep> __device__ __forceinline__ void inner_gradient(uint32_t K, uint32_t V, uint32_t rows, Keep&& keep) {
+  template <bool kAwaits = true, class Keep>
+  __device__ __forceinline__ void inner_gradient(uint32_t K, uint32_t V, uint32_t rows, Keep&& keep) {
     fresh();
     float u[8][4] = {};
-#pragma unroll kUnroll
-    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
-      uint32_t a[4];
-      ldmatrix_x4_trans(a, address(S::kA + by_columns<kPieces>(k, 16 * tile, lane)));
-      add_rows(u, a, S::kS1, k);
-    }
+    Base::add_units(u, S::kA, S::kS1, [](auto&&...) {});
     float y[X::kChannels], e[X::kChannels];
-    const float inverse = Base::template exchange<true, false>(u, y);
+    const float inverse = Base::template exchange<kAwaits, false>(u, y);
     const float4 of_token = at<float4>(rows + 16 * row);  // eta, -dec, delta, with momentum -Theta_C; eta is 0 beyond the end
     float square = 0.0f;
     each_four([&](int i, int channel) {
@@ -140,14 +106,15 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
 #pragma unroll
       for (int i = 0; i < X::kChannels; ++i) e[i] = bias.value(e[i], of_row);
     });
-    float sum = 0.0f, with = 0.0f;
+    float sums[2] = {};
     each_four([&](int i, int channel) {
       float w[4];
       floats(w, at<float4>(S::kNorm + 4 * channel));
 #pragma unroll
-      for (int j = 0; j < 4; ++j) e[i + j] *= w[j], sum += e[i + j], with += e[i + j] * y[i + j];
+      for (int j = 0; j < 4; ++j) e[i + j] *= w[j], sums[0] += e[i + j], sums[1] += e[i + j] * y[i + j];
     });
-    sum = row_sum<X::kLanes>(sum) * (1.0f / kD), with = row_sum<X::kLanes>(with) * (1.0f / kD);
+    row_sums<X::kLanes>(sums);
+    const float sum = sums[0] * (1.0f / kD), with = sums[1] * (1.0f / kD);
     each_four([&](int i, int channel) {
       float gu[4], u1[4];
 #pragma unroll
@@ -159,7 +126,7 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
     });
   }
 
-  // U2' and Aq'; keep(strip, tile of 8 tokens, half, two gelu(Zq'))
+  // U2' and Aq'; keep(strip, tile of 8 tokens, gelu(Zq') of this and the next tile)
   template <class Keep> __device__ __forceinline__ void hidden(uint32_t Q, uint32_t gammas, Keep&& keep) {
     fresh();
     put_w2();
@@ -197,30 +164,18 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
 #pragma unroll
             for (int e = 0; e < 4; ++e) z[m][x][e] += carried[m][x][e];
       }
-#pragma unroll
-      for (int k = 0; k < kTiles; ++k)
-#pragma unroll
-        for (int x = 0; x < kPass; x += 2) {
-          if (first + x < 2 * k) continue;  // these tokens come before those that write
-          uint32_t b[4];
-          ldmatrix_x4(b, address(S::kP + by_columns<kPieces>(8 * (first + x), 16 * k, lane)));
-#pragma unroll
-          for (int m = 0; m < kStrips; ++m) {
-            const uint32_t a[4] = {u2[m][2 * k][0], u2[m][2 * k][1], u2[m][2 * k + 1][0], u2[m][2 * k + 1][1]};
-            mma_m16n8k16<T>(z[m][x], a, b[0], b[1]), mma_m16n8k16<T>(z[m][x + 1], a, b[2], b[3]);
-          }
-        }
+      Base::add_pairs(z, S::kP, first, [&](uint32_t (&a)[4], int m, int k) {
+        a[0] = u2[m][2 * k][0], a[1] = u2[m][2 * k][1], a[2] = u2[m][2 * k + 1][0], a[3] = u2[m][2 * k + 1][1];
+      });
 #pragma unroll
       for (int m = 0; m < kStrips; ++m)
 #pragma unroll
         for (int x = 0; x < kPass; x += 2) {
+          const FastGelus<8> u(z[m][x], z[m][x + 1]);
+          keep(m, first + x, u);
           uint32_t a[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const FastGelu u(z[m][x + (e >> 1)][2 * (e & 1)]), v(z[m][x + (e >> 1)][2 * (e & 1) + 1]);
-            a[e] = pack<T>(u.value(), v.value());
-            keep(m, first + x + (e >> 1), e & 1, u, v);
-          }
+          for (int e = 0; e < 4; ++e) a[e] = pack<T>(u.value(2 * e), u.value(2 * e + 1));
           store_fragment<kPieces>(S::kAq, X::kUnits * warp + 16 * m, first + x, lane, a);
         }
     }
@@ -270,37 +225,30 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
   __device__ __forceinline__ void read_part(float (&u)[8][4], float (&scores)[kEights][4], uint32_t left, uint32_t state, uint32_t right,
                                             uint32_t rows, uint32_t logs, uint32_t gammas, float log_rho = 0.0f) {
     fresh();
-#pragma unroll kUnroll
-    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
-      uint32_t a[4];
-      ldmatrix_x4_trans(a, address(left + by_columns<kPieces>(k, 16 * tile, lane)));
-      add_rows(u, a, state, k);
+    Base::add_units(u, left, state, [&](const uint32_t (&a)[4], int k) {
+      uint32_t b[kTiles][4];
 #pragma unroll
       for (int s = 0; s < kTiles; ++s)
-        if (s <= tile) {
-          uint32_t b[4];
-          ldmatrix_x4_trans(b, address(right + by_rows<kPieces>(k, 16 * s, lane)));
-          mma_m16n8k16<T>(scores[2 * s], a, b[0], b[1]), mma_m16n8k16<T>(scores[2 * s + 1], a, b[2], b[3]);
-        }
-    }
+        if (s <= tile) ldmatrix_x4_trans(b[s], address(right + by_rows<kPieces>(k, 16 * s, lane)));
+#pragma unroll
+      for (int s = 0; s < kTiles; ++s)
+        if (s <= tile) mma_m16n8k16<T>(scores[2 * s], a, b[s][0], b[s][1]), mma_m16n8k16<T>(scores[2 * s + 1], a, b[s][2], b[s][3]);
+    });
     const int t0 = 16 * tile + g;
     const float upper = at<float>(gammas + 4 * t0), lower = at<float>(gammas + 4 * (t0 + 8));
 #pragma unroll
     for (int x = 0; x < 8; ++x) u[x][0] *= upper, u[x][1] *= upper, u[x][2] *= lower, u[x][3] *= lower;
-    float2 of_t[2] = {at<float2>(logs + 8 * t0), at<float2>(logs + 8 * (t0 + 8))};
-    if constexpr (kGates) of_t[0].y += log_rho, of_t[1].y += log_rho;
 #pragma unroll
     for (int s = 0; s < kTiles; ++s)
       if (s <= tile) {  // each part's share of the scores has its own rounding and product
+        float weights[2][4];
+        Base::template weigh_fragment<S::kKeeps>(weights, logs, 2 * s, log_rho);
         uint32_t a[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int s0 = 16 * s + 8 * (e >> 1) + 2 * t, half = e & 1, r = t0 + 8 * half;
-          const float (&x)[4] = scores[2 * s + (e >> 1)];
-          float2 weights;
-          if constexpr (kSplit) weights = at<float2>(S::kWeights + 4 * (r * S::kWeightRow + s0));
-          else weights = make_float2(weight(logs, of_t[half], r, s0), weight(logs, of_t[half], r, s0 + 1));
-          a[e] = pack<T>(x[2 * half] * weights.x, x[2 * half + 1] * weights.y);
+          const int i = e >> 1, half = 2 * (e & 1);
+          const float (&x)[4] = scores[2 * s + i];
+          a[e] = pack<T>(x[half] * weights[i][half], x[half + 1] * weights[i][half + 1]);
         }
         add_rows(u, a, rows, 16 * s);
       }
@@ -310,12 +258,7 @@ template <int C, int Hd, class T, class Layout = ChainShared<C, Hd>, int kBlocks
   __device__ __forceinline__ void read_carried(float (&u)[8][4]) {
     fresh();
     float carried[8][4] = {};
-#pragma unroll kUnroll
-    for (int k = part * X::kPartUnits; k < (part + 1) * X::kPartUnits; k += 16) {
-      uint32_t a[4];
-      ldmatrix_x4_trans(a, address(S::kAq + by_columns<kPieces>(k, 16 * tile, lane)));
-      add_rows(carried, a, S::kM1, k);
-    }
+    Base::add_units(carried, S::kAq, S::kM1, [](auto&&...) {});
     const float upper = at<float>(S::kCarry + 4 * (16 * tile + g)), lower = at<float>(S::kCarry + 4 * (16 * tile + g + 8));
 #pragma unroll
     for (int x = 0; x < 8; ++x) {

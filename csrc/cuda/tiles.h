@@ -55,4 +55,37 @@ template <int kLanes> __device__ __forceinline__ float row_sum(float x) {
   return x;
 }
 
+// N of them at once, step by step
+template <int kLanes, int N> __device__ __forceinline__ void row_sums(float (&x)[N]) {
+#pragma unroll
+  for (int m = 1; m < kLanes; m *= 2) {
+    float more[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) more[i] = __shfl_xor_sync(0xffffffffu, x[i], m);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += more[i];
+  }
+}
+
+// The sums of each x over the lanes that differ by multiples of kStride. They share the N sums out: a lane is left with kLeft of them, in
+// x[0], x[1], ...; gives the number of the first. Where N is small some have the same ones, and only those with `keeps_sum` store them.
+template <int kStride, int N> constexpr int kLeft = N * kStride > 32 ? N * kStride / 32 : 1;
+template <int kStride, int N> __device__ __forceinline__ bool keeps_sum(int lane) { return N * kStride >= 32 || lane % (32 / N) < kStride; }
+template <int kStride, int N, int m = 16, int n = N> __device__ __forceinline__ int share_sums(float (&x)[N], int lane) {
+  if constexpr (m < kStride) {
+    return 0;
+  } else {
+    constexpr int half = n / 2, left = n > 1 ? half : 1;
+    const bool upper = n > 1 && lane & m;
+    float more[left];
+#pragma unroll
+    for (int i = 0; i < left; ++i) more[i] = upper || n == 1 ? x[i] : x[i + half];
+#pragma unroll
+    for (int i = 0; i < left; ++i) more[i] = __shfl_xor_sync(0xffffffffu, more[i], m);
+#pragma unroll
+    for (int i = 0; i < left; ++i) x[i] = (upper ? x[i + half] : x[i]) + more[i];
+    return (upper ? left : 0) + share_sums<kStride, N, m / 2, left>(x, lane);
+  }
+}
+
 }  // namespace miras::cuda
