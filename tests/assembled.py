@@ -9,6 +9,8 @@ import runpy
 import subprocess
 from pathlib import Path
 
+from ptx import cuda as machine
+
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 NVCC = runpy.run_path(str(SOURCES / "build.py"))["nvcc"]()
 #: by nvcc's version, architecture and kernel: registers, and bytes of spill stores and loads
@@ -16,9 +18,9 @@ TABLE = Path(__file__).with_name("cuda") / "resources.json"
 
 
 def assembled(source: str, architecture: str, folder: Path) -> str:
-    """The assembler's report on a file of csrc/cuda; without a warning."""
-    command = [NVCC, "-std=c++17", "-O3", f"-I{SOURCES.parent}", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
-    done = subprocess.run([*command, str(SOURCES / source), "-o", str(folder / "x.cubin")], capture_output=True, text=True, check=True)
+    """The assembler's report on the PTX of a file of csrc/cuda; without a warning."""
+    command = [NVCC, f"-arch={architecture}", "-Xptxas", "-v", "-cubin", str(machine.text(NVCC, SOURCES / source, architecture))]
+    done = subprocess.run([*command, "-o", str(folder / "x.cubin")], capture_output=True, text=True, check=True)
     assert "warning" not in done.stderr, done.stderr
     return done.stderr
 

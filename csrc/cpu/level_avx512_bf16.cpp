@@ -1,4 +1,4 @@
-// The kernels at level avx512_bf16: those of avx512, except that the chunks of a linear memory with bfloat16 inputs multiply bfloat16
+// The kernels at level avx512_bf16: those of avx512, except that the chunks of both memories with bfloat16 inputs multiply bfloat16
 // numbers (operand.h).
 #include "capability.h"
 #include "profile.h"
@@ -19,6 +19,8 @@
 #define MIRAS_PAIRS
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "mlp_backward.h"
+#include "mlp_forward.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -29,11 +31,9 @@
 namespace miras::cpu {
 namespace {
 
-void linear_forward(const LinearForward& p, int64_t first, int64_t last) {
-  (p.dtype == Dtype::bf16 ? avx512_bf16::linear_forward : avx512_kernels()->linear_forward)(p, first, last);
-}
-void linear_backward(const LinearBackward& p, int64_t first, int64_t last) {
-  (p.dtype == Dtype::bf16 ? avx512_bf16::linear_backward : avx512_kernels()->linear_backward)(p, first, last);
+// pairs with bfloat16 inputs, else the kernel of that member of avx512's table
+template <auto pairs, auto kernel, class Params> void either(const Params& p, int64_t first, int64_t last) {
+  (p.dtype == Dtype::bf16 ? pairs : avx512_kernels()->*kernel)(p, first, last);
 }
 
 }  // namespace
@@ -41,7 +41,11 @@ void linear_backward(const LinearBackward& p, int64_t first, int64_t last) {
 const Kernels* avx512_bf16_kernels() {
   static const Kernels table = [] {
     Kernels kernels = *avx512_kernels();
-    kernels.name = "avx512_bf16", kernels.linear_forward = linear_forward, kernels.linear_backward = linear_backward;
+    kernels.name = "avx512_bf16";
+    kernels.linear_forward = either<avx512_bf16::linear_forward, &Kernels::linear_forward>;
+    kernels.linear_backward = either<avx512_bf16::linear_backward, &Kernels::linear_backward>;
+    kernels.mlp_forward = either<avx512_bf16::mlp_forward, &Kernels::mlp_forward>;
+    kernels.mlp_backward = either<avx512_bf16::mlp_backward, &Kernels::mlp_backward>;
     return kernels;
   }();
   return &table;

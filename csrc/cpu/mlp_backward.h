@@ -40,22 +40,23 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
   const int c = tokens(chunk), first = mine.tokens.first, count = mine.tokens.count();
   const Range rows = mine.tokens;
   const Gates& gates = m.gates;
-  const float* W2 = start.primal[1];
+  const float* W2 = start.primal[1].down;
+  const Operand dZT = this->dZT();
   float* const dX = s.dX + index_t(first) * dp;
 
   MIRAS_STAGE("dQ", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 5 * c * d);
   if (momentum) {
-    predict(rows, hd, s.dZqT, cp, start.momenta[1], dp, m.part, ReadSoon());
+    predict(rows, hd, s.dZqT.down, cp, start.momenta[1].down, dp, m.part, ReadSoon());
     for (int t = rows.first; t < rows.last; ++t) s.dots[t] = 0.0f;
     row_dots(rows, dp, m.Q, m.part, s.dots);
   }
   sweep(rows, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dZqT + i, cp}, W2 + j, dp, 0, hd);
+    x.add(Cols{s.dZqT.down + i, cp}, W2 + j, dp, 0, hd);
     x.scale_rows(gates.gamma + i);
     if (gates.decays) x.dot_rows(m.Q + i * dp + j, dp, s.read_sums + i);
     if (momentum) x.add_scaled_rows(m.part + index_t(i) * dp + j, dp, m.carry[1] + i);
-    x.subtract(Rows{s.M2 + i * cp, cp}, m.K + j, dp, 0, i + R);
+    x.subtract(by_rows(s.M2.along, cp).at(i), m.K.down + j, dp, 0, i + R);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dO + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
   });
@@ -66,7 +67,7 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
 
   MIRAS_STAGE("dK", 4 * c * d * hd + c * (c + 1) * d, 2 * hd * c + 2 * hd * d + c * (c + 1) / 2 + 6 * c * d);
   if (momentum) {
-    predict(rows, hd, m.GzT, cp, s.JS[1], dp, m.part, ReadSoon());
+    predict(rows, hd, m.GzT.down, cp, s.JS[1].down, dp, m.part, ReadSoon());
     for (int t = rows.first; t < rows.last; ++t) {
       const float dot = inner_product(m.K + index_t(t) * dp, m.part + index_t(t) * dp, dp);
       s.dstep[t] += gates.eta[t] * dot;
@@ -75,14 +76,14 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
   }
   sweep(rows, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.subtract(Cols{m.GzT + i, cp}, s.J[1] + j, dp, 0, hd);
+    x.subtract(Cols{m.GzT.down + i, cp}, s.J[1].down + j, dp, 0, hd);
     if (momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.to_end + i);
     if (!momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.eta + i);
     if (momentum) x.subtract_scaled_rows(m.part + index_t(i) * dp + j, dp, m.step_weight + i);
-    x.add(Cols{m.HT + i, cp}, W2 + j, dp, 0, hd);
-    x.subtract(Cols{s.M2 + i, cp}, m.Q + j, dp, i, c);
+    x.add(Cols{dZT.down + i, cp}, W2 + j, dp, 0, hd);
+    x.subtract(Cols{s.M2.down + i, cp}, m.Q.down + j, dp, i, c);
     if (bias.predicts) x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA { y += load(s.dE + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dX + i * dp + j, dp);
   });
@@ -123,30 +124,31 @@ void MlpBackwardTask::state_gradients(const Part& mine, int i, int c, const MlpS
   const Gates& gates = m.gates;
   MIRAS_STAGE("update", (i == 0 ? 6 : 4) * c * d * hd, (i == 0 ? 3 : 2) * hd * c + 3 * c * d + 2 * hd * d);
   const bool identity = m.retention.identity;
-  const float* const readT = i == 0 ? m.AqT : s.dZqT;
+  const Rows read = by_rows(i == 0 ? m.AqT.along : s.dZqT.along, cp), A = by_rows(m.AT.along, cp);
+  const Rows dGa = by_rows(s.dGaT.along, cp), dZ = by_rows(dZT().along, cp);
   if (momentum) {
     sweep(mine.units, dp, [&]<int R, int N>(int row, int j) MIRAS_LAMBDA {
       const index_t at = index_t(row) * dp + j;
       Tile<R, N> x;
-      x.add(Rows{readT + index_t(row) * cp, cp}, (i == 0 ? s.dUq_carry : s.Q_carry) + j, dp, 0, c);
+      x.add(read.at(row), (i == 0 ? s.dUq_carry.down : s.Q_carry.down) + j, dp, 0, c);
       x.add_scaled(s.J[i] + at, dp, gates.momenta_end(c));
       x.add_scaled(s.JS[i] + at, dp, gates.step_momenta_end(c));
       x.store_to(s.JS[i] + at, dp);
     });
   }
   ReadSoon once = mine.once(soon), w_soon = preceding(mine, start.dual[1 - i], state);
-  ReadSoon a_soon = preceding(mine, m.AT, hidden), gz_soon = preceding(mine, m.GzT, hidden);
-  float* const to = identity ? s.J[i] : s.dW[i];
+  ReadSoon a_soon = preceding(mine, m.AT.along, hidden), gz_soon = preceding(mine, m.GzT.along, hidden);
+  float* const to = identity ? s.J[i].x : s.dW[i];
   sweep(mine.units, dp, [&]<int R, int N>(int unit, int j) MIRAS_LAMBDA {
-    const index_t row = index_t(unit) * cp, at = index_t(unit) * dp + j;
+    const index_t at = index_t(unit) * dp + j;
     Tile<R, N> x;
     if (i == 0) {
-      x.add(Rows{readT + row, cp}, s.dUq_gamma + j, dp, 0, c, w_soon);
-      x.add(Rows{s.dGaT + row, cp}, m.Gu + j, dp, 0, c, gz_soon);
-      x.add(Rows{m.AT + row, cp}, s.dU + j, dp, 0, c, a_soon);
+      x.add(read.at(unit), s.dUq_gamma.down + j, dp, 0, c, w_soon);
+      x.add(dGa.at(unit), m.Gu.down + j, dp, 0, c, gz_soon);
+      x.add(A.at(unit), s.dU.down + j, dp, 0, c, a_soon);
     } else {
-      x.add(Rows{readT + row, cp}, s.Q_gamma + j, dp, 0, c, once);
-      x.add(Rows{m.HT + row, cp}, m.K + j, dp, 0, c, w_soon);
+      x.add(read.at(unit), s.Q_gamma.down + j, dp, 0, c, once);
+      x.add(dZ.at(unit), m.K.down + j, dp, 0, c, w_soon);
     }
     if (identity) x.add_scaled(s.J[i] + at, dp, gates.end(c));
     x.store_to(to + at, dp);
@@ -177,15 +179,21 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
     m.errors(mine, p, bias);
     m.transpose_rows(mine.tokens, m.U1, s.U1T);
     m.query_scores(mine, c, start, {s.L, s.Theta, s.scores2}, WriteSoon());
+    for (const Operand& x : {m.K, m.Q, m.Gu}) x.pack_down(mine.tokens, dp);
+    m.P2.pack_down(mine.tokens, cp);
+    m.pack(mine.units, start.primal), m.pack(mine.units, s.J);
+    if (momentum) m.pack(mine.units, start.momenta), m.pack(mine.units, s.JS);
+    for (const Operand& x : {m.AT, m.GzT}) x.pair_along(mine.units, m.columns(c));
   });
   in_parts(p, c, [&](const Part& mine) {
     m.read_hidden(mine, c, start);
     MIRAS_STAGE("gelu", 0, 3 * hd * c);
     m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
       const Gelu gelu(load(m.AqT + at));
-      store(m.AqT + at, gelu.value());
+      store(m.AqT.along + at, gelu.value());
       store(s.dZqT + at, gelu.slope());
     });
+    m.AqT.pair_along(mine.units, m.columns(c));
   });
   in_parts(p, c, [&](const Part& mine) {
     m.restore(mine.tokens, p.product(1, b, h, token(chunk)), m.reads);
@@ -223,14 +231,14 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
 
 void MlpBackwardTask::run() {
   m.begin(p, h);
-  const auto begin_with = [&](const StateTensor(&grads)[2], float* const(&to)[2]) {
+  const auto begin_with = [&](const StateTensor(&grads)[2], const Operand(&to)[2]) {
     if (grads[0]) read_states(grads, n, h, d, hd, to, dp);
     else fill_zero(to[0], state), fill_zero(to[1], state);
   };
   begin_with(p.grad_final_dual, s.J);
   if (momentum) begin_with(p.grad_final_momenta, s.JS);
   const int64_t square = int64_t(p.C) * cp;  // zero right of the diagonal, where nothing is written
-  fill_zero(s.L, square), fill_zero(s.M1, square), fill_zero(s.M2, square), fill_zero(s.pairs, square);
+  fill_zero(s.L, square), s.M1.clear(p.C, cp), s.M2.clear(p.C, cp), fill_zero(s.pairs, square);
   if (momentum) fill_zero(s.Theta, square);
   fill_zero(s.dweight, dp), fill_zero(s.dbias, dp);
   for (int t = 0; t < cp; ++t) s.ones[t] = 1.0f;

@@ -25,33 +25,36 @@ void MlpBackwardTask::reads_of_momenta(int c, int i, const Rho& rho) {
 // Tokens: dUq, M1, the pairs of W1, its reads
 void MlpBackwardTask::read_backward(const Part& mine, int c, const MlpState& start) {
   const Range tokens = mine.tokens;
-  const index_t first = tokens.first;
   const Vec rho = broadcast(start.rho[0].value);
+  const auto weigh = [&](const float* factors, const float* rows, const Operand& to) MIRAS_LAMBDA {
+    weigh_rows(tokens, dp, factors, rows, to);
+    to.pack_down(tokens, dp);
+  };
   MIRAS_STAGE("row pass", 0, 9 * c * d);
   m.norm.pull_back_weighted(tokens, m.Xq, m.rq, s.dO, s.dUq);
   if (m.gates.decays) row_dots(tokens, dp, m.reads, s.dUq, s.read_sums);
   if (momentum) {
     for (int t = tokens.first; t < tokens.last; ++t) s.dots[t] = 0.0f;
     row_dots(tokens, dp, m.part, s.dUq, s.dots);
-    weigh_rows(tokens, dp, m.carry[0], s.dUq, s.dUq_carry);
-    weigh_rows(tokens, dp, m.carry[1], m.Q, s.Q_carry);
+    weigh(m.carry[0], s.dUq, s.dUq_carry), weigh(m.carry[1], m.Q, s.Q_carry);
   }
-  weigh_rows(tokens, dp, m.gates.gamma, s.dUq, s.dUq_gamma);
-  weigh_rows(tokens, dp, m.gates.gamma, m.Q, s.Q_gamma);
+  weigh(m.gates.gamma, s.dUq, s.dUq_gamma), weigh(m.gates.gamma, m.Q, s.Q_gamma);
   m.transpose_rows(tokens, s.dUq, s.dUqT);
+  s.dUq.pack_down(tokens, dp), m.P1.pack_down(tokens, cp);
 
   MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * c * d + 3 * c * (c + 1));
   sweep_lower(tokens, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Rows{s.dUq + i * dp, dp}, s.U1T + j, cp, 0, d);
+    x.add(by_rows(s.dUq.along, dp).at(i), s.U1T + j, cp, 0, d);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
       store(s.pairs + at, momentum ? -rho * load(s.scores1 + at) * y : -load(m.P1 + at) * y);
       y *= rho * load(s.L + at);
     });
-    x.store_to(s.M1 + i * cp + j, cp);
+    x.store_to(s.M1.along + i * cp + j, cp);
   });
-  transpose(s.M1 + first * cp, cp, tokens.count(), c, s.M1T + first, cp);
+  s.M1.pair_along(tokens, cp);
+  transpose_operand(s.M1, tokens, c, cp, s.M1T, cp);
 }
 
 // d rho of W1
@@ -66,40 +69,43 @@ void MlpBackwardTask::rho_gradient(int c, const Rho& rho) {
 
 // Hidden units: dZq
 void MlpBackwardTask::read_backward_hidden(const Part& mine, int c, const MlpState& start) {
-  const float* W1T = start.primal[0];
+  const Rows W1T = by_rows(start.primal[0].along, dp), A = by_rows(m.AT.along, cp);
   MIRAS_STAGE("dZq", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 3 * hd * c);
   if (momentum) m.hidden_product(mine.units, c, start.momenta[0], s.dUqT, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     const index_t at = index_t(i) * cp + j;
     Tile<R, N> x;
-    x.add(Rows{W1T + index_t(i) * dp, dp}, s.dUqT + j, cp, 0, d);
+    x.add(W1T.at(i), s.dUqT + j, cp, 0, d);
     x.scale_cols(m.gates.gamma + j);
     if (momentum) x.add_scaled_cols(m.partT + at, cp, m.carry[0] + j);
-    x.subtract(Rows{m.AT + index_t(i) * cp, cp}, s.M1T + j, cp, 0, minimum(c, j + N * kLanes));
+    x.subtract(A.at(i), s.M1T + j, cp, 0, minimum(c, j + N * kLanes));
     x.multiply(s.dZqT + at, cp);
-    x.store_to(s.dZqT + at, cp);
+    x.store_to(s.dZqT.along + at, cp);
   });
+  s.dZqT.pair_along(mine.units, m.columns(c));
 }
 
 // Hidden units: dGa, and in place of gelu'' o Ga its product with dGz
 void MlpBackwardTask::write_backward_hidden(const Part& mine, int c) {
   MIRAS_STAGE("dGz", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + c * (c + 1) / 2 + 5 * hd * c);
+  const Rows J = by_rows(s.J[1].along, dp), dZq = by_rows(s.dZqT.along, cp);
   if (momentum) m.hidden_product(mine.units, c, s.JS[1], m.KT, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
     x.prefetch(m.HT + index_t(i) * cp + j, cp), x.prefetch(m.slopeT + index_t(i) * cp + j, cp);
-    x.add(Rows{s.J[1] + index_t(i) * dp, dp}, m.KT + j, cp, 0, d);
+    x.add(J.at(i), m.KT + j, cp, 0, d);
     x.scale_cols(m.gates.to_end + j);
     if (momentum) x.add_scaled_cols(m.partT + index_t(i) * cp + j, cp, m.gates.step_end + j);
-    x.add(Rows{s.dZqT + index_t(i) * cp, cp}, m.P2 + j, cp, j, c);
+    x.add(dZq.at(i), m.P2.down + j, cp, j, c);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
       const Vec dGz = -load(m.gates.eta + j + k * kLanes) * y;
       store(m.HT + at, load(m.HT + at) * dGz);
       y = load(m.slopeT + at) * dGz;
     });
-    x.store_to(s.dGaT + index_t(i) * cp + j, cp);
+    x.store_to(s.dGaT.along + index_t(i) * cp + j, cp);
   });
+  s.dGaT.pair_along(mine.units, m.columns(c));
 }
 
 // Tokens: M2, the pairs of W2, dU1
@@ -109,7 +115,7 @@ void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& st
   MIRAS_STAGE("pairs", c * (c + 1) * hd, 2 * hd * c + 3 * c * (c + 1));
   sweep_lower(tokens, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dZqT + i, cp}, m.GzT + j, cp, 0, hd);
+    x.add(Cols{s.dZqT.down + i, cp}, m.GzT.down + j, cp, 0, hd);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t column = j + k * kLanes, at = index_t(i + r) * cp + column;
       const Vec eta = load(m.gates.eta + column), pair = load(m.P2 + at) * y;
@@ -117,23 +123,24 @@ void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& st
       store(s.pairs + at, load(s.pairs + at) - eta * (momentum ? rho * load(s.scores2 + at) * y : pair));
       y *= eta * load(s.L + at) * rho;
     });
-    x.store_to(s.M2 + i * cp + j, cp);
+    x.store_to(s.M2.along + i * cp + j, cp);
   });
+  s.M2.pair_along(tokens, cp);
 
   MIRAS_STAGE("dU", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
   if (momentum) {
-    predict(tokens, hd, m.AT, cp, s.JS[0], dp, m.part, ReadSoon());
+    predict(tokens, hd, m.AT.down, cp, s.JS[0].down, dp, m.part, ReadSoon());
     row_dots(tokens, dp, m.U1, m.part, s.dstep);
     weigh_rows(tokens, dp, m.gates.step_end, m.part, m.part);
   }
   sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{m.AT + i, cp}, s.J[0] + j, dp, 0, hd);
+    x.add(Cols{m.AT.down + i, cp}, s.J[0].down + j, dp, 0, hd);
     if (momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
     x.scale_rows(m.gates.to_end + i);
     if (m.gates.decays && !momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
     if (momentum) x.add_matrix(m.part + index_t(i) * dp + j, dp);
-    x.add(Cols{m.P1 + i, cp}, s.dUq + j, dp, i, c);
+    x.add(Cols{m.P1.down + i, cp}, s.dUq.down + j, dp, i, c);
     x.each([](int, int, Vec& y) MIRAS_LAMBDA { y = -y; });
     x.store_to(s.dU1 + i * dp + j, dp);
   });
@@ -159,7 +166,7 @@ void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
   MIRAS_STAGE("dGu", 2 * tokens.count() * d * hd, hd * tokens.count() + hd * d + 2 * tokens.count() * d);
   sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dGaT + i, cp}, start.primal[0] + j, dp, 0, hd);
+    x.add(Cols{s.dGaT.down + i, cp}, start.primal[0].down + j, dp, 0, hd);
     x.each([&](int r, int k, Vec& y)
                MIRAS_LAMBDA { y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dGu + i * dp + j, dp);
@@ -198,25 +205,28 @@ void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
     norm.centre_again(s.dU + row);
   }
   m.transpose_rows(tokens, s.dU, s.dUT);
+  s.dU.pack_down(tokens, dp);
 }
 
 // Hidden units: dZ in place of gelu'' o Ga o dGz
 void MlpBackwardTask::hidden_backward(const Part& mine, int c, const MlpState& start) {
-  const float* W1T = start.primal[0];
+  const Rows W1T = by_rows(start.primal[0].along, dp), J = by_rows(s.J[0].along, dp), Aq = by_rows(m.AqT.along, cp);
+  const Operand dZT = this->dZT();
   MIRAS_STAGE("dZ", 4 * c * d * hd + c * (c + 1) * hd, 2 * hd * d + 2 * d * c + c * (c + 1) / 2 + 4 * hd * c);
   if (momentum) m.hidden_product(mine.units, c, s.JS[0], s.U1T, m.partT, ReadSoon());
   m.sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.subtract(Rows{s.J[0] + index_t(i) * dp, dp}, s.U1T + j, cp, 0, d);
+    x.subtract(J.at(i), s.U1T + j, cp, 0, d);
     x.scale_cols(m.gates.to_end + j);
     if (momentum) x.subtract_scaled_cols(m.partT + index_t(i) * cp + j, cp, m.gates.step_end + j);
-    x.subtract(Rows{m.AqT + index_t(i) * cp, cp}, s.M1 + j, cp, j, c);
-    x.add(Rows{W1T + index_t(i) * dp, dp}, s.dUT + j, cp, 0, d);
+    x.subtract(Aq.at(i), s.M1.down + j, cp, j, c);
+    x.add(W1T.at(i), s.dUT + j, cp, 0, d);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
-      store(m.HT + at, load(m.HT + at) + load(m.slopeT + at) * y);
+      store(dZT.along + at, load(dZT + at) + load(m.slopeT + at) * y);
     });
   });
+  dZT.pair_along(mine.units, m.columns(c));
 }
 
 // Channels: d weight and d bias
@@ -238,7 +248,7 @@ void MlpBackwardTask::norm_gradients(const Part& mine, int c) {
 void MlpBackwardTask::inner_products(const Part& mine, const MlpState& start) {
   for (int i = mine.units.first; i < mine.units.last; i += kPad) {
     const index_t at = index_t(i) * dp, n = index_t(minimum(kPad, hd - i)) * dp;
-    const auto along = [&](float* const(&grads)[2], float* const(&states)[2]) {
+    const auto along = [&](const auto& grads, const auto& states) {
       return inner_product(grads[0] + at, states[0] + at, n) + inner_product(grads[1] + at, states[1] + at, n);
     };
     s.along[0][i / kPad] = along(s.J, start.dual);

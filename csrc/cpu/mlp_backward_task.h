@@ -11,17 +11,20 @@ namespace miras::cpu::MIRAS_LEVEL {
 struct MlpBackwardScratch {
   MlpChunk chunk;
   MlpStates states;                       // of a segment
-  float *J[2], *JS[2];                    // [Hd x Dp]  JS with momentum
-  float* dW[2];                           // [Hd x Dp]  unless W = A
-  float* dO;                              // [C x Dp]
-  float *dUq, *dUq_gamma, *Q_gamma;       // [C x Dp]  rows times gamma_t in the last two
-  float *dUq_carry, *Q_carry;             // [C x Dp]  with momentum: rows times carry
-  float *dU1, *dGu, *dGw, *dE, *dU, *dX;  // [C x Dp]  dE is dG at first; dX: dQ and dK
-  float *U1T, *dUqT, *dUT;                // [D x Cp]
-  float *dZqT, *dGaT;                     // [Hd x Cp]  gelu'(Zq) at first in dZqT
-  float *L, *M1, *M1T, *M2, *pairs;       // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
-  float* pairs2;                          // [C x Cp]  P2 o (dZq Gz')
-  float *Theta, *scores1, *scores2;       // [C x Cp]  with momentum: Theta, Aq A', Q K'
+  Operand J[2], JS[2];                 // [Hd x Dp]  JS with momentum
+  float* dW[2];                        // [Hd x Dp]  unless W = A
+  float* dO;                           // [C x Dp]
+  Operand dUq, dUq_gamma, Q_gamma;     // [C x Dp]  rows times gamma_t in the last two
+  Operand dUq_carry, Q_carry;          // [C x Dp]  with momentum: rows times carry
+  float *dU1, *dGu, *dGw, *dE, *dX;    // [C x Dp]  dE is dG at first; dX: dQ and dK
+  Operand dU;                          // [C x Dp]
+  float *U1T, *dUqT, *dUT;             // [D x Cp]
+  Operand dZqT, dGaT;                  // [Hd x Cp]  gelu'(Zq) at first in dZqT
+  Operand dZ_copy;                     // [Hd x Cp]  with pairs: copies of dZ, which is in HT's place
+  Operand M1, M2;                      // [C x Cp]
+  float *M1T, *L, *pairs;              // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
+  float* pairs2;                       // [C x Cp]  P2 o (dZq Gz')
+  float *Theta, *scores1, *scores2;    // [C x Cp]  with momentum: Theta, Aq A', Q K'
   float *ones, *deta, *ddelta, *dlog;     // [Cp]
   float *read_sums, *write_sums, *write2_sums;  // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
   float *dcarry, *dstep, *dmomentum;            // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
@@ -30,20 +33,23 @@ struct MlpBackwardScratch {
   float *dweight, *dbias;                       // [Dp]
   float* spare;                                 // [D x Hdp]
 
-  MIRAS_FN MlpBackwardScratch(Arena& a, const MlpBackward& p) : chunk(a, p, p.segment), states(a, p, chunk.retention, p.segment) {
+  MIRAS_FN MlpBackwardScratch(Arena& a, const MlpBackward& p) : chunk(a, p, p.segment), states(a, p, chunk.retention, p.segment, true) {
     const int dp = chunk.dp, cp = chunk.cp, momentum = chunk.gates.momentum;
-    for (float*& x : J) x = a.take(p.Hd, dp);
-    for (float*& x : JS) x = a.take(momentum * p.Hd, dp);
+    constexpr int kCopies = kAlong | kDown, kAll = kFloat | kCopies;
+    for (Operand& x : J) x = Operand(a, p.Hd, dp, kAll);
+    for (Operand& x : JS) x = Operand(a, momentum * p.Hd, dp, kAll);
     for (float*& x : dW) x = a.take(chunk.retention.identity ? 0 : p.Hd, dp);
     dO = a.take(p.C, dp);
-    dUq = a.take(p.C, dp), dUq_gamma = a.take(p.C, dp), Q_gamma = a.take(p.C, dp);
-    dUq_carry = a.take(momentum * p.C, dp), Q_carry = a.take(momentum * p.C, dp);
+    dUq = Operand(a, p.C, dp, kAll);
+    for (Operand* x : {&dUq_gamma, &Q_gamma}) *x = Operand(a, p.C, dp, kFloat | kDown);
+    for (Operand* x : {&dUq_carry, &Q_carry}) *x = Operand(a, momentum * p.C, dp, kFloat | kDown);
     dU1 = a.take(p.C, dp), dGu = a.take(p.C, dp), dGw = a.take(p.C, dp);
-    dE = a.take(p.C, dp), dU = a.take(p.C, dp), dX = a.take(p.C, dp);
+    dE = a.take(p.C, dp), dU = Operand(a, p.C, dp, kAll), dX = a.take(p.C, dp);
     U1T = a.take(p.D, cp), dUqT = a.take(p.D, cp), dUT = a.take(p.D, cp);
-    dZqT = a.take(p.Hd, cp), dGaT = a.take(p.Hd, cp);
-    L = a.take(p.C, cp), M1 = a.take(p.C, cp), M1T = a.take(p.C, cp), M2 = a.take(p.C, cp), pairs = a.take(p.C, cp);
-    pairs2 = a.take(p.C, cp);
+    dZqT = Operand(a, p.Hd, cp, kAll), dGaT = Operand(a, p.Hd, cp, kCopies);
+    dZ_copy = Operand(a, kPairs ? p.Hd : 0, cp, kCopies);
+    L = a.take(p.C, cp), M1 = Operand(a, p.C, cp, kCopies), M1T = a.take(p.C, cp), M2 = Operand(a, p.C, cp, kCopies);
+    pairs = a.take(p.C, cp), pairs2 = a.take(p.C, cp);
     Theta = a.take(momentum * p.C, cp), scores1 = a.take(momentum * p.C, cp), scores2 = a.take(momentum * p.C, cp);
     ones = a.take(1, cp), deta = a.take(1, cp), ddelta = a.take(1, cp), dlog = a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp), write2_sums = a.take(1, cp);
@@ -86,14 +92,16 @@ struct MlpBackwardTask {
   // Chunk i's part of what MlpChunk has for the whole segment.
   void choose(int64_t i) {
     m.X = segment.X + i * rows, m.r = segment.r + i * cp;
-    m.AT = segment.AT + i * hidden, m.GzT = segment.GzT + i * hidden;
+    m.AT = segment.AT.matrix(i, hidden), m.GzT = segment.GzT.matrix(i, hidden);
     m.slopeT = segment.slopeT + i * hidden, m.HT = segment.HT + i * hidden;
   }
 
   // An array that MlpChunk has for the whole segment, as the preceding chunk has it
-  MIRAS_FN ReadSoon preceding(const Part& mine, const float* x, index_t n) const {
-    return m.X == segment.X || mine.index > 0 ? ReadSoon() : ReadSoon(x - n, n);
+  template <class T> MIRAS_FN ReadSoon preceding(const Part& mine, const T* x, index_t n) const {
+    if (m.X == segment.X || mine.index > 0) return ReadSoon();
+    return ReadSoon(reinterpret_cast<const float*>(x - n), n * index_t(sizeof(T)) / 4);
   }
+  MIRAS_FN Operand dZT() const { return s.dZ_copy.of(m.HT); }
 
   void rerun(int64_t first, int64_t last);
   // Stages, by parts of the hidden units or of the tokens
@@ -129,7 +137,10 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
     m.find_primal(p, start);
     m.read(p, b, token(chunk), h, c);
     const MlpState next = s.states.at(chunk + 1 < last ? i + 1 : i);
-    in_parts(p, c, [&](const Part& mine) { m.predict_hidden(mine, c, start, ReadSoon()); });
+    in_parts(p, c, [&](const Part& mine) {
+      for (const Operand& x : start.primal) x.pack_along(mine.units, m.dp);
+      m.predict_hidden(mine, c, start, ReadSoon());
+    });
     in_parts(p, c, [&](const Part& mine) {
       m.restore(mine.tokens, p.product(0, b, h, token(chunk)), m.X);
       m.find_errors(mine, p, bias);

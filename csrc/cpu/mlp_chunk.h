@@ -20,34 +20,41 @@ namespace miras::cpu::MIRAS_LEVEL {
 // The state at a chunk's start, W1 (transposed) and W2 each, [Hd x Dp].
 struct MlpState {
   float* dual[2];
-  float* primal[2];   // W = phi(A); the duals themselves if phi is the identity
-  float* momenta[2];  // S; null without momentum
-  Rho* rho;           // [2]
+  Operand primal[2];   // W = phi(A); the duals themselves if phi is the identity
+  Operand momenta[2];  // S; null without momentum
+  Rho* rho;            // [2]
 
   // Duals, then momenta
-  MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : momenta[i - 2]; }
+  MIRAS_FN float* matrix(int i) const { return i < 2 ? dual[i] : momenta[i - 2].x; }
 };
 
-// Memory for the states of that many chunks.
+// Memory for the states of that many chunks, and for the copies of one (MlpChunk::pack). Only the backward reads W2 down.
 struct MlpStates {
   index_t size;  // of a matrix
   bool momentum;
   float *dual[2], *primal[2], *momenta[2];
+  Operand primal_copy[2], momenta_copy[2];  // with pairs
   Rho* rho;
 
-  MIRAS_FN MlpStates(Arena& a, const MlpParams& p, const Retention& retention, int64_t n)
+  MIRAS_FN MlpStates(Arena& a, const MlpParams& p, const Retention& retention, int64_t n, bool backward)
       : size(index_t(p.Hd) * round_up(p.D, kPad)), momentum(bool(p.momentum)) {
     for (float*& x : dual) x = a.take(n, size);
     for (int i = 0; i < 2; ++i) primal[i] = retention.identity ? dual[i] : a.take(n, size);
     for (float*& x : momenta) x = a.take(momentum ? n : 0, size);
+    const int dp = round_up(p.D, kPad), rows = kPairs && n > 0 ? p.Hd : 0;
+    for (int i = 0; i < 2; ++i) {
+      const int forms = backward || i == 0 ? kAlong | kDown : kAlong;
+      primal_copy[i] = Operand(a, rows, dp, forms), momenta_copy[i] = Operand(a, momentum * rows, dp, forms);
+    }
     rho = reinterpret_cast<Rho*>(a.take(n, 2 * sizeof(Rho) / sizeof(float)));
   }
 
   MIRAS_FN MlpState at(int64_t chunk) const {
     const auto place = [&](float* x) MIRAS_LAMBDA { return x + chunk * size; };
+    const auto momenta_of = [&](int i) MIRAS_LAMBDA { return momenta_copy[i].of(momentum ? place(momenta[i]) : nullptr); };
     return {{place(dual[0]), place(dual[1])},
-            {place(primal[0]), place(primal[1])},
-            {momentum ? place(momenta[0]) : nullptr, momentum ? place(momenta[1]) : nullptr},
+            {primal_copy[0].of(place(primal[0])), primal_copy[1].of(place(primal[1]))},
+            {momenta_of(0), momenta_of(1)},
             rho + 2 * chunk};
   }
 };
@@ -57,47 +64,52 @@ struct MlpChunk {
   Retention retention;
   Gates gates;
   LayerNorm norm;
-  float *K, *Q, *V;            // [C x Dp]
+  Operand K, Q;                // [C x Dp]
+  float* V;                    // [C x Dp]
   float *KT, *QT;              // [D x Cp]
-  float *X, *E, *G, *Gu;       // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi; g_u
+  float *X, *E, *G;            // [C x Dp]  LN(A W1T) without its affine part; M(K), then its error; psi
+  Operand Gu;                  // [C x Dp]  g_u
   float* GuT;                  // [D x Cp]
-  float *U1, *U1_end, *K_end;  // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
-  float *AT, *GzT, *slopeT;    // [Hd x Cp]  Z at first in AT; gelu'(Z)
-  float *HT, *AqT;             // [Hd x Cp]  gelu''(Z) o Ga, null in the forward; gelu(Zq)
-  float *P1, *P2, *P2T;        // [C x Cp]  rho L o (Aq A'), rho L o (Q K'), and its transpose with row s times eta_s
+  Operand U1, U1_end, K_end;   // [C x Dp]  eta Gu; (eta gamma_c / gamma_t) times Gu and K
+  Operand AT, GzT;             // [Hd x Cp]
+  float *slopeT, *HT;          // [Hd x Cp]  gelu'(Z); gelu''(Z) o Ga, null in the forward
+  Operand AqT;                 // [Hd x Cp]  gelu(Zq)
+  Operand P1, P2;              // [C x Cp]  rho L o (Aq A'), rho L o (Q K')
+  float* P2T;                  // [C x Cp]  the transpose of P2 with row s times eta_s
   float *reads, *Xq;           // [C x Dp]  gamma * (Aq W1T); LN(Uq) without its affine part
   float *r, *rq, *weight;      // [Cp]  1 / std of the two; eta gamma_c / gamma_t
   float *last_rows, *delta;    // [2 x Cp] of each part, [Cp]
   // With momentum, M in place of L and to_end in place of gamma_c / gamma_t, and:
   float *step_weight, *carry[2];  // [Cp]  eta step_end; rho b
-  float *U1_step, *K_step;        // [C x Dp]  step_weight times Gu and K
+  Operand U1_step, K_step;        // [C x Dp]  step_weight times Gu and K
   float *partT, *part;            // [Hd x Cp], [C x Dp]  what S, or its gradient, adds to a product with A, or J
 
   // The backward has X, r, AT, GzT, slopeT and HT of `segment` chunks, in the forward 0: those of one, without HT.
   MIRAS_FN MlpChunk(Arena& a, const MlpParams& p, int64_t segment)
       : d(p.D), dp(round_up(p.D, kPad)), hd(p.Hd), cp(round_up(p.C, kPad)), retention(p), gates(a, p), norm(a, p) {
     const int64_t n = segment ? segment : 1;
-    K = a.take(p.C, dp), Q = a.take(p.C, dp), V = a.take(p.C, dp);
+    constexpr int kCopies = kAlong | kDown, kAll = kFloat | kCopies;
+    K = Operand(a, p.C, dp, kAll), Q = Operand(a, p.C, dp, kAll), V = a.take(p.C, dp);
     KT = a.take(d, cp), QT = a.take(d, cp);
-    X = a.take(n * p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = a.take(p.C, dp);
+    X = a.take(n * p.C, dp), E = a.take(p.C, dp), G = a.take(p.C, dp), Gu = Operand(a, p.C, dp, kAll);
     GuT = a.take(d, cp);
-    U1 = a.take(p.C, dp), U1_end = a.take(p.C, dp), K_end = a.take(p.C, dp);
-    AT = a.take(n * hd, cp), GzT = a.take(n * hd, cp), slopeT = a.take(n * hd, cp);
-    HT = segment ? a.take(n * hd, cp) : nullptr, AqT = a.take(hd, cp);
-    P1 = a.take(p.C, cp), P2 = a.take(p.C, cp), P2T = a.take(p.C, cp);
+    U1 = Operand(a, p.C, dp, kAll), U1_end = Operand(a, p.C, dp, kFloat | kDown), K_end = Operand(a, p.C, dp, kFloat | kDown);
+    AT = Operand(a, hd, cp, kCopies, n), GzT = Operand(a, hd, cp, kCopies, n), slopeT = a.take(n * hd, cp);
+    HT = segment ? a.take(n * hd, cp) : nullptr, AqT = Operand(a, hd, cp, kAll);
+    P1 = Operand(a, p.C, cp, kAll), P2 = Operand(a, p.C, cp, kFloat | kDown), P2T = a.take(p.C, cp);
     reads = a.take(p.C, dp), Xq = a.take(p.C, dp);
     r = a.take(n, cp), rq = a.take(1, cp), weight = a.take(1, cp);
     last_rows = a.take(2 * p.parts, cp), delta = a.take(1, cp);
     const int momentum = gates.momentum;
     step_weight = a.take(momentum, cp), carry[0] = a.take(momentum, cp), carry[1] = a.take(momentum, cp);
-    U1_step = a.take(momentum * p.C, dp), K_step = a.take(momentum * p.C, dp);
+    U1_step = Operand(a, momentum * p.C, dp, kFloat | kDown), K_step = Operand(a, momentum * p.C, dp, kFloat | kDown);
     partT = a.take(momentum * hd, cp), part = a.take(momentum * p.C, dp);
   }
 
   // Once per task: the head's parameters, and zeros right of the diagonals, where nothing is written later.
   void begin(const MlpParams& p, int64_t h) {
     norm.read(p, h);
-    fill_zero(P1, int64_t(p.C) * cp), fill_zero(P2, int64_t(p.C) * cp);
+    P1.clear(p.C, cp), P2.clear(p.C, cp);
   }
 
   MIRAS_FN ChunkView view(const MlpParams& p, const TokenTensor& x, int64_t b, int64_t token, int64_t h) const {
@@ -111,15 +123,17 @@ struct MlpChunk {
     if (gates.momentum) {
       for (int t = 0; t < c; ++t) step_weight[t] = gates.eta[t] * gates.step_end[t];
     }
-    view(p, p.k, b, token, h).read(c, K, dp);
+    view(p, p.k, b, token, h).read(c, K.x, dp);
     view(p, p.v, b, token, h).read(c, V, dp);
-    transpose(K, dp, c, d, KT, cp);
+    K.pack_along(c, dp);
+    transpose_operand(K, c, d, dp, KT, cp);
     if (p.delta) read_gate(p.delta, b, token, h, c, delta);
   }
   // Reads what the read-out needs in addition.
   void read_queries(const MlpParams& p, int64_t b, int64_t token, int64_t h, int c) {
-    view(p, p.q, b, token, h).read(c, Q, dp);
-    transpose(Q, dp, c, d, QT, cp);
+    view(p, p.q, b, token, h).read(c, Q.x, dp);
+    Q.pack_along(c, dp);
+    transpose_operand(Q, c, d, dp, QT, cp);
   }
 
   MIRAS_FN BiasRows bias_rows(const MlpParams& p, Range tokens, const float* eta) const {
@@ -153,18 +167,26 @@ struct MlpChunk {
     });
   }
 
+  // Hidden units: two matrices as products read them
+  void pack(Range units, const Operand (&matrices)[2]) const {
+    for (const Operand& x : matrices) x.pack(units, dp);
+  }
+  // Columns of a matrix with a column per token: those of c tokens
+  MIRAS_FN ColumnRange columns(int c) const { return {cp, Range(round_up(c, kPad))}; }
+
   // S X' [Hd x Cp] for a matrix S of a state and rows X, given transposed
-  void hidden_product(Range units, int c, const float* S, const float* XT, float* to, ReadSoon soon) const {
+  void hidden_product(Range units, int c, const Operand& S, const float* XT, float* to, ReadSoon soon) const {
     sweep_hidden(units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       Tile<R, N> z;
-      z.add(Rows{S + index_t(i) * dp, dp}, XT + j, cp, 0, d, soon);
+      z.add(by_rows(S.along, dp).at(i), XT + j, cp, 0, d, soon);
       z.store_to(to + index_t(i) * cp + j, cp);
     });
   }
 
   // Columns of dst = rows of src [C x Dp]
-  MIRAS_FN void transpose_rows(Range tokens, const float* src, float* dst) const {
-    transpose(src + index_t(tokens.first) * dp, dp, tokens.count(), d, dst + tokens.first, cp);
+  MIRAS_FN void transpose_rows(Range tokens, const Operand& src, float* dst) const {
+    src.pack_along(tokens, dp);
+    transpose_operand(src, tokens, d, dp, dst, cp);
   }
 
   // ---- the inner gradients at a state: A, X, E, G, Gu, Gz ----
@@ -172,11 +194,12 @@ struct MlpChunk {
   // Hidden units: A, gelu'(Z), gelu''(Z) in HT
   void predict_hidden(const Part& mine, int c, const MlpState& s, ReadSoon soon) {
     MIRAS_STAGE("hidden units", 2 * c * d * hd, hd * d + d * c + hd * c);
-    hidden_product(mine.units, c, s.primal[1], KT, AT, mine.once(soon));
+    float* const Z = kPairs ? AqT.x : AT.x;  // AqT comes later
+    hidden_product(mine.units, c, s.primal[1], KT, Z, mine.once(soon));
     MIRAS_STAGE("gelu", 0, 3 * hd * c);
     each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
-      const Gelu gelu(load(AT + at));
-      store(AT + at, gelu.value());
+      const Gelu gelu(load(Z + at));
+      store(AT.along + at, gelu.value());
       store(slopeT + at, gelu.slope());
       if (HT) store(HT + at, gelu.curvature());
     });
@@ -191,6 +214,7 @@ struct MlpChunk {
     bias.grade(bias_rows(p, tokens, gates.eta), E + at, G + at);
     norm.pull_back_weighted(tokens, X, r, G, Gu);
     weigh_rows(tokens, dp, gates.eta, Gu, U1);
+    U1.pack_down(tokens, dp);
   }
 
   // Tokens: rows [C x Dp] to and from a chunk's part of MlpParams::products
@@ -206,7 +230,7 @@ struct MlpChunk {
   // Tokens: U = A W1T, in X
   void predict_rows(const Part& mine, const MlpState& s) {
     MIRAS_STAGE("predict", 2 * mine.tokens.count() * d * hd, (hd + d) * mine.tokens.count() + hd * d);
-    predict(mine.tokens, hd, AT, cp, s.primal[0], dp, X, ReadSoon());
+    predict(mine.tokens, hd, AT.down, cp, s.primal[0].down, dp, X, ReadSoon());
   }
 
   // Tokens: X from U, errors, and what is written to the states
@@ -216,37 +240,38 @@ struct MlpChunk {
     norm.normalise(tokens, X, r);
     errors(mine, p, bias);
     transpose_rows(tokens, Gu, GuT);
-    weigh_rows(tokens, dp, weight, Gu, U1_end);
-    weigh_rows(tokens, dp, weight, K, K_end);
-    if (!gates.momentum) return;
-    weigh_rows(tokens, dp, step_weight, Gu, U1_step);
-    weigh_rows(tokens, dp, step_weight, K, K_step);
+    const auto weigh = [&](const float* factors, const float* rows, const Operand& to) MIRAS_LAMBDA {
+      weigh_rows(tokens, dp, factors, rows, to);
+      to.pack_down(tokens, dp);
+    };
+    weigh(weight, Gu, U1_end), weigh(weight, K, K_end);
+    if (gates.momentum) weigh(step_weight, Gu, U1_step), weigh(step_weight, K, K_step);
   }
 
   // Hidden units: Gz, HT
   void hidden_gradient(const Part& mine, int c, const MlpState& s, ReadSoon soon) {
-    const float* W1T = s.primal[0];
+    const Rows W1T = by_rows(s.primal[0].along, dp);
     MIRAS_STAGE("hidden gradient", 2 * c * d * hd, hd * d + d * c + 2 * hd * c);
     ReadSoon once = mine.once(soon);
     sweep_hidden(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> x;
-      x.add(Rows{W1T + index_t(i) * dp, dp}, GuT + j, cp, 0, d, once);
+      x.add(W1T.at(i), GuT + j, cp, 0, d, once);
       if (HT) x.multiply_into(HT + at, cp);
       x.multiply(slopeT + at, cp);
-      x.store_to(GzT + at, cp);
+      x.store_to(GzT.along + at, cp);
     });
   }
 
   // Hidden units: dual and momentum i after the chunk; next may be the same as s.
   void advance_matrix(int i, const Part& mine, int c, const MlpState& s, const MlpState& next, ReadSoon soon) const {
     MIRAS_STAGE("update", 2 * c * d * hd, hd * c + c * d + 2 * hd * d);
-    const Rows left{i == 0 ? AT : GzT, cp};
+    const Rows left = by_rows(i == 0 ? AT.along : GzT.along, cp);
     const Scaled momenta{s.momenta[i], gates.momenta_end(c)};
-    advance(c, mine.units, left, i == 0 ? U1_end : K_end, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
+    advance(c, mine.units, left, i == 0 ? U1_end.down : K_end.down, dp, {s.dual[i], gates.end(c)}, next.dual[i], mine.once(soon), momenta);
     if (!gates.momentum) return;
     const Scaled steps{s.momenta[i], gates.step_momenta_end(c)};
-    advance(c, mine.units, left, i == 0 ? U1_step : K_step, dp, steps, next.momenta[i], ReadSoon());
+    advance(c, mine.units, left, i == 0 ? U1_step.down : K_step.down, dp, steps, next.momenta[i], ReadSoon());
   }
 
   // ---- the read-out ----
@@ -276,27 +301,27 @@ struct MlpChunk {
     const Range tokens = mine.tokens;
     MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * d * c + 5 * c * (c + 1) / 2);
     scores(mine, d, QT, KT, s.rho[1], P2, kept, soon);
-    transpose(P2 + index_t(tokens.first) * cp, cp, tokens.count(), c, P2T + tokens.first, cp);
-    for (int t = 0; t < c; ++t) {
-      float* const row = P2T + index_t(t) * cp;
-      for (int j = tokens.first; j < tokens.last; j += kLanes) store(row + j, broadcast(gates.eta[t]) * load(row + j));
+    for (int t = tokens.first; t < tokens.last; ++t) {
+      const index_t row = index_t(t) * cp;  // P1 comes later
+      for (int j = 0; j <= t; j += kLanes) store(P1.along + row + j, load(gates.eta + j) * load(P2 + row + j));
     }
+    transpose_operand(P1, tokens, c, cp, P2T, cp);
     for (int i = 0; i < 2 && gates.momentum; ++i)
       for (int t = tokens.first; t < tokens.last; t += kLanes) store(carry[i] + t, s.rho[i].value * load(gates.b + t));
   }
 
   // Hidden units: Zq' = gamma * (W2 Q') - Gz' (P2 eta)'  over AqT, with momentum + carry * (S2 Q')
   void read_hidden(const Part& mine, int c, const MlpState& s) {
-    const float* W2 = s.primal[1];
+    const Rows W2 = by_rows(s.primal[1].along, dp), Gz = by_rows(GzT.along, cp);
     MIRAS_STAGE("hidden read-out", 2 * c * d * hd + c * (c + 1) * hd, hd * d + d * c + 2 * hd * c + c * (c + 1) / 2);
     if (gates.momentum) hidden_product(mine.units, c, s.momenta[1], QT, partT, ReadSoon());
     sweep_hidden<2>(mine.units, c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * cp + j;
       Tile<R, N> z;
-      z.add(Rows{W2 + index_t(i) * dp, dp}, QT + j, cp, 0, d);
+      z.add(W2.at(i), QT + j, cp, 0, d);
       z.scale_cols(gates.gamma + j);
       if (gates.momentum) z.add_scaled_cols(partT + at, cp, carry[1] + j);
-      z.subtract(Rows{GzT + index_t(i) * cp, cp}, P2T + j, cp, 0, minimum(c, j + N * kLanes));
+      z.subtract(Gz.at(i), P2T + j, cp, 0, minimum(c, j + N * kLanes));
       z.store_to(AqT + at, cp);
     });
   }
@@ -304,25 +329,26 @@ struct MlpChunk {
   // Tokens: Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * part, part = Aq S1'; and in its place X = LN(Uq). The first term is
   // `reads`, given or computed
   template <bool kGiven> void read_out(const Part& mine, const MlpState& s, const Kept& kept, WriteSoon soon) {
-    const float* W1T = s.primal[0];
+    const float* W1T = s.primal[0].down;
     const Range tokens = mine.tokens;
     MIRAS_STAGE("pairs", tokens.count() * (tokens.count() + 1) * hd, tokens.count() * (2 * hd + (tokens.count() + 1) / 2));
-    scores(mine, hd, AqT, AT, s.rho[0], P1, kept, soon);
+    scores(mine, hd, AqT.down, AT.down, s.rho[0], P1, kept, soon);
+    P1.pack_along(tokens, cp);
     [[maybe_unused]] const int inner = kGiven ? 0 : hd;
     MIRAS_STAGE("read-out", tokens.count() * (2 * inner + tokens.count() + 1) * d, tokens.count() * (inner + 4 * d) + inner * d);
-    if (gates.momentum) predict(tokens, hd, AqT, cp, s.momenta[0], dp, part, ReadSoon());
+    if (gates.momentum) predict(tokens, hd, AqT.down, cp, s.momenta[0].down, dp, part, ReadSoon());
     sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * dp + j;
       Tile<R, N> u;
       if constexpr (kGiven) {
         u.add_matrix(reads + at, dp);
       } else {
-        u.add(Cols{AqT + i, cp}, W1T + j, dp, 0, hd);
+        u.add(Cols{AqT.down + i, cp}, W1T + j, dp, 0, hd);
         u.scale_rows(gates.gamma + i);
         u.store_to(reads + at, dp);
       }
       if (gates.momentum) u.add_scaled_rows(part + at, dp, carry[0] + i);
-      u.subtract(Rows{P1 + i * cp, cp}, U1 + j, dp, 0, i + R);
+      u.subtract(by_rows(P1.along, cp).at(i), U1.down + j, dp, 0, i + R);
       u.store_to(Xq + at, dp);
     });
     norm.normalise(tokens, Xq, rq);
@@ -335,12 +361,14 @@ static StateTensor transposed(StateTensor x) {
   x.row = x.col, x.col = row;
   return x;
 }
-static void read_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, float* const (&to)[2], index_t dp) {
+template <class Matrix>
+static void read_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, const Matrix (&to)[2], index_t dp) {
   read_state(x[0], n, h, 0, d, hd, to[0], dp);
   read_state(transposed(x[1]), n, h, 0, d, hd, to[1], dp);
 }
 // to contiguous rows; `spare` [D x round_up(Hd)] is overwritten
-static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, float* const (&from)[2], index_t dp,
+template <class Matrix>
+static void write_states(const StateTensor (&x)[2], int64_t n, int64_t h, int d, int hd, const Matrix (&from)[2], index_t dp,
                          float* spare) {
   write_state(x[0], n, h, 0, d, hd, from[0], dp, spare);
   copy_out(from[1], dp, hd, d, x[1].data + n * x[1].seq + h * x[1].head, x[1].row);

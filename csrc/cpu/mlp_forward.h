@@ -28,7 +28,8 @@ struct MlpForwardScratch {
   float* spare;            // [D x Hdp]
 
   MIRAS_FN MlpForwardScratch(Arena& a, const MlpForward& p)
-      : chunk(a, p, 0), state(a, p, chunk.retention, 1), start(a, p, chunk.retention, p.position ? 1 : 0) {
+      : chunk(a, p, 0), state(a, p, chunk.retention, 1, false),
+        start(a, p, chunk.retention, p.position ? 1 : 0, false) {
     O = a.take(p.C, chunk.dp);
     spare = a.take(p.D, round_up(p.Hd, kPad));
   }
@@ -88,7 +89,11 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     const int next = int(length - t - c < p.C ? length - t - c : p.C);
     const MlpState& written = opened ? start : state;
     in_parts(p, c, [&](const Part& mine) {
+      m.pack(mine.units, state.primal);
+      if (opened) m.pack(mine.units, written.primal);
+      if (p.momentum) m.pack(mine.units, state.momenta);
       m.predict_hidden(mine, c, written, ReadSoon());
+      m.AT.pair_along(mine.units, m.columns(c));
       m.query_scores(mine, c, state, {}, WriteSoon());
     });
     in_parts(p, c, [&](const Part& mine) {
@@ -100,7 +105,8 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
       m.hidden_gradient(mine, c, written, ReadSoon());
       m.read_hidden(mine, c, state);
       MIRAS_STAGE("gelu", 0, 2 * hd * c);
-      m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT + at, Gelu(load(m.AqT + at)).value()); });
+      m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT.along + at, Gelu(load(m.AqT + at)).value()); });
+      m.AqT.pair_along(mine.units, m.columns(c));
       m.advance_matrix(1, mine, c, state, state, ReadSoon(m.view(p, p.k, b, token + c, h), next));
     });
     in_parts(p, c, [&](const Part& mine) {

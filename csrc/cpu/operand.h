@@ -25,15 +25,20 @@ struct ColumnRange {
   MIRAS_FN ColumnRange(int ld, Range range) : ld(ld), range(range) {}
 };
 
-// Pairs of rows of a matrix, float32 or rounded, to `down`. Rows have at most as many numbers as a head.
-template <class T> static void pair_rows(const T* x, Range rows, ColumnRange cols, float* down) {
+// Pairs of rows of a matrix, float32 or rounded, to `down`, and if wanted the rows to `along`, an even number. Rows have at most as many
+// numbers as a head.
+template <class T> static void pair_rows(const T* x, Range rows, ColumnRange cols, float* down, Element* along = nullptr) {
   if constexpr (kPairs) {
     alignas(64) static constexpr T none[kMaxHead] = {};
     for (int i = rows.first; i < rows.last; i += 2) {
       const T* first = x + i * cols.ld;
       const T* second = i + 1 < rows.last ? first + cols.ld : none;
       float* to = down + i / 2 * cols.ld;
-      for (int j = cols.range.first; j < cols.range.last; j += kLanes) store(to + j, pair(first + j, second + j));
+      for (int j = cols.range.first; j < cols.range.last; j += kLanes) {
+        const auto both = side_by_side(first + j, second + j);
+        store(to + j, pairs(both));
+        if (along) store_sides(along + i * cols.ld + j, along + (i + 1) * cols.ld + j, both);
+      }
     }
   }
 }
@@ -46,25 +51,37 @@ MIRAS_INLINE const float* packed_down(const float* x, Range rows, ColumnRange co
 // A matrix and its copies. Without pairs the three are one; with them an operand has those that it was made with.
 enum Forms { kFloat = 1, kAlong = 2, kDown = 4 };
 struct Operand {
+#ifdef MIRAS_PAIRS
   float* x;
   Element* along;
   float* down;
+#else
+  union {
+    float *x, *along, *down;
+  };
+#endif
 
   Operand() = default;
-  MIRAS_FN Operand(Arena& a, int64_t rows, int64_t ld, int forms) {
+  // Of a matrix, or of several, which share `down`
+  MIRAS_FN Operand(Arena& a, int64_t rows, int64_t ld, int forms, int64_t matrices = 1) {
     if constexpr (kPairs) {
-      x = forms & kFloat ? a.take(rows, ld) : nullptr;
-      along = forms & kAlong ? elements(a.take(half(rows), ld)) : nullptr;
+      x = forms & kFloat ? a.take(matrices * rows, ld) : nullptr;
+      along = forms & kAlong ? elements(a.take(half(matrices * rows), ld)) : nullptr;
       down = forms & kDown ? a.take(half(rows), ld) : nullptr;
     } else {
-      x = down = a.take(rows, ld), along = elements(x);
+      x = a.take(matrices * rows, ld);
     }
   }
   // The same copies of another matrix
   MIRAS_FN Operand of(float* matrix) const {
     Operand other = *this;
     other.x = matrix;
-    if constexpr (!kPairs) other.along = elements(matrix), other.down = matrix;
+    return other;
+  }
+  // Matrix i of several, of n numbers each
+  MIRAS_FN Operand matrix(index_t i, index_t n) const {
+    Operand other = of(x ? x + i * n : nullptr);
+    if constexpr (kPairs) other.along += i * n;
     return other;
   }
   MIRAS_FN operator float*() const { return x; }  // for everything but products
@@ -81,6 +98,10 @@ struct Operand {
     }
   }
   MIRAS_FN void pack_down(Range rows, ColumnRange cols) const { pair_rows(x, rows, cols, down); }
+  MIRAS_FN void pack(Range rows, ColumnRange cols) const {
+    if (down) pair_rows(x, rows, cols, down, along);
+    else pack_along(rows, cols);
+  }
   // `down` from `along`
   MIRAS_FN void pair_along(Range rows, ColumnRange cols) const { pair_rows(along, rows, cols, down); }
 };

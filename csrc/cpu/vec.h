@@ -178,13 +178,23 @@ MIRAS_INLINE float largest(Vec x) {
 #ifdef MIRAS_PAIRS
 MIRAS_INLINE Vec broadcast_element(float x) { return (Vec)_mm512_set1_ps(x); }
 MIRAS_INLINE Vec multiply_add(Vec c, Vec x, Vec y) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)x, (__m512bh)y); }
-// In every lane the pair of the two matrices' numbers, rounded to nearest even
-MIRAS_INLINE Vec pair(const float* first, const float* second) {
-  const UVec both = (UVec)_mm512_cvtne2ps_pbh((__m512)load(second), (__m512)load(first));
-  const IVec order = iota() | (iota() + kLanes) << 16;
-  return (Vec)_mm512_permutexvar_epi16((__m512i)order, (__m512i)both);
+// The numbers of `first`, then those of `second`, rounded to nearest even
+MIRAS_INLINE __m512i side_by_side(const float* first, const float* second) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(second), (__m512)load(first));
 }
-MIRAS_INLINE Vec pair(const uint16_t* first, const uint16_t* second) { return (Vec)((UVec)load(second) | (UVec)load(first) >> 16); }
+MIRAS_INLINE __m512i side_by_side(const uint16_t* first, const uint16_t* second) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+  return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)), 1);
+}
+MIRAS_INLINE void store_sides(uint16_t* first, uint16_t* second, __m512i both) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_maskz_extracti64x4_epi64(0xff, both, 0));  // without masks gcc warns
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
+}
+// In every lane the pair of their numbers
+MIRAS_INLINE Vec pairs(__m512i both) {
+  const IVec order = iota() | (iota() + kLanes) << 16;
+  return (Vec)_mm512_permutexvar_epi16((__m512i)order, both);
+}
 #else
 MIRAS_INLINE Vec broadcast_element(float x) { return broadcast(x); }
 MIRAS_INLINE Vec multiply_add(Vec c, Vec x, Vec y) { return c + x * y; }

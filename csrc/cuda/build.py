@@ -18,13 +18,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("*.cu"))
 HEADERS = [*HERE.glob("*.h"), *HERE.parent.glob("*.h")]
-#: PTX and the chips that it becomes machine code for; other chips of the same generations run it too, and later ones compile the last PTX,
-#: which the library keeps. Chips that use the same instructions of a source share its PTX: it takes as long as machine code.
-ALIKE = {"compute_80": ["sm_80", "sm_90", "sm_100"]}
-CLUSTERS = {"compute_80": ["sm_80"], "compute_90": ["sm_90", "sm_100"]}
-WARPGROUPS = {"compute_80": ["sm_80"], "compute_90a": ["sm_90a"], "compute_90": ["sm_100"]}
-TARGETS = dict.fromkeys(("mlp_chain.cu", "mlp_replay.cu", "mlp_reverse.cu"), CLUSTERS) | {"linear_reverse.cu": WARPGROUPS}
-COMPILE = ["-std=c++17", "-O3", f"-I{HERE.parent}", "-Xcompiler", "-fPIC"]
+#: PTX and the chips that it becomes machine code for. Other chips of the same generations run that too; later ones compile the last PTX,
+#: which the library keeps, when they first use it. Chips that use the same instructions of a source share its PTX: it takes as long as
+#: machine code, or longer.
+ALIKE = {"compute_80": ["sm_80", "sm_90"]}
+CLUSTERS = {"compute_80": ["sm_80"], "compute_90": ["sm_90"]}
+WARPGROUPS = {"compute_90a": ["sm_90a"], "compute_80": ["sm_80"]}
+TARGETS = dict.fromkeys(("mlp_chain.cu", "mlp_replay.cu", "mlp_reverse.cu"), CLUSTERS) | {
+    "linear_reverse.cu": WARPGROUPS,
+    "linear_reverse_largest.cu": {"compute_80": ["sm_80"], "compute_90a": ["sm_90a"], "compute_90": []},
+}
+COMPILE = ["-std=c++17", "-O3", f"-I{HERE.parent}", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all"]
 
 
 def nvcc() -> str | None:
@@ -36,18 +40,11 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def known(compiler: str) -> list[str]:
-    """What this nvcc can compile for: versions before 12.8 lack sm_100."""
-    return subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-
-
-def targets(source: Path, chips: list[str]) -> list[str]:
-    """The options that say for what a source is compiled: for those of ``chips`` that it is meant for, and PTX."""
-    found = []
-    for virtual, names in (wanted := TARGETS.get(source.name, ALIKE)).items():
-        code = [x for x in names if x in chips] + [virtual] * (virtual == [*wanted][-1])
-        found += [f"-gencode=arch={virtual},code=[{','.join(code)}]"] if code else []
-    return found
+def targets(source: Path) -> list[str]:
+    """The options that say for what a source is compiled."""
+    chips = TARGETS.get(source.name, ALIKE)
+    kept = [*chips][-1]
+    return [f"-gencode=arch={x},code=[{','.join([*names, x] if x == kept else names)}]" for x, names in chips.items()]
 
 
 def run(command: list[str]) -> None:
@@ -68,12 +65,10 @@ def build(library: Path) -> None:
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("there is no nvcc, neither in CUDA_HOME nor on the PATH")
-    chips = known(compiler)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(folder, f"{x.stem}.o")) for x in SOURCES]
         commands = [
-            [compiler, *COMPILE, *targets(x, chips), "--threads", "0", "-c", str(x), "-o", to]
-            for x, to in zip(SOURCES, objects, strict=True)
+            [compiler, *COMPILE, *targets(x), "--threads", "0", "-c", str(x), "-o", to] for x, to in zip(SOURCES, objects, strict=True)
         ]
         list(pool.map(run, commands))
         run([compiler, "-shared", *objects, "-o", str(library)])

@@ -43,6 +43,9 @@ __device__ __forceinline__ void store_cluster(uint32_t address, uint2 x) {
 __device__ __forceinline__ void store_cluster(uint32_t address, uint4 x) {
   asm volatile("st.shared::cluster.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+__device__ __forceinline__ void store_cluster(uint32_t address, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
 __device__ __forceinline__ void store_cluster(uint32_t address, float4 x) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }

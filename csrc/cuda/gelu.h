@@ -17,10 +17,6 @@ struct FastGelu {
   __device__ __forceinline__ float value() const { return x * s; }
   __device__ __forceinline__ float steepness() const { return kLinear * kLn2 + 3.0f * kCubic * kLn2 * square; }  // of ln(2) y
   __device__ __forceinline__ float slope() const { return s + x * s * (1.0f - s) * steepness(); }
-  __device__ __forceinline__ float curve() const {  // the second derivative
-    const float y1 = steepness();
-    return s * (1.0f - s) * (2.0f * y1 + x * (6.0f * kCubic * kLn2 * x + (1.0f - 2.0f * s) * y1 * y1));
-  }
 };
 
 // N of them, step by step: the instructions of each one depend on each other
@@ -54,6 +50,27 @@ template <int N> struct FastGelus {
     for (int i = 0; i < N; ++i) y[i] *= rest[i];
 #pragma unroll
     for (int i = 0; i < N; ++i) y[i] = s[i] + y[i] * steepness[i];
+  }
+  // first and second derivatives
+  __device__ __forceinline__ void derivatives(float (&slope)[N], float (&curve)[N]) const {
+    constexpr float kA = FastGelu::kLinear * FastGelu::kLn2, kB = 3.0f * FastGelu::kCubic * FastGelu::kLn2;
+    float rest[N], steepness[N], scaled[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) rest[i] = 1.0f - s[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) steepness[i] = kA + kB * square[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) scaled[i] = x[i] * steepness[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) curve[i] = 2.0f * kA + 4.0f * kB * square[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) steepness[i] *= scaled[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) curve[i] += (rest[i] - s[i]) * steepness[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) rest[i] *= s[i];
+#pragma unroll
+    for (int i = 0; i < N; ++i) slope[i] = s[i] + rest[i] * scaled[i], curve[i] *= rest[i];
   }
 };
 

@@ -37,7 +37,12 @@ int miras_linear_reverse(const MirasLinearReverse* chain, cudaStream_t stream) {
   if (chain->token_type != MIRAS_BF16 || chain->K != chain->V) return cudaErrorInvalidValue;
   return with_shape(chain->K, chain->C, cudaErrorInvalidValue, [&](auto shape) {
     using S = decltype(shape);
-    return launch_chain(linear_reverse<S>, int64_t(chain->N) * chain->H, S::kThreads, S::kBytes, stream, *chain);
+    if constexpr (S::kDim == 128 && S::kChunk == 64) {
+      return launch_linear_reverse_largest(*chain, stream);
+    } else {
+      static_assert(S::kBytes <= 163 * 1024, "what a block may have on sm_80");
+      return launch_reverse<S>(*chain, stream);
+    }
   });
 }
 

@@ -37,3 +37,10 @@ int miras_linear_reverse(const MirasLinearReverse* chain, cudaStream_t stream);
 // bytes of shared memory of a block, 0 for sizes that are not served
 int miras_linear_reverse_shared(int D, int C);
 }
+
+namespace miras::cuda {
+
+// D = 128, C = 64, in a file of its own: the others' PTX for sm_80, which has not enough shared memory for it, is that for later chips too.
+int launch_linear_reverse_largest(const MirasLinearReverse& p, cudaStream_t stream);
+
+}  // namespace miras::cuda

@@ -245,6 +245,9 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads, 256 / S::kThreads) linear_reverse(const __grid_constant__ MirasLinearReverse p) {
   if constexpr (S::kBytes <= kMaxShared) Reverse<S>(p, blockIdx.x).run();
 }
+template <class S> int launch_reverse(const MirasLinearReverse& p, cudaStream_t stream) {
+  return launch_chain(linear_reverse<S>, int64_t(p.N) * p.H, S::kThreads, S::kBytes, stream, p);
+}
 
 }  // namespace
 }  // namespace miras::cuda

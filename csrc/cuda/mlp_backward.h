@@ -43,8 +43,9 @@ template <int C, int Hd> struct Handed {
   static constexpr uint32_t kX = kDZq + Hd * C * 2;                        // [C, D] float32: LN(U)
   static constexpr uint32_t kR1 = kX + C * kD * 4;                         // [C, D] float32: -(L o Aq A')' dUq
   static constexpr uint32_t kInverse = kR1 + C * kD * 4;                   // [C] float32: 1 / deviation of U
-  static constexpr uint32_t kBytes = kInverse + C * 4;
-  static_assert(kBytes % 16 == 0);
+  static constexpr uint32_t kGates = kInverse + C * 4;                     // [C] float4 as in `Shared`; [C] float32: gamma
+  static constexpr uint32_t kBytes = kGates + C * 20;
+  static_assert(kGates % 16 == 0 && kBytes % 16 == 0);
 };
 
 constexpr uint32_t whole_lines(uint32_t bytes) { return (bytes + 127) / 128 * 128; }
@@ -66,27 +67,31 @@ template <int C, int Hd> struct ReplayShared : Shared<C, Hd, C, C == 64 ? 1 : 2>
 };
 
 template <int C, int Hd> struct ReverseShared {
-  static constexpr bool kGates = false, kSplit = false, kMomentum = false;
-  static constexpr int kBuffers = 1, kGateBuffers = 1, kMostTiles = 8, kExchangeRow = kD + 8;
+  static constexpr bool kGates = false, kSplit = true, kMomentum = false;
+  static constexpr int kMostTiles = 8, kExchangeRow = kD + 8;
+  static constexpr int kWarps = Shape<C, Hd>::kWarps, kMostBlocks = C == 64 ? 2 : 1;
   static constexpr uint32_t kTile = C * kD * 2, kState = Hd * kD * 2, kHidden = Hd * C * 2, kSquare = C * C * 2;
-  static constexpr uint32_t kK = 0, kV = kK + kTile, kQ = kV + kTile;  // in V's place dU
-  static constexpr uint32_t kGu = kQ + kTile, kDUq = kGu + kTile;      // in Gu's place gamma Q
-  static constexpr uint32_t kS1 = kDUq + kTile, kW2 = kS1 + kState;
-  static constexpr uint32_t kJ = kW2 + kState;                    // J1, then J2, in 16 bits
-  static constexpr uint32_t kA = kJ + kState, kB = kA + kHidden;  // [Hd, C]: A', then (-dec U2)'; dGa', then dZ'
+  static constexpr uint32_t kK = 0;                                 // two tiles, which take turns: K, and gamma dUq
+  static constexpr uint32_t kV = kK + 2 * kTile, kQ = kV + kTile;   // in V's place dU, then gamma Q
+  static constexpr uint32_t kGu = kQ + kTile, kS1 = kGu + kTile, kW2 = kS1 + kState;
+  static constexpr uint32_t kJ = kW2 + kState;                      // J1, then J2, in 16 bits
+  static constexpr uint32_t kA = kJ + kState, kB = kA + kHidden;    // [Hd, C]: A'; dGa', then dZ'
   static constexpr uint32_t kP = kB + kHidden, kN1 = kP + kSquare, kN2 = kN1 + kSquare;
   static constexpr uint32_t kExchange = kN2 + kSquare;
-  static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // as in `Shared`
-  static constexpr uint32_t kLogs = kRows + C * 16, kGamma = kLogs + C * 8;
-  static constexpr uint32_t kGateBuffer = C * 28;
-  static constexpr uint32_t kRaw = kRows + kGateBuffer, kNorm = kRaw + 3 * C * 4;
-  static constexpr uint32_t kLr = kNorm + 2 * kD * 4, kEnds = kLr + Shape<C, Hd>::kWarps * C * 4;  // [warps, C] float32
-  static constexpr uint32_t kToEnd = kEnds + Shape<C, Hd>::kWarps * C * 4;                         // [C]
-  static constexpr uint32_t kInner = kToEnd + C * 4;                                               // [warps]
+  static constexpr uint32_t kRows = kExchange + kWarps * 16 * kExchangeRow * 4, kGamma = kRows + C * 16;  // twice, as handed over
+  static constexpr uint32_t kGateBuffer = C * 20, kNorm = kRows + 2 * kGateBuffer;
+  static constexpr uint32_t kLr = kNorm + 2 * kD * 4;                                   // [warps, C] float32
+  static constexpr uint32_t kReads = kLr + kWarps * C * 4;                              // [blocks, warps, 16]: A J1 . Gu
+  static constexpr uint32_t kEnds = kReads + kMostBlocks * kWarps * 64;                 // likewise -dec U2 J2 . K
+  static constexpr uint32_t kToEnd = kEnds + kMostBlocks * kWarps * 64;                 // [C]: -dec eta A J1 . Gu
+  static constexpr uint32_t kInner = kToEnd + C * 4, kMore = whole_lines(kInner + C * 4);  // [C]: shares of <J, S>
+  // (-dec U2)' where there is room, else in the place of A' and computed again
+  static constexpr bool kKeeps = Hd < 256;
+  static constexpr uint32_t kU2 = kKeeps ? kMore : kA;
   // where registers are short: gelu'(Z') by threads, and the sums for LayerNorm's weight and bias [2, C, D] float32
   static constexpr bool kParks = Hd == 256 && C > 16;
-  static constexpr uint32_t kSlopes = whole_lines(kInner + Shape<C, Hd>::kWarps * 4), kSums = kSlopes + kHidden;
-  static constexpr uint32_t kBytes = kParks ? kSums + 2 * C * kD * 4 : kSlopes;
+  static constexpr uint32_t kSlopes = kMore, kSums = kSlopes + kHidden;
+  static constexpr uint32_t kBytes = kParks ? kSums + 2 * C * kD * 4 : kKeeps ? kU2 + kHidden : kMore;
 };
 
 template <int C, int Hd> constexpr uint32_t backward_shared() {

@@ -166,7 +166,8 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
         const float dec = exp2_approx((end_units - u) * kUnit + (end_rest - x));
         at<float2>(buffer + S::kLogs + 8 * r) = make_float2(u, x);
         at<float>(buffer + S::kGamma + 4 * r) = exp2_approx(u * kUnit + x);
-        at<float4>(buffer + S::kRows + 16 * r) = make_float4(at<float>(S::kRaw + 4 * r), -dec, at<float>(S::kRaw + 4 * (2 * C + r)), 0.0f);
+        const float delta = at<float>(S::kRaw + 4 * (2 * C + r)), both = -dec * at<float>(S::kRaw + 4 * r);
+        at<float4>(buffer + S::kRows + 16 * r) = make_float4(at<float>(S::kRaw + 4 * r), -dec, delta, both);
       }
     if constexpr (S::kMomentum) weigh_moves<Block>(lane, c, tokens - c * C);
   }

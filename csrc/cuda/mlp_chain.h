@@ -77,7 +77,7 @@ template <int C, int Hd, int kMore = 0, int kTokenBuffers = 2> struct Shared {
   static constexpr uint32_t kU1 = kP + C * C * 2;                               // [C, D]
   static constexpr uint32_t kU1End = kU1 + kTile, kKEnd = kU1End + kTile;       // -dec U1, -dec K
   static constexpr uint32_t kExchange = kKEnd + kTile;
-  static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // [C] float4: eta, -dec, delta, -
+  static constexpr uint32_t kRows = kExchange + Shape<C, Hd>::kWarps * 16 * kExchangeRow * 4;  // [C] float4: eta, -dec, delta, -dec eta
   static constexpr uint32_t kLogs = kRows + C * 16;  // [C] float2: the sum of log-decays, in two parts
   static constexpr uint32_t kGamma = kLogs + C * 8;  // [C]
   static constexpr uint32_t kGateBuffer = C * 28;

@@ -241,7 +241,7 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : ReplayBlock<C, Hd
       else if (more) Base::fresh(), Base::fetch_gates(c + 1), cp_async_commit();
       Base::predict(K, Q, logs);
       __syncthreads();
-      Base::template hand<Hd * kD * 2>(To::kS1, S::kS1), hand_pairs(To::kP, S::kP);
+      Base::template hand<Hd * kD * 2>(To::kS1, S::kS1), hand_pairs(To::kP, S::kP), Base::hand_gates(S::kRows + buffer, gammas);
       Base::template inner_gradient<false>(K, V, S::kRows + buffer, [&](int channel, const float* x, const float (&gu)[4], float inverse) {
         *reinterpret_cast<float4*>(to + To::kX + 4 * (row * kD + channel)) = make_float4(x[0], x[1], x[2], x[3]);
         *reinterpret_cast<uint2*>(to + To::kGu + channel_place(row, channel)) = packed(gu, inverse);

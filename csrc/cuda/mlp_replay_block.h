@@ -21,6 +21,14 @@ template <int C, int Hd, class T, int kBlocks> struct ReplayBlock : Chain<C, Hd,
 
   __device__ __forceinline__ ReplayBlock(const MirasMlpBackward& b, int n, int h) : Base(b.chain, n, h), b(b) {}
 
+  // the gates' weights of this block's tokens: 16 bytes a thread
+  __device__ __forceinline__ void hand_gates(uint32_t rows, uint32_t gammas) {
+    constexpr int kOwn = C / kBlocks;
+    const int i = threadIdx.x, token = Base::rank() * kOwn + i, four = Base::rank() * (kOwn / 4) + i - kOwn;
+    char* const gates = to + To::kGates;
+    if (i < kOwn) *reinterpret_cast<uint4*>(gates + 16 * token) = at<uint4>(rows + 16 * token);
+    else if (i < kOwn + kOwn / 4) *reinterpret_cast<uint4*>(gates + 16 * (C + four)) = at<uint4>(gammas + 16 * four);
+  }
   // of a tile of the head's hidden units this block's share, from shared memory
   template <uint32_t kSize> __device__ __forceinline__ void hand(uint32_t offset, uint32_t tile) {
     constexpr uint32_t kStep = 16 * X::kThreads, kAtOnce = kSize < 4 * kStep ? kSize / kStep : 4;

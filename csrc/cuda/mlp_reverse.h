@@ -1,14 +1,13 @@
 // The chunks of a sequence and head from last to first: J1 = dS1 and J2 = dW2 after a chunk in registers, as accumulators. With what
 // `replay` handed over, X = LN(U), and ' for transposes, per chunk (docs/mathematics.md, section 10):
 //
-//     write      J1 to shared memory                                                                                     | barrier
 //     hidden     Z' = W2 K', A' = gelu(Z'), Ga' = S1 Gu', Gz' = gelu'(Z') o Ga'
-//                dU2' = dZq' Pn - dec (J2 K');  dGa' = gelu'(Z') o eta dU2';  <J, S>                                     | barrier
-//     rows       dU1 = R1 - dec (A J1);  dGu = eta dU1 + dGa S1;  dE, dV, d lr, d delta, dU          barrier | barrier | barrier | barrier
+//                dU2' = dZq' Pn - dec (J2 K');  dGa' = gelu'(Z') o eta dU2'                                              | barrier
+//     rows       dGu = eta (R1 - dec (A J1)) + dGa S1;  <J, S>;  dE, dV, d lr, d delta, dU                     barrier | barrier
 //     units      dZ' = gelu'(Z') o (S1 dU' + Aq' N1n - dec eta (J1 Gu')) + gelu''(Z') o Ga' o eta dU2'
 //                J1 <- gamma_C J1 + Aq' (gamma dUq) + dGa' Gu + A' dU;  J2 to shared memory                               | barrier
-//     keys       dK = dE + dZ W2 - dec U2 J2 + N2n' Q;  d log alpha                                             barrier
-//     states     J2 <- gamma_C J2 + dZ' K + dZq' (gamma Q)                                                                | barrier
+//     keys       dK = dE + dZ W2 - dec U2 J2 + N2n' Q;  d log alpha
+//                J2 <- gamma_C J2 + dZ' K + dZq' (gamma Q);  J1 to shared memory                               barrier | barrier
 #pragma once
 
 #include "mlp_reverse_block.h"
@@ -17,29 +16,40 @@ namespace miras::cuda {
 
 template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, Hd, T, kBlocks> {
   using Base = ReverseBlock<C, Hd, T, kBlocks>;
-  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from;
-  using Base::contract, Base::product_with, Base::add_norm, Base::end_norm, Base::add_rows;
-  using Base::each_four, Base::each_packed, Base::scale_columns, Base::floats, Base::load_tokens, Base::packed, Base::of_token;
-  using Base::fetch, Base::fetch_early, Base::put, Base::park, Base::unpark, Base::load_fragments, Base::times_pairs, Base::add_outer,
-      Base::decay;
+  using Base::Base, Base::p, Base::traits, Base::n, Base::h, Base::batch, Base::begin, Base::tokens, Base::b, Base::from, Base::turn;
+  using Base::product_with, Base::put_products, Base::share_of, Base::add_norm, Base::end_norm, Base::each_gate, Base::kPer;
+  using Base::each_four, Base::each_packed, Base::scale_columns, Base::put_four, Base::packed;
+  using Base::fetch_first, Base::fetch_second, Base::fetch_last, Base::put, Base::park, Base::unpark, Base::load_fragments;
+  using Base::times_pairs, Base::add_outer, Base::decay, Base::of_token, Base::keys_tile, Base::rows_of_gates, Base::gammas;
   using Base::kStrips, Base::kEights, Base::kTiles, Base::kPieces, Base::kPass;
-  using Base::lane, Base::warp, Base::tile, Base::part, Base::row, Base::piece, Base::fresh;
+  using Base::lane, Base::warp, Base::g, Base::tile, Base::part, Base::row, Base::piece, Base::fresh;
   using Base::s1, Base::w2, Base::slope, Base::curve, Base::dz, Base::de;
   using typename Base::From;
   using typename Base::Packed;
   using typename Base::S;
   using typename Base::X;
 
+  enum { kEta, kMinusDec, kDelta, kBoth };  // a token's gates; the last one: -dec eta
+
   __device__ __forceinline__ void hidden() {
     fresh();
     {
       float z[kStrips][kPass][4] = {};
-      Base::slice_times(z, S::kW2, S::kK);
-      each_packed(dz, z, [&](uint32_t& x, float low, float high, int m, int i, int e) {
-        const FastGelu u(low), v(high);
-        x = pack<T>(u.value(), v.value());
-        slope[m][i][e] = pack<T>(u.slope(), v.slope()), curve[m][i][e] = pack<T>(u.curve(), v.curve());
-      });
+      Base::slice_times(z, S::kW2, keys_tile());
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+        for (int i = 0; i < kEights; i += 2) {
+          const FastGelus<8> of(z[m][i], z[m][i + 1]);
+          float slopes[8], curves[8];
+          of.derivatives(slopes, curves);
+#pragma unroll
+          for (int j = 0; j < 8; j += 2) {
+            const int x = i + j / 4, e = j / 2 % 2;
+            dz[m][x][e] = pack<T>(of.value(j), of.value(j + 1));
+            slope[m][x][e] = pack<T>(slopes[j], slopes[j + 1]), curve[m][x][e] = pack<T>(curves[j], curves[j + 1]);
+          }
+        }
       put(S::kA, dz);
       park(slope, S::kSlopes), park(curve, S::kExchange);
     }
@@ -47,98 +57,142 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
       float z[kStrips][kPass][4] = {};
       Base::slice_times(z, S::kS1, S::kGu);
       unpark(slope, S::kSlopes), unpark(curve, S::kExchange);
-      each_packed(dz, z, [&](uint32_t& x, float low, float high, int m, int i, int e) {
+      each_packed(dz, z, [&](uint32_t& x, float& low, float& high, int m, int i, int e) {
         const float2 first = unpack<T>(slope[m][i][e]), second = unpack<T>(curve[m][i][e]);
-        x = pack<T>(first.x * low, first.y * high), curve[m][i][e] = pack<T>(second.x * low, second.y * high);
+        curve[m][i][e] = pack<T>(second.x * low, second.y * high);
+        low *= first.x, high *= first.y, x = pack<T>(low, high);
       });
       park(curve, S::kExchange);
+      if constexpr (S::kKeeps) {
+        scale_columns(z, kBoth);
+        Packed u2;
+        each_packed(u2, z, [](uint32_t& x, float low, float high, int, int, int) { x = pack<T>(low, high); });
+        put(S::kU2, u2);
+      }
     }
     fresh();
-    float z[kStrips][kPass][4], sums[kEights][2] = {};
-    const auto sum = [&] {  // of z o Gz'
-      each_packed(dz, z, [&](uint32_t x, float low, float high, int m, int i, int e) {
-        const float2 gz = unpack<T>(x);
-        sums[i][0] += low * gz.x, sums[i][1] += high * gz.y;
-      });
-    };
-    Base::state_times(z, w2, S::kK);
-    scale_columns(z, [](float, float minus_dec) { return minus_dec; });
-    if (b.grad_log_decay) {
-      sum();
-      put_sums(S::kEnds + warp * C * 4, sums, lane);
-#pragma unroll
-      for (int i = 0; i < kEights; ++i) sums[i][0] = sums[i][1] = 0.0f;
-    }
-    {
-      Packed dzq;
-      load_fragments(dzq, From::kDZq);
-      times_pairs(z, dzq, S::kP);
-    }
-    sum();
+    Packed dzq;
+    load_fragments(dzq, From::kDZq);
+    float z[kStrips][kPass][4], sums[kEights][2] = {};  // of z o Gz'
+    Base::state_times(z, w2, keys_tile());
+    scale_columns(z, kMinusDec);
+    times_pairs(z, dzq, S::kP);
+    each_packed(dz, z, [&](uint32_t x, float low, float high, int, int i, int) {
+      const float2 gz = unpack<T>(x);
+      sums[i][0] += low * gz.x, sums[i][1] += high * gz.y;
+    });
     put_sums(S::kLr + warp * C * 4, sums, lane);
-    scale_columns(z, [](float eta, float) { return eta; });
+    scale_columns(z, kEta);
     unpark(slope, S::kSlopes), unpark(curve, S::kExchange);
     each_packed(dz, z, [&](uint32_t& x, float low, float high, int m, int i, int e) {
       const float2 first = unpack<T>(slope[m][i][e]), second = unpack<T>(curve[m][i][e]);
       x = pack<T>(first.x * low, first.y * high), curve[m][i][e] = pack<T>(second.x * low, second.y * high);
     });
     put(S::kB, dz);
-    if (b.grad_log_decay) {
-      const float inner = row_sum<32>(product_with(s1, S::kS1) + product_with(w2, S::kW2));
-      if (lane == 0) at<float>(S::kInner + 4 * warp) = inner;
-    }
+    cp_async_wait<0>();
   }
 
-  // The inner gradient's backward, for this thread's channels of its row
+  // The inner gradient's backward, for this thread's channels of its row. Ends before the barrier after which all have dU.
   __device__ __forceinline__ void rows(int first_token) {
-    float aj[X::kChannels], dg[X::kChannels];
-    Base::template contract_all<false>(aj, S::kA, S::kJ);
-    Base::release();
-    if constexpr (kBlocks == 1) __syncthreads();  // else what follows `await` comes after all threads' `release`
-    Base::template contract_all<true>(dg, S::kB, S::kS1);
-    const float4 gates = at<float4>(S::kRows + 16 * row);  // eta, -dec, delta
-    const float eta = gates.x, inverse = *reinterpret_cast<const float*>(from + From::kInverse + 4 * row);
-    float x[X::kChannels], e[X::kChannels];
-    float d_eta = 0.0f, to_end = 0.0f, square = 0.0f, sum = 0.0f, with_x = 0.0f, with_gu = 0.0f;
+    fresh();
+    float x[X::kChannels], r1[X::kChannels], dg[X::kChannels], e[X::kChannels];
     each_four([&](int i, int channel) {
-      float k[4], v[4], w[4], c[4], gu[4], r1[4], of[4];
-      load_tokens(k, S::kK + channel_place(row, channel)), load_tokens(v, S::kV + channel_place(row, channel));
-      load_tokens(gu, S::kGu + channel_place(row, channel));
-      floats(w, at<float4>(S::kNorm + 4 * channel)), floats(c, at<float4>(S::kNorm + 4 * (kD + channel)));
-      floats(of, *reinterpret_cast<const float4*>(from + From::kX + 4 * (row * kD + channel)));
-      floats(r1, *reinterpret_cast<const float4*>(from + From::kR1 + 4 * (row * kD + channel)));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        x[i + j] = of[j];
-        e[i + j] = (traits.predicts ? k[j] + of[j] * w[j] + c[j] : 0.0f) - v[j];
-        square += e[i + j] * e[i + j];
-        const float du1 = r1[j] + gates.y * aj[i + j];
-        d_eta += du1 * gu[j], to_end += gu[j] * aj[i + j];
-        dg[i + j] += eta * du1;
-        sum += dg[i + j], with_x += dg[i + j] * of[j], with_gu += dg[i + j] * gu[j];
-      }
+      put_four(x, i, *reinterpret_cast<const float4*>(from + From::kX + 4 * (row * kD + channel)));
+      put_four(r1, i, *reinterpret_cast<const float4*>(from + From::kR1 + 4 * (row * kD + channel)));
     });
-    d_eta = row_sum<X::kLanes>(d_eta), to_end = row_sum<X::kLanes>(to_end);
-    sum = row_sum<X::kLanes>(sum) * (1.0f / kD), with_x = row_sum<X::kLanes>(with_x) * (1.0f / kD);
-    with_gu = row_sum<X::kLanes>(with_gu) * (1.0f / kD);
+    const float inverse = *reinterpret_cast<const float*>(from + From::kInverse + 4 * row);
+    {
+      float u[8][4] = {};
+      Base::add_units(u, S::kA, S::kJ, [](auto&&...) {});
+      Base::await();
+      put_products(u, S::kGu, S::kReads);
+      const uint32_t factor = rows_of_gates() + 16 * (16 * tile + g) + 4 * kBoth;
+      const float above = at<float>(factor), below = at<float>(factor + 8 * 16);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) u[i][0] *= above, u[i][1] *= above, u[i][2] *= below, u[i][3] *= below;
+      Base::add_units(u, S::kB, S::kS1, [](auto&&...) {});
+      Base::hand_over(u);
+    }
+    Base::release();
+    float inner = 0.0f;
+    if (b.grad_log_decay) inner = product_with(s1, S::kS1);
+    const float4 gates = at<float4>(rows_of_gates() + 16 * row);  // eta, -dec, delta
+    const float eta = gates.x;
+    float square = 0.0f, w[X::kChannels];
+    {
+      float k[X::kChannels], v[X::kChannels], c[X::kChannels];
+      uint2 of_k[X::kChannels / 4], of_v[X::kChannels / 4];
+      each_four([&](int i, int channel) {
+        of_k[i / 4] = at<uint2>(keys_tile() + channel_place(row, channel)), of_v[i / 4] = at<uint2>(S::kV + channel_place(row, channel));
+        put_four(w, i, at<float4>(S::kNorm + 4 * channel)), put_four(c, i, at<float4>(S::kNorm + 4 * (kD + channel)));
+      });
+      reads_end();
+      Base::unpack_row(k, of_k), Base::unpack_row(v, of_v);
+#pragma unroll
+      for (int i = 0; i < X::kChannels; ++i) {
+        e[i] = (traits.predicts ? k[i] + x[i] * w[i] + c[i] : 0.0f) - v[i];
+        square += e[i] * e[i];
+      }
+    }
     if (traits.couples_row) square = row_sum<X::kLanes>(square);
-    float d_delta = 0.0f, y_with_x = 0.0f;
+    Base::join();
+    constexpr int kShares = (X::kWarps + X::kLanes - 1) / X::kLanes;  // of the warps' sums for d eta
+    float own[kShares], away[kShares];
+    const auto each_share = [&](auto&& f) {
+#pragma unroll
+      for (int i = 0; i < kShares; ++i)
+        if (X::kWarps % X::kLanes == 0 || piece + i * X::kLanes < X::kWarps) f(i, S::kLr + 4 * ((piece + i * X::kLanes) * C + row));
+    };
+    typename Base::template Shares<X::kChannels> of_dg;
+    Base::template load_shares<4 * X::kLanes>(of_dg, 4 * piece);
+#pragma unroll
+    for (int i = 0; i < kShares; ++i) own[i] = away[i] = 0.0f;
+    if constexpr (kBlocks == 2) {
+      const uint32_t other = Base::other();
+      each_share([&](int i, uint32_t of) { away[i] = load_cluster(other + of); });
+    }
+    each_share([&](int i, uint32_t of) { own[i] = at<float>(of); });
+    float gu[X::kChannels], reads[kBlocks] = {};
+    uint2 of_gu[X::kChannels / 4];
+    each_four([&](int i, int channel) { of_gu[i / 4] = at<uint2>(S::kGu + channel_place(row, channel)); });
+    if (piece < X::kParts)
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) reads[i] = at<float>(share_of(S::kReads, i, row, piece));
+    reads_end();
+    if (b.grad_log_decay) inner += product_with(w2, S::kW2);
+    Base::sum_shares(dg, of_dg), Base::unpack_row(gu, of_gu);
+    enum { kSum, kWithX, kWithGu, kOfEta, kReads, kInner, kSums };
+    float sums[kSums] = {};
+#pragma unroll
+    for (int i = 0; i < X::kChannels; ++i) {
+      dg[i] += eta * r1[i];
+      sums[kOfEta] += r1[i] * gu[i];
+      sums[kSum] += dg[i], sums[kWithX] += dg[i] * x[i], sums[kWithGu] += dg[i] * gu[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kShares; ++i) sums[kOfEta] += own[i] + away[i];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) sums[kReads] += reads[i];
+    sums[kInner] = inner;
+    row_sums<X::kLanes>(sums);
+    const float sum = sums[kSum] * (1.0f / kD), with_x = sums[kWithX] * (1.0f / kD), with_gu = sums[kWithGu] * (1.0f / kD);
+    const float to_end = gates.y * sums[kReads];
+    float more[2] = {};  // d delta, and the sum of w psi(E) o X
     float y[X::kChannels];  // w psi(E)
     with_fast_bias(p.bias, p.bias_params, [&](auto bias) {
       using Bias = decltype(bias);
       const auto of_row = bias.row(square, gates.z);
       float pull = 0.0f;
       each_four([&](int i, int channel) {
-        float w[4], products[4];
-        floats(w, at<float4>(S::kNorm + 4 * channel));
+        float products[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float psi = bias.value(e[i + j], of_row), dy = inverse * (dg[i + j] - sum - x[i + j] * with_x), d_psi = w[j] * dy;
+          const float psi = bias.value(e[i + j], of_row), dy = inverse * (dg[i + j] - sum - x[i + j] * with_x), d_psi = w[i + j] * dy;
           de[i + j] = d_psi * bias.slope(e[i + j], psi, of_row);
-          if (Bias::kUsesDelta) d_delta += d_psi * bias.slope_delta(e[i + j], of_row);
+          if (Bias::kUsesDelta) more[0] += d_psi * bias.slope_delta(e[i + j], of_row);
           if (Bias::kCouplesRow) pull += d_psi * bias.pull(e[i + j], of_row);
           products[j] = dy * psi;
-          y[i + j] = w[j] * psi, y_with_x += y[i + j] * x[i + j];
+          y[i + j] = w[i + j] * psi, more[1] += y[i + j] * x[i + j];
         }
         add_norm(0, i, channel, products);
       });
@@ -148,132 +202,133 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
         for (int i = 0; i < X::kChannels; ++i) de[i] += pull * e[i];
       }
     });
-    y_with_x = row_sum<X::kLanes>(y_with_x) * (1.0f / kD);
-    if (traits.uses_delta) d_delta = row_sum<X::kLanes>(d_delta);
-    const bool in = first_token + row < tokens && Base::writes(row);
-    float dx_sum = 0.0f, dx_with = 0.0f;
+    row_sums<X::kLanes>(more);
+    const float y_with_x = more[1] * (1.0f / kD);
+    const bool in = first_token + row < tokens;
+    float of_dx[2] = {};  // its sum, and with X
     each_four([&](int i, int channel) {
-      float w[4], dv[4], shift[4], products[4];
-      floats(w, at<float4>(S::kNorm + 4 * channel));
+      float dv[4], shift[4], products[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         dv[j] = -de[i + j];
         if (!traits.predicts) de[i + j] = 0.0f;
         shift[j] = de[i + j], products[j] = de[i + j] * x[i + j];
-        y[i + j] = w[j] * de[i + j] - inverse * (dg[i + j] * y_with_x + y[i + j] * with_x);  // dX
-        dx_sum += y[i + j], dx_with += y[i + j] * x[i + j];
+        y[i + j] = w[i + j] * de[i + j] - inverse * (dg[i + j] * y_with_x + y[i + j] * with_x);  // dX
+        of_dx[0] += y[i + j], of_dx[1] += y[i + j] * x[i + j];
       }
       add_norm(0, i, channel, products), add_norm(1, i, channel, shift);
       if (in) *reinterpret_cast<uint2*>(of_token(b.grad_v, first_token + row, channel)) = packed(dv, 1.0f);
     });
-    dx_sum = row_sum<X::kLanes>(dx_sum) * (1.0f / kD), dx_with = row_sum<X::kLanes>(dx_with) * (1.0f / kD);
+    row_sums<X::kLanes>(of_dx);
+    const float dx_sum = of_dx[0] * (1.0f / kD), dx_with = of_dx[1] * (1.0f / kD);
     each_four([&](int i, int channel) {
       float du[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) du[j] = y[i + j] - dx_sum - x[i + j] * (dx_with + with_gu);
-      at<uint2>(S::kV + channel_place(row, channel)) = packed(du, inverse);
+      Base::put_both(S::kV + channel_place(row, channel), packed(du, inverse));
     });
     if (piece == 0) {
-      const uint32_t other = Base::other();
-      float lr = d_eta, end = gates.y * to_end;
-#pragma unroll
-      for (int w = 0; w < X::kWarps; ++w) {
-        lr += Base::of_blocks(S::kLr + 4 * (w * C + row), other);
-        if (b.grad_log_decay) end += Base::of_blocks(S::kEnds + 4 * (w * C + row), other);
-      }
-      if (b.grad_log_decay) at<float>(S::kToEnd + 4 * row) = eta * end;
+      if (b.grad_log_decay) Base::put_both(S::kToEnd + 4 * row, eta * to_end), Base::put_both(S::kInner + 4 * row, sums[kInner]);
       if (in) {
         const int64_t at_token = (batch * p.T + begin + first_token + row) * p.H + h;
-        b.grad_lr[at_token] = lr;
-        if (b.grad_delta) b.grad_delta[at_token] = d_delta;
+        b.grad_lr[at_token] = sums[kOfEta] + to_end;
+        if (b.grad_delta) b.grad_delta[at_token] = more[0];
       }
     }
     Base::release();
   }
 
+  // Up to the barrier after `rows` what needs no dU
   __device__ __forceinline__ void units() {
     fresh();
+    Packed aq;
+    load_fragments(aq, From::kAq);
     Base::put_state(S::kJ, w2);  // in the place of J1
     float z[kStrips][kPass][4];
-    Packed aq;
     Base::state_times(z, s1, S::kGu);
-    scale_columns(z, [](float eta, float minus_dec) { return eta * minus_dec; });
-    Base::slice_times(z, S::kS1, S::kV);
-    load_fragments(aq, From::kAq);
+    scale_columns(z, kBoth);
     times_pairs(z, aq, S::kN1);
     decay(s1);
-    add_outer(s1, aq, S::kDUq);
+    add_outer(s1, aq, Base::queries_grad_tile());
+    add_outer(s1, S::kB, S::kGu);
+    Base::join();
+    fresh();
+    Base::slice_times(z, S::kS1, S::kV);
     unpark(slope, S::kSlopes);
     each_packed(dz, z, [&](uint32_t& x, float low, float high, int m, int i, int e) {
       const float2 first = unpack<T>(slope[m][i][e]), second = unpack<T>(curve[m][i][e]);
       x = pack<T>(first.x * low + second.x, first.y * high + second.y);
     });
-    fresh();
-    add_outer(s1, S::kB, S::kGu);
     add_outer(s1, S::kA, S::kV);
-    fresh();
+    if constexpr (!S::kKeeps) {
+      fresh();
 #pragma unroll
-    for (int m = 0; m < kStrips; ++m)
+      for (int m = 0; m < kStrips; ++m)
 #pragma unroll
-      for (int i = 0; i < kEights; ++i)
+        for (int i = 0; i < kEights; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) z[m][i][e] = 0.0f;
-    Base::slice_times(z, S::kS1, S::kGu);
-    scale_columns(z, [](float eta, float minus_dec) { return eta * minus_dec; });
-    each_packed(slope, z, [](uint32_t& x, float low, float high, int, int, int) {
-      const float2 first = unpack<T>(x);
-      x = pack<T>(first.x * low, first.y * high);
-    });
+          for (int e = 0; e < 4; ++e) z[m][i][e] = 0.0f;
+      Base::slice_times(z, S::kS1, S::kGu);
+      scale_columns(z, kBoth);
+      each_packed(slope, z, [](uint32_t& x, float low, float high, int, int, int) {
+        const float2 first = unpack<T>(x);
+        x = pack<T>(first.x * low, first.y * high);
+      });
+    }
     __syncwarp();  // other lanes have read A' and dGa'
-    put(S::kA, slope), put(S::kB, dz);
+    if constexpr (!S::kKeeps) put(S::kU2, slope);
+    put(S::kB, dz);
   }
 
-  __device__ __forceinline__ void keys(int first_token) {
+  // `next`: what was handed over of the chunk before, if there is one
+  __device__ __forceinline__ void keys(int c, const char* next) {
     fresh();
-    float u[8][4] = {};
-    contract(u, S::kA, S::kJ);
-    contract(u, S::kB, S::kW2);
+    if (next) fetch_first(c - 1, next);
+    const bool decays = b.grad_log_decay && warp == X::kWarps - 1;  // whether this warp computes d log alpha
+    float log_decay[kPer] = {};
+    if (decays) each_gate(c, [&](int i, float& of) { log_decay[i] = of; });
+    {
+      float u[8][4] = {};
+      Base::add_units(u, S::kU2, S::kJ, [](auto&&...) {});
+      if (b.grad_log_decay) put_products(u, keys_tile(), S::kEnds);
+      Base::add_units(u, S::kB, S::kW2, [](auto&&...) {});
+      constexpr int kShares = kBlocks * X::kParts;
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k)
-      if (k >= tile && (k - tile) % (kBlocks * X::kParts) == Base::rank() * X::kParts + part) {
+      for (int i = 0; i < kTiles; i += kShares) {
+        const int k = tile + i + Base::rank() * X::kParts + part;
+        if (k >= kTiles) break;
         uint32_t a[4];
         ldmatrix_x4_trans(a, address(S::kN2 + by_columns<kPieces>(16 * k, 16 * tile, lane)));
-        add_rows(u, a, S::kQ, 16 * k);
+        Base::add_rows(u, a, S::kQ, 16 * k);
       }
-    const float gamma = at<float>(S::kGamma + 4 * row);
-    each_four([&](int, int channel) {
-      float q[4];
-      load_tokens(q, S::kQ + channel_place(row, channel));
-      at<uint2>(S::kGu + channel_place(row, channel)) = packed(q, gamma);
-    });
-    Base::await();
-    Base::hand_over(u);
-    Base::meet();
+      Base::hand_over(u);
+    }
+    Packed dzq;
+    load_fragments(dzq, From::kDZq);
+    Base::scale_queries();
+    Base::release();
+    decay(w2);
+    add_outer(w2, dz, keys_tile());
+    Base::join();
+    if (next) fetch_second(c - 1, next);
+    cp_async_commit();
     float y[X::kChannels];
-    Base::collect(y);
-    if (first_token + row < tokens && Base::writes(row))
+    typename Base::template Shares<X::kChannels> shares;
+    Base::template load_shares<4 * X::kLanes>(shares, 4 * piece);
+    add_outer(w2, dzq, S::kV);
+    Base::put_state(S::kJ, s1);
+    Base::sum_shares(y, shares);
+    const int first_token = c * C;
+    if (first_token + row < tokens)
       each_four([&](int i, int channel) {
         float dk[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) dk[j] = y[i + j] + de[i + j];
         *reinterpret_cast<uint2*>(of_token(b.grad_k, first_token + row, channel)) = packed(dk, 1.0f);
       });
-    if (b.grad_log_decay && threadIdx.x < C && first_token + int(threadIdx.x) < tokens && Base::writes(threadIdx.x)) {
-      float inner = 0.0f, end = 0.0f;
-      const uint32_t other = Base::other();
-      for (int w = 0; w < X::kWarps; ++w) inner += Base::of_blocks(S::kInner + 4 * w, other);
-      for (int s = 0; s < int(threadIdx.x); ++s) end += at<float>(S::kToEnd + 4 * s);
-      b.grad_log_decay[(batch * p.T + begin + first_token + threadIdx.x) * p.H + h] += at<float>(S::kGamma + 4 * (C - 1)) * inner + end;
-    }
+    if (decays) Base::end_decay(c, log_decay);
     Base::release();
-  }
-
-  __device__ __forceinline__ void states() {
-    fresh();
-    decay(w2);
-    add_outer(w2, dz, S::kK);
-    load_fragments(dz, From::kDZq);
-    add_outer(w2, dz, S::kGu);
+    cp_async_wait<0>();
   }
 
   __device__ __forceinline__ void run() {
@@ -291,34 +346,30 @@ template <int C, int Hd, class T, int kBlocks> struct Reverse : ReverseBlock<C, 
       at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
     int c = int(last < chunks ? last : chunks) - 1;
     from = b.handed + ((place * p.every + (c - first)) * p.H + h) * From::kBytes;
-    fetch_early(from);
+    turn = 1;
+    fetch_first(c, from), fetch_second(c, from);
+    cp_async_commit();
+    Base::put_state(S::kJ, s1);
+    cp_async_wait<0>();
+    __syncthreads();
 #pragma unroll 1
     for (; c >= first; --c) {
-      fetch(c);
-      Base::put_state(S::kJ, s1);
-      cp_async_wait<0>();
-      if (threadIdx.x < 32) Base::weigh(c);
-      __syncthreads();
-      Base::await();
+      turn = 1 - turn;
+      fetch_last(c);
       hidden();
       __syncthreads();
       rows(c * C);
-      __syncthreads();
       units();
       __syncthreads();
-      const char* next = from - int64_t(p.H) * From::kBytes;
-      if (c > first) fetch_early(next);
-      keys(c * C);
-      states();
+      const char* next = c > first ? from - int64_t(p.H) * From::kBytes : nullptr;
+      keys(c, next);
       from = next;
       __syncthreads();
     }
     Base::await();
     fresh();
     Base::store_state(state);
-    end_norm(place, stop, 0);
-    __syncthreads();
-    end_norm(place, stop, 1);
+    end_norm(place, stop);
   }
 };
 

@@ -113,7 +113,10 @@ template <class T> __device__ __forceinline__ uint32_t pack_again(float low, flo
 // the lower and the upper half as floats
 template <class T> __device__ __forceinline__ float2 unpack(uint32_t packed) {
   if constexpr (std::is_same_v<T, Bf16>) {
-    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+    float2 both;  // in one instruction each: the compiler would move them from integer registers to others
+    asm("shl.b32 %0, %1, 16;" : "=f"(both.x) : "r"(packed));
+    asm("and.b32 %0, %1, 0xffff0000;" : "=f"(both.y) : "r"(packed));
+    return both;
   } else {
     __half2 halves;
     memcpy(&halves, &packed, sizeof packed);
@@ -155,6 +158,10 @@ __device__ __forceinline__ float divide_approx(float x, float y) {
   asm("div.full.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 }
+
+// What is read from memory before it is asked for before what follows is computed: the compiler would move it to where it is needed, and
+// wait there.
+__device__ __forceinline__ void reads_end() { asm volatile("" ::: "memory"); }
 
 // the thread's number as a value that the compiler cannot carry from one stage of a kernel to the next: addresses made of it are computed
 // again instead of being kept in registers

@@ -74,8 +74,8 @@ def pairs(monkeypatch):
     monkeypatch.setenv("MIRAS_CPU_CAPABILITY", PAIRS)
 
 
-IN_PAIRS = [case for case in SERVED if case.memory == "linear" and not case.variants and case.name not in LARGE]
-FEW = ("linear-huber_norm-odd", "lq3-channels", "kl-momentum-packed")
+IN_PAIRS = [case for case in SERVED if not case.variants and case.name not in LARGE]
+FEW = ("linear-huber_norm-odd", "lq3-channels", "kl-momentum-packed", "mlp-huber_norm", "mlp-lq3-momentum-odd")
 
 
 @pytest.mark.parametrize("case", or_slow(IN_PAIRS[::2], [case for case in IN_PAIRS if case.name in FEW]))
@@ -87,12 +87,12 @@ def test_products_in_bfloat16(case, poisoned, pairs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("changes", [{}, {"chunk_size": 1}, MLP], ids=str)
 def test_what_is_multiplied_in_bfloat16(changes, dtype, pairs, monkeypatch):
-    """Chunks of a linear memory with bfloat16 inputs; everything else has the bits of avx512."""
+    """Chunks with bfloat16 inputs; everything else, exact steps in blocks too, has the bits of avx512."""
     inputs = Case("levels", tokens=40, **changes).draw(dtype)
     found = evaluate(inputs, "cpp")
     monkeypatch.setenv("MIRAS_CPU_CAPABILITY", "avx512")
     same = [torch.equal(x, found[name]) for name, x in evaluate(inputs, "cpp").items()]
-    assert not any(same) if dtype == torch.bfloat16 and not changes else all(same)
+    assert not any(same) if dtype == torch.bfloat16 and "chunk_size" not in changes else all(same)
 
 
 def test_an_unknown_instruction_set_is_an_error():
@@ -218,6 +218,7 @@ SHARED_LINEAR = dict(batch=1, heads=1, tokens=135, chunk_size=64, key_dim=40, va
 NORM = mk.Huber("norm")
 COUPLED = mk.CustomBias("e * (1 + delta / sqrt(norm2 + eps))", eps=1e-6)
 SOFT = mk.CustomRetention("tanh(A)")
+LQ = mk.LqRetention(1.5)
 
 
 @pytest.mark.parametrize(
@@ -225,20 +226,22 @@ SOFT = mk.CustomRetention("tanh(A)")
     [
         dict(**SHARED, bias=NORM),
         slow(dict(**SHARED | dict(chunk_size=33), momentum=True)),
+        slow(dict(**SHARED, bias=NORM, dtype=torch.bfloat16, pairs=True)),
+        slow(dict(**SHARED | dict(chunk_size=33, hidden=101), retention=LQ, momentum=True, dtype=torch.bfloat16, pairs=True)),
         slow(dict(**SHARED, retention=mk.KLRetention(), momentum=True)),
-        slow(dict(**SHARED | dict(hidden=256), retention=mk.LqRetention(1.5), lengths=(150,))),
+        slow(dict(**SHARED | dict(hidden=256), retention=LQ, lengths=(150,))),
         dict(**SHARED_LINEAR, bias=NORM, momentum=True),
         slow(dict(**SHARED_LINEAR, bias=NORM, dtype=torch.bfloat16)),
         slow(dict(**SHARED_LINEAR, bias=NORM, momentum=True, dtype=torch.bfloat16, pairs=True)),
-        slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5), dtype=torch.bfloat16, pairs=True)),
+        slow(dict(**SHARED_LINEAR, retention=LQ, dtype=torch.bfloat16, pairs=True)),
         slow(dict(**SHARED_LINEAR, bias=mk.Huber("switch"), delta="float")),
         slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=mk.KLRetention(), lengths=(135,))),
         slow(dict(**SHARED_LINEAR, bias=mk.RobustL2(), retention=SOFT, momentum=True, decay="none")),
         slow(dict(**SHARED_LINEAR | dict(chunk_size=48), bias=COUPLED, retention=mk.ElasticNetRetention(0.05))),
         slow(dict(**SHARED_LINEAR, bias=NORM, decay="channel", lr="channel")),
-        dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5)),
+        dict(**SHARED_LINEAR, retention=LQ),
         slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(4.0), momentum=True, bias=mk.RobustL2(), dtype=torch.bfloat16)),
-        slow(dict(**SHARED_LINEAR, retention=mk.LqRetention(1.5), momentum=True, decay="channel", lr="channel")),
+        slow(dict(**SHARED_LINEAR, retention=LQ, momentum=True, decay="channel", lr="channel")),
     ],
     ids=str,
 )

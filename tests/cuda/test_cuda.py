@@ -253,11 +253,11 @@ def test_nothing_spills(source, kernels, architecture, tmp_path):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_the_library_builds_and_loads(tmp_path, monkeypatch):
-    """For the newest chips; other tests compile for sm_80 and sm_90, as long. It has this package's struct, also without a GPU."""
-    library, build = tmp_path / "_cuda.so", runpy.run_path(str(SOURCES / "build.py"))["build"]
-    monkeypatch.setitem(build.__globals__, "known", lambda compiler: ["sm_100"])
-    build(library)
+def test_the_library_builds_and_loads(tmp_path):
+    """It has this package's struct, also without a GPU, and stays small."""
+    library = tmp_path / "_cuda.so"
+    runpy.run_path(str(SOURCES / "build.py"))["build"](library)
+    assert library.stat().st_size < 20e6
     backend = CudaBackend(library)
     assert backend._loaded[1] is None
     assert backend.unavailable() == (None if torch.cuda.is_available() else "there is no GPU here")

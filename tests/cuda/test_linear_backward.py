@@ -124,7 +124,7 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(name, monkey
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_little_spills(architecture, tmp_path):
     """At most 300 bytes a thread."""
-    said = assembled("linear_reverse.cu", architecture, tmp_path)
+    said = "".join(assembled(source, architecture, tmp_path) for source in ("linear_reverse.cu", "linear_reverse_largest.cu"))
     spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", said)]
     assert len(spilled) == 6 and max(spilled) <= 300, spilled
     assert "serialized" not in said, said  # what ptxas says if it waits for each product of a warpgroup

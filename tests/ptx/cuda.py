@@ -34,21 +34,25 @@ RECEIVE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.P
 
 def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]:
     """The library for CPU tensors, and the PTX of every kernel by its name; kept in ``build/ptx`` until a source changes."""
-    options = runpy.run_path(str(SOURCES / "build.py"))
-    targets: list[tuple[Path, str]] = []
-    for source in sorted(SOURCES.glob("*.cu")):
-        chips = options["TARGETS"].get(source.name, options["ALIKE"])
-        targets.append((source, next(virtual for virtual, names in chips.items() if {architecture, f"{architecture}a"} & {*names})))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        folders = list(pool.map(lambda x: _compiled(nvcc, *x), targets))
+        folders = list(pool.map(lambda source: _compiled(nvcc, source, architecture), sorted(SOURCES.glob("*.cu"))))
     objects = [str(folder / "x.o") for folder in folders]
     library = _kept("cuda", [*objects, STUB.read_text()], lambda to: _link(nvcc, objects, to)) / "on_machine.so"
     texts = [path.read_text() for folder in folders for path in folder.glob("*.ptx")]
     return library, {name: text for text in texts for name in re.findall(r"\.entry\s+(\w+)", text)}
 
 
-def _compiled(nvcc: str, source: Path, virtual: str) -> Path:
-    """The folder of a source's object and PTX."""
+def text(nvcc: str, source: Path, architecture: str) -> Path:
+    """The PTX of a source."""
+    (path,) = _compiled(nvcc, source, architecture).glob("*.ptx")
+    return path
+
+
+def _compiled(nvcc: str, source: Path, architecture: str) -> Path:
+    """The folder of a source's object and PTX: that which the library has for this chip."""
+    options = runpy.run_path(str(SOURCES / "build.py"))
+    chips = options["TARGETS"].get(source.name, options["ALIKE"])
+    virtual = next(virtual for virtual, names in chips.items() if {architecture, f"{architecture}a"} & {*names})
     command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES.parent}", f"-gencode=arch={virtual},code={virtual}"]
     command += ["-Xcompiler", "-fPIC", "-c", str(source)]
 

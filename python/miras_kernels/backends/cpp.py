@@ -47,7 +47,7 @@ class CppBackend:
 
     def operands(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.bfloat16 and self.extension and self.extension.cpu_capability() == "avx512_bf16":
-            return dtype  # in the chunks of a linear memory
+            return dtype  # in chunks; not in decoding steps and exact steps in blocks
         return torch.float32
 
     def refuses(self, call: Call, differentiate: bool) -> str | None:
