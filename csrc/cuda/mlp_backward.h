@@ -12,7 +12,7 @@ struct MirasMlpBackward {
   MirasMlpChain chain;                           // state: the gradient after the group's last chunk, then before its first; out: unused
   MirasTokens grad_out, grad_q, grad_k, grad_v;  // grad_out aligned to 16 bytes
   float *grad_lr, *grad_log_decay, *grad_delta;  // the last two are null where the gates are
-  const int64_t* segments;                       // [places, 2]: sequence and number of a segment; a number beyond its last: unused
+  const int64_t* segments;                       // [places, 2], aligned to 16: sequence and number of a segment, beyond its last: unused
   const int64_t* slots;                          // [places]: of their checkpoints
   const int64_t* sequence_places;                // [N, 2]: the places of a sequence's segments: the first, and that after the last
   char* handed;                                  // [places, every, H] times miras_mlp_handed bytes, aligned to 16

@@ -223,12 +223,13 @@ template <int C, int Hd, class T, class Layout, int kBlocks = 1> struct Block {
   }
   // z's columns, tokens, times factors, float32 in shared memory
   __device__ __forceinline__ void scale_tokens(float (&z)[kStrips][kPass][4], uint32_t factors) {
+    float2 of[kPass];
 #pragma unroll
-    for (int x = 0; x < kPass; ++x) {
-      const float2 of = at<float2>(factors + 4 * (8 * x + 2 * t));
+    for (int x = 0; x < kPass; ++x) of[x] = at<float2>(factors + 4 * (8 * x + 2 * t));
 #pragma unroll
-      for (int m = 0; m < kStrips; ++m) z[m][x][0] *= of.x, z[m][x][1] *= of.y, z[m][x][2] *= of.x, z[m][x][3] *= of.y;
-    }
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int x = 0; x < kPass; ++x) z[m][x][0] *= of[x].x, z[m][x][1] *= of[x].y, z[m][x][2] *= of[x].x, z[m][x][3] *= of[x].y;
   }
   // two packed tiles of the warp's units, 8 columns each from tile x on, of a matrix of rows of kRowPieces pieces
   template <int kRowPieces> __device__ __forceinline__ void put_fragment(uint32_t to, int m, int x, const uint32_t (&a)[4]) {

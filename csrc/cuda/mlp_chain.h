@@ -57,8 +57,8 @@ template <int C, int Hd, int kRowBlocks = 1> struct Shape {
 // has neither the registers nor the shared memory, and in the forward where heads are few.
 template <int C, int Hd> constexpr int kBlocksOf = C == 64 && Hd == 256 ? 2 : 1;
 
-// Whether the weights of all pairs of tokens lie in shared memory: by rows [C, kWeightRow], or tiles of 16 x 8 up to the diagonal's as lanes
-// have them in fragments, 16 bytes each
+// Whether the weights of all pairs of tokens lie in shared memory: by rows [C, kWeightRow], or the tiles of 16 x 8 up to the diagonal's as
+// lanes have them in fragments, 16 bytes each
 enum class KeptWeights { none, rows, fragments };
 
 // Byte offsets. Rows of 16-bit tiles are stored in pieces of 16 bytes, see `place`. K, V, Q have one or two buffers, the gates two. kMore

@@ -14,7 +14,9 @@ __global__ void __launch_bounds__(Shape<C, Hd>::kThreads, 1) mlp_replay(const __
   if constexpr (ReplayShared<C, kUnits>::kBytes <= kMaxShared) {
     const unsigned head = blockIdx.x / kBlocks;
     const int place = head / b.chain.H;
-    Replay<C, kUnits, T, kBlocks>(b, int(b.segments[2 * place]), head % b.chain.H).run(place);
+    const longlong2 segment = reinterpret_cast<const longlong2*>(b.segments)[place];
+    const int64_t slot = b.slots[place];
+    Replay<C, kUnits, T, kBlocks>(b, int(segment.x), head % b.chain.H).run(place, segment.y, slot);
   }
 }
 

@@ -214,16 +214,18 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : ReplayBlock<C, Hd
     if (!b.grad_log_decay || threadIdx.x >= kOwn || first_token + s >= tokens) return;
     b.grad_log_decay[(batch * p.T + begin + first_token + s) * p.H + h] = Base::sum_warps(S::kCrossed + 4 * s, C);
   }
-  __device__ __forceinline__ void run(int at_place) {
-    const int64_t first = b.segments[2 * at_place + 1] * p.every;
+  // the segment at a place, of its sequence the one of this number, whose checkpoint lies in a slot
+  __device__ __forceinline__ void run(int at_place, int64_t number, int64_t slot) {
+    const int64_t first = number * p.every;
     const int chunks = (tokens + C - 1) / C, last = int(first + p.every < chunks ? first + p.every : chunks);
     if (first >= last) return;
     fresh();
     Base::release();
-    Base::load_state(p.checkpoints + (b.slots[at_place] * p.H + h) * Base::kState);
-    for (int i = threadIdx.x; i < kD; i += X::kThreads)
-      at<float>(S::kNorm + 4 * i) = p.ln_weight[h * kD + i], at<float>(S::kNorm + 4 * (kD + i)) = p.ln_bias[h * kD + i];
     Base::fetch(int(first));
+    const int i = threadIdx.x % kD;
+    const float weight = p.ln_weight[h * kD + i], bias = p.ln_bias[h * kD + i];
+    Base::load_state(p.checkpoints + (slot * p.H + h) * Base::kState);
+    if (threadIdx.x < kD) at<float>(S::kNorm + 4 * i) = weight, at<float>(S::kNorm + 4 * (kD + i)) = bias;
     cp_async_wait<0>();
     if (warp == 0) Base::weigh(int(first));
     Base::await();  // the other block has begun, to which this one writes
@@ -247,13 +249,7 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : ReplayBlock<C, Hd
       });
       Base::meet();
       Base::hidden(Q, gammas, [&](int m, int x, const FastGelus<8>& u) { Base::put_slopes(dzq[m], x, u); });
-#pragma unroll
-      for (int m = 0; m < kStrips; ++m)
-#pragma unroll
-        for (int x = 0; x < kEights; x += 2) {
-          const uint32_t a[4] = {u2[m][x][0], u2[m][x][1], u2[m][x + 1][0], u2[m][x + 1][1]};
-          Base::template put_fragment<kPieces>(S::kU2, m, x, a);
-        }
+      put_u2();
       __syncthreads();
       if (c > first) put_crossing((c - 1) * C);
       read_out(logs, gammas, c * C);
@@ -266,6 +262,7 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : ReplayBlock<C, Hd
       if (more && S::kBuffers == 1) Base::fetch_tokens(c + 1), cp_async_commit();
       query_rows(logs, c * C);
       Base::release();
+      load_u2();
       Base::update(gammas);
       Base::join();
       cp_async_wait<0>();
@@ -278,6 +275,27 @@ template <int C, int Hd, class T, int kBlocks> struct Replay : ReplayBlock<C, Hd
     if (Base::rank() == 0 && threadIdx.x < 2 * kD)
       b.norm_shares[(int64_t(at_place) * p.H + h) * 2 * kD + threadIdx.x] = Base::sum_warps(S::kExchange + 4 * threadIdx.x, 2 * kD);
     Base::release(), Base::await();
+  }
+  // U2' lies in shared memory alone until `update`, while registers are short
+  __device__ __forceinline__ void put_u2() {
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int x = 0; x < kEights; x += 2) {
+        const uint32_t a[4] = {u2[m][x][0], u2[m][x][1], u2[m][x + 1][0], u2[m][x + 1][1]};
+        Base::template put_fragment<kPieces>(S::kU2, m, x, a);
+      }
+  }
+  __device__ __forceinline__ void load_u2() {
+    fresh();
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m)
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) {
+        uint32_t a[4];
+        ldmatrix_x4(a, address(S::kU2 + by_rows<kPieces>(X::kUnits * warp + 16 * m, 16 * k, lane)));
+        u2[m][2 * k][0] = a[0], u2[m][2 * k][1] = a[1], u2[m][2 * k + 1][0] = a[2], u2[m][2 * k + 1][1] = a[3];
+      }
   }
   // over this warp's rows, to the exchange buffer
   __device__ __forceinline__ void sum_tokens(float (&x)[X::kChannels], int to) {
