@@ -9,6 +9,9 @@
 //
 // Every product reads its second operand by rows, nothing larger than [c x Dp] or [c x c] is transposed, and hidden units need
 // no padding. Functions that take a Part do its share: of the hidden units or of the tokens, as their comments say.
+//
+// With pairs (operand.h) all products read rounded operands, also the small ones, of the scores: these share their operands with large
+// products, which read them in this form alone. States, gates, sums, LayerNorm, biases and GELU are float32.
 #pragma once
 
 #include "chunk.h"
