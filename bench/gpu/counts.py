@@ -105,6 +105,8 @@ def specimens(backend: str) -> dict[str, Specimen]:
     """By name. Those of the CUDA C++ chains that choose their blocks have the shapes for which they choose so."""
     if backend == "triton":
         return SPECIMENS
+    import torch
+
     from miras_kernels.backends.cuda_linear import block_values
     from miras_kernels.backends.cuda_mlp import blocks
 
@@ -114,7 +116,7 @@ def specimens(backend: str) -> dict[str, Specimen]:
         for shape in given.shapes:
             heads = shape.batch * shape.heads
             if not shape.hidden:
-                chosen = ("values", block_values(shape.key_dim, heads, False, chip.multiprocessors))
+                chosen = ("values", block_values(torch.bfloat16, shape.key_dim, heads, False, chip.multiprocessors))
             else:
                 chosen = ("blocks", blocks(heads, chip.multiprocessors) if shape.chunk_size == 64 else 0)
             of.setdefault(chosen, []).append(shape)

@@ -22,7 +22,7 @@ struct MirasLinearChain {
   int64_t T;
   float bias_params[miras::kBiasParams];
   int32_t bias, token_type, N, H, K, V, C, slots, every, delta_per_channel;
-  int32_t values;  // of a block: 32 or 64
+  int32_t values;  // of a block: 64, or for bfloat16 32
 };
 
 // 0, or a cudaError_t. It does not synchronise.

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -67,19 +68,18 @@ def test_every_preset_is_saved(preset, tmp_path):
     assert (memory.num_heads, memory.conv_width, memory.gate_down.shape[0] if memory.gate_down is not None else 5) == (3, 2, 5)
 
 
-def test_biases_and_gates_of_one_s_own_are_saved(tmp_path):
+def of_one_s_own():
     bias = mk.CustomBias("e * exp(-norm2 / (s * delta)**2)", s=1.5)
-    preset = Preset(bias, "bounded", "token", 4, "of this test", retention=mk.CustomRetention("A / (1 + abs(A))"))
-    net = model(preset=preset, layers=[1]).eval()
+    preset = Preset(bias, "bounded", "token", 4, "of these tests", retention=mk.CustomRetention("A / (1 + abs(A))"))
+    return model(preset=preset, layers=[1]).eval()
+
+
+def test_biases_and_gates_of_one_s_own_are_saved(tmp_path):
+    net = of_one_s_own()
     net.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     assert_same(loaded, net)
-    assert loaded.model.layers[1].self_attn.memory.preset == preset
-    program = (
-        "import sys, torch; from miras_kernels.hf import load; print(load(sys.argv[1])(torch.arange(1, 9)[None])[0].double().sum().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[-1]) == pytest.approx(net(torch.arange(1, 9)[None])[0].double().sum().item(), abs=1e-4)
+    assert loaded.model.layers[1].self_attn.memory.preset == net.model.layers[1].self_attn.memory.preset
     for wrong, problem in (("s*__import__('os')", "is not part of an expression"), ("s * e + q", "unknown name 'q'")):
         config = json.loads((tmp_path / "config.json").read_text())
         config["miras"]["memories"][0]["preset"]["bias"]["text"] = wrong
@@ -237,18 +237,23 @@ for place in (folder, folder + "/again"):
     for model in (load(place), AutoModelForCausalLM.from_pretrained(place)):
         assert type(model) is MirasQwen2ForCausalLM
         assert torch.equal(model.generate(text[:, :5], max_new_tokens=6, do_sample=False), text)
+print("own:", load(folder + "/own")(torch.arange(1, 9)[None])[0].double().sum().item())
 print("all well")
 """
 
 
 def test_a_fresh_process(tmp_path):
-    net = model("Qwen2", [0, 2], init="from_attention").eval()
+    """It loads and saves a model with memories, and one with a bias and a gate of the user's own."""
+    net, own = model("Qwen2", [0, 2], init="from_attention").eval(), of_one_s_own()
     net.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path / "own")
     torch.save(net.generate(ids(2, 5), max_new_tokens=6, do_sample=False), tmp_path / "text.pt")
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "all well" in ran.stdout and "alone:" in ran.stdout
+    read = float(re.search(r"own: (\S+)", ran.stdout)[1])
+    assert read == pytest.approx(own(torch.arange(1, 9)[None])[0].double().sum().item(), abs=1e-4)
     assert sorted(p.name for p in (tmp_path / "again").glob("*.py")) == ["modeling_miras.py"]
 
 

@@ -261,6 +261,7 @@ def test_any_memory_order(memory_order, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- compilation
 
 
+@pytest.mark.slow
 def test_compiles_for_another_chip(tmp_path):
     """In a process of its own, since triton decides on import whether it interprets. The second run finds everything in the cache."""
     code = """

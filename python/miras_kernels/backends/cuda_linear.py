@@ -7,6 +7,7 @@ import ctypes
 import functools
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..call import Call
@@ -80,7 +81,7 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
         token_type=TOKEN_TYPES[call.q.dtype], N=n, H=heads, K=keys, V=values, C=call.chunk_size, slots=-(-call.q.shape[1] // segment),
         every=max(every, 1),
         delta_per_channel=delta is not None and delta.dim() == 4,
-        values=block_values(values, n * heads, call.bias.row_coupled, multiprocessors(call.q.device)),
+        values=block_values(call.q.dtype, values, n * heads, call.bias.row_coupled, multiprocessors(call.q.device)),
     )  # fmt: skip
     launch(library, library.miras_linear_chain, chain, call.q.device)
     if final is None:
@@ -93,12 +94,14 @@ def forward(library: Any, call: Call, every: int) -> tuple[Tensor, list[Tensor],
     return out, [final, start, open_decay], checkpoints
 
 
-def block_values(values: int, heads: int, coupled: bool, multiprocessors: int) -> int:
-    """Values of a block: 64, or 32 where those would leave too many multiprocessors without a block.
+def block_values(dtype: torch.dtype, values: int, heads: int, coupled: bool, multiprocessors: int) -> int:
+    """Values of a block: 64, or in bfloat16 32 where those would leave too many multiprocessors without a block.
 
     Args:
         heads: sequences x heads. coupled: the bias couples a row.
     """
+    if dtype == torch.float16:
+        return 64
     if values <= 32:
         return 32
     return 64 if coupled or 8 * heads * -(-values // 64) >= 7 * multiprocessors else 32
