@@ -30,7 +30,7 @@ class Chip:
     float32: float = 4.0  # instructions of warps: 128 lanes [G]
     special: float = 0.5  # 16 lanes [G]
     registers: int = 65536  # [G]
-    shared_bytes: int = 227 * 1024  # for all programs, of which each also takes 1 KiB [G]
+    shared_bytes: int = 227 * 1024  # for one program; all of them together have 1 KiB more, of which each takes 1 KiB more [G]
     threads: int = 2048  # [G]
     programs: int = 32  # [G]
     launch: float = 3e-6  # s from the end of a kernel to the start of the next in one stream [E]

@@ -41,7 +41,8 @@ def resident(row: Row, chip: Chip) -> int:
     """Programs of a launch that fit on a multiprocessor together. Registers are given to warps in units of 256."""
     warps = -(-row.threads // 32)
     registers = chip.registers // (warps * -(-row.registers * 32 // 256) * 256)
-    return min(registers, chip.shared_bytes // (row.shared + 1024), chip.threads // row.threads, chip.programs)
+    shared = (chip.shared_bytes + 1024) // (row.shared + 1024)
+    return min(registers, shared, chip.threads // row.threads, chip.programs)
 
 
 def time(row: Row, chip: Chip, between: tuple[int, int], batch: int, tokens: int, heads: int) -> dict[str, float]:
