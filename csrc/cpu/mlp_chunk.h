@@ -306,7 +306,9 @@ struct MlpChunk {
     scores(mine, d, QT, KT, s.rho[1], P2, kept, soon);
     for (int t = tokens.first; t < tokens.last; ++t) {
       const index_t row = index_t(t) * cp;  // P1 comes later
-      for (int j = 0; j <= t; j += kLanes) store(P1.along + row + j, load(gates.eta + j) * load(P2 + row + j));
+      int j = 0;
+      for (; j <= t; j += kLanes) store(P1.along + row + j, load(gates.eta + j) * load(P2 + row + j));
+      for (; j < c; j += kLanes) store(P1.along + row + j, zeros());  // the chunk before may have left NaN there
     }
     transpose_operand(P1, tokens, c, cp, P2T, cp);
     for (int i = 0; i < 2 && gates.momentum; ++i)

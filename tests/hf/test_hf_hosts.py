@@ -137,8 +137,9 @@ def test_saving_and_loading_in_a_fresh_process(tmp_path):
         text = net.generate(ids(2, 5), max_new_tokens=4, do_sample=False)
         torch.save(text, folder / "text.pt")
         loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=net.config._attn_implementation)
-        assert type(loaded) is type(net) and torch.equal(loaded(input_ids=ids()).logits, net(input_ids=ids()).logits)
-        assert torch.equal(pickle.loads(pickle.dumps(net))(input_ids=ids()).logits, net(input_ids=ids()).logits)
+        for other in (loaded, pickle.loads(pickle.dumps(net))):
+            assert type(other) is type(net) and all(map(torch.equal, other.state_dict().values(), net.state_dict().values()))
+            assert_close(other(input_ids=ids()).logits, net(input_ids=ids()).logits)  # bits depend on addresses in products of some CPUs
         folders.append(str(folder))
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", FRESH, *folders], capture_output=True, text=True, env=environment, check=False)
