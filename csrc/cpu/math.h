@@ -12,18 +12,27 @@ MIRAS_INLINE Vec round_to_even(Vec x) {      // |x| < 2^22
   return (x + magic) - magic;
 }
 
+// f(m) for all m < M: the same operation on several vectors
+template <int M, class Function> MIRAS_INLINE void in_turn(Function&& f) {
+  MIRAS_UNROLL
+  for (int m = 0; m < M; ++m) f(m);
+}
+
 // 2^n for integers -127 < n < 128
 MIRAS_INLINE Vec power_of_two(Vec n) { return (Vec)((__builtin_convertvector(n, IVec) + 127) << 23); }
 
-// 2^r - 1 for |r| <= 1/2, accurate near zero
+// 2^r - 1 for |r| <= 1/2, accurate near zero; of M vectors in turn (see Gelus)
+template <int M> MIRAS_INLINE void exp2_minus_one(const Vec* r, Vec* y) {
+  constexpr float coefficients[] = {1.339073548e-03f, 9.618237495e-03f, 5.550357434e-02f, 2.402264979e-01f, 6.931471879e-01f};
+  in_turn<M>([&](int m) MIRAS_LAMBDA { y[m] = broadcast(1.540351224e-04f); });
+  MIRAS_UNROLL
+  for (int i = 0; i < 5; ++i) in_turn<M>([&](int m) MIRAS_LAMBDA { y[m] = y[m] * r[m] + coefficients[i]; });
+  in_turn<M>([&](int m) MIRAS_LAMBDA { y[m] *= r[m]; });
+}
 MIRAS_INLINE Vec exp2_minus_one(Vec r) {
-  Vec p = broadcast(1.540351224e-04f);
-  p = p * r + 1.339073548e-03f;
-  p = p * r + 9.618237495e-03f;
-  p = p * r + 5.550357434e-02f;
-  p = p * r + 2.402264979e-01f;
-  p = p * r + 6.931471879e-01f;
-  return p * r;
+  Vec y;
+  exp2_minus_one<1>(&r, &y);
+  return y;
 }
 
 // log2(m) for m in [sqrt(1/2), sqrt(2))
@@ -59,27 +68,35 @@ struct SplitExp {
 MIRAS_INLINE Vec exp_nonpositive(Vec x) { return SplitExp(x).value(); }
 
 // gelu in its tanh form, gelu(x) = x s with s = 1 / (1 + exp(-y)), y = 2 sqrt(2/pi) (x + 0.044715 x^3), and its derivatives: all from
-// one power e = exp(-|y|), of base two because y is not needed itself.
-struct Gelu {
+// one power e = exp(-|y|), of base two because y is not needed itself. Each operation waits for the one before it, so M vectors take turns.
+template <int M> struct Gelus {
   static constexpr float kLinear = 1.595769122f, kCubic = 0.07135481627f;   // y = kLinear x + kCubic x^3
   static constexpr float kLinear2 = 2.302208198f, kCubic2 = 0.1029432397f;  // y / ln 2
-  Vec x, s, st;                                                             // st = s (1 - s)
-  MIRAS_FN explicit Gelu(Vec x) : x(x) {
-    Vec exponent = x * (kLinear2 + kCubic2 * x * x);
-    exponent = (Vec)((IVec)exponent | int32_t(0x80000000));         // -|y| / ln 2
-    exponent = exponent > -127.0f ? exponent : broadcast(-127.0f);  // 2^-127 is zero here
-    const Vec magic = broadcast(12582912.0f), shifted = exponent + magic, n = shifted - magic;  // n in the last bits of `shifted`
-    const Vec scale = (Vec)(((IVec)shifted + 127) << 23), e = scale + scale * exp2_minus_one(exponent - n);
-    const Vec large = 1.0f / (1.0f + e), small = e * large;  // s of |y| and of -|y|
-    s = x < 0.0f ? small : large;
-    st = small * large;
+  Vec x[M], s[M], st[M];                                                    // st = s (1 - s)
+  MIRAS_FN explicit Gelus(const Vec* of) {
+    const Vec magic = broadcast(12582912.0f);
+    Vec exponent[M], shifted[M], e[M], large[M], small[M];
+    in_turn<M>([&](int m) MIRAS_LAMBDA { x[m] = of[m]; });
+    in_turn<M>([&](int m) MIRAS_LAMBDA { exponent[m] = kLinear2 + kCubic2 * x[m] * x[m]; });
+    in_turn<M>([&](int m) MIRAS_LAMBDA { exponent[m] *= x[m]; });
+    in_turn<M>([&](int m) MIRAS_LAMBDA { exponent[m] = (Vec)((IVec)exponent[m] | int32_t(0x80000000)); });  // -|y| / ln 2
+    in_turn<M>([&](int m) MIRAS_LAMBDA { exponent[m] = larger(exponent[m], broadcast(-127.0f)); });         // 2^-127 is zero here
+    in_turn<M>([&](int m) MIRAS_LAMBDA { shifted[m] = exponent[m] + magic; });  // its rounding is in the last bits
+    in_turn<M>([&](int m) MIRAS_LAMBDA { exponent[m] -= shifted[m] - magic; });
+    exp2_minus_one<M>(exponent, e);
+    in_turn<M>([&](int m) MIRAS_LAMBDA { shifted[m] = (Vec)(((IVec)shifted[m] + 127) << 23); });
+    in_turn<M>([&](int m) MIRAS_LAMBDA { e[m] = shifted[m] + shifted[m] * e[m]; });
+    in_turn<M>([&](int m) MIRAS_LAMBDA { large[m] = 1.0f / (1.0f + e[m]); });
+    in_turn<M>([&](int m) MIRAS_LAMBDA { small[m] = e[m] * large[m]; });  // s of |y| and of -|y|
+    in_turn<M>([&](int m) MIRAS_LAMBDA { s[m] = where_negative(x[m], small[m], large[m]); });
+    in_turn<M>([&](int m) MIRAS_LAMBDA { st[m] = small[m] * large[m]; });
   }
-  MIRAS_FN Vec dy() const { return kLinear + (3.0f * kCubic) * x * x; }
-  MIRAS_FN Vec value() const { return x * s; }
-  MIRAS_FN Vec slope() const { return s + x * (dy() * st); }
-  MIRAS_FN Vec curvature() const {
-    const Vec ds = dy() * st;
-    return 2.0f * ds + x * ((6.0f * kCubic) * x * st + dy() * ds * (1.0f - 2.0f * s));
+  MIRAS_FN Vec dy(int m) const { return kLinear + (3.0f * kCubic) * x[m] * x[m]; }
+  MIRAS_FN Vec value(int m) const { return x[m] * s[m]; }
+  MIRAS_FN Vec slope(int m) const { return s[m] + x[m] * (dy(m) * st[m]); }
+  MIRAS_FN Vec curvature(int m) const {
+    const Vec ds = dy(m) * st[m];
+    return 2.0f * ds + x[m] * ((6.0f * kCubic) * x[m] * st[m] + dy(m) * ds * (1.0f - 2.0f * s[m]));
   }
 };
 

@@ -50,9 +50,10 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
     for (int t = rows.first; t < rows.last; ++t) s.dots[t] = 0.0f;
     row_dots(rows, dp, m.Q, m.part, s.dots);
   }
+  m.sum_blocks(rows, s.dZqT.down, W2, s.dX);
   sweep(rows, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dZqT.down + i, cp}, W2 + j, dp, 0, hd);
+    m.add_sum(x, i, j, s.dZqT.down, W2, s.dX);
     x.scale_rows(gates.gamma + i);
     if (gates.decays) x.dot_rows(m.Q + i * dp + j, dp, s.read_sums + i);
     if (momentum) x.add_scaled_rows(m.part + index_t(i) * dp + j, dp, m.carry[1] + i);
@@ -74,9 +75,10 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
       s.deta[t] -= gates.step_end[t] * dot;
     }
   }
+  m.sum_blocks<-1>(rows, m.GzT.down, s.J[1].down, s.dX);
   sweep(rows, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.subtract(Cols{m.GzT.down + i, cp}, s.J[1].down + j, dp, 0, hd);
+    m.add_sum<-1>(x, i, j, m.GzT.down, s.J[1].down, s.dX);
     if (momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
     x.scale_rows(gates.to_end + i);
     if (!momentum) x.dot_rows(m.K + i * dp + j, dp, s.write2_sums + i);
@@ -188,11 +190,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   in_parts(p, c, [&](const Part& mine) {
     m.read_hidden(mine, c, start);
     MIRAS_STAGE("gelu", 0, 3 * hd * c);
-    m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
-      const Gelu gelu(load(m.AqT + at));
-      store(m.AqT.along + at, gelu.value());
-      store(s.dZqT + at, gelu.slope());
-    });
+    m.gelu(mine.units, c, m.AqT, m.AqT.along, s.dZqT);
     m.AqT.pair_along(mine.units, m.columns(c));
   });
   in_parts(p, c, [&](const Part& mine) {

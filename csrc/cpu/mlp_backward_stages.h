@@ -133,9 +133,10 @@ void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& st
     row_dots(tokens, dp, m.U1, m.part, s.dstep);
     weigh_rows(tokens, dp, m.gates.step_end, m.part, m.part);
   }
+  m.sum_blocks(tokens, m.AT.down, s.J[0].down, s.dU1);
   sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{m.AT.down + i, cp}, s.J[0].down + j, dp, 0, hd);
+    m.add_sum(x, i, j, m.AT.down, s.J[0].down, s.dU1);
     if (momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
     x.scale_rows(m.gates.to_end + i);
     if (m.gates.decays && !momentum) x.dot_rows(m.U1 + i * dp + j, dp, s.write_sums + i);
@@ -164,9 +165,10 @@ void MlpBackwardTask::inner_backward(const Part& mine, const MlpState& start) {
   if (tokens.count() == 0) return;
   const LayerNorm& norm = m.norm;
   MIRAS_STAGE("dGu", 2 * tokens.count() * d * hd, hd * tokens.count() + hd * d + 2 * tokens.count() * d);
+  m.sum_blocks(tokens, s.dGaT.down, start.primal[0].down, s.dGu);
   sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
     Tile<R, N> x;
-    x.add(Cols{s.dGaT.down + i, cp}, start.primal[0].down + j, dp, 0, hd);
+    m.add_sum(x, i, j, s.dGaT.down, start.primal[0].down, s.dGu);
     x.each([&](int r, int k, Vec& y)
                MIRAS_LAMBDA { y += broadcast(m.gates.eta[i + r]) * load(s.dU1 + index_t(i + r) * dp + j + k * kLanes); });
     x.store_to(s.dGu + i * dp + j, dp);

@@ -146,9 +146,12 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
       m.find_errors(mine, p, bias);
     });
     in_parts(p, c, [&](const Part& mine) {
-      m.hidden_gradient(mine, c, start, ReadSoon());
+      const auto soon = [&](const TokenTensor& x) {
+        return chunk + 1 < last ? ReadSoon(view(x, chunk + 1), tokens(chunk + 1)) : ReadSoon();
+      };
+      m.hidden_gradient(mine, c, start, soon(p.v));
       if (chunk + 1 == last) return;
-      m.advance_matrix(0, mine, c, start, next, ReadSoon(view(p.k, chunk + 1), tokens(chunk + 1)));
+      m.advance_matrix(0, mine, c, start, next, soon(p.k));
       m.advance_matrix(1, mine, c, start, next, ReadSoon());
     });
   }

@@ -106,11 +106,25 @@ struct MlpChunk {
     sweep<N>(units, round_up(c, kPad), f);
   }
 
-  // The same, vector by vector.
-  template <class Function> MIRAS_FN void each_hidden(Range units, int c, Function&& f) const {
-    const int cols = round_up(c, kPad);
-    for (int i = units.first; i < units.last; ++i)
-      for (int j = 0; j < cols; j += kLanes) f(index_t(i) * cp + j);
+  // gelu(Z) and, if wanted, its derivatives, [Hd x Cp] all; one of them may be in Z's place.
+  void gelu(Range units, int c, const float* Z, Element* value, float* slope = nullptr, float* curvature = nullptr) const {
+    const auto vectors = [&]<int M>(index_t at) MIRAS_LAMBDA {
+      Vec z[M];
+      in_turn<M>([&](int m) MIRAS_LAMBDA { z[m] = load(Z + at + m * kLanes); });
+      const Gelus<M> gelu(z);
+      in_turn<M>([&](int m) MIRAS_LAMBDA { store(value + at + m * kLanes, gelu.value(m)); });
+      if (slope) in_turn<M>([&](int m) MIRAS_LAMBDA { store(slope + at + m * kLanes, gelu.slope(m)); });
+      if (curvature) in_turn<M>([&](int m) MIRAS_LAMBDA { store(curvature + at + m * kLanes, gelu.curvature(m)); });
+    };
+    constexpr int M = kLanes == 16 ? 1 : 4;  // 4 were not measured with AVX-512
+    const int cols = round_up(c, kPad), rows = cols == cp ? 1 : units.count();  // full rows follow one another
+    const index_t n = index_t(cols) * units.count() / rows;
+    for (int i = 0; i < rows; ++i) {
+      index_t at = index_t(units.first + i) * cp;
+      const index_t end = at + n;
+      for (; end - at >= M * kLanes; at += M * kLanes) vectors.template operator()<M>(at);
+      for (; at < end; at += kLanes) vectors.template operator()<1>(at);
+    }
   }
 
   // The last axis of W1 [D, Hd] runs down its transpose, that of W2 [Hd, D] along its rows.
@@ -144,6 +158,27 @@ struct MlpChunk {
     });
   }
 
+  // A' B [c x Dp], a sum over the rows of A [Hd x Cp] and B [Hd x Dp], a block of rows at a time: rows lie so far apart that the first-level
+  // cache holds few of them. sum_blocks(.., partial), all but the last block; add_sum(tile, .., partial), with that the whole.
+  static constexpr int kBlock = kLanes == 8 ? 64 : int(kMaxHidden);
+  MIRAS_FN int last_block() const { return (hd - 1) / kBlock * kBlock; }
+  template <int kSign = 1> void sum_blocks(Range tokens, const float* A, const float* B, float* partial) const {
+    for (int k = 0; k < last_block(); k += kBlock) {
+      sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+        Tile<R, N> x;
+        float* const to = partial + index_t(i) * dp + j;
+        if (k > 0) x.add_matrix(to, dp);
+        x.template accumulate<kSign>(Cols{A + i, cp}, B + j, dp, k, k + kBlock);
+        x.store_to(to, dp);
+      });
+    }
+  }
+  template <int kSign = 1, int R, int N>
+  MIRAS_FN void add_sum(Tile<R, N>& x, int i, int j, const float* A, const float* B, const float* partial) const {
+    if (last_block() > 0) x.add_matrix(partial + index_t(i) * dp + j, dp);
+    x.template accumulate<kSign>(Cols{A + i, cp}, B + j, dp, last_block(), hd);
+  }
+
   // Columns of dst = rows of src [C x Dp]
   MIRAS_FN void transpose_rows(Range tokens, const Operand& src, float* dst) const {
     src.pack_along(tokens, dp);
@@ -158,12 +193,7 @@ struct MlpChunk {
     float* const Z = kPairs ? AqT.x : AT.x;  // AqT comes later
     hidden_product(mine.units, c, s.primal[1], KT, Z, mine.once(soon));
     MIRAS_STAGE("gelu", 0, 3 * hd * c);
-    each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA {
-      const Gelu gelu(load(Z + at));
-      store(AT.along + at, gelu.value());
-      store(slopeT + at, gelu.slope());
-      if (HT) store(HT + at, gelu.curvature());
-    });
+    gelu(mine.units, c, Z, AT.along, slopeT, HT);
   }
 
   // Tokens: E, G, Gu and U1 from X
@@ -191,7 +221,12 @@ struct MlpChunk {
   // Tokens: U = A W1T, in X
   void predict_rows(const Part& mine, const MlpState& s) {
     MIRAS_STAGE("predict", 2 * mine.tokens.count() * d * hd, (hd + d) * mine.tokens.count() + hd * d);
-    predict(mine.tokens, hd, AT.down, cp, s.primal[0].down, dp, X, ReadSoon());
+    sum_blocks(mine.tokens, AT.down, s.primal[0].down, X);
+    sweep(mine.tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+      Tile<R, N> x;
+      add_sum(x, i, j, AT.down, s.primal[0].down, X);
+      x.store_to(X + index_t(i) * dp + j, dp);
+    });
   }
 
   // Tokens: X from U, errors, and what is written to the states
@@ -300,13 +335,14 @@ struct MlpChunk {
     [[maybe_unused]] const int inner = kGiven ? 0 : hd;
     MIRAS_STAGE("read-out", tokens.count() * (2 * inner + tokens.count() + 1) * d, tokens.count() * (inner + 4 * d) + inner * d);
     if (gates.momentum) predict(tokens, hd, AqT.down, cp, s.momenta[0].down, dp, part, ReadSoon());
+    if constexpr (!kGiven) sum_blocks(tokens, AqT.down, W1T, reads);
     sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * dp + j;
       Tile<R, N> u;
       if constexpr (kGiven) {
         u.add_matrix(reads + at, dp);
       } else {
-        u.add(Cols{AqT.down + i, cp}, W1T + j, dp, 0, hd);
+        add_sum(u, i, j, AqT.down, W1T, reads);
         u.scale_rows(gates.gamma + i);
         u.store_to(reads + at, dp);
       }

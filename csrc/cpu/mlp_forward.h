@@ -102,10 +102,10 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
       m.find_errors(mine, p, bias);
     });
     in_parts(p, c, [&](const Part& mine) {
-      m.hidden_gradient(mine, c, written, ReadSoon());
+      m.hidden_gradient(mine, c, written, ReadSoon(m.view(p, p.v, b, token + c, h), next));
       m.read_hidden(mine, c, state);
       MIRAS_STAGE("gelu", 0, 2 * hd * c);
-      m.each_hidden(mine.units, c, [&](index_t at) MIRAS_LAMBDA { store(m.AqT.along + at, Gelu(load(m.AqT + at)).value()); });
+      m.gelu(mine.units, c, m.AqT, m.AqT.along);
       m.AqT.pair_along(mine.units, m.columns(c));
       m.advance_matrix(1, mine, c, state, state, ReadSoon(m.view(p, p.k, b, token + c, h), next));
     });

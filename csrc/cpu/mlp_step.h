@@ -84,8 +84,8 @@ static void predict_hidden(const StepMatrix& first, const StepMatrix& second, co
   for (int i = 0; i < hd; i += kLanes) {
     const int units = minimum(kLanes, hd - i);
     const RowProducts z = row_products<true>(S2 + index_t(i) * d, units, d, s.K, s.Q);
-    const Gelu gelu(z.x);
-    store(s.A + i, gelu.value()), store(s.slope + i, gelu.slope()), store(s.Zq + i, z.x2);
+    const Gelus<1> gelu(&z.x);
+    store(s.A + i, gelu.value(0)), store(s.slope + i, gelu.slope(0)), store(s.Zq + i, z.x2);
     add_rows(S1 + index_t(i) * d, units, d, A + i, s.X);
   }
 }
@@ -103,7 +103,7 @@ static void read_hidden(const StepMatrix& first, const StepMatrix& second, const
     const Vec gz = row_products<false>(S1 + index_t(i) * d, units, d, s.Gu).x * load(s.slope + i);
     store_first(left + i, -eta * gz, units);
     const Vec zq = gamma * load(s.Zq + i) + rho * (load(s.changed + i) - own_score * (eta * gz));
-    store(s.Aq + i, Gelu(zq).value());
+    store(s.Aq + i, Gelus<1>(&zq).value(0));
     add_rows(S1 + index_t(i) * d, units, d, s.Aq + i, s.Uq);
   }
 }

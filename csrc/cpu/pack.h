@@ -142,7 +142,7 @@ template <bool kWrite> class Prefetch {
     skip_ = x.x.token * size - 64 * row_;
     left_ = c * row_;
     constexpr int kStep = kTileRows<kTileVectors> * kTileVectors * kLanes * kPair;
-    while (left_ * kStep * 2 * (mask_ + 1) <= products && left_ > 0) mask_ = 2 * mask_ + 1;
+    while (left_ * kStep * 2 * (mask_ + kSteps) <= products && left_ > 0) mask_ = 2 * mask_ + kSteps;
   }
 
   // n floats in a row
@@ -158,7 +158,7 @@ template <bool kWrite> class Prefetch {
  private:
   const char* at_ = nullptr;
   index_t skip_ = 0;
-  index_t mask_ = 1;
+  index_t mask_ = kSteps > 1 ? 0 : 1;  // one at every 2nd step, or at every call
   int row_ = 0, left_in_row_ = 0, left_ = 0;
 };
 using ReadSoon = Prefetch<false>;

@@ -9,6 +9,8 @@
 // rows are padded to kPad. With pairs (operand.h) an element of A or B is two numbers along k; k counts numbers, from an even one on.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace miras::cpu::MIRAS_LEVEL {
@@ -18,18 +20,18 @@ struct Rows {
   index_t ld;
   MIRAS_FN Rows at(index_t i) const { return {p + i * ld, ld}; }
 
-  // Iterates along k over R rows. Four rows share a pointer: one for each, as the compiler would make them, would not fit the general
+  // Iterates along k over R rows. Three or four share a pointer: one for each, as the compiler would make them, would not fit the general
   // registers, and loading them from vector registers takes the ports that multiply.
   template <int R> struct Walk {
-    static constexpr int kPointers = (R + 3) / 4;
+    static constexpr int kShare = R % 3 == 0 ? 3 : 4, kPointers = (R + kShare - 1) / kShare;
     const float* p[kPointers];
     index_t ld;
 
     MIRAS_FN Walk(Rows a, index_t k) : ld(a.ld) {
       MIRAS_UNROLL
-      for (int i = 0; i < kPointers; ++i) p[i] = a.p + 4 * i * ld + k;
+      for (int i = 0; i < kPointers; ++i) p[i] = a.p + kShare * i * ld + k;
     }
-    MIRAS_FN float operator[](int r) const { return p[r / 4][r % 4 * ld]; }
+    MIRAS_FN float operator[](int r) const { return p[r / kShare][r % kShare * ld]; }
     MIRAS_FN void next() {
       MIRAS_UNROLL
       for (int i = 0; i < kPointers; ++i) asm("" : "+r"(++p[i]));
@@ -47,9 +49,13 @@ struct Cols {
     index_t ld;
     MIRAS_FN Walk(Cols a, index_t k) : p(a.p + k * a.ld), ld(a.ld) {}
     MIRAS_FN float operator[](int r) const { return p[r]; }
-    MIRAS_FN void next() { p += ld; }
+    MIRAS_FN void next() { asm("" : "+r"(p += ld)); }
   };
 };
+
+// What a product calls beside its multiplications at every kSteps-th element along k (a prefetch). With vectors of 8 lanes an element takes
+// 6 cycles, in which a core that runs two threads decodes 18 instructions: too few for the 25 of the product and the 14 of a prefetch.
+constexpr int kSteps = kLanes == 8 ? 4 : 1;
 
 struct Nothing {
   MIRAS_FN void operator()(index_t) const {}
@@ -79,14 +85,13 @@ template <int R, int N> struct Tile {
     }
   }
 
-  // += sign * A[:, k0:k1] B[k0:k1, :];  beside(k) is called for each element along k (a prefetch)
+  // += sign * A[:, k0:k1] B[k0:k1, :]
   template <int kSign, class A, class Beside>
   MIRAS_FN void product(A a, const float* b, index_t ldb, index_t k0, index_t k1, Beside&& beside) {
     if constexpr (kPairs) k0 /= 2, k1 = (k1 + 1) / 2;
     b += k0 * ldb;
     typename A::template Walk<R> column(a, k0);
-    for (index_t k = k0; k < k1; ++k, b += ldb, column.next()) {
-      beside(k);
+    const auto step = [&]() MIRAS_LAMBDA {
       Vec row[N];
       MIRAS_UNROLL
       for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
@@ -94,8 +99,20 @@ template <int R, int N> struct Tile {
       for (int r = 0; r < R; ++r) {
         const Vec x = broadcast_element(column[r]);
         MIRAS_UNROLL
-        for (int n = 0; n < N; ++n) acc[r][n] = kSign > 0 ? multiply_add(acc[r][n], x, row[n]) : acc[r][n] - x * row[n];
+        for (int n = 0; n < N; ++n) multiply_add<kSign>(acc[r][n], x, row[n]);
       }
+      column.next();
+      asm("" : "+r"(b += ldb));
+    };
+    constexpr int steps = std::is_same_v<std::decay_t<Beside>, Nothing> ? 1 : kSteps;
+    index_t k = k0;
+    for (; k1 - k >= steps; k += steps) {
+      beside(k);
+      MIRAS_UNROLL
+      for (int i = 0; i < steps; ++i) step();
+    }
+    if constexpr (steps > 1) {
+      for (; k < k1; ++k) step();
     }
   }
   template <class A, class Beside = Nothing>
@@ -108,6 +125,10 @@ template <int R, int N> struct Tile {
     negate();
     product<1>(a, b, ldb, k0, k1, beside);
     negate();
+  }
+  template <int kSign, class A> MIRAS_FN void accumulate(A a, const float* b, index_t ldb, index_t k0, index_t k1) {
+    if constexpr (kSign > 0) add(a, b, ldb, k0, k1);
+    else subtract(a, b, ldb, k0, k1);
   }
   MIRAS_FN void negate() {
     each([](int, int, Vec& x) MIRAS_LAMBDA { x = -x; });

@@ -62,6 +62,15 @@ MIRAS_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAtAnyAddress*>(p
 MIRAS_INLINE Vec broadcast(float x) { return x - Vec{}; }
 MIRAS_INLINE Vec zeros() { return Vec{}; }
 
+// The larger of a and b, b if a is NaN; a where x has its sign bit, elsewhere b
+#if defined(__x86_64__) && MIRAS_LANES == 8
+MIRAS_INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+MIRAS_INLINE Vec where_negative(Vec x, Vec a, Vec b) { return (Vec)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)x); }
+#else
+MIRAS_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+MIRAS_INLINE Vec where_negative(Vec x, Vec a, Vec b) { return (IVec)x < 0 ? a : b; }
+#endif
+
 // Rounds x here: the compiler would contract a product with a sum that follows, in one function and not in another, and results would
 // depend on how a matrix is divided into tiles.
 MIRAS_INLINE void round_now(Vec& x) {
@@ -174,10 +183,13 @@ MIRAS_INLINE float largest(Vec x) {
   return fold(x, [](auto a, auto b) MIRAS_LAMBDA { return a > b ? a : b; });
 }
 
-// ---- an inner step of products: an element of A for all lanes, c + x y; with pairs, of two numbers each ----
+// ---- an inner step of products: an element of A for all lanes, c += sign x y; with pairs, of two numbers each, sign = 1 ----
 #ifdef MIRAS_PAIRS
 MIRAS_INLINE Vec broadcast_element(float x) { return (Vec)_mm512_set1_ps(x); }
-MIRAS_INLINE Vec multiply_add(Vec c, Vec x, Vec y) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)x, (__m512bh)y); }
+template <int sign> MIRAS_INLINE void multiply_add(Vec& c, Vec x, Vec y) {
+  static_assert(sign == 1);
+  c = (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)x, (__m512bh)y);
+}
 // The numbers of `first`, then those of `second`, rounded to nearest even
 MIRAS_INLINE __m512i side_by_side(const float* first, const float* second) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(second), (__m512)load(first));
@@ -197,7 +209,14 @@ MIRAS_INLINE Vec pairs(__m512i both) {
 }
 #else
 MIRAS_INLINE Vec broadcast_element(float x) { return broadcast(x); }
-MIRAS_INLINE Vec multiply_add(Vec c, Vec x, Vec y) { return c + x * y; }
+template <int sign> MIRAS_INLINE void multiply_add(Vec& c, Vec x, Vec y) {
+#if defined(__x86_64__) && MIRAS_LANES == 8  // in place: in a loop of several steps the compiler would move the 12 sums about, and store some
+  if constexpr (sign > 0) asm("vfmadd231ps %1, %2, %0" : "+x"(c) : "x"(x), "x"(y));
+  else asm("vfnmadd231ps %1, %2, %0" : "+x"(c) : "x"(x), "x"(y));
+#else
+  c = sign > 0 ? c + x * y : c - x * y;
+#endif
+}
 #endif
 
 // Flushes denormals to zero while it lives: products of decays reach their range and would be 20 times slower.

@@ -95,7 +95,7 @@ int main(int, char** words) {
         name, low * 1.001, high / 1.001, [a](Vec x) { return Functions::pow(x, a); }, [a](double x) { return std::pow(x, double(a)); },
         of_result);
   }
-  measure("gelu", -10, large, [](Vec x) { return Gelu(x).value(); }, [](double x) { return ExactGelu(x).value(); }, of_argument);
-  measure("gelu'", -1e10, 1e10, [](Vec x) { return Gelu(x).slope(); }, [](double x) { return ExactGelu(x).slope(); }, of_one);
-  measure("gelu''", -1e10, 1e10, [](Vec x) { return Gelu(x).curvature(); }, [](double x) { return ExactGelu(x).curvature(); }, of_one);
+  measure("gelu", -10, large, [](Vec x) { return Gelus<1>(&x).value(0); }, [](double x) { return ExactGelu(x).value(); }, of_argument);
+  measure("gelu'", -1e10, 1e10, [](Vec x) { return Gelus<1>(&x).slope(0); }, [](double x) { return ExactGelu(x).slope(); }, of_one);
+  measure("gelu''", -1e10, 1e10, [](Vec x) { return Gelus<1>(&x).curvature(0); }, [](double x) { return ExactGelu(x).curvature(); }, of_one);
 }
