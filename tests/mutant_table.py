@@ -152,6 +152,8 @@ MUTANTS = [
            "gates.eta[t] * gates.to_end[t]", "gates.eta[t]"),
     Mutant("cpp-mlp-update-without-gelu-slope", "csrc/cpu/mlp_chunk.h", cpp("mlp-huber_norm"),
            "x.multiply(slopeT + at, cp)", "void(0)"),
+    Mutant("cpp-mlp-sum-without-the-blocks-before", "csrc/cpu/mlp_chunk.h", cpp("mlp-huber_coordinate-common"),  # with AVX2
+           "x.add_matrix(to, dp)", "void(0)"),
     Mutant("cpp-mlp-norm-gradient-without-a-term", "csrc/cpu/mlp_backward_stages.h", cpp("mlp-huber_norm"),
            "load(s.dU + row + j) - shrink * load(x + j)", "load(s.dU + row + j)"),
     Mutant("cpp-mlp-weight-gradient-without-the-prediction", "csrc/cpu/mlp_backward_stages.h", cpp("mlp-huber_norm"),
