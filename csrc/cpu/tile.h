@@ -108,7 +108,9 @@ template <int R, int N> struct Tile {
     index_t k = k0;
     for (; k1 - k >= steps; k += steps) {
       beside(k);
+#ifndef __SANITIZE_ADDRESS__  // whose checks of four steps would take minutes to compile
       MIRAS_UNROLL
+#endif
       for (int i = 0; i < steps; ++i) step();
     }
     if constexpr (steps > 1) {
