@@ -99,6 +99,7 @@ template <int M> struct Gelus {
     return 2.0f * ds + x[m] * ((6.0f * kCubic) * x[m] * st[m] + dy(m) * ds * (1.0f - 2.0f * s[m]));
   }
 };
+constexpr int kGelus = kLanes == 16 ? 1 : 4;  // vectors at a time of a matrix; 4 were not measured with AVX-512
 
 }  // namespace miras::cpu::MIRAS_LEVEL
 

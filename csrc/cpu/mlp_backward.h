@@ -46,7 +46,7 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
 
   MIRAS_STAGE("dQ", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 5 * c * d);
   if (momentum) {
-    predict(rows, hd, s.dZqT.down, cp, start.momenta[1].down, dp, m.part, ReadSoon());
+    m.sum_units(rows, s.dZqT.down, start.momenta[1].down, m.part);
     for (int t = rows.first; t < rows.last; ++t) s.dots[t] = 0.0f;
     row_dots(rows, dp, m.Q, m.part, s.dots);
   }
@@ -68,7 +68,7 @@ void MlpBackwardTask::token_gradients(const Part& mine, int64_t chunk, const Mlp
 
   MIRAS_STAGE("dK", 4 * c * d * hd + c * (c + 1) * d, 2 * hd * c + 2 * hd * d + c * (c + 1) / 2 + 6 * c * d);
   if (momentum) {
-    predict(rows, hd, m.GzT.down, cp, s.JS[1].down, dp, m.part, ReadSoon());
+    m.sum_units(rows, m.GzT.down, s.JS[1].down, m.part);
     for (int t = rows.first; t < rows.last; ++t) {
       const float dot = inner_product(m.K + index_t(t) * dp, m.part + index_t(t) * dp, dp);
       s.dstep[t] += gates.eta[t] * dot;

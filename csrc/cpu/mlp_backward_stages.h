@@ -129,7 +129,7 @@ void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& st
 
   MIRAS_STAGE("dU", 2 * c * d * hd + c * (c + 1) * d, hd * c + hd * d + c * (c + 1) / 2 + 3 * c * d);
   if (momentum) {
-    predict(tokens, hd, m.AT.down, cp, s.JS[0].down, dp, m.part, ReadSoon());
+    m.sum_units(tokens, m.AT.down, s.JS[0].down, m.part);
     row_dots(tokens, dp, m.U1, m.part, s.dstep);
     weigh_rows(tokens, dp, m.gates.step_end, m.part, m.part);
   }

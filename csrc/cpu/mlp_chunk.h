@@ -116,13 +116,12 @@ struct MlpChunk {
       if (slope) in_turn<M>([&](int m) MIRAS_LAMBDA { store(slope + at + m * kLanes, gelu.slope(m)); });
       if (curvature) in_turn<M>([&](int m) MIRAS_LAMBDA { store(curvature + at + m * kLanes, gelu.curvature(m)); });
     };
-    constexpr int M = kLanes == 16 ? 1 : 4;  // 4 were not measured with AVX-512
     const int cols = round_up(c, kPad), rows = cols == cp ? 1 : units.count();  // full rows follow one another
     const index_t n = index_t(cols) * units.count() / rows;
     for (int i = 0; i < rows; ++i) {
       index_t at = index_t(units.first + i) * cp;
       const index_t end = at + n;
-      for (; end - at >= M * kLanes; at += M * kLanes) vectors.template operator()<M>(at);
+      for (; end - at >= kGelus * kLanes; at += kGelus * kLanes) vectors.template operator()<kGelus>(at);
       for (; at < end; at += kLanes) vectors.template operator()<1>(at);
     }
   }
@@ -159,7 +158,8 @@ struct MlpChunk {
   }
 
   // A' B [c x Dp], a sum over the rows of A [Hd x Cp] and B [Hd x Dp], a block of rows at a time: rows lie so far apart that the first-level
-  // cache holds few of them. sum_blocks(.., partial), all but the last block; add_sum(tile, .., partial), with that the whole.
+  // cache holds few of them. sum_blocks(.., partial), all but the last block; add_sum(tile, .., partial), with that the whole; sum_units,
+  // both.
   static constexpr int kBlock = kLanes == 8 ? 64 : int(kMaxHidden);
   MIRAS_FN int last_block() const { return (hd - 1) / kBlock * kBlock; }
   template <int kSign = 1> void sum_blocks(Range tokens, const float* A, const float* B, float* partial) const {
@@ -177,6 +177,14 @@ struct MlpChunk {
   MIRAS_FN void add_sum(Tile<R, N>& x, int i, int j, const float* A, const float* B, const float* partial) const {
     if (last_block() > 0) x.add_matrix(partial + index_t(i) * dp + j, dp);
     x.template accumulate<kSign>(Cols{A + i, cp}, B + j, dp, last_block(), hd);
+  }
+  void sum_units(Range tokens, const float* A, const float* B, float* to) const {
+    sum_blocks(tokens, A, B, to);
+    sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
+      Tile<R, N> x;
+      add_sum(x, i, j, A, B, to);
+      x.store_to(to + index_t(i) * dp + j, dp);
+    });
   }
 
   // Columns of dst = rows of src [C x Dp]
@@ -221,12 +229,7 @@ struct MlpChunk {
   // Tokens: U = A W1T, in X
   void predict_rows(const Part& mine, const MlpState& s) {
     MIRAS_STAGE("predict", 2 * mine.tokens.count() * d * hd, (hd + d) * mine.tokens.count() + hd * d);
-    sum_blocks(mine.tokens, AT.down, s.primal[0].down, X);
-    sweep(mine.tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-      Tile<R, N> x;
-      add_sum(x, i, j, AT.down, s.primal[0].down, X);
-      x.store_to(X + index_t(i) * dp + j, dp);
-    });
+    sum_units(mine.tokens, AT.down, s.primal[0].down, X);
   }
 
   // Tokens: X from U, errors, and what is written to the states
@@ -334,7 +337,7 @@ struct MlpChunk {
     P1.pack_along(tokens, cp);
     [[maybe_unused]] const int inner = kGiven ? 0 : hd;
     MIRAS_STAGE("read-out", tokens.count() * (2 * inner + tokens.count() + 1) * d, tokens.count() * (inner + 4 * d) + inner * d);
-    if (gates.momentum) predict(tokens, hd, AqT.down, cp, s.momenta[0].down, dp, part, ReadSoon());
+    if (gates.momentum) sum_units(tokens, AqT.down, s.momenta[0].down, part);
     if constexpr (!kGiven) sum_blocks(tokens, AqT.down, W1T, reads);
     sweep(tokens, dp, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
       const index_t at = index_t(i) * dp + j;

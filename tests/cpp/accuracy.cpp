@@ -59,6 +59,13 @@ template <class F, class Exact, class Unit> void measure(const char* name, doubl
   std::printf("%s %.4f %.9g\n", name, worst, double(where));
 }
 
+// f(gelu) of x among other numbers, as many at a time as in a matrix
+template <class F> Vec of_gelu(Vec x, F f) {
+  Vec all[kGelus];
+  for (int m = 0; m < kGelus; ++m) all[m] = x + float(m + 1 - kGelus);
+  return f(Gelus<kGelus>(all), kGelus - 1);
+}
+
 double of_result(double, double y) { return ulp(y); }
 double of_argument(double x, double) { return ulp(x); }
 double of_one(double, double) { return 0x1p-23; }
@@ -95,7 +102,11 @@ int main(int, char** words) {
         name, low * 1.001, high / 1.001, [a](Vec x) { return Functions::pow(x, a); }, [a](double x) { return std::pow(x, double(a)); },
         of_result);
   }
-  measure("gelu", -10, large, [](Vec x) { return Gelus<1>(&x).value(0); }, [](double x) { return ExactGelu(x).value(); }, of_argument);
-  measure("gelu'", -1e10, 1e10, [](Vec x) { return Gelus<1>(&x).slope(0); }, [](double x) { return ExactGelu(x).slope(); }, of_one);
-  measure("gelu''", -1e10, 1e10, [](Vec x) { return Gelus<1>(&x).curvature(0); }, [](double x) { return ExactGelu(x).curvature(); }, of_one);
+  using Gelu = const Gelus<kGelus>&;
+  const auto value = [](Vec x) { return of_gelu(x, [](Gelu g, int m) { return g.value(m); }); };
+  const auto slope = [](Vec x) { return of_gelu(x, [](Gelu g, int m) { return g.slope(m); }); };
+  const auto curvature = [](Vec x) { return of_gelu(x, [](Gelu g, int m) { return g.curvature(m); }); };
+  measure("gelu", -10, large, value, [](double x) { return ExactGelu(x).value(); }, of_argument);
+  measure("gelu'", -1e10, 1e10, slope, [](double x) { return ExactGelu(x).slope(); }, of_one);
+  measure("gelu''", -1e10, 1e10, curvature, [](double x) { return ExactGelu(x).curvature(); }, of_one);
 }
