@@ -47,11 +47,19 @@ def targets(source: Path) -> list[str]:
     return [f"-gencode=arch={x},code=[{','.join([*names, x] if x == kept else names)}]" for x, names in chips.items()]
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
+    """What the compiler printed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
     if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
-        raise RuntimeError(said[0] if said else f"nvcc ended with {done.returncode}")
+        errors = [line for line in said.splitlines() if "error" in line]
+        raise RuntimeError(errors[0] if errors else f"nvcc ended with {done.returncode}")
+    return said
+
+
+def compile_source(compiler: str, source: Path, to: Path, *options: str) -> str:
+    """Compile a source for all its chips; what the compiler printed."""
+    return run([compiler, *COMPILE, *targets(source), *options, "-c", str(source), "-o", str(to)])
 
 
 def build(library: Path) -> None:
@@ -66,12 +74,9 @@ def build(library: Path) -> None:
     if compiler is None:
         raise RuntimeError("there is no nvcc, neither in CUDA_HOME nor on the PATH")
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [str(Path(folder, f"{x.stem}.o")) for x in SOURCES]
-        commands = [
-            [compiler, *COMPILE, *targets(x), "--threads", "0", "-c", str(x), "-o", to] for x, to in zip(SOURCES, objects, strict=True)
-        ]
-        list(pool.map(run, commands))
-        run([compiler, "-shared", *objects, "-o", str(library)])
+        objects = [Path(folder, f"{x.stem}.o") for x in SOURCES]
+        list(pool.map(lambda source, to: compile_source(compiler, source, to, "--threads", "0"), SOURCES, objects))
+        run([compiler, "-shared", *map(str, objects), "-o", str(library)])
 
 
 if __name__ == "__main__":

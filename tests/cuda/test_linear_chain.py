@@ -148,9 +148,9 @@ def test_a_deleted_barrier_or_wait_is_reported_or_had_nothing_to_do(name, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("source", "kernels"), [("linear_chain_bf16.cu", 12), ("linear_chain_f16.cu", 6)])
-def test_little_spills(source, kernels, architecture, tmp_path):
+def test_little_spills(source, kernels, architecture):
     """At most 128 bytes a thread, as in the MLP memory's chain."""
-    said = assembled(source, architecture, tmp_path)
+    said = assembled(source, architecture)
     spilled = [max(map(int, x)) for x in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)]
     assert len(spilled) == kernels and max(spilled) <= 128, spilled
     assert max(map(int, re.findall(r"Used (\d+) registers", said))) <= 255

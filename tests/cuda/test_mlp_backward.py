@@ -155,9 +155,9 @@ KERNEL = re.compile(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_registers_and_spills(architecture, tmp_path):
+def test_registers_and_spills(architecture):
     """At most 300 bytes are spilled. With the table's compiler, the table is the limit."""
-    said = "".join(assembled(source, architecture, tmp_path) for source in ("mlp_replay.cu", "mlp_reverse.cu"))
+    said = "".join(assembled(source, architecture) for source in ("mlp_replay.cu", "mlp_reverse.cu"))
     found = {
         f"{kernel}-C{c}-Hd{hidden}-{dtype}": [int(used), int(stores), int(loads)]
         for kernel, c, hidden, dtype, _, stores, loads, used in KERNEL.findall(said)

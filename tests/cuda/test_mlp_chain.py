@@ -270,11 +270,11 @@ KERNEL = re.compile(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_registers_and_spills(architecture, tmp_path):
+def test_registers_and_spills(architecture):
     """At most 128 bytes are spilled at C = 64, and nothing at C = 16 and 32. With the table's compiler, the table is the limit."""
     found = {
         f"C{c}-Hd{hidden}-{dtype}{cluster.replace('_', '-')}": [int(used), int(stores), int(loads)]
-        for cluster, c, hidden, dtype, _, stores, loads, used in KERNEL.findall(assembled("mlp_chain.cu", architecture, tmp_path))
+        for cluster, c, hidden, dtype, _, stores, loads, used in KERNEL.findall(assembled("mlp_chain.cu", architecture))
     }
     assert len(found) == 22
     for name, (registers, stores, loads) in found.items():

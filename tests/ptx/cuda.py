@@ -25,7 +25,7 @@ from miras_kernels.backends.cuda import CudaBackend
 from .compiling import CACHE
 from .host import Faults, Launch, poisoned, program
 
-__all__ = ["build", "on_machine"]
+__all__ = ["build", "kept", "on_machine", "with_includes"]
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 STUB = Path(__file__).with_name("cudart_stub.cpp")
@@ -37,15 +37,9 @@ def build(nvcc: str, architecture: str = "sm_80") -> tuple[Path, dict[str, str]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda source: _compiled(nvcc, source, architecture), sorted(SOURCES.glob("*.cu"))))
     objects = [str(folder / "x.o") for folder in folders]
-    library = _kept("cuda", [*objects, STUB.read_text()], lambda to: _link(nvcc, objects, to)) / "on_machine.so"
+    library = kept("cuda", [*objects, STUB.read_text()], lambda to: _link(nvcc, objects, to)) / "on_machine.so"
     texts = [path.read_text() for folder in folders for path in folder.glob("*.ptx")]
     return library, {name: text for text in texts for name in re.findall(r"\.entry\s+(\w+)", text)}
-
-
-def text(nvcc: str, source: Path, architecture: str) -> Path:
-    """The PTX of a source."""
-    (path,) = _compiled(nvcc, source, architecture).glob("*.ptx")
-    return path
 
 
 def _compiled(nvcc: str, source: Path, architecture: str) -> Path:
@@ -62,7 +56,7 @@ def _compiled(nvcc: str, source: Path, architecture: str) -> Path:
             if path.suffix not in (".ptx", ".o"):
                 path.unlink()
 
-    return _kept(f"cuda-{source.stem}-{virtual}", [*(x.read_text() for x in _read(source)), *command, os.path.realpath(nvcc)], make)
+    return kept(f"cuda-{source.stem}-{virtual}", [*(x.read_text() for x in with_includes(source)), *command, os.path.realpath(nvcc)], make)
 
 
 def _link(nvcc: str, objects: list[str], folder: Path) -> None:
@@ -70,7 +64,7 @@ def _link(nvcc: str, objects: list[str], folder: Path) -> None:
     subprocess.run([*command, "-o", str(folder / "on_machine.so")], check=True)
 
 
-def _read(source: Path) -> list[Path]:
+def with_includes(source: Path) -> list[Path]:
     """A source and the files of csrc that it includes, in a fixed order."""
     found, left = [], [source]
     while left:
@@ -81,7 +75,7 @@ def _read(source: Path) -> list[Path]:
     return found
 
 
-def _kept(name: str, made_from: list[str], make: Callable[[Path], None]) -> Path:
+def kept(name: str, made_from: list[str], make: Callable[[Path], None]) -> Path:
     """A folder in ``build/ptx``, which processes that run tests make once."""
     folder = CACHE / f"{name}-{hashlib.sha256(''.join(made_from).encode()).hexdigest()[:16]}"
     CACHE.mkdir(parents=True, exist_ok=True)
