@@ -158,8 +158,8 @@ struct MlpChunk {
   }
 
   // A' B [c x Dp], a sum over the rows of A [Hd x Cp] and B [Hd x Dp], a block of rows at a time: rows lie so far apart that the first-level
-  // cache holds few of them. sum_blocks(.., partial), all but the last block; add_sum(tile, .., partial), with that the whole; sum_units,
-  // both.
+  // cache holds few of them. sum_units: the whole. In two steps, for a stage that goes on with a tile: sum_blocks, all but the last block,
+  // and add_sum, with that the whole.
   static constexpr int kBlock = kLanes == 8 ? 64 : int(kMaxHidden);
   MIRAS_FN int last_block() const { return (hd - 1) / kBlock * kBlock; }
   template <int kSign = 1> void sum_blocks(Range tokens, const float* A, const float* B, float* partial) const {

@@ -48,7 +48,7 @@ def targets(source: Path) -> list[str]:
 
 
 def run(command: list[str]) -> str:
-    """What the compiler printed."""
+    """Run a compiler and return what it printed; its first error is a RuntimeError."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     if done.returncode:
@@ -58,7 +58,7 @@ def run(command: list[str]) -> str:
 
 
 def compile_source(compiler: str, source: Path, to: Path, *options: str) -> str:
-    """Compile a source for all its chips; what the compiler printed."""
+    """Compile a source for all its chips and return what the compiler printed."""
     return run([compiler, *COMPILE, *targets(source), *options, "-c", str(source), "-o", str(to)])
 
 
