@@ -243,12 +243,12 @@ void fill(MlpParams& p, const Tokens& x, const NormTuple& norm, const StateTuple
   p.parallel_for = parallel_for;
 }
 
-// As linear_forward, then the products
-std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor, Tensor> mlp_forward(const TokenTuple& tokens_, const NormTuple& norm_,
-                                                                         const StateTuple<Pair>& state,
-                                                                         const OpenChunkTuple<Pair>& open_chunk,
-                                                                         const OptionalTensor& cu_seqlens, const RuleTuple& rules,
-                                                                         int64_t checkpoint_every, bool output_final_state) {
+// As linear_forward, then the products and the scores
+std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor, Tensor, Tensor> mlp_forward(const TokenTuple& tokens_, const NormTuple& norm_,
+                                                                                 const StateTuple<Pair>& state,
+                                                                                 const OpenChunkTuple<Pair>& open_chunk,
+                                                                                 const OptionalTensor& cu_seqlens, const RuleTuple& rules,
+                                                                                 int64_t checkpoint_every, bool output_final_state) {
   const Tokens x(tokens_);
   const NormTuple norm = contiguous(norm_);
   const auto& [start, position, open_log_decay] = open_chunk;
@@ -269,7 +269,7 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor, Tensor> mlp_forward(const T
   const Tensor out = new_tensor({p.B, p.T, p.H, p.D}, x.q.type());
   p.out = tokens(out);
   Pair final_dual, final_momenta, final_start;
-  Tensor final_log_decay, products;
+  Tensor final_log_decay, products, scores;
   if (output_final_state) {
     final_dual = new_states(p.final_dual, p), final_start = new_states(p.final_start, p);
     if (p.momentum) final_momenta = new_states(p.final_momenta, p);
@@ -279,19 +279,19 @@ std::tuple<Tensor, Pair, Pair, Pair, Tensor, Tensor, Tensor> mlp_forward(const T
   const Tensor checkpoints = new_checkpoints(p, p.momentum ? 4 : 2, p.Hd, p.D);
   if (checkpoint_every > 0) {
     p.checkpoints = checkpoints.data<float>();
-    products = new_float({2, p.B, p.H, p.T, p.D});
-    p.products = products.data<float>();
+    products = new_float({2, p.B, p.H, p.T, p.D}), scores = new_float({p.B, p.H, p.T, p.C});
+    p.products = products.data<float>(), p.scores = scores.data<float>();
   }
 
   run_tasks(cpu::kernels().mlp_forward, p);
-  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints, products};
+  return {out, final_dual, final_momenta, final_start, final_log_decay, checkpoints, products, scores};
 }
 
 // (dq, dk, dv, dlr, dlog_decay, ddelta, dmomentum, dln_weight, dln_bias, d_dual, d_momenta)
 std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Pair, OptionalPair>
 mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple<Pair>& state, const OptionalTensor& cu_seqlens,
-             const RuleTuple& rules, int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& products, const Tensor& grad_out_,
-             const GradStateTuple<Pair>& grad_state) {
+             const RuleTuple& rules, int64_t checkpoint_every, const Tensor& checkpoints, const Tensor& products, const Tensor& scores,
+             const Tensor& grad_out_, const GradStateTuple<Pair>& grad_state) {
   const Tokens x(tokens_);
   const Tensor& q = x.q;
   const NormTuple norm = contiguous(norm_);
@@ -300,7 +300,8 @@ mlp_backward(const TokenTuple& tokens_, const NormTuple& norm_, const StateTuple
   fill(p, x, norm, state, cu_seqlens, rules, checkpoint_every);
   p.checkpoints = checked_checkpoints(p, checkpoints, p.momentum ? 4 : 2, p.Hd, p.D);
   require(is_float(products) && products.is_contiguous() && products.has_shape({2, p.B, p.H, p.T, p.D}), "bad products");
-  p.products = products.data<float>();
+  require(is_float(scores) && scores.is_contiguous() && scores.has_shape({p.B, p.H, p.T, p.C}), "bad scores");
+  p.products = products.data<float>(), p.scores = scores.data<float>();
   p.segment = longest_segment(p);
 
   require(grad_out_.has_shape(q.sizes()) && grad_out_.is(q.type()) && grad_out_.on_cpu(), "grad_out must be like out");
@@ -348,7 +349,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mlp_forward", &miras::mlp_forward, "tokens"_a, "norm"_a, "state"_a, "open_chunk"_a, "cu_seqlens"_a, "rules"_a,
         "checkpoint_every"_a, "output_final_state"_a);
   m.def("mlp_backward", &miras::mlp_backward, "tokens"_a, "norm"_a, "state"_a, "cu_seqlens"_a, "rules"_a, "checkpoint_every"_a,
-        "checkpoints"_a, "products"_a, "grad_out"_a, "grad_state"_a);
+        "checkpoints"_a, "products"_a, "scores"_a, "grad_out"_a, "grad_state"_a);
   using Lines = std::tuple<std::vector<double>, decltype(miras::StraightLine::instructions), std::vector<int>>;
   py::class_<miras::CompiledProgram, miras::ProgramPointer>(m, "Program")
       .def(py::init([](int inputs, const Lines& value, const Lines& derivatives) {

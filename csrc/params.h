@@ -171,12 +171,13 @@ struct MlpParams : MemoryParams {
   const float *ln_weight = nullptr, *ln_bias = nullptr;  // [H, D], contiguous
   float ln_eps = 0.0f;
 
-  // What the LayerNorms of a chunk's keys and queries read, kept by the forward for the backward: A W1' and gamma (Aq W1'),
-  // [2, B, H, T, D] float32.
-  float* products = nullptr;
+  // Sums over the hidden units, kept by the forward for the backward, float32: what the LayerNorms of a chunk's keys and queries read,
+  // A W1' and gamma (Aq W1'), [2, B, H, T, D]; and Aq A', [B, H, T, C], of which the lower triangle counts.
+  float *products = nullptr, *scores = nullptr;
   MIRAS_FN float* product(int i, int64_t b, int64_t h, int64_t token) const {
     return products + (((i * B + b) * H + h) * T + token) * D;
   }
+  MIRAS_FN float* chunk_scores(int64_t b, int64_t h, int64_t token) const { return scores + ((b * H + h) * T + token) * C; }
 
   MIRAS_FN int64_t tasks() const { return N * H; }
 };

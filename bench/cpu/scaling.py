@@ -11,6 +11,7 @@ import torch
 
 import miras_kernels
 from miras_kernels import L2, Huber
+from miras_kernels.tables.memories import find
 
 from ..common.implementations import BOTH, agreement, kernel
 from ..common.timing import clock_for, timed
@@ -125,11 +126,13 @@ def exponent(sizes: dict[str, int], values: dict[str, float]) -> float | None:
 
 def promised_bytes(case) -> int:
     """Bytes of the tensors that autograd may hold between forward and backward, beyond the inputs: a checkpoint every n chunks, of an MLP
-    memory two products for every token, and the initial state, where the call made it as zeros."""
-    every = miras_kernels.options.checkpoint_interval(case.chunk_size)
+    memory two products and a row of scores for every token, and the initial state, where the call made it as zeros."""
+    every = miras_kernels.options.checkpoint_interval(case.chunk_size, find(case.memory).kernels["cpp"].checkpoint)
     states = case.batch * math.ceil(case.tokens / (case.chunk_size * every)) + (case.batch if case.initial == "none" else 0)
-    matrices, products = (2 * case.hidden, 2 * case.batch * case.tokens) if case.memory == "mlp" else (case.key_dim, 0)
-    return 4 * case.heads * (states * matrices + products) * case.value_dim
+    mlp = case.memory == "mlp"
+    state = (2 * case.hidden if mlp else case.key_dim) * case.value_dim
+    token = 2 * case.value_dim + case.chunk_size if mlp else 0
+    return 4 * case.heads * (states * state + case.batch * case.tokens * token)
 
 
 def draw(shape: str, settings: Settings, tokens: int, heads: int):

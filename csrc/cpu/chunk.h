@@ -100,12 +100,25 @@ struct NoStage {
   template <int R, int N> MIRAS_FN void operator()(int, int) const {}
 };
 
-// P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers.
+// The tile of Q K' at (i, j): computed, and stored in `scores` if that is not null; or as it is there, if dk = 0
+template <int R, int N, class A>
+MIRAS_FN Tile<R, N> scores_tile(int i, int j, int dk, const A& q, const float* kt, index_t cp, float* scores, WriteSoon& soon) {
+  Tile<R, N> s;
+  if (dk == 0) {
+    s.add_matrix(scores + index_t(i) * cp + j, cp);
+    return s;
+  }
+  s.add(q.at(i), kt + j, cp, 0, dk, soon);
+  if (scores) s.store_to(scores + index_t(i) * cp + j, cp);
+  return s;
+}
+
+// P = L o (Q K')  [c x Cp], and L itself if wanted. L by rows, L_t = alpha_t L_(t-1) with L_tt = 1, in registers. Q K': see scores_tile.
 // P and L are zero right of the diagonal inside the tiles that were visited, and not written elsewhere. With a range of rows only those.
 // then<R, N>(i, j) follows each tile.
 template <bool kKeepL, class A, class T, class Then = NoStage>
 static void decayed_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_row, T* P, float* L,
-                           WriteSoon soon, Then then = {}) {
+                           float* QK, WriteSoon soon, Then then = {}) {
   fill_zero(last_row, round_up(c.last, kPad));
   for (int j = 0; j < c.first; j += kLanes) {  // row c.first - 1, as the rows before would leave it
     Vec decay = zeros();
@@ -116,8 +129,7 @@ static void decayed_scores(const Gates& gates, Range c, int dk, A q, const float
     store(last_row + j, decay);
   }
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> s;  // Q K'
-    s.add(q.at(i), kt + j, cp, 0, dk, soon);
+    Tile<R, N> s = scores_tile<R, N>(i, j, dk, q, kt, cp, QK, soon);
     MIRAS_UNROLL
     for (int n = 0; n < N; ++n) {
       const IVec column = iota() + (j + n * kLanes);
@@ -136,7 +148,7 @@ static void decayed_scores(const Gates& gates, Range c, int dk, A q, const float
   });
 }
 
-// The same with momentum, P = M o (Q K'), and if wanted M, Theta and Q K' itself. By rows, Theta_t = theta_t Theta_(t-1) with
+// The same with momentum, P = M o (Q K'), and if wanted M and Theta. By rows, Theta_t = theta_t Theta_(t-1) with
 // Theta_tt = 1 and M_t = alpha_t M_(t-1) + Theta_t. last_rows [2 x Cp].
 template <bool kKeep, class A, class T, class Then = NoStage>
 static void momentum_scores(const Gates& gates, Range c, int dk, A q, const float* kt, index_t cp, float* last_rows, T* P, float* M,
@@ -153,9 +165,7 @@ static void momentum_scores(const Gates& gates, Range c, int dk, A q, const floa
     store(last_m + j, m), store(last_theta + j, theta);
   }
   sweep_lower(c, [&]<int R, int N>(int i, int j) MIRAS_LAMBDA {
-    Tile<R, N> s;  // Q K'
-    s.add(q.at(i), kt + j, cp, 0, dk, soon);
-    if constexpr (kKeep) s.store_to(QK + i * cp + j, cp);
+    Tile<R, N> s = scores_tile<R, N>(i, j, dk, q, kt, cp, QK, soon);
     MIRAS_UNROLL
     for (int n = 0; n < N; ++n) {
       const index_t first = j + n * kLanes;

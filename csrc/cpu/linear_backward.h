@@ -78,7 +78,7 @@ void BackwardTask::scores_backward(int c, const Part& mine, WriteSoon soon) {
   };
   float* const last = s.last_rows + index_t(mine.index) * 2 * cp;
   if (momentum) momentum_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P.x, s.M, s.Theta, s.QK, WriteSoon(), then);
-  else decayed_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P.x, s.M, WriteSoon(), then);
+  else decayed_scores<true>(s.gates, mine.tokens, dk, Q, s.KT, cp, last, s.P.x, s.M, nullptr, WriteSoon(), then);
   s.P.pack_down(mine.tokens, cp);
   s.N.pair_along(mine.tokens, cp);
 }

@@ -189,7 +189,7 @@ void ForwardTask::read_within(const Part& mine, WriteSoon soon) {
   } else if (momentum) {
     momentum_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P.along, nullptr, nullptr, nullptr, soon);
   } else {
-    decayed_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P.along, nullptr, soon);
+    decayed_scores<false>(gates, tokens, dk, Q, s.KT, cp, last, s.P.along, nullptr, nullptr, soon);
   }
 }
 

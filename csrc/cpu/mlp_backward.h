@@ -180,7 +180,7 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
   in_parts(p, c, [&](const Part& mine) {
     m.errors(mine, p, bias);
     m.transpose_rows(mine.tokens, m.U1, s.U1T);
-    m.query_scores(mine, c, start, {s.L, s.Theta, s.scores2}, WriteSoon());
+    m.query_scores(mine, c, start, {s.L, s.Theta, momentum ? s.QK : nullptr});
     for (const Operand& x : {m.K, m.Q, m.Gu}) x.pack_down(mine.tokens, dp);
     m.P2.pack_down(mine.tokens, cp);
     m.pack(mine.units, start.primal), m.pack(mine.units, s.J);
@@ -194,8 +194,9 @@ void MlpBackwardTask::chunk_backward(int64_t chunk, int64_t i) {
     m.AqT.pair_along(mine.units, m.columns(c));
   });
   in_parts(p, c, [&](const Part& mine) {
-    m.restore(mine.tokens, p.product(1, b, h, token(chunk)), m.reads);
-    m.read_out<true>(mine, start, {momentum ? s.L : nullptr, s.Theta, s.scores1}, WriteSoon(view(p.dv, chunk), c));
+    m.restore(mine.tokens, p.product(1, b, h, token(chunk)), d, m.reads);
+    m.restore(mine.tokens, p.chunk_scores(b, h, token(chunk)), p.C, m.AqA);
+    m.read_out<true>(mine, start, WriteSoon());
     MIRAS_PASS("backward");
     read_backward(mine, c, start);
   });

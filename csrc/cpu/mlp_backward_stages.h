@@ -48,7 +48,7 @@ void MlpBackwardTask::read_backward(const Part& mine, int c, const MlpState& sta
     x.add(by_rows(s.dUq.along, dp).at(i), s.U1T + j, cp, 0, d);
     x.each([&](int r, int k, Vec& y) MIRAS_LAMBDA {
       const index_t at = index_t(i + r) * cp + j + k * kLanes;
-      store(s.pairs + at, momentum ? -rho * load(s.scores1 + at) * y : -load(m.P1 + at) * y);
+      store(s.pairs + at, momentum ? -rho * load(m.AqA + at) * y : -load(m.P1 + at) * y);
       y *= rho * load(s.L + at);
     });
     x.store_to(s.M1.along + i * cp + j, cp);
@@ -120,7 +120,7 @@ void MlpBackwardTask::write_backward(const Part& mine, int c, const MlpState& st
       const index_t column = j + k * kLanes, at = index_t(i + r) * cp + column;
       const Vec eta = load(m.gates.eta + column), pair = load(m.P2 + at) * y;
       store(s.pairs2 + at, pair);
-      store(s.pairs + at, load(s.pairs + at) - eta * (momentum ? rho * load(s.scores2 + at) * y : pair));
+      store(s.pairs + at, load(s.pairs + at) - eta * (momentum ? rho * load(s.QK + at) * y : pair));
       y *= eta * load(s.L + at) * rho;
     });
     x.store_to(s.M2.along + i * cp + j, cp);

@@ -24,7 +24,7 @@ struct MlpBackwardScratch {
   Operand M1, M2;                      // [C x Cp]
   float *M1T, *L, *pairs;              // [C x Cp]  pairs: the gradient of log alpha through reads of writes, with momentum that of M
   float* pairs2;                       // [C x Cp]  P2 o (dZq Gz')
-  float *Theta, *scores1, *scores2;    // [C x Cp]  with momentum: Theta, Aq A', Q K'
+  float *Theta, *QK;                   // [C x Cp]  with momentum: Theta, Q K'
   float *ones, *deta, *ddelta, *dlog;     // [Cp]
   float *read_sums, *write_sums, *write2_sums;  // [Cp]  gamma (W q).d; end U.(J a); of W2, without eta. Without end with momentum
   float *dcarry, *dstep, *dmomentum;            // [Cp]  with momentum: gradients of b, of the last row of Theta, of theta
@@ -50,7 +50,7 @@ struct MlpBackwardScratch {
     dZ_copy = Operand(a, kPairs ? p.Hd : 0, cp, kCopies);
     L = a.take(p.C, cp), M1 = Operand(a, p.C, cp, kCopies), M1T = a.take(p.C, cp), M2 = Operand(a, p.C, cp, kCopies);
     pairs = a.take(p.C, cp), pairs2 = a.take(p.C, cp);
-    Theta = a.take(momentum * p.C, cp), scores1 = a.take(momentum * p.C, cp), scores2 = a.take(momentum * p.C, cp);
+    Theta = a.take(momentum * p.C, cp), QK = a.take(momentum * p.C, cp);
     ones = a.take(1, cp), deta = a.take(1, cp), ddelta = a.take(1, cp), dlog = a.take(1, cp);
     read_sums = a.take(1, cp), write_sums = a.take(1, cp), write2_sums = a.take(1, cp);
     dcarry = a.take(momentum, cp), dstep = a.take(momentum, cp), dmomentum = a.take(momentum, cp);
@@ -142,7 +142,7 @@ void MlpBackwardTask::rerun(int64_t first, int64_t last) {
       m.predict_hidden(mine, c, start, ReadSoon());
     });
     in_parts(p, c, [&](const Part& mine) {
-      m.restore(mine.tokens, p.product(0, b, h, token(chunk)), m.X);
+      m.restore(mine.tokens, p.product(0, b, h, token(chunk)), d, m.X);
       m.find_errors(mine, p, bias);
     });
     in_parts(p, c, [&](const Part& mine) {

@@ -36,7 +36,7 @@ struct MlpChunk {
   float *slopeT, *HT;          // [Hd x Cp]  gelu'(Z); gelu''(Z) o Ga, null in the forward
   Operand AqT;                 // [Hd x Cp]  gelu(Zq)
   Operand P1, P2;              // [C x Cp]  rho L o (Aq A'), rho L o (Q K')
-  float* P2T;                  // [C x Cp]  the transpose of P2 with row s times eta_s
+  float *AqA, *P2T;            // [C x Cp]  Aq A', if there will be a backward; P2' with row s times eta_s
   float *reads, *Xq;           // [C x Dp]  gamma * (Aq W1T); LN(Uq) without its affine part
   float *r, *rq, *weight;      // [Cp]  1 / std of the two; eta gamma_c / gamma_t
   float *last_rows, *delta;    // [2 x Cp] of each part, [Cp]
@@ -57,7 +57,8 @@ struct MlpChunk {
     U1 = Operand(a, p.C, dp, kAll), U1_end = Operand(a, p.C, dp, kFloat | kDown), K_end = Operand(a, p.C, dp, kFloat | kDown);
     AT = Operand(a, hd, cp, kCopies, n), GzT = Operand(a, hd, cp, kCopies, n), slopeT = a.take(n * hd, cp);
     HT = segment ? a.take(n * hd, cp) : nullptr, AqT = Operand(a, hd, cp, kAll);
-    P1 = Operand(a, p.C, cp, kAll), P2 = Operand(a, p.C, cp, kFloat | kDown), P2T = a.take(p.C, cp);
+    P1 = Operand(a, p.C, cp, kAll), P2 = Operand(a, p.C, cp, kFloat | kDown);
+    AqA = p.scores ? a.take(p.C, cp) : nullptr, P2T = a.take(p.C, cp);
     reads = a.take(p.C, dp), Xq = a.take(p.C, dp);
     r = a.take(n, cp), rq = a.take(1, cp), weight = a.take(1, cp);
     last_rows = a.take(2 * p.parts, cp), delta = a.take(1, cp);
@@ -71,6 +72,7 @@ struct MlpChunk {
   void begin(const MlpParams& p, int64_t h) {
     norm.read(p, h);
     P1.clear(p.C, cp), P2.clear(p.C, cp);
+    if (AqA) fill_zero(AqA, int64_t(p.C) * cp);
   }
 
   MIRAS_FN ChunkView view(const MlpParams& p, const TokenTensor& x, int64_t b, int64_t token, int64_t h) const {
@@ -216,14 +218,14 @@ struct MlpChunk {
     U1.pack_down(tokens, dp);
   }
 
-  // Tokens: rows [C x Dp] to and from a chunk's part of MlpParams::products
-  void keep(Range tokens, const float* rows, float* product) const {
-    const index_t first = tokens.first;
-    copy_out(rows + first * dp, dp, tokens.count(), d, product + first * d, d);
+  // Tokens: rows of so many numbers, [C x round_up(cols)], to and from a chunk's part of MlpParams::products or scores
+  MIRAS_FN static void keep(Range tokens, const float* rows, int cols, float* kept) {
+    const index_t first = tokens.first, ld = round_up(cols, kPad);
+    copy_out(rows + first * ld, ld, tokens.count(), cols, kept + first * cols, cols);
   }
-  void restore(Range tokens, const float* product, float* rows) const {
-    const index_t first = tokens.first;
-    copy_in(product + first * d, d, tokens.count(), d, rows + first * dp, dp);
+  MIRAS_FN static void restore(Range tokens, const float* kept, int cols, float* rows) {
+    const index_t first = tokens.first, ld = round_up(cols, kPad);
+    copy_in(kept + first * cols, cols, tokens.count(), cols, rows + first * ld, ld);
   }
 
   // Tokens: U = A W1T, in X
@@ -275,12 +277,12 @@ struct MlpChunk {
 
   // ---- the read-out ----
 
-  // What the backward needs, if L is not null: scores [C x Cp], XY and Theta with momentum, where L is M.
+  // [C x Cp]  L (M with momentum) and Theta, which the backward needs, or null; X Y', kept unless it is null, or given
   struct Kept {
     float *L, *Theta, *XY;
   };
 
-  // Tokens: P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed
+  // Tokens: P = rho L o (X Y')  [c x Cp] for queries X and keys Y, both transposed; with width 0 from X Y'
   void scores(const Part& mine, int width, const float* XT, const float* YT, const Rho& rho, float* P, const Kept& kept, WriteSoon soon) {
     const Cols x{XT, cp};
     const Range tokens = mine.tokens;
@@ -290,16 +292,16 @@ struct MlpChunk {
       run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.Theta, kept.XY, mine.once(soon), {});
     } else {
       const auto run = kept.L ? decayed_scores<true, Cols, float> : decayed_scores<false, Cols, float>;
-      run(gates, tokens, width, x, YT, cp, last, P, kept.L, mine.once(soon), {});
+      run(gates, tokens, width, x, YT, cp, last, P, kept.L, kept.XY, mine.once(soon), {});
     }
     if (retention.scales_reads) scale(rho.value, index_t(tokens.count()) * cp, P + index_t(tokens.first) * cp);
   }
 
   // Tokens: P2 and its transpose, and carry = rho b
-  void query_scores(const Part& mine, int c, const MlpState& s, const Kept& kept, WriteSoon soon) {
+  void query_scores(const Part& mine, int c, const MlpState& s, const Kept& kept) {
     const Range tokens = mine.tokens;
     MIRAS_STAGE("pairs", c * (c + 1) * d, 2 * d * c + 5 * c * (c + 1) / 2);
-    scores(mine, d, QT, KT, s.rho[1], P2, kept, soon);
+    scores(mine, d, QT, KT, s.rho[1], P2, kept, WriteSoon());
     for (int t = tokens.first; t < tokens.last; ++t) {
       const index_t row = index_t(t) * cp;  // P1 comes later
       int j = 0;
@@ -327,15 +329,15 @@ struct MlpChunk {
     });
   }
 
-  // Tokens: Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * part, part = Aq S1'; and in its place X = LN(Uq). The first term is
-  // `reads`, given or computed
-  template <bool kGiven> void read_out(const Part& mine, const MlpState& s, const Kept& kept, WriteSoon soon) {
+  // Tokens: Uq = gamma * (Aq W1T) - P1 U1, with momentum + carry * part, part = Aq S1'; and in its place X = LN(Uq). Its first term,
+  // `reads`, and Aq A' are given or computed.
+  template <bool kGiven> void read_out(const Part& mine, const MlpState& s, WriteSoon soon) {
     const float* W1T = s.primal[0].down;
     const Range tokens = mine.tokens;
-    MIRAS_STAGE("pairs", tokens.count() * (tokens.count() + 1) * hd, tokens.count() * (2 * hd + (tokens.count() + 1) / 2));
-    scores(mine, hd, AqT.down, AT.down, s.rho[0], P1, kept, soon);
+    const int inner = kGiven ? 0 : hd;
+    MIRAS_STAGE("pairs", tokens.count() * (tokens.count() + 1) * inner, tokens.count() * (2 * inner + (tokens.count() + 1) / 2));
+    scores(mine, inner, AqT.down, AT.down, s.rho[0], P1, {nullptr, nullptr, AqA}, soon);
     P1.pack_along(tokens, cp);
-    [[maybe_unused]] const int inner = kGiven ? 0 : hd;
     MIRAS_STAGE("read-out", tokens.count() * (2 * inner + tokens.count() + 1) * d, tokens.count() * (inner + 4 * d) + inner * d);
     if (gates.momentum) sum_units(tokens, AqT.down, s.momenta[0].down, part);
     if constexpr (!kGiven) sum_blocks(tokens, AqT.down, W1T, reads);

@@ -94,11 +94,11 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
       if (p.momentum) m.pack(mine.units, state.momenta);
       m.predict_hidden(mine, c, written, ReadSoon());
       m.AT.pair_along(mine.units, m.columns(c));
-      m.query_scores(mine, c, state, {}, WriteSoon());
+      m.query_scores(mine, c, state, {});
     });
     in_parts(p, c, [&](const Part& mine) {
       m.predict_rows(mine, written);
-      if (p.products) m.keep(mine.tokens, m.X, p.product(0, b, h, token));
+      if (p.products) m.keep(mine.tokens, m.X, d, p.product(0, b, h, token));
       m.find_errors(mine, p, bias);
     });
     in_parts(p, c, [&](const Part& mine) {
@@ -111,8 +111,11 @@ static void mlp_forward_task(const MlpForward& p, const BiasTable& bias, const M
     });
     in_parts(p, c, [&](const Part& mine) {
       const int first = mine.tokens.first;
-      m.read_out<false>(mine, state, {}, WriteSoon(m.view(p, p.out, b, token, h), c));
-      if (p.products) m.keep(mine.tokens, m.reads, p.product(1, b, h, token));
+      m.read_out<false>(mine, state, WriteSoon(m.view(p, p.out, b, token, h), c));
+      if (p.products) {
+        m.keep(mine.tokens, m.reads, d, p.product(1, b, h, token));
+        m.keep(mine.tokens, m.AqA, p.C, p.chunk_scores(b, h, token));
+      }
       MIRAS_STAGE("row pass", 0, 5 * c * d);
       m.norm.affine(mine.tokens, m.Xq, m.Q, s.O);
       m.view(p, p.out, b, token + first, h).write(mine.tokens.count(), s.O + index_t(first) * dp, dp);

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .options import options
 from .state import MemoryState
 from .tables.biases import Bias
-from .tables.memories import Memory
+from .tables.memories import CHECKPOINT, Memory
 from .tables.retention import Retention
 
 __all__ = ["Call"]
@@ -95,6 +96,11 @@ class Call:
         kernels = self.memory.kernels[backend]
         limits = kernels.steps if steps else kernels.sequences
         return "it only decodes" if limits is None else limits.exceeded_by(self)
+
+    def checkpoint_interval(self, backend: str) -> int:
+        """Chunks per checkpoint with a backend."""
+        kernels = self.memory.kernels.get(backend)
+        return options.checkpoint_interval(self.chunk_size, kernels.checkpoint if kernels else CHECKPOINT)
 
     def replace(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)

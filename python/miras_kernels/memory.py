@@ -15,7 +15,6 @@ from .backends.reference.backend import ReferenceBackend
 from .backends.triton import TritonBackend
 from .call import Call
 from .decode import repeat
-from .options import options
 from .state import MemoryState
 from .tables import memories
 from .tables.biases import L2, Bias
@@ -182,7 +181,7 @@ def run(memory: Memory, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, log_decay: 
     else:
         if call.decays_before and (differentiate or not dispatch.BACKENDS[name].decodes_decay_first(call)):
             call = call.decayed()
-        out, state = autograd.run(call, name, differentiate, options.checkpoint_interval(call.chunk_size))
+        out, state = autograd.run(call, name, differentiate, call.checkpoint_interval(name))
     if call.inplace_state and state is not None:
         state = given.state.overwritten(state)
         initial = arguments["initial_state"]

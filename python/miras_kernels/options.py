@@ -14,7 +14,8 @@ class Options:
     """
     Attributes:
         checkpoint_every: the forward keeps a checkpoint, the state at a chunk's start, every so many chunks; the backward recomputes
-            the chunks between two of them. 1: least arithmetic, most memory. None: about one checkpoint per 256 tokens.
+            the chunks between two of them. 1: least arithmetic, most memory. None: about one checkpoint per 256 tokens, in the
+            C++ kernels of an MLP memory per 64.
         check_values: whether values are checked as well as shapes (``log_decay <= 0``, ``delta >= 0``, ``cu_seqlens``).
             None: for CPU tensors outside torch.compile, since elsewhere a check would wait for the device.
     """
@@ -29,9 +30,9 @@ class Options:
             raise ValueError(f"check_values must be None, True or False, got {value!r}")
         super().__setattr__(name, value)
 
-    def checkpoint_interval(self, chunk_size: int) -> int:
-        """Chunks per checkpoint for this chunk size."""
-        return self.checkpoint_every or max(1, 256 // chunk_size)
+    def checkpoint_interval(self, chunk_size: int, tokens: int) -> int:
+        """Chunks per checkpoint for this chunk size, where by default there is one per so many ``tokens``."""
+        return self.checkpoint_every or max(1, tokens // chunk_size)
 
 
 #: the options in force

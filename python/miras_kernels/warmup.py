@@ -41,7 +41,6 @@ from .backends import triton as triton_backend
 from .call import Call
 from .decode import Decoder
 from .memory import linear_memory
-from .options import options
 from .state import MemoryState
 from .tables.biases import Bias, CustomBias
 from .tables.memories import LINEAR
@@ -253,7 +252,7 @@ def launches(variant: Variant, sizes: Sizes, target: str = "") -> list:
 
     found = []
     call, backend = variant.call(sizes), dispatch.BACKENDS["triton"]
-    every = options.checkpoint_interval(variant.chunk_size) if variant.differentiate else 0
+    every = call.checkpoint_interval("triton") if variant.differentiate else 0
     with launch.recording(lambda *what: found.append(offline.Launch(*what)), target):
         for form in forms(variant, target):
             with form:

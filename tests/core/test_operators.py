@@ -123,13 +123,13 @@ def test_auto_takes_the_kernels_and_explain_says_why_not():
 
 
 def test_options():
-    assert mk.options.checkpoint_interval(64) == 4 and mk.options.checkpoint_interval(512) == 1
+    assert mk.options.checkpoint_interval(64, 256) == 4 and mk.options.checkpoint_interval(512, 256) == 1
     with pytest.raises(ValueError, match="checkpoint_every must be None or an integer >= 1, got 0"):
         mk.options.checkpoint_every = 0
     with pytest.raises(ValueError, match="check_values must be None, True or False, got 'yes'"):
         mk.options.check_values = "yes"
     with mk.override(checkpoint_every=3):
-        assert mk.options.checkpoint_interval(64) == 3
+        assert mk.options.checkpoint_interval(64, 256) == 3
     assert mk.options.checkpoint_every is None
 
 

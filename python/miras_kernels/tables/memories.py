@@ -22,6 +22,8 @@ __all__ = ["LINEAR", "MLP", "NORM", "TABLE", "Kernels", "Limits", "Memory", "fin
 
 #: the arguments of a memory that ends in a LayerNorm
 NORM = ("ln_weight", "ln_bias", "ln_eps")
+#: tokens between two checkpoints
+CHECKPOINT = 256
 
 
 class Limits(NamedTuple):
@@ -68,11 +70,13 @@ class Kernels(NamedTuple):
         sequences: limits of those that read whole chunks; None if there are none.
         steps: limits of those that decode, token by token.
         few: calls without gradients of at most so many tokens are decoded: products of whole chunks would mostly multiply padding.
+        checkpoint: tokens between two checkpoints, unless ``options.checkpoint_every`` says otherwise.
     """
 
     sequences: Limits | None
     steps: Limits
     few: int
+    checkpoint: int = CHECKPOINT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +151,7 @@ class _MLP(Memory):
     needs_initial_state: ClassVar[bool] = True
     needs_norm: ClassVar[bool] = True
     kernels: ClassVar[dict[str, Kernels]] = {
-        "cpp": Kernels(Limits(256, 1024, chunk=256), Limits(256, 1024, chunk=256), few=4),
+        "cpp": Kernels(Limits(256, 1024, chunk=256), Limits(256, 1024, chunk=256), few=4, checkpoint=64),
         # its LayerNorm takes a row of values at once, and its kernels use a higher bit of a chunk's number (kernels/mlp/math.py, lanes)
         "triton": Kernels(Limits(128, 1024, chunk=(16, 32, 64), chunks=2**21), Limits(128), few=4),
         "cuda": Kernels(Limits((64,), (64, 128, 256), chunk=(16, 32, 64)), Limits(128, 1024), few=4),
