@@ -88,8 +88,8 @@ def test_what_is_saved_is_what_is_promised(shape, every):
     with miras_kernels.override(checkpoint_every=every):
         saved = watch.saved_bytes(implementations.kernel(inputs, "cpp", implementations.BOTH), inputs)
         assert saved == scaling.promised_bytes(inputs.case)
-    states = math.ceil(10 / every)
-    assert saved == 4 * 2 * (16 * (states * 2 * 32 + 2 * 150) if shape.startswith("MLP") else 12 * (states + 1) * 16)
+    states, chunk = math.ceil(10 / every), 16
+    assert saved == 4 * 2 * (states * 2 * 16 * 32 + 150 * (2 * 16 + chunk) if shape.startswith("MLP") else 12 * (states + 1) * 16)
 
 
 @pytest.mark.parametrize("longest", [0, 96])
