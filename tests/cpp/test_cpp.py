@@ -175,7 +175,7 @@ def test_scratch_is_taken_once():
 
     case = Case("scratch", memory="mlp", batch=1, heads=2, tokens=256, chunk_size=16, key_dim=64, value_dim=64, hidden=256)
     inputs, sizes = case.draw(torch.float32), []
-    d, hd, c, n = case.key_dim, case.hidden, case.chunk_size, 4
+    d, hd, c, n = case.key_dim, case.hidden, case.chunk_size, 64 // case.chunk_size
 
     def train():
         sizes[:] = [_C.scratch_bytes(), *((evaluate(inputs, "cpp"), _C.scratch_bytes())[1] for _ in range(2))]

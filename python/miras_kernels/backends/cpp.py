@@ -116,8 +116,8 @@ class CppBackend:
         if call.memory is LINEAR or not checkpoints:
             return checkpoints
         b, t, h, d = call.v.shape
-        float32 = checkpoints[0].new_empty
-        return [*checkpoints, float32(2, b, h, t, d), float32(b, h, t, call.chunk_size)]  # MlpParams::products and scores of csrc/params.h
+        empty = checkpoints[0].new_empty
+        return [*checkpoints, empty(2, b, h, t, d), empty(b, h, t, call.chunk_size)]  # MlpParams::products and scores of csrc/params.h
 
     def backward(self, call: Call, checkpoint_every: int, saved: list[Tensor], grad_out: Tensor, grad_state: list[Tensor]) -> dict:
         run = getattr(self.extension, f"{call.memory.name}_backward")
