@@ -294,8 +294,8 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   MlpForward p;
   fill(p);
   p.out = tokens(out.data(), D), p.checkpoint_every = kEvery;
-  Floats checkpoints(p.slots() * kHeads * 2 * Hd * D), products(2 * out.size());
-  p.checkpoints = checkpoints.data(), p.products = products.data();
+  Floats checkpoints(p.slots() * kHeads * 2 * Hd * D), products(2 * out.size()), scores(kHeads * kTokens * kChunk);
+  p.checkpoints = checkpoints.data(), p.products = products.data(), p.scores = scores.data();
   kernels.mlp_forward(p, 0, p.tasks());
   compare(level + " mlp_forward", out, define(problem), kFloatLimit);
 
@@ -303,8 +303,8 @@ void mlp(const cpu::Kernels& kernels, const std::string& level) {
   fill(b);
   Floats dq(in.q.size()), dk(dq), dv(dq), dlr(in.lr.size()), ddecay(dlr);
   Floats d_w1(w1.size()), d_w2(w2.size()), d_weight(weight.size()), d_bias(d_weight);
-  b.checkpoints = checkpoints.data(), b.products = products.data(), b.checkpoint_every = b.segment = kEvery;
-  b.grad_out = tokens(in.grad_out.data(), D);
+  b.checkpoints = checkpoints.data(), b.products = products.data(), b.scores = scores.data();
+  b.checkpoint_every = b.segment = kEvery, b.grad_out = tokens(in.grad_out.data(), D);
   b.dq = tokens(dq.data(), D), b.dk = tokens(dk.data(), D), b.dv = tokens(dv.data(), D), b.dlr = gate(dlr), b.dlog_decay = gate(ddecay);
   b.d_dual[0] = state(d_w1, D, Hd), b.d_dual[1] = state(d_w2, Hd, D), b.dln_weight = d_weight.data(), b.dln_bias = d_bias.data();
   kernels.mlp_backward(b, 0, b.tasks());
